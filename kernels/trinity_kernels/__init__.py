@@ -1,0 +1,12 @@
+"""The project's compute-heavy operations, each beside its torch reference; needs torch and nothing of `trinity`.
+
+`op(…)` picks an implementation, `op.reference(…)` is the torch one.
+"""
+
+from trinity_kernels.cross_entropy import linear_cross_entropy
+from trinity_kernels.experts import expert_mlp
+from trinity_kernels.linear import linear
+from trinity_kernels.norm import rms_norm
+from trinity_kernels.routing import route
+
+__all__ = ["expert_mlp", "linear", "linear_cross_entropy", "rms_norm", "route"]

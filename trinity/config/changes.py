@@ -1,0 +1,76 @@
+"""What may differ when a run is resumed with a changed config.
+
+free: how the run is done (meshes, kernels, logs), and its length. accept: how it learns; needs --accept-change KEY.
+fixed: what the run is. A key obeys the longest rule that it begins with.
+"""
+
+from typing import Literal
+
+from trinity.config.load import flatten
+from trinity.config.run import RunConfig
+from trinity.errors import UserError
+
+Rule = Literal["free", "accept", "fixed"]
+
+RULES: dict[str, Rule] = {
+    "run": "free",
+    "run.seed": "fixed",
+    "init": "free",  # read once, when the run starts
+    "model": "fixed",
+    "data": "fixed",
+    "data.validation": "free",
+    "data.verify": "free",
+    "batch": "accept",
+    "batch.microbatch": "free",
+    "optim": "accept",
+    "balancing": "accept",
+    "loss": "accept",
+    "precision": "accept",
+    "parallel": "free",
+    "kernels": "free",
+    "recompute": "free",
+    "checkpoint": "free",
+    "export": "free",
+    "evaluation": "free",
+    "log": "free",
+    "health": "free",
+}
+
+
+def rule_of(key: str) -> Rule:
+    """The rule of one dotted key."""
+    parts = key.split(".")
+    prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return RULES[next(prefix for prefix in prefixes if prefix in RULES)]
+
+
+def check_changes(before: RunConfig, now: RunConfig, accepted: list[str], where: str) -> list[str]:
+    """Refuse changes that a resumed run must not make.
+
+    Args:
+        before, now: config of the run so far, and the one asked for.
+        accepted: keys given with --accept-change; a key accepts everything below it.
+        where: the run directory, for the message.
+    Returns:
+        the changed keys that are allowed, for the log.
+    Raises:
+        UserError: naming every key that is fixed or not accepted.
+    """
+    old, new = flatten(before), flatten(now)
+    changed = [key for key in new if old.get(key) != new[key]]
+    fixed = [key for key in changed if rule_of(key) == "fixed"]
+    if fixed:
+        shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in fixed)
+        raise UserError(
+            f"{where} holds a run of another config ({shown}); give it back, or start afresh with another run.dir"
+        )
+    asking = [key for key in changed if rule_of(key) == "accept" and not _accepted(key, accepted)]
+    if asking:
+        shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in asking)
+        words = " ".join(f"--accept-change {key}" for key in asking)
+        raise UserError(f"resuming {where} would change how it learns ({shown}); say {words} if that is meant")
+    return changed
+
+
+def _accepted(key: str, accepted: list[str]) -> bool:
+    return any(key == word or key.startswith(f"{word}.") for word in accepted)

@@ -1,0 +1,121 @@
+"""What must hold between the values of a run, each failure with its mend. Single values are checked by their type."""
+
+from pathlib import Path
+
+from trinity.config.run import RunConfig
+from trinity.errors import UserError
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse a run whose values do not fit together.
+
+    Raises:
+        UserError: naming the value and what to write instead.
+    """
+    _check_positive(config)
+    _check_length(config)
+    _check_schedule(config)
+    _check_data(config)
+    if config.init.hf and config.init.run:
+        raise UserError("init.hf and init.run are both given; keep the one the run should start from")
+    if config.precision.compute == "float64" and config.optim.muon.dtype == "bfloat16":
+        raise UserError("precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; use float64")
+
+
+def _check_positive(config: RunConfig) -> None:
+    at_least = {
+        "data.sequence_length": (config.data.sequence_length, 1),
+        "data.streams": (config.data.streams, 1),
+        "batch.sequences": (config.batch.sequences, 1),
+        "batch.microbatch": (config.batch.microbatch, 1),
+        "optim.muon.lr": (config.optim.muon.lr, 0),
+        "optim.muon.steps": (config.optim.muon.steps, 1),
+        "optim.muon.weight_decay": (config.optim.muon.weight_decay, 0),
+        "optim.adamw.lr": (config.optim.adamw.lr, 0),
+        "optim.adamw.weight_decay": (config.optim.adamw.weight_decay, 0),
+        "optim.clip_norm": (config.optim.clip_norm, 0),
+        "optim.schedule.warmup_steps": (config.optim.schedule.warmup_steps, 0),
+        "optim.schedule.final": (config.optim.schedule.final, 0),
+        "balancing.sequence_loss": (config.balancing.sequence_loss, 0),
+        "loss.z": (config.loss.z, 0),
+        "checkpoint.every": (config.checkpoint.every, 0),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
+        "export.every": (config.export.every, 0),
+        "evaluation.every": (config.evaluation.every, 0),
+        "evaluation.sequences": (config.evaluation.sequences, 1),
+        "log.every": (config.log.every, 1),
+        "log.het_sequences": (config.log.het_sequences, 1),
+        "health.bad_steps": (config.health.bad_steps, 1),
+    }
+    for key, (value, least) in at_least.items():
+        if not value >= least:
+            raise UserError(f"{key}={value} must be at least {least}")
+    if config.run.threads is not None and config.run.threads < 1:
+        raise UserError(f"run.threads={config.run.threads} must be at least 1")
+    beta = {"optim.muon.momentum": config.optim.muon.momentum, "balancing.beta": config.balancing.beta}
+    for index, value in enumerate(config.optim.adamw.betas):
+        beta[f"optim.adamw.betas[{index}]"] = value
+    for key, value in beta.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{key}={value} must be at least 0 and less than 1")
+
+
+def _check_length(config: RunConfig) -> None:
+    steps, tokens = config.run.steps, config.run.tokens
+    if (steps is None) == (tokens is None):
+        given = "neither is" if steps is None else "both are"
+        raise UserError(f"the length of the run is run.steps or run.tokens, and {given} given; set exactly one")
+    if steps is not None and steps < 0:
+        raise UserError(f"run.steps={steps} must be at least 0")
+    if tokens is not None and tokens < 1:
+        raise UserError(f"run.tokens={tokens} must be at least 1")
+    last = 0
+    for entry in config.batch.ramp:
+        if entry.tokens <= last or entry.sequences < 1:
+            raise UserError(
+                f"batch.ramp has {{tokens: {entry.tokens}, sequences: {entry.sequences}}} after {last} tokens; "
+                "each entry must begin later than the one before it and have at least 1 sequence"
+            )
+        last = entry.tokens
+
+
+def _check_schedule(config: RunConfig) -> None:
+    schedule = config.optim.schedule
+    for name in ("start", "length"):
+        key = "decay_start" if name == "start" else "decay"
+        by_tokens, by_steps = getattr(schedule, f"{key}_tokens"), getattr(schedule, f"{key}_steps")
+        if by_tokens is not None and by_steps is not None:
+            raise UserError(f"optim.schedule.{key}_tokens and .{key}_steps are both given; keep one")
+    units = {
+        unit for unit in ("tokens", "steps")
+        if getattr(schedule, f"decay_start_{unit}") is not None or getattr(schedule, f"decay_{unit}") is not None
+    }  # fmt: skip
+    if len(units) > 1:
+        raise UserError("optim.schedule mixes decay in tokens with decay in steps; write both in one unit")
+    started = schedule.decay_start_tokens is not None or schedule.decay_start_steps is not None
+    if schedule.decay != "none" and not started:
+        raise UserError(
+            f"optim.schedule.decay={schedule.decay} has no beginning; set decay_start_tokens or decay_start_steps"
+        )
+    length = schedule.decay_tokens if schedule.decay_start_tokens is not None else schedule.decay_steps
+    whole = config.run.tokens if schedule.decay_start_tokens is not None else config.run.steps
+    if schedule.decay != "none" and length is None and whole is None:
+        raise UserError(
+            "optim.schedule gives no length of decay and the run's length is in another unit; "
+            "set decay_tokens or decay_steps"
+        )
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    unknown = sorted(set(data.mixture) - set(data.train))
+    if unknown:
+        raise UserError(f"data.mixture names {unknown[0]}, which data.train does not; known: {sorted(data.train)}")
+    weights = data.mixture.values()
+    if any(not weight >= 0 for weight in weights) or (weights and sum(weights) <= 0):
+        raise UserError(f"data.mixture={dict(data.mixture)} must hold weights of at least 0, one of them above 0")
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Where the run lives: run.dir, else runs/<run.name>."""
+    return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name

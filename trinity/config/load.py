@@ -1,0 +1,136 @@
+"""From a YAML file and dotted words to a checked RunConfig; every mistake becomes one sentence.
+
+The order: the zoo's model named by model.name, then the file, then the command line's words.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from trinity.config.check import check_run
+from trinity.config.model import ZOO
+from trinity.config.run import RunConfig
+from trinity.errors import UserError
+
+COMMAND_LINE = "the command line"
+
+
+def load_config(path: str | Path, words: list[str] | None = None) -> RunConfig:
+    """Read a config file and the command line's `a.b=value` words.
+
+    Raises:
+        UserError: a missing or broken file, an unknown key (naming the nearest known one), a wrong type, or values
+            that do not fit together.
+    """
+    sources = [(str(path), _read_file(Path(path))), (COMMAND_LINE, _read_words(words or []))]
+    return build_config(sources)
+
+
+def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
+    """Merge named sources, later ones winning, over the model that they name."""
+    name = "smoke"
+    for _, raw in sources:
+        model = raw.get("model")
+        if OmegaConf.is_dict(model) and model.get("name") is not None:
+            name = model.name
+    if name not in ZOO:
+        raise UserError(f"model.name={name} is not known; use one of {', '.join(ZOO)}")
+    merged = OmegaConf.structured(RunConfig(model=ZOO[name]))
+    OmegaConf.set_readonly(merged.model, False)  # frozen dataclasses arrive read-only
+    for where, raw in sources:
+        merged = _merge(merged, raw, where)
+    config = OmegaConf.to_object(merged)
+    check_run(config)
+    return config
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(to_yaml(config))
+    temporary.replace(path)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML, keys in the order of the dataclasses."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key → value for every setting; named maps such as data.train count as one value."""
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        typed = OmegaConf.is_dict(node) and OmegaConf.get_type(node) is not dict
+        if not typed:
+            found[prefix] = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+            return
+        for key in node:
+            walk(f"{prefix}.{key}" if prefix else key, node[key])
+
+    walk("", OmegaConf.structured(config))
+    return found
+
+
+def _read_file(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"the config {path} does not exist; give a YAML file such as configs/smoke.yaml")
+    try:
+        raw = OmegaConf.load(path)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(raw):
+        raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
+    return _whole_numbers(raw)
+
+
+def _read_words(words: list[str]) -> DictConfig:
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word} is not a setting; write a.b=value")
+    try:
+        return _whole_numbers(OmegaConf.from_dotlist(words))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{COMMAND_LINE} is not valid: {' '.join(str(error).split())}") from None
+
+
+def _whole_numbers(raw: DictConfig) -> DictConfig:
+    """Turn 17e12, a float to YAML, into the integer it is; where a float is wanted the integer turns back."""
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [walk(value) for value in node]
+        return int(node) if isinstance(node, float) and node.is_integer() else node
+
+    return OmegaConf.create(walk(OmegaConf.to_container(raw)))
+
+
+def _merge(merged: DictConfig, raw: DictConfig, where: str) -> DictConfig:
+    for section in raw:
+        try:
+            merged = OmegaConf.merge(merged, {section: raw[section]})
+        except ConfigKeyError as error:
+            raise UserError(_unknown_key(merged, str(section), error, where)) from None
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or str(section)
+            raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}") from None
+    return merged
+
+
+def _unknown_key(merged: DictConfig, section: str, error: ConfigKeyError, where: str) -> str:
+    if not str(error.full_key).startswith(section):  # inside an entry of a list, whose place is not told
+        return f"{section} in {where}: {str(error).splitlines()[0]}"
+    parent, _, key = str(error.full_key).rpartition(".")
+    known = list(OmegaConf.select(merged, parent) if parent else merged)
+    nearest = difflib.get_close_matches(key, [str(name) for name in known], n=1, cutoff=0)
+    suggestion = ".".join(filter(None, (parent, *nearest)))
+    return f"{error.full_key} in {where} is not a known key; did you mean {suggestion}?"

@@ -1,0 +1,128 @@
+"""The shape of one model, and the report's models (table 1) as values.
+
+A config only holds values and checks that they fit together; trinity.models builds from it.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from trinity.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of one model. Widths are numbers of features, never bytes."""
+
+    name: str = "smoke"
+    """Which of the zoo's models the other fields start from."""
+    vocab_size: int = 8192
+    """V: rows of the embedding and of the head."""
+    width: int = 256
+    """d: model width."""
+    layers: int = 5
+    """L: blocks, dense ones included."""
+    dense_layers: int = 1
+    """How many of the first blocks have a dense FFN in place of an MoE."""
+    dense_width: int = 768
+    """Width of the dense FFN."""
+    heads: int = 4
+    """h_q: query heads."""
+    kv_heads: int = 2
+    """h_kv: key and value heads."""
+    head_dim: int = 64
+    """d_h: width of one head; h_q·d_h need not be d."""
+    window: int = 128
+    """w: tokens that a local layer sees, the token itself included."""
+    global_every: int = 4
+    """Layer i is global where (i + 1) mod global_every = 0, else local."""
+    experts: int = 16
+    """N_r: routed experts per MoE layer."""
+    active_experts: int = 4
+    """K_r: routed experts per token."""
+    shared_experts: int = 1
+    """Experts that see every token, held as one FFN of this many expert widths."""
+    expert_width: int = 128
+    """Width of one expert."""
+    route_scale: float = 2.826
+    """Factor on the normalised gates (eq. 18; it comes after normalising)."""
+    rope_theta: float = 10_000.0
+    """RoPE's base, local layers only."""
+    norm_eps: float = 1e-5
+    """ε of every RMSNorm."""
+    max_positions: int = 2048
+    """Positions promised in the exported config; nothing in the model depends on it."""
+
+    def __post_init__(self) -> None:
+        check_model(self)
+
+    @property
+    def init_std(self) -> float:
+        """σ = 0.5/√d of the truncated normal, before its cut (eq. 37)."""
+        return 0.5 / math.sqrt(self.width)
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of MoE layers."""
+        return self.layers - self.dense_layers
+
+    def is_global(self, layer: int) -> bool:
+        """Whether layer (0-based) sees everything before it, without positional encoding."""
+        return (layer + 1) % self.global_every == 0
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse sizes that do not fit together.
+
+    Raises:
+        UserError: naming the value and what would fit.
+    """
+    c = config
+    for name in (
+        "vocab_size",
+        "width",
+        "layers",
+        "dense_width",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "window",
+        "global_every",
+        "experts",
+        "active_experts",
+        "shared_experts",
+        "expert_width",
+        "max_positions",
+    ):
+        if getattr(c, name) < 1:
+            raise UserError(f"model.{name}={getattr(c, name)} must be at least 1")
+    for name in ("rope_theta", "norm_eps", "route_scale"):
+        if not getattr(c, name) > 0:
+            raise UserError(f"model.{name}={getattr(c, name)} must be greater than 0")
+    if c.heads % c.kv_heads:
+        allowed = [n for n in range(1, c.heads + 1) if c.heads % n == 0]
+        raise UserError(f"model.heads={c.heads} is not a multiple of model.kv_heads={c.kv_heads}; use one of {allowed}")
+    if c.active_experts > c.experts:
+        raise UserError(
+            f"model.active_experts={c.active_experts} is more than model.experts={c.experts}; use at most {c.experts}"
+        )
+    if not 0 <= c.dense_layers <= c.layers:
+        raise UserError(f"model.dense_layers={c.dense_layers} is not between 0 and model.layers={c.layers}")
+    if c.head_dim % 2:
+        raise UserError(f"model.head_dim={c.head_dim} is odd; RoPE turns pairs, so use {c.head_dim + 1}")
+
+
+_SMOKE = ModelConfig()
+_NANO = ModelConfig(
+    name="nano", vocab_size=200_192, width=1024, layers=56, dense_layers=2, dense_width=3072, heads=8, kv_heads=2,
+    head_dim=128, window=2048, experts=128, active_experts=8, expert_width=256, max_positions=131_072,
+)  # fmt: skip
+_MINI = replace(
+    _NANO, name="mini", width=2048, layers=32, dense_width=6144, heads=32, kv_heads=4, expert_width=1024
+)  # fmt: skip
+_LARGE = replace(
+    _NANO, name="large", width=3072, layers=60, dense_layers=6, dense_width=12_288, heads=48, kv_heads=8, window=4096,
+    experts=256, active_experts=4, expert_width=3072, route_scale=2.448, max_positions=524_288,
+)  # fmt: skip
+
+ZOO: dict[str, ModelConfig] = {"smoke": _SMOKE, "nano": _NANO, "mini": _MINI, "large": _LARGE}
+"""The report's models by name, and `smoke`, a tiny one of the same shape for CPUs."""

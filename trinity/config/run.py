@@ -1,0 +1,282 @@
+"""One run as values: every word a config file may hold, with its unit and its default.
+
+What the report gives is named by its equation or section; a default that the report does not give says "ours".
+Token counts may be written 17e12. Fields are checked together in trinity.config.check.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trinity.config.model import ModelConfig
+
+
+@dataclass
+class Run:
+    """What this run is and how long it goes."""
+
+    name: str = "trinity"
+    """Name shown in logs; also the run's folder under runs/ where `dir` is not given."""
+    dir: str | None = None
+    """Run directory; runs/<name> by default."""
+    seed: int = 0
+    """Initial weights and the order of data are functions of it."""
+    steps: int | None = None
+    """Optimizer steps in all; give this or tokens."""
+    tokens: int | None = None
+    """Tokens in all: the run ends at the first step that reaches them; give this or steps."""
+    deterministic: bool = False
+    """Refuse operations that do not give the same bits twice (CUDA; on a CPU all are)."""
+    threads: int | None = None
+    """CPU threads per process; the cores divided by the processes on this machine by default."""
+
+
+@dataclass
+class Init:
+    """Where the weights come from when the run starts; freshly initialised by default."""
+
+    hf: str | None = None
+    """A Hugging Face folder of an AfMoE model."""
+    run: str | None = None
+    """Another run's directory."""
+    step: int | None = None
+    """Which checkpoint of that run; the newest complete one by default."""
+    keep: Literal["weights", "optimizer", "all"] = "weights"
+    """What to take from that run: weights (with balancing state), also the optimizer, also data and step."""
+
+
+@dataclass
+class Data:
+    """What is read, in which order, and how it becomes sequences."""
+
+    train: dict[str, str] = field(default_factory=dict)
+    """Source name → folder of token shards made by tools/prepare_data.py."""
+    validation: dict[str, str] = field(default_factory=dict)
+    """Validation set name → folder of token shards."""
+    tokenizer: str | None = None
+    """Tokenizer folder; copied into exports, and its byte lengths give bits per byte."""
+    sequence_length: int = 2048
+    """Tokens of one packed row."""
+    packing: Literal["sequential"] = "sequential"
+    """How documents fill rows: the rest of a document goes on into its stream's next row."""
+    document_mask: bool = False
+    """Attention never crosses a document (report: Large yes, Nano and Mini no)."""
+    loss_on_document_start: bool = True
+    """Whether the beginning-of-text token that follows a document is a valid target. Ours."""
+    streams: int = 48
+    """V: logical streams the data is dealt into; fixed for the life of a run, a multiple of any number of data ranks."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Source name → weight, by tokens; equal weights by default."""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Whether checksums of shards are checked at the start: auto does so below 256 MiB. Sizes always are."""
+
+
+@dataclass
+class RampEntry:
+    """From `tokens` seen on, a global batch of `sequences`."""
+
+    tokens: int
+    sequences: int
+
+
+@dataclass
+class Batch:
+    """How many sequences make a step."""
+
+    sequences: int = 8
+    """Global batch, in sequences."""
+    microbatch: int = 8
+    """The most sequences one rank takes at once: the largest divisor of its share that is no larger is used."""
+    ramp: list[RampEntry] = field(default_factory=list)
+    """Later, larger global batches, each from a token count on."""
+
+
+@dataclass
+class Muon:
+    """Muon, for hidden matrices. The report gives the rates; the rest are the Dion repository's defaults, ours here."""
+
+    lr: float = 1e-3
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.01
+    """Decoupled, on the unadjusted rate."""
+    coefficients: Literal["dion", "keller", "polar_express"] = "dion"
+    """Named set of Newton-Schulz coefficients."""
+    steps: int = 5
+    """Newton-Schulz iterations."""
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Newton-Schulz's arithmetic."""
+    starved: Literal["decay", "full"] = "decay"
+    """An expert without a token this step: its update dies away, or is a full step along its old momentum. Ours."""
+
+
+@dataclass
+class AdamW:
+    """AdamW, for embedding, head and gains (and the router where optim.router says so)."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Ours."""
+    eps: float = 1e-8
+    """Ours."""
+    weight_decay: float = 0.01
+    """Decoupled; gains have none. Ours."""
+
+
+@dataclass
+class Schedule:
+    """Fraction of the peak rates: warm-up, constant, decay, then `final`."""
+
+    warmup_steps: int = 2000
+    decay: Literal["none", "linear", "cosine"] = "none"
+    decay_start_tokens: int | None = None
+    """Where decay begins, in tokens seen; or in steps with decay_start_steps."""
+    decay_start_steps: int | None = None
+    decay_tokens: int | None = None
+    """How long decay takes; to the end of the run by default."""
+    decay_steps: int | None = None
+    final: float = 0.0
+    """Fraction of the peak at the end of decay and after it."""
+
+
+@dataclass
+class Optim:
+    """Optimizers, their rates and clipping."""
+
+    muon: Muon = field(default_factory=Muon)
+    adamw: AdamW = field(default_factory=AdamW)
+    router: Literal["muon", "adamw"] = "muon"
+    """Who owns the router; muon by the report's words ("hidden layers")."""
+    schedule: Schedule = field(default_factory=Schedule)
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip. Ours."""
+
+
+@dataclass
+class Balancing:
+    """Expert balancing, once per optimizer step on counts of the whole global batch."""
+
+    kind: Literal["smebu", "sign", "none"] = "smebu"
+    """smebu: eq. 23-28 (Large); sign: aux-loss-free with re-centring, eq. 19-22 (Nano, Mini)."""
+    rate: float = 5e-4
+    """λ of SMEBU."""
+    kappa: float = 2.0
+    """κ of SMEBU."""
+    beta: float = 0.5
+    """β of SMEBU."""
+    gamma: float = 1e-3
+    """γ of sign. The report does not give it; this is DeepSeek-V3's."""
+    sequence_loss: float = 0.0
+    """α of the sequence-wise loss (eq. 29-32)."""
+
+
+@dataclass
+class Loss:
+    """Terms beside cross-entropy."""
+
+    z: float = 0.0
+    """Coefficient of lse² on the head's logits."""
+
+
+@dataclass
+class Parallel:
+    """Mesh sizes: processes = replicate · shard · context; expert divides shard · context."""
+
+    replicate: int = 1
+    """Copies of the model; −1: what is left."""
+    shard: int = -1
+    """Ranks that one copy is sharded over; −1: what is left."""
+    expert: int = 1
+    """Neighbouring ranks that split the experts among them."""
+    context: int = 1
+    """Ranks that split a sequence."""
+
+
+@dataclass
+class Kernels:
+    """Which implementation of each operation; auto takes the best that is there."""
+
+    attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
+
+
+@dataclass
+class Precision:
+    """Number formats. Parameters and optimizer state are fp32, or float64 where compute is."""
+
+    compute: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Matrix products and the residual stream; router, norms and losses are fp32 in any case."""
+    reduce: Literal["bfloat16", "float32", "float64"] = "float32"
+    """Gradients between ranks."""
+
+
+@dataclass
+class Checkpoint:
+    """Saving the state of the run."""
+
+    every: int = 500
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep: int = 2
+    """How many of the newest complete ones stay."""
+
+
+@dataclass
+class Export:
+    """Writing Hugging Face folders."""
+
+    every: int = 0
+    """Steps between exports into hf/; 0: only by tools/export_hf.py."""
+
+
+@dataclass
+class Evaluation:
+    """Validation loss in the loop."""
+
+    every: int = 0
+    """Steps between evaluations; 0: none. The last step is evaluated where it is not 0."""
+    sequences: int = 64
+    """At most this many rows of each validation set."""
+
+
+@dataclass
+class Log:
+    """What is shown and where."""
+
+    every: int = 1
+    """Steps between lines on the console; metrics.jsonl has every step."""
+    wandb: str | None = None
+    """Weights & Biases project; offline where there is no key."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the run directory."""
+    het_sequences: int = 1
+    """Sequences in a group of BatchHet (eq. 40), in stream order, so that it does not depend on the microbatch."""
+
+
+@dataclass
+class Health:
+    """When a run ends by itself."""
+
+    bad_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite before the run stops with exit code 3."""
+
+
+@dataclass
+class RunConfig:
+    """Everything."""
+
+    run: Run = field(default_factory=Run)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: Init = field(default_factory=Init)
+    data: Data = field(default_factory=Data)
+    batch: Batch = field(default_factory=Batch)
+    optim: Optim = field(default_factory=Optim)
+    balancing: Balancing = field(default_factory=Balancing)
+    loss: Loss = field(default_factory=Loss)
+    parallel: Parallel = field(default_factory=Parallel)
+    kernels: Kernels = field(default_factory=Kernels)
+    precision: Precision = field(default_factory=Precision)
+    recompute: Literal["none", "block"] = "none"
+    """What backward computes again instead of keeping: nothing, or each block but for its routing."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    export: Export = field(default_factory=Export)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    log: Log = field(default_factory=Log)
+    health: Health = field(default_factory=Health)

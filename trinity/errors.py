@@ -1,0 +1,46 @@
+"""How a mistake reaches the user: one sentence on stderr and a code, never a traceback.
+
+Codes (the public contract): 2 the user's mistake, 1 anything else that went wrong outside our code (a full disk).
+Our own mistakes are not caught here: they are assertions, and their traceback is what we want to see.
+"""
+
+import errno
+import sys
+from collections.abc import Callable
+
+USER_MISTAKE = 2
+FAILURE = 1
+
+
+class UserError(ValueError):
+    """The user's mistake: the message names the value that is wrong and what to write instead, in one sentence."""
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, sentence) for an error that is not ours, None for one that is.
+
+    Covers UserError and what the operating system says of files: full, unwritable, missing.
+    """
+    if isinstance(error, UserError):
+        return USER_MISTAKE, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return FAILURE, f"the disk is full{where}; free some space and run the same command again"
+    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        if error.errno == errno.EROFS or isinstance(error, PermissionError):
+            return USER_MISTAKE, f"{error.filename} cannot be written or read ({error.strerror}); check its permissions"
+        return USER_MISTAKE, f"{error.filename}: {error.strerror}"
+    return None
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command line's main and leave the process with its code (None is 0)."""
+    try:
+        code = main()
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        code, sentence = explained
+        print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code or 0)

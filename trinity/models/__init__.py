@@ -1,0 +1,7 @@
+"""The architecture: one readable model, and the report's sizes of it."""
+
+from trinity.config.model import ZOO, ModelConfig
+from trinity.models.roles import Role, parameter_roles
+from trinity.models.trinity import Losses, Trinity
+
+__all__ = ["ZOO", "Losses", "ModelConfig", "Role", "Trinity", "parameter_roles"]

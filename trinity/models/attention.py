@@ -1,0 +1,76 @@
+"""Grouped-query attention of the report (eq. 9-14): QK-norm, RoPE on local layers only, a sigmoid gate on the output.
+
+- One projection gives queries, keys, values and gate: one GEMM, four matrices to the optimizer.
+- RMSNorm over the head width on queries and keys, before RoPE.
+- Local layers: RoPE (rotate-half, fp32) and a causal window. Global layers: causal, no positional encoding (NoPE).
+- σ(W_G x) multiplies the attention output elementwise before the output projection.
+
+Shapes: B batch, S sequence, D width, H query heads, G key/value heads, C head width, P = 2(H + G)·C.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from trinity.config.model import ModelConfig
+from trinity.models.backends import Visibility, attend
+from trinity.models.layers import Linear, RMSNorm
+
+
+class Attention(nn.Module):
+    """One attention sublayer.
+
+    Args:
+        config: the model's sizes.
+        layer: 0-based index of the block; decides local or global.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.window = None if config.is_global(layer) else config.window
+        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.qkvg = Linear(config.width, (q_width, kv_width, kv_width, q_width))
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.out = Linear(q_width, (config.width,))
+
+    def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility) -> Tensor:
+        """Attention output before the post-norm.
+
+        Args:
+            x_BSD: the normalised input.
+            rotation: cos and sin [B or 1, S, 1, C] fp32 of every position.
+            visible: which tokens see which.
+        Returns:
+            [B, S, D], x's dtype.
+        """
+        q, k, v, gate = self.qkvg(x_BSD).split(self.qkvg.rows, dim=-1)
+        q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)))
+        k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
+        v_BSGC = v.unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.window is not None:
+            q_BSHC, k_BSGC = rotate(q_BSHC, *rotation), rotate(k_BSGC, *rotation)
+        mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, visible).flatten(-2)
+        return self.out(mixed * torch.sigmoid(gate))
+
+
+def rotation_of(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE (Su et al., arXiv 2104.09864), the two halves sharing their angles (rotate-half).
+
+    Args:
+        positions_BS: [B or 1, S] int64 places of the tokens.
+        dtype: fp32, or float64 for a model in float64.
+    Returns:
+        cos, sin: [B or 1, S, 1, C].
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=dtype) / head_dim
+    angles = positions_BS.to(dtype).unsqueeze(-1) * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+C/2}) by its angle; in cos's precision, rounded once to x's dtype."""
+    first, second = x_BSHC.chunk(2, dim=-1)
+    swapped = torch.cat((-second, first), dim=-1)
+    return (x_BSHC * cos + swapped * sin).to(x_BSHC.dtype)

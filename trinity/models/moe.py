@@ -1,0 +1,100 @@
+"""The sparse MoE layer (eq. 15-18): sigmoid router with a balancing bias, routed experts, a shared expert.
+
+- Logits, scores and gates in fp32 from fp32 weights, whatever the model computes in.
+- Top-K on score + bias; the gate is the score alone, normalised over the chosen to sum 1, times the route scale.
+- y = shared(x) + Σ gate·FFN(x). The "+u" inside eq. 15 is not in the released model.
+- Forward mutates nothing: counts and losses are returned, and the trainer updates the bias once a step.
+
+Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import trinity_kernels
+from trinity.balancing import sequence_loss
+from trinity.config.model import ModelConfig
+from trinity.models.layers import SwiGLU
+from trinity_kernels.norm import wide
+
+
+class Routing(NamedTuple):
+    """What one MoE layer has to say about one forward pass.
+
+    counts_E: [E] int64, tokens routed to each expert.
+    sequence_loss_B: [B] fp32, Σ_i f_i·P_i of each row (eq. 29-32, without α), differentiable.
+    entropy_sum: scalar fp32, Σ over tokens of the entropy of s_i/Σs in nats.
+    """
+
+    counts_E: Tensor
+    sequence_loss_B: Tensor
+    entropy_sum: Tensor
+
+
+class Router(nn.Module):
+    """Token-choice router: s = σ(W x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.active, self.route_scale = config.active_experts, config.route_scale
+        self.weight = nn.Parameter(torch.empty(config.experts, config.width))
+        self.roles = {"weight": ("router", (config.experts,))}
+
+    def forward(self, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            x_TD: tokens, any floating point.
+            bias_E: [E] fp32.
+        Returns:
+            gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, counts_E.
+        """
+        scores_TE = torch.sigmoid(F.linear(wide(x_TD), wide(self.weight)))
+        indices_TK, counts_E = trinity_kernels.route(scores_TE.detach(), bias_E, self.active)
+        chosen_TK = scores_TE.gather(1, indices_TK)
+        gates_TK = chosen_TK / (chosen_TK.sum(dim=1, keepdim=True) + 1e-20) * self.route_scale
+        return gates_TK, scores_TE, indices_TK, counts_E
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, one SwiGLU network an expert, kept in three dimensions and more, never flattened."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, width = config.experts, config.expert_width, config.width
+        self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
+        self.down = nn.Parameter(torch.empty(experts, width, hidden))
+        self.roles = {"gate_up": ("experts", (hidden,)), "down": ("experts", (width,))}
+
+    def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Weighted sum of each token's experts: [T, D], x's dtype."""
+        return trinity_kernels.expert_mlp(x_TD, self.gate_up, self.down, indices_TK, gates_TK)
+
+
+class MoE(nn.Module):
+    """One MoE sublayer; holds the balancing state as fp32 buffers that no optimizer sees."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = SwiGLU(config.width, config.shared_experts * config.expert_width)
+        self.register_buffer("expert_bias", torch.empty(config.experts, dtype=torch.float32))
+        self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        """[B, S, D] → the same, and what the routing was."""
+        x_TD = x_BSD.flatten(0, 1)
+        gates_TK, scores_TE, indices_TK, counts_E = self.router(x_TD, self.expert_bias)
+        y_TD = self.shared(x_TD) + self.experts(x_TD, indices_TK, gates_TK)
+        rows = x_BSD.shape[:2]
+        balance_B = sequence_loss(scores_TE.unflatten(0, rows), indices_TK.unflatten(0, rows))
+        return y_TD.view_as(x_BSD), Routing(counts_E, balance_B, _entropy_sum(scores_TE.detach()))
+
+
+def _entropy_sum(scores_TE: Tensor) -> Tensor:
+    shares = scores_TE / scores_TE.sum(dim=1, keepdim=True)
+    return torch.special.entr(shares).sum()

@@ -1,0 +1,138 @@
+"""Trinity: the report's decoder, whole, in one place.
+
+- Sandwich norms around every sublayer: y = x + RMSNorm₂(M(RMSNorm₁(x))), gains 1 and 1/√L (eq. 33-35).
+- Three local layers (RoPE, window), then one global (NoPE), repeated; gated attention with QK-norm.
+- The first layers dense, then sparse MoE layers with a shared expert.
+- Embedding times √d; untied head; no biases anywhere; final RMSNorm.
+
+Shapes: B batch, S sequence, D width, V vocabulary, M MoE layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trinity.config.model import ModelConfig
+from trinity.models.attention import Attention, rotation_of
+from trinity.models.backends import Visibility
+from trinity.models.initialization import initialize
+from trinity.models.layers import Embedding, Head, RMSNorm, SwiGLU
+from trinity.models.moe import MoE, Routing
+from trinity_kernels.norm import wide
+
+
+class Losses(NamedTuple):
+    """Sums over one microbatch, so that microbatches and ranks add up; nothing here is divided yet.
+
+    token_loss: scalar, Σ over valid targets of CE + z·lse², differentiable.
+    ce_BS, lse_BS: [B, S] fp32, each token's cross-entropy and log-sum-exp, 0 where the target is ignored.
+    top_logit: scalar fp32, the largest logit.
+    sequence_loss_B: [B] fp32, Σ over MoE layers of Σ_i f_i·P_i, differentiable; None without MoE layers.
+    counts_ME: [M, E] int64, tokens per expert; None without MoE layers.
+    entropy_sum: scalar, Σ over tokens and MoE layers of the router's entropy.
+    """
+
+    token_loss: Tensor
+    ce_BS: Tensor
+    lse_BS: Tensor
+    top_logit: Tensor
+    sequence_loss_B: Tensor | None
+    counts_ME: Tensor | None
+    entropy_sum: Tensor | None
+
+
+class Block(nn.Module):
+    """Attention and FFN (dense or MoE), each between its two norms."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        after = config.layers**-0.5
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.attention_post_norm = RMSNorm(config.width, config.norm_eps, initial_gain=after)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.sparse = layer >= config.dense_layers
+        self.ffn = MoE(config) if self.sparse else SwiGLU(config.width, config.dense_width)
+        self.ffn_post_norm = RMSNorm(config.width, config.norm_eps, initial_gain=after)
+
+    def forward(
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility
+    ) -> tuple[Tensor, Routing | None]:
+        """[B, S, D] → the same, and the routing where the block is sparse."""
+        x_BSD = x_BSD + self.attention_post_norm(self.attention(self.attention_norm(x_BSD), rotation, visible))
+        y, routing = self.ffn(self.ffn_norm(x_BSD)), None
+        if self.sparse:
+            y, routing = y
+        return x_BSD + self.ffn_post_norm(y), routing
+
+
+class Trinity(nn.Module):
+    """The model.
+
+    Args:
+        config: its sizes.
+        attention: engine of softmax attention, see trinity.models.backends.
+
+    Parameters hold garbage until init_weights (or a checkpoint) fills them.
+    """
+
+    def __init__(self, config: ModelConfig, attention: str = "auto") -> None:
+        super().__init__()
+        self.config, self.attention_engine = config, attention
+        self.embed = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = Head(config)
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter and buffer as a function of the seed and its name alone (eq. 34-38)."""
+        initialize(self, self.config, seed)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        targets_BS: Tensor | None = None,
+        z: float = 0.0,
+    ) -> Tensor | Losses:
+        """Logits, or the losses of given targets.
+
+        Args:
+            tokens_BS: [B, S] int64.
+            positions_BS: [B or 1, S] int64, increasing along the row; 0…S−1 by default.
+            document_ids_BS: [B, S] integers; where given, attention never crosses a document.
+            targets_BS: [B, S] int64, already shifted: the token that follows; −100 counts nowhere.
+            z: coefficient of the z-loss.
+        Returns:
+            logits [B, S, V] in the compute dtype, or Losses.
+        """
+        plain = positions_BS is None
+        if plain:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+        visible = Visibility(positions_BS, document_ids_BS, plain, self.attention_engine)
+        x_BSD = self.embed(tokens_BS)
+        precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
+        rotation = rotation_of(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
+        routings = []
+        for block in self.blocks:
+            x_BSD, routing = block(x_BSD, rotation, visible)
+            if routing is not None:
+                routings.append(routing)
+        x_BSD = self.norm(x_BSD)
+        if targets_BS is None:
+            return self.head(x_BSD)
+        return _collect(self.head(x_BSD, targets_BS, z), routings, tokens_BS.shape)
+
+
+def _collect(head: tuple[Tensor, ...], routings: list[Routing], rows: torch.Size) -> Losses:
+    token_loss, ce_T, lse_T, top_T = head
+    losses = Losses(token_loss, ce_T.view(rows), lse_T.view(rows), wide(top_T).amax(), None, None, None)
+    if not routings:
+        return losses
+    return losses._replace(
+        sequence_loss_B=torch.stack([routing.sequence_loss_B for routing in routings]).sum(dim=0),
+        counts_ME=torch.stack([routing.counts_E for routing in routings]),
+        entropy_sum=torch.stack([routing.entropy_sum for routing in routings]).sum(),
+    )
