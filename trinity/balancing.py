@@ -1,0 +1,109 @@
+"""Expert balancing: the bias that steers routing, the loss that evens a sequence, and the signals of collapse.
+
+A router picks the top K of s + b, and b, one number per expert, is not trained: once per optimizer step it is moved by
+rule, from how many tokens each expert got in the whole global batch. Two rules:
+
+- sign (Nano and Mini, eq. 19-22): a step of fixed size γ towards balance. It can never settle.
+- SMEBU (Large, eq. 23-28): a step that grows with the violation but is bounded by tanh, and damped by momentum.
+
+Both keep the mean of b where the routes do not see it, at 0: only differences between experts choose.
+Everything here is a pure function of tensors; a leading dimension for layers is allowed everywhere.
+
+Shapes: B sequences (packed rows), S tokens of one sequence, E experts, K experts chosen per token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def smebu_update(
+    bias: Tensor, momentum: Tensor, counts: Tensor, rate: float, kappa: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """One SMEBU step (eq. 23-28): v = (n̄−n)/n̄; Δ = λ·tanh(κ·v); Δ −= mean(Δ); m = β·m + (1−β)·Δ; b += m.
+
+    Args:
+        bias: [..., E], fp32 or float64: b.
+        momentum: [..., E], bias's dtype: m, zeros before the first step.
+        counts: [..., E], integer or floating: tokens sent to each expert in the global batch, n.
+        rate: λ, in units of the scores (Large: 5e-4).
+        kappa: κ, the slope of tanh at balance (Large: 2).
+        beta: β, the share of the momentum that is kept (Large: 0.5).
+    Returns:
+        The new bias and momentum, in bias's dtype. A layer without any token keeps both as they were.
+    """
+    violation, routed = _violation(counts)
+    step = rate * torch.tanh(kappa * violation.to(bias.dtype))
+    step = step - step.mean(dim=-1, keepdim=True)
+    new_momentum = beta * momentum + (1 - beta) * step
+    return torch.where(routed, bias + new_momentum, bias), torch.where(routed, new_momentum, momentum)
+
+
+def sign_update(bias: Tensor, counts: Tensor, gamma: float) -> Tensor:
+    """One aux-loss-free step with re-centring (eq. 19-22): b += γ·sign(n̄−n); b −= mean(b).
+
+    Args:
+        bias: [..., E], fp32 or float64: b.
+        counts: [..., E], integer or floating: tokens sent to each expert in the global batch, n.
+        gamma: γ, in units of the scores (the report gives none; 1e-3 is DeepSeek-V3's).
+    Returns:
+        The new bias, in bias's dtype. A layer without any token keeps its own.
+    """
+    violation, routed = _violation(counts)
+    moved = bias + gamma * violation.sign().to(bias.dtype)
+    return torch.where(routed, moved - moved.mean(dim=-1, keepdim=True), bias)
+
+
+def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor) -> Tensor:
+    """The sequence-wise auxiliary loss of one MoE layer without its factor α: Σ_i f_i P_i (eq. 29-32).
+
+    f_i = E/(K·S) · (times i was chosen in the row), a constant: counting has no gradient.
+    P_i = mean over the row of s_i/Σ_j s_j: the gradient goes through it alone.
+    A row that spreads its tokens evenly has f_i = 1, and so a loss of 1.
+
+    Args:
+        scores_BSE: [B, S, E], fp32 or float64: the router's sigmoid scores, without the bias.
+        indices_BSK: [B, S, K], int64: the experts chosen by s + b.
+    Returns:
+        [B], scores' dtype; 0 for rows of no tokens.
+    """
+    B, S, E = scores_BSE.shape
+    K = indices_BSK.shape[-1]
+    chosen_BSK = torch.ones_like(indices_BSK, dtype=scores_BSE.dtype)
+    counts_BE = scores_BSE.new_zeros(B, E).scatter_add_(1, indices_BSK.flatten(1), chosen_BSK.flatten(1))
+    share_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).sum(dim=1)
+    tokens = max(S, 1)
+    return (counts_BE * (E / (K * tokens)) * (share_BE / tokens)).sum(dim=-1)
+
+
+def max_violation(counts: Tensor) -> Tensor:
+    """MaxVio (eq. 42): (max_i n_i − n̄)/n̄, the signal of collapse: flat for long, then it climbs suddenly.
+
+    Args:
+        counts: [..., E], integer or floating: tokens sent to each expert.
+    Returns:
+        [...], float64: 0 at perfect balance, E/K − 1 where K experts get all; 0 for a layer without any token.
+    """
+    violation, _ = _violation(counts)
+    return -violation.amin(dim=-1)
+
+
+def dead_share(counts: Tensor) -> Tensor:
+    """The share of experts that got no token.
+
+    Args:
+        counts: [..., E], integer or floating: tokens sent to each expert.
+    Returns:
+        [...], float64, from 0 to 1.
+    """
+    return (counts == 0).double().mean(dim=-1)
+
+
+def _violation(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(n̄−n)/n̄ as [..., E] in float64, 0 where there are no tokens; and whether there are any, as [..., 1].
+
+    float64 because fp32 does not hold every count above 2²⁴, and an expert that has exactly n̄ must give exactly 0.
+    """
+    counts = counts.double()
+    mean = counts.mean(dim=-1, keepdim=True)
+    routed = mean > 0
+    return (mean - counts) / torch.where(routed, mean, 1.0), routed
