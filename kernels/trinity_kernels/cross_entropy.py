@@ -35,9 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             x_CD = widened(x_TD[rows])
             logits_CV = wide(x_CD @ weight.t())
-            loss_T[rows], lse_T[rows], top_T[rows] = _token_losses(logits_CV, targets_T[rows])
+            loss_T[rows], lse_T[rows], top_T[rows], sum_C = _token_losses(logits_CV, targets_T[rows])
             if with_gradient:
-                grad_CV = _logits_gradient(logits_CV, lse_T[rows], targets_T[rows], z).to(x_CD.dtype)
+                grad_CV = _logits_gradient(logits_CV, sum_C, lse_T[rows], targets_T[rows], z).to(x_CD.dtype)
                 grad_x[rows] = grad_CV @ weight
                 grad_weight += grad_CV.t() @ x_CD
         if with_gradient:
@@ -52,23 +52,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
 
 
-def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """CE, lse and the largest logit per token; CE and lse are 0 where the target is ignored."""
+def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Leaves exp(logit − top) where the logits were: the one exponential that loss and gradient share.
+
+    Returns:
+        CE and lse per token, both 0 where the target is ignored; the largest logit; the sum of what was left.
+    """
     valid = targets_C != IGNORE
     top_C = logits_CV.amax(dim=1)
-    lse_C = torch.logsumexp(logits_CV, dim=1)
-    picked = logits_CV.gather(1, targets_C.clamp_min(0).unsqueeze(1)).squeeze(1)
+    picked_C = logits_CV.gather(1, targets_C.clamp_min(0).unsqueeze(1)).squeeze(1)
+    sum_C = logits_CV.sub_(top_C.unsqueeze(1)).exp_().sum(dim=1)
+    lse_C = top_C + sum_C.log()
     zero = lse_C.new_zeros(())
     # where, not a product: an ignored token with an infinite logit must not give NaN
-    return torch.where(valid, lse_C - picked, zero), torch.where(valid, lse_C, zero), top_C
+    return torch.where(valid, lse_C - picked_C, zero), torch.where(valid, lse_C, zero), top_C, sum_C
 
 
-def _logits_gradient(logits_CV: Tensor, lse_C: Tensor, targets_C: Tensor, z: float) -> Tensor:
-    """p·(1 + 2·z·lse) − onehot in the logits' own memory; rows of ignored targets are 0."""
-    valid = (targets_C != IGNORE).unsqueeze(1)
-    grad = logits_CV.sub_(lse_C.unsqueeze(1)).exp_().mul_((1 + 2 * z * lse_C).unsqueeze(1))
-    grad.scatter_add_(1, targets_C.clamp_min(0).unsqueeze(1), grad.new_full((1, 1), -1.0).expand(grad.shape[0], 1))
-    return grad.masked_fill_(~valid, 0.0)
+def _logits_gradient(exp_CV: Tensor, sum_C: Tensor, lse_C: Tensor, targets_C: Tensor, z: float) -> Tensor:
+    """p·(1 + 2·z·lse) − onehot in the memory of what _token_losses left; rows of ignored targets are 0."""
+    valid_C = targets_C != IGNORE
+    exp_CV.mul_(((1 + 2 * z * lse_C) / sum_C).unsqueeze(1))
+    exp_CV.scatter_add_(1, targets_C.clamp_min(0).unsqueeze(1), exp_CV.new_full((len(exp_CV), 1), -1.0))
+    exp_CV[~valid_C] = 0.0
+    return exp_CV
 
 
 def _linear_cross_entropy(

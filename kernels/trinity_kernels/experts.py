@@ -82,7 +82,7 @@ def _forward(x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s
     order_R, ends_E = group_rows(indices_TK, w1_EHD.shape[0])
     pre_RH = _times_weights(x_TD[order_R // active], w1_EHD, ends_E, transpose=True)
     rows_RD = _times_weights(_swiglu(pre_RH), w2_EDF, ends_E, transpose=True)
-    return _sum_per_token(rows_RD, order_R, s_TK, x_TD), pre_RH
+    return _sum_per_token(rows_RD, order_R, active, s_TK, x_TD), pre_RH
 
 
 @_forward.register_fake
@@ -90,16 +90,14 @@ def _(x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Te
     return torch.empty_like(x_TD), x_TD.new_empty(indices_TK.numel(), w1_EHD.shape[1])
 
 
-def _sum_per_token(rows_RD: Tensor, order_R: Tensor, s_TK: Tensor | None, x_TD: Tensor) -> Tensor:
+def _sum_per_token(rows_RD: Tensor, order_R: Tensor, active: int, s_TK: Tensor | None, x_TD: Tensor) -> Tensor:
     """Σ_k s_tk · row, in fp32, each token collecting its own K rows: no atomics, so the same bits every time."""
-    tokens, width = x_TD.shape
-    active = order_R.numel() // max(tokens, 1)
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    rows_TKD = wide(rows_RD[place_R].view(tokens, active, width))
+    rows_TKD = wide(rows_RD[place_R].view(len(x_TD), active, x_TD.shape[1]))
     if s_TK is None:
         return rows_TKD.sum(dim=1).to(x_TD.dtype)
-    return torch.bmm(wide(s_TK).unsqueeze(1), rows_TKD).squeeze(1).to(x_TD.dtype)
+    return torch.bmm(wide(s_TK).unsqueeze(1), rows_TKD).squeeze_(1).to(x_TD.dtype)  # squeeze_: no view leaves the op
 
 
 @torch.library.custom_op("trinity::expert_mlp_backward", mutates_args=())
@@ -126,7 +124,8 @@ def _backward(
     grad_gate = grad_act_RF.mul_(up).mul_(sigmoid + silu * (1 - sigmoid))
     grad_pre_RH = torch.cat((grad_gate, grad_up), dim=1).to(x_TD.dtype)
     grad_w1 = _weight_gradient(grad_pre_RH, x_TD[token_R], ends_E, w1_EHD)
-    grad_x = _sum_per_token(_times_weights(grad_pre_RH, w1_EHD, ends_E, transpose=False), order_R, None, x_TD)
+    rows_RD = _times_weights(grad_pre_RH, w1_EHD, ends_E, transpose=False)
+    grad_x = _sum_per_token(rows_RD, order_R, active, None, x_TD)
 
     grad_s = torch.empty_like(grad_s_R)
     grad_s[order_R] = grad_s_R

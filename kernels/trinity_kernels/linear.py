@@ -40,9 +40,11 @@ class _WidenedLinear(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         grad_wide = grad.float()
         grad_x = (grad_wide @ weight_OI.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        rows = grad_wide.flatten(0, -2)
-        grad_weight = (rows.t() @ x.float().flatten(0, -2)).to(weight_OI.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None
+        outputs, inputs = weight_OI.shape
+        grad_weight = grad_wide.reshape(-1, outputs).t() @ x.float().reshape(-1, inputs)
+        return grad_x, grad_weight.to(weight_OI.dtype)
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         x, gain_D, inverse_rms = ctx.saved_tensors
         unit = wide(x) * inverse_rms
         grad_wide = wide(grad)
-        grad_gain = torch.sum((grad_wide * unit).flatten(0, -2), dim=0).to(gain_D.dtype)
+        grad_gain = torch.sum((grad_wide * unit).reshape(-1, gain_D.numel()), dim=0).to(gain_D.dtype)
         scaled = grad_wide * wide(gain_D)
         along = (scaled * unit).mean(dim=-1, keepdim=True)
         grad_x = scaled.sub_(unit.mul_(along)).mul_(inverse_rms).to(x.dtype)

@@ -37,13 +37,17 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
         model = raw.get("model")
         if OmegaConf.is_dict(model) and model.get("name") is not None:
             name = model.name
-    if name not in ZOO:
+    if not isinstance(name, str) or name not in ZOO:
         raise UserError(f"model.name={name} is not known; use one of {', '.join(ZOO)}")
     merged = OmegaConf.structured(RunConfig(model=ZOO[name]))
     OmegaConf.set_readonly(merged.model, False)  # frozen dataclasses arrive read-only
     for where, raw in sources:
         merged = _merge(merged, raw, where)
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an entry of a list that lacks a value, an interpolation
+        where = " or ".join(name for name, _ in sources)
+        raise UserError(f"{error.full_key} in {where}: {str(error).splitlines()[0]}") from None
     check_run(config)
     return config
 
@@ -85,6 +89,10 @@ def _read_file(path: Path) -> DictConfig:
         raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raw = None  # omegaconf's way to say that the file holds a lone number
     if not OmegaConf.is_dict(raw):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
     return _whole_numbers(raw)
@@ -133,4 +141,7 @@ def _unknown_key(merged: DictConfig, section: str, error: ConfigKeyError, where:
     known = list(OmegaConf.select(merged, parent) if parent else merged)
     nearest = difflib.get_close_matches(key, [str(name) for name in known], n=1, cutoff=0)
     suggestion = ".".join(filter(None, (parent, *nearest)))
+    if suggestion == error.full_key:  # in a file, dots do not nest
+        nested = ": {".join(suggestion.split(".")) + ": …" + "}" * suggestion.count(".")
+        return f"{suggestion} in {where} is written with dots; in a file write {nested}"
     return f"{error.full_key} in {where} is not a known key; did you mean {suggestion}?"

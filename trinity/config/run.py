@@ -63,7 +63,7 @@ class Data:
     loss_on_document_start: bool = True
     """Whether the beginning-of-text token that follows a document is a valid target. Ours."""
     streams: int = 48
-    """V: logical streams the data is dealt into; fixed for the life of a run, a multiple of any number of data ranks."""
+    """V: logical streams the data is dealt into; fixed for a run's life, a multiple of any number of data ranks."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Source name → weight, by tokens; equal weights by default."""
     verify: Literal["auto", "always", "never"] = "auto"
@@ -75,7 +75,9 @@ class RampEntry:
     """From `tokens` seen on, a global batch of `sequences`."""
 
     tokens: int
+    """Tokens seen before the first step of this size."""
     sequences: int
+    """Global batch from there on, in sequences."""
 
 
 @dataclass
@@ -95,8 +97,11 @@ class Muon:
     """Muon, for hidden matrices. The report gives the rates; the rest are the Dion repository's defaults, ours here."""
 
     lr: float = 1e-3
+    """Peak learning rate, before the factor √max(1, fan_out/fan_in) of eq. 41."""
     momentum: float = 0.95
+    """μ: the share of the momentum that is kept."""
     nesterov: bool = True
+    """Look ahead by one momentum step."""
     weight_decay: float = 0.01
     """Decoupled, on the unadjusted rate."""
     coefficients: Literal["dion", "keller", "polar_express"] = "dion"
@@ -114,6 +119,7 @@ class AdamW:
     """AdamW, for embedding, head and gains (and the router where optim.router says so)."""
 
     lr: float = 3e-4
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Ours."""
     eps: float = 1e-8
@@ -127,7 +133,9 @@ class Schedule:
     """Fraction of the peak rates: warm-up, constant, decay, then `final`."""
 
     warmup_steps: int = 2000
+    """Steps of linear warm-up; 0 for none."""
     decay: Literal["none", "linear", "cosine"] = "none"
+    """Shape of the way from the peak to `final`."""
     decay_start_tokens: int | None = None
     """Where decay begins, in tokens seen; or in steps with decay_start_steps."""
     decay_start_steps: int | None = None
@@ -196,6 +204,7 @@ class Kernels:
     """Which implementation of each operation; auto takes the best that is there."""
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
+    """Engine of softmax attention: flash4, flash2 or varlen on a GPU in 16 bits, else sdpa. See trinity.models.backends."""
 
 
 @dataclass

@@ -1,0 +1,53 @@
+# Everything a fresh machine with Python >= 3.11 needs: `make smoke` trains, exports and checks a small model, `make test`
+# runs the tests. TORCH_INDEX: a package index that holds CPU builds of torch, used where there is no NVIDIA GPU.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/smoke
+DATA := data/smoke
+CORPUS := $(DATA)/corpus
+SHARDS := $(DATA)/shards
+SETS := code/train code/validation prose/train prose/validation
+
+# Spinning OpenMP threads collapse torch where other processes run too.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := true
+
+.PHONY: smoke test test-slow lint venv data clean help
+
+help:
+	@echo "make smoke | test | test-slow | lint | venv | data | clean"
+
+venv: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt tools/install.sh
+	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" bash tools/install.sh $(VENV)
+	touch $@
+
+data: venv
+	$(BIN)/python tools/prepare_corpus.py --out $(CORPUS)
+	$(BIN)/python tools/train_tokenizer.py --input $(CORPUS)/code.train.jsonl $(CORPUS)/prose.train.jsonl \
+		--vocab-size 8192 --out $(DATA)/tokenizer
+	for set in $(SETS); do \
+		$(BIN)/python tools/prepare_data.py --input $(CORPUS)/$$(echo $$set | tr / .).jsonl \
+			--tokenizer $(DATA)/tokenizer --out $(SHARDS)/$$set || exit $$?; \
+	done
+
+smoke: data
+	$(BIN)/python launch/pretrain.py configs/smoke.yaml run.dir=$(RUN)
+	$(BIN)/python tools/smoke_summary.py $(RUN) --out $(RUN)/hf/final
+
+test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,44 @@
+"""Pretrain a config.
+
+    python launch/pretrain.py configs/smoke.yaml
+    torchrun --standalone --nproc-per-node 1 launch/pretrain.py configs/smoke.yaml run.steps=20
+
+The same command again resumes from the newest complete checkpoint.
+"""
+
+import argparse
+
+from trinity.errors import run_main
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file, such as configs/smoke.yaml")
+    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
+    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and FLOPs; train nothing")
+    parser.add_argument(
+        "--accept-change", action="append", default=[], metavar="a.b", help="on resume, this setting may differ"
+    )
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    """Check the config before anything is started, then run it."""
+    arguments = parse()
+    from trinity.config import load_config, to_yaml
+
+    config = load_config(arguments.config, arguments.settings)
+    if arguments.dry_run:
+        from trinity.models.accounting import describe
+
+        print(to_yaml(config))
+        print(describe(config))
+        return 0
+    from trinity.training.loop import pretrain
+
+    return pretrain(config, arguments.accept_change)
+
+
+if __name__ == "__main__":
+    run_main(main)

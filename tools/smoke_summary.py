@@ -1,0 +1,75 @@
+"""The end of `make smoke`: export the run, check it against transformers, print a sample and one summary line.
+
+python tools/smoke_summary.py runs/smoke --out runs/smoke/hf/final
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from trinity.errors import UserError, run_main
+
+PROMPT = "def main("
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the export")
+    return parser.parse_args()
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The run's metrics, a dictionary a step."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run} has no metrics.jsonl; run launch/pretrain.py first")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def main() -> None:
+    """Export, verify, sample, summarise."""
+    arguments = parse()
+    import torch
+
+    from trinity.data.shards import TokenSource
+    from trinity.data.statistics import unigram_entropy
+    from trinity.data.tokenizer import bos_id, load_tokenizer
+    from trinity.data.validation import validation_sequences
+    from trinity.evaluation.generate import generate
+    from trinity.interop import export_hf
+    from trinity.interop.verify import largest_logit_difference
+    from trinity.training.checkpoint import load_model
+
+    records = read_metrics(arguments.run)
+    model, config, _ = load_model(arguments.run)
+    export_hf(model, arguments.out, Path(config.data.tokenizer), dtype=torch.float32, overwrite=True)
+
+    held_out = {name: TokenSource(Path(folder)) for name, folder in config.data.validation.items()}
+    first = next(iter(held_out.values()))
+    rows = list(validation_sequences(first, config.data.sequence_length, 2))
+    difference, largest = largest_logit_difference(model, arguments.out, torch.stack([row.tokens for row in rows]))
+
+    tokenizer = load_tokenizer(Path(config.data.tokenizer))
+    prompt = [bos_id(tokenizer), *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
+    sample = generate(model, prompt, max_new_tokens=60, temperature=0.8, top_p=0.95, seed=0, stop_id=bos_id(tokenizer))
+    print(f"sample: {PROMPT}{tokenizer.decode(sample)}\n")
+
+    entropy = {name: unigram_entropy({name: source}, {name: 1.0}) for name, source in held_out.items()}
+    validation = " ".join(
+        f"{name} {records[-1][f'validation_loss.{name}']:.3f} nats/token "
+        f"({records[-1][f'validation_bits_per_byte.{name}']:.3f} bits/byte; unigram entropy {entropy[name]:.3f})"
+        for name in held_out
+    )
+    speed = statistics.median(record["tokens_per_second"] for record in records)
+    print(
+        f"smoke: loss {records[0]['loss']:.3f} → {records[-1]['loss']:.3f} | validation {validation} | "
+        f"{speed:,.0f} tokens/s | export {arguments.out} | "
+        f"largest logit difference to transformers {difference:.1e} (of logits up to {largest:.1f})"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,52 @@
+"""FSDP2 over a model, its precision chosen part by part.
+
+A block-wide bf16 policy would turn router, gains and every buffer into bf16 without a word. So each block is three
+groups: norms and router in fp32, experts, and the rest, the last two in the compute dtype. Inputs are never cast by the
+wrapper: each operation says itself in which precision it works.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from trinity.config.run import Precision
+from trinity.models.layers import RMSNorm
+from trinity.models.moe import MoE, Router
+from trinity.models.trinity import Block, Trinity
+
+
+def master_dtype(precision: Precision) -> torch.dtype:
+    """Parameters and optimizer state: fp32, or float64 for a run in float64."""
+    return torch.float64 if precision.compute == "float64" else torch.float32
+
+
+def shard_model(model: Trinity, mesh: DeviceMesh, precision: Precision) -> None:
+    """Shard a model in place over a ("replicate", "shard") mesh; gradients are summed over it, never divided."""
+    master = master_dtype(precision)
+    compute = getattr(torch, precision.compute)
+    reduce = getattr(torch, precision.reduce)
+    kept = MixedPrecisionPolicy(reduce_dtype=master, cast_forward_inputs=False)
+    cast = MixedPrecisionPolicy(
+        param_dtype=None if compute == master else compute,
+        reduce_dtype=master if compute == torch.float64 else reduce,
+        cast_forward_inputs=False,
+    )
+    for block in model.blocks:
+        _shard_block(block, mesh, kept, cast)
+    fully_shard(model.embed, mesh=mesh, mp_policy=cast)
+    fully_shard(model.norm, mesh=mesh, mp_policy=kept)
+    fully_shard(model.head, mesh=mesh, mp_policy=cast)
+    fully_shard(model, mesh=mesh, mp_policy=kept)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_block(block: Block, mesh: DeviceMesh, kept: MixedPrecisionPolicy, cast: MixedPrecisionPolicy) -> None:
+    precise: list[nn.Module] = [part for part in block.modules() if isinstance(part, RMSNorm | Router)]
+    fully_shard(precise, mesh=mesh, mp_policy=kept)
+    if isinstance(block.ffn, MoE):
+        fully_shard(block.ffn.experts, mesh=mesh, mp_policy=cast)
+    fully_shard(block, mesh=mesh, mp_policy=cast)

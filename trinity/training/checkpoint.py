@@ -1,0 +1,134 @@
+"""Checkpoints: torch.distributed.checkpoint of tensors only, made true by one file written last.
+
+checkpoints/step_00000100/ holds the library's files and COMPLETE, a list of them with their sizes. A folder without
+COMPLETE, or with a file of another size, does not count. `latest` is a hint for people.
+
+One flat dictionary of tensors is the whole state: model.<name>, optim.<…>, data.<stream>, run.<counter>.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from trinity.config.load import load_config
+from trinity.config.run import RunConfig
+from trinity.errors import UserError
+from trinity.models.trinity import Trinity
+from trinity.training.run_directory import write_whole
+
+State = dict[str, Tensor]
+
+
+def step_folder(run_directory: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps lives."""
+    return run_directory / "checkpoints" / f"step_{step:08d}"
+
+
+def save(state: State, run_directory: Path, step: int, keep: int) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep` complete ones; every rank calls this.
+
+    An older checkpoint is removed only once the new one is complete.
+    """
+    folder = step_folder(run_directory, step)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first and folder.exists():  # left by a run that died while writing it
+        shutil.rmtree(folder)
+    if dist.is_initialized():
+        dist.barrier()
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True))
+    if first:
+        _complete(folder)
+        write_whole(run_directory / "checkpoints" / "latest", folder.name + "\n")
+        for step_done in complete_steps(run_directory)[:-keep]:
+            _remove(step_folder(run_directory, step_done))
+    return folder
+
+
+def _complete(folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    write_whole(folder / "COMPLETE", json.dumps({"files": sizes}) + "\n")
+    descriptor = os.open(folder, os.O_RDONLY)  # the names too must be on disk before anything older goes
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    (folder / "COMPLETE").unlink()  # first: a deletion that is cut off must not leave a folder that looks whole
+    shutil.rmtree(folder)
+
+
+def complete_steps(run_directory: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    folders = (run_directory / "checkpoints").glob("step_*")
+    return sorted(int(folder.name.removeprefix("step_")) for folder in folders if is_complete(folder))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether COMPLETE is there and every file that it lists has its size."""
+    try:
+        sizes = json.loads((folder / "COMPLETE").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def load(state: State, run_directory: Path, step: int) -> None:
+    """Fill the given tensors in place, whatever mesh they were saved on.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor, or holds it in another shape.
+    """
+    folder = step_folder(run_directory, step)
+    # a copy: the library wants to write its own references into the dictionary
+    wanted = dict(state)
+    try:
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder))
+    except (RuntimeError, ValueError, dcp.CheckpointException) as error:
+        reason = " ".join(str(error).split())[-300:]
+        raise UserError(f"{folder} does not fit this run's config: {reason}") from None
+
+
+def model_state(model: Trinity) -> State:
+    """Parameters and balancing state, by name."""
+    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def pick_step(run_directory: Path, step: int | None) -> int:
+    """The asked-for or newest complete checkpoint.
+
+    Raises:
+        UserError: there is none, or not that one.
+    """
+    steps = complete_steps(run_directory)
+    if not steps:
+        raise UserError(f"{run_directory} has no complete checkpoint")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f"{run_directory} has no complete checkpoint of step {step}; it has {steps}")
+    return step
+
+
+def load_model(run_dir: Path, step: int | None = None) -> tuple[Trinity, RunConfig, int]:
+    """The model of a run's checkpoint, unsharded on the CPU in its master precision.
+
+    Returns:
+        model, the run's config, the checkpoint's step.
+    Raises:
+        UserError: not a run directory, or no complete checkpoint.
+    """
+    config_path = Path(run_dir) / "config.yaml"
+    if not config_path.is_file():
+        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml")
+    config = load_config(config_path)
+    chosen = pick_step(Path(run_dir), step)
+    model = Trinity(config.model, config.kernels.attention)
+    if config.precision.compute == "float64":
+        model.double()
+    load(model_state(model), Path(run_dir), chosen)
+    return model, config, chosen

@@ -1,0 +1,252 @@
+"""A run from its config to its exit code: take the directory, build, resume, step, save, end.
+
+Exit codes: 0 finished, 75 saved because it was asked to stop, 3 too many bad steps in a row; user mistakes leave as
+UserError (2) through the command line.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trinity.config.changes import check_changes
+from trinity.config.check import run_directory
+from trinity.config.load import load_config
+from trinity.config.run import RunConfig
+from trinity.data.validation import validation_sequences
+from trinity.errors import UserError
+from trinity.evaluation.validation import evaluate
+from trinity.interop import export_hf, load_hf
+from trinity.models.accounting import flops_per_token
+from trinity.optim.groups import ownership_table
+from trinity.parallel import mesh
+from trinity.training import checkpoint
+from trinity.training.hardware import memory_gib, peak_flops
+from trinity.training.metrics import Sink, open_sinks
+from trinity.training.run_directory import RunDirectory
+from trinity.training.setup import (
+    batch_plan,
+    build_model,
+    check_batches,
+    make_optimizers,
+    microbatch_size,
+    open_data,
+    rates_at,
+    tokenizer_folder,
+    total_steps,
+)
+from trinity.training.signals import StopRequest
+from trinity.training.trainer import Batch, train_step
+
+FINISHED, SAVED, TOO_MANY_BAD_STEPS = 0, 75, 3
+
+
+def pretrain(config: RunConfig, accepted: list[str]) -> int:
+    """Run a config to its end, or until it is asked to stop.
+
+    Args:
+        config: the run.
+        accepted: keys whose change is meant, on resume.
+    Returns:
+        the process's exit code.
+    Raises:
+        UserError: what the user must mend.
+    """
+    mesh.check_parallel(config.parallel, mesh.world_size())
+    stop_request = StopRequest()
+    directory = RunDirectory(run_directory(config))
+    step = 0
+    try:
+        done = checkpoint.complete_steps(directory.path)
+        step = done[-1] if done else 0
+        if done:
+            _note_changes(check_changes(directory.newest_config(), config, accepted, str(directory.path)))
+        training = Training(config, directory, step)
+    except UserError as mistake:
+        directory.set_status("stopped", 2, step, str(mistake))
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            directory.forbid_restart(str(mistake))
+        raise
+    try:
+        return training.run(stop_request)
+    except BaseException as error:
+        directory.set_status("stopped", 1, training.step, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        training.close()
+        stop_request.restore()
+        directory.release()
+        mesh.stop()
+
+
+def _note_changes(changed: list[str]) -> None:
+    if changed:
+        print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+
+
+class Training:
+    """The state of a run in progress: what a checkpoint holds, and where figures go.
+
+    Args:
+        config: the run.
+        directory: its folder, held by this process.
+        step: the newest complete checkpoint there, 0 for none.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, step: int) -> None:
+        self.config, self.directory = config, directory
+        self.ranks = mesh.start(config.parallel, config.run.threads, config.run.deterministic)
+        check_batches(config, self.ranks.data_ranks)
+        self.plan, self.total = batch_plan(config), total_steps(config)
+        self.data = open_data(config, self.ranks)
+        self.model = build_model(config, self.ranks)
+        self.optimizers = make_optimizers(config, self.model)
+        self.step, self.bad_steps = step, 0
+        if step:
+            self._load(directory.path, step)
+        else:
+            self._begin()
+        directory.add_config(config)
+        self.sinks: list[Sink] = open_sinks(config, directory.path, self.step, self.total)
+        self._flops = flops_per_token(config.model, config.data.sequence_length)["training"]
+        self._announce()
+
+    def run(self, stop_request: StopRequest) -> int:
+        """Step until the end, a stop request, or too many bad steps."""
+        self.directory.set_status("running", None, self.step)
+        saved = self.step
+        while self.step < self.total:
+            record = self._one_step()
+            ending = self.step == self.total
+            every = self.config.evaluation.every
+            if every and (self.step % every == 0 or ending):
+                record |= self._evaluate()
+            for sink in self.sinks:
+                sink.write(record)
+            if self.bad_steps >= self.config.health.bad_steps:
+                return self._give_up()
+            asked = self.directory.take_save_request()
+            if ending or stop_request.reason or asked or self._due(self.config.checkpoint.every):
+                self._save()
+                saved = self.step
+            if self._due(self.config.export.every):
+                self._export()
+            if stop_request.reason and not ending:
+                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {stop_request.reason}")
+                return SAVED
+        self.directory.set_status("finished", FINISHED, self.step)
+        return FINISHED
+
+    def close(self) -> None:
+        """Close what figures are written to."""
+        for sink in self.sinks:
+            sink.close()
+
+    def state(self) -> checkpoint.State:
+        """Everything that a resumed run needs, as one flat dictionary of tensors."""
+        state = checkpoint.model_state(self.model)
+        state |= {f"optim.{key}": value for key, value in self.optimizers.state_dict().items()}
+        state |= {f"data.{key}": value for key, value in self.data.stream.state_dict().items()}
+        state["run.step"] = torch.tensor(self.step)
+        state["run.bad_steps"] = torch.tensor(self.bad_steps)
+        state["run.random"] = torch.get_rng_state()
+        return state
+
+    def _load(self, path: Path, step: int) -> None:
+        state = self.state()  # model and optimizer tensors are filled in place
+        checkpoint.load(state, path, step)
+        data = {key.removeprefix("data."): value for key, value in state.items() if key.startswith("data.")}
+        self.data.stream.load_state_dict(data)
+        self.step, self.bad_steps = int(state["run.step"]), int(state["run.bad_steps"])
+        torch.set_rng_state(state["run.random"])
+
+    def _begin(self) -> None:
+        """Initial weights, from the seed or from where the config says."""
+        init = self.config.init
+        self.model.init_weights(self.config.run.seed)
+        if init.hf:
+            load_hf(init.hf, into=self.model)
+        elif init.run:
+            self._fork(Path(init.run))
+
+    def _fork(self, path: Path) -> None:
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"init.run={path} is not a run directory: it has no config.yaml")
+        keep, step = self.config.init.keep, checkpoint.pick_step(path, self.config.init.step)
+        if keep == "all":
+            other = load_config(path / "config.yaml")
+            if other.data.streams != self.config.data.streams:
+                raise UserError(f"data.streams={self.config.data.streams} differs from {other.data.streams} in {path}")
+            self._load(path, step)
+            return
+        kept = ("model.",) if keep == "weights" else ("model.", "optim.")
+        checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, path, step)
+
+    def _one_step(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        first, sequences = self.plan.at(self.step)
+        length = self.config.data.sequence_length
+        rows = self.data.stream.take(sequences // self.ranks.data_ranks)
+        batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
+        rate = rates_at(self.config, self.step, first * length)
+        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks.device)
+        self.step += 1
+        self.bad_steps = self.bad_steps + 1 if figures["skipped"] else 0
+        seconds = time.perf_counter() - began
+        record = {"step": self.step, "tokens": (first + sequences) * length, "sequences": first + sequences}
+        record |= figures
+        record |= {
+            "step_seconds": seconds,
+            "tokens_per_second": sequences * length / seconds,
+            "memory_gib": memory_gib(self.ranks.device),
+        }
+        peak = peak_flops(self.ranks.device)
+        if peak:
+            record["mfu"] = self._flops * record["tokens_per_second"] / (peak * self.ranks.world)
+        return record
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _evaluate(self) -> dict[str, float]:
+        config, found = self.config, {}
+        for name, source in self.data.validation.items():
+            sequences = validation_sequences(source, config.data.sequence_length, config.evaluation.sequences)
+            figures = evaluate(
+                self.model,
+                sequences,
+                config.batch.microbatch,
+                config.data.document_mask,
+                self.data.byte_lengths_V,
+                self.ranks.device,
+            )
+            found |= {f"validation_{figure}.{name}": value for figure, value in figures.items()}
+        return found
+
+    def _save(self) -> None:
+        checkpoint.save(self.state(), self.directory.path, self.step, self.config.checkpoint.keep)
+
+    def _export(self) -> None:
+        folder = self.directory.path / "hf" / checkpoint.step_folder(self.directory.path, self.step).name
+        export_hf(self.model, folder, tokenizer_folder(self.config), overwrite=True)
+
+    def _give_up(self) -> int:
+        reason = f"{self.bad_steps} steps in a row had a loss or gradient that is not finite"
+        print(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}", file=sys.stderr)
+        self.directory.set_status("stopped", TOO_MANY_BAD_STEPS, self.step, reason)
+        self.directory.forbid_restart(reason)
+        return TOO_MANY_BAD_STEPS
+
+    def _announce(self) -> None:
+        print(ownership_table(self.optimizers), file=sys.stderr)
+        share = self.plan.at(self.step)[1] // self.ranks.data_ranks
+        micro = microbatch_size(share, self.config.batch.microbatch)
+        start = f"resuming after step {self.step}" if self.step else "starting"
+        print(
+            f"{start}: {self.total} steps, {share} rows a rank in microbatches of {micro}, on {self.ranks.device}, "
+            f"{torch.get_num_threads()} threads, into {self.directory.path}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,171 @@
+"""Where the figures of each step go: metrics.jsonl, the console, and W&B and TensorBoard by one word.
+
+metrics.jsonl is the record: one object a step, flushed; on resume it is cut back to the checkpoint's step and the tail
+is kept aside, so that no step is missing or doubled. Numbers are written in full precision.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from trinity.config.run import RunConfig
+from trinity.errors import UserError
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes one record a step."""
+
+    def write(self, record: Record) -> None:
+        """Take the record of one step."""
+
+    def close(self) -> None:
+        """Write out what is still held."""
+
+
+class JsonLines:
+    """metrics.jsonl, continued after `step`."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        if path.exists():
+            _cut_back(path, step)
+        self._file = open(path, "a")  # noqa: SIM115 (open for the life of the run)
+
+    def write(self, record: Record) -> None:
+        """Append one line and flush it."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _cut_back(path: Path, step: int) -> None:
+    kept, tail = [], []
+    for line in path.read_text().splitlines():
+        try:
+            later = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError):
+            later = True  # a line cut off by a crash
+        (tail if later else kept).append(line)
+    if not tail:
+        return
+    number = 1 + len(list(path.parent.glob("metrics.tail.*.jsonl")))
+    (path.parent / f"metrics.tail.{number}.jsonl").write_text("".join(f"{line}\n" for line in tail))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)
+
+
+class Console:
+    """Progress: a bar on a terminal, one line every so many steps elsewhere.
+
+    Args:
+        first, total: the step the run starts after, and its last one.
+        every: steps between lines.
+    """
+
+    def __init__(self, first: int, total: int, every: int) -> None:
+        self._every, self._total, self._first, self._began = every, total, first, time.monotonic()
+        self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stderr) if sys.stderr.isatty() else None
+
+    def write(self, record: Record) -> None:
+        """Show one step."""
+        text = (
+            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
+            f"  vio {record.get('max_violation', 0.0):.2f}" + ("  SKIPPED" if record["skipped"] else "")
+        )
+        for name, value in record.items():
+            if name.startswith("validation_loss."):
+                text += f"  {name.removeprefix('validation_')} {value:.4f}"
+        step = record["step"]
+        if self._bar is not None:
+            self._bar.update(1)
+            self._bar.set_postfix_str(text)
+        elif step % self._every == 0 or step == self._total:
+            left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
+            print(f"step {step}/{self._total}  {text}  ETA {_clock(left)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+class WandB:
+    """Weights & Biases; offline where there is no key, so that it never asks and never needs a network."""
+
+    def __init__(self, config: RunConfig, directory: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError('log.wandb needs wandb; install it: pip install "trinity-moe[wandb]"') from None
+        from omegaconf import OmegaConf
+
+        offline = not (os.environ.get("WANDB_API_KEY") or _netrc_knows_wandb())
+        self._run = wandb.init(
+            project=config.log.wandb,
+            name=config.run.name,
+            dir=directory,
+            config=OmegaConf.to_container(OmegaConf.structured(config)),
+            mode="offline" if offline else None,
+        )
+
+    def write(self, record: Record) -> None:
+        """Log one step."""
+        self._run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._run.finish()
+
+
+def _netrc_knows_wandb() -> bool:
+    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return path.is_file() and "wandb" in path.read_text(errors="replace")
+
+
+class TensorBoard:
+    """TensorBoard event files in the run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                'log.tensorboard needs tensorboard; install it: pip install "trinity-moe[tensorboard]"'
+            ) from None
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, record: Record) -> None:
+        """Add every number of one step."""
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def open_sinks(config: RunConfig, directory: Path, step: int, total: int) -> list[Sink]:
+    """Every place that the config names, the record first."""
+    sinks: list[Sink] = [JsonLines(directory / "metrics.jsonl", step), Console(step, total, config.log.every)]
+    if config.log.wandb:
+        sinks.append(WandB(config, directory))
+    if config.log.tensorboard:
+        sinks.append(TensorBoard(directory))
+    return sinks

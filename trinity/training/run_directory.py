@@ -1,0 +1,108 @@
+"""A run directory: who holds it, what state the run is in, and what makes restarts stop.
+
+lock: flock, so that a crash leaves none behind. status.json and config files: written beside, then renamed, so that a
+reader never sees half of one. STOP: written after a user's mistake or too many bad steps; restarts honour it until it
+is removed, because a launcher that restarts by itself must not repeat a mistake.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from trinity.config.load import load_config, save_config
+from trinity.config.run import RunConfig
+from trinity.errors import UserError
+
+
+class RunDirectory:
+    """One run's folder, held by this process until it ends.
+
+    Args:
+        path: the folder; made where it does not exist.
+
+    Raises:
+        UserError: it cannot be written, another process holds it, or STOP stands in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take()
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"the run directory {path} cannot be written ({error.strerror}); set run.dir") from None
+        except OSError as error:
+            if error.errno != 30:  # a read-only file system
+                raise
+            raise UserError(f"the run directory {path} is on a read-only file system; set run.dir") from None
+        stop = path / "STOP"
+        if stop.exists():
+            reason = " ".join(stop.read_text(errors="replace").split())
+            raise UserError(f"{stop} says: {reason}; remove that file to run again")
+
+    def _take(self) -> IO[str]:
+        lock = open(self.path / "lock", "a+")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{self.path} is in use by another run ({lock.read().strip()}); wait for it or set run.dir"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"host {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        return lock
+
+    def newest_config(self) -> RunConfig | None:
+        """The config of this directory's last start; None where no run has started."""
+        numbered = self._configs()
+        return load_config(numbered[max(numbered)]) if numbered else None
+
+    def add_config(self, config: RunConfig) -> None:
+        """Keep the resolved config of this start: config.yaml the first time, then config.N.yaml."""
+        numbered = self._configs()
+        number = max(numbered) + 1 if numbered else 0
+        save_config(config, self.path / (f"config.{number}.yaml" if number else "config.yaml"))
+
+    def _configs(self) -> dict[int, Path]:
+        found = {0: self.path / "config.yaml"} if (self.path / "config.yaml").exists() else {}
+        for path in self.path.glob("config.*.yaml"):
+            number = path.name.split(".")[1]
+            if number.isdecimal():
+                found[int(number)] = path
+        return found
+
+    def set_status(self, state: str, code: int | None, step: int, reason: str = "") -> None:
+        """Write status.json; state is running, finished, saved or stopped."""
+        status = {"state": state, "code": code, "step": step, "reason": reason}
+        write_whole(self.path / "status.json", json.dumps(status) + "\n")
+
+    def forbid_restart(self, reason: str) -> None:
+        """Write STOP."""
+        write_whole(self.path / "STOP", reason + "\n")
+
+    def take_save_request(self) -> bool:
+        """Whether somebody touched SAVE ("save now and go on"); takes the request away."""
+        request = self.path / "SAVE"
+        asked = request.exists()
+        request.unlink(missing_ok=True)
+        return asked
+
+    def release(self) -> None:
+        """Let another run have the directory."""
+        self._lock.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old text or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

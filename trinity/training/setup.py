@@ -1,0 +1,162 @@
+"""From a config to the things it describes: model, data, optimizers. Each function builds one."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trinity.config.run import RunConfig
+from trinity.data.batches import BatchPlan
+from trinity.data.shards import TokenSource
+from trinity.data.stream import SequenceStream
+from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
+from trinity.errors import UserError
+from trinity.models.roles import parameter_roles
+from trinity.models.trinity import Trinity
+from trinity.optim.groups import Optimizers, build_optimizers
+from trinity.optim.schedule import rate_scale
+from trinity.parallel.mesh import Ranks
+from trinity.parallel.recompute import recompute_blocks
+from trinity.parallel.sharding import master_dtype, shard_model
+
+
+def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
+    """The model, sharded over the mesh; its values are garbage until initialised or loaded."""
+    with torch.device("meta"):
+        model = Trinity(config.model, config.kernels.attention).to(master_dtype(config.precision))
+    if config.recompute == "block":
+        recompute_blocks(model)
+    shard_model(model, ranks.mesh, config.precision)
+    return model.to_empty(device=ranks.device)
+
+
+def make_optimizers(config: RunConfig, model: Trinity) -> Optimizers:
+    """Muon and AdamW over the model's parameters."""
+    muon = {field.name: getattr(config.optim.muon, field.name) for field in fields(config.optim.muon)}
+    muon["dtype"] = getattr(torch, config.optim.muon.dtype)
+    adamw = config.optim.adamw
+    return build_optimizers(
+        parameter_roles(model),
+        model.parameters(),
+        muon=muon,
+        adamw={"lr": adamw.lr, "betas": adamw.betas, "eps": adamw.eps, "weight_decay": adamw.weight_decay},
+        router=config.optim.router,
+    )
+
+
+def batch_plan(config: RunConfig) -> BatchPlan:
+    """Which sequences make which step."""
+    ramp = [(entry.tokens, entry.sequences) for entry in config.batch.ramp]
+    return BatchPlan(config.batch.sequences, ramp, config.data.sequence_length)
+
+
+def total_steps(config: RunConfig) -> int:
+    """Length of the run in optimizer steps."""
+    if config.run.steps is not None:
+        return config.run.steps
+    return batch_plan(config).steps_for_tokens(config.run.tokens)
+
+
+def microbatch_size(share: int, most: int) -> int:
+    """The largest divisor of a rank's share of the batch that is at most `most`."""
+    return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+
+
+def check_batches(config: RunConfig, data_ranks: int) -> None:
+    """Refuse global batches that do not divide by the ranks that hold different tokens.
+
+    Raises:
+        UserError: naming the nearest batch that does.
+    """
+    sizes = {"batch.sequences": config.batch.sequences}
+    sizes |= {f"batch.ramp[{index}].sequences": entry.sequences for index, entry in enumerate(config.batch.ramp)}
+    for key, sequences in sizes.items():
+        if sequences % data_ranks:
+            nearest = max(data_ranks, round(sequences / data_ranks) * data_ranks)
+            raise UserError(f"{key}={sequences} does not divide by {data_ranks} data ranks; use {nearest}")
+
+
+def rates_at(config: RunConfig, step: int, tokens: int) -> float:
+    """Fraction of the peak learning rates for the step that begins after `step` steps and `tokens` tokens."""
+    schedule = config.optim.schedule
+    by_tokens = schedule.decay_start_tokens is not None
+    start = schedule.decay_start_tokens if by_tokens else schedule.decay_start_steps
+    length = schedule.decay_tokens if by_tokens else schedule.decay_steps
+    if length is None and start is not None:
+        whole = config.run.tokens if by_tokens else config.run.steps
+        length = max(whole - start, 1) if whole is not None else 1
+    return rate_scale(
+        step,
+        tokens,
+        warmup_steps=schedule.warmup_steps,
+        decay=schedule.decay,
+        decay_start=start or 0,
+        decay_length=length or 0,
+        final=schedule.final,
+        unit="tokens" if by_tokens else "steps",
+    )
+
+
+@dataclass
+class RunData:
+    """What a run reads.
+
+    stream: this rank's training sequences, in order.
+    validation: named held-out sources.
+    byte_lengths_V: bytes of text that each token stands for; None without a tokenizer.
+    """
+
+    stream: SequenceStream
+    validation: dict[str, TokenSource]
+    byte_lengths_V: Tensor | None
+
+
+def open_data(config: RunConfig, ranks: Ranks) -> RunData:
+    """Open every source and check that it fits the model and the tokenizer.
+
+    Raises:
+        UserError: no training data, a damaged source, another tokenizer, a vocabulary larger than the model's.
+    """
+    data = config.data
+    if not data.train:
+        raise UserError(
+            "data.train names no source; give one such as data.train.mine=FOLDER (see tools/prepare_data.py)"
+        )
+    sources = {name: TokenSource(Path(folder), data.verify) for name, folder in data.train.items()}
+    validation = {name: TokenSource(Path(folder), data.verify) for name, folder in data.validation.items()}
+    for key, group in (("train", sources), ("validation", validation)):
+        for name, source in group.items():
+            _check_source(f"data.{key}.{name}={source.directory}", source, config)
+    mixture = dict(data.mixture) or dict.fromkeys(sources, 1.0)
+    stream = SequenceStream(
+        sources,
+        mixture,
+        sequence_length=data.sequence_length,
+        streams=data.streams,
+        seed=config.run.seed,
+        bos_id=next(iter(sources.values())).bos_id,
+        plan=batch_plan(config),
+        loss_on_document_start=data.loss_on_document_start,
+        rank=ranks.rank,
+        ranks=ranks.data_ranks,
+    )
+    folder = tokenizer_folder(config)
+    return RunData(stream, validation, token_byte_lengths(load_tokenizer(folder)) if folder else None)
+
+
+def tokenizer_folder(config: RunConfig) -> Path | None:
+    """data.tokenizer, or the tokenizer of the Hugging Face folder that the run starts from."""
+    folder = config.data.tokenizer or config.init.hf
+    return Path(folder) if folder else None
+
+
+def _check_source(label: str, source: TokenSource, config: RunConfig) -> None:
+    if source.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{label} has token ids up to {source.vocab_size - 1} and model.vocab_size={config.model.vocab_size}; "
+            f"use a vocabulary of at least {source.vocab_size}"
+        )
+    folder = tokenizer_folder(config)
+    if folder is not None and fingerprint(folder) != source.tokenizer_fingerprint:
+        raise UserError(f"{label} was made with another tokenizer than {folder}; prepare it again with that one")
