@@ -2,7 +2,8 @@
 
 Per valid token: CE + z·lse², CE = lse − logit[target], lse = log Σ exp(logits). The gradient of the sum with respect to
 the logits is p·(1 + 2·z·lse) − onehot; dX and dW are formed from it chunk by chunk in the forward pass (as Liger does),
-and the backward pass only scales them by the incoming scalar. Logits and their reductions are in fp32, dW too.
+and the backward pass only scales them by the incoming scalar. The matrix products come out in x's dtype; everything
+after them, and the sum of dW over chunks, is in fp32.
 
 Shapes: T tokens, D width, V vocabulary, C tokens of one chunk.
 """

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trinity_kernels.op import Op
+
 
 @cache
 def _cpu_has_bf16() -> bool:
@@ -47,7 +49,7 @@ class _WidenedLinear(torch.autograd.Function):
         return grad_x, grad_weight.to(weight_OI.dtype)
 
 
-def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+def _linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x·Wᵀ without bias.
 
     Args:
@@ -59,3 +61,6 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     if widens(x):
         return _WidenedLinear.apply(x, weight_OI)
     return F.linear(x, weight_OI)
+
+
+linear = Op(_linear)

@@ -42,7 +42,7 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
     merged = OmegaConf.structured(RunConfig(model=ZOO[name]))
     OmegaConf.set_readonly(merged.model, False)  # frozen dataclasses arrive read-only
     for where, raw in sources:
-        merged = _merge(merged, raw, where)
+        _merge(merged, raw, where)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an entry of a list that lacks a value, an interpolation
@@ -122,16 +122,16 @@ def _whole_numbers(raw: DictConfig) -> DictConfig:
     return OmegaConf.create(walk(OmegaConf.to_container(raw)))
 
 
-def _merge(merged: DictConfig, raw: DictConfig, where: str) -> DictConfig:
+def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
+    """Merge in place: OmegaConf.merge would copy the whole for each section, a tenth of a second a config."""
     for section in raw:
         try:
-            merged = OmegaConf.merge(merged, {section: raw[section]})
+            merged.merge_with({section: raw[section]})
         except ConfigKeyError as error:
             raise UserError(_unknown_key(merged, str(section), error, where)) from None
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or str(section)
             raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}") from None
-    return merged
 
 
 def _unknown_key(merged: DictConfig, section: str, error: ConfigKeyError, where: str) -> str:

@@ -41,7 +41,7 @@ class ModelConfig:
     """K_r: routed experts per token."""
     shared_experts: int = 1
     """Experts that see every token, held as one FFN of this many expert widths."""
-    expert_width: int = 128
+    expert_width: int = 96
     """Width of one expert."""
     route_scale: float = 2.826
     """Factor on the normalised gates (eq. 18; it comes after normalising)."""

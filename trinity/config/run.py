@@ -139,9 +139,11 @@ class Schedule:
     decay_start_tokens: int | None = None
     """Where decay begins, in tokens seen; or in steps with decay_start_steps."""
     decay_start_steps: int | None = None
+    """Where decay begins, in optimizer steps."""
     decay_tokens: int | None = None
     """How long decay takes; to the end of the run by default."""
     decay_steps: int | None = None
+    """How long decay takes, in optimizer steps."""
     final: float = 0.0
     """Fraction of the peak at the end of decay and after it."""
 
@@ -204,7 +206,7 @@ class Kernels:
     """Which implementation of each operation; auto takes the best that is there."""
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
-    """Engine of softmax attention: flash4, flash2 or varlen on a GPU in 16 bits, else sdpa. See trinity.models.backends."""
+    """Engine of softmax attention (trinity.models.backends); auto: flash4, flash2 or varlen on a GPU, else sdpa."""
 
 
 @dataclass

@@ -35,12 +35,14 @@ def save(state: State, run_directory: Path, step: int, keep: int) -> Path:
     An older checkpoint is removed only once the new one is complete.
     """
     folder = step_folder(run_directory, step)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    alone = not dist.is_initialized()
+    first = alone or dist.get_rank() == 0
     if first and folder.exists():  # left by a run that died while writing it
         shutil.rmtree(folder)
-    if dist.is_initialized():
+    if not alone:
         dist.barrier()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True))
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+    dcp.save(state, storage_writer=writer, no_dist=alone)
     if first:
         _complete(folder)
         write_whole(run_directory / "checkpoints" / "latest", folder.name + "\n")
@@ -87,7 +89,7 @@ def load(state: State, run_directory: Path, step: int) -> None:
     # a copy: the library wants to write its own references into the dictionary
     wanted = dict(state)
     try:
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder))
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
     except (RuntimeError, ValueError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
         raise UserError(f"{folder} does not fit this run's config: {reason}") from None
@@ -127,7 +129,7 @@ def load_model(run_dir: Path, step: int | None = None) -> tuple[Trinity, RunConf
         raise UserError(f"{run_dir} is not a run directory: it has no config.yaml")
     config = load_config(config_path)
     chosen = pick_step(Path(run_dir), step)
-    model = Trinity(config.model, config.kernels.attention)
+    model = Trinity(config.model)
     if config.precision.compute == "float64":
         model.double()
     load(model_state(model), Path(run_dir), chosen)

@@ -99,6 +99,7 @@ class Training:
     def __init__(self, config: RunConfig, directory: RunDirectory, step: int) -> None:
         self.config, self.directory = config, directory
         self.ranks = mesh.start(config.parallel, config.run.threads, config.run.deterministic)
+        torch.manual_seed(config.run.seed)  # nothing here draws from it; a library might
         check_batches(config, self.ranks.data_ranks)
         self.plan, self.total = batch_plan(config), total_steps(config)
         self.data = open_data(config, self.ranks)

@@ -118,37 +118,44 @@ def open_data(config: RunConfig, ranks: Ranks) -> RunData:
     Raises:
         UserError: no training data, a damaged source, another tokenizer, a vocabulary larger than the model's.
     """
+    stream = open_stream(config, ranks.rank, ranks.data_ranks)
+    validation = _open_sources("validation", config.data.validation, config)
+    folder = tokenizer_folder(config)
+    return RunData(stream, validation, token_byte_lengths(load_tokenizer(folder)) if folder else None)
+
+
+def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
+    """The training sequences of one data rank, from the first on."""
     data = config.data
     if not data.train:
-        raise UserError(
-            "data.train names no source; give one such as data.train.mine=FOLDER (see tools/prepare_data.py)"
-        )
-    sources = {name: TokenSource(Path(folder), data.verify) for name, folder in data.train.items()}
-    validation = {name: TokenSource(Path(folder), data.verify) for name, folder in data.validation.items()}
-    for key, group in (("train", sources), ("validation", validation)):
-        for name, source in group.items():
-            _check_source(f"data.{key}.{name}={source.directory}", source, config)
-    mixture = dict(data.mixture) or dict.fromkeys(sources, 1.0)
-    stream = SequenceStream(
+        raise UserError("data.train names no source; give one, as data.train.mine=FOLDER (see tools/prepare_data.py)")
+    sources = _open_sources("train", data.train, config)
+    return SequenceStream(
         sources,
-        mixture,
+        dict(data.mixture) or dict.fromkeys(sources, 1.0),
         sequence_length=data.sequence_length,
         streams=data.streams,
         seed=config.run.seed,
         bos_id=next(iter(sources.values())).bos_id,
         plan=batch_plan(config),
         loss_on_document_start=data.loss_on_document_start,
-        rank=ranks.rank,
-        ranks=ranks.data_ranks,
+        rank=rank,
+        ranks=ranks,
     )
-    folder = tokenizer_folder(config)
-    return RunData(stream, validation, token_byte_lengths(load_tokenizer(folder)) if folder else None)
 
 
 def tokenizer_folder(config: RunConfig) -> Path | None:
     """data.tokenizer, or the tokenizer of the Hugging Face folder that the run starts from."""
     folder = config.data.tokenizer or config.init.hf
     return Path(folder) if folder else None
+
+
+def _open_sources(kind: str, folders: dict[str, str], config: RunConfig) -> dict[str, TokenSource]:
+    sources = {}
+    for name, folder in folders.items():
+        source = sources[name] = TokenSource(Path(folder), config.data.verify)
+        _check_source(f"data.{kind}.{name}={folder}", source, config)
+    return sources
 
 
 def _check_source(label: str, source: TokenSource, config: RunConfig) -> None:

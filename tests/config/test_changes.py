@@ -1,0 +1,82 @@
+"""What a resumed run may change: a rule for every setting, and refusals that name the settings."""
+
+import pytest
+
+from trinity.config import ZOO, RunConfig
+from trinity.config.changes import RULES, check_changes, rule_of
+from trinity.config.load import flatten
+from trinity.config.run import RampEntry
+from trinity.errors import UserError
+
+
+def refusal(before: RunConfig, now: RunConfig, accepted: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        check_changes(before, now, accepted, "runs/mine")
+    return str(caught.value)
+
+
+def test_every_setting_has_a_rule() -> None:
+    """And every rule is about a setting that exists."""
+    keys = list(flatten(RunConfig()))
+    assert {rule_of(key) for key in keys} == {"free", "accept", "fixed"}
+    for prefix in RULES:
+        assert any(key == prefix or key.startswith(f"{prefix}.") for key in keys), prefix
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("run.steps", "free"), ("run.tokens", "free"), ("run.seed", "fixed"), ("model.width", "fixed"),
+        ("data.streams", "fixed"), ("data.tokenizer", "fixed"), ("data.train", "fixed"), ("data.validation", "free"),
+        ("batch.sequences", "accept"), ("batch.microbatch", "free"), ("optim.muon.lr", "accept"),
+        ("optim.schedule.final", "accept"), ("balancing.kind", "accept"), ("loss.z", "accept"),
+        ("parallel.shard", "free"), ("kernels.attention", "free"), ("recompute", "free"), ("checkpoint.every", "free"),
+        ("log.wandb", "free"), ("health.bad_steps", "free"),
+    ],
+)  # fmt: skip
+def test_the_longest_prefix_decides(key: str, rule: str) -> None:
+    assert rule_of(key) == rule
+
+
+def test_free_changes_are_listed() -> None:
+    before, now = RunConfig(), RunConfig()
+    assert check_changes(before, now, [], "runs/mine") == []
+    now.run.steps, now.recompute, now.batch.microbatch, now.log.wandb = 5, "block", 2, "project"
+    assert check_changes(before, now, [], "runs/mine") == ["run.steps", "batch.microbatch", "recompute", "log.wandb"]
+
+
+def test_fixed_changes_are_refused_even_when_accepted() -> None:
+    """All of them are named, with both values."""
+    before, now = RunConfig(), RunConfig(model=ZOO["nano"])
+    now.run.seed = 3
+    sentence = refusal(before, now, ["run.seed", "model"])
+    assert sentence.startswith("runs/mine holds a run of another config (run.seed was 0 and is 3, model.name was smoke")
+    assert "model.width was 256 and is 1024" in sentence
+    assert sentence.endswith("give it back, or start afresh with another run.dir")
+
+
+def test_a_run_without_the_new_source_is_another_run() -> None:
+    before, now = RunConfig(), RunConfig()
+    now.data.train = {"a": "x"}
+    assert "data.train was {} and is {'a': 'x'}" in refusal(before, now, [])
+
+
+def test_learning_changes_need_a_word_each() -> None:
+    before, now = RunConfig(), RunConfig()
+    now.optim.muon.lr, now.loss.z, now.batch.ramp = 2e-3, 1e-6, [RampEntry(5, 8)]
+    changed = ["batch.ramp", "optim.muon.lr", "loss.z"]
+    sentence = refusal(before, now, [])
+    assert "resuming runs/mine would change how it learns (batch.ramp was [] and is [{'tokens': 5" in sentence
+    assert "optim.muon.lr was 0.001 and is 0.002" in sentence
+    words = "--accept-change batch.ramp --accept-change optim.muon.lr --accept-change loss.z"
+    assert sentence.endswith(f"say {words} if that is meant")
+    assert refusal(before, now, ["loss.z", "batch"]).endswith("say --accept-change optim.muon.lr if that is meant")
+    assert check_changes(before, now, changed, "runs/mine") == changed
+    assert check_changes(before, now, ["optim", "batch", "loss"], "runs/mine") == changed
+
+
+def test_accepting_a_key_accepts_nothing_that_only_begins_alike() -> None:
+    """optim.muon.l is not above optim.muon.lr."""
+    before, now = RunConfig(), RunConfig()
+    now.optim.muon.lr = 2e-3
+    assert "optim.muon.lr" in refusal(before, now, ["optim.muon.l", "optim.mu"])

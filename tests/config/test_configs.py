@@ -1,0 +1,140 @@
+"""The configs of this project load, and the report's three hold the report's values."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trinity.config import ZOO, load_config, save_config
+from trinity.config.load import flatten
+from trinity.models.accounting import describe, static_memory
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+COMMON = {
+    "optim.schedule.warmup_steps": 2000,
+    "parallel.replicate": -1,
+    "parallel.shard": 128,
+}
+NANO_AND_MINI = COMMON | {
+    "run.tokens": 10 * 10**12,
+    "data.sequence_length": 4096,
+    "data.document_mask": False,
+    "batch.sequences": 4096,
+    "optim.muon.lr": 1e-3,
+    "optim.schedule.decay": "linear",
+    "optim.schedule.decay_start_tokens": 88 * 10**11,
+    "optim.schedule.final": 0.0,
+    "balancing.kind": "sign",
+    "parallel.expert": 1,
+}
+REPORT: dict[str, dict[str, Any]] = {
+    "nano": NANO_AND_MINI | {"optim.adamw.lr": 3e-4},
+    "mini": NANO_AND_MINI | {"optim.adamw.lr": 2e-4},
+    "large": COMMON
+    | {
+        "run.tokens": 17 * 10**12,
+        "data.sequence_length": 8192,
+        "data.document_mask": True,
+        "batch.sequences": 12_288,
+        "batch.ramp": [{"tokens": 49 * 10**11, "sequences": 16_384}],
+        "optim.muon.lr": 8e-4,
+        "optim.adamw.lr": 2e-4,
+        "optim.schedule.decay": "cosine",
+        "optim.schedule.decay_start_tokens": 141 * 10**11,
+        "optim.schedule.final": 0.1,
+        "balancing.kind": "smebu",
+        "balancing.rate": 5e-4,
+        "balancing.kappa": 2.0,
+        "balancing.beta": 0.5,
+        "balancing.sequence_loss": 1e-4,
+        "loss.z": 1e-6,
+        "parallel.expert": 8,
+    },
+}
+GPUS = {"nano": 512, "mini": 512, "large": 2048}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads(path: Path, tmp_path: Path) -> None:
+    """And is the same after saving; its sources are folders under data/."""
+    config = load_config(path)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.data.train
+    assert all(folder.startswith("data/") for folder in config.data.train.values())
+
+
+@pytest.mark.parametrize("name", list(REPORT))
+def test_values_of_the_report(name: str) -> None:
+    """Written out here from the report, and the sizes of table 1 untouched."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    flat = flatten(config)
+    assert {key: flat[key] for key in REPORT[name]} == REPORT[name]
+    assert config.model == ZOO[name]
+
+
+@pytest.mark.parametrize("name", ["nano", "mini"])
+def test_the_batch_of_nano_and_mini_doubles_once(name: str) -> None:
+    """To 8192, somewhere inside the run."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert [entry.sequences for entry in config.batch.ramp] == [8192]
+    assert 0 < config.batch.ramp[0].tokens < config.run.tokens
+
+
+@pytest.mark.parametrize("name", list(REPORT))
+def test_batches_and_streams_divide_by_the_gpus(name: str) -> None:
+    """Every GPU is a data rank: its share of each batch is whole, one microbatch holds it, streams divide evenly."""
+    config, gpus = load_config(CONFIGS / f"{name}.yaml"), GPUS[name]
+    assert config.data.streams % gpus == 0
+    assert gpus % (config.parallel.shard * config.parallel.context) == 0
+    assert config.parallel.shard % config.parallel.expert == 0
+    sizes = [config.batch.sequences, *(entry.sequences for entry in config.batch.ramp)]
+    assert [size % gpus for size in sizes] == [0] * len(sizes)
+    shares = [size // gpus for size in sizes]
+    assert shares == ([6, 8] if name == "large" else [8, 16])
+    assert all(share % min(share, config.batch.microbatch) == 0 for share in shares)
+
+
+def settings(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted key and line (from 0) of every setting; what is written in braces counts as one."""
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode) and not value.flow_style:
+            yield from settings(value, f"{name}.")
+        else:
+            yield name, key.start_mark.line
+
+
+@pytest.mark.parametrize("name", list(REPORT))
+def test_every_value_of_ours_says_so(name: str) -> None:
+    """A setting that is not in the table above, apart from model.name, has a comment with the word on its line."""
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for key, line in settings(yaml.compose(text)):
+        if key not in REPORT[name] and key != "model.name":
+            assert "ours" in lines[line].partition("#")[2], lines[line]
+
+
+def test_nano_on_one_gpu_fits() -> None:
+    """Its table: 75.1 GB of state on one rank, and a batch of 524,288 tokens in microbatches of 8."""
+    config = load_config(CONFIGS / "nano_1gpu.yaml")
+    assert config.model == ZOO["nano"]
+    assert config.batch.sequences * config.data.sequence_length == 524_288
+    assert config.batch.sequences % config.batch.microbatch == 0
+    memory = {part: f"{size / 1e9:.1f}" for part, size in static_memory(config, ranks=1).items()}
+    text = (CONFIGS / "nano_1gpu.yaml").read_text(encoding="utf-8")
+    rows = {
+        "parameters, fp32": memory["parameters"],
+        "gradients, fp32": memory["gradients"],
+        "Muon momentum, fp32": memory["Muon momentum"],
+        "AdamW moments, fp32": memory["AdamW moments"],
+        "state  ": memory["state"],
+    }
+    for label, size in rows.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"#   {label}"))
+        assert line.split()[-1] == size, line
+    assert "38,147" in describe(config)
+    assert "tokens: 20e9 # 38,147 steps" in text

@@ -1,0 +1,108 @@
+"""tools/export_hf.py and tools/generate.py as a user calls them, on a run directory and on a folder."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import CONFIG, make_model
+from tokenizers import Tokenizer
+
+from trinity.config.load import save_config
+from trinity.config.run import Data, Run, RunConfig
+from trinity.evaluation.generate import generate
+from trinity.interop import export_hf, load_hf
+from trinity.training.checkpoint import model_state, save
+
+TOOLS = Path(__file__).parents[2] / "tools"
+TEXT = "the rain"
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A run with checkpoints of steps 3 and 5, the second of another model."""
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig(run=Run(steps=5), model=CONFIG, data=Data(tokenizer=str(tokenizer_folder)))
+    save_config(config, folder / "config.yaml")
+    for step in (3, 5):
+        save(model_state(model_of(step)), folder, step, keep=2)
+    return folder
+
+
+def model_of(step: int) -> torch.nn.Module:
+    model = make_model()
+    model.init_weights(step)
+    return model
+
+
+def call(tool: str, *words: object) -> int:
+    """Run a tool in this process; its exit code."""
+    before = sys.argv
+    sys.argv = [tool, *map(str, words)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOLS / tool), run_name="__main__")
+    finally:
+        sys.argv = before
+    return ended.value.code
+
+
+def test_export_as_a_command(run_directory: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """The newest step, in bf16, compared with transformers, in a process of its own."""
+    words = [sys.executable, TOOLS / "export_hf.py", run_directory, tmp_path / "hf", "--verify"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert f"step 5 of {run_directory} is in {tmp_path / 'hf'} (bfloat16)" in done.stdout
+    assert "logits differ from ours by" in done.stdout
+    expected = export_hf(model_of(5), tmp_path / "expected")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+def test_export_of_a_step_in_fp32(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "hf"
+    assert call("export_hf.py", run_directory, out, "--step", 3, "--dtype", "float32") == 0
+    assert torch.equal(load_hf(out).head.weight, model_of(3).head.weight)
+    assert call("export_hf.py", run_directory, out) == 2
+    assert f"error: {out} holds an earlier export" in capsys.readouterr().err
+    assert call("export_hf.py", run_directory, out, "--overwrite") == 0
+    assert torch.equal(load_hf(out).head.weight, model_of(5).head.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["run", "folder"])
+def test_generate(
+    kind: str, run_directory: Path, tmp_path: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """The prompt, and the text of the tokens that follow the document's beginning and the prompt."""
+    folder = run_directory
+    if kind == "folder":
+        folder = export_hf(model_of(5), tmp_path / "hf", tokenizer_folder, torch.float32)
+    words = ("--prompt", TEXT, "--max-new-tokens", 12, "--temperature", 0.9, "--top-p", 0.8, "--seed", 4)
+    assert call("generate.py", folder, *words) == 0
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    prompt = [0, *tokenizer.encode(TEXT, add_special_tokens=False).ids]
+    expected = generate(model_of(5), prompt, 12, 0.9, 0.8, 4, stop_ids=[0, 1])
+    assert capfd.readouterr().out.rstrip("\n") == TEXT + tokenizer.decode(expected).rstrip("\ufffd\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("generate.py", "{}", "--prompt", "x"), "has neither a config.json nor checkpoints"),
+        (("generate.py", "{}/nowhere", "--prompt", "x"), "has neither a config.json nor checkpoints"),
+        (("export_hf.py", "{}", "{}/out"), "is not a run directory"),
+        (("export_hf.py", "{run}", "{}/out", "--step", "4"), "no complete checkpoint of step 4"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: tuple[str, ...], sentence: str, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert call(*(word.format(tmp_path, run=run_directory) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert error.count("\n") == 1

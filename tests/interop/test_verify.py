@@ -1,0 +1,33 @@
+"""The comparison with transformers measures what it says, and says what is missing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_model import make_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from trinity.errors import UserError
+from trinity.interop import export_hf
+from trinity.interop.verify import largest_logit_difference
+from trinity.models import Trinity
+
+
+def test_differences_are_seen(model: Trinity, exported: Path, tokens: Tensor, tmp_path: Path) -> None:
+    """Twice the head is twice the logits: the difference is as large as the largest logit of the smaller one."""
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    doubled = export_hf(model, tmp_path / "doubled", dtype=torch.float32)
+    agreement = largest_logit_difference(doubled, exported, tokens)
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits
+    assert agreement.largest == theirs.abs().max().item()
+    assert agreement.difference == pytest.approx(agreement.largest, rel=1e-4)
+    assert largest_logit_difference(make_model(), exported, tokens).difference < 1e-4 * agreement.largest
+
+
+def test_says_what_to_install(exported: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r'pip install "trinity-moe\[hf\]"'):
+        largest_logit_difference(exported, exported, tokens)

@@ -1,0 +1,18 @@
+"""Every test here runs with fresh memory full of NaN, so that a row read before it was written shows."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """torch's deterministic mode fills uninitialised memory with NaN; one thread, so that sums keep their order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

@@ -1,0 +1,153 @@
+"""linear_cross_entropy against whole float64 logits, F.cross_entropy and z·lse².
+
+Shapes: T tokens, D width, V vocabulary.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trinity_kernels import cross_entropy, linear_cross_entropy
+from trinity_kernels.cross_entropy import IGNORE
+
+T, D, V = 37, 8, 50
+Z = 0.01  # large enough that a wrong z-term shows at every bound below
+# fp32: rounding 2⁻²⁴ in sums of a few dozen terms; bf16: rounding 2⁻⁹ of logits' gradient and of the results
+BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def make(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and targets, a quarter of which count nowhere."""
+    random = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(T, D, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+    weight_VD = torch.randn(V, D, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+    targets_T = torch.randint(V, (T,), generator=random)
+    targets_T[torch.rand(T, generator=random) < 0.25] = IGNORE
+    return x_TD, weight_VD, targets_T
+
+
+def plain(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same four results from all logits at once, in float64."""
+    logits_TV = x_TD.double() @ weight_VD.double().t()
+    ce_T = F.cross_entropy(logits_TV, targets_T, reduction="none", ignore_index=-100)
+    lse_T = torch.where(targets_T == -100, 0.0, logits_TV.exp().sum(dim=1).log())
+    return (ce_T + z * lse_T**2).sum(), ce_T, lse_T, logits_TV.amax(dim=1)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """Relative L2 distance."""
+    assert got.shape == exact.shape
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.fixture(params=[1, 10, 1000], ids=["a token a chunk", "10 tokens a chunk", "one chunk"])
+def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Chunks of this many fp32 tokens (half as many in float64); 37 tokens leave a rest in the last one."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * V * request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("z", [0.0, Z])
+@pytest.mark.usefixtures("chunked")
+def test_matches_whole_logits(z: float, dtype: torch.dtype) -> None:
+    """All four results, and gradients under an incoming factor of 3; float64 on the same rounded inputs."""
+    x_TD, weight_VD, targets_T = make(dtype)
+    got, exact = linear_cross_entropy(x_TD, weight_VD, targets_T, z), plain(x_TD, weight_VD, targets_T, z)
+    high = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [y.dtype for y in got] == [high] * 4
+    grads = torch.autograd.grad(3 * got[0], (x_TD, weight_VD))
+    exact_grads = torch.autograd.grad(3 * exact[0], (x_TD, weight_VD))
+    assert [g.dtype for g in grads] == [dtype, dtype]
+    found = [error(a, b) for a, b in zip((*got, *grads), (*exact, *exact_grads))]
+    assert max(found) <= BOUNDS[dtype], found
+
+
+def test_bf16_is_no_worse_than_torch_in_bf16() -> None:
+    """At most twice the error of F.cross_entropy on bf16 logits."""
+    x_TD, weight_VD, targets_T = make(torch.bfloat16)
+    naive = F.cross_entropy((x_TD @ weight_VD.t()).float(), targets_T, reduction="sum")
+    results = linear_cross_entropy(x_TD, weight_VD, targets_T), (naive,), plain(x_TD, weight_VD, targets_T, 0.0)
+    ours, theirs, exact = ((y[0], *torch.autograd.grad(y[0], (x_TD, weight_VD))) for y in results)
+    for mine, their, true in zip(ours, theirs, exact):
+        assert error(mine, true) <= 2 * error(their, true)
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite differences of the total in float64, two tokens a chunk, torch's own tolerances."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 8 * V * 2)
+    x_TD, weight_VD, targets_T = make()
+    torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets_T[:5], Z)[0], (x_TD[:5], weight_VD))
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_frozen_inputs(wanted: tuple[bool, bool]) -> None:
+    """What needs no gradient gets none, and nothing else changes."""
+    x_TD, weight_VD, targets_T = make()
+    exact = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
+    exact_grads = torch.autograd.grad(exact[0], (x_TD, weight_VD))
+    inputs = [x.detach().requires_grad_(wants) for x, wants in zip((x_TD, weight_VD), wanted)]
+    got = linear_cross_entropy(*inputs, targets_T, Z)
+    assert all(torch.equal(a, b) for a, b in zip(got, exact))
+    assert [y.requires_grad for y in got] == [any(wanted), False, False, False]
+    if any(wanted):
+        got[0].backward()
+    for tensor, wants, gradient in zip(inputs, wanted, exact_grads):
+        assert torch.equal(tensor.grad, gradient) if wants else tensor.grad is None
+
+
+@pytest.mark.usefixtures("chunked")
+def test_all_targets_ignored() -> None:
+    """Loss and gradients are exact zeros; the largest logits are still told."""
+    x_TD, weight_VD, _ = make()
+    total, ce_T, lse_T, top_T = linear_cross_entropy(x_TD, weight_VD, torch.full((T,), IGNORE), Z)
+    total.backward()
+    for zero in (total.detach(), ce_T, lse_T, x_TD.grad, weight_VD.grad):
+        assert torch.equal(zero, torch.zeros_like(zero))
+    assert error(top_T, (x_TD @ weight_VD.t()).amax(dim=1)) <= BOUNDS[torch.float64]
+
+
+def test_no_tokens() -> None:
+    _, weight_VD, _ = make()
+    x_TD = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
+    total, *per_token = linear_cross_entropy(x_TD, weight_VD, torch.zeros(0, dtype=torch.int64), Z)
+    total.backward()
+    assert total.item() == 0.0
+    assert [y.shape for y in per_token] == [(0,)] * 3
+    assert torch.equal(weight_VD.grad, torch.zeros_like(weight_VD))
+
+
+def test_an_ignored_token_may_overflow() -> None:
+    """Padding whose logits are infinite in fp32 changes no bit of the rest."""
+    x_TD, weight_VD, targets_T = make(torch.float32)
+    targets_T[3] = IGNORE
+    results = []
+    for padding in (1.0, 1e38):
+        x = x_TD.detach().clone()
+        x[3] = padding
+        x.requires_grad_()
+        total, ce_T, lse_T, top_T = linear_cross_entropy(x, weight_VD, targets_T, Z)
+        results.append([total.detach(), ce_T, lse_T, *torch.autograd.grad(total, (x, weight_VD))])
+    assert top_T[3].isinf()
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    """Logits of ±1000: exp of them has no fp32; the largest must be taken off first. Rounding of 1000 is 6e-5."""
+    x_TD = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
+    weight_VD = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    total, ce_T, _, _ = linear_cross_entropy(x_TD, weight_VD, torch.tensor([0, 0]), 0.0)
+    assert ce_T.tolist() == pytest.approx([0.0, 2000.0], abs=1e-4)
+    grads = torch.autograd.grad(total, (x_TD, weight_VD))
+    assert grads[0].flatten().tolist() == pytest.approx([0.0, -2.0])
+    assert grads[1].flatten().tolist() == pytest.approx([1000.0, -1000.0, 0.0])
+
+
+def test_repetition_gives_the_same_bits() -> None:
+    x_TD, weight_VD, targets_T = make(torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        y = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
+        runs.append([*y, *torch.autograd.grad(y[0], (x_TD, weight_VD))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))

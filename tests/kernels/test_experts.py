@@ -1,0 +1,161 @@
+"""expert_mlp against one expert at a time for one token at a time, in float64.
+
+Shapes: T tokens, D width, E experts, F expert width, K active experts.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trinity_kernels import expert_mlp
+from trinity_kernels.experts import group_rows
+
+D, F = 6, 5
+# fp32: rounding 2⁻²⁴ in sums of a few hundred terms; bf16: rounding 2⁻⁹ in half a dozen places
+BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+SIZES = [(E, K, T) for E in (1, 4, 7) for K in sorted({1, 2, E}) if K <= E for T in (0, 1, 7, 64)]
+
+
+def make(E: int, K: int, T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices want gradients."""
+    random = torch.Generator().manual_seed(1000 * E + 100 * K + T)
+    x_TD = torch.randn(T, D, generator=random, dtype=torch.float64)
+    gate_up_E2FD = torch.randn(E, 2, F, D, generator=random, dtype=torch.float64)
+    down_EDF = torch.randn(E, D, F, generator=random, dtype=torch.float64)
+    indices_TK = torch.rand(T, E, generator=random).argsort(dim=1)[:, :K]
+    s_TK = torch.rand(T, K, generator=random, dtype=torch.float64)
+    gates_in = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = [x_TD.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype), indices_TK, s_TK.to(gates_in)]
+    return [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+
+
+def plain(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor) -> Tensor:
+    """Σ_k s·W2·(silu(gate)∘up) in the inputs' dtype, no batching of any kind."""
+    rows = []
+    for t, experts in enumerate(indices_TK.tolist()):
+        y_D = torch.zeros_like(x_TD[t])
+        for k, e in enumerate(experts):
+            gate, up = gate_up_E2FD[e, 0] @ x_TD[t], gate_up_E2FD[e, 1] @ x_TD[t]
+            y_D = y_D + s_TK[t, k].to(y_D.dtype) * (down_EDF[e] @ (gate * torch.sigmoid(gate) * up))
+        rows.append(y_D)
+    return torch.stack(rows) if rows else x_TD * 1.0
+
+
+def run(function, inputs: list[Tensor], dy_TD: Tensor) -> list[Tensor]:
+    """The output and the gradients of x, gate_up, down and gates; zeros where nothing flows."""
+    wanted = [x for x in inputs if x.requires_grad]
+    y_TD = function(*inputs)
+    grads = torch.autograd.grad(y_TD, wanted, dy_TD.to(y_TD.dtype), allow_unused=True)
+    return [y_TD.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted))]
+
+
+def errors(got: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative L2 distance of each tensor; that of an exact zero must be zero."""
+    assert [x.shape for x in got] == [x.shape for x in exact]
+    return [((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item() for a, b in zip(got, exact)]
+
+
+def widen(inputs: list[Tensor]) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize(("E", "K", "T"), SIZES)
+def test_matches_one_token_at_a_time(E: int, K: int, T: int, dtype: torch.dtype) -> None:
+    """Output and every gradient, float64 on the same rounded inputs."""
+    inputs = make(E, K, T, dtype)
+    dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T)).to(dtype)
+    got, exact = run(expert_mlp, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
+    assert [x.dtype for x in got] == [dtype, dtype, dtype, dtype, inputs[-1].dtype]
+    assert all(error <= BOUNDS[dtype] for error in errors(got, exact)), errors(got, exact)
+
+
+def test_bf16_is_no_worse_than_plain_bf16() -> None:
+    """At most twice the error of the same sums written plainly in bf16; sums over K are fp32 here, so it is less."""
+    inputs = make(7, 2, 64, torch.bfloat16)
+    dy_TD = torch.randn(64, D, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = run(plain, widen(inputs), dy_TD)
+    ours, naive = errors(run(expert_mlp, inputs, dy_TD), exact), errors(run(plain, inputs, dy_TD), exact)
+    assert all(mine <= 2 * theirs for mine, theirs in zip(ours, naive)), (ours, naive)
+
+
+def test_gradcheck() -> None:
+    """Finite differences in float64, torch's own tolerances."""
+    x, gate_up, down, indices, s = make(3, 2, 5)
+    torch.autograd.gradcheck(lambda *a: expert_mlp(*a[:3], indices, a[3]), (x, gate_up, down, s))
+
+
+@pytest.mark.parametrize("hot", [0, 2, 3])
+def test_all_tokens_on_one_expert(hot: int) -> None:
+    """The other three experts have no rows: their gradients are exact zeros, not leftovers."""
+    inputs = make(4, 1, 7)
+    inputs[3] = torch.full((7, 1), hot)
+    dy_TD = torch.randn(7, D, dtype=torch.float64, generator=torch.Generator().manual_seed(hot))
+    got, exact = run(expert_mlp, inputs, dy_TD), run(plain, inputs, dy_TD)
+    assert max(errors(got, exact)) <= BOUNDS[torch.float64]
+    for gradient in got[2:4]:
+        others = [e for e in range(4) if e != hot]
+        assert torch.equal(gradient[others], torch.zeros_like(gradient[others]))
+        assert gradient[hot].ne(0).all()
+
+
+def test_no_tokens_still_give_every_gradient() -> None:
+    """A rank without tokens must take part in the reduction of gradients: zeros, not None."""
+    inputs = make(4, 2, 0)
+    grads = torch.autograd.grad(expert_mlp(*inputs).sum(), [x for x in inputs if x.requires_grad])
+    assert [g.shape for g in grads] == [x.shape for x in inputs if x.requires_grad]
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+def test_strides_do_not_matter() -> None:
+    """A transposed x and, from sum(), a gradient of stride zero."""
+    inputs = make(4, 2, 7)
+    inputs[0] = inputs[0].detach().t().contiguous().t().requires_grad_()
+    expanded = torch.ones((), dtype=torch.float64).expand(7, D)
+    assert max(errors(run(expert_mlp, inputs, expanded), run(plain, inputs, expanded))) <= BOUNDS[torch.float64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repetition_gives_the_same_bits(dtype: torch.dtype) -> None:
+    inputs = make(7, 2, 64, dtype)
+    dy_TD = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
+    first, second = run(expert_mlp, inputs, dy_TD), run(expert_mlp, inputs, dy_TD)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_group_rows_keeps_tokens_in_order() -> None:
+    """Against Python's stable sort; expert 2 is empty."""
+    indices_TK = torch.tensor([[3, 0], [0, 1], [1, 3], [3, 0]])
+    order_R, ends_E = group_rows(indices_TK, experts=5)
+    flat = indices_TK.flatten().tolist()
+    assert order_R.tolist() == sorted(range(8), key=lambda row: flat[row])
+    assert ends_E.tolist() == [3, 5, 5, 8, 8]
+    assert ends_E.dtype == torch.int32
+
+
+@pytest.mark.parametrize("T", [0, 7])
+def test_opcheck(T: int) -> None:
+    """Schema, fake tensors, autograd registration and tracing of both custom ops, by torch's own checker."""
+    x, gate_up, down, indices, s = make(4, 2, T)
+    w1_EHD = gate_up.detach().flatten(1, 2).requires_grad_()
+    torch.library.opcheck(torch.ops.trinity.expert_mlp.default, (x, w1_EHD, down, indices, s))
+    plain_inputs = [tensor.detach() for tensor in (x, w1_EHD, down, indices, s)]
+    _, pre_RH = torch.ops.trinity.expert_mlp(*plain_inputs)
+    torch.library.opcheck(torch.ops.trinity.expert_mlp_backward.default, (torch.ones_like(x), *plain_inputs, pre_RH))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """torch's grouped GEMM in bf16 wants rows of a multiple of 16 bytes: 64 and 32 wide here, one expert empty."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(100, 64), (8, 2, 32, 64), (8, 64, 32)]
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64).to("cuda", dtype) / 8 for shape in shapes]
+    indices_TK = torch.rand(100, 7, generator=random).argsort(dim=1)[:, :2].cuda()
+    s_TK = torch.rand(100, 2, generator=random).to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in (*inputs, indices_TK, s_TK)]
+    dy_TD = torch.randn(100, 64, generator=random).to("cuda", dtype)
+    got, exact = run(expert_mlp, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
+    assert all(error <= BOUNDS[dtype] for error in errors(got, exact)), errors(got, exact)

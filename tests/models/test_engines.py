@@ -1,0 +1,176 @@
+"""Engines of softmax attention: the visibility rule, agreement with each other, and refusals.
+
+The reference is sdpa with one document at a time; tests/models/test_attention.py compares that with loops.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from trinity.errors import UserError
+from trinity.models import backends
+from trinity.models.backends import ENGINE_NAMES, Visibility, attend, pick_engine
+
+LENGTHS = [37, 1, 90]
+S = sum(LENGTHS)
+DOCUMENTS = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)).unsqueeze(0)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("packed", [False, True])
+def test_mask(window: int | None, packed: bool) -> None:
+    """Against the rule as a sentence, token by token; positions of the second row have gaps."""
+    positions_BS = torch.tensor([range(9), [3, 4, 5, 9, 10, 11, 12, 30, 31]])
+    ids_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 7], [2] * 9]) if packed else None
+    mask = Visibility(positions_BS, ids_BS).mask(window)
+    assert mask.shape == (2, 1, 9, 9)
+    for b in range(2):
+        for i in range(9):
+            for j in range(9):
+                back = (positions_BS[b, i] - positions_BS[b, j]).item()
+                sees = back >= 0 and (window is None or back < window)
+                sees = sees and (ids_BS is None or bool(ids_BS[b, i] == ids_BS[b, j]))
+                assert mask[b, 0, i, j].item() == sees
+
+
+@pytest.mark.parametrize(("window", "seen"), [(None, [1, 2, 3, 4, 5]), (3, [1, 2, 3, 3, 3]), (1, [1] * 5)])
+def test_the_window_counts_the_token_itself(window: int | None, seen: list[int]) -> None:
+    assert Visibility(torch.arange(5).unsqueeze(0), None).mask(window).sum(dim=-1).flatten().tolist() == seen
+
+
+def test_document_ends() -> None:
+    """Boundaries of the flattened batch: every row begins a document, even with the id of the row before."""
+    ids_BS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [5, 0, 0, 9]])
+    ends, longest = Visibility(torch.arange(4).unsqueeze(0), ids_BS).document_ends(3)
+    assert (ends.tolist(), ends.dtype, longest) == ([0, 2, 4, 8, 9, 11, 12], torch.int32, 4)
+    ends, _ = Visibility(torch.arange(4).unsqueeze(0), None).document_ends(3)
+    assert ends.tolist() == [0, 4, 8, 12]
+
+
+def test_masks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One per kind of layer and forward pass, not one per layer."""
+    made = []
+    original = Visibility._mask
+    monkeypatch.setattr(Visibility, "_mask", lambda self, window: made.append(window) or original(self, window))
+    visible = Visibility(torch.arange(8).unsqueeze(0), None)
+    masks = [visible.mask(window) for window in (3, None, 3, None, 3)]
+    assert made == [3, None]
+    assert masks[0] is masks[2] is masks[4]
+
+
+def make(dtype: torch.dtype, device: str, grads: bool) -> list[Tensor]:
+    """q, k, v of one packed row: four query heads, two key/value heads."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(1, S, heads, 64) for heads in (4, 2, 2)]
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    return [x.requires_grad_(grads) for x in inputs]
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Each document as a row of its own, float64, sdpa."""
+    outputs = []
+    for parts in zip(*(x.double().split(LENGTHS, dim=1) for x in (q, k, v))):
+        positions_BS = torch.arange(parts[0].shape[1], device=q.device).unsqueeze(0)
+        outputs.append(attend(*parts, window, Visibility(positions_BS, None, plain=True, engine="sdpa")))
+    return torch.cat(outputs, dim=1)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, engine: str) -> Tensor:
+    positions_BS = torch.arange(S, device=q.device).unsqueeze(0)
+    return attend(q, k, v, window, Visibility(positions_BS, DOCUMENTS.to(q.device), plain=True, engine=engine))
+
+
+# fp32: rounding 2⁻²⁴ in sums of up to 128 terms; bf16: 2⁻⁹ of weights, results and, in backward, several products
+BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """Relative L2 distance."""
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("window", [None, 16, 1000])
+def test_sdpa_packed_equals_documents_one_by_one(window: int | None, dtype: torch.dtype) -> None:
+    """Outputs and gradients."""
+    inputs = make(dtype, "cpu", grads=True)
+    got, exact = packed(*inputs, window, "sdpa"), one_by_one(*inputs, window)
+    assert got.dtype == dtype
+    dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    grads, exact_grads = (torch.autograd.grad(y, inputs, dy.to(y.dtype)) for y in (got, exact))
+    assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[dtype]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # flex warns that it is not compiled here
+@pytest.mark.parametrize("window", [None, 16, 1000])
+def test_flex_packed_equals_documents_one_by_one(window: int | None) -> None:
+    """On a CPU flex has no gradients."""
+    inputs = make(torch.float32, "cpu", grads=False)
+    assert error(packed(*inputs, window, "flex"), one_by_one(*inputs, window)) <= BOUNDS[torch.float32]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("window", [None, 16, 1000])
+@pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name not in ("auto", "sdpa")])
+def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int | None) -> None:
+    """Outputs and gradients of every engine that is installed, bf16."""
+    try:
+        pick_engine(engine, "cuda", torch.bfloat16)
+    except UserError as missing:
+        pytest.skip(str(missing))
+    inputs = make(torch.bfloat16, "cuda", grads=True)
+    got, exact = packed(*inputs, window, engine), one_by_one(*inputs, window)
+    dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    grads, exact_grads = (torch.autograd.grad(y, inputs, dy.to(y.dtype)) for y in (got, exact))
+    assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[torch.bfloat16]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The optional packages that are there, as far as pick_engine can tell: a set for the test to fill."""
+    packages: set[str] = set()
+    monkeypatch.setattr(backends, "_installed", lambda module: module in packages)
+    pick_engine.cache_clear()
+    yield packages
+    pick_engine.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("packages", "engine"),
+    [
+        ((), "varlen"),
+        (("flash_attn.flash_attn_interface",), "flash2"),
+        (("flash_attn.flash_attn_interface", "flash_attn.cute"), "flash4"),
+    ],
+)
+def test_auto_takes_the_best_there_is(installed: set[str], packages: tuple[str, ...], engine: str) -> None:
+    installed.update(packages)
+    assert pick_engine("auto", "cuda", torch.bfloat16) == engine
+    assert pick_engine("auto", "cuda", torch.float32) == "sdpa"
+    assert pick_engine("auto", "cpu", torch.bfloat16) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype", "sentence"),
+    [
+        ("flash3", "cuda", torch.bfloat16, "kernels.attention=flash3 is not known; use one of auto, sdpa, varlen"),
+        ("varlen", "cpu", torch.bfloat16, "needs a CUDA device in 16 bits, not cpu in torch.bfloat16; use auto"),
+        ("varlen", "cuda", torch.float32, "needs a CUDA device in 16 bits, not cuda in torch.float32; use auto"),
+        ("flash4", "cuda", torch.bfloat16, "kernels.attention=flash4 needs the package flash-attn-4 and a CUDA device"),
+        ("flash2", "cuda", torch.float16, "kernels.attention=flash2 needs the package flash-attn and a CUDA device"),
+    ],
+)
+@pytest.mark.usefixtures("installed")
+def test_refusals(asked: str, device: str, dtype: torch.dtype, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        pick_engine(asked, device, dtype)
+    assert sentence in str(caught.value)
+
+
+def test_every_name_has_an_engine() -> None:
+    assert set(backends._ENGINES) | {"auto"} == set(ENGINE_NAMES)

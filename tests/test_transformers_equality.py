@@ -1,0 +1,184 @@
+"""Our model is transformers' AfMoE: the same experts, logits and gradients, over configs that differ in every field.
+
+Both run in fp32 and add the same numbers in another order, so results differ by a few units of 2⁻²⁴ per sum, and sums
+follow each other through the layers: 3e-5 of the largest value is five times what is seen. A wrong equation shows at
+1e-2 and more. One flipped expert would too, without anything being wrong; so the experts are compared first.
+
+Weights and config are carried over here by hand, not through trinity.interop.export, which has its own tests.
+
+Shapes: B batch, S sequence, V vocabulary, T tokens, K active experts.
+"""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AfmoeConfig, AfmoeForCausalLM
+
+from trinity.interop.names import correspondence
+from trinity.models import ModelConfig, Trinity
+
+BOUND = 3e-5
+SMALL = {
+    "vocab_size": 61, "width": 24, "layers": 5, "dense_layers": 1, "dense_width": 40, "heads": 4, "kv_heads": 2,
+    "head_dim": 8, "window": 7, "experts": 6, "active_experts": 2, "expert_width": 16,
+}  # fmt: skip
+SEQUENCE = 19
+
+
+def random_config(seed: int) -> dict:
+    """Any sizes that fit together; h_q·d_h is the width only by chance."""
+    pick = random.Random(seed)
+    kv_heads, experts, layers = pick.choice((1, 2, 3)), pick.randint(2, 9), pick.randint(1, 7)
+    return {
+        "vocab_size": pick.randint(17, 80),
+        "width": 2 * pick.randint(4, 20),
+        "layers": layers,
+        "dense_layers": pick.randint(0, layers),
+        "dense_width": pick.randint(3, 50),
+        "heads": kv_heads * pick.randint(1, 3),
+        "kv_heads": kv_heads,
+        "head_dim": 2 * pick.randint(2, 8),
+        "window": pick.randint(1, 2 * SEQUENCE),
+        "global_every": pick.randint(1, 4),
+        "experts": experts,
+        "active_experts": pick.randint(1, experts),
+        "shared_experts": pick.randint(1, 3),
+        "expert_width": pick.randint(3, 30),
+        "route_scale": pick.uniform(0.5, 3.0),
+        "rope_theta": pick.choice((100.0, 10_000.0)),
+        "norm_eps": pick.choice((1e-6, 1e-3)),
+    }
+
+
+CONFIGS = {
+    "small": SMALL,
+    "odd number of layers, three dense": SMALL | {"layers": 7, "dense_layers": 3},
+    "attention wider than the model": SMALL | {"heads": 6, "head_dim": 16},
+    "window of the token alone": SMALL | {"window": 1},
+    "window longer than the sequence": SMALL | {"window": 100},
+    "every expert active": SMALL | {"active_experts": 6},
+    "one expert": SMALL | {"experts": 1, "active_experts": 1},
+    "only dense": SMALL | {"dense_layers": 5},
+    **{f"random {seed}": random_config(seed) for seed in range(6)},
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def pair(request: pytest.FixtureRequest) -> tuple[Trinity, AfmoeForCausalLM]:
+    """Our model and theirs with the same weights."""
+    return make_pair(ModelConfig(**request.param))
+
+
+def make_pair(config: ModelConfig) -> tuple[Trinity, AfmoeForCausalLM]:
+    ours = Trinity(config)
+    ours.init_weights(3)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name.endswith("gain"):  # all equal, a gain taken for another would not show
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
+        for block in ours.blocks:
+            if block.sparse:  # wide enough to decide many of the choices
+                block.ffn.expert_bias.uniform_(-0.3, 0.3)
+    theirs = AfmoeForCausalLM(their_config(config))
+    theirs.load_state_dict(fused(ours.state_dict(), config))
+    return ours, theirs
+
+
+def their_config(config: ModelConfig) -> AfmoeConfig:
+    return AfmoeConfig(
+        vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.dense_width,
+        moe_intermediate_size=config.expert_width, num_hidden_layers=config.layers,
+        num_dense_layers=config.dense_layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim, rms_norm_eps=config.norm_eps, sliding_window=config.window,
+        num_experts=config.experts, num_experts_per_tok=config.active_experts,
+        num_shared_experts=config.shared_experts, route_scale=config.route_scale,
+        global_attn_every_n_layers=config.global_every, mup_enabled=True,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        attn_implementation="eager", experts_implementation="eager",
+    )  # fmt: skip
+
+
+def fused(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors under our names → under theirs in memory, where the experts of a layer are two tensors."""
+    found = {}
+    for name, ours, index in correspondence(config):
+        if ours in tensors and ".experts." not in name:
+            found[name] = tensors[ours][index]
+    for layer in range(config.dense_layers, config.layers):
+        experts = f"model.layers.{layer}.mlp.experts"
+        found[f"{experts}.gate_up_proj"] = tensors[f"blocks.{layer}.ffn.experts.gate_up"].flatten(1, 2)
+        found[f"{experts}.down_proj"] = tensors[f"blocks.{layer}.ffn.experts.down"]
+    return found
+
+
+def record_choices(ours: Trinity, theirs: AfmoeForCausalLM) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """From now on: the experts that each MoE layer chooses, ours and theirs [T, K]."""
+    records = []
+    for block, layer in zip(ours.blocks, theirs.model.layers):
+        if block.sparse:
+            chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
+            # (gates, scores, indices, counts) and (logits, gates, indices)
+            block.ffn.router.register_forward_hook(lambda *call, to=chosen[0]: to.append(call[-1][2]))
+            layer.mlp.router.register_forward_hook(lambda *call, to=chosen[1]: to.append(call[-1][2]))
+            records.append(chosen)
+    return records
+
+
+def assert_same_choices(records: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+    for ours, theirs in records:
+        assert torch.equal(torch.cat(ours).sort().values, torch.cat(theirs).sort().values)
+
+
+def random_tokens(config: ModelConfig) -> Tensor:
+    return torch.randint(config.vocab_size, (2, SEQUENCE), generator=torch.Generator().manual_seed(5))
+
+
+def distance(some: Tensor, other: Tensor) -> float:
+    """Largest difference, as a fraction of the largest value."""
+    return ((some - other).abs().max() / other.abs().max()).item()
+
+
+def test_logits_and_gradients(pair: tuple[Trinity, AfmoeForCausalLM]) -> None:
+    """Every parameter's gradient of cross-entropy with z-loss, router, gains and experts among them."""
+    ours, theirs = pair
+    tokens_BS, records, z = random_tokens(ours.config), record_choices(ours, theirs), 0.01
+    logits_BSV = theirs(tokens_BS).logits
+    assert distance(ours(tokens_BS), logits_BSV) < BOUND
+    assert_same_choices(records)
+
+    targets_BS = tokens_BS.roll(-1, 1)
+    ours(tokens_BS, targets_BS=targets_BS, z=z).token_loss.backward()
+    their_loss = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="sum")
+    (their_loss + z * logits_BSV.logsumexp(-1).square().sum()).backward()
+    got = fused({name: parameter.grad for name, parameter in ours.named_parameters()}, ours.config)
+    wanted = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert got.keys() == wanted.keys()
+    # where terms cancel to 0 (queries that see one key; the gate of one active expert), rounding is all that is left
+    noise = 1e-6 * max(gradient.abs().max() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).abs().max() < BOUND * gradient.abs().max() + noise, name
+
+
+def test_packed_documents_are_separate_documents() -> None:
+    """A row of documents with document ids gives what transformers gives of each alone, without padding or mask.
+
+    The window (7) is shorter than some documents and longer than others. Positions run on through the row, so RoPE's
+    angles are other fp32 numbers than those of a document that starts at 0; their differences are the same to 1e-6.
+    """
+    ours, theirs = make_pair(ModelConfig(**SMALL))
+    lengths = [[1, 12, 6], [9, 10]]
+    tokens_BS, records = random_tokens(ours.config), record_choices(ours, theirs)
+    ids_BS = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    packed_BSV = ours(tokens_BS, document_ids_BS=ids_BS)
+    alone = [
+        theirs(document.unsqueeze(0)).logits[0]
+        for row, row_lengths in zip(tokens_BS, lengths)
+        for document in row.split(row_lengths)
+    ]
+    assert_same_choices(records)
+    assert distance(packed_BSV.flatten(0, 1), torch.cat(alone)) < BOUND
+    assert distance(ours(tokens_BS).flatten(0, 1), torch.cat(alone)) > 1e-2, "without ids attention must cross"

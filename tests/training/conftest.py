@@ -1,0 +1,98 @@
+"""A real corpus of a few kilobytes with its tokenizer, made once, and runs of a model so small that a step takes 20 ms."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from trinity.data.prepare import prepare_data
+from trinity.data.train_tokenizer import train_from_files
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Two sources of this project's own text, a held-out one, and a tokenizer of 400 ids."""
+    folder = tmp_path_factory.mktemp("corpus")
+    code = sorted((ROOT / "trinity").rglob("*.py"))
+    prose = sorted((ROOT / "trinity").rglob("*.md"))
+    train_from_files(code, 400, folder / "tokenizer")
+    for name, files in {"code": code[3:], "prose": prose, "held_out": code[:3]}.items():
+        prepare_data([path for path in files if path.stat().st_size], folder / "tokenizer", folder / name)
+    return SimpleNamespace(folder=folder, tokenizer=folder / "tokenizer")
+
+
+@pytest.fixture
+def settings(corpus: SimpleNamespace, tmp_path: Path) -> dict:
+    """A config in which everything is switched on: mask, both losses, SMEBU, clipping that bites, microbatches."""
+    folder = corpus.folder
+    return {
+        "run": {"name": "tiny", "dir": str(tmp_path / "run"), "steps": 8, "seed": 3, "threads": 1},
+        "model": {
+            "name": "smoke", "vocab_size": 512, "width": 32, "layers": 5, "dense_layers": 1, "dense_width": 48,
+            "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "experts": 8, "active_experts": 2,
+            "expert_width": 16,
+        },
+        "data": {
+            "train": {"code": str(folder / "code"), "prose": str(folder / "prose")},
+            "validation": {"held_out": str(folder / "held_out")},
+            "tokenizer": str(corpus.tokenizer), "mixture": {"code": 2, "prose": 1}, "sequence_length": 24,
+            "document_mask": True, "loss_on_document_start": False, "streams": 12,
+        },
+        "batch": {"sequences": 6, "microbatch": 2, "ramp": [{"tokens": 500, "sequences": 12}]},
+        "optim": {
+            "muon": {"lr": 0.02, "dtype": "float32"}, "adamw": {"lr": 0.01},
+            "schedule": {"warmup_steps": 2, "decay": "cosine", "decay_start_steps": 5, "decay_steps": 3, "final": 0.1},
+            "clip_norm": 0.5,
+        },
+        "balancing": {"kind": "smebu", "rate": 0.01, "sequence_loss": 0.01},
+        "loss": {"z": 1e-4},
+        "precision": {"compute": "float32"},
+        "checkpoint": {"every": 3},
+        "evaluation": {"every": 4, "sequences": 5},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Callable[[dict], Path]:
+    """A function that writes settings into a YAML file."""
+
+    def write(settings: dict) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.Popen]:
+    """Start one of the project's programs as a user would; returns the process."""
+
+    def start(script: str, *words: object, **options: object) -> subprocess.Popen:
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / script), *map(str, words)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT, **options,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_command(command: Callable[..., subprocess.Popen]) -> Callable[..., SimpleNamespace]:
+    """Run one of the project's programs to its end: code, output, errors."""
+
+    def run(script: str, *words: object, **options: object) -> SimpleNamespace:
+        process = command(script, *words, **options)
+        output, errors = process.communicate(timeout=120)
+        return SimpleNamespace(code=process.returncode, output=output, errors=errors)
+
+    return run
+

@@ -1,0 +1,30 @@
+"""What a run left behind, as tests read it."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+import torch.distributed.checkpoint as dcp
+
+# The fields of metrics.jsonl that say how long and how much, not what.
+MEASURED = {"step_seconds", "tokens_per_second", "memory_gib", "mfu"}
+
+
+def metrics(run: Path) -> list[dict]:
+    """metrics.jsonl without what is measured."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+def status(run: Path) -> dict:
+    """status.json."""
+    return json.loads((run / "status.json").read_text())
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whatever it holds."""
+    found: dict = {}
+    reader = dcp.FileSystemReader(run / "checkpoints" / f"step_{step:08d}")
+    dcp.state_dict_loader._load_state_dict(found, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return found

@@ -1,0 +1,213 @@
+"""The train step against its equations, written out on the model's own logits, in float64.
+
+Bounds: both sides compute in float64, whose rounding is 1e-16; sums of some thousand terms leave 1e-12.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trinity import balancing
+from trinity.config.load import OmegaConf, build_config
+from trinity.config.run import RunConfig
+from trinity.optim.clip import global_norm
+from trinity.models import Trinity
+from trinity.parallel import mesh
+from trinity.training.setup import build_model, make_optimizers, microbatch_size, open_data
+from trinity.training.trainer import Batch, batch_heterogeneity, moe_layers, train_step
+
+BOUND = 1e-12
+
+
+@pytest.fixture
+def ranks() -> Iterator[mesh.Ranks]:
+    """This process as a mesh of one."""
+    from trinity.config.run import Parallel
+
+    yield mesh.start(Parallel(), 1, False)
+    mesh.stop()
+
+
+def in_float64(settings: dict, **changes: object) -> RunConfig:
+    """The config in float64, with dotted changes."""
+    settings = copy.deepcopy(settings)
+    settings["precision"] = {"compute": "float64"}
+    settings["optim"]["muon"]["dtype"] = "float64"
+    words = [f"{key}={value}" for key, value in changes.items()]
+    return build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
+
+
+def start(config: RunConfig, ranks: mesh.Ranks) -> SimpleNamespace:
+    """Model, optimizers and a batch with uneven numbers of valid targets."""
+    model = build_model(config, ranks)
+    model.init_weights(config.run.seed)
+    optimizers = make_optimizers(config, model)
+    rows = open_data(config, ranks).stream.take(config.batch.sequences)
+    batch = Batch(rows.tokens, rows.targets.clone(), rows.document_ids)
+    batch.targets_BS[0, :11] = -100
+    seen = SimpleNamespace(gradients={}, config=config, model=model, optimizers=optimizers, batch=batch, ranks=ranks)
+    step = optimizers.step
+
+    def watched() -> None:
+        seen.gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        step()
+
+    optimizers.step = watched
+    return seen
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def take_step(run: SimpleNamespace, rate: float = 1.0) -> dict:
+    return train_step(run.model, run.optimizers, run.batch, run.config, rate, run.ranks.device)
+
+
+def contents(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    """Every tensor that a step may change."""
+    state = {name: whole(tensor).clone() for name, tensor in run.model.state_dict().items()}
+    return state | {name: whole(tensor).clone() for name, tensor in run.optimizers.state_dict().items()}
+
+
+def test_loss_is_the_equation_on_the_logits(settings: dict, ranks: mesh.Ranks) -> None:
+    """Loss, z-loss and BatchHet from whole logits; the gradient of their sum and the sequence loss by autograd."""
+    run = start(in_float64(settings, **{"optim.clip_norm": 0}), ranks)
+    batch, config = run.batch, run.config
+    other = Trinity(config.model).double()
+    other.init_weights(config.run.seed)
+    logits = other(batch.tokens_BS, document_ids_BS=batch.document_ids_BS)
+    valid = batch.targets_BS != -100
+    ce = F.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), reduction="none").view_as(valid)
+    lse = torch.logsumexp(logits, dim=-1)[valid]
+    row_losses = ce.sum(dim=1) / valid.sum(dim=1)
+    aux = other(batch.tokens_BS, document_ids_BS=batch.document_ids_BS, targets_BS=batch.targets_BS).sequence_loss_B
+    total = ce[valid].mean() + config.loss.z * lse.square().mean() + config.balancing.sequence_loss * aux.mean()
+    total.backward()
+
+    figures = take_step(run)
+    assert figures["loss"] == pytest.approx(ce[valid].mean().item(), rel=BOUND)
+    assert figures["z_loss"] == pytest.approx(config.loss.z * lse.square().mean().item(), rel=BOUND)
+    assert figures["sequence_loss"] == pytest.approx(config.balancing.sequence_loss * aux.mean().item(), rel=BOUND)
+    assert figures["batch_het"] == pytest.approx((row_losses.max() - row_losses.mean()).item(), rel=1e-9)
+    assert figures["max_head_logit"] == pytest.approx(logits.max().item(), rel=BOUND)
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(run.gradients[name], parameter.grad, rtol=1e-9, atol=BOUND)
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_microbatches_and_recompute_change_nothing(
+    settings: dict, ranks: mesh.Ranks, microbatch: int, recompute: str
+) -> None:
+    """Raw gradients, counts (through the biases), figures and weights after a step, against one whole microbatch."""
+    reference = start(in_float64(settings, **{"batch.microbatch": 6}), ranks)
+    run = start(in_float64(settings, **{"batch.microbatch": microbatch, "recompute": recompute}), ranks)
+    expected, figures = take_step(reference), take_step(run)
+    for name, gradient in reference.gradients.items():
+        torch.testing.assert_close(run.gradients[name], gradient, rtol=1e-9, atol=BOUND)
+    for name, value in expected.items():
+        assert figures[name] == pytest.approx(value, rel=1e-9), name
+    found = contents(run)
+    for name, tensor in contents(reference).items():
+        # Newton-Schulz amplifies rounding by its steepest slope, about 500, on each weight
+        torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_clip_and_rates(settings: dict, ranks: mesh.Ranks) -> None:
+    """The norm is of the raw gradients, what the optimizers see has the clipped norm, and rates are peak × fraction."""
+    run = start(in_float64(settings, **{"optim.clip_norm": 0.01}), ranks)
+    figures = take_step(run, rate=0.25)
+    assert figures["grad_norm"] > 0.01
+    assert global_norm(run.gradients.values()).item() == pytest.approx(0.01, rel=BOUND)
+    assert figures["lr_muon"] == 0.25 * 0.02
+    assert run.optimizers.muon.param_groups[0]["lr"] == 0.25 * 0.02
+    assert {group["lr"] for group in run.optimizers.adamw.param_groups} == {0.25 * 0.01}
+
+
+@pytest.mark.parametrize("kind", ["smebu", "sign", "none"])
+def test_balancing_after_the_step(settings: dict, ranks: mesh.Ranks, kind: str) -> None:
+    """Each layer's bias moves once, by the counts of the whole batch; they are counted here by another forward."""
+    run = start(in_float64(settings, **{"balancing.kind": kind}), ranks)
+    batch, balance = run.batch, run.config.balancing
+    counts = run.model(
+        batch.tokens_BS, document_ids_BS=batch.document_ids_BS, targets_BS=batch.targets_BS
+    ).counts_ME
+    assert counts.sum(dim=1).tolist() == [batch.tokens_BS.numel() * 2] * 4
+    take_step(run)
+    for layer, count_E in zip(moe_layers(run.model), counts):
+        bias = momentum = torch.zeros(8, dtype=torch.float64)
+        if kind == "smebu":
+            bias, momentum = balancing.smebu_update(bias, momentum, count_E, balance.rate, balance.kappa, balance.beta)
+        elif kind == "sign":
+            bias = balancing.sign_update(bias, count_E, balance.gamma)
+        torch.testing.assert_close(layer.expert_bias, bias, rtol=0, atol=BOUND)
+        torch.testing.assert_close(layer.expert_momentum, momentum, rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize("where", ["weight", "gradient"])
+def test_a_bad_step_changes_nothing(settings: dict, ranks: mesh.Ranks, where: str) -> None:
+    """A loss or only a gradient that is not finite: the step is marked and every tensor stays bit for bit."""
+    run = start(in_float64(settings), ranks)
+    take_step(run)
+    if where == "weight":
+        with torch.no_grad():
+            run.model.norm.gain.fill_(math.inf)
+    else:
+        run.model.embed.weight.register_post_accumulate_grad_hook(lambda p: p.grad.to_local().fill_(math.nan))
+    before = contents(run)
+    figures = take_step(run)
+    assert figures["skipped"] is True
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    for name, tensor in contents(run).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_dtypes_inside_a_bf16_block(settings: dict, ranks: mesh.Ranks) -> None:
+    """Matrices multiply in bf16; gains, router, scores and balancing state are fp32, and so are all gradients."""
+    settings["precision"] = {"compute": "bfloat16"}
+    config = build_config([("test", OmegaConf.create(settings))])
+    run = start(config, ranks)
+    block, seen = run.model.blocks[4], {}
+
+    def note(name: str, module: torch.nn.Module) -> None:
+        def before(module: torch.nn.Module, inputs: tuple) -> None:  # after FSDP has gathered, before it frees
+            weights[name] = {key: p.dtype for key, p in module.named_parameters(recurse=False)}
+
+        def after(module: torch.nn.Module, inputs: tuple, output: object) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            seen[name] = (first.dtype, weights[name])
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    weights: dict[str, dict[str, torch.dtype]] = {}
+    parts = {"norm": block.ffn_norm, "router": block.ffn.router, "experts": block.ffn.experts}
+    for name, module in (parts | {"qkvg": block.attention.qkvg, "q_norm": block.attention.q_norm}).items():
+        note(name, module)
+    take_step(run)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert seen["norm"] == (bf16, {"gain": fp32})
+    assert seen["q_norm"] == (bf16, {"gain": fp32})
+    assert seen["router"] == (fp32, {"weight": fp32})
+    assert seen["experts"] == (bf16, {"gate_up": bf16, "down": bf16})
+    assert seen["qkvg"] == (bf16, {"weight": bf16})
+    assert block.ffn.expert_bias.dtype == fp32
+    assert {gradient.dtype for gradient in run.gradients.values()} == {fp32}
+
+
+def test_batch_heterogeneity_by_hand() -> None:
+    """Groups of two rows: losses 1.5 and 4, mean 2.75; a row without valid targets counts nothing."""
+    ce = torch.tensor([2.0, 4.0, 12.0, 0.0], dtype=torch.float64)
+    valid = torch.tensor([2, 2, 3, 0])
+    assert batch_heterogeneity(ce, valid, 2) == pytest.approx(4 - 2.75)
+
+
+def test_microbatch_is_the_largest_divisor() -> None:
+    """12 rows with at most 5 at once go in fours."""
+    assert [microbatch_size(12, most) for most in (1, 4, 5, 12, 99)] == [1, 4, 4, 12, 12]

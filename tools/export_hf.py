@@ -1,0 +1,59 @@
+"""Writes a run's checkpoint as a Hugging Face folder that transformers, vLLM and llama.cpp read.
+
+Example: python tools/export_hf.py runs/smoke out/smoke-hf --dtype bfloat16 --verify
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from trinity.config.model import ModelConfig
+from trinity.errors import FAILURE, run_main
+from trinity.interop import export_hf
+from trinity.interop.verify import largest_logit_difference
+from trinity.training.checkpoint import load_model
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+VERIFY_BOUND = 1e-4
+"""Of the largest |logit|: sums in fp32 in another order differ by 1e-6 a layer or so, another expert by 1e-2."""
+
+
+def main() -> int:
+    """Export, and compare with transformers where asked to."""
+    options = parse()
+    model, config, step = load_model(options.run_dir, options.step)
+    dtype = DTYPES[options.dtype]
+    export_hf(model, options.out_dir, config.data.tokenizer, dtype, overwrite=options.overwrite)
+    print(f"step {step} of {options.run_dir} is in {options.out_dir} ({options.dtype})")
+    return verify(options.out_dir, config.model) if options.verify else 0
+
+
+def verify(folder: Path, config: ModelConfig) -> int:
+    """Compare logits of random tokens and say what came out; the exit code."""
+    length = min(256, config.max_positions)
+    tokens_BS = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    difference, largest = largest_logit_difference(folder, folder, tokens_BS)
+    print(f"transformers' logits differ from ours by {difference:.2e} at most; the largest is {largest:.3g}")
+    if difference <= VERIFY_BOUND * largest:
+        return 0
+    print(f"error: that is more than {VERIFY_BOUND:.0e} of it; do not use {folder}", file=sys.stderr)
+    return FAILURE
+
+
+def parse() -> argparse.Namespace:
+    """The command line's words."""
+    summary, example = __doc__.strip().split("\n\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=example)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run with a checkpoint")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to make")
+    parser.add_argument("--step", type=int, help="which checkpoint; the newest complete one by default")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="format of the matrices")
+    parser.add_argument("--verify", action="store_true", help="compare logits with transformers afterwards, in fp32")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT_DIR")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_main(main)

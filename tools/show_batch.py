@@ -1,0 +1,53 @@
+"""Show what a step of a run reads, with document boundaries: the text of each row, the source and place of each piece.
+
+    python tools/show_batch.py configs/smoke.yaml --step 17
+    python tools/show_batch.py configs/smoke.yaml --step 17 --rows 2 data.sequence_length=128
+
+Steps count as in metrics.jsonl: the first is 1.
+"""
+
+import argparse
+
+from trinity.errors import UserError, run_main
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="the run's YAML file")
+    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
+    parser.add_argument("--step", type=int, required=True, help="which step, from 1")
+    parser.add_argument("--rows", type=int, help="show only so many of its rows")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Replay the data up to the step and print its rows."""
+    arguments = parse()
+    if arguments.step < 1:
+        raise UserError(f"--step {arguments.step} must be at least 1")
+    from trinity.config import load_config
+    from trinity.data.tokenizer import load_tokenizer
+    from trinity.training.setup import batch_plan, open_stream, tokenizer_folder
+
+    config = load_config(arguments.config, arguments.settings)
+    folder = tokenizer_folder(config)
+    if folder is None:
+        raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")
+    tokenizer, stream = load_tokenizer(folder), open_stream(config, rank=0, ranks=1)
+    first, sequences = batch_plan(config).at(arguments.step - 1)
+    batch = stream.batch(arguments.step - 1)
+    for row in range(min(sequences, arguments.rows or sequences)):
+        k = first + row
+        print(f"=== sequence {k}, stream {k % config.data.streams}")
+        begin = 0
+        for piece in batch.pieces[row]:
+            end = begin + piece.length
+            text = tokenizer.decode(batch.tokens[row, begin:end].tolist(), skip_special_tokens=False)
+            print(f"--- {piece.source}: document {piece.document}, tokens {piece.start} to {piece.start + piece.length}")
+            print(text)
+            begin = end
+
+
+if __name__ == "__main__":
+    run_main(main)

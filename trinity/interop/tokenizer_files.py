@@ -1,0 +1,68 @@
+"""The tokenizer's part of a Hugging Face folder: which files it is, and which ids its special tokens have."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from trinity.data.tokenizer import load_tokenizer
+from trinity.errors import UserError
+from trinity.interop.json_files import read_json
+
+CONFIG = "tokenizer_config.json"
+FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "chat_template.jinja")
+"""What transformers writes of a fast tokenizer; only the first must be there."""
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the special tokens; None where there is none."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+    @property
+    def stop(self) -> list[int]:
+        """The tokens that end a text: its own end, and the beginning of the next document.
+
+        In pretraining documents follow each other with nothing but the latter between them.
+        """
+        return [token for token in (self.eos, self.bos) if token is not None]
+
+
+def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
+    """The special tokens that tokenizer_config.json names.
+
+    Args:
+        folder: of the tokenizer.
+        vocab_size: rows of the model's embedding.
+    Raises:
+        UserError: there is no tokenizer, it has more tokens than the model, or it names one that it does not have.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"{folder} has {tokenizer.get_vocab_size()} tokens, but the model knows {vocab_size} (model.vocab_size); "
+            "give the tokenizer that the model was trained with"
+        )
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    return SpecialIds(*(_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad")))
+
+
+def _id(tokenizer: Tokenizer, token: str | dict[str, str] | None, path: Path) -> int | None:
+    if token is None:
+        return None
+    text = token.get("content") if isinstance(token, dict) else token  # transformers writes either
+    found = tokenizer.token_to_id(str(text))
+    if found is None:
+        raise UserError(f"{path} names the token {text!r}, which tokenizer.json does not have")
+    return found
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files into a folder."""
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
