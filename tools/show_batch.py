@@ -44,7 +44,8 @@ def main() -> None:
         for piece in batch.pieces[row]:
             end = begin + piece.length
             text = tokenizer.decode(batch.tokens[row, begin:end].tolist(), skip_special_tokens=False)
-            print(f"--- {piece.source}: document {piece.document}, tokens {piece.start} to {piece.start + piece.length}")
+            place = f"tokens {piece.start} to {piece.start + piece.length}"
+            print(f"--- {piece.source}: document {piece.document}, {place}")
             print(text)
             begin = end
 

@@ -54,7 +54,8 @@ def main() -> None:
 
     tokenizer = load_tokenizer(Path(config.data.tokenizer))
     prompt = [bos_id(tokenizer), *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
-    sample = generate(model, prompt, max_new_tokens=60, temperature=0.8, top_p=0.95, seed=0, stop_ids=[bos_id(tokenizer)])
+    stop = [bos_id(tokenizer)]
+    sample = generate(model, prompt, max_new_tokens=60, temperature=0.8, top_p=0.95, seed=0, stop_ids=stop)
     print(f"sample: {PROMPT}{tokenizer.decode(sample)}\n")
 
     entropy = {name: unigram_entropy({name: source}, {name: 1.0}) for name, source in held_out.items()}

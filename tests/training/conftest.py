@@ -1,4 +1,4 @@
-"""A real corpus of a few kilobytes with its tokenizer, made once, and runs of a model so small that a step takes 20 ms."""
+"""A real corpus of a few kilobytes with its tokenizer, made once, and runs of a model that takes 20 ms a step."""
 
 import os
 import subprocess
@@ -30,10 +30,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture
 def settings(corpus: SimpleNamespace, tmp_path: Path) -> dict:
+    """Settings of a run of its own for each test."""
+    return everything_on(corpus, tmp_path / "run")
+
+
+def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
     """A config in which everything is switched on: mask, both losses, SMEBU, clipping that bites, microbatches."""
     folder = corpus.folder
     return {
-        "run": {"name": "tiny", "dir": str(tmp_path / "run"), "steps": 8, "seed": 3, "threads": 1},
+        "run": {"name": "tiny", "dir": str(run), "steps": 8, "seed": 3, "threads": 1},
         "model": {
             "name": "smoke", "vocab_size": 512, "width": 32, "layers": 5, "dense_layers": 1, "dense_width": 48,
             "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "experts": 8, "active_experts": 2,
@@ -57,6 +62,16 @@ def settings(corpus: SimpleNamespace, tmp_path: Path) -> dict:
         "checkpoint": {"every": 3},
         "evaluation": {"every": 4, "sequences": 5},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(corpus: SimpleNamespace, run_command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of such a run, started as a user would and never disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "config.yaml").write_text(yaml.safe_dump(everything_on(corpus, folder / "run")))
+    done = run_command("launch/pretrain.py", folder / "config.yaml")
+    assert done.code == 0, done.errors
+    return folder / "run"
 
 
 @pytest.fixture
@@ -95,4 +110,3 @@ def run_command(command: Callable[..., subprocess.Popen]) -> Callable[..., Simpl
         return SimpleNamespace(code=process.returncode, output=output, errors=errors)
 
     return run
-

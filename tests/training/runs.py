@@ -4,11 +4,20 @@ import json
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+
+from trinity.config.load import OmegaConf, build_config
+from trinity.training.loop import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.
 MEASURED = {"step_seconds", "tokens_per_second", "memory_gib", "mfu"}
+
+
+def train(settings: dict, *words: str, accept: tuple[str, ...] = ()) -> int:
+    """Run the settings in this process, as launch/pretrain.py does; returns the exit code."""
+    raw = [("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))]
+    return pretrain(build_config(raw), list(accept))
 
 
 def metrics(run: Path) -> list[dict]:

@@ -3,7 +3,6 @@
 Threads, launcher and shapes are the same on both sides, so there is no tolerance.
 """
 
-import copy
 import signal
 import subprocess
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, state, status
+from runs import metrics, state, status, train
 
 LAST = 8
 
@@ -32,18 +31,9 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
     path = run / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not path.exists() or len(path.read_text().splitlines()) < step:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no step {step} after a minute"
         time.sleep(0.005)
-
-
-@pytest.fixture
-def uninterrupted(settings: dict, config_file: Callable, run_command: Callable, tmp_path: Path) -> Path:
-    """The same run in another folder, without a break."""
-    settings = copy.deepcopy(settings)
-    settings["run"]["dir"] = str(tmp_path / "uninterrupted")
-    done = run_command("launch/pretrain.py", config_file(settings))
-    assert done.code == 0, done.errors
-    return Path(settings["run"]["dir"])
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -76,7 +66,8 @@ def test_asked_to_stop(
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 75, errors
     stopped = status(run)
-    assert stopped["state"] == "saved" and stopped["code"] == 75 and number.name in stopped["reason"]
+    assert (stopped["state"], stopped["code"]) == ("saved", 75)
+    assert number.name in stopped["reason"]
     assert 2 <= stopped["step"] < LAST
     assert len(metrics(run)) == stopped["step"]
     again = run_command(*words)
@@ -85,28 +76,25 @@ def test_asked_to_stop(
     assert_same_run(run, uninterrupted)
 
 
-def test_a_finished_run_stays(settings: dict, config_file: Callable, run_command: Callable) -> None:
-    """The same command after the end does nothing and says so with 0; more steps go on from there."""
-    run, words = Path(settings["run"]["dir"]), ("launch/pretrain.py", config_file(settings))
-    settings["run"]["steps"] = 4
-    assert run_command(*words, "run.steps=4").code == 0
+def test_a_finished_run_stays(settings: dict) -> None:
+    """The same command after the end does nothing and ends with 0; more steps go on from there."""
+    run = Path(settings["run"]["dir"])
+    assert train(settings, "run.steps=4") == 0
     first = metrics(run)
-    assert run_command(*words, "run.steps=4").code == 0
+    assert train(settings, "run.steps=4") == 0
     assert metrics(run) == first
-    assert run_command(*words, "run.steps=6").code == 0
+    assert train(settings, "run.steps=6") == 0
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_cut_off_tail_of_metrics_is_kept(
-    settings: dict, config_file: Callable, command: Callable, run_command: Callable
-) -> None:
+def test_the_cut_off_tail_of_metrics_is_kept(settings: dict) -> None:
     """Steps after the checkpoint are redone; their first record stays aside, half a line included."""
-    run, words = Path(settings["run"]["dir"]), ("launch/pretrain.py", config_file(settings))
-    assert run_command(*words, "run.steps=3").code == 0
+    run = Path(settings["run"]["dir"])
+    assert train(settings, "run.steps=3") == 0
     kept = (run / "metrics.jsonl").read_text()
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
-    assert run_command(*words).code == 0
+    assert train(settings) == 0
     assert [line["step"] for line in metrics(run)] == list(range(1, LAST + 1))
     assert (run / "metrics.jsonl").read_text().startswith(kept)
     assert (run / "metrics.tail.1.jsonl").read_text() == '{"step": 4, "loss": 1.0}\n{"step": 5, "lo\n'

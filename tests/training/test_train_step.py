@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from trinity import balancing
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
-from trinity.optim.clip import global_norm
 from trinity.models import Trinity
+from trinity.optim.clip import global_norm
 from trinity.parallel import mesh
 from trinity.training.setup import build_model, make_optimizers, microbatch_size, open_data
 from trinity.training.trainer import Batch, batch_heterogeneity, moe_layers, train_step
@@ -135,9 +135,7 @@ def test_balancing_after_the_step(settings: dict, ranks: mesh.Ranks, kind: str) 
     """Each layer's bias moves once, by the counts of the whole batch; they are counted here by another forward."""
     run = start(in_float64(settings, **{"balancing.kind": kind}), ranks)
     batch, balance = run.batch, run.config.balancing
-    counts = run.model(
-        batch.tokens_BS, document_ids_BS=batch.document_ids_BS, targets_BS=batch.targets_BS
-    ).counts_ME
+    counts = run.model(batch.tokens_BS, document_ids_BS=batch.document_ids_BS, targets_BS=batch.targets_BS).counts_ME
     assert counts.sum(dim=1).tolist() == [batch.tokens_BS.numel() * 2] * 4
     take_step(run)
     for layer, count_E in zip(moe_layers(run.model), counts):

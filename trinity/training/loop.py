@@ -17,7 +17,7 @@ from trinity.config.check import run_directory
 from trinity.config.load import load_config
 from trinity.config.run import RunConfig
 from trinity.data.validation import validation_sequences
-from trinity.errors import UserError
+from trinity.errors import USER_MISTAKE, UserError
 from trinity.evaluation.validation import evaluate
 from trinity.interop import export_hf, load_hf
 from trinity.models.accounting import flops_per_token
@@ -41,7 +41,7 @@ from trinity.training.setup import (
 from trinity.training.signals import StopRequest
 from trinity.training.trainer import Batch, train_step
 
-FINISHED, SAVED, TOO_MANY_BAD_STEPS = 0, 75, 3
+FINISHED, FAILED, TOO_MANY_BAD_STEPS, SAVED = 0, 1, 3, 75
 
 
 def pretrain(config: RunConfig, accepted: list[str]) -> int:
@@ -58,33 +58,40 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     mesh.check_parallel(config.parallel, mesh.world_size())
     stop_request = StopRequest()
     directory = RunDirectory(run_directory(config))
-    step = 0
+    training = None
     try:
-        done = checkpoint.complete_steps(directory.path)
-        step = done[-1] if done else 0
-        if done:
-            _note_changes(check_changes(directory.newest_config(), config, accepted, str(directory.path)))
-        training = Training(config, directory, step)
-    except UserError as mistake:
-        directory.set_status("stopped", 2, step, str(mistake))
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-            directory.forbid_restart(str(mistake))
-        raise
-    try:
+        training = _prepare(config, accepted, directory)
         return training.run(stop_request)
+    except UserError:
+        raise
     except BaseException as error:
-        directory.set_status("stopped", 1, training.step, f"{type(error).__name__}: {error}")
+        step = training.step if training else 0
+        directory.set_status("stopped", FAILED, step, f"{type(error).__name__}: {error}")
         raise
     finally:
-        training.close()
+        if training is not None:
+            training.close()
         stop_request.restore()
         directory.release()
         mesh.stop()
 
 
-def _note_changes(changed: list[str]) -> None:
-    if changed:
-        print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+def _prepare(config: RunConfig, accepted: list[str], directory: RunDirectory) -> "Training":
+    """Everything that a user's mistake can stop; status.json then has the true code, which a launcher may hide."""
+    done = checkpoint.complete_steps(directory.path)
+    step = done[-1] if done else 0
+    try:
+        if done:
+            changed = check_changes(directory.newest_config(), config, accepted, str(directory.path))
+            if changed:
+                print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+        return Training(config, directory, step)
+    except UserError as mistake:
+        directory.set_status("stopped", USER_MISTAKE, step, str(mistake))
+        # Only a launcher that restarts by itself must be stopped; a person who mistyped just types again.
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            directory.forbid_restart(str(mistake))
+        raise
 
 
 class Training:

@@ -5,6 +5,7 @@ reader never sees half of one. STOP: written after a user's mistake or too many 
 is removed, because a launcher that restarts by itself must not repeat a mistake.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -30,19 +31,17 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take()
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"the run directory {path} cannot be written ({error.strerror}); set run.dir") from None
-        except OSError as error:
-            if error.errno != 30:  # a read-only file system
-                raise
-            raise UserError(f"the run directory {path} is on a read-only file system; set run.dir") from None
         stop = path / "STOP"
         if stop.exists():
             reason = " ".join(stop.read_text(errors="replace").split())
             raise UserError(f"{stop} says: {reason}; remove that file to run again")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise UserError(f"the run directory {path} cannot be written ({error.strerror}); set run.dir") from None
 
     def _take(self) -> IO[str]:
         lock = open(self.path / "lock", "a+")  # noqa: SIM115 (held until the process ends)

@@ -1,0 +1,260 @@
+"""Preparing shards: every kind of file, every kind of bad file, and a kill at every moment that leaves a trace."""
+
+import gzip
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from trinity.data import files, prepare, shard_writer
+from trinity.data.prepare import prepare_data
+from trinity.data.shards import TokenSource
+from trinity.data.tokenizer import BOS, bos_id, load_tokenizer
+from trinity.errors import UserError
+
+TEXTS = [f"Document {number}: " + "some words of text, 日本語, 12345. " * (number % 7) for number in range(60)]
+
+
+def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def decoded(out: Path, tokenizer: Path) -> list[str]:
+    """The documents' texts, each checked to begin with BOS and to hold no other."""
+    tok, source = load_tokenizer(tokenizer), TokenSource(out)
+    found = []
+    for document in range(source.documents):
+        ids = source.read(document, 0, source.length(document)).tolist()
+        assert ids[0] == bos_id(tok)
+        assert bos_id(tok) not in ids[1:]
+        found.append(tok.decode(ids[1:], skip_special_tokens=False))
+    return found
+
+
+def test_every_kind_of_file(tmp_path: Path, tokenizer_dir: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    jsonl(tmp_path / "b.jsonl", [*TEXTS[1:10], "", *TEXTS[10:20]])
+    raw = "\n".join(json.dumps({"text": text}) for text in TEXTS[20:30])
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(raw.encode()))
+    table = pyarrow.table({"n": list(range(30)), "text": TEXTS[30:]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
+    inputs = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet")]
+    index, already = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500)
+    assert not already
+    assert decoded(tmp_path / "out", tokenizer_dir) == TEXTS
+    assert index["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert index["skipped"] == {"empty": 1}
+    assert len(index["shards"]) > 3
+
+
+def test_special_tokens_in_text_are_text(tmp_path: Path, tokenizer_dir: Path) -> None:
+    texts = [f"a {BOS} b", "<|end_of_text|>"]
+    prepare_data([jsonl(tmp_path / "a.jsonl", texts)], tokenizer_dir, tmp_path / "out")
+    assert decoded(tmp_path / "out", tokenizer_dir) == texts
+
+
+def test_batches_leave_no_trace(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    prepare_data(inputs, tokenizer_dir, tmp_path / "large", shard_tokens=500)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 300)
+    prepare_data(inputs, tokenizer_dir, tmp_path / "small", shard_tokens=500)
+    assert content(tmp_path / "large") == content(tmp_path / "small")
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    """Die when the moment-th file is about to take its name."""
+    moves = iter(range(moment))
+
+    def move(path: Path) -> None:
+        if next(moves, None) is None:
+            raise Killed
+        real(path)
+
+    real = files.move_into_place
+    monkeypatch.setattr(files, "move_into_place", move)
+    monkeypatch.setattr(shard_writer, "move_into_place", move)
+
+
+def test_killed_at_any_moment_and_started_again(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two inputs, empty and unreadable documents among them: the same bytes as without a kill."""
+    inputs = [jsonl(tmp_path / "a.jsonl", [*TEXTS[:30], "", ""]), jsonl(tmp_path / "b.jsonl", ["", *TEXTS[30:]])]
+    with open(inputs[0], "a") as file:
+        file.write("not json\n")
+    arguments = {"shard_tokens": 900, "skip_bad_lines": True}
+    index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "whole", **arguments)
+    assert index["skipped"] == {"empty": 3, "unreadable": 1}
+    moves = 2 + 3 * len(index["shards"])  # progress.json at first, three files a shard, index.json
+    assert moves >= 14
+    for moment in range(moves):
+        out = tmp_path / f"out{moment}"
+        with monkeypatch.context() as patch:
+            kill_at(patch, moment)
+            with pytest.raises(Killed):
+                prepare_data(inputs, tokenizer_dir, out, **arguments)
+        done = {name for name in content(out) if name.endswith((".tokens", ".documents"))}
+        before = {name: (out / name).stat().st_ino for name in done}
+        _, already = prepare_data(inputs, tokenizer_dir, out, **arguments)
+        assert not already
+        assert content(out) == content(tmp_path / "whole")
+        whole = max(0, moment - 1) // 3
+        for number in range(whole):
+            name = f"shard_{number:05d}.tokens"
+            assert (out / name).stat().st_ino == before[name], "a finished shard was made again"
+
+
+def test_killed_before_progress_is_removed(tmp_path: Path, tokenizer_dir: Path) -> None:
+    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    prepare_data(inputs, tokenizer_dir, tmp_path / "out")
+    whole = content(tmp_path / "out")
+    shutil.copy(tmp_path / "out" / "index.json", tmp_path / "out" / "progress.json")
+    assert prepare_data(inputs, tokenizer_dir, tmp_path / "out")[1]
+    assert content(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1"),
+    ],
+    ids=["missing", "cut short", "changed"],
+)
+def test_the_same_command_mends_damage(tmp_path: Path, tokenizer_dir: Path, harm: Callable) -> None:
+    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500)
+    whole = content(tmp_path / "out")
+    assert prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500) == (index, True)
+    harm(tmp_path / "out" / "shard_00001.documents")
+    with pytest.raises(UserError, match="shard_00001"):
+        TokenSource(tmp_path / "out")
+    assert prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500) == (index, False)
+    assert content(tmp_path / "out") == whole
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, tokenizer_dir: Path) -> None:
+    inputs, out = [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"holds something else \(thesis.tex\)"):
+        prepare_data(inputs, tokenizer_dir, out)
+    assert content(out) == {"thesis.tex": b"mine"}
+    (out / "thesis.tex").unlink()
+    prepare_data(inputs, tokenizer_dir, out)
+    whole = content(out)
+    changed = jsonl(tmp_path / "b.jsonl", TEXTS)
+    with pytest.raises(UserError, match="whose inputs differ"):
+        prepare_data([changed], tokenizer_dir, out)
+    with pytest.raises(UserError, match="whose shard_tokens differ"):
+        prepare_data(inputs, tokenizer_dir, out, shard_tokens=77)
+    other = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(UserError, match="whose tokenizer differ"):
+        prepare_data(inputs, other, out)
+    assert content(out) == whole
+
+
+def test_an_input_changed_in_place_is_noticed(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Same name, same size, one letter."""
+    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    prepare_data([path], tokenizer_dir, out)
+    path.write_text(path.read_text().replace("Document 33", "Dokument 33"))
+    with pytest.raises(UserError, match="whose inputs differ"):
+        prepare_data([path], tokenizer_dir, out)
+
+
+@pytest.mark.parametrize(("size", "places"), [(1 << 20, [0, 500_000, (1 << 20) - 1]), (10_000_000, [0, 9_900_000])])
+def test_identity_sees_all_of_small_files_and_all_over_large_ones(tmp_path: Path, size: int, places: list[int]) -> None:
+    """9,900,000 lies in the last of 64 blocks of 65,536 bytes, which begins at 63/64 of the file."""
+    path = tmp_path / "a"
+    path.write_bytes(bytes(size))
+    before = files.identity(path)
+    for place in places:
+        path.write_bytes(bytes(place) + b"x" + bytes(size - place - 1))
+        assert files.identity(path)["bytes"] == before["bytes"]
+        assert files.identity(path)["sample"] != before["sample"]
+
+
+GOOD = b'{"text": "good"}\n'
+BAD = {
+    "json": ("a.jsonl", GOOD + b"{oops\n", r"a\.jsonl:2 is not valid JSON"),
+    "field": ("a.jsonl", GOOD + b'{"body": "x"}\n', r"a\.jsonl:2 has no field text \(fields: body\)"),
+    "object": ("a.jsonl", GOOD + b"[1]\n", r"a\.jsonl:2 has no field text"),
+    "number": ("a.jsonl", GOOD + b'{"text": 3}\n', r"a\.jsonl:2 holds int where text"),
+    "surrogate": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', r"a\.jsonl:2 holds half a surrogate pair"),
+    "utf-8 line": ("a.jsonl", GOOD + b'{"text": "\xff"}\n', r"a\.jsonl is not valid UTF-8 at byte 27"),
+    "utf-8 text": ("a.txt", b"abc\xc3", r"a\.txt is not valid UTF-8 at byte 3"),
+    "empty": ("a.txt", b"", r"a\.txt holds no document with text"),
+    "empty lines": ("a.jsonl", b'\n{"text": ""}\n', r"a\.jsonl holds no document with text"),
+    "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
+    "no gzip": ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz is not a whole gzip file"),
+    "no parquet": ("a.parquet", GOOD, r"a\.parquet is not a whole Parquet file"),
+    "kind": ("a.json", GOOD, r"a\.json is of a kind that is not read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(tmp_path: Path, tokenizer_dir: Path, case: str) -> None:
+    name, raw, words = BAD[case]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError, match=words):
+        prepare_data([tmp_path / name], tokenizer_dir, tmp_path / "out")
+    (tmp_path / name).write_bytes(GOOD)
+    (tmp_path / "good.jsonl").write_bytes(GOOD)
+    prepare_data([tmp_path / "good.jsonl"], tokenizer_dir, tmp_path / "out")
+    assert decoded(tmp_path / "out", tokenizer_dir) == ["good"]
+
+
+def test_bad_parquet_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), path)
+    with pytest.raises(UserError, match=r"has no column text; set --field to one of: body"):
+        prepare_data([path], tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match=r"a\.parquet:2 holds NoneType where text"):
+        prepare_data([path], tokenizer_dir, tmp_path / "out", field="body")
+    index, _ = prepare_data([path], tokenizer_dir, tmp_path / "out", field="body", skip_bad_lines=True)
+    assert (index["documents"], index["skipped"]) == (1, {"unreadable": 1})
+
+
+def test_missing_things_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
+    good = jsonl(tmp_path / "a.jsonl", TEXTS)
+    cases = [
+        ([tmp_path / "none.txt"], tokenizer_dir, r"none\.txt does not exist"),
+        ([tmp_path], tokenizer_dir, "is a folder"),
+        ([good], tmp_path / "none", r"holds no tokenizer\.json"),
+    ]
+    for inputs, tokenizer, words in cases:
+        with pytest.raises(UserError, match=words):
+            prepare_data(inputs, tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match="--shard-tokens 0 must be at least 1"):
+        prepare_data([good], tokenizer_dir, tmp_path / "out", shard_tokens=0)
+    with pytest.raises(UserError, match=re.escape(f"--out {good} is a file")):
+        prepare_data([good], tokenizer_dir, good)
+    assert not (tmp_path / "out").exists()
+
+
+def test_skipping_bad_lines_counts_them(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b"{oops\n" + b'{"text": "\xff"}\n' + b"\n" + GOOD)
+    with pytest.raises(UserError, match=":2 is not valid JSON"):
+        prepare_data([path], tokenizer_dir, tmp_path / "out")
+    index, _ = prepare_data([path], tokenizer_dir, tmp_path / "out", skip_bad_lines=True)
+    assert index["skipped"] == {"empty": 1, "unreadable": 2}
+    assert decoded(tmp_path / "out", tokenizer_dir) == ["good", "good"]

@@ -1,0 +1,148 @@
+"""Token shards: a folder of memory-mapped token ids, read by document.
+
+    index.json               format, vocabulary, totals, and one entry a shard with sizes and checksums
+    shard_00000.tokens       ids one after the other, little-endian uint16 (uint32 from 65,537 ids on)
+    shard_00000.documents    int64 offsets into them, one more than documents: document i is tokens [o[i], o[i+1])
+    progress.json            in place of index.json while a preparation is not finished
+
+Every document begins with BOS, so none is empty. A document is in one shard only; one that is longer than a shard is
+meant to be has a shard to itself. Documents are numbered through all shards, in the order of the input.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from trinity.data.files import checksum, new_hash, read_json
+from trinity.errors import UserError
+
+VERSION = 1
+AUTO_VERIFY_BYTES = 256 << 20
+OFFSET = np.dtype("<i8")
+KINDS = ("tokens", "documents")
+HINT = "run tools/prepare_data.py again with the same arguments"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that ids are stored in."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def shard_path(directory: Path, shard: int, kind: str) -> Path:
+    """File of a shard; kind is tokens or documents."""
+    return directory / f"shard_{shard:05d}.{kind}"
+
+
+def damage(directory: Path, shard: int, entry: dict, checksums: bool) -> str | None:
+    """What is wrong with a shard's files, as a clause that names the file; None if nothing is."""
+    for kind in KINDS:
+        path, size = shard_path(directory, shard, kind), entry[kind + "_bytes"]
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            change = "cut short" if path.stat().st_size < size else "too long"
+            return f"{path} is {change} ({path.stat().st_size} bytes of {size})"
+        if checksums and checksum(path) != entry[kind + "_checksum"]:
+            return f"{path} has changed (its checksum is another)"
+    return None
+
+
+def small_enough(shards: list[dict]) -> bool:
+    """Whether verify="auto" checks checksums: below 256 MiB in all, which takes about half a second."""
+    return sum(entry[kind + "_bytes"] for entry in shards for kind in KINDS) < AUTO_VERIFY_BYTES
+
+
+class TokenSource:
+    """The documents of one folder of shards, as token ids. What is read is a view of the files: no copy is held.
+
+    Attributes:
+        directory: the folder.
+        documents, tokens, text_bytes: totals; BOS counts as a token.
+        vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer the shards were made with.
+        fingerprint: hash of all content, equal for equal tokens wherever they lie.
+    """
+
+    def __init__(self, directory: Path | str, verify: Literal["auto", "always", "never"] = "auto") -> None:
+        """Open the folder; sizes are checked always, checksums as `verify` says (auto: below 256 MiB in all).
+
+        Raises:
+            UserError: not a folder of whole shards; the sentence names the file that is missing or damaged.
+        """
+        self.directory = Path(directory)
+        index = _read_index(self.directory)
+        self._shards: list[dict] = index["shards"]
+        checksums = verify == "always" or (verify == "auto" and small_enough(self._shards))
+        for number, entry in enumerate(self._shards):
+            wrong = damage(self.directory, number, entry, checksums)
+            if wrong:
+                raise UserError(f"{wrong}; remove it and {HINT} to make it anew")
+        self.documents, self.tokens, self.text_bytes = index["documents"], index["tokens"], index["text_bytes"]
+        self.vocab_size, self.bos_id, self.tokenizer_fingerprint = (
+            index["vocab_size"],
+            index["bos_id"],
+            index["tokenizer"],
+        )
+        self._dtype = np.dtype(index["dtype"])
+        self._first = [0, *accumulate(entry["documents"] for entry in self._shards)]
+        self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(self._shards)
+        content = new_hash()
+        for entry in self._shards:
+            content.update("".join(entry[kind + "_checksum"] for kind in KINDS).encode())
+        self.fingerprint = content.hexdigest()
+
+    def length(self, document: int) -> int:
+        """Tokens of a document, BOS counted."""
+        _, offsets, row = self._locate(document)
+        return int(offsets[row + 1]) - int(offsets[row])
+
+    def read(self, document: int, start: int, length: int) -> np.ndarray:
+        """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""
+        tokens, offsets, row = self._locate(document)
+        first = int(offsets[row]) + start
+        assert offsets[row] <= first <= first + length <= offsets[row + 1]
+        return tokens[first : first + length]
+
+    def chunks(self, tokens: int) -> Iterator[np.ndarray]:
+        """All ids in order, as views of at most `tokens` of them."""
+        for shard in range(len(self._shards)):
+            ids, _ = self._map(shard)
+            for start in range(0, len(ids), tokens):
+                yield ids[start : start + tokens]
+
+    def _locate(self, document: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """(the shard's tokens, its offsets, the document's row in it)."""
+        assert 0 <= document < self.documents
+        # bisect is searchsorted for one number, and ten times as fast.
+        shard = bisect_right(self._first, document) - 1
+        tokens, offsets = self._maps[shard] or self._map(shard)
+        return tokens, offsets, document - self._first[shard]
+
+    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._maps[shard] is None:
+            tokens = _mapped(shard_path(self.directory, shard, "tokens")).view(self._dtype)
+            offsets = _mapped(shard_path(self.directory, shard, "documents")).view(OFFSET)
+            self._maps[shard] = (tokens, offsets)
+        return self._maps[shard]
+
+
+def _mapped(path: Path) -> np.ndarray:
+    # numpy's memmap keeps a file descriptor per map, and a process has 1024 of them; torch's closes it.
+    array = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    array.flags.writeable = False
+    return array
+
+
+def _read_index(directory: Path) -> dict:
+    index = read_json(directory / "index.json")
+    if index is None:
+        if (directory / "progress.json").exists():
+            raise UserError(f"{directory} is not finished; {HINT} to finish it")
+        raise UserError(f"{directory} holds no index.json; make token shards there with tools/prepare_data.py")
+    if index.get("version") != VERSION:
+        raise UserError(f"{directory} has shard format {index.get('version')}, this reads {VERSION}; prepare it again")
+    return index
