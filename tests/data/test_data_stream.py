@@ -1,5 +1,6 @@
 """The stream against a transcription of its rules on whole token lists, and against itself on other ranks."""
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -43,10 +44,26 @@ def make_stream(sources: dict) -> Callable[..., SequenceStream]:
     return make
 
 
+def head_start(documents: dict, stream: int, mixture: dict) -> Counter:
+    """Tokens a stream counts as drawn before it begins: up to a mean document of each source but the first."""
+
+    def chance(name: str) -> float:
+        digest = hashlib.blake2b(f"{SEED}/{stream}/{name}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") / 2**64
+
+    first, left = None, chance("begin") * sum(mixture.values())
+    for name in documents:
+        left -= mixture[name]
+        if first is None and left < 0:
+            first = name
+    means = {name: sum(map(len, texts)) / len(texts) for name, texts in documents.items()}
+    return Counter({name: 0 if name == first else int(chance(name) * mean) for name, mean in means.items()})
+
+
 def transcription(documents: dict, stream: int, mixture: dict, count: int) -> list[tuple[list, list, list]]:
     """(tokens, targets, documents begun before) of a stream's first rows, cut from one long list of tokens."""
     tokens, targets, numbers = [], [], []
-    taken, drawn = Counter(), Counter()
+    taken, drawn = Counter(), head_start(documents, stream, mixture)
     total_weight = sum(mixture.values())
     while len(tokens) < count * S:
         behind = {
@@ -134,20 +151,29 @@ def shares(rows: list, mixture: dict, longest: int) -> Iterator[tuple[float, flo
 
 @pytest.mark.parametrize("weight", [0.5, 0.9, 0.03])
 def test_two_sources_stay_within_a_document_of_their_weights(make_stream: Callable, weight: float) -> None:
-    """A source is never more than one document ahead, and of two, the other is as far behind."""
+    """A source is never more than two documents ahead (one is its head start), and of two, the other as far behind."""
     mixture = {"few": weight, "many": 1 - weight, "unread": 0.0}
     rows = list(islice(make_stream(mixture=mixture, streams=1), 2000))
     found = list(shares(rows, mixture, 60))
     assert len(found) > 500
-    assert max(map(max, found)) <= 1
+    assert max(map(max, found)) <= 2
 
 
 def test_three_sources_stay_close_to_their_weights(make_stream: Callable) -> None:
-    """What one is behind the others are ahead, each by a document at most."""
+    """What one is behind the others are ahead, each by two documents at most, one of them its head start."""
     mixture = {"few": 0.2, "many": 0.3, "unread": 0.5}
     found = list(shares(list(islice(make_stream(mixture=mixture, streams=1), 2000)), mixture, 60))
-    assert max(ahead for ahead, _ in found) <= 1
-    assert max(behind for _, behind in found) <= 2
+    assert max(ahead for ahead, _ in found) <= 2
+    assert max(behind for _, behind in found) <= 4
+
+
+def test_the_first_rows_hold_all_sources(make_stream: Callable) -> None:
+    """Streams begin with a source drawn by weight: of 600, the share of each is within 5σ = 0.1 of its weight."""
+    mixture = {"few": 0.2, "many": 0.3, "unread": 0.5}
+    rows = list(islice(make_stream(mixture=mixture, streams=600), 600))
+    begun = Counter(row.pieces[0].source for row in rows)
+    for name, weight in mixture.items():
+        assert begun[name] / 600 == pytest.approx(weight, abs=0.1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

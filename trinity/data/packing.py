@@ -25,7 +25,7 @@ class SequentialPacker:
         """Stand at the beginning of stream number `stream`."""
         self.order, self.stream = order, stream
         self._taken = [0] * len(order.sources)
-        self._drawn = [0] * len(order.sources)
+        self._drawn = order.head_start(stream)
         # The document that is being read: source, number, tokens already dealt out, and its length.
         self._source, self._document, self._offset, self._length = 0, 0, 0, 0
 
@@ -42,7 +42,8 @@ class SequentialPacker:
         return pieces
 
     def state(self) -> list[int]:
-        """Where the stream stands: per source documents taken, then tokens drawn; then source, document, offset."""
+        """Where the stream stands: per source documents taken, then tokens drawn (head start included); then source,
+        document, offset."""
         return [*self._taken, *self._drawn, self._source, self._document, self._offset]
 
     def restore(self, state: list[int]) -> None:
