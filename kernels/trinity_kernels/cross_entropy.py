@@ -71,11 +71,10 @@ def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor,
 
 def _logits_gradient(exp_CV: Tensor, sum_C: Tensor, lse_C: Tensor, targets_C: Tensor, z: float) -> Tensor:
     """p·(1 + 2·z·lse) − onehot in the memory of what _token_losses left; rows of ignored targets are 0."""
-    valid_C = targets_C != IGNORE
     exp_CV.mul_(((1 + 2 * z * lse_C) / sum_C).unsqueeze(1))
     exp_CV.scatter_add_(1, targets_C.clamp_min(0).unsqueeze(1), exp_CV.new_full((len(exp_CV), 1), -1.0))
-    exp_CV[~valid_C] = 0.0
-    return exp_CV
+    # by index: a mask would pass over all logits where mostly no target is ignored
+    return exp_CV.index_fill_(0, (targets_C == IGNORE).nonzero().squeeze(1), 0.0)
 
 
 def _linear_cross_entropy(

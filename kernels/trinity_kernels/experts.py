@@ -80,7 +80,7 @@ def _swiglu(pre_RH: Tensor) -> Tensor:
 def _forward(x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor) -> tuple[Tensor, Tensor]:
     active = indices_TK.shape[1]
     order_R, ends_E = group_rows(indices_TK, w1_EHD.shape[0])
-    pre_RH = _times_weights(x_TD[order_R // active], w1_EHD, ends_E, transpose=True)
+    pre_RH = _times_weights(x_TD.index_select(0, order_R // active), w1_EHD, ends_E, transpose=True)
     rows_RD = _times_weights(_swiglu(pre_RH), w2_EDF, ends_E, transpose=True)
     return _sum_per_token(rows_RD, order_R, active, s_TK, x_TD), pre_RH
 
@@ -94,7 +94,7 @@ def _sum_per_token(rows_RD: Tensor, order_R: Tensor, active: int, s_TK: Tensor |
     """Σ_k s_tk · row, in fp32, each token collecting its own K rows: no atomics, so the same bits every time."""
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    rows_TKD = wide(rows_RD[place_R].view(len(x_TD), active, x_TD.shape[1]))
+    rows_TKD = wide(rows_RD.index_select(0, place_R).view(len(x_TD), active, x_TD.shape[1]))
     if s_TK is None:
         return rows_TKD.sum(dim=1).to(x_TD.dtype)
     return torch.bmm(wide(s_TK).unsqueeze(1), rows_TKD).squeeze_(1).to(x_TD.dtype)  # squeeze_: no view leaves the op
@@ -107,7 +107,7 @@ def _backward(
     active = indices_TK.shape[1]
     order_R, ends_E = group_rows(indices_TK, w1_EHD.shape[0])
     token_R = order_R // active
-    grad_RD = grad_TD[token_R]
+    grad_RD = grad_TD.index_select(0, token_R)
     score_R1 = wide(s_TK).flatten()[order_R].unsqueeze(1)
 
     unscaled_RF = wide(_times_weights(grad_RD, w2_EDF, ends_E, transpose=False))
@@ -123,7 +123,7 @@ def _backward(
     # silu'(g) = σ(g)·(1 + g·(1 − σ(g))) = σ + silu·(1 − σ)
     grad_gate = grad_act_RF.mul_(up).mul_(sigmoid + silu * (1 - sigmoid))
     grad_pre_RH = torch.cat((grad_gate, grad_up), dim=1).to(x_TD.dtype)
-    grad_w1 = _weight_gradient(grad_pre_RH, x_TD[token_R], ends_E, w1_EHD)
+    grad_w1 = _weight_gradient(grad_pre_RH, x_TD.index_select(0, token_R), ends_E, w1_EHD)
     rows_RD = _times_weights(grad_pre_RH, w1_EHD, ends_E, transpose=False)
     grad_x = _sum_per_token(rows_RD, order_R, active, None, x_TD)
 

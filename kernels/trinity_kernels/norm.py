@@ -29,13 +29,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain_D, inverse_rms = ctx.saved_tensors
+        gain_wide, grad_wide = wide(gain_D), wide(grad)
         unit = wide(x) * inverse_rms
-        grad_wide = wide(grad)
-        grad_gain = torch.sum((grad_wide * unit).reshape(-1, gain_D.numel()), dim=0).to(gain_D.dtype)
-        scaled = grad_wide * wide(gain_D)
-        along = (scaled * unit).mean(dim=-1, keepdim=True)
-        grad_x = scaled.sub_(unit.mul_(along)).mul_(inverse_rms).to(x.dtype)
-        return grad_x, grad_gain, None
+        product = grad_wide * unit
+        grad_gain = product.reshape(-1, gain_D.numel()).sum(dim=0).to(gain_D.dtype)
+        along = (product @ gain_wide).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = torch.mul(grad_wide, gain_wide, out=product).addcmul_(unit, along, value=-1).mul_(inverse_rms)
+        return grad_x.to(x.dtype), grad_gain, None
 
 
 def _rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:

@@ -5,6 +5,9 @@ groups: norms and router in fp32, experts, and the rest, the last two in the com
 wrapper: each operation says itself in which precision it works.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,21 +35,23 @@ def shard_model(model: Trinity, mesh: DeviceMesh, precision: Precision) -> None:
         reduce_dtype=master if compute == torch.float64 else reduce,
         cast_forward_inputs=False,
     )
+    # freeing gathered weights after the forward pays only where others hold a part of them
+    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=mesh["shard"].size() > 1)
     for block in model.blocks:
-        _shard_block(block, mesh, kept, cast)
-    fully_shard(model.embed, mesh=mesh, mp_policy=cast)
-    fully_shard(model.norm, mesh=mesh, mp_policy=kept)
-    fully_shard(model.head, mesh=mesh, mp_policy=cast)
-    fully_shard(model, mesh=mesh, mp_policy=kept)
+        _shard_block(block, partial(shard, mp_policy=kept), partial(shard, mp_policy=cast))
+    shard(model.embed, mp_policy=cast)
+    shard(model.norm, mp_policy=kept)
+    shard(model.head, mp_policy=cast)
+    shard(model, mp_policy=kept)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _shard_block(block: Block, mesh: DeviceMesh, kept: MixedPrecisionPolicy, cast: MixedPrecisionPolicy) -> None:
+def _shard_block(block: Block, shard_kept: Callable[..., None], shard_cast: Callable[..., None]) -> None:
     precise: list[nn.Module] = [part for part in block.modules() if isinstance(part, RMSNorm | Router)]
-    fully_shard(precise, mesh=mesh, mp_policy=kept)
+    shard_kept(precise)
     if isinstance(block.ffn, MoE):
-        fully_shard(block.ffn.experts, mesh=mesh, mp_policy=cast)
-    fully_shard(block, mesh=mesh, mp_policy=cast)
+        shard_cast(block.ffn.experts)
+    shard_cast(block)
