@@ -15,6 +15,7 @@ Shapes: B batch, S sequence, H query heads, G key/value heads, C head width, T =
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +179,10 @@ def _varlen(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, 
     ends, longest = visible.document_ends(q_BSHC.shape[0])
     left = -1 if window is None else window - 1
     q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BSGC, v_BSGC))
-    mixed = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(left, 0), enable_gqa=True)
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    if not grouped:  # torch 2.11: as many key and value heads as query heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    mixed = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(left, 0), **grouped)
     return mixed.unflatten(0, q_BSHC.shape[:2])
 
 

@@ -9,6 +9,7 @@ One flat dictionary of tensors is the whole state: model.<name>, optim.<…>, da
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -88,8 +89,12 @@ def load(state: State, run_directory: Path, step: int) -> None:
     folder = step_folder(run_directory, step)
     # a copy: the library wants to write its own references into the dictionary
     wanted = dict(state)
+    alone = not dist.is_initialized()
     try:
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            # a tool that reads a run alone means to: torch warns of it
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=alone)
     except (RuntimeError, ValueError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
         raise UserError(f"{folder} does not fit this run's config: {reason}") from None
