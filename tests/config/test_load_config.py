@@ -189,3 +189,12 @@ def test_flatten_names_every_setting() -> None:
     assert flat["model.width"] == 256
     assert flat["recompute"] == "none"
     assert {key.split(".")[0] for key in flat} == set(RunConfig.__dataclass_fields__)
+
+
+def test_a_whole_map_replaces_and_a_dotted_name_adds(write: Callable[[str], Path]) -> None:
+    """data.train={b: y} leaves the file's sources out; data.train.b=y adds one; so a second command is on own data."""
+    path = write("run: {steps: 1}\ndata: {train: {a: x}, mixture: {a: 2}}\n")
+    replaced = load_config(path, ["data.train={b: y}", "data.mixture={}"]).data
+    assert (replaced.train, replaced.mixture) == ({"b": "y"}, {})
+    added = load_config(path, ["data.train.b=y", "data.mixture.b=1"]).data
+    assert (added.train, added.mixture) == ({"a": "x", "b": "y"}, {"a": 2, "b": 1})

@@ -17,6 +17,7 @@ from trinity.config.run import RunConfig
 from trinity.errors import UserError
 
 COMMAND_LINE = "the command line"
+NAMED_MAPS = ("data.train", "data.validation", "data.mixture")
 
 
 def load_config(path: str | Path, words: list[str] | None = None) -> RunConfig:
@@ -26,8 +27,12 @@ def load_config(path: str | Path, words: list[str] | None = None) -> RunConfig:
         UserError: a missing or broken file, an unknown key (naming the nearest known one), a wrong type, or values
             that do not fit together.
     """
-    sources = [(str(path), _read_file(Path(path))), (COMMAND_LINE, _read_words(words or []))]
-    return build_config(sources)
+    from_file, from_words = _read_file(Path(path)), _read_words(words or [])
+    for key in NAMED_MAPS:
+        # data.train={mine: FOLDER} says what there is; data.train.mine=FOLDER adds to what the file says
+        if any(word.replace(" ", "").startswith(f"{key}={{") for word in words or []):
+            OmegaConf.update(from_file, key, {}, merge=False)
+    return build_config([(str(path), from_file), (COMMAND_LINE, from_words)])
 
 
 def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
