@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from runs import metrics, state, status, train
+from run_files import metrics, state, status, train
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.train_tokenizer import train_from_files

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, state, status, train
+from run_files import metrics, state, status, train
 
 LAST = 8
 
@@ -98,3 +98,17 @@ def test_the_cut_off_tail_of_metrics_is_kept(settings: dict) -> None:
     assert [line["step"] for line in metrics(run)] == list(range(1, LAST + 1))
     assert (run / "metrics.jsonl").read_text().startswith(kept)
     assert (run / "metrics.tail.1.jsonl").read_text() == '{"step": 4, "loss": 1.0}\n{"step": 5, "lo\n'
+
+
+def test_evaluation_and_checkpoints_change_nothing(settings: dict, uninterrupted: Path) -> None:
+    """A run that never evaluates and saves only at its end makes the same steps."""
+    assert train(settings, "evaluation.every=0", "checkpoint.every=0") == 0
+    run = Path(settings["run"]["dir"])
+    without = [
+        {key: value for key, value in line.items() if not key.startswith("validation_")}
+        for line in metrics(uninterrupted)
+    ]
+    assert metrics(run) == without
+    expected = state(uninterrupted, LAST)
+    for name, tensor in state(run, LAST).items():
+        assert torch.equal(tensor, expected[name]), name
