@@ -29,7 +29,7 @@ PATIENCE = 90  # seconds for one contender's turn; a peer that needs more is not
 
 def run(quick: bool) -> dict[str, Any]:
     """Measure every contender; returns the figures and what they were measured on."""
-    rounds, steps = (1, 2) if quick else (3, 6)
+    rounds, steps = (1, 2) if quick else (2, 4)
     contenders = [("trinity", dtype) for dtype in DTYPES]
     contenders += [(f"transformers {experts}", dtype) for experts in THEIRS for dtype in DTYPES]
     samples: dict[str, list[dict[str, Any]]] = {}
