@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from trinity.config import tokenizer_folder
 from trinity.config.model import ModelConfig
 from trinity.errors import FAILURE, run_main
 from trinity.interop import export_hf
@@ -25,7 +26,7 @@ def main() -> int:
     options = parse()
     model, config, step = load_model(options.run_dir, options.step)
     dtype = DTYPES[options.dtype]
-    export_hf(model, options.out_dir, config.data.tokenizer, dtype, overwrite=options.overwrite)
+    export_hf(model, options.out_dir, tokenizer_folder(config), dtype, overwrite=options.overwrite)
     print(f"step {step} of {options.run_dir} is in {options.out_dir} ({options.dtype})")
     return verify(options.out_dir, config.model) if options.verify else 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from trinity.config import tokenizer_folder
 from trinity.data.tokenizer import load_tokenizer
 from trinity.errors import UserError, run_main
 from trinity.evaluation.generate import stream
@@ -22,9 +23,9 @@ from trinity.training.checkpoint import load_model
 def main() -> None:
     """Print the prompt and what follows, token by token."""
     options = parse()
-    model, tokenizer_folder = load(options.folder)
-    ids = special_ids(tokenizer_folder, model.config.vocab_size)
-    tokenizer = load_tokenizer(tokenizer_folder)
+    model, text_folder = load(options.folder)
+    ids = special_ids(text_folder, model.config.vocab_size)
+    tokenizer = load_tokenizer(text_folder)
     tokens = prompt_tokens(tokenizer, ids, options.prompt)
     print(options.prompt, end="", flush=True)
     decoder = DecodeStream(skip_special_tokens=True)
@@ -42,9 +43,10 @@ def load(folder: Path) -> tuple[Trinity, Path]:
     if not (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} has neither a config.json nor checkpoints; give a Hugging Face folder or a run's")
     model, config, _ = load_model(folder)
-    if config.data.tokenizer is None:
-        raise UserError(f"{folder} is of a run without data.tokenizer, so its tokens have no text; export it first")
-    return model, Path(config.data.tokenizer)
+    tokenizer = tokenizer_folder(config)
+    if tokenizer is None:
+        raise UserError(f"{folder} is of a run without data.tokenizer, so its tokens have no text")
+    return model, tokenizer
 
 
 def prompt_tokens(tokenizer: Tokenizer, ids: SpecialIds, prompt: str) -> list[int]:

@@ -26,9 +26,9 @@ def main() -> None:
     arguments = parse()
     if arguments.step < 1:
         raise UserError(f"--step {arguments.step} must be at least 1")
-    from trinity.config import load_config
+    from trinity.config import load_config, tokenizer_folder
     from trinity.data.tokenizer import load_tokenizer
-    from trinity.training.setup import batch_plan, open_stream, tokenizer_folder
+    from trinity.training.setup import batch_plan, open_stream
 
     config = load_config(arguments.config, arguments.settings)
     folder = tokenizer_folder(config)

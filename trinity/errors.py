@@ -5,6 +5,7 @@ Our own mistakes are not caught here: they are assertions, and their traceback i
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -37,6 +38,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Run a command line's main and leave the process with its code (None is 0)."""
     try:
         code = main()
+    except BrokenPipeError:  # whoever read our output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except Exception as error:
         explained = explain(error)
         if explained is None:

@@ -178,3 +178,9 @@ def test_where_a_run_lives(write: Write) -> None:
     path = write("run: {steps: 1, name: mine}")
     assert run_directory(load_config(path)) == Path("runs/mine")
     assert run_directory(load_config(path, ["run.dir=/elsewhere"])) == Path("/elsewhere")
+
+
+def test_infinity_is_refused(write: Callable[[str], Path]) -> None:
+    """Infinite is at least anything, and still no coefficient."""
+    with pytest.raises(UserError, match=r"^loss\.z=inf must be finite$"):
+        load_config(write("run: {steps: 1}\nloss: {z: .inf}\n"))

@@ -1,8 +1,17 @@
 """One run as values: the schema, the report's models, loading, checks, and what may change on resume."""
 
-from trinity.config.check import run_directory
 from trinity.config.load import load_config, save_config, to_yaml
 from trinity.config.model import ZOO, ModelConfig
+from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
 
-__all__ = ["ZOO", "ModelConfig", "RunConfig", "load_config", "run_directory", "save_config", "to_yaml"]
+__all__ = [
+    "ZOO",
+    "ModelConfig",
+    "RunConfig",
+    "load_config",
+    "run_directory",
+    "save_config",
+    "to_yaml",
+    "tokenizer_folder",
+]

@@ -1,6 +1,6 @@
 """What must hold between the values of a run, each failure with its mend. Single values are checked by their type."""
 
-from pathlib import Path
+import math
 
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
@@ -50,6 +50,8 @@ def _check_positive(config: RunConfig) -> None:
     for key, (value, least) in at_least.items():
         if not value >= least:
             raise UserError(f"{key}={value} must be at least {least}")
+        if value == math.inf:
+            raise UserError(f"{key}={value} must be finite")
     if config.run.threads is not None and config.run.threads < 1:
         raise UserError(f"run.threads={config.run.threads} must be at least 1")
     beta = {"optim.muon.momentum": config.optim.muon.momentum, "balancing.beta": config.balancing.beta}
@@ -114,8 +116,3 @@ def _check_data(config: RunConfig) -> None:
     weights = data.mixture.values()
     if any(not weight >= 0 for weight in weights) or (weights and sum(weights) <= 0):
         raise UserError(f"data.mixture={dict(data.mixture)} must hold weights of at least 0, one of them above 0")
-
-
-def run_directory(config: RunConfig) -> Path:
-    """Where the run lives: run.dir, else runs/<run.name>."""
-    return Path(config.run.dir) if config.run.dir else Path("runs") / config.run.name

@@ -67,8 +67,9 @@ def _remove(folder: Path) -> None:
 
 def complete_steps(run_directory: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    folders = (run_directory / "checkpoints").glob("step_*")
-    return sorted(int(folder.name.removeprefix("step_")) for folder in folders if is_complete(folder))
+    numbers = (path.name.removeprefix("step_") for path in (run_directory / "checkpoints").glob("step_*"))
+    steps = [int(number) for number in numbers if number.isdecimal()]
+    return sorted(step for step in steps if is_complete(step_folder(run_directory, step)))
 
 
 def is_complete(folder: Path) -> bool:

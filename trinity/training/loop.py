@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from trinity.config.changes import check_changes
-from trinity.config.check import run_directory
 from trinity.config.load import load_config
+from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
 from trinity.data.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, UserError
@@ -35,7 +35,6 @@ from trinity.training.setup import (
     microbatch_size,
     open_data,
     rates_at,
-    tokenizer_folder,
     total_steps,
 )
 from trinity.training.signals import StopRequest

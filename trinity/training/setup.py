@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trinity.config.paths import tokenizer_folder
 from trinity.config.run import RunConfig
 from trinity.data.batches import BatchPlan
 from trinity.data.shards import TokenSource
@@ -142,12 +143,6 @@ def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
         rank=rank,
         ranks=ranks,
     )
-
-
-def tokenizer_folder(config: RunConfig) -> Path | None:
-    """data.tokenizer, or the tokenizer of the Hugging Face folder that the run starts from."""
-    folder = config.data.tokenizer or config.init.hf
-    return Path(folder) if folder else None
 
 
 def _open_sources(kind: str, folders: dict[str, str], config: RunConfig) -> dict[str, TokenSource]:

@@ -81,6 +81,7 @@ def train_step(
         optimizers.step()
         if parts[0].counts_ME is not None:
             update_biases(model, torch.stack([part.counts_ME for part in parts]).sum(dim=0), config.balancing)
+        figures["starved_experts"] = optimizers.muon.starved_count.item() // 3  # an expert is three matrices
     optimizers.zero_grad()
     return figures | {
         "grad_norm": norm.item(),
@@ -137,7 +138,7 @@ def _figures(parts: list[Losses], batch: Batch, valid: int, config: RunConfig) -
         "sequence_loss": config.balancing.sequence_loss * sequence_loss.item() / len(ce_B),
         "max_violation": violation_M.max().item(),
         "max_violation_mean": violation_M.mean().item(),
-        "dead_experts": (counts_ME == 0).double().mean().item(),
+        "dead_experts": balancing.dead_share(counts_ME).mean().item(),
         "router_entropy": entropy.item() / (batch.tokens_BS.numel() * len(counts_ME)),
     }
 
