@@ -116,3 +116,14 @@ def test_export_in_the_loop(settings: dict, uninterrupted: Path) -> None:
     assert (run / "hf/step_00000008/model.safetensors").is_file()
     assert (run / "hf/step_00000008/tokenizer.json").is_file()
     assert metrics(run) == metrics(uninterrupted)
+
+
+def test_a_start_without_a_checkpoint_is_forgotten(settings: dict) -> None:
+    """A first start of another model that saved nothing: the directory then holds the second one's model."""
+    settings["checkpoint"] = {"every": 0}
+    run = Path(settings["run"]["dir"])
+    first_state(settings, "model.expert_width=20")
+    assert train(settings, "run.steps=2") == 0
+    model, config, step = load_model(run)
+    assert (config.model.expert_width, step) == (16, 2)
+    assert model.blocks[4].ffn.experts.down.shape == (8, 32, 16)

@@ -16,11 +16,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from trinity.config.load import load_config
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.models.trinity import Trinity
-from trinity.training.run_directory import write_whole
+from trinity.training.run_directory import newest_config, write_whole
 
 State = dict[str, Tensor]
 
@@ -130,10 +129,7 @@ def load_model(run_dir: Path, step: int | None = None) -> tuple[Trinity, RunConf
     Raises:
         UserError: not a run directory, or no complete checkpoint.
     """
-    config_path = Path(run_dir) / "config.yaml"
-    if not config_path.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it has no config.yaml")
-    config = load_config(config_path)
+    config = newest_config(Path(run_dir))
     chosen = pick_step(Path(run_dir), step)
     model = Trinity(config.model)
     if config.precision.compute == "float64":

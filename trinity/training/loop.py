@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from trinity.config.changes import check_changes
-from trinity.config.load import load_config
 from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
 from trinity.data.validation import validation_sequences
@@ -26,7 +25,7 @@ from trinity.parallel import mesh
 from trinity.training import checkpoint
 from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.metrics import Sink, open_sinks
-from trinity.training.run_directory import RunDirectory
+from trinity.training.run_directory import RunDirectory, newest_config
 from trinity.training.setup import (
     batch_plan,
     build_model,
@@ -81,7 +80,7 @@ def _prepare(config: RunConfig, accepted: list[str], directory: RunDirectory) ->
     step = done[-1] if done else 0
     try:
         if done:
-            changed = check_changes(directory.newest_config(), config, accepted, str(directory.path))
+            changed = check_changes(newest_config(directory.path), config, accepted, str(directory.path))
             if changed:
                 print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
         return Training(config, directory, step)
@@ -180,11 +179,9 @@ class Training:
             self._fork(Path(init.run))
 
     def _fork(self, path: Path) -> None:
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"init.run={path} is not a run directory: it has no config.yaml")
+        other = newest_config(path)
         keep, step = self.config.init.keep, checkpoint.pick_step(path, self.config.init.step)
         if keep == "all":
-            other = load_config(path / "config.yaml")
             if other.data.streams != self.config.data.streams:
                 raise UserError(f"data.streams={self.config.data.streams} differs from {other.data.streams} in {path}")
             self._load(path, step)

@@ -57,24 +57,11 @@ class RunDirectory:
         lock.flush()
         return lock
 
-    def newest_config(self) -> RunConfig | None:
-        """The config of this directory's last start; None where no run has started."""
-        numbered = self._configs()
-        return load_config(numbered[max(numbered)]) if numbered else None
-
     def add_config(self, config: RunConfig) -> None:
         """Keep the resolved config of this start: config.yaml the first time, then config.N.yaml."""
-        numbered = self._configs()
+        numbered = _configs(self.path)
         number = max(numbered) + 1 if numbered else 0
         save_config(config, self.path / (f"config.{number}.yaml" if number else "config.yaml"))
-
-    def _configs(self) -> dict[int, Path]:
-        found = {0: self.path / "config.yaml"} if (self.path / "config.yaml").exists() else {}
-        for path in self.path.glob("config.*.yaml"):
-            number = path.name.split(".")[1]
-            if number.isdecimal():
-                found[int(number)] = path
-        return found
 
     def set_status(self, state: str, code: int | None, step: int, reason: str = "") -> None:
         """Write status.json; state is running, finished, saved or stopped."""
@@ -95,6 +82,27 @@ class RunDirectory:
     def release(self) -> None:
         """Let another run have the directory."""
         self._lock.close()
+
+
+def newest_config(run: Path) -> RunConfig:
+    """The config of a run directory's last start.
+
+    Raises:
+        UserError: not a run directory.
+    """
+    numbered = _configs(run)
+    if not numbered:
+        raise UserError(f"{run} is not a run directory: it has no config.yaml")
+    return load_config(numbered[max(numbered)])
+
+
+def _configs(run: Path) -> dict[int, Path]:
+    found = {0: run / "config.yaml"} if (run / "config.yaml").is_file() else {}
+    for path in run.glob("config.*.yaml"):
+        number = path.name.split(".")[1]
+        if number.isdecimal():
+            found[int(number)] = path
+    return found
 
 
 def write_whole(path: Path, text: str) -> None:
