@@ -82,14 +82,13 @@ class Console:
             f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
             f"  vio {record.get('max_violation', 0.0):.2f}" + ("  SKIPPED" if record["skipped"] else "")
         )
-        for name, value in record.items():
-            if name.startswith("validation_loss."):
-                text += f"  {name.removeprefix('validation_')} {value:.4f}"
+        validation = {name: value for name, value in record.items() if name.startswith("validation_loss.")}
+        text += "".join(f"  {name.removeprefix('validation_')} {value:.4f}" for name, value in validation.items())
         step = record["step"]
         if self._bar is not None:
             self._bar.update(1)
             self._bar.set_postfix_str(text)
-        elif step % self._every == 0 or step == self._total:
+        elif step % self._every == 0 or step == self._total or validation:
             left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
             print(f"step {step}/{self._total}  {text}  ETA {_clock(left)}", file=sys.stderr, flush=True)
 
