@@ -25,7 +25,7 @@ def master_dtype(precision: Precision) -> torch.dtype:
 
 
 def shard_model(model: Trinity, mesh: DeviceMesh, precision: Precision) -> None:
-    """Shard a model in place over a ("replicate", "shard") mesh; gradients are summed over it, never divided."""
+    """Shard a model in place over a mesh whose last dimension shards; gradients are summed over it, never divided."""
     master = master_dtype(precision)
     compute = getattr(torch, precision.compute)
     reduce = getattr(torch, precision.reduce)
@@ -36,7 +36,7 @@ def shard_model(model: Trinity, mesh: DeviceMesh, precision: Precision) -> None:
         cast_forward_inputs=False,
     )
     # freeing gathered weights after the forward pays only where others hold a part of them
-    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=mesh["shard"].size() > 1)
+    shard = partial(fully_shard, mesh=mesh, reshard_after_forward=mesh.size(-1) > 1)
     for block in model.blocks:
         _shard_block(block, partial(shard, mp_policy=kept), partial(shard, mp_policy=cast))
     shard(model.embed, mp_policy=cast)
