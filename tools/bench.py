@@ -22,7 +22,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("suite", nargs="?", choices=SUITES, help="what to measure")
     parser.add_argument("--list", action="store_true", help="list the suites")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, one peer: to see that it works")
     arguments = parser.parse_args()
     if not arguments.list and arguments.suite is None:
         parser.error("name a suite; see --list")

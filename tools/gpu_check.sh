@@ -55,9 +55,9 @@ data() {
 export -f data
 export python scratch
 
-steps=250 precision=bfloat16
+steps=250 precision=bfloat16 quick=
 if [ $cpu = 1 ]; then
-    steps=3 precision=float32
+    steps=3 precision=float32 quick=--quick
 fi
 settings=("run.dir=$scratch/run" "run.steps=$steps" "precision.compute=$precision" "data.tokenizer=$scratch/tokenizer")
 settings+=("optim.schedule.decay_start_steps=$((steps / 2))")
@@ -72,7 +72,7 @@ part data 60 bash -c data
 part smoke 150 "$python" launch/pretrain.py configs/smoke.yaml "${settings[@]}"
 cp "$scratch/run/metrics.jsonl" "$out/smoke.metrics.jsonl" 2>/dev/null
 for suite in $("$python" tools/bench.py --list | cut -d' ' -f1); do
-    part "bench_$suite" 180 "$python" tools/bench.py "$suite" --quick --json "$out/bench_$suite.json"
+    part "bench_$suite" 180 "$python" tools/bench.py "$suite" $quick --json "$out/bench_$suite.json"
 done
 
 "$python" - "$out/check.json" "${rows[@]}" <<'PY'

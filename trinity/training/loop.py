@@ -245,6 +245,10 @@ class Training:
         return TOO_MANY_BAD_STEPS
 
     def _announce(self) -> None:
+        if self.step >= self.total:
+            done = f"{self.directory.path} has made {self.step} steps of {self.total}; nothing is left to do"
+            print(f"{done} (a larger run.steps or run.tokens goes on)", file=sys.stderr)
+            return
         print(ownership_table(self.optimizers), file=sys.stderr)
         share = self.plan.at(self.step)[1] // self.ranks.data_ranks
         micro = microbatch_size(share, self.config.batch.microbatch)
