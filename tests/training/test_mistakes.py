@@ -246,3 +246,14 @@ def test_metrics_have_their_fields(settings: dict) -> None:
     # 6 sequences of 24 until a step begins with at least 500 tokens seen, then 12
     assert [line["tokens"] for line in lines] == [144, 288, 432, 576, 864, 1152, 1440, 1728]
     assert list(run.glob("tensorboard/events.*"))
+
+
+def test_a_mistake_in_mid_run_is_in_the_status(settings: dict) -> None:
+    """An export onto somebody's folder: refused, the folder left alone, and status.json does not say running."""
+    run = Path(settings["run"]["dir"])
+    theirs = run / "hf/step_00000002/theirs.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    assert "is not an earlier export" in refuse(settings, "export.every=2")
+    assert (status(run)["state"], status(run)["code"], status(run)["step"]) == ("stopped", 2, 2)
+    assert theirs.read_text() == "mine"

@@ -60,11 +60,8 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     try:
         training = _prepare(config, accepted, directory)
         return training.run(stop_request)
-    except UserError:
-        raise
     except BaseException as error:
-        step = training.step if training else 0
-        directory.set_status("stopped", FAILED, step, f"{type(error).__name__}: {error}")
+        _note_end(error, directory, training)
         raise
     finally:
         if training is not None:
@@ -75,21 +72,24 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
 
 
 def _prepare(config: RunConfig, accepted: list[str], directory: RunDirectory) -> "Training":
-    """Everything that a user's mistake can stop; status.json then has the true code, which a launcher may hide."""
     done = checkpoint.complete_steps(directory.path)
-    step = done[-1] if done else 0
-    try:
-        if done:
-            changed = check_changes(newest_config(directory.path), config, accepted, str(directory.path))
-            if changed:
-                print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
-        return Training(config, directory, step)
-    except UserError as mistake:
-        directory.set_status("stopped", USER_MISTAKE, step, str(mistake))
-        # Only a launcher that restarts by itself must be stopped; a person who mistyped just types again.
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-            directory.forbid_restart(str(mistake))
-        raise
+    if done:
+        changed = check_changes(newest_config(directory.path), config, accepted, str(directory.path))
+        if changed:
+            print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+    return Training(config, directory, done[-1] if done else 0)
+
+
+def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
+    """status.json gets the true code, which a launcher may hide."""
+    step = training.step if training else max(checkpoint.complete_steps(directory.path), default=0)
+    if not isinstance(error, UserError):
+        directory.set_status("stopped", FAILED, step, f"{type(error).__name__}: {error}")
+        return
+    directory.set_status("stopped", USER_MISTAKE, step, str(error))
+    # Only a launcher that restarts by itself must be stopped; a person who mistyped just types again.
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        directory.forbid_restart(str(error))
 
 
 class Training:
@@ -218,7 +218,12 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         config, found = self.config, {}
         for name, source in self.data.validation.items():
-            sequences = validation_sequences(source, config.data.sequence_length, config.evaluation.sequences)
+            sequences = validation_sequences(
+                source,
+                config.data.sequence_length,
+                config.evaluation.sequences,
+                config.data.loss_on_document_start,
+            )
             figures = evaluate(
                 self.model,
                 sequences,
