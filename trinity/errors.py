@@ -17,6 +17,10 @@ class UserError(ValueError):
     """The user's mistake: the message names the value that is wrong and what to write instead, in one sentence."""
 
 
+class Failure(RuntimeError):
+    """What went wrong outside our code, said in one sentence: a full disk on another rank."""
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """(exit code, sentence) for an error that is not ours, None for one that is.
 
@@ -24,6 +28,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     """
     if isinstance(error, UserError):
         return USER_MISTAKE, str(error)
+    if isinstance(error, Failure):
+        return FAILURE, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return FAILURE, f"the disk is full{where}; free some space and run the same command again"
@@ -35,7 +41,10 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command line's main and leave the process with its code (None is 0)."""
+    """Run a command line's main and leave the process with its code (None is 0).
+
+    Of several processes, which all fail by the same mistake, the first alone prints.
+    """
     try:
         code = main()
     except BrokenPipeError:  # whoever read our output has seen enough, as head does
@@ -46,5 +55,6 @@ def run_main(main: Callable[[], int | None]) -> None:
         if explained is None:
             raise
         code, sentence = explained
-        print(f"error: {sentence}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code or 0)

@@ -128,6 +128,11 @@ COMBINATIONS = [
         ["run.steps=1", "precision.compute=float64"],
         "precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; use float64",
     ),
+    (
+        ["run.steps=1", "compile=block", "recompute=selective"],
+        "compile=block with recompute=selective would compile nothing, because compiled code cannot say what recompute "
+        "keeps; use compile=none or recompute=none",
+    ),
 ]
 
 

@@ -108,7 +108,10 @@ def test_dots_in_a_file_are_explained(write: Write, text: str, nested: str) -> N
         ("run: {tokens: 1.5}", "run.tokens in {path}: Value '1.5' of type 'float' could not be converted to Integer"),
         ("run: {steps: true}", "run.steps in {path}: Value 'True' of type 'bool' could not be converted to Integer"),
         ("optim: {muon: {lr: fast}}", "optim.muon.lr in {path}: Value 'fast' of type 'str' could not be converted"),
-        ("recompute: blok", "recompute in {path}: Invalid value 'blok', expected one of ['none', 'block']"),
+        (
+            "recompute: blok",
+            "recompute in {path}: Invalid value 'blok', expected one of ['none', 'block', ",
+        ),
         ("balancing: {kind: smbu}", "balancing.kind in {path}: Invalid value 'smbu', expected one of ['smebu', 'sign"),
         ("optim: {adamw: {betas: [0.9]}}", "optim in {path}: TupleConfig length 1 does not match type hint length 2"),
         ("batch: 5", "batch in {path}: Merge error: int is not a subclass of Batch"),
@@ -198,3 +201,12 @@ def test_a_whole_map_replaces_and_a_dotted_name_adds(write: Callable[[str], Path
     assert (replaced.train, replaced.mixture) == ({"b": "y"}, {})
     added = load_config(path, ["data.train.b=y", "data.mixture.b=1"]).data
     assert (added.train, added.mixture) == ({"a": "x", "b": "y"}, {"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize("value", ["auto", "on", "off"])
+def test_switches_are_words(tmp_path: Path, value: str) -> None:
+    """YAML takes on and off for booleans, in a file and on the command line."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run: {{steps: 1}}\nparallel: {{defer_reduce: {value}}}\n")
+    config = load_config(path, [f"optim.muon.share={value}"])
+    assert (config.parallel.defer_reduce, config.optim.muon.share) == (value, value)

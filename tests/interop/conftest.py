@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from small_model import CONFIG, make_model
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trinity.data.tokenizer import save_tokenizer, train_tokenizer
 from trinity.interop import export_hf
 from trinity.models import Trinity
+from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
+def ranks() -> Iterator[Ranks]:
     """A mesh of one process, in a process group that lives as long as the test."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    yield join_meshes(Sizes(1, 1, 1, 1, "experts"), torch.device("cpu"))
     dist.destroy_process_group()

@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 from small_model import make_model
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -19,6 +18,7 @@ from trinity.interop import export_hf
 from trinity.interop.names import correspondence
 from trinity.interop.verify import largest_logit_difference
 from trinity.models import Trinity
+from trinity.parallel.mesh import Ranks
 from trinity.parallel.sharding import shard_model
 
 
@@ -162,13 +162,13 @@ def test_an_export_that_died_is_not_in_the_way(model: Trinity, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("as_in_training", [True, False])
-def test_sharded_model_after_a_forward(mesh: DeviceMesh, exported: Path, tokens: Tensor, as_in_training: bool) -> None:
+def test_sharded_model_after_a_forward(ranks: Ranks, exported: Path, tokens: Tensor, as_in_training: bool) -> None:
     """Bit for bit the fp32 weights, though after a forward the model shows the gathered ones in bf16."""
     sharded = make_model()
     if as_in_training:
-        shard_model(sharded, mesh, Precision(compute="bfloat16"))
+        shard_model(sharded, ranks, Precision(compute="bfloat16"))
     else:
-        fully_shard(sharded, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        fully_shard(sharded, mesh=ranks.dense, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with torch.no_grad():
         sharded(tokens)
     assert sharded.head.weight.dtype == torch.bfloat16

@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from small_model import make_model
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from trinity.config.run import Precision
 from trinity.errors import UserError
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity, parameter_roles
-from trinity.parallel.sharding import shard_model
+from trinity.parallel.mesh import Ranks
 
 
 def expected_state(model: Trinity) -> dict[str, torch.Tensor]:
@@ -60,11 +56,11 @@ def test_into_a_model_that_is_there(model: Trinity, exported: Path) -> None:
     assert_equal(other.state_dict(), expected_state(model))
 
 
-def test_into_a_sharded_model_of_one_process(mesh: DeviceMesh, model: Trinity, exported: Path) -> None:
+def test_into_a_sharded_model_of_one_process(ranks: Ranks, model: Trinity, exported: Path) -> None:
     """Also after a forward, when FSDP2 still shows gathered parameters here; and the next forward sees the new ones."""
     sharded = make_model()
     sharded.init_weights(9)
-    fully_shard(sharded, mesh=mesh)
+    fully_shard(sharded, mesh=ranks.dense)
     tokens = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
         sharded(tokens)
@@ -73,36 +69,6 @@ def test_into_a_sharded_model_of_one_process(mesh: DeviceMesh, model: Trinity, e
         assert torch.equal(sharded(tokens), model(tokens))
     state = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in sharded.state_dict().items()}
     assert_equal(state, expected_state(model))
-
-
-@pytest.mark.parametrize("rank", range(4))
-@pytest.mark.parametrize("sizes", [(1, 4), (2, 2)])
-def test_every_rank_reads_its_own_rows(model: Trinity, exported: Path, sizes: tuple[int, int], rank: int) -> None:
-    """Four ranks one after the other, each in a world whose others do not exist; 6 experts leave the last one none.
-
-    FSDP2 cuts the first dimension in chunks as torch.chunk does, of which the last ones may be empty.
-    """
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
-    try:
-        # torch remembers equal meshes, and with them the rank of an earlier test: names make them differ
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=(f"replicate of {rank}", f"shard of {rank}"))
-        with torch.device("meta"):
-            sharded = Trinity(model.config)
-        shard_model(sharded, mesh, Precision(compute="float32"))
-        sharded.to_empty(device="cpu")
-        load_hf(exported, into=sharded)
-        state = {
-            name: tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            for name, tensor in sharded.state_dict().items()
-        }
-    finally:
-        dist.destroy_process_group()
-    wanted = expected_state(model)
-    for name, _ in model.named_parameters():
-        chunks = wanted[name].chunk(sizes[1])
-        place = rank % sizes[1]
-        wanted[name] = chunks[place] if place < len(chunks) else wanted[name][:0]
-    assert_equal(state, wanted)
 
 
 def test_into_another_architecture(exported: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from small_model import CONFIG, make_model
 from tokenizers import Tokenizer
 
@@ -28,8 +29,10 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pa
     folder = tmp_path_factory.mktemp("run")
     config = RunConfig(run=Run(steps=5), model=CONFIG, data=Data(tokenizer=str(tokenizer_folder)))
     save_config(config, folder / "config.yaml")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for step in (3, 5):
         save(model_state(model_of(step)), folder, step, keep=2)
+    dist.destroy_process_group()
     return folder
 
 

@@ -3,12 +3,14 @@
 Shapes: T tokens, D width, E experts, F expert width, K active experts.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from trinity_kernels import expert_mlp
-from trinity_kernels.experts import group_rows
+from trinity_kernels.experts import group_rows, sum_of_rows
 
 D, F = 6, 5
 # fp32: rounding 2⁻²⁴ in sums of a few hundred terms; bf16: rounding 2⁻⁹ in half a dozen places
@@ -31,15 +33,22 @@ def make(E: int, K: int, T: int, dtype: torch.dtype = torch.float64) -> list[Ten
 
 
 def plain(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor) -> Tensor:
-    """Σ_k s·W2·(silu(gate)∘up) in the inputs' dtype, no batching of any kind."""
+    """Σ_k s·W2·(silu(gate)∘up) in the inputs' dtype, no batching of any kind; −1 is nobody."""
     rows = []
     for t, experts in enumerate(indices_TK.tolist()):
-        y_D = torch.zeros_like(x_TD[t])
+        y_D = 0 * x_TD[t]
         for k, e in enumerate(experts):
+            if e == -1:
+                continue
             gate, up = gate_up_E2FD[e, 0] @ x_TD[t], gate_up_E2FD[e, 1] @ x_TD[t]
             y_D = y_D + s_TK[t, k].to(y_D.dtype) * (down_EDF[e] @ (gate * torch.sigmoid(gate) * up))
         rows.append(y_D)
     return torch.stack(rows) if rows else x_TD * 1.0
+
+
+def here(*inputs: Tensor) -> Tensor:
+    """expert_mlp, told how many choices are here."""
+    return expert_mlp(*inputs, rows=(inputs[3] >= 0).sum().item())
 
 
 def run(function, inputs: list[Tensor], dy_TD: Tensor) -> list[Tensor]:
@@ -124,38 +133,119 @@ def test_repetition_gives_the_same_bits(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+def elsewhere(inputs: list[Tensor], kind: str) -> list[Tensor]:
+    """Some or all choices made −1, their gates NaN: nobody may read them."""
+    indices_TK, s_TK = inputs[3], inputs[4].detach().clone()
+    if kind == "none here":
+        gone_TK = torch.ones_like(indices_TK, dtype=torch.bool)
+    elif kind == "one here":
+        gone_TK = torch.ones_like(indices_TK, dtype=torch.bool)
+        gone_TK[3:4, 1] = False
+    else:
+        gone_TK = torch.rand(indices_TK.shape, generator=torch.Generator().manual_seed(5)) < 0.6
+        gone_TK[:2] = True
+    s_TK[gone_TK] = torch.nan
+    return [*inputs[:3], indices_TK.masked_fill(gone_TK, -1), s_TK.requires_grad_()]
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("kind", ["some here", "one here", "none here"])
+@pytest.mark.parametrize("T", [0, 7, 64])
+def test_choices_elsewhere(T: int, kind: str, dtype: torch.dtype) -> None:
+    """As if they were not there: no row, no gradient for their gates, zeros for a token without any."""
+    inputs = elsewhere(make(7, 3, T, dtype), kind)
+    dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T)).to(dtype)
+    got, exact = run(here, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
+    assert [x.dtype for x in got] == [dtype, dtype, dtype, dtype, inputs[-1].dtype]
+    assert all(error <= BOUNDS[dtype] for error in errors(got, exact)), errors(got, exact)
+    gone_TK = inputs[3] < 0
+    assert got[4][gone_TK].eq(0).all()
+    assert got[0][gone_TK.all(dim=1)].eq(0).all()
+    again = run(here, inputs, dy_TD)
+    assert all(torch.equal(a, b) for a, b in zip(got, again))
+
+
+def test_choices_elsewhere_take_no_memory() -> None:
+    """Only the rows that are computed have pre-activations to keep."""
+    x, gate_up, down, indices, s = elsewhere(make(7, 3, 64), "some here")
+    rows = (indices >= 0).sum().item()
+    assert 0 < rows < indices.numel() / 2
+    _, pre_RH = torch.ops.trinity.expert_mlp(x, gate_up.flatten(1, 2), down, indices, s, rows)
+    assert pre_RH.shape == (rows, 2 * F)
+    assert pre_RH.untyped_storage().nbytes() == pre_RH.numel() * pre_RH.element_size()
+
+
+def test_gradcheck_with_choices_elsewhere() -> None:
+    x, gate_up, down, indices, s = make(3, 2, 5)
+    indices = indices.masked_fill(torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0]], dtype=torch.bool), -1)
+    torch.autograd.gradcheck(lambda *a: here(*a[:3], indices, a[3]), (x, gate_up, down, s))
+
+
 def test_group_rows_keeps_tokens_in_order() -> None:
     """Against Python's stable sort; expert 2 is empty."""
     indices_TK = torch.tensor([[3, 0], [0, 1], [1, 3], [3, 0]])
-    order_R, ends_E = group_rows(indices_TK, experts=5)
+    order_R, ends_E = group_rows(indices_TK, experts=5, rows=8)
     flat = indices_TK.flatten().tolist()
     assert order_R.tolist() == sorted(range(8), key=lambda row: flat[row])
     assert ends_E.tolist() == [3, 5, 5, 8, 8]
     assert ends_E.dtype == torch.int32
 
 
+def test_group_rows_leaves_out_choices_elsewhere() -> None:
+    indices_TK = torch.tensor([[3, -1], [-1, 1], [1, 3], [-1, 0]])
+    order_R, ends_E = group_rows(indices_TK, experts=5, rows=5)
+    assert order_R.tolist() == [7, 3, 4, 0, 5]
+    assert ends_E.tolist() == [1, 3, 3, 5, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sum_of_rows(dtype: torch.dtype) -> None:
+    """Tokens of 2, 0, 1 and 3 rows, weighted or not, against a loop; sums in fp32 of a few terms are exact to 1e-6."""
+    random = torch.Generator().manual_seed(0)
+    rows_RD, found = torch.randn(6, D, generator=random, dtype=torch.float64).to(dtype), [2, 0, 1, 3]
+    weights_R = torch.rand(6, generator=random, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    order = [5, 0, 3, 1, 4, 2]
+    for weights in (None, weights_R):
+        got = sum_of_rows(rows_RD, torch.tensor(order), torch.tensor(found), weights)
+        assert got.dtype == weights_R.dtype
+        places = iter(order)
+        for t, count in enumerate(found):
+            mine = [next(places) for _ in range(count)]
+            wanted = sum((1 if weights is None else weights[r].double()) * rows_RD[r].double() for r in mine)
+            torch.testing.assert_close(got[t].double(), wanted + torch.zeros(D).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [14, 5, 0])
 @pytest.mark.parametrize("T", [0, 7])
-def test_opcheck(T: int) -> None:
+def test_opcheck(T: int, rows: int) -> None:
     """Schema, fake tensors, autograd registration and tracing of both custom ops, by torch's own checker."""
     x, gate_up, down, indices, s = make(4, 2, T)
+    rows = min(rows, 2 * T)
+    indices = indices.flatten().index_fill(0, torch.arange(2 * T)[rows:], -1).view_as(indices)
     w1_EHD = gate_up.detach().flatten(1, 2).requires_grad_()
-    torch.library.opcheck(torch.ops.trinity.expert_mlp.default, (x, w1_EHD, down, indices, s))
+    torch.library.opcheck(torch.ops.trinity.expert_mlp.default, (x, w1_EHD, down, indices, s, rows))
     plain_inputs = [tensor.detach() for tensor in (x, w1_EHD, down, indices, s)]
-    _, pre_RH = torch.ops.trinity.expert_mlp(*plain_inputs)
+    _, pre_RH = torch.ops.trinity.expert_mlp(*plain_inputs, rows)
     torch.library.opcheck(torch.ops.trinity.expert_mlp_backward.default, (torch.ones_like(x), *plain_inputs, pre_RH))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    """torch's grouped GEMM in bf16 wants rows of a multiple of 16 bytes: 64 and 32 wide here, one expert empty."""
+@pytest.mark.parametrize("function", [expert_mlp, here])
+def test_on_a_gpu(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """torch's grouped GEMM in bf16 wants rows of a multiple of 16 bytes: 64 and 32 wide here, one expert empty.
+
+    `here`: half of the choices are elsewhere.
+    """
     random = torch.Generator().manual_seed(0)
     shapes = [(100, 64), (8, 2, 32, 64), (8, 64, 32)]
     inputs = [torch.randn(shape, generator=random, dtype=torch.float64).to("cuda", dtype) / 8 for shape in shapes]
     indices_TK = torch.rand(100, 7, generator=random).argsort(dim=1)[:, :2].cuda()
+    if function is here:
+        indices_TK = indices_TK.where(torch.rand(100, 2, generator=random).cuda() < 0.5, -1)
     s_TK = torch.rand(100, 2, generator=random).to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in (*inputs, indices_TK, s_TK)]
     dy_TD = torch.randn(100, 64, generator=random).to("cuda", dtype)
-    got, exact = run(expert_mlp, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
+    got, exact = run(function, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
     assert all(error <= BOUNDS[dtype] for error in errors(got, exact)), errors(got, exact)

@@ -1,13 +1,15 @@
 """The MoE layer against loops over tokens and experts in float64 (eq. 15-18 and 29-32)."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.moe import MoE, Routing
+from trinity.models.dispatch import local
+from trinity.models.moe import Experts, MoE, Routing
 
 B, S = 2, 7
 
@@ -116,6 +118,30 @@ def test_the_sequence_loss_reaches_the_router_only(tiny: ModelConfig) -> None:
     assert reached == ["router.weight"]
     assert moe.router.weight.grad.abs().sum() > 0
     assert not routing.entropy_sum.requires_grad
+
+
+def test_the_layer_does_not_know_its_dispatcher(tiny: ModelConfig) -> None:
+    """Another that does the same in halves gives the same; it gets the routing, and the experts as a module."""
+    moe, x_BSD = make(tiny), tokens(tiny)
+    expected, _ = moe(x_BSD)
+    calls, hooked = [], []
+    moe.experts.register_forward_hook(lambda *_: hooked.append(True))
+
+    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, meanwhile: Callable) -> tuple:
+        calls.append((x_TD, indices_TK, gates_TK, experts))
+        parts = zip(x_TD.chunk(2), indices_TK.chunk(2), gates_TK.chunk(2))
+        return torch.cat([experts(*part) for part in parts]), meanwhile()
+
+    assert moe.dispatcher is local
+    moe.dispatcher = halves
+    found, routing = moe(x_BSD)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)  # matrix products of other shapes
+    ((x_TD, indices_TK, gates_TK, experts),) = calls
+    assert experts is moe.experts
+    assert len(hooked) == 2
+    assert torch.equal(x_TD, x_BSD.flatten(0, 1))
+    assert indices_TK.flatten().bincount(minlength=6).tolist() == routing.counts_E.tolist()
+    assert gates_TK.requires_grad
 
 
 @pytest.mark.parametrize("rows", [(0, 7), (2, 0)])

@@ -4,16 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trinity.errors import UserError
 from trinity.models.roles import Role
 from trinity.optim import muon as muon_module
-from trinity.optim.local import local
 from trinity.optim.muon import Muon, rate_factor
 from trinity.optim.newton_schulz import COEFFICIENTS, orthogonalize
 
@@ -284,22 +280,16 @@ def test_dtensors_on_a_mesh_of_one_equal_plain_tensors(mesh) -> None:
             assert torch.equal(value.full_tensor(), optimizers[0].state[one.parameter][key])
 
 
-def test_a_part_of_a_matrix_is_refused() -> None:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        half = DTensor.from_local(torch.ones(2, 4), init_device_mesh("cpu", (2,)), [Shard(0)], run_check=False)
-        with pytest.raises(AssertionError, match="a shard of 8 of 16 elements"):
-            local(half)
-    finally:
-        dist.destroy_process_group()
-
-
 def test_mistakes_are_refused_before_the_first_step() -> None:
     roles = make_roles()
     with pytest.raises(UserError, match="'newton' is not a known set"):
         Muon(roles, lr=0.1, coefficients="newton")
     with pytest.raises(UserError, match="starved='off' is not known; use decay or full"):
         Muon(roles, lr=0.1, starved="off")
+    with pytest.raises(UserError, match="wire='int8' is not known; use auto or bfloat16 or float32 or float64"):
+        Muon(roles, lr=0.1, wire="int8")
+    with pytest.raises(UserError, match="share='yes' is not known; use auto or on or off"):
+        Muon(roles, lr=0.1, share="yes")
     with pytest.raises(AssertionError, match=r"o: rows \(5,\) do not add up to 6"):
         Muon([Role("o", roles[1].parameter, "matrix", (5,))], lr=0.1)
     with pytest.raises(AssertionError, match=r"gain: rows \(\) do not add up to 0"):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from trinity.errors import UserError
-from trinity.optim.newton_schulz import COEFFICIENTS, coefficient_steps, orthogonalize
+from trinity.optim.newton_schulz import COEFFICIENTS, coefficient_steps, newton_schulz_flops, orthogonalize
 
 # (least, largest) for σ ≥ 0.01 and σ ≥ 0.003, and the slope at 0: the table in the module's docstring.
 BOUNDS = {
@@ -164,3 +165,11 @@ def test_mistakes_name_the_mend() -> None:
         orthogonalize(torch.ones(2, 2), "dino")
     with pytest.raises(UserError, match=r"steps=0 .* use 1 or more"):
         orthogonalize(torch.ones(2, 2), steps=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (1, 7)])
+def test_flops_are_those_of_the_products(shape: tuple[int, int]) -> None:
+    """torch's own counter sees the same; it knows products alone."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.randn(3, *shape), steps=4)
+    assert counter.get_total_flops() == 3 * newton_schulz_flops(*shape, steps=4)

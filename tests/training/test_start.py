@@ -27,7 +27,8 @@ def first_state(settings: dict, *words: str) -> dict[str, torch.Tensor]:
     raw = [("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))]
     config = build_config(raw)
     directory = RunDirectory(Path(config.run.dir))
-    training = Training(config, directory, 0)
+    ranks = mesh.start(config.parallel, config.model, config.run.threads, False)
+    training = Training(config, ranks, directory, 0)
     try:
         return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
                 for name, tensor in training.state().items()}  # fmt: skip

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from trinity import balancing
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
-from trinity.models import Trinity
+from trinity.models import ZOO, Trinity
 from trinity.optim.clip import global_norm
 from trinity.parallel import mesh
+from trinity.training.figures import batch_heterogeneity
 from trinity.training.setup import build_model, make_optimizers, microbatch_size, open_data
-from trinity.training.trainer import Batch, batch_heterogeneity, moe_layers, train_step
+from trinity.training.trainer import Batch, moe_layers, train_step
 
 BOUND = 1e-12
 
@@ -29,7 +30,7 @@ def ranks() -> Iterator[mesh.Ranks]:
     """This process as a mesh of one."""
     from trinity.config.run import Parallel
 
-    yield mesh.start(Parallel(), 1, False)
+    yield mesh.start(Parallel(), ZOO["smoke"], 1, False)
     mesh.stop()
 
 
@@ -66,7 +67,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def take_step(run: SimpleNamespace, rate: float = 1.0) -> dict:
-    return train_step(run.model, run.optimizers, run.batch, run.config, rate, run.ranks.device)
+    return train_step(run.model, run.optimizers, run.batch, run.config, rate, run.ranks)
 
 
 def contents(run: SimpleNamespace) -> dict[str, torch.Tensor]:

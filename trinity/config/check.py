@@ -18,6 +18,11 @@ def check_run(config: RunConfig) -> None:
     _check_data(config)
     if config.init.hf and config.init.run:
         raise UserError("init.hf and init.run are both given; keep the one the run should start from")
+    if config.compile != "none" and config.recompute != "none":
+        raise UserError(
+            f"compile={config.compile} with recompute={config.recompute} would compile nothing, because compiled code "
+            "cannot say what recompute keeps; use compile=none or recompute=none"
+        )
     if config.precision.compute == "float64" and config.optim.muon.dtype == "bfloat16":
         raise UserError("precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; use float64")
 

@@ -17,6 +17,8 @@ from trinity.config.run import RunConfig
 from trinity.errors import UserError
 
 COMMAND_LINE = "the command line"
+SWITCHES = ("parallel.defer_reduce", "optim.muon.share")
+"""auto, on or off: the last two are booleans to YAML."""
 NAMED_MAPS = ("data.train", "data.validation", "data.mixture")
 
 
@@ -47,6 +49,9 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
     merged = OmegaConf.structured(RunConfig(model=ZOO[name]))
     OmegaConf.set_readonly(merged.model, False)  # frozen dataclasses arrive read-only
     for where, raw in sources:
+        for key in SWITCHES:
+            if isinstance(value := OmegaConf.select(raw, key), bool):
+                OmegaConf.update(raw, key, "on" if value else "off")
         _merge(merged, raw, where)
     try:
         config = OmegaConf.to_object(merged)

@@ -112,6 +112,11 @@ class Muon:
     """Newton-Schulz's arithmetic."""
     starved: Literal["decay", "full"] = "decay"
     """An expert without a token this step: its update dies away, or is a full step along its old momentum. Ours."""
+    wire: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """Number format in which matrices travel to the rank that orthogonalises them and back, and results among replicas;
+    auto: that of `dtype`. Ours."""
+    share: Literal["auto", "on", "off"] = "auto"
+    """Whether replicas share the work of orthogonalising; auto: where that saves more time than it takes. Ours."""
 
 
 @dataclass
@@ -198,7 +203,12 @@ class Parallel:
     expert: int = 1
     """Neighbouring ranks that split the experts among them."""
     context: int = 1
-    """Ranks that split a sequence."""
+    """Ranks that split a sequence; 1 until that is built."""
+    exchange: Literal["auto", "all_to_all", "deep_ep"] = "auto"
+    """How tokens travel to experts on other ranks; auto: all_to_all, of torch.distributed. deep_ep is a package."""
+    defer_reduce: Literal["auto", "on", "off"] = "auto"
+    """Gradients stay whole on each rank until the step's last microbatch, which saves traffic and costs memory; auto:
+    where they take at most a quarter of the device."""
 
 
 @dataclass
@@ -284,8 +294,11 @@ class RunConfig:
     parallel: Parallel = field(default_factory=Parallel)
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = field(default_factory=Precision)
-    recompute: Literal["none", "block"] = "none"
-    """What backward computes again instead of keeping: nothing, or each block but for its routing."""
+    recompute: Literal["none", "block", "selective"] = "none"
+    """What backward computes again instead of keeping: nothing; each block but for its routing; or what is cheap in it,
+    keeping attention, experts and exchanges."""
+    compile: Literal["none", "block"] = "none"
+    """torch.compile of each block, which the expert path passes unseen. Ours."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     export: Export = field(default_factory=Export)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -1,6 +1,11 @@
-"""Held-out documents as sequences: in the order of the file, each once, for a loss that can be compared over a run."""
+"""Held-out documents as sequences: in the order of the file, each once, for a loss that can be compared over a run.
+
+Row i belongs to rank i mod R. All ranks take equally many, or the others would wait in a collective for ever: where the
+rows do not divide, those that lack one get a row without targets, which changes no mean.
+"""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -12,23 +17,32 @@ NAME = "validation"
 
 
 def validation_sequences(
-    source: TokenSource, sequence_length: int, count: int, loss_on_document_start: bool = True
+    source: TokenSource,
+    sequence_length: int,
+    count: int,
+    loss_on_document_start: bool = True,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Sequence]:
-    """Pack the documents one after the other and yield at most `count` rows; fewer where the source ends before.
+    """Pack the documents one after the other and yield this rank's of the first `count` rows, or of all there are.
 
     The last row of a source may be short: it is filled with BOS, as a document of its own, without targets.
 
     Args:
         source: held-out documents.
         sequence_length: tokens of a row.
-        count: rows at most.
+        count: rows at most, over all ranks.
         loss_on_document_start: whether BOS is the target of a document's last token, or nothing.
+        rank, ranks: r and R.
     """
     after_document = source.bos_id if loss_on_document_start else IGNORE
-    for number, pieces in enumerate(_rows(source, sequence_length)):
-        if number == count:
-            return
-        yield _padded(materialise(pieces, {NAME: source}, after_document), sequence_length, source.bos_id)
+    number = -1
+    for number, pieces in enumerate(islice(_rows(source, sequence_length), count)):
+        if number % ranks == rank:
+            yield _padded(materialise(pieces, {NAME: source}, after_document), sequence_length, source.bos_id)
+    if rank > number % ranks:  # the last round of rows did not reach this rank
+        nothing = torch.empty(0, dtype=torch.int64)
+        yield _padded(Sequence(nothing, nothing, nothing.int(), []), sequence_length, source.bos_id)
 
 
 def _rows(source: TokenSource, sequence_length: int) -> Iterator[list[Piece]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trinity.data.stream import Sequence
@@ -20,10 +21,10 @@ def evaluate(
     byte_lengths_V: Tensor | None,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean cross-entropy of the valid targets. Routing counts are dropped: evaluation moves no bias.
+    """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: evaluation moves no bias.
 
     Args:
-        sequences: packed rows.
+        sequences: this rank's packed rows, as many as the other ranks'.
         microbatch: rows per forward pass.
         byte_lengths_V: [V] bytes of text per token; without it there are no bits per byte.
     Returns:
@@ -44,6 +45,10 @@ def evaluate(
         valid += counted.numel()
         if byte_lengths_V is not None:
             text_bytes += int(byte_lengths_V[counted].sum())
+    sums = torch.tensor([ce, valid, text_bytes], dtype=torch.float64)  # integers are exact to 2⁵³
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    ce, valid, text_bytes = sums.tolist()
     figures = {"loss": ce / max(valid, 1)}
     if byte_lengths_V is not None:
         figures["bits_per_byte"] = ce / math.log(2) / max(text_bytes, 1)

@@ -1,6 +1,7 @@
 """Writes a model as the Hugging Face folder that transformers itself would write.
 
-Tensors are streamed: at any moment there is, beside the model, one of its parameters whole and one file's tensors.
+Tensors are streamed: at any moment there is, beside the model, one matrix of it and one file's tensors on rank 0, and
+one matrix on each rank that helps to gather it.
 The folder is written under another name and renamed when it is complete, so half an export is never taken for one.
 """
 
@@ -20,7 +21,7 @@ from trinity.errors import UserError
 from trinity.interop.hf_config import hf_config
 from trinity.interop.json_files import read_json, write_json
 from trinity.interop.names import Index, correspondence
-from trinity.interop.tensors import dtypes_of, part_shape, whole
+from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
 from trinity.models.trinity import Trinity
 
@@ -89,7 +90,7 @@ class _Part:
 
 
 def _plan(model: Trinity, state: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[_Part]]:
-    """Each file's name and what goes into it; the parts of a parameter follow each other, so it is gathered once."""
+    """Each file's name and what goes into it; the parts of a parameter follow each other."""
     dtypes = dtypes_of(model, dtype)
     by_parameter: dict[str, list[_Part]] = {}
     for name, ours, index in correspondence(model.config):
@@ -108,16 +109,14 @@ def _plan(model: Trinity, state: dict[str, Tensor], dtype: torch.dtype, max_shar
 
 
 def _write_tensors(state: dict[str, Tensor], files: dict[str, list[_Part]], folder: Path | None) -> None:
-    """Gather every parameter in turn, and write the files into `folder`; None on the ranks that only help to gather."""
-    current, tensor = None, None
+    """Gather every part in turn, and write the files into `folder`; None on the ranks that only help to gather."""
     for name, parts in files.items():
         tensors = {}
         for part in parts:
-            if part.ours != current:
-                current, tensor = part.ours, whole(state[part.ours])
+            tensor = part_on_first_rank(state[part.ours], part.index)
             if folder is not None:
                 # a copy even where nothing changes: safetensors wants every tensor in memory of its own
-                tensors[part.name] = tensor[part.index].to("cpu", part.dtype, copy=True)
+                tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
         if folder is not None:
             save_file(tensors, folder / name, metadata={"format": "pt"})
 

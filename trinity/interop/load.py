@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
 from trinity.interop.hf_config import architecture, model_config
 from trinity.interop.json_files import read_json
 from trinity.interop.names import Index, correspondence
-from trinity.interop.tensors import dtypes_of, part_shape
+from trinity.interop.tensors import dtypes_of, owned_part, part_shape
 from trinity.models.trinity import Trinity
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -149,22 +148,7 @@ def _fill(model: Trinity, sources: _Sources) -> None:
 
 def _copy(tensor: Tensor, index: Index, source: Any) -> None:
     """tensor[index] = source, as far as this rank owns it."""
-    local, offset = tensor, (0,) * tensor.dim()
-    if isinstance(tensor, DTensor):
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        # a rank's rows lie together, experts' too: they are split among ranks before FSDP2 cuts each one's share
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        local = tensor.to_local()
-    here, there = [], []
-    for dim, (size, start) in enumerate(zip(local.shape, offset)):
-        part = index[dim] if dim < len(index) else slice(0, tensor.shape[dim])
-        low, high = (part, part + 1) if isinstance(part, int) else (part.start, part.stop)
-        first, last = max(low, start), min(high, start + size)
-        if first >= last:
-            return
-        here.append(slice(first - start, last - start))
-        if isinstance(part, slice):  # a dimension that an integer picks from is not there on disk
-            there.append(slice(first - low, last - low))
-    mine = local[tuple(here)]
-    mine.copy_(source[tuple(there)].view(mine.shape))
+    owned = owned_part(tensor, index)
+    if owned is not None:
+        mine, there = owned
+        mine.copy_(source[there])

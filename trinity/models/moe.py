@@ -4,10 +4,13 @@
 - Top-K on score + bias; the gate is the score alone, normalised over the chosen to sum 1, times the route scale.
 - y = shared(x) + Σ gate·FFN(x). The "+u" inside eq. 15 is not in the released model.
 - Forward mutates nothing: counts and losses are returned, and the trainer updates the bias once a step.
+- Whether the experts are all here is the dispatcher's business (trinity.models.dispatch).
 
 Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 import trinity_kernels
 from trinity.balancing import sequence_loss
 from trinity.config.model import ModelConfig
+from trinity.models.dispatch import Dispatcher, local
 from trinity.models.layers import SwiGLU
 from trinity_kernels.norm import wide
 
@@ -60,7 +64,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, one SwiGLU network an expert, kept in three dimensions and more, never flattened."""
+    """The routed experts' weights, one SwiGLU network an expert, kept in three dimensions and more, never flattened.
+
+    `here` takes of a weight the experts that are in this process: all, unless trinity.parallel.exchange splits them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,10 +75,25 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.roles = {"gate_up": ("experts", (hidden,)), "down": ("experts", (width,))}
+        self.here: Callable[[Tensor], Tensor] = _all
 
-    def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Weighted sum of each token's experts: [T, D], x's dtype."""
-        return trinity_kernels.expert_mlp(x_TD, self.gate_up, self.down, indices_TK, gates_TK)
+    def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, rows: int | None = None) -> Tensor:
+        """Weighted sum of each token's experts that are here.
+
+        Args:
+            x_TD: tokens, in the weights' dtype.
+            indices_TK: [T, K] int64, among the experts that are here; −1: elsewhere.
+            gates_TK: [T, K] fp32 or float64.
+            rows: how many choices are not −1; None: all.
+        Returns:
+            [T, D], x's dtype.
+        """
+        gate_up, down = self.here(self.gate_up), self.here(self.down)
+        return trinity_kernels.expert_mlp(x_TD, gate_up, down, indices_TK, gates_TK, rows)
+
+
+def _all(weight: Tensor) -> Tensor:
+    return weight
 
 
 class MoE(nn.Module):
@@ -84,15 +106,17 @@ class MoE(nn.Module):
         self.shared = SwiGLU(config.width, config.shared_experts * config.expert_width)
         self.register_buffer("expert_bias", torch.empty(config.experts, dtype=torch.float32))
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))
+        self.dispatcher: Dispatcher = local
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """[B, S, D] → the same, and what the routing was."""
         x_TD = x_BSD.flatten(0, 1)
         gates_TK, scores_TE, indices_TK, counts_E = self.router(x_TD, self.expert_bias)
-        y_TD = self.shared(x_TD) + self.experts(x_TD, indices_TK, gates_TK)
+        shared = partial(self.shared, x_TD)
+        routed_TD, shared_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, meanwhile=shared)
         rows = x_BSD.shape[:2]
         balance_B = sequence_loss(scores_TE.unflatten(0, rows), indices_TK.unflatten(0, rows))
-        return y_TD.view_as(x_BSD), Routing(counts_E, balance_B, _entropy_sum(scores_TE.detach()))
+        return (shared_TD + routed_TD).view_as(x_BSD), Routing(counts_E, balance_B, _entropy_sum(scores_TE.detach()))
 
 
 def _entropy_sum(scores_TE: Tensor) -> Tensor:

@@ -16,52 +16,54 @@ along its old momentum for hundreds of steps. With starved="decay", the orthogon
 no gradient (all zeros) for k steps in a row is multiplied by μᵏ: by how much its momentum has shrunk since its last
 gradient. With "full" it is not. Weight decay goes on in both.
 
-Every method works on local tensors; sharded parameters are supported on meshes of size 1 only, for now.
+Over a mesh. Each rank works on its own elements, but for orthogonalize: matrices that lie whole on a rank (experts) go
+through it there; one that is spread over ranks is brought to its owner (`layout.py`), and the result back, while other
+batches compute (`exchange.py`). Replicas may share the work.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trinity.errors import UserError
 from trinity.models.roles import Role
-from trinity.optim.local import local
+from trinity.optim.exchange import Job, Transfer, divided, from_owners, on_every_rank, overlap, pays, pieces, to_owners
+from trinity.optim.layout import Batch, lay_out
+from trinity.optim.local import local, spread, zeros_per_matrix
 from trinity.optim.newton_schulz import coefficient_steps, orthogonalize
 
-# The most bytes of matrices (in the momentum's dtype) in one batch, unless a single matrix is larger. A step takes
-# about four times as much on top of weights, gradients and state. Large enough to fill a GPU; ours.
+# The most bytes of matrices (in the momentum's dtype) in one batch on its owner, unless a single matrix is larger. A
+# batch takes about four times as much on top of weights, gradients and state. Large enough to fill a GPU; ours.
 BATCH_BYTES = 256 * 2**20
 
+# Batches begun and not finished: the transfers of some overlap the maths of another. Ours.
+UNDER_WAY = 3
 
-class Slab(NamedTuple):
-    """k matrices of one shape out of one parameter: views [k, m, n] that share its memory."""
-
-    weight: Tensor
-    momentum: Tensor
-    gradient: Tensor | None
-    fade: Tensor | None  # [k, 1, 1]: what the update is multiplied by; None is 1
+STARVED, WIRE, SHARE = ("decay", "full"), ("auto", "bfloat16", "float32", "float64"), ("auto", "on", "off")
 
 
 class Muon(torch.optim.Optimizer):
     """Muon over the matrices that roles declare.
 
     Args:
-        roles: the parameters to own, with `rows` given; their `kind` matters only for "experts".
+        roles: the parameters to own, with `rows` given, alike on all ranks; `kind` matters only for "experts".
         lr: the peak of the schedule, which sets param_groups[0]["lr"] step by step.
         momentum: μ.
         nesterov: look ahead by one momentum step.
         weight_decay: λ.
         coefficients, steps, dtype: as in `orthogonalize`.
         starved: what an expert matrix without gradient does; see the module's docstring.
+        wire: the number format in which matrices travel, and results among replicas; auto is `dtype`.
+        share: whether replicas divide the work and gather the results; auto weighs it batch by batch (`pays`).
     Attributes:
-        starved_count: scalar int64 tensor: expert matrices without gradient in the last step. A starved expert counts
-            three times, for its gate, up and down.
+        starved_count: scalar int64 tensor: expert matrices without gradient in the last step, three for each expert.
+            Its sum over the ranks of one copy counts all of the model once: of the ranks that a matrix is spread over,
+            the first counts it.
     Raises:
-        UserError: an unknown set of coefficients or rule for starved experts.
+        UserError: an unknown set of coefficients, or another word that is not known.
     """
 
     def __init__(
@@ -75,10 +77,13 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         dtype: torch.dtype = torch.bfloat16,
         starved: Literal["full", "decay"] = "decay",
+        wire: Literal["auto", "bfloat16", "float32", "float64"] = "auto",
+        share: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         coefficient_steps(coefficients, steps)  # refuses what orthogonalize would, but before the first step
-        if starved not in ("full", "decay"):
-            raise UserError(f"optim.muon.starved={starved!r} is not known; use decay or full")
+        for word, value, known in (("starved", starved, STARVED), ("wire", wire, WIRE), ("share", share, SHARE)):
+            if value not in known:
+                raise UserError(f"optim.muon.{word}={value!r} is not known; use {' or '.join(known)}")
         for role in roles:
             rows = role.parameter.shape[-2] if role.parameter.ndim >= 2 else 0
             assert sum(role.rows) == rows > 0, f"{role.name}: rows {role.rows} do not add up to {rows}"
@@ -86,6 +91,7 @@ class Muon(torch.optim.Optimizer):
         self.roles = roles
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.coefficients, self.steps, self.dtype, self.starved = coefficients, steps, dtype, starved
+        self.wire, self.share = dtype if wire == "auto" else getattr(torch, wire), share
         self.starved_count = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
@@ -93,7 +99,8 @@ class Muon(torch.optim.Optimizer):
         """Make the state that is not there yet, so that a checkpoint can be loaded before the first step.
 
         Per parameter: "momentum", fp32 (or float64 with the parameter), shape and placement of the parameter. Per
-        parameter of experts: "starved_steps", fp32, [*batch, 1, 1]: consecutive steps without gradient, per matrix.
+        parameter of experts: "starved_steps", fp32, [*batch, 1, 1]: consecutive steps without gradient, per matrix;
+        placed as the parameter, but whole on all ranks over which its matrices are spread.
         """
         for role in self.roles:
             state = self.state[role.parameter]
@@ -101,24 +108,23 @@ class Muon(torch.optim.Optimizer):
                 dtype = torch.promote_types(role.parameter.dtype, torch.float32)
                 state["momentum"] = torch.zeros_like(role.parameter, dtype=dtype)
             if role.kind == "experts" and "starved_steps" not in state:
-                state["starved_steps"] = torch.zeros_like(role.parameter[..., :1, :1], dtype=torch.float32)
+                state["starved_steps"] = zeros_per_matrix(role.parameter)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every parameter, those without gradient too; `closure` is torch's, and not supported."""
+        """One update of every parameter, those without gradient too, by all ranks together; `closure` is torch's."""
         assert closure is None, "Muon takes no closure"
         self.init_state()
         rate = self.param_groups[0]["lr"]
         self._accumulate()
         torch._foreach_mul_([local(role.parameter) for role in self.roles], 1 - rate * self.weight_decay)
-        same_shape: dict[torch.Size, list[Slab]] = defaultdict(list)
-        self.starved_count = torch.zeros_like(self.starved_count, device=self.roles[0].parameter.device)
-        for role in self.roles:
-            for slab in self._slabs(role):
-                same_shape[slab.weight.shape[-2:]].append(slab)
-        for slabs in same_shape.values():
-            for batch in _batches(slabs):
-                self._update(batch, rate)
+        fades = self._fades()
+        overlap((self._update(batch, fades, rate) for batch in self.batches), UNDER_WAY)
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """What goes through Newton-Schulz together, and what of it travels; settled at the first step."""
+        return lay_out(self.roles, BATCH_BYTES)
 
     def _accumulate(self) -> None:
         """M ← μM + G."""
@@ -128,47 +134,63 @@ class Muon(torch.optim.Optimizer):
         if pairs:
             torch._foreach_add_([m for m, _ in pairs], [grad for _, grad in pairs])
 
-    def _slabs(self, role: Role) -> Iterator[Slab]:
-        """One slab per piece of a parameter's rows."""
-        parameter = role.parameter
-        gradient = None if parameter.grad is None else local(parameter.grad)
-        fade = self._fade(role, gradient) if role.kind == "experts" else None
-        first = 0
-        for rows in role.rows:
-            yield Slab(
-                _piece(local(parameter), first, rows),
-                _piece(local(self.state[parameter]["momentum"]), first, rows),
-                None if gradient is None else _piece(gradient, first, rows),
-                fade,
-            )
-            first += rows
+    def _fades(self) -> dict[str, Tensor]:
+        """Count the starved matrices; the factors μᵏ, by name of a parameter of experts: [matrices held, 1, 1]."""
+        experts = {role.name: role.parameter for role in self.roles if role.kind == "experts"}
+        starving = {name: _without_gradient(parameter) for name, parameter in experts.items()}
+        cuts = {name: spread(parameter) for name, parameter in experts.items()}
+        for group in dict.fromkeys(cut.group for cut in cuts.values() if cut.group):
+            together = [name for name in experts if cuts[name].group is group]
+            starving |= zip(together, on_every_rank([starving[name] for name in together], group))
+        self.starved_count = torch.zeros_like(self.starved_count, device=self.roles[0].parameter.device)
+        fades = {}
+        for name, parameter in experts.items():
+            steps = local(self.state[parameter]["starved_steps"])
+            steps.add_(1).mul_(starving[name])
+            if cuts[name].rank == 0:
+                self.starved_count += (steps > 0).sum()
+            if self.starved == "decay":
+                fades[name] = self.momentum ** steps.double().view(-1, 1, 1)
+        return fades
 
-    def _fade(self, role: Role, gradient: Tensor | None) -> Tensor | None:
-        """Count the starved matrices of a parameter of experts; the factor μᵏ of each, [matrices, 1, 1]."""
-        steps = local(self.state[role.parameter]["starved_steps"])
-        steps.add_(1)
-        if gradient is not None:
-            # NaN is not 0 to either; two passes over the data are a fifth of what `any` takes on CPU
-            zero = (gradient.amax(dim=(-2, -1), keepdim=True) == 0) & (gradient.amin(dim=(-2, -1), keepdim=True) == 0)
-            steps.mul_(zero)
-        self.starved_count += (steps > 0).sum()
-        return self.momentum ** steps.double().view(-1, 1, 1) if self.starved == "decay" else None
-
-    def _update(self, batch: list[Slab], rate: float) -> None:
+    def _update(self, batch: Batch, fades: dict[str, Tensor], rate: float) -> Job:
         """W ← W − η·√max(1, m/n)·orthogonalize(U), for one batch of matrices of one shape."""
-        sizes = [len(slab.weight) for slab in batch]
-        u_Nmn = torch.cat([slab.momentum for slab in batch])
+        if batch.travel is None:
+            o = yield from self._orthogonalize(self._look_ahead(batch).view(-1, *batch.shape), batch)
+        else:
+            u_Nmn = yield from to_owners(self._look_ahead(batch).to(self.wire), batch)
+            o_Nmn = yield from self._orthogonalize(u_Nmn, batch)
+            o = yield from from_owners(o_Nmn, batch)
+        weights = [run.of(run.role.parameter) for run in batch.held]
+        updates = pieces(o.flatten().to(torch.promote_types(weights[0].dtype, torch.float32)), weights)
+        for update_kmn, run in zip(updates, batch.held):
+            if run.role.name in fades:
+                update_kmn.mul_(fades[run.role.name][run.first : run.first + run.count])
+        torch._foreach_add_(weights, updates, alpha=-rate * rate_factor(*batch.shape))
+
+    def _look_ahead(self, batch: Batch) -> Tensor:
+        """U of all that this rank holds of a batch, flat, in the momentum's dtype."""
+        momenta = [run.of(self.state[run.role.parameter]["momentum"]) for run in batch.held]
+        u = torch.cat([momentum_kmn.flatten() for momentum_kmn in momenta])
         if self.nesterov:
-            u_Nmn.mul_(self.momentum)
-            for u_kmn, slab in zip(u_Nmn.split(sizes), batch):
-                if slab.gradient is not None:
-                    u_kmn.add_(slab.gradient)
-        updates = orthogonalize(u_Nmn, self.coefficients, self.steps, self.dtype).split(sizes)
-        for update_kmn, slab in zip(updates, batch):
-            if slab.fade is not None:
-                update_kmn.mul_(slab.fade)
-        rows, columns = u_Nmn.shape[-2:]
-        torch._foreach_add_([slab.weight for slab in batch], updates, alpha=-rate * rate_factor(rows, columns))
+            u.mul_(self.momentum)
+            for u_kmn, run in zip(pieces(u, momenta), batch.held):
+                if run.role.parameter.grad is not None:
+                    u_kmn.add_(run.of(run.role.parameter.grad))
+        return u
+
+    def _orthogonalize(self, u_Nmn: Tensor, batch: Batch) -> Transfer:
+        """O of whole matrices, perhaps with the replicas' help."""
+
+        def newton_schulz(x_kmn: Tensor) -> Tensor:
+            return orthogonalize(x_kmn, self.coefficients, self.steps, self.dtype)
+
+        if batch.replicas is None:
+            return newton_schulz(u_Nmn)
+        worth = self.share != "off" and len(u_Nmn) > 1
+        if self.share == "auto":
+            worth = pays(u_Nmn.shape, self.steps, batch.replicas.size(), self.wire, u_Nmn.device.type)
+        return (yield from divided(u_Nmn, newton_schulz, batch.replicas, self.wire, worth))
 
 
 def rate_factor(rows: int, columns: int) -> float:
@@ -176,23 +198,11 @@ def rate_factor(rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def _piece(x: Tensor, first: int, rows: int) -> Tensor:
-    """Rows first … first+rows of each matrix of x [..., m, n], as a view [k, rows, n]."""
-    return x.narrow(-2, first, rows).view(-1, rows, x.shape[-1])
-
-
-def _batches(slabs: list[Slab]) -> Iterator[list[Slab]]:
-    """Slabs of one shape in batches of at most BATCH_BYTES, cut where they are larger; at least a matrix a batch."""
-    _, m, n = slabs[0].momentum.shape
-    most = max(1, BATCH_BYTES // (m * n * slabs[0].momentum.element_size()))
-    batch: list[Slab] = []
-    room = most
-    for slab in slabs:
-        for first in range(0, len(slab.weight), most):
-            part = Slab(*(None if x is None else x[first : first + most] for x in slab))
-            if len(part.weight) > room:
-                yield batch
-                batch, room = [], most
-            batch.append(part)
-            room -= len(part.weight)
-    yield batch
+def _without_gradient(parameter: Tensor) -> Tensor:
+    """Which matrices held here have no gradient, or only zeros, on this rank: bool [*batch, 1, 1]."""
+    if parameter.grad is None:
+        part = local(parameter)
+        return torch.ones((*part.shape[:-2], 1, 1), dtype=torch.bool, device=part.device)
+    gradient = local(parameter.grad)
+    # NaN is not 0 to either; two passes over the data are a fifth of what `any` takes on CPU
+    return (gradient.amax(dim=(-2, -1), keepdim=True) == 0) & (gradient.amin(dim=(-2, -1), keepdim=True) == 0)

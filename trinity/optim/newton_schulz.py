@@ -83,6 +83,12 @@ def orthogonalize(x: Tensor, coefficients: str = "dion", steps: int = 5, dtype: 
     return y_Nmn.to(x.dtype).view(*batch, m, n)
 
 
+def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:
+    """Floating-point operations on one matrix: in each step two products k×k×n and one k×k×k, with k ≤ n its sides."""
+    k, n = sorted((rows, columns))
+    return steps * (2 * 2 * k * k * n + 2 * k**3)
+
+
 def coefficient_steps(coefficients: str, steps: int) -> list[Triple]:
     """The triple of each step; where the set is shorter than that, its last one repeats.
 

@@ -1,37 +1,67 @@
-"""The processes of a run as a mesh: one code path for one process and for many.
+"""The processes of a run as two meshes of one rank order, the same code path for one process and for many.
 
-Dense parameters are sharded over `shard` · `context` and replicated over `replicate`.
+    processes = replicate · shard · context
+
+    dense:    ("replicate", "shard")                   "shard" counts the ranks of one copy, shard · context of them
+    experts:  ("replicate", "expert_shard", "expert")  the same ranks of a copy: neighbours split the experts among
+                                                       them, and expert_shard ranks each hold a part of that share
+
+Rank = (replica · S + place in the copy), place = expert_shard · expert's size + expert; S = shard · context.
 """
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from trinity.config.model import ModelConfig
 from trinity.config.run import Parallel
 from trinity.errors import UserError
+
+
+class Sizes(NamedTuple):
+    """A mesh in numbers.
+
+    replicate: copies of the model. shard: ranks of one copy (shard · context of the config).
+    expert: neighbouring ranks that split the experts. expert_shard: ranks that share each part of the split.
+    experts_by: what expert_shard cuts: "experts", or "width" of each expert where it has more ranks than experts.
+    """
+
+    replicate: int
+    shard: int
+    expert: int
+    expert_shard: int
+    experts_by: str
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among all of a run.
 
-    rank, world: this process and how many there are; data_ranks of them hold different tokens.
+    rank, world: this process and how many there are; all of them hold different tokens.
     device: where its tensors live.
-    mesh: dimensions "replicate" and "shard".
+    sizes: of the meshes. dense, experts: the two views, see the module.
     """
 
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh
+    sizes: Sizes
+    dense: DeviceMesh
+    experts: DeviceMesh
 
     @property
     def data_ranks(self) -> int:
-        """How many processes hold different tokens."""
+        """How many processes hold different sequences."""
         return self.world
+
+    @property
+    def copy_group(self) -> dist.ProcessGroup:
+        """The ranks that hold one copy of the model among them, each parameter's parts disjoint."""
+        return self.dense.get_group("shard")
 
     @property
     def is_first(self) -> bool:
@@ -44,39 +74,70 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_parallel(parallel: Parallel, world: int) -> tuple[int, int]:
-    """Mesh sizes (replicate, shard) for this many processes.
+def check_parallel(parallel: Parallel, model: ModelConfig, world: int) -> Sizes:
+    """The mesh that a config means on this many processes.
 
     Raises:
-        UserError: naming the product that does not come out.
+        UserError: naming the product that does not come out, and sizes that would.
     """
     for name in ("replicate", "shard", "expert", "context"):
         value = getattr(parallel, name)
         if value < 1 and not (value == -1 and name in ("replicate", "shard")):
             raise UserError(f"parallel.{name}={value} must be at least 1 (or -1, for replicate or shard alone)")
+    if parallel.context > 1:
+        raise UserError(f"parallel.context={parallel.context} is not built yet; use 1 (parallel.shard takes its ranks)")
+    replicate, shard = _fill_in(parallel, world)
+    copy = shard * parallel.context
+    if copy % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide shard × context = {copy}; use one of {_divisors(copy)}"
+        )
+    outer = copy // parallel.expert
+    return Sizes(replicate, copy, parallel.expert, outer, _experts_by(model, parallel.expert, outer))
+
+
+def _fill_in(parallel: Parallel, world: int) -> tuple[int, int]:
+    """replicate and shard, a -1 replaced by what is left."""
     replicate, shard = parallel.replicate, parallel.shard
     if replicate == -1 and shard == -1:
         raise UserError("parallel.replicate and parallel.shard are both -1; give one of them")
     known = parallel.context * (replicate if replicate != -1 else 1) * (shard if shard != -1 else 1)
     if -1 in (replicate, shard) and world % known == 0:
-        replicate = world // known if replicate == -1 else replicate
-        shard = world // known if shard == -1 else shard
-    elif known != world:
+        return (world // known, shard) if replicate == -1 else (replicate, world // known)
+    if known != world:
         raise UserError(
             f"parallel.replicate={parallel.replicate} × shard={parallel.shard} × context={parallel.context} "
             f"does not make {world} process{'es' * (world > 1)}; start {known} (or a multiple, with a -1) "
             "or change the sizes, for example parallel.shard=-1"
         )
-    if shard * parallel.context % parallel.expert:
-        raise UserError(
-            f"parallel.expert={parallel.expert} does not divide shard × context = {shard * parallel.context}"
-        )
-    if world > 1:
-        raise UserError(f"{world} processes were started and this version runs on one; start one process")
     return replicate, shard
 
 
-def start(parallel: Parallel, threads: int | None, deterministic: bool) -> Ranks:
+def _experts_by(model: ModelConfig, expert: int, outer: int) -> str:
+    if model.dense_layers >= model.layers:
+        return "experts"
+    if model.experts % expert:
+        raise UserError(
+            f"parallel.expert={expert} does not divide model.experts={model.experts}; "
+            f"use one of {_divisors(model.experts)}"
+        )
+    share = model.experts // expert
+    if share % outer == 0:
+        return "experts"
+    if model.expert_width % outer == 0:
+        return "width"
+    raise UserError(
+        f"{outer} ranks (parallel.shard × context / expert) can divide neither the {share} experts of a share nor "
+        f"model.expert_width={model.expert_width}; make them one of "
+        f"{sorted({*_divisors(share), *_divisors(model.expert_width)})}"
+    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [size for size in range(1, n + 1) if n % size == 0]
+
+
+def start(parallel: Parallel, model: ModelConfig, threads: int | None, deterministic: bool) -> Ranks:
     """Join the process group, choose the device, and fix what decides the order of sums.
 
     torchrun gives each process one OpenMP thread and plain python gives it all cores; sums over threads change bits, so
@@ -91,10 +152,19 @@ def start(parallel: Parallel, threads: int | None, deterministic: bool) -> Ranks
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    replicate, shard = check_parallel(parallel, world_size())
+    sizes = check_parallel(parallel, model, world_size())
     _join(on_gpu)
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, mesh)
+    return join_meshes(sizes, device)
+
+
+def join_meshes(sizes: Sizes, device: torch.device) -> Ranks:
+    """The two views of a process group that exists; every rank of it calls this."""
+    copies = sizes.replicate
+    dense = init_device_mesh(device.type, (copies, sizes.shard), mesh_dim_names=("replicate", "shard"))
+    experts = init_device_mesh(
+        device.type, (copies, sizes.expert_shard, sizes.expert), mesh_dim_names=("replicate", "expert_shard", "expert")
+    )
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, sizes, dense, experts)
 
 
 def _join(on_gpu: bool) -> None:

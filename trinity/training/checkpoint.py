@@ -19,6 +19,7 @@ from torch import Tensor
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.models.trinity import Trinity
+from trinity.parallel.agree import on_first
 from trinity.training.run_directory import newest_config, write_whole
 
 State = dict[str, Tensor]
@@ -35,20 +36,18 @@ def save(state: State, run_directory: Path, step: int, keep: int) -> Path:
     An older checkpoint is removed only once the new one is complete.
     """
     folder = step_folder(run_directory, step)
-    alone = not dist.is_initialized()
-    first = alone or dist.get_rank() == 0
-    if first and folder.exists():  # left by a run that died while writing it
-        shutil.rmtree(folder)
-    if not alone:
-        dist.barrier()
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
-    dcp.save(state, storage_writer=writer, no_dist=alone)
-    if first:
-        _complete(folder)
-        write_whole(run_directory / "checkpoints" / "latest", folder.name + "\n")
-        for step_done in complete_steps(run_directory)[:-keep]:
-            _remove(step_folder(run_directory, step_done))
+    on_first(lambda: shutil.rmtree(folder) if folder.exists() else None)  # left by a run that died while writing it
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True))
+    on_first(lambda: _finish(folder, keep))
     return folder
+
+
+def _finish(folder: Path, keep: int) -> None:
+    run_directory = folder.parents[1]
+    _complete(folder)
+    write_whole(run_directory / "checkpoints" / "latest", folder.name + "\n")
+    for step_done in complete_steps(run_directory)[:-keep]:
+        _remove(step_folder(run_directory, step_done))
 
 
 def _complete(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from trinity.interop import export_hf, load_hf
 from trinity.models.accounting import flops_per_token
 from trinity.optim.groups import ownership_table
 from trinity.parallel import mesh
+from trinity.parallel.agree import any_of, on_first, together
+from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
 from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.metrics import Sink, open_sinks
@@ -43,41 +46,47 @@ FINISHED, FAILED, TOO_MANY_BAD_STEPS, SAVED = 0, 1, 3, 75
 
 
 def pretrain(config: RunConfig, accepted: list[str]) -> int:
-    """Run a config to its end, or until it is asked to stop.
+    """Run a config to its end, or until it is asked to stop; every process of the launch calls this.
 
     Args:
         config: the run.
         accepted: keys whose change is meant, on resume.
     Returns:
-        the process's exit code.
+        the process's exit code, the same on all of them.
     Raises:
         UserError: what the user must mend.
     """
-    mesh.check_parallel(config.parallel, mesh.world_size())
+    mesh.check_parallel(config.parallel, config.model, mesh.world_size())
     stop_request = StopRequest()
-    directory = RunDirectory(run_directory(config))
-    training = None
+    directory = training = None
     try:
-        training = _prepare(config, accepted, directory)
+        ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
+        directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
+        done = on_first(lambda: _step_to_resume(config, accepted, directory.path))
+        training = Training(config, ranks, directory, done)
         return training.run(stop_request)
     except BaseException as error:
-        _note_end(error, directory, training)
+        if directory is not None:
+            _note_end(error, directory, training)
         raise
     finally:
         if training is not None:
             training.close()
         stop_request.restore()
-        directory.release()
+        if directory is not None:
+            directory.release()
         mesh.stop()
 
 
-def _prepare(config: RunConfig, accepted: list[str], directory: RunDirectory) -> "Training":
-    done = checkpoint.complete_steps(directory.path)
-    if done:
-        changed = check_changes(newest_config(directory.path), config, accepted, str(directory.path))
-        if changed:
-            print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
-    return Training(config, directory, done[-1] if done else 0)
+def _step_to_resume(config: RunConfig, accepted: list[str], path: Path) -> int:
+    """The newest complete checkpoint, 0 for none, if the config may go on from it."""
+    done = checkpoint.complete_steps(path)
+    if not done:
+        return 0
+    changed = check_changes(newest_config(path), config, accepted, str(path))
+    if changed:
+        print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+    return done[-1]
 
 
 def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
@@ -97,17 +106,17 @@ class Training:
 
     Args:
         config: the run.
-        directory: its folder, held by this process.
+        ranks: the mesh.
+        directory: its folder, held by the first rank.
         step: the newest complete checkpoint there, 0 for none.
     """
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, step: int) -> None:
-        self.config, self.directory = config, directory
-        self.ranks = mesh.start(config.parallel, config.run.threads, config.run.deterministic)
+    def __init__(self, config: RunConfig, ranks: Ranks, directory: RunDirectory, step: int) -> None:
+        self.config, self.ranks, self.directory = config, ranks, directory
         torch.manual_seed(config.run.seed)  # nothing here draws from it; a library might
         check_batches(config, self.ranks.data_ranks)
         self.plan, self.total = batch_plan(config), total_steps(config)
-        self.data = open_data(config, self.ranks)
+        self.data = together(lambda: open_data(config, ranks))
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
         self.step, self.bad_steps = step, 0
@@ -115,8 +124,8 @@ class Training:
             self._load(directory.path, step)
         else:
             self._begin()
-        directory.add_config(config)
-        self.sinks: list[Sink] = open_sinks(config, directory.path, self.step, self.total)
+        together(lambda: directory.add_config(config))
+        self.sinks: list[Sink] = together(self._open_sinks)
         self._flops = flops_per_token(config.model, config.data.sequence_length)["training"]
         self._announce()
 
@@ -134,17 +143,20 @@ class Training:
                 sink.write(record)
             if self.bad_steps >= self.config.health.bad_steps:
                 return self._give_up()
-            asked = self.directory.take_save_request()
-            if ending or stop_request.reason or asked or self._due(self.config.checkpoint.every):
+            stop, asked = any_of([stop_request.number, self.directory.take_save_request()])
+            if ending or stop or asked or self._due(self.config.checkpoint.every):
                 self._save()
                 saved = self.step
             if self._due(self.config.export.every):
                 self._export()
-            if stop_request.reason and not ending:
-                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {stop_request.reason}")
+            if stop and not ending:
+                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {Signals(stop).name}")
                 return SAVED
         self.directory.set_status("finished", FINISHED, self.step)
         return FINISHED
+
+    def _open_sinks(self) -> list[Sink]:
+        return open_sinks(self.config, self.directory.path, self.step, self.total) if self.ranks.is_first else []
 
     def close(self) -> None:
         """Close what figures are written to."""
@@ -174,20 +186,23 @@ class Training:
         init = self.config.init
         self.model.init_weights(self.config.run.seed)
         if init.hf:
-            load_hf(init.hf, into=self.model)
+            together(lambda: load_hf(init.hf, into=self.model))
         elif init.run:
             self._fork(Path(init.run))
 
     def _fork(self, path: Path) -> None:
-        other = newest_config(path)
-        keep, step = self.config.init.keep, checkpoint.pick_step(path, self.config.init.step)
+        keep = self.config.init.keep
+        streams, step = on_first(lambda: (newest_config(path).data.streams, self._forked_step(path)))
         if keep == "all":
-            if other.data.streams != self.config.data.streams:
-                raise UserError(f"data.streams={self.config.data.streams} differs from {other.data.streams} in {path}")
+            if streams != self.config.data.streams:
+                raise UserError(f"data.streams={self.config.data.streams} differs from {streams} in {path}")
             self._load(path, step)
             return
         kept = ("model.",) if keep == "weights" else ("model.", "optim.")
         checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, path, step)
+
+    def _forked_step(self, path: Path) -> int:
+        return checkpoint.pick_step(path, self.config.init.step)
 
     def _one_step(self) -> dict[str, Any]:
         began = time.perf_counter()
@@ -196,7 +211,7 @@ class Training:
         rows = self.data.stream.take(sequences // self.ranks.data_ranks)
         batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
         rate = rates_at(self.config, self.step, first * length)
-        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks.device)
+        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks)
         self.step += 1
         self.bad_steps = self.bad_steps + 1 if figures["skipped"] else 0
         seconds = time.perf_counter() - began
@@ -218,15 +233,17 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         config, found = self.config, {}
         for name, source in self.data.validation.items():
-            sequences = validation_sequences(
+            rows = validation_sequences(
                 source,
                 config.data.sequence_length,
                 config.evaluation.sequences,
                 config.data.loss_on_document_start,
+                rank=self.ranks.rank,
+                ranks=self.ranks.data_ranks,
             )
             figures = evaluate(
                 self.model,
-                sequences,
+                rows,
                 config.batch.microbatch,
                 config.data.document_mask,
                 self.data.byte_lengths_V,
@@ -244,12 +261,15 @@ class Training:
 
     def _give_up(self) -> int:
         reason = f"{self.bad_steps} steps in a row had a loss or gradient that is not finite"
-        print(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}", file=sys.stderr)
+        if self.ranks.is_first:
+            print(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}", file=sys.stderr)
         self.directory.set_status("stopped", TOO_MANY_BAD_STEPS, self.step, reason)
         self.directory.forbid_restart(reason)
         return TOO_MANY_BAD_STEPS
 
     def _announce(self) -> None:
+        if not self.ranks.is_first:
+            return
         if self.step >= self.total:
             done = f"{self.directory.path} has made {self.step} steps of {self.total}; nothing is left to do"
             print(f"{done} (a larger run.steps or run.tokens goes on)", file=sys.stderr)
@@ -259,7 +279,7 @@ class Training:
         micro = microbatch_size(share, self.config.batch.microbatch)
         start = f"resuming after step {self.step}" if self.step else "starting"
         print(
-            f"{start}: {self.total} steps, {share} rows a rank in microbatches of {micro}, on {self.ranks.device}, "
-            f"{torch.get_num_threads()} threads, into {self.directory.path}",
+            f"{start}: {self.total} steps on {self.ranks.world} × {self.ranks.device.type}, {share} rows a rank in "
+            f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}",
             file=sys.stderr,
         )

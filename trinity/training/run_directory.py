@@ -20,24 +20,29 @@ from trinity.errors import UserError
 
 
 class RunDirectory:
-    """One run's folder, held by this process until it ends.
+    """One run's folder, held by its first process until that ends.
 
     Args:
         path: the folder; made where it does not exist.
+        first: whether this is the first process of the run; the others leave the folder alone.
 
     Raises:
         UserError: it cannot be written, another process holds it, or STOP stands in it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, first: bool = True) -> None:
+        self.path, self._first, self._lock = path, first, None
+        if first:
+            self._lock = self._hold(path)
+
+    def _hold(self, path: Path) -> IO[str]:
         stop = path / "STOP"
         if stop.exists():
             reason = " ".join(stop.read_text(errors="replace").split())
             raise UserError(f"{stop} says: {reason}; remove that file to run again")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take()
+            return self._take()
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
@@ -59,21 +64,27 @@ class RunDirectory:
 
     def add_config(self, config: RunConfig) -> None:
         """Keep the resolved config of this start: config.yaml the first time, then config.N.yaml."""
+        if not self._first:
+            return
         numbered = _configs(self.path)
         number = max(numbered) + 1 if numbered else 0
         save_config(config, self.path / (f"config.{number}.yaml" if number else "config.yaml"))
 
     def set_status(self, state: str, code: int | None, step: int, reason: str = "") -> None:
         """Write status.json; state is running, finished, saved or stopped."""
-        status = {"state": state, "code": code, "step": step, "reason": reason}
-        write_whole(self.path / "status.json", json.dumps(status) + "\n")
+        if self._first:
+            status = {"state": state, "code": code, "step": step, "reason": reason}
+            write_whole(self.path / "status.json", json.dumps(status) + "\n")
 
     def forbid_restart(self, reason: str) -> None:
         """Write STOP."""
-        write_whole(self.path / "STOP", reason + "\n")
+        if self._first:
+            write_whole(self.path / "STOP", reason + "\n")
 
     def take_save_request(self) -> bool:
         """Whether somebody touched SAVE ("save now and go on"); takes the request away."""
+        if not self._first:
+            return False
         request = self.path / "SAVE"
         asked = request.exists()
         request.unlink(missing_ok=True)
@@ -81,7 +92,8 @@ class RunDirectory:
 
     def release(self) -> None:
         """Let another run have the directory."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def newest_config(run: Path) -> RunConfig:

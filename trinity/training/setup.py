@@ -17,6 +17,7 @@ from trinity.models.roles import parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.groups import Optimizers, build_optimizers
 from trinity.optim.schedule import rate_scale
+from trinity.parallel.compilation import compile_blocks
 from trinity.parallel.mesh import Ranks
 from trinity.parallel.recompute import recompute_blocks
 from trinity.parallel.sharding import master_dtype, shard_model
@@ -26,9 +27,11 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     """The model, sharded over the mesh; its values are garbage until initialised or loaded."""
     with torch.device("meta"):
         model = Trinity(config.model, config.kernels.attention).to(master_dtype(config.precision))
-    if config.recompute == "block":
-        recompute_blocks(model)
-    shard_model(model, ranks.mesh, config.precision)
+    if config.recompute != "none":
+        recompute_blocks(model, config.recompute)
+    if config.compile == "block":
+        compile_blocks(model)
+    shard_model(model, ranks, config.precision, config.parallel.exchange)
     return model.to_empty(device=ranks.device)
 
 

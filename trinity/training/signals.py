@@ -5,14 +5,18 @@ from types import FrameType
 
 
 class StopRequest:
-    """Notes that the process was asked to stop; read at the edge of a step."""
+    """Notes that the process was asked to stop; read at the edge of a step.
+
+    Attributes:
+        number: the signal, 0 for none.
+    """
 
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self.number = 0
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self.number = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

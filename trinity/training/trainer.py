@@ -1,9 +1,9 @@
 """One training step as the report has it: microbatches → clip → Muon and AdamW → balancing → figures.
 
-The loss of a step is a mean over the valid targets of its global batch. These are counted first, every microbatch's sum
-is divided by that one number, and gradients add up: so neither microbatches nor ranks change the result.
+The loss of a step is a mean over the valid targets of its global batch. These are counted first, over all ranks; every
+microbatch's sum is divided by that one number, and gradients add up: so neither microbatches nor ranks change anything.
 
-Shapes: B rows of a batch, S sequence, M MoE layers, E experts.
+Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trinity import balancing
@@ -20,13 +21,16 @@ from trinity.models.moe import MoE
 from trinity.models.trinity import Losses, Trinity
 from trinity.optim.clip import clip_, global_norm
 from trinity.optim.groups import Optimizers
+from trinity.parallel.accumulation import defers_reduction, set_reduction
+from trinity.parallel.mesh import Ranks
+from trinity.training.figures import step_figures, total_counts
 from trinity.training.setup import microbatch_size
 from trinity_kernels.cross_entropy import IGNORE
 
 
 @dataclass
 class Batch:
-    """Rows of one step: tokens, targets [B, S] int64 and, under a document mask, document ids [B, S]."""
+    """One rank's rows of one step: tokens, targets [B, S] int64 and, under a document mask, document ids [B, S]."""
 
     tokens_BS: Tensor
     targets_BS: Tensor
@@ -45,43 +49,32 @@ class Batch:
 
 
 def train_step(
-    model: Trinity, optimizers: Optimizers, batch: Batch, config: RunConfig, rate: float, device: torch.device
+    model: Trinity, optimizers: Optimizers, batch: Batch, config: RunConfig, rate: float, ranks: Ranks
 ) -> dict[str, Any]:
-    """One optimizer step on a global batch.
+    """One optimizer step on a global batch; every rank calls it with rows of its own, equally many.
 
     Args:
-        batch: the whole batch, on the CPU.
+        batch: this rank's rows, on the CPU.
         rate: fraction of the peak learning rates.
     Returns:
-        the step's figures, named as in metrics.jsonl. Where the loss or the gradient is not finite, "skipped" is True
-        and nothing has changed: no weight, no momentum, no bias.
+        the step's figures, named as in metrics.jsonl and equal on every rank. Where the loss or the gradient is not
+        finite, "skipped" is True and nothing has changed: no weight, no momentum, no bias.
     """
-    rows = batch.tokens_BS.shape[0]
-    valid = max(int((batch.targets_BS != IGNORE).sum()), 1)
-    alpha = config.balancing.sequence_loss
-    parts: list[Losses] = []
-    for part in batch.microbatches(microbatch_size(rows, config.batch.microbatch), device):
-        losses = model(
-            part.tokens_BS, document_ids_BS=part.document_ids_BS, targets_BS=part.targets_BS, z=config.loss.z
-        )
-        loss = losses.token_loss / valid
-        if alpha and losses.sequence_loss_B is not None:
-            loss = loss + alpha * losses.sequence_loss_B.sum() / rows
-        loss.backward()
-        parts.append(_without_graph(losses))
-
+    valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
+    valid = _over_all_ranks(valid_B.sum())
+    parts = _forward_and_backward(model, batch, valid, config, ranks)
+    counts_ME = total_counts(parts)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = global_norm(gradients)
-    figures = _figures(parts, batch, valid, config)
+    norm = global_norm(gradients, ranks.copy_group)
+    figures = step_figures(parts, valid_B, valid, counts_ME, config)
     skipped = not (math.isfinite(norm.item()) and math.isfinite(figures["loss"]))
     if not skipped:
         if config.optim.clip_norm:
             clip_(gradients, norm, config.optim.clip_norm)
         optimizers.set_rates(rate)
         optimizers.step()
-        if parts[0].counts_ME is not None:
-            update_biases(model, torch.stack([part.counts_ME for part in parts]).sum(dim=0), config.balancing)
-        figures["starved_experts"] = optimizers.muon.starved_count.item() // 3  # an expert is three matrices
+        if counts_ME is not None:
+            update_biases(model, counts_ME, config.balancing)
     optimizers.zero_grad()
     return figures | {
         "grad_norm": norm.item(),
@@ -90,6 +83,33 @@ def train_step(
         "bias_range": _bias_range(model),
         "skipped": skipped,
     }
+
+
+def _over_all_ranks(count: Tensor) -> int:
+    """A count summed over all ranks, on the CPU: known before the first forward pass, without waiting for a device."""
+    count = count.clone()
+    dist.all_reduce(count)
+    return max(int(count), 1)
+
+
+def _forward_and_backward(model: Trinity, batch: Batch, valid: int, config: RunConfig, ranks: Ranks) -> list[Losses]:
+    """Add up every microbatch's gradient of the global batch's mean loss."""
+    rows = len(batch.tokens_BS)
+    size = microbatch_size(rows, config.batch.microbatch)
+    alpha = config.balancing.sequence_loss
+    defer = defers_reduction(config.parallel.defer_reduce, model, ranks) if size < rows else False
+    parts: list[Losses] = []
+    for part in batch.microbatches(size, ranks.device):
+        set_reduction(model, last=len(parts) + 1 == rows // size, defer=defer)
+        losses = model(
+            part.tokens_BS, document_ids_BS=part.document_ids_BS, targets_BS=part.targets_BS, z=config.loss.z
+        )
+        loss = losses.token_loss / valid
+        if alpha and losses.sequence_loss_B is not None:
+            loss = loss + alpha * losses.sequence_loss_B.sum() / (rows * ranks.data_ranks)
+        loss.backward()
+        parts.append(_without_graph(losses))
+    return parts
 
 
 def moe_layers(model: Trinity) -> list[MoE]:
@@ -116,44 +136,6 @@ def update_biases(model: Trinity, counts_ME: Tensor, config: Balancing) -> None:
 
 def _without_graph(losses: Losses) -> Losses:
     return Losses(*(None if value is None else value.detach() for value in losses))
-
-
-def _figures(parts: list[Losses], batch: Batch, valid: int, config: RunConfig) -> dict[str, Any]:
-    ce_B = torch.cat([part.ce_BS.sum(dim=1) for part in parts]).double()
-    lse_square = sum(part.lse_BS.double().square().sum() for part in parts)
-    valid_B = (batch.targets_BS != IGNORE).sum(dim=1).to(ce_B.device)
-    figures = {
-        "loss": ce_B.sum().item() / valid,
-        "z_loss": config.loss.z * lse_square.item() / valid,
-        "batch_het": batch_heterogeneity(ce_B, valid_B, config.log.het_sequences),
-        "max_head_logit": torch.stack([part.top_logit for part in parts]).max().item(),
-    }
-    if parts[0].counts_ME is None:
-        return figures
-    counts_ME = torch.stack([part.counts_ME for part in parts]).sum(dim=0)
-    violation_M = balancing.max_violation(counts_ME)
-    sequence_loss = sum(part.sequence_loss_B.double().sum() for part in parts)
-    entropy = sum(part.entropy_sum.double() for part in parts)
-    return figures | {
-        "sequence_loss": config.balancing.sequence_loss * sequence_loss.item() / len(ce_B),
-        "max_violation": violation_M.max().item(),
-        "max_violation_mean": violation_M.mean().item(),
-        "dead_experts": balancing.dead_share(counts_ME).mean().item(),
-        "router_entropy": entropy.item() / (batch.tokens_BS.numel() * len(counts_ME)),
-    }
-
-
-def batch_heterogeneity(ce_B: Tensor, valid_B: Tensor, group: int) -> float:
-    """BatchHet (eq. 40): largest minus mean loss over groups of `group` consecutive rows.
-
-    Args:
-        ce_B: [B], each row's summed cross-entropy, rows in stream order.
-        valid_B: [B], each row's valid targets.
-        group: rows in a group; a last, smaller group counts like the others.
-    """
-    sums = torch.stack([part.sum() for part in ce_B.split(group)])
-    losses = sums / torch.stack([part.sum() for part in valid_B.split(group)]).clamp_min(1)
-    return (losses.max() - losses.mean()).item()
 
 
 def _bias_range(model: Trinity) -> float:

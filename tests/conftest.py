@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import yaml
 from trinity.data.prepare import prepare_data
 from trinity.data.train_tokenizer import train_from_files
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for name, files in {"code": code[3:], "prose": prose, "held_out": code[:3]}.items():
         prepare_data([path for path in files if path.stat().st_size], folder / "tokenizer", folder / name)
     return SimpleNamespace(folder=folder, tokenizer=folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def recipe(corpus: SimpleNamespace) -> Callable[[Path], dict]:
+    """recipe(folder) is the settings of a run there, with everything switched on."""
+    return partial(everything_on, corpus)
 
 
 @pytest.fixture

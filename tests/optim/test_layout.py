@@ -1,0 +1,116 @@
+"""The layout of what travels: windows against torch.chunk, owners against all possible assignments."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from trinity.models.roles import Role
+from trinity.optim.layout import Batch, assign_owners, lay_out, windows
+from trinity.optim.newton_schulz import newton_schulz_flops
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 30])
+@pytest.mark.parametrize("dim", [-2, -1])
+def test_windows_are_the_chunks_of_the_whole_parameter(ranks: int, dim: int) -> None:
+    """Piece by piece, the window of a rank has the numbers that torch.chunk gives the rank of that piece."""
+    pieces, columns = (9, 2, 3, 9), 5
+    whole = torch.arange(sum(pieces) * columns).view(-1, columns)
+    chunks = [set(chunk.flatten().tolist()) for chunk in whole.chunk(ranks, dim)]
+    chunks += [set()] * (ranks - len(chunks))
+    for first, rows in zip(itertools.accumulate(pieces, initial=0), pieces):
+        matrix = whole[first : first + rows]
+        for window, chunk in zip(windows(first, rows, (len(whole), columns), dim, ranks), chunks, strict=True):
+            assert set(matrix[window].flatten().tolist()) == chunk & set(matrix.flatten().tolist())
+
+
+def test_owners_by_hand() -> None:
+    """7 → 0, 5 → 1, 4 → 1 (9), 3 → 0 (10), 3 → 1 (12), 2 → 0 (12); the order of the list does not matter."""
+    costs = [2, 3, 7, 5, 3, 4]
+    owners = assign_owners(costs, 2)
+    assert owners == [0, 0, 0, 1, 1, 1]
+    assert [sum(c for c, owner in zip(costs, owners) if owner == rank) for rank in (0, 1)] == [12, 12]
+    assert assign_owners([1, 1, 1], 4) == [0, 1, 2]
+    assert assign_owners([], 3) == []
+
+
+def test_owners_are_close_to_the_best() -> None:
+    """Longest first is at most 4/3 − 1/(3·ranks) of the best of all 3⁸ assignments (Graham 1969)."""
+    generator = random.Random(0)
+    for _ in range(5):
+        costs = [generator.randint(1, 20) for _ in range(8)]
+        best = min(longest(costs, owners, 3) for owners in itertools.product(range(3), repeat=8))
+        assert longest(costs, assign_owners(costs, 3), 3) <= (4 / 3 - 1 / 9) * best
+
+
+def longest(costs: list[int], owners: tuple[int, ...] | list[int], ranks: int) -> int:
+    return max(sum(cost for cost, owner in zip(costs, owners) if owner == rank) for rank in range(ranks))
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 32, 128, 256])
+def test_larges_dense_matrices_are_dealt_evenly(ranks: int) -> None:
+    """The most that a rank has is the mean, or the largest matrix if that is more, but for 6 % (5.3 % on 128 ranks)."""
+    d, hq, hkv, wide = 3072, 6144, 1024, 12288
+    layer = [(hq, d), (hq, d), (hkv, d), (hkv, d), (d, hq)]
+    shapes = 60 * layer + 6 * [(wide, d), (wide, d), (d, wide)] + 54 * ([(d, d)] * 3 + [(256, d)])
+    costs = [newton_schulz_flops(*shape, steps=5) for shape in shapes]
+    most = longest(costs, assign_owners(costs, ranks), ranks)
+    assert most <= 1.06 * max(sum(costs) / ranks, max(costs))
+
+
+def test_a_stack_of_experts_is_one_run() -> None:
+    """And an attention's two pieces of one shape, with another between them, are two."""
+    experts = Role("experts", torch.nn.Parameter(torch.zeros(50, 2, 9, 6)), "experts", (9,))
+    fused = Role("fused", torch.nn.Parameter(torch.zeros(20, 6)), "matrix", (9, 2, 9))
+    batches = lay_out([experts, fused], most_bytes=2**20)
+    assert [batch.shape for batch in batches] == [(9, 6), (2, 6)]
+    assert [(run.role.name, run.first, run.count, run.rows) for run in batches[0].held] == [
+        ("experts", 0, 100, slice(0, 9)),
+        ("fused", 0, 1, slice(0, 9)),
+        ("fused", 0, 1, slice(11, 20)),
+    ]
+    assert all(batch.travel is None and batch.replicas is None for batch in batches)
+    cut = lay_out([experts, fused], most_bytes=64 * 9 * 6 * 4)
+    assert [[run.count for run in batch.held] for batch in cut] == [[64], [36, 1, 1], [1]]
+    assert math.prod(cut[0].held[0].of(experts.parameter).shape) == 64 * 9 * 6
+
+
+@pytest.mark.parametrize("most_bytes", [1, 200, 2**20])
+def test_ranks_agree_without_a_word(most_bytes: int) -> None:
+    """What each rank means to send is what the other expects, batch by batch, and every element goes once."""
+    ranks = [layout_of_rank(rank, 4, most_bytes) for rank in range(4)]
+    for batches in zip(*ranks, strict=True):
+        assert len({batch.shape for batch in batches}) == 1
+        for i, j in itertools.product(range(4), repeat=2):
+            assert batches[i].travel.sent[j] == batches[j].travel.received[i]
+        owned = [batch.travel.owned for batch in batches]
+        assert max(owned) <= max(1, most_bytes // (4 * math.prod(batches[0].shape)))
+        assert sum(map(sum, (batch.travel.sent for batch in batches))) == sum(owned) * math.prod(batches[0].shape)
+
+
+def layout_of_rank(rank: int, world: int, most_bytes: int) -> list[Batch]:
+    """The layout of one rank among others that are not there; every element that it holds is in one run."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+        forms = [("fused", (23, 6), (9, 2, 3, 9), 0), ("experts", (3, 18, 12), (9, 9), 2), ("o", (6, 10), (6,), 0)]
+        roles = []
+        for name, shape, rows, dim in forms:
+            part = dict(enumerate(torch.zeros(shape).chunk(world, dim))).get(rank, torch.zeros(0, *shape[1:]))
+            stride = torch.zeros(shape).stride()
+            x = DTensor.from_local(part.contiguous(), mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride)
+            roles.append(Role(name, torch.nn.Parameter(x), "matrix", rows))
+        batches = lay_out(roles, most_bytes)
+        with torch.no_grad():
+            for run in (run for batch in batches for run in batch.held):
+                run.of(run.role.parameter).add_(1)
+            assert all((role.parameter.to_local() == 1).all() for role in roles)
+        return batches
+    finally:
+        dist.destroy_process_group()

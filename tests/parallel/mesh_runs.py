@@ -1,0 +1,207 @@
+"""Some steps of a run on whatever process group there is, and everything that must not depend on it.
+
+Shapes: R rows of a global batch, S sequence, M MoE layers, K active experts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import trinity_kernels
+from trinity.config.load import OmegaConf, build_config
+from trinity.config.run import RunConfig
+from trinity.models.moe import MoE
+from trinity.parallel import mesh
+from trinity.training import trainer
+from trinity.training.setup import build_model, make_optimizers, open_stream
+from trinity.training.trainer import Batch, train_step
+
+BOUND = 1e-10
+
+
+def config_of(settings: dict, words: list[str]) -> RunConfig:
+    """A config from settings and dotted words."""
+    return build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
+
+
+def run_steps(
+    settings: dict, words: list[str], steps: int, wrong: str | None = None, routes: list[Tensor] | None = None
+) -> dict[str, Any]:
+    """Run the first steps of a config; every rank calls it.
+
+    Args:
+        wrong: name of a mistake to make, from MISTAKES.
+        routes: [M, R, S, K] by step, taken in place of the router's choice.
+    Returns:
+        "tokens", "routes": of this rank's rows, by step; and, whole, on every rank: "gradients" (raw, before clipping),
+        "counts", "figures" by step, and the last "state".
+    """
+    config = config_of(settings, words)
+    ranks = mesh.start(config.parallel, config.model, 1, False)
+    model = build_model(config, ranks)
+    model.init_weights(config.run.seed)
+    optimizers = make_optimizers(config, model)
+    stream = open_stream(config, ranks.rank, ranks.data_ranks)
+    seen: dict[str, list] = {key: [] for key in ("tokens", "routes", "gradients", "counts", "figures")}
+    with ExitStack() as stack:
+        if wrong:
+            stack.enter_context(MISTAKES[wrong](model))
+        for step in range(steps):
+            batch = uneven(stream.take(config.batch.sequences // ranks.data_ranks), ranks.is_first)
+            forced = None if routes is None else routes[step][:, ranks.rank :: ranks.world]
+            with watched(model, seen, len(batch.tokens_BS), forced):
+                figures = train_step(model, optimizers, batch, config, 1.0, ranks)
+            assert not figures["skipped"]
+            seen["tokens"].append(batch.tokens_BS)
+            seen["figures"].append(figures)
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    state |= {name: whole(tensor) for name, tensor in optimizers.state_dict().items()}
+    return seen | {"state": state}
+
+
+def alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | None = None) -> dict[str, Any]:
+    """run_steps in this one process."""
+    try:
+        return run_steps(settings, words, steps, None, routes)
+    finally:
+        mesh.stop()
+
+
+def uneven(rows: Any, first: bool) -> Batch:
+    """A batch whose first row has fewer targets, so that ranks count differently."""
+    targets = rows.targets.clone()
+    if first:
+        targets[0, :11] = -100
+    return Batch(rows.tokens, targets, rows.document_ids)
+
+
+@contextmanager
+def watched(model: torch.nn.Module, seen: dict[str, list], rows: int, forced: Tensor | None = None) -> Iterator[None]:
+    """Note the raw gradients, the counts and the routes of one step; forced: this rank's routes, [M, rows, S, K]."""
+    routes: list[Tensor] = []
+    clip, route, counts_of = trainer.clip_, trinity_kernels.route, trainer.total_counts
+
+    def clip_after_a_look(gradients: list[Tensor], norm: Tensor, most: float) -> None:
+        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        seen["gradients"].append({name: whole(grad) for name, grad in named.items()})
+        clip(gradients, norm, most)
+
+    def noted_route(*args: Any) -> tuple[Tensor, Tensor]:
+        indices, counts = route(*args)
+        if forced is not None:
+            part, layer = divmod(len(routes), len(forced))
+            size = len(indices) // forced.shape[2]
+            indices = forced[layer, part * size : (part + 1) * size].flatten(0, 1)
+            counts = torch.bincount(indices.flatten(), minlength=len(counts))
+        if torch._C._current_graph_task_id() == -1:  # not while backward computes a block again
+            routes.append(indices.clone())
+        return indices, counts
+
+    def noted_counts(parts: list) -> Tensor:
+        counts = counts_of(parts)
+        seen["counts"].append(counts.clone())
+        return counts
+
+    with (
+        mock.patch.object(trainer, "clip_", clip_after_a_look),
+        mock.patch.object(trinity_kernels, "route", noted_route),
+        mock.patch.object(trainer, "total_counts", noted_counts),
+    ):
+        yield
+    layers = sum(isinstance(module, MoE) for module in model.modules())
+    parts = [torch.stack(routes[at : at + layers]) for at in range(0, len(routes), layers)]
+    by_row = [part.unflatten(1, (rows // len(parts), -1)) for part in parts]
+    seen["routes"].append(torch.cat(by_row, dim=1).sort(dim=-1).values)  # [M, rows, S, K]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of a tensor."""
+    return tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def dealt(per_rank: list[dict[str, Any]], key: str, dim: int) -> list[Tensor]:
+    """What each rank saw of its rows, in the order of the global batch, by step."""
+    return [torch.stack(parts, dim=dim + 1).flatten(dim, dim + 1) for parts in zip(*(run[key] for run in per_rank))]
+
+
+def assert_same(
+    per_rank: list[dict[str, Any]], expected: dict[str, Any], bound: float = BOUND, state: bool = True
+) -> None:
+    """Every rank's account of a run is that of one process: data, counts and routes exactly, numbers to a bound.
+
+    Args:
+        state: whether the weights, biases and optimizer state at the end are compared too.
+    """
+    for key, dim in (("tokens", 0), ("routes", 1)):
+        for found, wanted in zip(dealt(per_rank, key, dim), expected[key], strict=True):
+            assert torch.equal(found, wanted), key
+    for run in per_rank:
+        for found, wanted in zip(run["counts"], expected["counts"], strict=True):
+            assert torch.equal(found, wanted), "counts"
+        for step, (found, wanted) in enumerate(zip(run["gradients"], expected["gradients"], strict=True)):
+            assert_tensors(found, wanted, bound, f"raw gradient of step {step}")
+        for step, (found, wanted) in enumerate(zip(run["figures"], expected["figures"], strict=True)):
+            assert found.keys() == wanted.keys()
+            for name, value in wanted.items():
+                assert abs(found[name] - value) <= bound * max(1, abs(value)), f"figure {name} of step {step}"
+        if state:
+            assert_tensors(run["state"], expected["state"], bound, "state")
+
+
+def assert_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float, what: str) -> None:
+    """Equal names, and values to the bound, relative to the largest value of each tensor or absolutely."""
+    assert found.keys() == wanted.keys(), what
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, f"{what}: {name}"
+        far = (found[name].double() - tensor.double()).abs().max().item() if tensor.numel() else 0.0
+        assert far <= bound * max(1.0, tensor.abs().max().item()), f"{what}: {name} is {far:.1e} away"
+
+
+@contextmanager
+def _scaled_expert_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """Expert gradients multiplied by the expert degree, which neither Muon nor SMEBU sees."""
+    for block in model.blocks:
+        if block.sparse:
+            block.ffn.experts.set_gradient_divide_factor(0.5)
+    yield
+
+
+@contextmanager
+def _counts_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
+    """Each rank balances by its own counts."""
+    own = lambda parts: torch.stack([part.counts_ME for part in parts]).sum(dim=0)  # noqa: E731
+    with mock.patch.object(trainer, "total_counts", own):
+        yield
+
+
+@contextmanager
+def _norm_twice(model: torch.nn.Module) -> Iterator[None]:
+    """Experts' gradients counted twice in the norm."""
+    norm = trainer.global_norm
+
+    def doubled(gradients: list[Tensor], group: dist.ProcessGroup) -> Tensor:
+        return norm([*gradients, *(p.grad for name, p in model.named_parameters() if ".experts." in name)], group)
+
+    with mock.patch.object(trainer, "global_norm", doubled):
+        yield
+
+
+@contextmanager
+def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
+    """Each rank divides its loss by its own valid targets (times the ranks)."""
+    with mock.patch.object(trainer, "_over_all_ranks", lambda count: int(count) * dist.get_world_size()):
+        yield
+
+
+MISTAKES: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "expert gradients scaled by the expert degree": _scaled_expert_gradients,
+    "counts not reduced": _counts_not_reduced,
+    "an expert's norm counted twice": _norm_twice,
+    "valid targets not reduced": _valid_not_reduced,
+}

@@ -1,0 +1,398 @@
+"""Experts split over 2 and 4 processes against the same experts all on every rank.
+
+In float64 both sides round at 1e-16 and sums have some hundred terms: 1e-12.
+
+Shapes: T tokens of one rank, D width, E experts, K active experts, P ranks.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_pool import ProcessPool
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trinity.config.model import ModelConfig
+from trinity.errors import UserError
+from trinity.models.dispatch import local
+from trinity.models.moe import Experts, MoE
+from trinity.parallel import deep_ep, exchange
+from trinity.parallel.exchange import AllToAll, split_experts
+from trinity.parallel.mesh import Ranks, Sizes, join_meshes
+
+BOUND = 1e-12
+D, E = 6, 8
+Pools = Callable[[int], ProcessPool]
+
+
+def config_of(active: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=10, width=D, layers=2, dense_layers=1, dense_width=8, heads=1, kv_heads=1, head_dim=4, window=4,
+        experts=E, active_experts=active, shared_experts=1, expert_width=5, route_scale=2.0, rope_theta=100.0,
+        max_positions=16,
+    )  # fmt: skip
+
+
+def ranks_of(shape: str = "split") -> Ranks:
+    """The meshes of all processes of the pool: experts over all of them, or over pairs."""
+    world = dist.get_world_size()
+    expert = world if shape == "split" else 2
+    return join_meshes(Sizes(1, world, expert, world // expert, "experts"), torch.device("cpu"))
+
+
+def distinct(tokens: int, active: int, among: range, random: torch.Generator) -> Tensor:
+    """[T, K] experts, different for one token."""
+    return torch.rand(tokens, len(among), generator=random).argsort(dim=1)[:, :active] + among.start
+
+
+ROUTES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
+    "uneven": lambda rank, _, random: distinct(5 + 3 * rank, 2, range(E), random),
+    "one choice": lambda rank, _, random: distinct(9 - rank, 1, range(E), random),
+    "a rank without tokens": lambda rank, _, random: distinct(0 if rank == 1 else 7, 2, range(E), random),
+    "no tokens at all": lambda *_: torch.empty(0, 2, dtype=torch.int64),
+    "one hot expert": lambda rank, *_: torch.full((4 + rank, 1), 2),
+    "all choices on the last rank": lambda rank, ranks, random: distinct(6, 2, range(E - E // ranks, E), random),
+    "more choices than a rank has experts": lambda rank, _, random: distinct(4 + rank, 6, range(E), random),
+    "every expert": lambda rank, _, random: distinct(3 + rank, E, range(E), random),
+}
+"""Experts chosen on a rank: (rank, ranks, random) → [T, K]."""
+
+
+def make(case: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """x, indices, gates and the output's gradient on this rank, and whole experts that are equal on every rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    random = torch.Generator().manual_seed(100 + rank)
+    indices_TK = ROUTES[case](rank, ranks, random)
+    T, K = indices_TK.shape
+    x_TD, dy_TD = (torch.randn(T, D, generator=random, dtype=torch.float64).to(dtype) for _ in range(2))
+    gates = torch.rand(T, K, generator=random, dtype=torch.float64)
+    if dtype != torch.float64:
+        gates = gates.float()
+    return [x_TD, indices_TK, gates], dy_TD
+
+
+def whole_experts(active: int, dtype: torch.dtype) -> Experts:
+    experts = Experts(config_of(active)).to(dtype)
+    random = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float64))
+    return experts
+
+
+def split(experts: Experts, ranks: Ranks) -> tuple[Experts, AllToAll]:
+    """The experts of this rank, and what brings tokens to them."""
+    moe = MoE(config_of(1)).to(experts.down.dtype)
+    moe.experts = experts
+    split_experts(moe, ranks.experts)
+    return moe.experts, moe.dispatcher
+
+
+def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) -> dict[str, Tensor]:
+    """The output and every gradient, the weights' as this process holds them."""
+    x_TD, indices_TK, gates_TK = inputs
+    x_TD, gates_TK = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
+    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=lambda: 3 * x_TD)
+    assert torch.equal(three, 3 * x_TD)
+    wanted = [x_TD, gates_TK, *experts.parameters()]
+    grads = torch.autograd.grad(y_TD, wanted, dy_TD)
+    grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    return dict(zip(("y", "x", "gates", "gate_up", "down"), (y_TD.detach(), *grads)))
+
+
+def both_ways(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """On one rank: through all_to_all, and with all experts here in float64."""
+    inputs, dy_TD = make(case, dtype)
+    experts = whole_experts(inputs[1].shape[1], dtype)
+    expected = run(
+        local, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
+    )
+    here, dispatcher = split(experts.to(dtype), ranks_of())
+    found = run(dispatcher, here, inputs, dy_TD)
+    return found, expected
+
+
+def errors(per_rank: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, float]:
+    """The largest relative L2 distance of each tensor; experts' gradients against their sum over all ranks' tokens."""
+    far: dict[str, float] = {}
+    totals = {name: sum(expected[name] for _, expected in per_rank) for name in ("gate_up", "down")}
+    for rank, (found, expected) in enumerate(per_rank):
+        parts = {name: total.chunk(len(per_rank))[rank] for name, total in totals.items()}
+        for name, wanted in (expected | parts).items():
+            assert found[name].shape == wanted.shape, name
+            assert found[name].isfinite().all(), name
+            distance = ((found[name].double() - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
+            far[name] = max(far.get(name, 0.0), distance)
+    return far
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("case", list(ROUTES))
+def test_equals_all_experts_here(processes: Pools, world: int, case: str) -> None:
+    """Outputs and gradients of x and gates of each rank; of each expert, the sum over all ranks' tokens."""
+    found = errors(processes(world).run(both_ways, case, torch.float64))
+    assert max(found.values()) <= BOUND, found
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_narrower_formats(processes: Pools, dtype: torch.dtype, bound: float) -> None:
+    """The bounds of the experts' own tests: bf16 rounds 2⁻⁹ each, once more here, where a partial sum is sent."""
+    found = errors(processes(4).run(both_ways, "uneven", dtype))
+    assert max(found.values()) <= bound, found
+
+
+def twice(case: str) -> bool:
+    inputs, dy_TD = make(case, torch.bfloat16)
+    experts, dispatcher = split(whole_experts(inputs[1].shape[1], torch.bfloat16), ranks_of())
+    first, second = (run(dispatcher, experts, inputs, dy_TD) for _ in range(2))
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_repetition_gives_the_same_bits(processes: Pools) -> None:
+    assert all(processes(4).run(twice, "more choices than a rank has experts"))
+
+
+class Record(TorchDispatchMode):
+    """Notes what is exchanged, as (rows, width) by destination, and a name for whatever else is asked for."""
+
+    WATCHED = {
+        "_c10d_functional::wait_tensor": "wait", "trinity::exchanged_counts": "host waits",
+        "trinity::expert_mlp": "experts",
+        "trinity::expert_mlp_backward": "experts backward",
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.sent: list[tuple[int, list[int]]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if op.name() == "_c10d_functional::all_to_all_single":
+            rows, _, splits, _ = args
+            assert len(rows) == sum(splits)
+            self.events.append(f"start {rows.shape[1]}")
+            self.sent.append((rows.shape[1], list(splits)))
+        elif op.name() == "aten::index_select":
+            self.events.append(f"gather {len(args[2])}")
+        elif op.name() in self.WATCHED:
+            self.events.append(self.WATCHED[op.name()])
+        return op(*args, **(kwargs or {}))
+
+
+class Watched(torch.autograd.Function):
+    """Identity that says when it runs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, events: list[str]) -> Tensor:
+        ctx.events = events
+        events.append("meanwhile")
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.events.append("meanwhile backward")
+        return grad, None
+
+
+def what_happens(case: str) -> tuple[list[str], list[str], list[tuple[int, list[int]]], Tensor]:
+    """Events of forward and of backward, what was sent, and the experts chosen on this rank."""
+    (x_TD, indices_TK, gates_TK), _ = make(case, torch.float64)
+    experts, dispatcher = split(whole_experts(indices_TK.shape[1], torch.float64), ranks_of())
+    x_TD.requires_grad_()
+    gates_TK.requires_grad_()
+    with Record() as record:
+        meanwhile = lambda: Watched.apply(x_TD, record.events)  # noqa: E731
+        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=meanwhile)
+        forward = len(record.events)
+        (y_TD.sum() + other_TD.sum()).backward()
+    return record.events[:forward], record.events[forward:], record.sent, indices_TK
+
+
+def test_the_shared_expert_computes_while_tokens_travel(processes: Pools) -> None:
+    """Both ways: everything is started before it and awaited after it. The host waits once, when rows are gathered.
+
+    D = 6 wide: tokens and sums; 2K = 4: gates with choices; 2: counts.
+    """
+    for forward, backward, sent, indices_TK in processes(4).run(what_happens, "uneven"):
+        most, exactly = indices_TK.numel(), sum(sent[1][1])
+        assert forward == [
+            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "meanwhile",
+            "wait", "wait", "experts", "start 6", "wait",
+        ]  # fmt: skip
+        assert backward == [
+            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "meanwhile backward",
+            "wait", "wait",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["uneven", "every expert", "all choices on the last rank", "one hot expert"])
+def test_a_token_goes_once_to_a_rank(processes: Pools, case: str) -> None:
+    """Not once to each of its experts there: rows to each rank, forward and back, counted from the choices."""
+    results = processes(4).run(what_happens, case)
+    goes = [
+        [sum(any(e // 2 == there for e in chosen) for chosen in indices.tolist()) for there in range(4)]
+        for _, _, _, indices in results
+    ]
+    for rank, (_, _, sent, indices) in enumerate(results):
+        from_me, to_me, width = goes[rank], [row[rank] for row in goes], 2 * indices.shape[1]
+        counts, *rows = sent
+        assert counts == (2, [1, 1, 1, 1])
+        assert rows == [(D, from_me), (width, from_me), (D, to_me), (D, from_me), (D, to_me), (width, to_me)]
+
+
+def layer(active: int) -> MoE:
+    """A float64 layer with the same values on every rank, and a bias that changes choices."""
+    moe = MoE(config_of(active)).double()
+    random = torch.Generator().manual_seed(1)
+    for tensor in (*moe.parameters(), moe.expert_bias, moe.expert_momentum):
+        tensor.data.copy_(0.5 * torch.randn(tensor.shape, generator=random, dtype=torch.float64))
+    return moe
+
+
+def layer_both_ways(shape: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A whole MoE layer on this rank, its experts split and not: outputs and gradients."""
+    rank, found = dist.get_rank(), []
+    random = torch.Generator().manual_seed(50 + rank)
+    x_BSD = torch.randn(2, 3 + rank, D, generator=random, dtype=torch.float64)
+    for splits in (True, False):
+        moe, x = layer(3), x_BSD.clone().requires_grad_()
+        if splits:
+            split_experts(moe, ranks_of(shape).experts)
+        y, routing = moe(x)
+        ((y * y.detach()).sum() + routing.sequence_loss_B.sum()).backward()
+        grads = {
+            name: p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for name, p in moe.named_parameters()
+        }
+        found.append({"y": y.detach(), "counts": routing.counts_E, "x": x.grad} | grads)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("shape", ["split", "pairs"])
+def test_a_whole_layer(processes: Pools, shape: str) -> None:
+    """Router and shared expert do not notice; in pairs, ranks 0 and 1 split one set of experts, and so do 2 and 3."""
+    results, size = processes(4).run(layer_both_ways, shape), 4 if shape == "split" else 2
+    for rank, (found, expected) in enumerate(results):
+        for name, wanted in expected.items():
+            if "experts" in name:
+                group = range(rank - rank % size, rank - rank % size + size)
+                wanted = sum(results[other][1][name] for other in group).chunk(size)[rank % size]
+            torch.testing.assert_close(found[name], wanted, rtol=BOUND, atol=BOUND, msg=name)
+
+
+def split_parameters(device: str) -> list[tuple[Any, ...]]:
+    """Name, placement, shapes, bytes held and values of experts' parameters after splitting."""
+    moe = layer(2) if device == "cpu" else MoE(config_of(2)).to(device)
+    split_experts(moe, ranks_of().experts)
+    found = []
+    for name, p in moe.experts.named_parameters():
+        part = p.to_local()
+        values = part.detach() if device == "cpu" else None
+        held = part.untyped_storage().nbytes() // part.element_size()
+        found.append((name, p.placements, p.shape, part.shape, held, values, p.requires_grad, part.device.type))
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_split_parameters(processes: Pools, device: str) -> None:
+    """Two of eight experts a rank, in order, nothing else in memory, on meta too; still parameters that learn."""
+    whole = dict(layer(2).experts.named_parameters())
+    for rank, parameters in enumerate(processes(4).run(split_parameters, device)):
+        assert [name for name, *_ in parameters] == ["gate_up", "down"]
+        for name, placements, shape, part, held, values, learns, where in parameters:
+            assert (placements, shape, learns, where) == ((Shard(0),), whole[name].shape, True, device)
+            assert part == (2, *shape[1:])
+            assert held == 2 * shape[1:].numel()
+            if device == "cpu":
+                assert torch.equal(values, whole[name][2 * rank : 2 * rank + 2])
+
+
+def unsplit() -> tuple[bool, bool]:
+    moe = layer(2)
+    world = dist.get_world_size()
+    split_experts(moe, join_meshes(Sizes(1, world, 1, world, "experts"), torch.device("cpu")).experts)
+    return moe.dispatcher is local, any(isinstance(p, DTensor) for p in moe.parameters())
+
+
+def test_one_rank_with_all_experts_changes_nothing(processes: Pools) -> None:
+    assert processes(2).run(unsplit) == [(True, False)] * 2
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_opcheck_of_the_counts(tokens: int) -> None:
+    """Schema, fake tensors and tracing, by torch's own checker; nothing is under way here, so nothing is awaited."""
+    counts = torch.full((4, 2), tokens)
+    assert torch.equal(exchange.exchanged_counts(counts, counts + 1), torch.stack((counts, counts + 1)))
+    torch.library.opcheck(torch.ops.trinity.exchanged_counts.default, (counts, counts + 1))
+
+
+class PlayedBuffer:
+    """DeepEP's Buffer as it is documented, its kernels played by our own exchange."""
+
+    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[None, ...]:
+        self.share = num_experts // dist.get_world_size()
+        return (None,) * 5
+
+    def dispatch(
+        self,
+        x: Tensor,
+        handle: Any = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Any, ...]:
+        if handle is not None:
+            assert topk_idx is None
+            assert topk_weights is None
+            return exchange.wait(handle.send(x)), None, None, None, None, None
+        trip = exchange.Trip(topk_idx // self.share, dist.get_world_size(), dist.group.WORLD.group_name)
+        x_UD, indices, gates = (exchange.wait(trip.send(rows)) for rows in (x, topk_idx, topk_weights))
+        indices -= self.share * dist.get_rank()
+        indices = indices.where((indices >= 0) & (indices < self.share), -1)
+        received = [(indices == expert).sum().item() for expert in range(self.share)]
+        arrived = type("Event", (), {"current_stream_wait": lambda self: None})()
+        return x_UD, indices, gates, received, trip, arrived
+
+    def combine(self, x: Tensor, handle: Any, topk_weights: Tensor | None = None) -> tuple[Tensor, Tensor | None, None]:
+        weights = None if topk_weights is None else handle.collect(handle.give_back(topk_weights))
+        return handle.collect(handle.give_back(x)), weights, None
+
+
+def played_deep_ep(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As both_ways, through the DeepEP class with a played buffer."""
+    inputs, dy_TD = make(case, torch.float64)
+    experts = whole_experts(inputs[1].shape[1], torch.float64)
+    expected = run(local, experts, inputs, dy_TD)
+    here, _ = split(experts, ranks_of())
+    with mock.patch.object(deep_ep, "find_spec", return_value=True):
+        dispatcher = deep_ep.DeepEP(dist.group.WORLD, E)
+    with mock.patch.object(dispatcher, "_buffer_for", return_value=PlayedBuffer()):
+        return run(dispatcher, here, inputs, dy_TD), expected
+
+
+@pytest.mark.parametrize("case", ["uneven", "a rank without tokens"])
+def test_our_side_of_deep_ep(processes: Pools, case: str) -> None:
+    """Gradients of tokens and gates are combined, those of sums dispatched; DeepEP's own kernels need GPUs."""
+    found = errors(processes(2).run(played_deep_ep, case))
+    assert max(found.values()) <= BOUND, found
+
+
+@pytest.mark.skipif(find_spec("deep_ep") is not None, reason="deep_ep is installed")
+def test_deep_ep_is_missing() -> None:
+    with pytest.raises(
+        UserError, match=r"exchange=deep_ep needs the package deep_ep.* use parallel\.exchange=all_to_all"
+    ):
+        deep_ep.DeepEP(None, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deep_ep_on_a_cpu(dtype: torch.dtype) -> None:
+    with mock.patch.object(deep_ep, "find_spec", return_value=True):
+        dispatcher = deep_ep.DeepEP(None, 8)
+    x_TD = torch.ones(2, D, dtype=dtype)
+    with pytest.raises(UserError, match=rf"takes bfloat16 on a GPU, not {dtype} on cpu; use precision"):
+        dispatcher(x_TD, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), None, lambda: x_TD)

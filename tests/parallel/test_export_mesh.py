@@ -1,0 +1,75 @@
+"""Export and import of a model whose parts lie on many ranks: the files and the weights of one process, bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_mesh_sizes import sizes
+from torch import Tensor
+
+from trinity.config.model import ModelConfig
+from trinity.config.run import Precision
+from trinity.interop import export_hf, load_hf
+from trinity.models import Trinity
+from trinity.parallel.mesh import join_meshes
+from trinity.parallel.sharding import shard_model
+
+# 4 ranks: rows of some matrices do not divide by them, and gains of 6 leave the last rank none
+SIZES = {
+    "vocab_size": 301, "width": 24, "layers": 5, "dense_layers": 2, "dense_width": 40, "heads": 4, "kv_heads": 2,
+    "head_dim": 6, "window": 7, "experts": 8, "active_experts": 2, "expert_width": 16,
+}  # fmt: skip
+
+MESHES = {
+    "shard 4": (4, {}, {}),
+    "shard 4, expert 2": (4, {"expert": 2}, {}),
+    "replicate 2 × shard 2, expert 2": (4, {"replicate": 2, "expert": 2}, {}),
+    "more shards than experts": (4, {}, {"experts": 6}),
+    "more shards than experts, expert 2": (4, {"expert": 2}, {"experts": 2}),
+    "shard 2": (2, {}, {}),
+}
+
+
+def filled(config: ModelConfig) -> Trinity:
+    """A whole model no two of whose tensors are alike."""
+    model = Trinity(config)
+    model.init_weights(1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("gain", "expert_bias")):
+                tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.2)
+    return model
+
+
+def load_and_export(config: ModelConfig, words: dict, source: Path, target: Path) -> dict[str, Tensor]:
+    """Read a folder into a sharded model and write it from there; the weights that were read, gathered."""
+    world = torch.distributed.get_world_size()
+    ranks = join_meshes(sizes(world, config, **words), torch.device("cpu"))
+    with torch.device("meta"):
+        model = Trinity(config)
+    shard_model(model, ranks, Precision(compute="float32"))
+    model.to_empty(device="cpu")
+    load_hf(source, into=model)
+    export_hf(model, target, dtype=torch.float32)
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t) for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_round_trip(processes: Callable, tmp_path: Path, mesh: str) -> None:
+    """One process's folder → every rank's own rows → the same folder."""
+    world, words, changes = MESHES[mesh]
+    config = ModelConfig(**(SIZES | changes))
+    model = filled(config)
+    export_hf(model, tmp_path / "one", dtype=torch.float32)
+    runs = processes(world).run(load_and_export, config, words, tmp_path / "one", tmp_path / "many")
+    for run in runs:
+        for name, tensor in model.state_dict().items():
+            if not name.endswith("expert_momentum"):  # not in the files; a fresh run's zeros
+                assert torch.equal(run[name], tensor), name
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+    one, many = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(many[name], tensor) for name, tensor in one.items())

@@ -1,0 +1,113 @@
+"""Which meshes a config means, and the sentence that refuses one that cannot be."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from trinity.config.model import ZOO, ModelConfig
+from trinity.config.run import Parallel
+from trinity.errors import UserError
+from trinity.parallel import mesh
+from trinity.parallel.mesh import Sizes, check_parallel
+
+
+def sizes(world: int, model: ModelConfig = ZOO["smoke"], **words: int) -> Sizes:
+    """check_parallel of a config's words."""
+    return check_parallel(Parallel(**words), model, world)
+
+
+def test_large_is_as_the_report_runs_it() -> None:
+    """FSDP groups of 128, experts split among the 8 GPUs of a node, 16 copies on 2048; 16 ranks hold 2 experts each."""
+    found = sizes(2048, ZOO["large"], replicate=-1, shard=128, expert=8)
+    assert found == Sizes(replicate=16, shard=128, expert=8, expert_shard=16, experts_by="experts")
+
+
+@pytest.mark.parametrize(
+    ("world", "words", "expected"),
+    [
+        (1, {}, (1, 1, 1, 1, "experts")),
+        (4, {}, (1, 4, 1, 4, "experts")),
+        (4, {"replicate": 2}, (2, 2, 1, 2, "experts")),
+        (4, {"replicate": -1, "shard": 2, "expert": 2}, (2, 2, 2, 1, "experts")),
+        (4, {"shard": 4, "expert": 4}, (1, 4, 4, 1, "experts")),
+        (32, {"expert": 2}, (1, 32, 2, 16, "width")),  # 8 experts a share, 16 ranks: 128 / 16 of each expert's width
+    ],
+)
+def test_sizes(world: int, words: dict[str, int], expected: tuple) -> None:
+    """−1 takes what is left; experts are cut by width only where ranks outnumber them."""
+    assert ZOO["smoke"].experts == 16
+    assert ZOO["smoke"].expert_width % 16 == 0
+    assert sizes(world, **words) == Sizes(*expected)
+
+
+@pytest.mark.parametrize(
+    ("world", "words", "sentence"),
+    [
+        (2, {"context": 2}, "parallel.context=2 is not built yet; use 1 (parallel.shard takes its ranks)"),
+        (4, {"replicate": -1, "shard": -1}, "parallel.replicate and parallel.shard are both -1; give one of them"),
+        (4, {"shard": 0}, "parallel.shard=0 must be at least 1 (or -1, for replicate or shard alone)"),
+        (4, {"expert": -1}, "parallel.expert=-1 must be at least 1 (or -1, for replicate or shard alone)"),
+        (
+            4,
+            {"replicate": 3},
+            "parallel.replicate=3 × shard=-1 × context=1 does not make 4 processes; start 3 (or a multiple, with a -1) "
+            "or change the sizes, for example parallel.shard=-1",
+        ),
+        (
+            2,
+            {"replicate": 2, "shard": 2},
+            "parallel.replicate=2 × shard=2 × context=1 does not make 2 processes; start 4 (or a multiple, with a -1) "
+            "or change the sizes, for example parallel.shard=-1",
+        ),
+        (4, {"expert": 3}, "parallel.expert=3 does not divide shard × context = 4; use one of [1, 2, 4]"),
+        (
+            32,
+            {"expert": 32},
+            "parallel.expert=32 does not divide model.experts=16; use one of [1, 2, 4, 8, 16]",
+        ),
+    ],
+)
+def test_refusals(world: int, words: dict[str, int], sentence: str) -> None:
+    """Each names the value and what would do."""
+    with pytest.raises(UserError) as refused:
+        sizes(world, **words)
+    assert str(refused.value) == sentence
+
+
+def test_neither_experts_nor_width_divide() -> None:
+    """3 experts of width 20 over 8 ranks."""
+    model = ModelConfig(experts=3, active_experts=2, expert_width=20)
+    with pytest.raises(UserError) as refused:
+        sizes(8, model)
+    assert str(refused.value) == (
+        "8 ranks (parallel.shard × context / expert) can divide neither the 3 experts of a share nor "
+        "model.expert_width=20; make them one of [1, 2, 3, 4, 5, 10, 20]"
+    )
+
+
+def test_experts_do_not_matter_without_sparse_layers() -> None:
+    """A dense model has no experts to cut."""
+    model = ModelConfig(layers=2, dense_layers=2, experts=3, active_experts=2, expert_width=20)
+    assert sizes(8, model).shard == 8
+
+
+def where_i_am(words: dict[str, int]) -> tuple:
+    """This rank's coordinates in both views."""
+    found = mesh.join_meshes(sizes(dist.get_world_size(), **words), torch.device("cpu"))
+    return found.rank, tuple(found.dense.get_coordinate()), tuple(found.experts.get_coordinate())
+
+
+def test_two_views_of_one_order(processes) -> None:
+    """rank = replica · 2 + place in the copy; neighbours split the experts."""
+    assert processes(4).run(where_i_am, {"replicate": 2, "shard": 2, "expert": 2}) == [
+        (0, (0, 0), (0, 0, 0)),
+        (1, (0, 1), (0, 0, 1)),
+        (2, (1, 0), (1, 0, 0)),
+        (3, (1, 1), (1, 0, 1)),
+    ]
+    assert processes(4).run(where_i_am, {"shard": 4, "expert": 2}) == [
+        (0, (0, 0), (0, 0, 0)),
+        (1, (0, 1), (0, 0, 1)),
+        (2, (0, 2), (0, 1, 0)),
+        (3, (0, 3), (0, 1, 1)),
+    ]

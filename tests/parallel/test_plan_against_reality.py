@@ -1,0 +1,141 @@
+"""The plan of a run against the run: what rank 0 of four real processes holds and says in one step.
+
+A plan takes routing as even, and in a run it is not; so here every token goes to all experts, and the two must agree to
+the byte. Some sizes do not divide by the ranks: rank 0 has whole chunks, the last ranks less.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from mesh_runs import config_of
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from trinity.config.run import RunConfig
+from trinity.parallel import mesh
+from trinity.parallel.agree import all_gather_single
+from trinity.parallel.mesh import check_parallel
+from trinity.parallel.traffic import count_collectives
+from trinity.planning.activations import block_activations
+from trinity.planning.communication import flows
+from trinity.planning.length import load_of
+from trinity.planning.sharded import sharded, state_bytes
+from trinity.training.setup import build_model, make_optimizers
+from trinity.training.trainer import Batch, train_step
+
+MODEL = {
+    "vocab_size": 50, "width": 24, "layers": 3, "dense_layers": 1, "dense_width": 36, "heads": 2, "kv_heads": 1,
+    "head_dim": 8, "window": 6, "global_every": 2, "experts": 4, "active_experts": 4, "expert_width": 12,
+}  # fmt: skip
+SETTINGS = {
+    "model": MODEL,
+    "run": {"steps": 1},
+    "data": {"sequence_length": 12},
+    "batch": {"sequences": 8, "microbatch": 1},
+    "optim": {"muon": {"dtype": "float32", "wire": "bfloat16", "share": "on"}},
+    "precision": {"compute": "float32"},
+    "parallel": {"defer_reduce": "off"},
+    "balancing": {"sequence_loss": 1e-4},
+}
+CASES = [
+    ["parallel.shard=4", "parallel.expert=2"],
+    ["parallel.replicate=2", "parallel.shard=2", "parallel.expert=2"],
+    ["parallel.shard=4", "precision.compute=bfloat16", "precision.reduce=bfloat16", "recompute=block"],
+    ["parallel.replicate=2", "parallel.shard=2", "parallel.defer_reduce=on", "optim.muon.share=off"],
+    ["parallel.shard=4", "parallel.expert=2", "recompute=selective", "batch.microbatch=2", "optim.router=adamw"],
+    ["parallel.shard=4", "model.experts=2", "model.active_experts=2"],  # more ranks than experts: cut by width
+]
+
+
+def one_step(words: list[str]) -> dict[str, Any]:
+    """What this rank holds and says in the first step of a run."""
+    config = config_of(SETTINGS, words)
+    ranks = mesh.start(config.parallel, config.model, 1, False)
+    model = build_model(config, ranks)
+    model.init_weights(0)
+    optimizers = make_optimizers(config, model)
+    update, held = optimizers.step, {}
+
+    def watched() -> None:
+        held["gradients"] = storages([p.grad for p in model.parameters()])
+        update()
+
+    optimizers.step = watched
+    tokens = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(ranks.rank))
+    with count_collectives() as seen:
+        train_step(model, optimizers, Batch(tokens[:, :-1], tokens[:, 1:], None), config, 1.0, ranks)
+    held["parameters"] = storages(list(model.parameters()))
+    for name, optimizer in (("Muon momentum", optimizers.muon), ("AdamW moments", optimizers.adamw)):
+        held[name] = storages([x for state in optimizer.state.values() for x in state.values()])
+    held["expert biases"] = storages(list(model.buffers()))
+    return {"held": held, "traffic": {key: tuple(value) for key, value in seen.items() if key[1] > 1}}
+
+
+def collectives() -> list[tuple]:
+    """Every kind once or twice, over all four and over pairs, called plainly, by a DTensor and in backward."""
+    rank, x = dist.get_rank(), torch.ones(8)  # 32 bytes
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    pair = pairs.get_group("inner")
+    with count_collectives() as seen:
+        dist.all_reduce(x)
+        all_gather_single(torch.empty(32), x)
+        dist.all_gather([torch.empty(8), torch.empty(8)], x, group=pair)
+        dist.reduce_scatter_tensor(torch.empty(4), x, group=pair)
+        dist.broadcast(x, 2 * (rank // 2), group=pair)
+        sent = [2, 6] if rank % 2 else [5, 3]
+        received = [5, 2] if rank % 2 == 0 else [3, 6]
+        dist.all_to_all_single(torch.empty(sum(received)), x, received, sent, group=pair)
+        matrix = DTensor.from_local(x.view(2, 4), pairs["inner"], [Shard(0)])
+        matrix @ matrix  # gathers the second
+        y = torch.ones(6, requires_grad=True)
+        functional.all_to_all_single_autograd(y, [3, 3], [3, 3], pair).sum().backward()
+        functional.all_reduce(x, "sum", pair)
+    dist.all_reduce(x)  # too late to be seen
+    return sorted((*key, *value) for key, value in seen.items())
+
+
+def test_the_counter(processes: Callable) -> None:
+    """By hand: what is gathered, what is to be reduced, what is sent; a backward pass sends as its forward."""
+    expected = [
+        ("all_gather", 2, 2, 64 + 64),
+        ("all_gather", 4, 1, 128),
+        ("all_reduce", 2, 1, 32),
+        ("all_reduce", 4, 1, 32),
+        ("all_to_all", 2, 3, 32 + 24 + 24),
+        ("broadcast", 2, 1, 32),
+        ("reduce_scatter", 2, 1, 32),
+    ]
+    assert processes(4).run(collectives) == [expected] * 4
+
+
+def storages(tensors: list[Tensor]) -> int:
+    """Bytes of the memory under all of them, counted once."""
+    parts = [getattr(x, "_local_tensor", x.detach()).untyped_storage() for x in tensors]
+    return sum({part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}.values())
+
+
+def planned(config: RunConfig) -> dict[str, Any]:
+    """The same from the plan."""
+    load = load_of(config, config.batch.sequences, 4)
+    with sharded(config, check_parallel(config.parallel, config.model, 4)) as rank:
+        exchanged = [block.exchange for block in block_activations(config, rank.ranks, load.microbatch)]
+        traffic: dict[tuple[str, int], tuple[int, float]] = {}
+        for flow in flows(config, rank, load, exchanged, config.parallel.defer_reduce == "on"):
+            calls, size = traffic.get((flow.kind, flow.ranks), (0, 0))
+            traffic[flow.kind, flow.ranks] = calls + flow.calls, size + flow.bytes
+        return {"held": state_bytes(rank.model, rank.optimizers), "traffic": traffic}
+
+
+@pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words))
+def test_what_rank_0_holds_and_says(processes: Callable, words: list[str]) -> None:
+    """Bytes and calls, exactly; no rank holds more."""
+    expected = planned(config_of(SETTINGS, words))
+    runs = processes(4).run(one_step, words)
+    assert all(run["held"][part] <= size for run in runs for part, size in expected["held"].items())
+    assert runs[0]["held"] == expected["held"]
+    assert runs[0]["traffic"] == expected["traffic"]

@@ -1,0 +1,104 @@
+"""Recompute of blocks: the same bits as without it, in one process and over meshes, and what is done twice."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from process_pool import ProcessPool
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trinity.config.model import ModelConfig
+from trinity.config.run import Precision
+from trinity.models import Trinity
+from trinity.parallel.mesh import Sizes, join_meshes
+from trinity.parallel.recompute import recompute_blocks
+from trinity.parallel.sharding import shard_model
+
+LAYERS, SPARSE = 5, 4
+CONFIG = ModelConfig(
+    vocab_size=50, width=24, layers=LAYERS, dense_layers=LAYERS - SPARSE, dense_width=40, heads=4, kv_heads=2,
+    head_dim=8, window=5, experts=8, active_experts=3, shared_experts=2, expert_width=10, route_scale=2.5,
+    rope_theta=100.0, max_positions=64,
+)  # fmt: skip
+
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+EXCHANGE = "_c10d_functional::all_to_all_single"
+
+
+class Count(TorchDispatchMode):
+    """How often each operation really ran: what recompute kept does not reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.times[op.name()] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def gradients(model: Trinity, random: torch.Generator, tokens: int) -> tuple[dict[str, Tensor], Counter[str]]:
+    """Every gradient, and of two batches one after the other, how often each operation ran."""
+    with Count() as count:
+        for _ in range(2):
+            tokens_BS = torch.randint(50, (2, tokens), generator=random)
+            losses = model(tokens_BS, targets_BS=tokens_BS.roll(1), z=1e-3)
+            (losses.token_loss + losses.sequence_loss_B.sum()).backward()
+    grads = {name: p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for name, p in model.named_parameters()}
+    return grads, count.times
+
+
+def alone(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
+    """In this process, in fp32: where sums are done again in another order it shows."""
+    model = Trinity(CONFIG)
+    model.init_weights(0)
+    if kind != "none":
+        recompute_blocks(model, kind)
+    return gradients(model, torch.Generator().manual_seed(0), 9)
+
+
+@pytest.mark.parametrize(("kind", "experts", "attention"), [("block", 2, 2), ("selective", 1, 1)])
+def test_one_process(kind: str, experts: int, attention: int) -> None:
+    """Routing runs once a layer and forward pass; experts and attention as often as their kind says."""
+    (found, ran), (expected, _) = alone(kind), alone("none")
+    assert ran["trinity::route"] == 2 * SPARSE
+    assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
+    assert ran[ATTENTION] == 2 * LAYERS * attention
+    for name, wanted in expected.items():
+        assert torch.equal(found[name], wanted), name
+
+
+def sharded(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
+    """On every rank of a mesh, in bf16, ranks with different tokens."""
+    ranks = join_meshes(sizes, torch.device("cpu"))
+    with torch.device("meta"):
+        model = Trinity(CONFIG)
+    if kind != "none":
+        recompute_blocks(model, kind)
+    shard_model(model, ranks, Precision(compute="bfloat16"))
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    return gradients(model, torch.Generator().manual_seed(ranks.rank), 6 + ranks.rank)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world"), [(Sizes(1, 2, 2, 1, "experts"), 2), (Sizes(1, 4, 2, 2, "experts"), 4)], ids=["2", "4 in pairs"]
+)
+def test_over_meshes(processes: Callable[[int], ProcessPool], sizes: Sizes, world: int) -> None:
+    """Under FSDP and with experts split: tokens are exchanged again by `block` alone, counts never.
+
+    A layer exchanges counts, tokens, choices and sums in forward, sums, tokens and choices in backward.
+    """
+    expected = processes(world).run(sharded, "none", sizes)
+    for kind, exchanges, experts in (("block", 10, 2), ("selective", 7, 1)):
+        results = processes(world).run(sharded, kind, sizes)
+        for (found, ran), (wanted, ran_without) in zip(results, expected):
+            assert ran_without[EXCHANGE] == 2 * SPARSE * 7
+            assert ran[EXCHANGE] == 2 * SPARSE * exchanges
+            assert ran["trinity::route"] == ran["trinity::exchanged_counts"] == 2 * SPARSE
+            assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
+            for name, gradient in wanted.items():
+                assert torch.equal(found[name], gradient), name

@@ -1,0 +1,111 @@
+"""A run that changes its mesh on the way, several times, is the run of one process that never stopped.
+
+Data, steps and tokens exactly; floats in float64 to 1e-10, as the grid of test_every_mesh has it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from mesh_runs import BOUND, assert_tensors, config_of
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+
+from trinity.parallel import mesh
+from trinity.training.loop import pretrain
+
+MEASURED = {"step_seconds", "tokens_per_second", "memory_gib", "mfu"}
+WORDS = [
+    "precision.compute=float64", "optim.muon.dtype=float64", "batch.sequences=12", "batch.microbatch=3",
+    "batch.ramp=[{tokens: 1000, sequences: 24}]", "checkpoint.every=0", "evaluation.every=4",
+]  # fmt: skip
+LAST = 10
+
+# two steps on each; replicas come and go, experts are split 1, 2 and 4 ways, by their number or (3 experts) their width
+WAYS = {
+    "1 → 4 → 2": [
+        (1, []),
+        (4, ["parallel.shard=4", "parallel.expert=2"]),
+        (4, ["parallel.replicate=2", "parallel.expert=2"]),
+        (2, ["parallel.shard=2"]),
+        (4, ["parallel.replicate=4", "parallel.shard=1"]),
+    ],
+    "4 → 2 → 1": [
+        (4, ["parallel.replicate=2", "parallel.shard=2"]),
+        (2, ["parallel.shard=2", "parallel.expert=2"]),
+        (4, ["parallel.shard=4", "parallel.expert=4"]),
+        (2, ["parallel.replicate=2", "parallel.shard=1"]),
+        (1, []),
+    ],
+    "by width": [
+        (4, ["parallel.shard=4"]),
+        (1, []),
+        (2, ["parallel.shard=2"]),
+        (4, ["parallel.replicate=2"]),
+        (4, ["parallel.shard=4"]),
+    ],
+}
+CHANGES = {"by width": ["model.experts=3"]}
+
+
+def go_on(settings: dict, words: list[str]) -> int:
+    """Start or resume a run in a process group that stays."""
+    with mock.patch.object(mesh, "stop"):
+        return pretrain(config_of(settings, words), [])
+
+
+def go_on_alone(settings: dict, words: list[str]) -> int:
+    """The same in this one process."""
+    return pretrain(config_of(settings, words), [])
+
+
+def left_behind(folder: Path) -> SimpleNamespace:
+    """Metrics, and the state at the end, of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    state: dict = {}
+    reader = dcp.FileSystemReader(folder / "checkpoints" / f"step_{LAST:08d}")
+    dcp.state_dict_loader._load_state_dict(state, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    metrics = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+    return SimpleNamespace(metrics=metrics, state=state)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_mesh_changes_on_the_way(recipe: Callable, processes: Callable, tmp_path: Path, way: str) -> None:
+    """Every two steps another mesh goes on from the checkpoint that the one before it left."""
+    words = [*WORDS, *CHANGES.get(way, [])]
+    settings = recipe(tmp_path / "one")
+    assert go_on_alone(settings, [*words, f"run.steps={LAST}"]) == 0
+    settings = recipe(tmp_path / "many")
+    for leg, (world, parallel) in enumerate(WAYS[way], start=1):
+        leg_words = [*words, *parallel, f"run.steps={2 * leg}"]
+        codes = [go_on_alone(settings, leg_words)] if world == 1 else processes(world).run(go_on, settings, leg_words)
+        assert codes == [0] * world
+    found, expected = left_behind(tmp_path / "many"), left_behind(tmp_path / "one")
+    compare(found, expected)
+
+
+def compare(found: SimpleNamespace, expected: SimpleNamespace) -> None:
+    """Integers exactly, floats to the bound."""
+    assert len(found.metrics) == len(expected.metrics) == LAST
+    for line, wanted in zip(found.metrics, expected.metrics):
+        # a leg ends with an evaluation that the uninterrupted run does not make
+        line = {key: value for key, value in line.items() if key in wanted}
+        assert line.keys() == wanted.keys()
+        for key, value in wanted.items():
+            if isinstance(value, float):
+                assert abs(line[key] - value) <= BOUND * max(1.0, abs(value)), f"{key} of step {wanted['step']}"
+            else:
+                assert line[key] == value, key
+    exact = [name for name in expected.state if name.startswith(("data.", "run.step", "run.bad"))]
+    assert sum(name.startswith("data.stream.") for name in exact) == 12
+    for name in exact:
+        assert torch.equal(found.state[name], expected.state[name]), name
+    tensors = [
+        {name: value for name, value in state.items() if name.startswith(("model.", "optim."))}
+        for state in (found.state, expected.state)
+    ]
+    assert_tensors(*tensors, BOUND, "checkpoint")

@@ -1,0 +1,138 @@
+"""Runs of several processes from their start to their exit code: signals, mistakes, bad steps, and torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from mesh_runs import config_of, whole
+
+from trinity.errors import UserError
+from trinity.parallel import mesh
+from trinity.training import loop, trainer
+from trinity.training.loop import Training, pretrain
+from trinity.training.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["batch.sequences=4", "batch.ramp=[]", "parallel.expert=2", "run.steps=4", "evaluation.every=0"]
+
+
+def stopped_run(settings: dict) -> int:
+    """Rank 1 alone is told to stop, in the middle of its second step."""
+    steps = []
+
+    def step(*args: object) -> dict:
+        steps.append(1)
+        if dist.get_rank() == 1 and len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trainer.train_step(*args)
+
+    with mock.patch.object(mesh, "stop"), mock.patch.object(loop, "train_step", step):
+        return pretrain(config_of(settings, WORDS), [])
+
+
+def test_one_rank_is_asked_to_stop(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """All finish the step, save it and end with 75; the same command goes on to the end."""
+    settings = recipe(tmp_path / "run")
+    assert processes(2).run(stopped_run, settings) == [75, 75]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status == {"state": "saved", "code": 75, "step": 2, "reason": "asked to stop by SIGTERM"}
+    assert processes(2).run(ordinary_run, settings, []) == [0, 0]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def ordinary_run(settings: dict, words: list[str]) -> int | str:
+    """A run; its code, or the sentence of the user's mistake."""
+    with mock.patch.object(mesh, "stop"):
+        try:
+            return pretrain(config_of(settings, [*WORDS, *words]), [])
+        except UserError as error:
+            return str(error)
+
+
+def test_a_mistake_on_every_rank(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """What only the first rank sees, a STOP file or a directory in use, reaches all: none is left waiting."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").write_text("too many bad steps")
+    told = processes(2).run(ordinary_run, recipe(tmp_path / "run"), [])
+    assert told == [f"{tmp_path}/run/STOP says: too many bad steps; remove that file to run again"] * 2
+
+
+def damaged_step(settings: dict) -> tuple[bool, dict, dict, list[str]]:
+    """One step in which rank 1's gradient holds a NaN; what it reports, and which tensors changed."""
+    config = config_of(settings, WORDS)
+    ranks = mesh.start(config.parallel, config.model, 1, False)
+    training = Training(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), 0)
+    good = training._one_step()
+    before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
+    backward = trainer._forward_and_backward
+
+    def poisoned(model: torch.nn.Module, *args: object) -> list:
+        parts = backward(model, *args)
+        if dist.get_rank() == 1:
+            model.blocks[2].ffn.experts.down.grad.to_local()[0, 0, 0] = float("nan")
+        return parts
+
+    with mock.patch.object(trainer, "_forward_and_backward", poisoned):
+        bad = training._one_step()
+    after = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
+    training.close()
+    training.directory.release()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    return good["skipped"], bad["skipped"], bad["step"], sorted(changed)
+
+
+def test_a_bad_gradient_on_one_rank_skips_the_step(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """Nothing changes on any rank but the counters of steps."""
+    found = processes(2).run(damaged_step, recipe(tmp_path / "run"))
+    assert found == [(False, True, 2, ["run.bad_steps", "run.step"])] * 2
+
+
+def torchrun(world: int, *words: object) -> subprocess.CompletedProcess:
+    """launch/pretrain.py under torchrun, as a user starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return subprocess.run(
+        [*command, "launch/pretrain.py", *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+def test_torchrun_says_a_mistake_once(recipe: Callable, tmp_path: Path) -> None:
+    """Two processes, one sentence: the config is wrong before any process group exists."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(recipe(tmp_path / "run")))
+    done = torchrun(2, config, "parallel.shard=3")
+    assert done.returncode == 1
+    assert done.stderr.count("error: parallel.replicate=1 × shard=3 × context=1 does not make 2 processes") == 1
+    assert 'launch/pretrain.py", line' not in done.stderr  # the traceback that stands there is torchrun's own
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_agrees_with_one_process(recipe: Callable, tmp_path: Path) -> None:
+    """metrics.jsonl of two processes and of one, in float64; of validation too, whose rows do not divide."""
+    words = [
+        "precision.compute=float64", "optim.muon.dtype=float64", "evaluation.every=2", "batch.sequences=4",
+        "batch.ramp=[]", "run.steps=4", "checkpoint.every=0",
+    ]  # fmt: skip
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(recipe(tmp_path / "run")))
+    lines = {}
+    for world in (1, 2):
+        folder = tmp_path / f"run{world}"
+        done = torchrun(world, config, *words, f"run.dir={folder}", f"parallel.expert={world}")
+        assert done.returncode == 0, done.stderr
+        lines[world] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert json.loads((folder / "status.json").read_text())["code"] == 0
+    assert [line["step"] for line in lines[2]] == [1, 2, 3, 4]
+    assert "validation_loss.held_out" in lines[2][1]
+    for one, two in zip(lines[1], lines[2]):
+        for key in one.keys() - {"step_seconds", "tokens_per_second", "memory_gib"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-10, abs=1e-12), key
