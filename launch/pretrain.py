@@ -30,10 +30,11 @@ def main() -> int:
 
     config = load_config(arguments.config, arguments.settings)
     if arguments.dry_run:
-        from trinity.models.accounting import describe
+        from trinity.parallel.mesh import world_size
+        from trinity.planning.text import describe
 
         print(to_yaml(config))
-        print(describe(config))
+        print(describe(config, world_size() if world_size() > 1 else None))
         return 0
     from trinity.training.loop import pretrain
 

@@ -9,11 +9,11 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import step
+from benchmarks import mesh, muon, step
 
 from trinity.errors import run_main
 
-SUITES = {"step": step}
+SUITES = {"step": step, "mesh": mesh, "muon": muon}
 
 
 def parse() -> argparse.Namespace:

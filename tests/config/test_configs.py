@@ -9,7 +9,8 @@ import yaml
 
 from trinity.config import ZOO, load_config, save_config
 from trinity.config.load import flatten
-from trinity.models.accounting import describe, static_memory
+from trinity.planning.plan import make_plan
+from trinity.planning.text import as_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -124,7 +125,9 @@ def test_nano_on_one_gpu_fits() -> None:
     assert config.model == ZOO["nano"]
     assert config.batch.sequences * config.data.sequence_length == 524_288
     assert config.batch.sequences % config.batch.microbatch == 0
-    memory = {part: f"{size / 1e9:.1f}" for part, size in static_memory(config, ranks=1).items()}
+    plan = make_plan(config, 1)
+    state = plan.state | {"state": sum(plan.state.values())}
+    memory = {part: f"{size / 1e9:.1f}" for part, size in state.items()}
     text = (CONFIGS / "nano_1gpu.yaml").read_text(encoding="utf-8")
     rows = {
         "parameters, fp32": memory["parameters"],
@@ -136,5 +139,5 @@ def test_nano_on_one_gpu_fits() -> None:
     for label, size in rows.items():
         line = next(line for line in text.splitlines() if line.startswith(f"#   {label}"))
         assert line.split()[-1] == size, line
-    assert "38,147" in describe(config)
+    assert "38,147" in as_text(plan)
     assert "tokens: 20e9 # 38,147 steps" in text

@@ -17,6 +17,8 @@ import trinity_kernels
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
 from trinity.models.moe import MoE
+from trinity.optim import Muon, orthogonalize, rate_factor
+from trinity.optim.layout import Batch as MuonBatch
 from trinity.parallel import mesh
 from trinity.training import trainer
 from trinity.training.setup import build_model, make_optimizers, open_stream
@@ -51,7 +53,7 @@ def run_steps(
     seen: dict[str, list] = {key: [] for key in ("tokens", "routes", "gradients", "counts", "figures")}
     with ExitStack() as stack:
         if wrong:
-            stack.enter_context(MISTAKES[wrong](model))
+            stack.enter_context(MISTAKES[wrong][0](model))
         for step in range(steps):
             batch = uneven(stream.take(config.batch.sequences // ranks.data_ranks), ranks.is_first)
             forced = None if routes is None else routes[step][:, ranks.rank :: ranks.world]
@@ -199,9 +201,29 @@ def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-MISTAKES: dict[str, Callable[[torch.nn.Module], Any]] = {
-    "expert gradients scaled by the expert degree": _scaled_expert_gradients,
-    "counts not reduced": _counts_not_reduced,
-    "an expert's norm counted twice": _norm_twice,
-    "valid targets not reduced": _valid_not_reduced,
+@contextmanager
+def _shards_orthogonalised(_model: torch.nn.Module) -> Iterator[None]:
+    """Newton-Schulz on the rows that a rank holds, as if they were the matrix."""
+
+    def on_shards(optimizer: Muon, batch: MuonBatch, _fades: Any, rate: float) -> Iterator[None]:
+        for run in batch.held:
+            u = run.of(optimizer.state[run.role.parameter]["momentum"]) * optimizer.momentum
+            u += run.of(run.role.parameter.grad)
+            if not u.numel():
+                continue
+            update = orthogonalize(u, optimizer.coefficients, optimizer.steps, optimizer.dtype)
+            run.of(run.role.parameter.detach()).add_(update, alpha=-rate * rate_factor(*batch.shape))
+        yield
+
+    with mock.patch.object(Muon, "_update", on_shards):
+        yield
+
+
+# what is done wrong, and where the comparison must find it
+MISTAKES: dict[str, tuple[Callable[[torch.nn.Module], Any], str]] = {
+    "expert gradients scaled by the expert degree": (_scaled_expert_gradients, r"raw gradient.*experts"),
+    "counts not reduced": (_counts_not_reduced, "counts"),
+    "an expert's norm counted twice": (_norm_twice, "figure grad_norm"),
+    "valid targets not reduced": (_valid_not_reduced, "raw gradient"),
+    "shards orthogonalised": (_shards_orthogonalised, r"state: blocks.*(qkvg|gate_up|down|out)"),
 }

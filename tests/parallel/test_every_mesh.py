@@ -6,11 +6,22 @@ step is compared and its routes are forced.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from mesh_runs import MISTAKES, alone, assert_same, run_steps
+import torch
+from mesh_runs import MISTAKES, alone, assert_same, config_of, run_steps, uneven, whole
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from trinity.models import Trinity
+from trinity.parallel import mesh, sharding
+from trinity.parallel.traffic import count_collectives
+from trinity.training.setup import build_model, make_optimizers, open_stream
+from trinity.training.trainer import train_step
 
 STEPS = 5
 FLOAT64 = ["precision.compute=float64", "optim.muon.dtype=float64"]
@@ -57,12 +68,12 @@ def expected(settings: dict) -> Callable[[list[str], int], dict[str, Any]]:
 
 @pytest.mark.parametrize("microbatches", [1, 3])
 @pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", MESHES)
 def test_equals_one_process(
-    settings: dict, processes: Callable, expected: Callable, mesh: str, recompute: str, microbatches: int
+    settings: dict, processes: Callable, expected: Callable, name: str, recompute: str, microbatches: int
 ) -> None:
     """The grid. Gradients of several microbatches are reduced after each, or (where blocks are recomputed) once."""
-    world, words = MESHES[mesh]
+    world, words = MESHES[name]
     defer = "on" if recompute == "block" else "off"
     words = [*FLOAT64, *BATCH, *words, f"batch.microbatch={12 // world // microbatches}"]
     words += [f"recompute={recompute}", f"parallel.defer_reduce={defer}"]
@@ -70,22 +81,22 @@ def test_equals_one_process(
     assert_same(runs, expected(words, STEPS))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_in_fp32(settings: dict, processes: Callable, expected: Callable, mesh: str) -> None:
+@pytest.mark.parametrize("name", MESHES)
+def test_in_fp32(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
     """Two steps of the recipe as it is run on a CPU."""
-    world, words = MESHES[mesh]
+    world, words = MESHES[name]
     words = [*BATCH, *words, f"batch.microbatch={12 // world}"]
     runs = processes(world).run(run_steps, settings, words, 2)
     assert_same(runs, expected(words, 2), FP32_BOUND)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callable, mesh: str) -> None:
+@pytest.mark.parametrize("name", MESHES)
+def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
     """As on a GPU: bf16 compute under fp32 masters, routes forced to those of one process in float64.
 
     Raw gradients, counts and figures; the weights after so small a step would agree whatever it was.
     """
-    world, words = MESHES[mesh]
+    world, words = MESHES[name]
     model = [word for word in words if word.startswith("model.")]
     routes = expected([*FLOAT64, *BATCH, *model], STEPS)["routes"]
     words = [*BATCH, "precision.compute=bfloat16", *words]
@@ -97,7 +108,123 @@ def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callabl
 @pytest.mark.parametrize("wrong", MISTAKES)
 def test_mistakes_are_caught(settings: dict, processes: Callable, expected: Callable, wrong: str) -> None:
     """The comparison that the grid makes fails for each, in one step."""
-    world, mesh = MESHES["shard 4, expert 2"]
-    words = [*FLOAT64, *BATCH, *mesh, "batch.microbatch=3"]
-    with pytest.raises(AssertionError):
+    world, words = MESHES["shard 4, expert 2"]
+    words = [*FLOAT64, *BATCH, *words, "batch.microbatch=3"]
+    with pytest.raises(AssertionError, match=MISTAKES[wrong][1]):
         assert_same(processes(world).run(run_steps, settings, words, 1, wrong), expected(words, 1))
+
+
+def initial_weights(settings: dict, words: list[str]) -> dict[str, torch.Tensor]:
+    """What a run on this mesh starts with."""
+    config = config_of(settings, words)
+    ranks = mesh.start(config.parallel, config.model, 1, False)
+    model = build_model(config, ranks)
+    model.init_weights(config.run.seed)
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_initial_weights(settings: dict, processes: Callable, name: str) -> None:
+    """Bit for bit those of an unsharded model, though each rank makes only what it owns."""
+    world, words = MESHES[name]
+    config = config_of(settings, words)
+    model = Trinity(config.model)
+    model.init_weights(config.run.seed)
+    for found in processes(world).run(initial_weights, settings, ["precision.compute=float32", *words]):
+        assert found.keys() == model.state_dict().keys()
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(found[key], tensor), key
+
+
+def one_policy(block: Any, kept: Callable, cast: Callable, experts: Callable, policy: MixedPrecisionPolicy) -> None:
+    """What is wrong to do in place of sharding._shard_block: norms and router as the rest of the block."""
+    shard_block(block, partial(kept, mp_policy=policy), cast, experts, policy)
+
+
+shard_block = sharding._shard_block
+
+
+def dtypes_inside(settings: dict, words: list[str], wrong: bool) -> dict[str, str]:
+    """The format of each parameter and buffer while its module computes, in bf16."""
+    config = config_of(settings, [*BATCH, *words, "precision.compute=bfloat16"])
+    ranks = mesh.start(config.parallel, config.model, 1, False)
+    one_group = mock.patch.object(sharding, "_shard_block", one_policy)
+    with one_group if wrong else nullcontext():
+        model = build_model(config, ranks)
+    model.init_weights(0)
+    found: dict[str, str] = {}
+
+    def note(module: torch.nn.Module, _inputs: object, name: str) -> None:
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        found.update({f"{name}.{key}": str(tensor.dtype) for key, tensor in tensors})
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(note, name=name))  # after FSDP's own, which gathers
+    batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(2), False)
+    model(batch.tokens_BS, targets_BS=batch.targets_BS)
+    return found
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_precision_by_part(settings: dict, processes: Callable, wrong: bool) -> None:
+    """In a bf16 block gains, router and balancing state are fp32, matrices bf16; one policy for a block is caught."""
+    world, words = MESHES["shard 2, expert 2"]
+    for found in processes(world).run(dtypes_inside, settings, words, wrong):
+        precise = {name: dtype for name, dtype in found.items() if "gain" in name or "router" in name}
+        state = {name: dtype for name, dtype in found.items() if "expert_" in name}
+        rest = {name: dtype for name, dtype in found.items() if name not in precise | state}
+        assert any("q_norm" in name for name in precise)
+        assert any("experts.gate_up" in name for name in rest)
+        assert set(state.values()) == {"torch.float32"}
+        assert set(rest.values()) == {"torch.bfloat16"}
+        assert (set(precise.values()) == {"torch.float32"}) != wrong
+
+
+def collectives_of_a_step(settings: dict, words: list[str]) -> tuple[dict, dict[str, int]]:
+    """Calls and bytes of the second step's collectives, by kind and size of group; bytes of the gathered parameters."""
+    config = config_of(settings, words)
+    ranks = mesh.start(config.parallel, config.model, 1, False)
+    model = build_model(config, ranks)
+    model.init_weights(0)
+    optimizers = make_optimizers(config, model)
+    batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(3), False)
+    train_step(model, optimizers, batch, config, 1.0, ranks)
+    with count_collectives() as seen:
+        train_step(model, optimizers, batch, config, 1.0, ranks)
+    gathered = {name: 4 * p.numel() for name, p in model.named_parameters()}
+    return {key: tuple(value) for key, value in seen.items()}, gathered
+
+
+def test_collectives_of_a_step(settings: dict, processes: Callable) -> None:
+    """How often and how many bytes of what, for one mesh: a step that says more than it must is seen here.
+
+    Five blocks, four of them sparse. Every matrix's rows divide by 4 ranks, so no gather is padded.
+    """
+    words = [*BATCH, "parallel.shard=4", "parallel.expert=2", "batch.microbatch=3"]
+    runs = processes(4).run(collectives_of_a_step, settings, words)
+    travelled = 0
+    for seen, sizes in runs:
+        experts = sum(size for name, size in sizes.items() if ".experts." in name) // 2  # a rank gathers its half
+        dense = sum(size for name, size in sizes.items() if ".experts." not in name)
+        ending = sizes["norm.gain"] + sizes["head.weight"]
+        figures = 4 * 8 * (3 + 3 + 4)  # of 4 ranks, in float64: CE and valid targets of 3 rows, and four more
+        assert seen.keys() == {(kind, 4) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")} | {
+            (kind, 2) for kind in ("all_gather", "reduce_scatter", "all_to_all")
+        }
+        # over the 4 ranks of a copy: 13 groups (two a block, embedding, norm, head), forward and, but for the last two,
+        # backward
+        assert seen["all_gather", 4] == (13 + 11 + 1, 2 * dense - ending + figures)
+        assert seen["reduce_scatter", 4] == (13, dense)
+        # valid targets; counts of 4 layers × 8 experts; the squared norm
+        assert seen["all_reduce", 4] == (3, 8 + 4 * 8 * 8 + 8)
+        # over the 2 ranks that share the experts' parts
+        assert seen["all_gather", 2] == (4 + 4, 2 * experts)
+        assert seen["reduce_scatter", 2] == (4, experts)
+        # over the 2 ranks that split them, a layer: counts, tokens, choices, sums; backward sums, tokens, choices
+        assert seen["all_to_all", 2][0] == 4 * (4 + 3)
+        # Muon: there and back for each of six shapes: q gate out, k v, dense gate up, dense down, router, shared
+        calls, size = seen["all_to_all", 4]
+        assert calls % 2 == 0
+        travelled += size
+        muons = sum(size for name, size in sizes.items() if "norm" not in name and name.startswith("blocks"))
+    assert travelled == 2 * (muons - 2 * experts)

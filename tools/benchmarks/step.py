@@ -42,7 +42,7 @@ def run(quick: bool) -> dict[str, Any]:
             if not any("failed" in sample for sample in earlier):
                 earlier.append(_in_process(name, dtype, steps, Path(folder) / "export"))
     return {
-        "on": _machine(),
+        "on": machine(),
         "tokens_per_step": ROWS * LENGTH,
         "contenders": {k: _median(v) for k, v in samples.items()},
     }
@@ -86,7 +86,8 @@ def _ratios(contenders: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What the figures were measured on."""
     import torch
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
@@ -179,7 +180,7 @@ def _ours(dtype: str, steps: int) -> dict[str, Any]:
 
     held = _held()
     config = load_config("configs/smoke.yaml", [f"precision.compute={dtype}"])
-    ranks = mesh.start(config.parallel, None, False)
+    ranks = mesh.start(config.parallel, config.model, None, False)
     model = build_model(config, ranks)
     model.init_weights(0)
     optimizers = make_optimizers(config, model)

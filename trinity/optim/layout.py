@@ -83,7 +83,8 @@ def lay_out(roles: list[Role], most_bytes: int) -> list[Batch]:
     """The batches of a step, those that travel in turn with those that do not; in the same order on all ranks.
 
     Args:
-        most_bytes: of matrices (in the momentum's dtype) in a batch on one owner, unless a single matrix is larger.
+        most_bytes: of matrices (in the momentum's dtype) in a batch on one owner, unless a single matrix is larger; its
+            number of matrices is rounded up to a multiple of the copies of the model, which may share them.
     """
     alike: dict[tuple, list[Matrix]] = defaultdict(list)
     for role in roles:
@@ -92,7 +93,8 @@ def lay_out(roles: list[Role], most_bytes: int) -> list[Batch]:
         alike[key] += _matrices(role)
     staying, travelling = [], []
     for (group, copies, itemsize), matrices in alike.items():
-        for by_owner in _deal(matrices, group.size() if group else 1, most_bytes // itemsize):
+        sharers = copies.size() if copies else 1
+        for by_owner in _deal(matrices, group.size() if group else 1, most_bytes // itemsize, sharers):
             batch = [matrix for own in by_owner for matrix in own]
             travel = group and _travel(by_owner, group)
             (travelling if travel else staying).append(Batch(batch[0].shape, _join(batch), copies, travel))
@@ -133,14 +135,15 @@ def _matrices(role: Role) -> Iterator[Matrix]:
     assert top == held.shape[-2], f"{role.name}: {held.shape[-2]} rows on a rank that should hold {top}"
 
 
-def _deal(matrices: list[Matrix], ranks: int, elements: int) -> Iterator[list[list[Matrix]]]:
-    """Each matrix to an owner, then those of one shape in batches: lists by owner, of at most `elements` each."""
+def _deal(matrices: list[Matrix], ranks: int, elements: int, sharers: int) -> Iterator[list[list[Matrix]]]:
+    """Each matrix to an owner, then those of one shape in batches: lists by owner, of about `elements` each at most."""
     by_shape: dict[tuple[int, int], list[list[Matrix]]] = {}
     owners = assign_owners([newton_schulz_flops(*matrix.shape, steps=1) for matrix in matrices], ranks)
     for matrix, owner in zip(matrices, owners):
         by_shape.setdefault(matrix.shape, [[] for _ in range(ranks)])[owner].append(matrix)
     for shape, by_owner in by_shape.items():
         most = max(1, elements // math.prod(shape))
+        most = -(-most // sharers) * sharers
         for first in range(0, max(map(len, by_owner)), most):
             yield [own[first : first + most] for own in by_owner]
 

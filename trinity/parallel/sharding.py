@@ -52,8 +52,9 @@ def shard_model(model: Trinity, ranks: Ranks, precision: Precision, exchange: st
     for block in model.blocks:
         _shard_block(block, partial(shard, mp_policy=kept), partial(shard, mp_policy=cast), shard_experts, cast)
     shard(model.embed, mp_policy=cast)
-    shard(model.norm, mp_policy=kept)
-    shard(model.head, mp_policy=cast)
+    # kept gathered from forward to backward, which begins with them: gathering them again would free nothing
+    shard(model.norm, mp_policy=kept, reshard_after_forward=False)
+    shard(model.head, mp_policy=cast, reshard_after_forward=False)
     shard(model, mp_policy=kept)
     for module in sharded_modules(model):
         module.set_gradient_divide_factor(1.0)

@@ -1,12 +1,38 @@
-"""What the machine under a run is and has used."""
+"""What the machine under a run can do and has used."""
 
 import resource
 import sys
+from typing import NamedTuple
 
 import torch
 
-# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets.
-_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "B300": 2250e12, "A100": 312e12}
+
+class GPU(NamedTuple):
+    """One GPU in a node of eight, by its vendor's data sheets; rates are per GPU, links in one direction.
+
+    bf16, fp32: FLOP/s, dense (data sheets print twice as much, "with sparsity", for bf16).
+    memory: bytes. bandwidth: of that memory, bytes/s.
+    nvlink: bytes/s to the other GPUs of the node. network: bytes/s to other nodes.
+    """
+
+    bf16: float
+    fp32: float
+    memory: float
+    bandwidth: float
+    nvlink: float
+    network: float
+
+
+# NVIDIA's data sheets of the GPUs, and of the DGX systems for network cards (one a GPU: ConnectX-6 200, ConnectX-7 400,
+# ConnectX-8 800 Gbit/s) and for memory per GPU.
+GPUS = {
+    "a100": GPU(312e12, 19.5e12, 80e9, 2.04e12, 300e9, 25e9),
+    "h100": GPU(989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h200": GPU(989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
+    "b200": GPU(2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
+    "b300": GPU(2250e12, 75e12, 288e9, 8e12, 900e9, 100e9),
+}
+GPUS_PER_NODE = 8
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -14,7 +40,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAKS.items() if key in name), None)
+    return next((gpu.bf16 for key, gpu in GPUS.items() if key.upper() in name), None)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,0 +1,60 @@
+"""The numbers of GPUs that a config runs on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trinity.config import load_config
+from trinity.config.model import ModelConfig
+from trinity.config.run import Batch, Data, Parallel, RampEntry, RunConfig
+from trinity.errors import UserError
+from trinity.planning.gpus import check_gpus, gpus_needed, gpus_that_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "numbers"),
+    [
+        # 24 and 36 sequences and 48 streams divide by 1, 2, 3, 4, 6, 12; six experts of width 10 in one share by
+        # 1, 2, 3, 6 and by their width, 1, 2, 5, 10
+        (Parallel(shard=-1), [1, 2, 3, 6]),
+        (Parallel(shard=-1, replicate=2), [2, 4, 6, 12]),
+        (Parallel(shard=2, replicate=-1), [2, 4, 6, 12]),
+        (Parallel(shard=-1, expert=2), [2, 4, 6]),  # three experts in a share: 1, 3, or 2 by width
+        (Parallel(shard=4, expert=2, replicate=3), [12]),
+        (Parallel(shard=5, replicate=1), []),
+    ],
+)
+def test_numbers(tiny: ModelConfig, parallel: Parallel, numbers: list[int]) -> None:
+    """By hand; each of them is accepted, and any other refused with the list."""
+    batch = Batch(sequences=24, ramp=[RampEntry(tokens=100, sequences=36)])
+    config = RunConfig(model=tiny, parallel=parallel, batch=batch, data=Data(streams=48))
+    assert gpus_that_run(config) == numbers
+    for gpus in range(1, 14):
+        if gpus in numbers:
+            sizes = check_gpus(config, gpus)
+            assert sizes.replicate * sizes.shard == gpus
+        else:
+            with pytest.raises(UserError, match=", ".join(map(str, numbers)) or "no number"):
+                check_gpus(config, gpus)
+
+
+def test_each_reason_is_named(tiny: ModelConfig) -> None:
+    """The mesh, a later batch, the streams."""
+    config = RunConfig(model=tiny, batch=Batch(sequences=12, ramp=[RampEntry(tokens=9, sequences=15)]))
+    with pytest.raises(UserError, match=r"batch.ramp\[0\].sequences=15 does not divide by 2 .*runs on: 1, 3\)"):
+        check_gpus(config, 2)
+    with pytest.raises(UserError, match=r"data\.streams=48 does not divide by 5"):
+        check_gpus(replace(config, batch=Batch(sequences=15), parallel=Parallel(shard=5)), 5)
+    with pytest.raises(UserError, match="--gpus 0 must be at least 1"):
+        check_gpus(config, 0)
+
+
+@pytest.mark.parametrize(("name", "needed", "meant"), [("large", 128, 2048), ("mini", 128, 512), ("nano_1gpu", 1, 1)])
+def test_configs(name: str, needed: int, meant: int) -> None:
+    """The project's own run on the numbers they are for."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert gpus_needed(config) == needed
+    assert {needed, meant} <= set(gpus_that_run(config))

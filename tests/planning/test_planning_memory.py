@@ -1,0 +1,100 @@
+"""The fullest moment of a step, with numbers chosen such that each moment in turn is the fullest."""
+
+from itertools import product
+
+import pytest
+
+from trinity.config.model import ModelConfig
+from trinity.config.run import Parallel, RunConfig
+from trinity.parallel.mesh import check_parallel
+from trinity.planning.activations import Activations
+from trinity.planning.memory import fullest, unreduced_gradients
+from trinity.planning.sharded import Group, Sharded, sharded, state_bytes
+
+NAMES = ["the embedding", "block 0", "block 1", "block 2", "block 3", "the head"]
+PARTS = [["embed"], ["blocks.0"], ["blocks.1"], ["blocks.2"], ["blocks.3"], ["norm", "head"]]
+MUCH = 10**9
+KEPT = [100, 200, 300, 400, 500, 600]
+
+
+def size_of(groups: list[Group], field: str, part: int) -> float:
+    """Sum over the groups of one part; nothing beyond the ends."""
+    names = PARTS[part] if 0 <= part < len(PARTS) else []
+    return sum(getattr(group, field) for group in groups if group.part in names)
+
+
+def test_each_moment(tiny: ModelConfig) -> None:
+    """Every part's forward and backward in turn, with one microbatch and with more."""
+    config = RunConfig(model=tiny, parallel=Parallel(shard=2))
+    with sharded(config, check_parallel(config.parallel, tiny, 2)) as rank:
+        for part, backward, microbatches in product(range(6), (False, True), (1, 3)):
+            check_moment(rank, part, backward, microbatches)
+
+
+def check_moment(rank: Sharded, part: int, backward: bool, microbatches: int) -> None:
+    """By hand: what is kept so far, this part's and a neighbour's weights, gradients on their way and done."""
+    work = [Activations(kept, kept, 0) for kept in KEPT]
+    work[part] = work[part]._replace(**{"backward": MUCH} if backward else {"forward": MUCH + KEPT[part]})
+    found = fullest(rank, work, microbatches, unreduced=0.0)
+    assert found.moment == f"{'backward' if backward else 'forward'} of {NAMES[part]}"
+    gathered, reduced = ([size_of(rank.groups, field, i) for i in range(-1, 7)] for field in ("gathered", "reduced"))
+    state = state_bytes(rank.model, rank.optimizers)
+    gradients = state.pop("gradients")
+    done = sum(reduced[part + 1 :]) / sum(reduced)  # all parts are cut in two
+    expected = state | {
+        "gradients": gradients if microbatches > 1 else gradients * done if backward else 0,
+        "gathered weights": gathered[part + 1] + gathered[part if backward else part + 2],
+        "activations": sum(KEPT[: part + 1]),
+        f"work of {NAMES[part]}": MUCH,
+    }
+    if backward:
+        expected["whole gradients being reduced"] = reduced[part + 1] + reduced[part + 2]
+    assert found.parts == pytest.approx(expected, rel=1e-12)
+    assert found.total == pytest.approx(sum(expected.values()), rel=1e-12)
+
+
+def test_alone_nothing_is_freed(tiny: ModelConfig) -> None:
+    """On one rank all gathered weights stay."""
+    with sharded(RunConfig(model=tiny), check_parallel(Parallel(), tiny, 1)) as rank:
+        found = fullest(rank, [Activations(0, MUCH, 0)] * 6, 1, 0.0)
+        assert found.parts["gathered weights"] == sum(group.gathered for group in rank.groups)
+
+
+def test_update(tiny: ModelConfig) -> None:
+    """Where nothing is kept, the optimizers' step is fullest: six times its largest batch, in fp32.
+
+    That is all gate and up matrices of the experts, 3·2·6, and of the shared ones, 3·2: each [10, 24].
+    """
+    with sharded(RunConfig(model=tiny), check_parallel(Parallel(), tiny, 1)) as rank:
+        small = rank._replace(groups=[group._replace(gathered=0, reduced=0) for group in rank.groups])
+        small = small._replace(groups=[group._replace(reduced=1) for group in small.groups])
+        found = fullest(small, [Activations(0, 0, 0)] * 6, 1, 0.0)
+    assert found.moment == "update"
+    assert found.parts["update of the largest matrices"] == 6 * 4 * 42 * 240
+
+
+def test_unreduced(tiny: ModelConfig) -> None:
+    """On two ranks that split the experts: the whole dense part, half of the experts, in fp32."""
+    config = RunConfig(model=tiny, parallel=Parallel(shard=2, expert=2))
+    experts = 3 * 6 * 3 * 10 * 24
+    with sharded(config, check_parallel(config.parallel, tiny, 2)) as rank:
+        whole = 4 * (sum(p.numel() for p in rank.model.parameters()) - experts / 2)
+        asked = {
+            (word, parts, room): unreduced_gradients(rank, word, parts, room * whole) for word, parts, room in CASES
+        }
+        found = fullest(rank, [Activations(0, MUCH, 0)] * 6, 3, whole)
+    assert asked == {case: whole * deferred for case, deferred in CASES.items()}
+    assert found.parts["gradients"] == whole
+    with sharded(RunConfig(model=tiny), check_parallel(Parallel(), tiny, 1)) as rank:
+        assert unreduced_gradients(rank, "auto", 2, 100 * whole) == 0  # alone, there is nothing to save
+
+
+# asked, microbatches, memory of the device in whole gradients → whether they are deferred; a quarter is the most
+CASES = {
+    ("auto", 2, 4.0): True,
+    ("auto", 2, 3.9): False,
+    ("auto", 1, 4.0): False,
+    ("on", 2, 1.0): True,
+    ("on", 1, 1.0): False,
+    ("off", 2, 100.0): False,
+}
