@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trinity.models.roles import Role
@@ -79,6 +79,19 @@ def test_a_stack_of_experts_is_one_run() -> None:
     cut = lay_out([experts, fused], most_bytes=64 * 9 * 6 * 4)
     assert [[run.count for run in batch.held] for batch in cut] == [[64], [36, 1, 1], [1]]
     assert math.prod(cut[0].held[0].of(experts.parameter).shape) == 64 * 9 * 6
+
+
+def test_batches_divide_among_the_copies_that_share_them() -> None:
+    """Room for 3 matrices and 4 copies: batches of 4, one for each copy; the last has what is left."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("replicate",))
+        x = DTensor.from_local(torch.zeros(10, 9, 6), mesh, [Replicate()], run_check=False)
+        batches = lay_out([Role("experts", torch.nn.Parameter(x), "experts", (9,))], most_bytes=3 * 9 * 6 * 4)
+        assert [[run.count for run in batch.held] for batch in batches] == [[4], [4], [2]]
+        assert all(batch.replicas.size() == 4 for batch in batches)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("most_bytes", [1, 200, 2**20])

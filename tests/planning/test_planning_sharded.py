@@ -75,13 +75,13 @@ def test_groups_by_hand(tiny: ModelConfig) -> None:
         ("head", "dense"),
     ]  # fmt: skip
     by_name = {(group.part, group.kind): group[2:] for group in groups}
-    assert by_name["embed", "dense"] == (4, 2 * 52 * 24, 4 * 52 * 24)  # 50 rows are 13 on each
+    assert by_name["embed", "dense"] == (4, 2 * 52 * 24, 4 * 52 * 24, 2)  # 50 rows are 13 on each
     shared, attention = 20 * 24 + 24 * 10, 96 * 24 + 24 * 32
-    assert by_name["blocks.1", "dense"] == (4, 2 * (attention + shared), 4 * (attention + shared))
+    assert by_name["blocks.1", "dense"] == (4, 2 * (attention + shared), 4 * (attention + shared), 2)
     gains = 4 * 24 + 2 * 8
-    assert by_name["blocks.1", "precise"] == (4, 4 * (gains + 8 * 24), 4 * (gains + 8 * 24))  # 6 rows of the router: 8
+    assert by_name["blocks.1", "precise"] == (4, 4 * (gains + 8 * 24), 4 * (gains + 8 * 24), 2)  # 6 rows of the router: 8
     experts = 3 * 3 * 10 * 24
-    assert by_name["blocks.1", "experts"] == (2, 2 * experts, 4 * experts)
+    assert by_name["blocks.1", "experts"] == (2, 2 * experts, 4 * experts, 2)
 
 
 def test_a_process_in_a_run_cannot_plan(tiny: ModelConfig) -> None:

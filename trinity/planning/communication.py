@@ -117,12 +117,12 @@ def _by_mesh(groups: list[Group]) -> list[tuple[str, str, list[Group]]]:
 
 
 def _weights(groups: list[Group], microbatches: int) -> list[_Spoken]:
-    """Twice a microbatch: what others hold a part of is freed after its forward pass."""
+    """For each pass of a microbatch that needs them and does not find them still there."""
     found = []
     for name, along, own in _by_mesh(groups):
-        size = sum(group.gathered for group in own)
-        calls = 2 * microbatches * len(own)
-        found.append(("passes", f"weights, {name}", "all_gather", along, calls, 2 * microbatches * size))
+        calls = microbatches * sum(group.gathers for group in own)
+        size = microbatches * sum(group.gathers * group.gathered for group in own)
+        found.append(("passes", f"weights, {name}", "all_gather", along, calls, size))
     return found
 
 

@@ -30,6 +30,7 @@ class Group(NamedTuple):
     kind: "experts", "precise" (norms and router) or "dense".
     shards: ranks that it is spread over. gathered: bytes of it when whole, in the dtype in which it is used.
     reduced: bytes of its whole gradient, in the dtype in which gradients travel. Padding to equal shards is included.
+    gathers: how often a microbatch: for its forward pass, and for its backward pass where it is freed between them.
     """
 
     part: str
@@ -37,6 +38,7 @@ class Group(NamedTuple):
     shards: int
     gathered: int
     reduced: int
+    gathers: int
 
 
 class Sharded(NamedTuple):
@@ -91,6 +93,7 @@ def _group(group: Any, roles: dict[int, Role]) -> Group:
         shards,
         gathered=numel * (group.mp_policy.param_dtype or kept).itemsize,
         reduced=numel * (group.mp_policy.reduce_dtype or kept).itemsize,
+        gathers=1 if group.post_forward_mesh_info is None else 2,
     )
 
 

@@ -12,6 +12,7 @@ from signal import Signals
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory, tokenizer_folder
@@ -64,7 +65,9 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
         done = on_first(lambda: _step_to_resume(config, accepted, directory.path))
         training = Training(config, ranks, directory, done)
-        return training.run(stop_request)
+        code = training.run(stop_request)
+        dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
+        return code
     except BaseException as error:
         if directory is not None:
             _note_end(error, directory, training)

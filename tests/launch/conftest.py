@@ -1,0 +1,14 @@
+"""A run's folder whose processes do not outlive the test."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from local_nodes import end_all
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    """The run's folder, for `local_nodes.start`."""
+    yield tmp_path
+    end_all(tmp_path)

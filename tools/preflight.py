@@ -1,0 +1,70 @@
+"""Before a long run: measure every rank and every link, and name the slow ones.
+
+torchrun --standalone --nproc-per-node 8 tools/preflight.py
+PREFLIGHT=1 sbatch --nodes=256 launch/slurm.sh configs/large.yaml
+python tools/preflight.py --quick
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from trinity.errors import UserError, run_main
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    from trinity.parallel import odd_ones
+
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{odd_ones.__doc__}",
+        epilog="Exit code 1 if a rank or node is slow, or versions differ (torchrun adds lines of its own); 0 else.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--threshold", type=float, default=10, metavar="PERCENT", help="slow: so far below median (10)")
+    parser.add_argument("--seconds", type=float, help="of each measurement (3; CPU 1)")
+    parser.add_argument("--gemm", type=int, metavar="N", help="side of the matrices (8192; CPU 1024)")
+    parser.add_argument("--copy-mib", type=int, metavar="MIB", help="size of the copied tensor (1024; CPU 128)")
+    parser.add_argument("--reduce-mib", type=int, metavar="MIB", help="size of the reduced tensor (1024; CPU 16)")
+    parser.add_argument("--quick", action="store_true", help="small and short: to see that all ranks answer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    arguments = parser.parse_args()
+    if not 0 < arguments.threshold <= 100:
+        raise UserError(f"--threshold {arguments.threshold:g} is not a percentage; write one in (0, 100]")
+    for name in ("seconds", "gemm", "copy_mib", "reduce_mib"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g} must be above 0")
+    return arguments
+
+
+def main() -> int:
+    """Measure on every rank; rank 0 prints."""
+    arguments = parse()
+    import torch.distributed as dist
+
+    from trinity.parallel import preflight
+    from trinity.parallel.odd_ones import mismatches, odd_ones, sentence, table
+
+    device = preflight.join()
+    effort = preflight.usual_effort(device.type == "cuda", arguments.quick)
+    given = {name: getattr(arguments, name) for name in effort._fields if getattr(arguments, name) is not None}
+    effort = effort._replace(**given)
+    reports = preflight.examine(effort, device)
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    odd = odd_ones(reports, arguments.threshold / 100)
+    differing = mismatches(reports)
+    if rank == 0:
+        print(table(reports))
+        print("\n".join([*map(sentence, odd), *differing]) or "no rank and no node stands out")
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            found = {"effort": effort._asdict(), "threshold": arguments.threshold / 100, "ranks": reports}
+            found |= {"odd": [one._asdict() for one in odd], "mismatches": differing}
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if odd or differing else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
