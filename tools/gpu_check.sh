@@ -67,12 +67,12 @@ for set in train validation; do
     done
 done
 
-part tests 180 "$python" -m pytest -m gpu -ra tests
+part tests 150 "$python" -m pytest -m gpu -ra tests
 part data 60 bash -c data
-part smoke 150 "$python" launch/pretrain.py configs/smoke.yaml "${settings[@]}"
+part smoke 120 "$python" launch/pretrain.py configs/smoke.yaml "${settings[@]}"
 cp "$scratch/run/metrics.jsonl" "$out/smoke.metrics.jsonl" 2>/dev/null
 for suite in $("$python" tools/bench.py --list | cut -d' ' -f1); do
-    part "bench_$suite" 180 "$python" tools/bench.py "$suite" $quick --json "$out/bench_$suite.json"
+    part "bench_$suite" 85 "$python" tools/bench.py "$suite" $quick --json "$out/bench_$suite.json"
 done
 
 "$python" - "$out/check.json" "${rows[@]}" <<'PY'
