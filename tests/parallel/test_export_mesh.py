@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import Precision
+from trinity.errors import UserError
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity
 from trinity.parallel.mesh import join_meshes
@@ -73,3 +74,23 @@ def test_round_trip(processes: Callable, tmp_path: Path, mesh: str) -> None:
     one, many = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "many"))
     assert one.keys() == many.keys()
     assert all(torch.equal(many[name], tensor) for name, tensor in one.items())
+
+
+def refused(folder: Path) -> str:
+    """What each rank is told of an export onto something else."""
+    ranks = join_meshes(sizes(torch.distributed.get_world_size()), torch.device("cpu"))
+    with torch.device("meta"):
+        model = Trinity(ModelConfig(**SIZES))
+    shard_model(model, ranks, Precision(compute="float32"))
+    try:
+        export_hf(model, folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_refusal_reaches_every_rank(processes: Callable, tmp_path: Path) -> None:
+    """Only the first rank looks at the folder; the others would wait for ever to gather."""
+    (tmp_path / "mine.txt").write_text("not an export")
+    said = f"{tmp_path} exists and is not an earlier export; give the name of a folder to make"
+    assert processes(2).run(refused, tmp_path) == [said, said]

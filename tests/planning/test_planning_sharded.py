@@ -78,8 +78,8 @@ def test_groups_by_hand(tiny: ModelConfig) -> None:
     assert by_name["embed", "dense"] == (4, 2 * 52 * 24, 4 * 52 * 24, 2)  # 50 rows are 13 on each
     shared, attention = 20 * 24 + 24 * 10, 96 * 24 + 24 * 32
     assert by_name["blocks.1", "dense"] == (4, 2 * (attention + shared), 4 * (attention + shared), 2)
-    gains = 4 * 24 + 2 * 8
-    assert by_name["blocks.1", "precise"] == (4, 4 * (gains + 8 * 24), 4 * (gains + 8 * 24), 2)  # 6 rows of the router: 8
+    precise = 4 * 24 + 2 * 8 + 8 * 24  # gains, and the router's 6 rows as 8
+    assert by_name["blocks.1", "precise"] == (4, 4 * precise, 4 * precise, 2)
     experts = 3 * 3 * 10 * 24
     assert by_name["blocks.1", "experts"] == (2, 2 * experts, 4 * experts, 2)
 

@@ -24,6 +24,7 @@ from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
 from trinity.models.trinity import Trinity
+from trinity.parallel.agree import on_first
 
 SHARD_BYTES = 5 * 10**9
 """The most that one file holds by default."""
@@ -56,7 +57,8 @@ def export_hf(
     directory = Path(directory).resolve()
     partial = directory.parent / f".{directory.name}.partial"
     first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
+
+    def begin() -> None:
         _refuse_to_replace(directory, overwrite)
         ids = SpecialIds() if tokenizer is None else special_ids(Path(tokenizer), model.config.vocab_size)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that died
@@ -64,13 +66,18 @@ def export_hf(
         _write_configs(model.config, ids, dtype, partial)
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), partial)
+
+    on_first(begin)
     # FSDP2 puts its sharded parameters back for this: after a forward without backward it may still show gathered ones
     state = model.state_dict()
     files = _plan(model, state, dtype, max_shard_bytes)
     _write_tensors(state, files, partial if first else None)
-    if first:
+
+    def end() -> None:
         _write_index(files, partial)
         _move(partial, directory)
+
+    on_first(end)
     return directory
 
 

@@ -58,10 +58,6 @@ class Muon(torch.optim.Optimizer):
         starved: what an expert matrix without gradient does; see the module's docstring.
         wire: the number format in which matrices travel, and results among replicas; auto is `dtype`.
         share: whether replicas divide the work and gather the results; auto weighs it batch by batch (`pays`).
-    Attributes:
-        starved_count: scalar int64 tensor: expert matrices without gradient in the last step, three for each expert.
-            Its sum over the ranks of one copy counts all of the model once: of the ranks that a matrix is spread over,
-            the first counts it.
     Raises:
         UserError: an unknown set of coefficients, or another word that is not known.
     """
@@ -92,7 +88,6 @@ class Muon(torch.optim.Optimizer):
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.coefficients, self.steps, self.dtype, self.starved = coefficients, steps, dtype, starved
         self.wire, self.share = dtype if wire == "auto" else getattr(torch, wire), share
-        self.starved_count = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def init_state(self) -> None:
@@ -135,20 +130,17 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_([m for m, _ in pairs], [grad for _, grad in pairs])
 
     def _fades(self) -> dict[str, Tensor]:
-        """Count the starved matrices; the factors μᵏ, by name of a parameter of experts: [matrices held, 1, 1]."""
+        """Count starved steps; the factors μᵏ, by name of a parameter of experts: [matrices held, 1, 1]."""
         experts = {role.name: role.parameter for role in self.roles if role.kind == "experts"}
         starving = {name: _without_gradient(parameter) for name, parameter in experts.items()}
         cuts = {name: spread(parameter) for name, parameter in experts.items()}
         for group in dict.fromkeys(cut.group for cut in cuts.values() if cut.group):
             together = [name for name in experts if cuts[name].group is group]
             starving |= zip(together, on_every_rank([starving[name] for name in together], group))
-        self.starved_count = torch.zeros_like(self.starved_count, device=self.roles[0].parameter.device)
         fades = {}
         for name, parameter in experts.items():
             steps = local(self.state[parameter]["starved_steps"])
             steps.add_(1).mul_(starving[name])
-            if cuts[name].rank == 0:
-                self.starved_count += (steps > 0).sum()
             if self.starved == "decay":
                 fades[name] = self.momentum ** steps.double().view(-1, 1, 1)
         return fades

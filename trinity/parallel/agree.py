@@ -21,9 +21,13 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 def together(action: Callable[[], Result]) -> Result:
     """Run `action`, which talks to no other rank, on every rank; where one fails by no fault of ours, all do.
 
+    Outside of a process group there is but this process.
+
     Raises:
         UserError, Failure: what the first rank that failed has to say, on every rank.
     """
+    if not dist.is_initialized():
+        return action()
     result, failure = None, None
     try:
         result = action()
@@ -42,6 +46,8 @@ def together(action: Callable[[], Result]) -> Result:
 
 def on_first(action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 alone; its result, which can be pickled, or its failure reaches every rank."""
+    if not dist.is_initialized():
+        return action()
     result = [together(action if dist.get_rank() == 0 else lambda: None)]
     dist.broadcast_object_list(result, src=0)
     return result[0]
