@@ -1,4 +1,5 @@
 """Writes a run's checkpoint as a Hugging Face folder that transformers, vLLM and llama.cpp read.
+Under torchrun each process holds a part of it, for a model too large for one.
 
 Example: python tools/export_hf.py runs/smoke out/smoke-hf --dtype bfloat16 --verify
 """
@@ -8,13 +9,15 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from trinity.config import tokenizer_folder
 from trinity.config.model import ModelConfig
 from trinity.errors import FAILURE, run_main
 from trinity.interop import export_hf
 from trinity.interop.verify import largest_logit_difference
-from trinity.training.checkpoint import load_model
+from trinity.parallel.mesh import stop, world_size
+from trinity.training.checkpoint import load_model, load_sharded_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 VERIFY_BOUND = 1e-4
@@ -24,9 +27,14 @@ VERIFY_BOUND = 1e-4
 def main() -> int:
     """Export, and compare with transformers where asked to."""
     options = parse()
-    model, config, step = load_model(options.run_dir, options.step)
+    load = load_sharded_model if world_size() > 1 else load_model
+    model, config, step = load(options.run_dir, options.step)
     dtype = DTYPES[options.dtype]
     export_hf(model, options.out_dir, tokenizer_folder(config), dtype, overwrite=options.overwrite)
+    first = world_size() == 1 or dist.get_rank() == 0
+    stop()
+    if not first:
+        return 0
     print(f"step {step} of {options.run_dir} is in {options.out_dir} ({options.dtype})")
     return verify(options.out_dir, config.model) if options.verify else 0
 

@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_mesh_sizes import sizes
 from torch import Tensor
 
+from trinity.config.load import save_config
 from trinity.config.model import ModelConfig
-from trinity.config.run import Precision
+from trinity.config.run import Precision, Run, RunConfig
 from trinity.errors import UserError
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity
 from trinity.parallel.mesh import join_meshes
 from trinity.parallel.sharding import shard_model
+from trinity.training.checkpoint import load_sharded_model, model_state, save
 
 # 4 ranks: rows of some matrices do not divide by them, and gains of 6 leave the last rank none
 SIZES = {
@@ -47,7 +50,7 @@ def filled(config: ModelConfig) -> Trinity:
 
 def load_and_export(config: ModelConfig, words: dict, source: Path, target: Path) -> dict[str, Tensor]:
     """Read a folder into a sharded model and write it from there; the weights that were read, gathered."""
-    world = torch.distributed.get_world_size()
+    world = dist.get_world_size()
     ranks = join_meshes(sizes(world, config, **words), torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(config)
@@ -78,7 +81,7 @@ def test_round_trip(processes: Callable, tmp_path: Path, mesh: str) -> None:
 
 def refused(folder: Path) -> str:
     """What each rank is told of an export onto something else."""
-    ranks = join_meshes(sizes(torch.distributed.get_world_size()), torch.device("cpu"))
+    ranks = join_meshes(sizes(dist.get_world_size()), torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(ModelConfig(**SIZES))
     shard_model(model, ranks, Precision(compute="float32"))
@@ -94,3 +97,25 @@ def test_a_refusal_reaches_every_rank(processes: Callable, tmp_path: Path) -> No
     (tmp_path / "mine.txt").write_text("not an export")
     said = f"{tmp_path} exists and is not an earlier export; give the name of a folder to make"
     assert processes(2).run(refused, tmp_path) == [said, said]
+
+
+def export_of_a_run(run: Path, target: Path) -> int:
+    """What tools/export_hf.py does under torchrun."""
+    model, _, step = load_sharded_model(run)
+    export_hf(model, target, dtype=torch.float32)
+    return step
+
+
+def test_the_export_of_a_checkpoint_too_large_for_one_process(processes: Callable, tmp_path: Path) -> None:
+    """Each of four processes reads a quarter of the checkpoint; the files are those of the whole model."""
+    config = ModelConfig(**SIZES)
+    model = filled(config)
+    save_config(RunConfig(run=Run(steps=5), model=config), tmp_path / "config.yaml")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    save(model_state(model), tmp_path, 5, keep=1)
+    dist.destroy_process_group()
+    export_hf(model, tmp_path / "one", dtype=torch.float32)
+    assert processes(4).run(export_of_a_run, tmp_path, tmp_path / "many") == [5] * 4
+    one, many = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(many[name], tensor) for name, tensor in one.items())

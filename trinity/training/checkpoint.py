@@ -10,17 +10,20 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from trinity.config.run import RunConfig
+from trinity.config.run import Parallel, RunConfig
 from trinity.errors import UserError
 from trinity.models.trinity import Trinity
+from trinity.parallel import mesh
 from trinity.parallel.agree import on_first
 from trinity.training.run_directory import newest_config, write_whole
+from trinity.training.setup import build_model
 
 State = dict[str, Tensor]
 
@@ -133,5 +136,21 @@ def load_model(run_dir: Path, step: int | None = None) -> tuple[Trinity, RunConf
     model = Trinity(config.model)
     if config.precision.compute == "float64":
         model.double()
+    load(model_state(model), Path(run_dir), chosen)
+    return model, config, chosen
+
+
+def load_sharded_model(run_dir: Path, step: int | None = None) -> tuple[Trinity, RunConfig, int]:
+    """As load_model, but over all processes of this launch, each of which holds a part; it starts their group.
+
+    Raises:
+        UserError: not a run directory, no complete checkpoint, or processes over which the experts cannot be cut.
+    """
+    config = newest_config(Path(run_dir))
+    chosen = pick_step(Path(run_dir), step)
+    parallel = Parallel()  # whatever mesh it was saved on
+    mesh.check_parallel(parallel, config.model, mesh.world_size())
+    ranks = mesh.start(parallel, config.model, config.run.threads, False)
+    model = build_model(replace(config, parallel=parallel, recompute="none", compile="none"), ranks)
     load(model_state(model), Path(run_dir), chosen)
     return model, config, chosen
