@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import device_mesh
 
 SECONDS = 120
 """How long one case may take; a collective that waits longer is a rank that is missing."""
@@ -92,6 +94,8 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
     )
+    # A mesh has process groups, each with threads that live as long as the process: equal meshes are made once.
+    device_mesh.init_device_mesh = dist.init_device_mesh = cache(device_mesh.init_device_mesh)
     while True:
         try:
             file, name, args = _unpacked(pipe.recv_bytes())

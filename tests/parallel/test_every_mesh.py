@@ -5,7 +5,8 @@ In fp32 the same amplification of 1e-7 leaves what FP32_BOUND says, measured; in
 step is compared and its routes are forced.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -66,9 +67,26 @@ def expected(settings: dict) -> Callable[[list[str], int], dict[str, Any]]:
     return once
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("name", MESHES)
+# What every test run compares: each mesh once, these in more ways; the rest is for `make test-slow`.
+OFTEN = ("shard 2, expert 2", "shard 4, expert 2", "replicate 2 × shard 2, expert 2")
+
+
+def grid() -> Iterator[Any]:
+    """Every mesh, with and without recompute, in one microbatch and in three."""
+    for name, recompute, microbatches in itertools.product(MESHES, ("none", "block"), (1, 3)):
+        often = (recompute, microbatches) == ("none", 1) or (
+            name in OFTEN and (recompute, microbatches) == ("block", 3)
+        )
+        yield pytest.param(name, recompute, microbatches, marks=() if often else pytest.mark.slow)
+
+
+def often_and_slow() -> Iterator[Any]:
+    """Every mesh; those of OFTEN in every test run."""
+    for name in MESHES:
+        yield pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "recompute", "microbatches"), grid())
 def test_equals_one_process(
     settings: dict, processes: Callable, expected: Callable, name: str, recompute: str, microbatches: int
 ) -> None:
@@ -81,7 +99,7 @@ def test_equals_one_process(
     assert_same(runs, expected(words, STEPS))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", often_and_slow())
 def test_in_fp32(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
     """Two steps of the recipe as it is run on a CPU."""
     world, words = MESHES[name]
@@ -90,7 +108,7 @@ def test_in_fp32(settings: dict, processes: Callable, expected: Callable, name: 
     assert_same(runs, expected(words, 2), FP32_BOUND)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", often_and_slow())
 def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
     """As on a GPU: bf16 compute under fp32 masters, routes forced to those of one process in float64.
 

@@ -194,8 +194,8 @@ class Training:
             self._fork(Path(init.run))
 
     def _fork(self, path: Path) -> None:
-        keep = self.config.init.keep
-        streams, step = on_first(lambda: (newest_config(path).data.streams, self._forked_step(path)))
+        keep, wanted = self.config.init.keep, self.config.init.step
+        streams, step = on_first(lambda: (newest_config(path).data.streams, checkpoint.pick_step(path, wanted)))
         if keep == "all":
             if streams != self.config.data.streams:
                 raise UserError(f"data.streams={self.config.data.streams} differs from {streams} in {path}")
@@ -203,9 +203,6 @@ class Training:
             return
         kept = ("model.",) if keep == "weights" else ("model.", "optim.")
         checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, path, step)
-
-    def _forked_step(self, path: Path) -> int:
-        return checkpoint.pick_step(path, self.config.init.step)
 
     def _one_step(self) -> dict[str, Any]:
         began = time.perf_counter()
