@@ -9,12 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from trinity.data.prepare import prepare_data
 from trinity.data.train_tokenizer import train_from_files
 
 ROOT = Path(__file__).parents[1]
+
+# Before anything imports Triton: without a GPU its kernels run interpreted. `auto` picks none of them all the same.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

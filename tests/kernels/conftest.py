@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from triton_case import widen_bf16_products
+
+if not torch.cuda.is_available():
+    widen_bf16_products()
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +20,10 @@ def poisoned() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of Triton kernels are GPU tests where there is a GPU."""
+    for item in items:
+        if "_triton" in item.path.name and item.path.parent.name == "kernels" and torch.cuda.is_available():
+            item.add_marker(pytest.mark.gpu)

@@ -217,6 +217,24 @@ class Kernels:
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
     """Engine of softmax attention (trinity.models.backends); auto: flash4, flash2 or varlen on a GPU, else sdpa."""
+    experts: Literal["auto", "triton", "reference"] = "auto"
+    """The routed experts. Here and below, auto: Triton on a GPU where it takes such sizes, else torch."""
+    routing: Literal["auto", "triton", "reference"] = "auto"
+    """Scores, choice of experts and gates."""
+    head: Literal["auto", "triton", "reference"] = "auto"
+    """The LM head with its loss."""
+    norms: Literal["auto", "triton", "reference"] = "auto"
+    """RMSNorm, alone and with the residual."""
+    qk_norm: Literal["auto", "triton", "reference"] = "auto"
+    """RMSNorm of queries and keys with RoPE."""
+    gate: Literal["auto", "triton", "reference"] = "auto"
+    """The sigmoid gate on attention's output."""
+    newton_schulz: Literal["auto", "triton", "reference"] = "auto"
+    """Muon's orthogonalisation."""
+
+
+AUTOMATIC = Kernels()
+"""The best of each that is there; nobody writes to it."""
 
 
 @dataclass

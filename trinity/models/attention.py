@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
+from trinity.config.run import AUTOMATIC, Kernels
 from trinity.models.backends import Visibility, attend
 from trinity.models.layers import Linear, RMSNorm
 
@@ -22,10 +23,12 @@ class Attention(nn.Module):
     Args:
         config: the model's sizes.
         layer: 0-based index of the block; decides local or global.
+        kernels: which implementation of each operation.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
+        self.kernels = kernels
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.window = None if config.is_global(layer) else config.window
         q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim

@@ -37,18 +37,19 @@ class RMSNorm(nn.Module):
         width: of the last dimension.
         eps: added to the mean square.
         initial_gain: 1, or 1/√L for the norms after a sublayer (eq. 34-35).
+        kernel: which implementation.
     """
 
     roles = {"gain": ("gain", ())}
 
-    def __init__(self, width: int, eps: float, initial_gain: float = 1.0) -> None:
+    def __init__(self, width: int, eps: float, initial_gain: float = 1.0, kernel: str = "auto") -> None:
         super().__init__()
-        self.eps, self.initial_gain = eps, initial_gain
+        self.eps, self.initial_gain, self.kernel = eps, initial_gain, kernel
         self.gain = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] → the same shape and dtype."""
-        return trinity_kernels.rms_norm(x, self.gain, self.eps)
+        return trinity_kernels.rms_norm(x, self.gain, self.eps, kernel=self.kernel)
 
 
 class SwiGLU(nn.Module):
@@ -90,8 +91,9 @@ class Head(nn.Module):
 
     roles = {"weight": ("head", ())}
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
         super().__init__()
+        self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
 
     def forward(
@@ -100,4 +102,5 @@ class Head(nn.Module):
         """Logits [B, S, V]; with targets, what trinity_kernels.linear_cross_entropy returns."""
         if targets_BS is None:
             return trinity_kernels.linear(x_BSD, self.weight)
-        return trinity_kernels.linear_cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), z)
+        x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
+        return trinity_kernels.linear_cross_entropy(x_TD, self.weight, targets_T, z, kernel=self.kernel)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import trinity_kernels
 from trinity.balancing import sequence_loss
 from trinity.config.model import ModelConfig
+from trinity.config.run import AUTOMATIC, Kernels
 from trinity.models.dispatch import Dispatcher, local
 from trinity.models.layers import SwiGLU
 from trinity_kernels.norm import wide
@@ -41,8 +42,9 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Token-choice router: s = σ(W x)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
         super().__init__()
+        self.kernel = kernel
         self.active, self.route_scale = config.active_experts, config.route_scale
         self.weight = nn.Parameter(torch.empty(config.experts, config.width))
         self.roles = {"weight": ("router", (config.experts,))}
@@ -69,8 +71,9 @@ class Experts(nn.Module):
     `here` takes of a weight the experts that are in this process: all, unless trinity.parallel.exchange splits them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
         super().__init__()
+        self.kernel = kernel
         experts, hidden, width = config.experts, config.expert_width, config.width
         self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
@@ -89,7 +92,7 @@ class Experts(nn.Module):
             [T, D], x's dtype.
         """
         gate_up, down = self.here(self.gate_up), self.here(self.down)
-        return trinity_kernels.expert_mlp(x_TD, gate_up, down, indices_TK, gates_TK, rows)
+        return trinity_kernels.expert_mlp(x_TD, gate_up, down, indices_TK, gates_TK, rows, kernel=self.kernel)
 
 
 def _all(weight: Tensor) -> Tensor:
@@ -99,10 +102,10 @@ def _all(weight: Tensor) -> Tensor:
 class MoE(nn.Module):
     """One MoE sublayer; holds the balancing state as fp32 buffers that no optimizer sees."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
-        self.router = Router(config)
-        self.experts = Experts(config)
+        self.router = Router(config, kernels.routing)
+        self.experts = Experts(config, kernels.experts)
         self.shared = SwiGLU(config.width, config.shared_experts * config.expert_width)
         self.register_buffer("expert_bias", torch.empty(config.experts, dtype=torch.float32))
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))

@@ -8,12 +8,14 @@
 Shapes: B batch, S sequence, D width, V vocabulary, M MoE layers, E experts.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
+from trinity.config.run import AUTOMATIC, Kernels
 from trinity.models.attention import Attention, rotation_of
 from trinity.models.backends import Visibility
 from trinity.models.initialization import initialize
@@ -45,16 +47,17 @@ class Losses(NamedTuple):
 class Block(nn.Module):
     """Attention and FFN (dense or MoE), each between its two norms."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
+        norm = partial(RMSNorm, config.width, config.norm_eps, kernel=kernels.norms)
         after = config.layers**-0.5
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.attention_post_norm = RMSNorm(config.width, config.norm_eps, initial_gain=after)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = norm()
+        self.attention = Attention(config, layer, kernels)
+        self.attention_post_norm = norm(initial_gain=after)
+        self.ffn_norm = norm()
         self.sparse = layer >= config.dense_layers
-        self.ffn = MoE(config) if self.sparse else SwiGLU(config.width, config.dense_width)
-        self.ffn_post_norm = RMSNorm(config.width, config.norm_eps, initial_gain=after)
+        self.ffn = MoE(config, kernels) if self.sparse else SwiGLU(config.width, config.dense_width)
+        self.ffn_post_norm = norm(initial_gain=after)
 
     def forward(
         self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility
@@ -72,18 +75,18 @@ class Trinity(nn.Module):
 
     Args:
         config: its sizes.
-        attention: engine of softmax attention, see trinity.models.backends.
+        kernels: which implementation of each operation; by default what is best on the device the tensors are on.
 
     Parameters hold garbage until init_weights (or a checkpoint) fills them.
     """
 
-    def __init__(self, config: ModelConfig, attention: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
-        self.config, self.attention_engine = config, attention
+        self.config, self.attention_engine = config, kernels.attention
         self.embed = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = Head(config)
+        self.blocks = nn.ModuleList(Block(config, layer, kernels) for layer in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps, kernel=kernels.norms)
+        self.head = Head(config, kernels.head)
 
     def init_weights(self, seed: int) -> None:
         """Fill every parameter and buffer as a function of the seed and its name alone (eq. 34-38)."""

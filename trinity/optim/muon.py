@@ -58,6 +58,7 @@ class Muon(torch.optim.Optimizer):
         starved: what an expert matrix without gradient does; see the module's docstring.
         wire: the number format in which matrices travel, and results among replicas; auto is `dtype`.
         share: whether replicas divide the work and gather the results; auto weighs it batch by batch (`pays`).
+        kernel: which implementation of Newton-Schulz.
     Raises:
         UserError: an unknown set of coefficients, or another word that is not known.
     """
@@ -75,6 +76,7 @@ class Muon(torch.optim.Optimizer):
         starved: Literal["full", "decay"] = "decay",
         wire: Literal["auto", "bfloat16", "float32", "float64"] = "auto",
         share: Literal["auto", "on", "off"] = "auto",
+        kernel: Literal["auto", "triton", "reference"] = "auto",
     ) -> None:
         coefficient_steps(coefficients, steps)  # refuses what orthogonalize would, but before the first step
         for word, value, known in (("starved", starved, STARVED), ("wire", wire, WIRE), ("share", share, SHARE)):
@@ -87,6 +89,7 @@ class Muon(torch.optim.Optimizer):
         self.roles = roles
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.coefficients, self.steps, self.dtype, self.starved = coefficients, steps, dtype, starved
+        self.kernel = kernel
         self.wire, self.share = dtype if wire == "auto" else getattr(torch, wire), share
 
     @torch.no_grad()
@@ -175,7 +178,7 @@ class Muon(torch.optim.Optimizer):
         """O of whole matrices, perhaps with the replicas' help."""
 
         def newton_schulz(x_kmn: Tensor) -> Tensor:
-            return orthogonalize(x_kmn, self.coefficients, self.steps, self.dtype)
+            return orthogonalize(x_kmn, self.coefficients, self.steps, self.dtype, self.kernel)
 
         if batch.replicas is None:
             return newton_schulz(u_Nmn)

@@ -18,6 +18,8 @@ trade that for a steeper start. Products in bf16 go at most 0.02 beyond the boun
 Shapes: N matrices in a batch, each of m rows and n columns.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,13 @@ COEFFICIENTS: dict[str, list[Triple]] = {
 _SMALLEST_NORM = 1e-14
 
 
-def orthogonalize(x: Tensor, coefficients: str = "dion", steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(
+    x: Tensor,
+    coefficients: str = "dion",
+    steps: int = 5,
+    dtype: torch.dtype = torch.bfloat16,
+    kernel: Literal["auto", "triton", "reference"] = "auto",
+) -> Tensor:
     """The semi-orthogonal matrix nearest to each matrix of x (U Vᵀ of its SVD), approximately.
 
     Args:
@@ -65,6 +73,7 @@ def orthogonalize(x: Tensor, coefficients: str = "dion", steps: int = 5, dtype: 
         coefficients: the name of a set in COEFFICIENTS.
         steps: how many steps to take, at least 1.
         dtype: what the products are computed in; the norm is taken in fp32 at least.
+        kernel: which implementation of the iteration.
     Returns:
         [..., m, n] in x's dtype, a new tensor; its singular values lie within the module's table.
     Raises:

@@ -26,7 +26,7 @@ from trinity.parallel.sharding import master_dtype, shard_model
 def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     """The model, sharded over the mesh; its values are garbage until initialised or loaded."""
     with torch.device("meta"):
-        model = Trinity(config.model, config.kernels.attention).to(master_dtype(config.precision))
+        model = Trinity(config.model, config.kernels).to(master_dtype(config.precision))
     if config.recompute != "none":
         recompute_blocks(model, config.recompute)
     if config.compile == "block":
@@ -38,7 +38,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
 def make_optimizers(config: RunConfig, model: Trinity) -> Optimizers:
     """Muon and AdamW over the model's parameters."""
     muon = {field.name: getattr(config.optim.muon, field.name) for field in fields(config.optim.muon)}
-    muon["dtype"] = getattr(torch, config.optim.muon.dtype)
+    muon["dtype"], muon["kernel"] = getattr(torch, config.optim.muon.dtype), config.kernels.newton_schulz
     adamw = config.optim.adamw
     return build_optimizers(
         parameter_roles(model),

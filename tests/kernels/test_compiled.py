@@ -1,0 +1,48 @@
+"""Every kernel with every tile of its table compiles for Hopper, without spills and within its shared memory.
+
+One process per module of cases, since there kernels must not be interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+MODULES = sorted(path.stem for path in HERE.glob("cases_*.py"))
+SHARED = 227 * 1024
+"""Bytes of shared memory that one block may have on sm_90."""
+
+SPILLS_ALLOWED: dict[str, tuple[int, str]] = {}
+"""Kernel → (bytes of stack at most, why)."""
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The reports of one module's kernels."""
+    done = subprocess.run(
+        [sys.executable, HERE / "compiled.py", request.param], capture_output=True, text=True, cwd=HERE,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_spills_and_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
+    """A spilled register costs a round trip to memory in the innermost loop."""
+    assert compiled
+    for kernel in compiled:
+        assert kernel["spills"] <= SPILLS_ALLOWED.get(kernel["kernel"], (0, ""))[0], kernel
+        assert kernel["shared"] <= SHARED, kernel
+
+
+def test_products_use_hoppers_matrix_instruction(compiled: list[dict[str, Any]]) -> None:
+    """A kernel with BLOCK_K multiplies matrices: HGMMA and never HMMA, which runs at half the rate."""
+    for kernel in compiled:
+        if "BLOCK_K" in kernel["constants"]:
+            assert kernel["hgmma"] > 0, kernel
+        assert kernel["hmma"] == 0, kernel
