@@ -5,8 +5,21 @@
 
 from trinity_kernels.cross_entropy import linear_cross_entropy
 from trinity_kernels.experts import expert_mlp
+from trinity_kernels.grouped_gemm import grouped_linear, grouped_matmul, grouped_outer
+from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.linear import linear
 from trinity_kernels.norm import rms_norm
 from trinity_kernels.routing import route
 
-__all__ = ["expert_mlp", "linear", "linear_cross_entropy", "rms_norm", "route"]
+__all__ = [
+    "expert_mlp",
+    "group_rows",
+    "grouped_linear",
+    "grouped_matmul",
+    "grouped_outer",
+    "linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "route",
+    "tile_table",
+]

@@ -18,68 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity_kernels.linear import widened
+from trinity_kernels.grouped_gemm import grouped_matmul, grouped_outer, refuses
+from trinity_kernels.grouping import Groups, group_rows
 from trinity_kernels.norm import wide
 from trinity_kernels.op import Op
-
-
-def group_rows(indices_TK: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Sort the choices by expert, keeping the order of tokens within an expert; those of −1 are left out.
-
-    Args:
-        rows: R, how many choices are not −1.
-    Returns:
-        order_R [R] int64: which flattened choice stands in each row; ends_E [E] int32: the row after each expert's.
-    """
-    sorted_, order = indices_TK.flatten().sort(stable=True)
-    nobody = order.numel() - rows  # they come first
-    experts_E = torch.arange(experts, device=order.device)
-    # not bincount, which waits for the device
-    return order[nobody:], torch.searchsorted(sorted_[nobody:], experts_E, right=True, out_int32=True)
-
-
-def _grouped_by_torch(x: Tensor) -> bool:
-    # torch's grouped GEMM keeps the group sizes on the device: no host sync. It takes neither float64 nor a CPU's fp32
-    # faster than a loop does.
-    return x.is_cuda and x.dtype == torch.bfloat16
-
-
-def _times_weights(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bool) -> Tensor:
-    """Each expert's rows times its weight, transposed if asked: [R, I] → [R, O], or [R, O] → [R, I]."""
-    if not len(rows_RI):  # no kernel is asked for nothing, and no device for its groups
-        return rows_RI.new_empty(0, weight_EOI.shape[1 if transpose else 2])
-    if _grouped_by_torch(rows_RI):
-        return F.grouped_mm(rows_RI, weight_EOI.mT if transpose else weight_EOI, offs=ends_E)
-    out = rows_RI.new_empty(rows_RI.shape[0], weight_EOI.shape[1 if transpose else 2])
-    for expert, (start, end) in enumerate(_spans(ends_E)):
-        weight = weight_EOI[expert].t() if transpose else weight_EOI[expert]
-        _matmul_into(out[start:end], rows_RI[start:end], weight)
-    return out
-
-
-def _weight_gradient(grad_RO: Tensor, rows_RI: Tensor, ends_E: Tensor, weight_EOI: Tensor) -> Tensor:
-    """dW_e = Σ over the expert's rows of grad ⊗ row: [E, O, I]; zero where the expert has no rows."""
-    if not len(rows_RI):
-        return torch.zeros_like(weight_EOI)
-    if _grouped_by_torch(rows_RI):
-        return F.grouped_mm(grad_RO.t(), rows_RI, offs=ends_E)
-    out = torch.empty_like(weight_EOI)
-    for expert, (start, end) in enumerate(_spans(ends_E)):
-        _matmul_into(out[expert], grad_RO[start:end].t(), rows_RI[start:end])
-    return out
-
-
-def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
-    ends = ends_E.tolist()
-    return list(zip([0, *ends[:-1]], ends))
-
-
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    wide_a, wide_b = widened(a), widened(b)
-    if wide_a is a:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(wide_a @ wide_b)
 
 
 def _swiglu(pre_RH: Tensor) -> Tensor:
@@ -91,10 +33,11 @@ def _swiglu(pre_RH: Tensor) -> Tensor:
 def _forward(
     x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    order_R, ends_E = group_rows(indices_TK, w1_EHD.shape[0], rows)
-    pre_RH = _times_weights(x_TD.index_select(0, order_R // indices_TK.shape[1]), w1_EHD, ends_E, transpose=True)
-    rows_RD = _times_weights(_swiglu(pre_RH), w2_EDF, ends_E, transpose=True)
-    return _sum_per_token(rows_RD, order_R, indices_TK, s_TK).to(x_TD.dtype), pre_RH
+    groups = group_rows.reference(indices_TK, w1_EHD.shape[0], rows)
+    token_R = groups.order_R // indices_TK.shape[1]
+    pre_RH = grouped_matmul.reference(x_TD.index_select(0, token_R), w1_EHD, groups.ends_E, transpose=True)
+    rows_RD = grouped_matmul.reference(_swiglu(pre_RH), w2_EDF, groups.ends_E, transpose=True)
+    return _sum_per_token(rows_RD, groups, s_TK).to(x_TD.dtype), pre_RH
 
 
 @_forward.register_fake
@@ -104,14 +47,13 @@ def _(
     return torch.empty_like(x_TD), x_TD.new_empty(rows, w1_EHD.shape[1])
 
 
-def _sum_per_token(rows_RD: Tensor, order_R: Tensor, indices_TK: Tensor, s_TK: Tensor | None) -> Tensor:
+def _sum_per_token(rows_RD: Tensor, groups: Groups, s_TK: Tensor | None) -> Tensor:
     """Σ_k s_tk · row, in fp32, each token collecting its own rows: no atomics, so the same bits every time."""
-    if len(order_R) < indices_TK.numel():
-        found_T = (indices_TK >= 0).sum(dim=1)
-        return sum_of_rows(rows_RD, order_R.argsort(), found_T, None if s_TK is None else wide(s_TK).flatten()[order_R])
-    place_R = torch.empty_like(order_R)
-    place_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    rows_TKD = wide(rows_RD.index_select(0, place_R).view(*indices_TK.shape, rows_RD.shape[1]))
+    order_R, place_TK, _ = groups
+    if len(order_R) < place_TK.numel():
+        weights_R = None if s_TK is None else wide(s_TK).flatten()[order_R]
+        return sum_of_rows(rows_RD, order_R.argsort(), (place_TK >= 0).sum(dim=1), weights_R)
+    rows_TKD = wide(rows_RD.index_select(0, place_TK.flatten()).view(*place_TK.shape, rows_RD.shape[1]))
     if s_TK is None:
         return rows_TKD.sum(dim=1)
     return torch.bmm(wide(s_TK).unsqueeze(1), rows_TKD).squeeze_(1)  # squeeze_: no view leaves the op
@@ -137,27 +79,28 @@ def sum_of_rows(rows_RD: Tensor, place_R: Tensor, found_T: Tensor, weights_R: Te
 def _backward(
     grad_TD: Tensor, x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, pre_RH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    order_R, ends_E = group_rows(indices_TK, w1_EHD.shape[0], pre_RH.shape[0])
+    groups = group_rows.reference(indices_TK, w1_EHD.shape[0], pre_RH.shape[0])
+    order_R, _, ends_E = groups
     token_R = order_R // indices_TK.shape[1]
     grad_RD = grad_TD.index_select(0, token_R)
     score_R1 = wide(s_TK).flatten()[order_R].unsqueeze(1)
 
-    unscaled_RF = wide(_times_weights(grad_RD, w2_EDF, ends_E, transpose=False))
+    unscaled_RF = wide(grouped_matmul.reference(grad_RD, w2_EDF, ends_E, transpose=False))
     gate, up = (wide(half) for half in pre_RH.chunk(2, dim=-1))
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     act_RF = silu * up
     grad_s_R = (unscaled_RF * act_RF).sum(dim=1)
-    grad_w2 = _weight_gradient(grad_RD, (act_RF * score_R1).to(x_TD.dtype), ends_E, w2_EDF)
+    grad_w2 = grouped_outer.reference(grad_RD, (act_RF * score_R1).to(x_TD.dtype), ends_E)
 
     grad_act_RF = unscaled_RF.mul_(score_R1)
     grad_up = grad_act_RF * silu
     # silu'(g) = σ(g)·(1 + g·(1 − σ(g))) = σ + silu·(1 − σ)
     grad_gate = grad_act_RF.mul_(up).mul_(sigmoid + silu * (1 - sigmoid))
     grad_pre_RH = torch.cat((grad_gate, grad_up), dim=1).to(x_TD.dtype)
-    grad_w1 = _weight_gradient(grad_pre_RH, x_TD.index_select(0, token_R), ends_E, w1_EHD)
-    rows_RD = _times_weights(grad_pre_RH, w1_EHD, ends_E, transpose=False)
-    grad_x = _sum_per_token(rows_RD, order_R, indices_TK, None).to(x_TD.dtype)
+    grad_w1 = grouped_outer.reference(grad_pre_RH, x_TD.index_select(0, token_R), ends_E)
+    rows_RD = grouped_matmul.reference(grad_pre_RH, w1_EHD, ends_E, transpose=False)
+    grad_x = _sum_per_token(rows_RD, groups, None).to(x_TD.dtype)
 
     grad_s = grad_s_R.new_zeros(indices_TK.numel())
     grad_s[order_R] = grad_s_R
@@ -186,7 +129,13 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _expert_mlp(
-    x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int | None = None
+    x_TD: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    indices_TK: Tensor,
+    s_TK: Tensor,
+    rows: int | None = None,
+    keep_pre: bool = True,
 ) -> Tensor:
     """Weighted sum of each token's K experts, of those that are here.
 
@@ -197,6 +146,7 @@ def _expert_mlp(
         indices_TK: [T, K] int64, each in [0, E), or −1 for a choice that is not computed here.
         s_TK: [T, K] fp32 or float64, the gates; that of a −1 may be anything and its gradient is 0.
         rows: how many choices are not −1, exactly; None: all.
+        keep_pre: whether H is kept for backward, or made again there (2F numbers a row); the reference always keeps it.
     Returns:
         [T, D], x's dtype; the sum over K is taken in fp32 (float64 stays float64). Zeros for a token of −1 alone.
     """
@@ -204,4 +154,8 @@ def _expert_mlp(
     return _forward(x_TD, gate_up_E2FD.flatten(1, 2), down_EDF, indices_TK, s_TK, rows)[0]
 
 
-expert_mlp = Op(_expert_mlp)
+def _refuses(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *_: object, **__: object) -> str | None:
+    return refuses(x_TD, down_EDF)
+
+
+expert_mlp = Op(_expert_mlp, "trinity_kernels.experts_triton:expert_mlp", _refuses)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from triton_case import widen_bf16_products
+from triton_case import mend_bf16_in_the_interpreter
 
 if not torch.cuda.is_available():
-    widen_bf16_products()
+    mend_bf16_in_the_interpreter()
 
 
 @pytest.fixture(autouse=True)

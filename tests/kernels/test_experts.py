@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trinity_kernels import expert_mlp
-from trinity_kernels.experts import group_rows, sum_of_rows
+from trinity_kernels.experts import sum_of_rows
 
 D, F = 6, 5
 # fp32: rounding 2⁻²⁴ in sums of a few hundred terms; bf16: rounding 2⁻⁹ in half a dozen places
@@ -179,23 +179,6 @@ def test_gradcheck_with_choices_elsewhere() -> None:
     x, gate_up, down, indices, s = make(3, 2, 5)
     indices = indices.masked_fill(torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0]], dtype=torch.bool), -1)
     torch.autograd.gradcheck(lambda *a: here(*a[:3], indices, a[3]), (x, gate_up, down, s))
-
-
-def test_group_rows_keeps_tokens_in_order() -> None:
-    """Against Python's stable sort; expert 2 is empty."""
-    indices_TK = torch.tensor([[3, 0], [0, 1], [1, 3], [3, 0]])
-    order_R, ends_E = group_rows(indices_TK, experts=5, rows=8)
-    flat = indices_TK.flatten().tolist()
-    assert order_R.tolist() == sorted(range(8), key=lambda row: flat[row])
-    assert ends_E.tolist() == [3, 5, 5, 8, 8]
-    assert ends_E.dtype == torch.int32
-
-
-def test_group_rows_leaves_out_choices_elsewhere() -> None:
-    indices_TK = torch.tensor([[3, -1], [-1, 1], [1, 3], [-1, 0]])
-    order_R, ends_E = group_rows(indices_TK, experts=5, rows=5)
-    assert order_R.tolist() == [7, 3, 4, 0, 5]
-    assert ends_E.tolist() == [1, 3, 3, 5, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

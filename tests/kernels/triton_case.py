@@ -29,24 +29,33 @@ def assert_close(got: Tensor, exact: Tensor, bound: float) -> None:
     assert error <= bound, f"{error:.2e} > {bound:.0e}"
 
 
-def widen_bf16_products() -> None:
-    """Mend the interpreter, which multiplies the raw bits of bf16: both operands are widened to fp32 first.
+def mend_bf16_in_the_interpreter() -> None:
+    """Make bf16 what it is on a GPU: the interpreter multiplies its raw bits, and rounds to it towards zero.
 
-    The product of two bf16 numbers is exact in fp32, so this is what a tensor core computes.
+    Operands of a product are widened to fp32, in which the product of two bf16 numbers is exact; fp32 is rounded to the
+    nearest bf16, of two equally near the even one.
     """
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-    plain = InterpreterBuilder.create_dot
-    if hasattr(plain, "widens"):
+    multiply, convert = InterpreterBuilder.create_dot, interpreter._convert_float
+    if hasattr(multiply, "widens"):
         return
 
     def widened(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype != tl.bfloat16:
+        if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
-        return plain(self, widened(a), widened(b), *rest)
+        return multiply(self, widened(a), widened(b), *rest)
+
+    def convert_float(values, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
     create_dot.widens = True
-    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_dot, interpreter._convert_float = create_dot, convert_float

@@ -1,0 +1,121 @@
+"""Grouped matrix products: rows sorted by expert times each expert's weight, and the gradients of that.
+
+    grouped_matmul   out[r] = rows[r]·W_eᵀ or rows[r]·W_e, e the expert of row r
+    grouped_outer    out[e] = Σ over the rows r of e of left[r] ⊗ right[r]
+    grouped_linear   the first, differentiable: dx by grouped_matmul, dW by grouped_outer; saves x and W
+
+An expert without rows is ordinary. Rows past the last expert's are not computed; the output is nobody's there.
+
+Shapes: R rows, E experts, O output width, I input width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trinity_kernels.linear import widened
+from trinity_kernels.op import Op
+
+
+def _grouped_matmul(rows: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bool) -> Tensor:
+    """Each expert's rows times its weight; not differentiable, see grouped_linear.
+
+    Args:
+        rows: [R, I] with transpose, else [R, O]; sorted by expert.
+        weight_EOI: [E, O, I], same dtype.
+        ends_E: [E] int32, the row after each expert's last.
+        transpose: whether it is the weight's transpose.
+    Returns:
+        [R, O], or [R, I] without transpose; same dtype.
+    """
+    if not len(rows):  # no kernel is asked for nothing, and no device for its groups
+        return rows.new_empty(0, weight_EOI.shape[1 if transpose else 2])
+    if _grouped_by_torch(rows):
+        return F.grouped_mm(rows, weight_EOI.mT if transpose else weight_EOI, offs=ends_E)
+    out = rows.new_empty(rows.shape[0], weight_EOI.shape[1 if transpose else 2])
+    for expert, (start, end) in enumerate(_spans(ends_E)):
+        weight = weight_EOI[expert].t() if transpose else weight_EOI[expert]
+        _matmul_into(out[start:end], rows[start:end], weight)
+    return out
+
+
+def _grouped_outer(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
+    """Σ over each expert's rows of left ⊗ right; not differentiable.
+
+    Args:
+        left_RO, right_RI: [R, O] and [R, I], one dtype, sorted by expert.
+        ends_E: [E] int32, the row after each expert's last.
+    Returns:
+        [E, O, I], same dtype, summed in at least fp32; zeros for an expert without rows.
+    """
+    shape = (len(ends_E), left_RO.shape[1], right_RI.shape[1])
+    if not len(left_RO):
+        return left_RO.new_zeros(shape)
+    if _grouped_by_torch(left_RO):
+        return F.grouped_mm(left_RO.t(), right_RI, offs=ends_E)
+    out = left_RO.new_empty(shape)
+    for expert, (start, end) in enumerate(_spans(ends_E)):
+        _matmul_into(out[expert], left_RO[start:end].t(), right_RI[start:end])
+    return out
+
+
+def refuses(rows: Tensor, other: Tensor, *_: object, **__: object) -> str | None:
+    """What the Triton kernels cannot take: float64, and rows that TMA cannot read."""
+    if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes 16-bit and 32-bit numbers, not {rows.dtype}"
+    for width in (rows.shape[-1], other.shape[-1]):
+        if width * rows.element_size() % 16:
+            return f"rows of {width} numbers are no multiple of 16 bytes"
+    return None
+
+
+grouped_matmul = Op(_grouped_matmul, "trinity_kernels.grouped_gemm_triton:matmul", refuses)
+grouped_outer = Op(_grouped_outer, "trinity_kernels.grouped_gemm_triton:outer", refuses)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, kernel: str) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_EOI, ends_E)
+        ctx.kernel = kernel
+        return grouped_matmul(x_RI, weight_EOI, ends_E, True, kernel=kernel)
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_RI, weight_EOI, ends_E = ctx.saved_tensors
+        grad_RO = grad_RO.contiguous()
+        grad_x = grouped_matmul(grad_RO, weight_EOI, ends_E, False, kernel=ctx.kernel)
+        return grad_x, grouped_outer(grad_RO, x_RI, ends_E, kernel=ctx.kernel), None, None
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, kernel: str = "auto") -> Tensor:
+    """Each expert's rows through its linear layer, differentiable.
+
+    Args:
+        x_RI: [R, I] contiguous, sorted by expert; R is the last of ends_E.
+        weight_EOI: [E, O, I] contiguous, same dtype.
+        ends_E: [E] int32, the row after each expert's last.
+        kernel: "auto", "triton" or "reference".
+    Returns:
+        [R, O], same dtype.
+    """
+    return _GroupedLinear.apply(x_RI, weight_EOI, ends_E, kernel)
+
+
+def _grouped_by_torch(x: Tensor) -> bool:
+    # torch's grouped GEMM keeps the group sizes on the device: no host sync. It takes neither float64 nor a CPU's fp32
+    # faster than a loop does.
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
+    ends = ends_E.tolist()
+    return list(zip([0, *ends[:-1]], ends))
+
+
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    wide_a, wide_b = widened(a), widened(b)
+    if wide_a is a:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(wide_a @ wide_b)

@@ -1,0 +1,106 @@
+"""Grouping rows by expert in Triton: a stable counting sort without a float and without an atomic.
+
+    1. each block of choices: a choice's rank among the earlier ones of the block that chose the same expert, by
+       comparing all pairs; the last of them knows how many there are
+    2. torch adds up the counts of the blocks before, and of the experts before
+    3. place = what comes before + rank; the inverse is written beside it
+
+Shapes: T tokens, K active experts, E experts, R rows, B blocks.
+"""
+
+import torch
+from torch import Tensor
+
+from trinity_kernels.grouping import Groups, table_length
+from trinity_kernels.language import cdiv, tl, triton
+
+BLOCK = 128
+"""Choices of one program: its pairs, 16384, are 128 a thread."""
+
+
+def group_rows(indices_TK: Tensor, experts: int, rows: int) -> Groups:
+    """See trinity_kernels.group_rows."""
+    choices = indices_TK.numel()
+    order_R = torch.empty(rows, dtype=torch.int32, device=indices_TK.device)
+    place_TK = torch.empty_like(indices_TK, dtype=torch.int32)
+    if not choices:
+        return Groups(order_R, place_TK, order_R.new_zeros(experts))
+    blocks = cdiv(choices, BLOCK)
+    counts_BE = torch.zeros(blocks, experts, dtype=torch.int32, device=indices_TK.device)
+    indices_TK = indices_TK.contiguous()
+    rank_kernel[(blocks,)](indices_TK, place_TK, counts_BE, choices, experts, BLOCK=BLOCK, num_warps=4)
+    total_E = counts_BE.sum(dim=0, dtype=torch.int32)
+    ends_E = total_E.cumsum(0, dtype=torch.int32)
+    before_BE = counts_BE.cumsum(0, dtype=torch.int32) - counts_BE + (ends_E - total_E)
+    place_kernel[(blocks,)](indices_TK, place_TK, before_BE, order_R, choices, experts, BLOCK=BLOCK, num_warps=4)
+    return Groups(order_R, place_TK, ends_E)
+
+
+def tile_table(ends_E: Tensor, rows: int, block: int) -> Tensor:
+    """See trinity_kernels.tile_table."""
+    experts = len(ends_E)
+    table = torch.empty(table_length(rows, block, experts), 3, dtype=torch.int32, device=ends_E.device)
+    experts_block = triton.next_power_of_2(experts)
+    table_kernel[(experts + 1,)](ends_E, table, experts, len(table), block, EXPERTS=experts_block, num_warps=4)
+    return table
+
+
+@triton.jit
+def rank_kernel(indices, ranks, counts, choices, experts, BLOCK: tl.constexpr):
+    """Each choice's rank in its block among those of its expert, and the block's count of each expert it has."""
+    mine = tl.arange(0, BLOCK)
+    choice = tl.program_id(0) * BLOCK + mine
+    expert = tl.load(indices + choice, mask=choice < choices, other=-1).to(tl.int32)
+    # the same numbers along the other dimension
+    other = tl.program_id(0) * BLOCK + mine
+    other_expert = tl.load(indices + other, mask=other < choices, other=-1).to(tl.int32)
+    same = expert[:, None] == other_expert[None, :]
+    rank = tl.sum((same & (mine[None, :] < mine[:, None])).to(tl.int32), axis=1)
+    later = tl.sum((same & (mine[None, :] > mine[:, None])).to(tl.int32), axis=1)
+    tl.store(ranks + choice, rank, mask=choice < choices)
+    place = counts + tl.program_id(0).to(tl.int64) * experts + expert
+    tl.store(place, rank + 1, mask=(expert >= 0) & (later == 0))
+
+
+@triton.jit
+def place_kernel(indices, places, before, order, choices, experts, BLOCK: tl.constexpr):
+    """From ranks to rows, in place, and the rows' choices."""
+    choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = choice < choices
+    expert = tl.load(indices + choice, mask=there, other=-1).to(tl.int32)
+    here = expert >= 0
+    start = tl.load(before + tl.program_id(0).to(tl.int64) * experts + expert, mask=here, other=0)
+    place = start + tl.load(places + choice, mask=here, other=0)
+    tl.store(places + choice, tl.where(here, place, -1), mask=there)
+    tl.store(order + place, choice, mask=here)
+
+
+@triton.jit
+def table_kernel(ends, table, experts, length, block, EXPERTS: tl.constexpr):
+    """One expert's tiles, each after those of all fuller experts; the last program marks the unused entries."""
+    expert = tl.program_id(0)
+    other = tl.arange(0, EXPERTS)
+    end = tl.load(ends + other, mask=other < experts, other=0)
+    start = tl.load(ends + other - 1, mask=(other > 0) & (other < experts), other=0)
+    sizes = end - start
+    tiles = (sizes + block - 1) // block
+    lane = tl.arange(0, 128)
+    if expert == experts:
+        for entry in range(tl.sum(tiles), length, 128):
+            place = table + 3 * (entry + lane)
+            unused = entry + lane < length
+            tl.store(place, -1, mask=unused)
+            tl.store(place + 1, -1, mask=unused)
+            tl.store(place + 2, -1, mask=unused)
+    else:
+        own_end = tl.load(ends + expert)
+        own_start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        size = own_end - own_start
+        count = (size + block - 1) // block
+        first = tl.sum(tl.where((sizes > size) | ((sizes == size) & (other < expert)), tiles, 0))
+        for tile in range(0, count, 128):
+            place = table + 3 * (first + tile + lane)
+            used = tile + lane < count
+            tl.store(place, expert, mask=used)
+            tl.store(place + 1, own_start + (tile + lane) * block, mask=used)
+            tl.store(place + 2, own_end, mask=used)

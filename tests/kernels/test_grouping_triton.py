@@ -1,0 +1,71 @@
+"""Grouping of rows and tables of tiles: Triton with the reference, the reference with Python's stable sort.
+
+Integers: equal, without tolerance.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from triton_case import DEVICE
+
+from trinity_kernels import group_rows, tile_table
+from trinity_kernels.grouping import table_length
+
+CASES = [
+    (1, 1, 7), (4, 4, 65), (4, 1, 0), (4, 2, 1), (7, 3, 129), (128, 8, 63), (128, 8, 129), (256, 4, 64), (256, 1, 1),
+]  # fmt: skip
+
+
+def choices(E: int, K: int, T: int, elsewhere: float = 0.0) -> tuple[Tensor, int]:
+    """[T, K] distinct choices, a share of them −1, and how many are not."""
+    random = torch.Generator().manual_seed(1000 * E + 100 * K + T)
+    indices_TK = torch.rand(T, E, generator=random).argsort(dim=1)[:, :K]
+    indices_TK = indices_TK.where(torch.rand(T, K, generator=random) >= elsewhere, -1)
+    return indices_TK.to(DEVICE), int((indices_TK >= 0).sum())
+
+
+@pytest.mark.parametrize("elsewhere", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("E", "K", "T"), CASES)
+def test_rows_stand_as_a_stable_sort_puts_them(E: int, K: int, T: int, elsewhere: float) -> None:
+    indices_TK, rows = choices(E, K, T, elsewhere)
+    flat = indices_TK.flatten().tolist()
+    wanted = sorted((c for c in range(T * K) if flat[c] >= 0), key=lambda c: flat[c])
+    for implementation in (group_rows.reference, group_rows.triton):
+        order_R, place_TK, ends_E = implementation(indices_TK, E, rows)
+        assert order_R.dtype == place_TK.dtype == ends_E.dtype == torch.int32
+        assert order_R.tolist() == wanted
+        assert place_TK.flatten().tolist() == [wanted.index(c) if flat[c] >= 0 else -1 for c in range(T * K)]
+        assert ends_E.tolist() == [sum(0 <= e <= expert for e in flat) for expert in range(E)]
+
+
+@pytest.mark.parametrize("hot", [0, 2, 3])
+def test_all_choices_on_one_expert(hot: int) -> None:
+    indices_TK = torch.full((200, 1), hot, device=DEVICE)
+    for implementation in (group_rows.reference, group_rows.triton):
+        order_R, place_TK, ends_E = implementation(indices_TK, 4, 200)
+        assert order_R.tolist() == place_TK.flatten().tolist() == list(range(200))
+        assert ends_E.tolist() == [200 * (e >= hot) for e in range(4)]
+
+
+def plain_table(ends: list[int], rows: int, block: int) -> list[list[int]]:
+    """The table's description, written down."""
+    starts = [0, *ends[:-1]]
+    table = []
+    for e in sorted(range(len(ends)), key=lambda e: starts[e] - ends[e]):  # Python's sort is stable
+        table += [[e, first, ends[e]] for first in range(starts[e], ends[e], block)]
+    return table + [[-1, -1, -1]] * (-(-rows // block) + len(ends) - len(table))
+
+
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize(
+    "sizes", [[5], [0, 0, 0], [3, 3, 3], [0, 300, 1, 16, 17, 0], [2500, 0, 7], list(range(40)), [1] * 256]
+)
+def test_tiles_cover_every_row_once_the_fullest_expert_first(sizes: list[int], block: int) -> None:
+    """2500 rows in tiles of 16 are more than the 128 that one store writes."""
+    ends_E = torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32)
+    wanted = plain_table(ends_E.tolist(), sum(sizes), block)
+    for implementation in (tile_table.reference, tile_table.triton):
+        table = implementation(ends_E, sum(sizes), block)
+        assert table.dtype == torch.int32
+        assert len(table) == table_length(sum(sizes), block, len(sizes))
+        assert table.tolist() == wanted
