@@ -219,6 +219,8 @@ class Kernels:
     """Engine of softmax attention (trinity.models.backends); auto: flash4, flash2 or varlen on a GPU, else sdpa."""
     experts: Literal["auto", "triton", "reference"] = "auto"
     """The routed experts. Here and below, auto: Triton on a GPU where it takes such sizes, else torch."""
+    experts_recompute: bool = False
+    """Triton makes the experts' pre-activations again in backward: 4·F bytes a row less to keep, a ninth more work."""
     routing: Literal["auto", "triton", "reference"] = "auto"
     """Scores, choice of experts and gates."""
     head: Literal["auto", "triton", "reference"] = "auto"

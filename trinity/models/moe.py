@@ -69,16 +69,19 @@ class Experts(nn.Module):
     """The routed experts' weights, one SwiGLU network an expert, kept in three dimensions and more, never flattened.
 
     `here` takes of a weight the experts that are in this process: all, unless trinity.parallel.exchange splits them.
+    `wide_gradient`: the weights' gradients are kept in fp32 whatever the weights are in, and Triton adds to them in
+    place; trinity.parallel.accumulation says so where they stay on this rank over several microbatches.
     """
 
-    def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
-        self.kernel = kernel
+        self.kernel, self.keep_pre = kernels.experts, not kernels.experts_recompute
         experts, hidden, width = config.experts, config.expert_width, config.width
         self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.roles = {"gate_up": ("experts", (hidden,)), "down": ("experts", (width,))}
         self.here: Callable[[Tensor], Tensor] = _all
+        self.wide_gradient = False
 
     def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, rows: int | None = None) -> Tensor:
         """Weighted sum of each token's experts that are here.
@@ -91,8 +94,11 @@ class Experts(nn.Module):
         Returns:
             [T, D], x's dtype.
         """
+        if self.wide_gradient and self.here is _all:
+            self.gate_up.grad_dtype = self.down.grad_dtype = torch.promote_types(self.down.dtype, torch.float32)
         gate_up, down = self.here(self.gate_up), self.here(self.down)
-        return trinity_kernels.expert_mlp(x_TD, gate_up, down, indices_TK, gates_TK, rows, kernel=self.kernel)
+        arguments = (x_TD, gate_up, down, indices_TK, gates_TK, rows, self.keep_pre)
+        return trinity_kernels.expert_mlp(*arguments, kernel=self.kernel)
 
 
 def _all(weight: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
         self.router = Router(config, kernels.routing)
-        self.experts = Experts(config, kernels.experts)
+        self.experts = Experts(config, kernels)
         self.shared = SwiGLU(config.width, config.shared_experts * config.expert_width)
         self.register_buffer("expert_bias", torch.empty(config.experts, dtype=torch.float32))
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))

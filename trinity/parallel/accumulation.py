@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from trinity.models.moe import Experts
 from trinity.models.roles import parameter_roles
 from trinity.parallel.mesh import Ranks
 
@@ -27,6 +28,9 @@ def set_reduction(model: nn.Module, last: bool, defer: bool) -> None:
     """
     model.set_requires_gradient_sync(last or not defer)
     model.set_requires_all_reduce(last)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.wide_gradient = defer
 
 
 def defers_reduction(asked: Literal["auto", "on", "off"], model: nn.Module, ranks: Ranks) -> bool:

@@ -33,6 +33,7 @@ KEPT = frozenset({"trinity::route", "trinity::exchanged_counts"})
 KEPT_SELECTIVELY = KEPT | {
     ALL_TO_ALL,
     "trinity::expert_mlp",
+    "trinity::expert_mlp_triton",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

@@ -1,0 +1,80 @@
+"""Gradients of experts that stay on a rank over microbatches: kept in fp32 and added to by the op, through FSDP2.
+
+bf16 compute on a mesh of one, in the same process, with Triton's interpreter; reduced after every microbatch or after
+the last one.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trinity.config.model import ModelConfig
+from trinity.config.run import Kernels, Parallel, Precision
+from trinity.models import Trinity
+from trinity.parallel import mesh
+from trinity.parallel.accumulation import set_reduction
+from trinity.parallel.mesh import Ranks
+from trinity.parallel.sharding import shard_model
+
+CONFIG = ModelConfig(
+    vocab_size=128, width=32, layers=2, dense_layers=1, dense_width=48, heads=4, kv_heads=2, head_dim=8, window=5,
+    experts=4, active_experts=2, expert_width=16,
+)  # fmt: skip
+MICROBATCHES = 3
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    """One process, which leaves its group again."""
+    yield mesh.start(Parallel(), CONFIG, 1, False)
+    mesh.stop()
+
+
+def gradients(ranks: Ranks, compute: str, defer: bool, which: str) -> dict[str, Tensor]:
+    """Of three microbatches with sums of losses, by parameter."""
+    model = Trinity(CONFIG, Kernels(experts=which))
+    model.init_weights(0)
+    shard_model(model, ranks, Precision(compute=compute))
+    model.to(ranks.device)
+    random = torch.Generator().manual_seed(0)
+    for index in range(MICROBATCHES):
+        set_reduction(model, last=index + 1 == MICROBATCHES, defer=defer)
+        tokens = torch.randint(CONFIG.vocab_size, (2, 9), generator=random).to(ranks.device)
+        (model(tokens, targets_BS=tokens.roll(1)).token_loss / 50).backward()
+    return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("which", ["triton", "reference"])
+def test_fp32_is_the_same_sum_either_way(ranks: Ranks, which: str) -> None:
+    """The order of adding up is the same, but for the op's own sums: 1e-6 is a few roundings of fp32."""
+    deferred, reduced = (gradients(ranks, "float32", defer, which) for defer in (True, False))
+    for name, gradient in reduced.items():
+        assert (deferred[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+def test_bf16_gradients_of_experts_are_added_up_without_rounding(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deferred, each microbatch but the first adds into the fp32 gradient. What is not the experts' has the same bits.
+
+    Reduced each time, three gradients are rounded to bf16, 2⁻⁹ an element, then added up: 2⁻⁸ bounds the difference.
+    """
+    from trinity_kernels import experts_triton
+
+    added, plain = [], experts_triton.backward
+
+    def watched(*args: object, into: tuple[Tensor, Tensor] | None = None, **kwargs: object) -> tuple[Tensor, ...]:
+        added.append(into is not None)
+        return plain(*args, into=into, **kwargs)
+
+    monkeypatch.setattr(experts_triton, "backward", watched)
+    reduced = gradients(ranks, "bfloat16", False, "triton")
+    assert added == [False] * MICROBATCHES
+    added.clear()
+    deferred = gradients(ranks, "bfloat16", True, "triton")
+    assert added == [False, True, True]
+    for name, gradient in reduced.items():
+        if "experts" not in name:
+            assert torch.equal(deferred[name], gradient), name
+            continue
+        assert deferred[name].dtype == torch.float32
+        assert 0 < (deferred[name] - gradient).norm() <= 2**-8 * gradient.norm(), name
+        assert not torch.equal(deferred[name], deferred[name].bfloat16().float())
