@@ -9,10 +9,11 @@ from trinity_kernels.grouped_gemm import grouped_linear, grouped_matmul, grouped
 from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.linear import linear
 from trinity_kernels.norm import rms_norm
-from trinity_kernels.routing import route
+from trinity_kernels.routing import gates, route
 
 __all__ = [
     "expert_mlp",
+    "gates",
     "group_rows",
     "grouped_linear",
     "grouped_matmul",

@@ -1,8 +1,9 @@
-"""Top-K routing as one opaque op, so that recomputing a block in backward never routes again.
+"""Top-K routing as one opaque op, so that recomputing a block in backward never routes again; and the gates.
 
-The choice is made on score + bias (eq. 17); gates are the unbiased scores of the chosen. So the op needs no gradient:
-it returns indices and counts, and the gates are gathered outside it. Activation checkpointing keeps its outputs
-(`trinity.parallel.recompute`); compile and fake tensors see its shapes only.
+The choice is made on score + bias (eq. 17); gates are the unbiased scores of the chosen, normalised to sum 1, times the
+route scale (eq. 18). So the choice needs no gradient: `route` returns indices and counts, and `gates` takes the scores
+again. Activation checkpointing keeps the indices and counts (`trinity.parallel.recompute`) and makes scores and gates
+anew, which are 4·E bytes a token against 8·K of indices; compile and fake tensors see an op's shapes only.
 
 Shapes: T tokens, E experts, K active experts.
 """
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.op import Op
+
+TINY = 1e-20
+"""Added to the sum of the chosen scores, as in transformers: no token whose scores are all 0 divides by 0."""
 
 
 @torch.library.custom_op("trinity::route", mutates_args=())
@@ -36,4 +40,25 @@ def _(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     return indices_TK, scores_TE.new_empty((scores_TE.shape[1],), dtype=torch.int64)
 
 
-route = Op(_route)
+def _gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
+    """Scores of the chosen, normalised over them, times the route scale (eq. 18).
+
+    Args:
+        scores_TE: [T, E] fp32 or float64; differentiable.
+        indices_TK: [T, K] int64, distinct within a token.
+        scale: the route scale.
+    Returns:
+        [T, K], the scores' dtype.
+    """
+    chosen_TK = scores_TE.gather(1, indices_TK)
+    return chosen_TK / (chosen_TK.sum(dim=1, keepdim=True) + TINY) * scale
+
+
+def _refuses(scores_TE: Tensor, *_: object) -> str | None:
+    if scores_TE.dtype != torch.float32:
+        return f"it takes scores in fp32, not {scores_TE.dtype}"
+    return None
+
+
+route = Op(_route, "trinity_kernels.routing_triton:route", _refuses)
+gates = Op(_gates, "trinity_kernels.routing_triton:gates", _refuses)

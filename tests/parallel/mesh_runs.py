@@ -94,8 +94,8 @@ def watched(model: torch.nn.Module, seen: dict[str, list], rows: int, forced: Te
         seen["gradients"].append({name: whole(grad) for name, grad in named.items()})
         clip(gradients, norm, most)
 
-    def noted_route(*args: Any) -> tuple[Tensor, Tensor]:
-        indices, counts = route(*args)
+    def noted_route(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        indices, counts = route(*args, **kwargs)
         if forced is not None:
             part, layer = divmod(len(routes), len(forced))
             size = len(indices) // forced.shape[2]

@@ -59,9 +59,8 @@ class Router(nn.Module):
             gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, counts_E.
         """
         scores_TE = torch.sigmoid(F.linear(wide(x_TD), wide(self.weight)))
-        indices_TK, counts_E = trinity_kernels.route(scores_TE.detach(), bias_E, self.active)
-        chosen_TK = scores_TE.gather(1, indices_TK)
-        gates_TK = chosen_TK / (chosen_TK.sum(dim=1, keepdim=True) + 1e-20) * self.route_scale
+        indices_TK, counts_E = trinity_kernels.route(scores_TE.detach(), bias_E, self.active, kernel=self.kernel)
+        gates_TK = trinity_kernels.gates(scores_TE, indices_TK, self.route_scale, kernel=self.kernel)
         return gates_TK, scores_TE, indices_TK, counts_E
 
 

@@ -29,7 +29,7 @@ from trinity.models.trinity import Trinity
 
 # Operations by name, since those of a package exist only once it is imported.
 ALL_TO_ALL = "_c10d_functional::all_to_all_single"
-KEPT = frozenset({"trinity::route", "trinity::exchanged_counts"})
+KEPT = frozenset({"trinity::route", "trinity::route_triton", "trinity::exchanged_counts"})
 KEPT_SELECTIVELY = KEPT | {
     ALL_TO_ALL,
     "trinity::expert_mlp",
