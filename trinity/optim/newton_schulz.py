@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from trinity.errors import UserError
-
-Triple = tuple[float, float, float]
+from trinity_kernels.newton_schulz import Triple, newton_schulz
 
 # Polar Express (arXiv 2505.16932, algorithm 1): the best quintic for each step in turn, for σ from 1e-3 to 1. The paper
 # divides σ by 1.01 in all steps but the last, since a σ that rounding pushed above 1 would otherwise run away.
@@ -73,23 +72,18 @@ def orthogonalize(
         coefficients: the name of a set in COEFFICIENTS.
         steps: how many steps to take, at least 1.
         dtype: what the products are computed in; the norm is taken in fp32 at least.
-        kernel: which implementation of the iteration.
+        kernel: which implementation of the iteration; auto is Triton on a GPU where it takes the shape and dtype.
     Returns:
         [..., m, n] in x's dtype, a new tensor; its singular values lie within the module's table.
     Raises:
         UserError: an unknown set, or no steps.
+        ValueError: kernel="triton" where Triton cannot be used.
     """
     triples = coefficient_steps(coefficients, steps)
     *batch, m, n = x.shape
     x_Nmn = x.reshape(-1, m, n)
     y_Nmn = (x_Nmn / _frobenius_norm(x_Nmn).clamp_min(_SMALLEST_NORM)).to(dtype)
-    for a, b, c in triples:
-        # (XXᵀ)X = X(XᵀX): the products are taken on the shorter side, which is the same as transposing a tall matrix
-        gram_Nkk = y_Nmn.mT @ y_Nmn if m > n else y_Nmn @ y_Nmn.mT
-        poly_Nkk = torch.baddbmm(gram_Nkk, gram_Nkk, gram_Nkk, beta=b, alpha=c)
-        left, right = (y_Nmn, poly_Nkk) if m > n else (poly_Nkk, y_Nmn)
-        y_Nmn = torch.baddbmm(y_Nmn, left, right, beta=a)
-    return y_Nmn.to(x.dtype).view(*batch, m, n)
+    return newton_schulz(y_Nmn, triples, kernel=kernel).to(x.dtype).view(*batch, m, n)
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int) -> int:

@@ -1,0 +1,52 @@
+"""Newton-Schulz, the iteration alone: X ← aX + b(XXᵀ)X + c(XXᵀ)²X, a triple (a, b, c) for each step.
+
+It maps every singular value σ of X by a·σ + b·σ³ + c·σ⁵ and leaves the singular vectors alone. Which triples drive σ
+to 1, and from where, is the caller's business (`trinity.optim.newton_schulz`). Nothing is saved: there is no gradient.
+
+Shapes: N matrices in a batch, each of m rows and n columns; k the shorter side.
+"""
+
+import torch
+from torch import Tensor
+
+from trinity_kernels.op import Op, interpreted
+
+Triple = tuple[float, float, float]
+
+
+def _newton_schulz(y_Nmn: Tensor, triples: list[Triple]) -> Tensor:
+    """Some steps of the iteration on each matrix.
+
+    Args:
+        y_Nmn: [N, m, n], each matrix divided by its Frobenius norm, in the dtype that the products are to have; N may
+            be 0. A zero matrix gives zeros.
+        triples: (a, b, c) of each step.
+    Returns:
+        [N, m, n], same dtype.
+    """
+    m, n = y_Nmn.shape[1:]
+    for a, b, c in triples:
+        # (XXᵀ)X = X(XᵀX): the products are taken on the shorter side, which is the same as transposing a tall matrix
+        gram_Nkk = y_Nmn.mT @ y_Nmn if m > n else y_Nmn @ y_Nmn.mT
+        poly_Nkk = torch.baddbmm(gram_Nkk, gram_Nkk, gram_Nkk, beta=b, alpha=c)
+        left, right = (y_Nmn, poly_Nkk) if m > n else (poly_Nkk, y_Nmn)
+        y_Nmn = torch.baddbmm(y_Nmn, left, right, beta=a)
+    return y_Nmn
+
+
+def refuses(y_Nmn: Tensor, triples: list[Triple]) -> str | None:
+    """What the Triton kernels cannot take: float64, rows that TMA cannot read, cubic steps, and on a GPU fp32."""
+    if y_Nmn.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes 16-bit and 32-bit numbers, not {y_Nmn.dtype}"
+    if y_Nmn.dtype == torch.float32 and not interpreted():
+        return "products in fp32 use no tensor core, and torch's are faster there"
+    if any(c == 0 for _, _, c in triples):
+        return "a step has c = 0, and it divides by c"
+    m, n = y_Nmn.shape[1:]
+    for width in (n, min(m, n)):  # of X's rows and of XXᵀ's
+        if width * y_Nmn.element_size() % 16:
+            return f"rows of {width} numbers are no multiple of 16 bytes"
+    return None
+
+
+newton_schulz = Op(_newton_schulz, "trinity_kernels.newton_schulz_triton:newton_schulz", refuses)
