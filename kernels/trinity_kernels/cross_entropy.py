@@ -1,12 +1,14 @@
 """The LM head and its loss in chunks of tokens, so that all logits are never held at once.
 
 Per valid token: CE + z·lse², CE = lse − logit[target], lse = log Σ exp(logits). The gradient of the sum with respect to
-the logits is p·(1 + 2·z·lse) − onehot; dX and dW are formed from it chunk by chunk in the forward pass (as Liger does),
-and the backward pass only scales them by the incoming scalar. The matrix products come out in x's dtype; everything
-after them, and the sum of dW over chunks, is in fp32.
+the logits is p·(1 + 2·z·lse) − onehot; dX and dW are formed from it chunk by chunk in the forward pass (as Liger does).
+Saved for backward: dX, and dW in fp32; the backward pass scales them by the incoming scalar in fp32 and rounds dW once.
+Logits, their gradient and dX come out in x's dtype; everything between, and the sum of dW over chunks, is in fp32.
 
 Shapes: T tokens, D width, V vocabulary, C tokens of one chunk.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,38 +21,144 @@ IGNORE = -100
 """A target that counts nowhere."""
 
 CHUNK_BYTES = 256 * 2**20
-"""The most that one chunk's fp32 logits take: the weight is read once per chunk, so larger is faster, not better."""
+"""The most that one chunk's logits take, of them the widest copy: fp32 on a CPU. The weight is read and its gradient
+read and written once per chunk, so larger is faster up to a point, not better."""
+
+CUDA_CHUNK_BYTES = 3200 * 2**20
+"""The same on a GPU: 8192 tokens of Trinity's vocabulary in bf16 take 3128 MiB; adding to dW then costs about 3 %."""
+
+ChunkLoss = Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor, bool], Tensor]
+"""(logits_CV, targets_C, z, ce_C, lse_C, top_C, with_gradient) → dlogits_CV: writes the three results per token; the
+logits' memory is its own to write in, and what it returns counts only with a gradient."""
+
+
+def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, device: str) -> int:
+    """C: as many tokens as the bytes allow, in chunks of about the same size, multiples of 128 where they are larger.
+
+    Args:
+        tokens: T.
+        vocabulary: V.
+        itemsize: bytes of one logit.
+        device: its type.
+    """
+    most = max(1, (CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES) // (itemsize * vocabulary))
+    if most > 128:
+        most -= most % 128
+    chunks = max(1, -(-tokens // most))
+    even = -(-tokens // chunks)
+    return max(1, min(most, -(-even // 128) * 128))
+
+
+def forward_in_chunks(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float, for_x: bool, for_weight: bool,
+    chunk_loss: ChunkLoss, itemsize: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The total, CE, lse and the largest logit per token, dX [T, D] in x's dtype and dW [V, D] in fp32 or float64.
+
+    Args:
+        for_x, for_weight: whether dX and dW are wanted; one that is not has no elements.
+        chunk_loss: turns the logits of one chunk into their gradient.
+        itemsize: bytes of a logit in the widest copy that chunk_loss holds.
+    """
+    T, V = x_TD.shape[0], weight_VD.shape[0]
+    ce_T = torch.zeros(T, dtype=_high(x_TD.dtype), device=x_TD.device)
+    lse_T, top_T = torch.zeros_like(ce_T), torch.full_like(ce_T, -torch.inf)
+    grad_x = x_TD.new_empty(x_TD.shape if for_x else 0)
+    grad_weight = torch.zeros(weight_VD.shape if for_weight else 0, dtype=ce_T.dtype, device=x_TD.device)
+    weight, chunk = widened(weight_VD), chunk_tokens(T, V, itemsize, x_TD.device.type)
+    for start in range(0, T, chunk):
+        rows = slice(start, start + chunk)
+        x_CD = widened(x_TD[rows])
+        # the product has no name here: the logits of two chunks are never held together
+        grad_CV = chunk_loss(
+            x_CD @ weight.t(), targets_T[rows], z, ce_T[rows], lse_T[rows], top_T[rows], for_x or for_weight
+        )
+        if for_x:
+            grad_x[rows] = grad_CV @ weight
+        if for_weight:
+            add_product_(grad_weight, grad_CV.t(), x_CD)
+        del grad_CV
+    return (ce_T + z * lse_T.square()).sum(), ce_T, lse_T, top_T, grad_x, grad_weight
+
+
+def add_product_(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += left·right, where into is as wide as the operands or wider.
+
+    On CUDA products of 16-bit numbers are added in fp32 by the matrix product itself; elsewhere such a product is
+    rounded to its operands' dtype first.
+    """
+    if into.dtype == left.dtype:
+        into.addmm_(left, right)
+    elif left.device.type == "cuda":
+        torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
+    else:
+        into += left @ right
+
+
+def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient·by, a product in fp32 or wider, rounded once to dtype.
+
+    Args:
+        by: scalar on the same device, fp32 or wider. As a vector of one element it takes part in the choice of the
+            product's dtype; a scalar would be rounded to bf16 first, an error that all elements share.
+    """
+    return torch.mul(gradient, by.reshape(1), out=gradient.new_empty(gradient.shape, dtype=dtype))
+
+
+def wanted_gradients(
+    x_TD: Tensor, weight_VD: Tensor, grad_weight_dtype: torch.dtype | None
+) -> tuple[bool, bool, torch.dtype]:
+    """Whether this call is to make dX and dW, neither under no_grad, and the dtype that dW is to end in."""
+    if grad_weight_dtype is None:
+        # compile cannot look at grad_dtype
+        known = weight_VD.is_leaf and not torch.compiler.is_compiling()
+        allowed = weight_VD.grad_dtype if known else weight_VD.dtype
+        grad_weight_dtype = _high(weight_VD.dtype) if allowed is None else allowed
+    graded = torch.is_grad_enabled()
+    return graded and x_TD.requires_grad, graded and weight_VD.requires_grad, grad_weight_dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float) -> tuple[Tensor, ...]:
-        with_gradient = x_TD.requires_grad or weight_VD.requires_grad
-        loss_T = wide(x_TD).new_zeros(x_TD.shape[0])
-        lse_T, top_T = torch.zeros_like(loss_T), torch.full_like(loss_T, -torch.inf)
-        grad_x = torch.empty_like(x_TD) if with_gradient else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=loss_T.dtype) if with_gradient else None
-        weight = widened(weight_VD)
-        chunk = max(1, CHUNK_BYTES // (loss_T.element_size() * weight_VD.shape[0]))
-        for start in range(0, x_TD.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            x_CD = widened(x_TD[rows])
-            logits_CV = wide(x_CD @ weight.t())
-            loss_T[rows], lse_T[rows], top_T[rows], sum_C = _token_losses(logits_CV, targets_T[rows])
-            if with_gradient:
-                grad_CV = _logits_gradient(logits_CV, sum_C, lse_T[rows], targets_T[rows], z).to(x_CD.dtype)
-                grad_x[rows] = grad_CV @ weight
-                grad_weight += grad_CV.t() @ x_CD
-        if with_gradient:
-            ctx.save_for_backward(grad_x, grad_weight.to(weight_VD.dtype))
-        total = (loss_T + z * lse_T.square()).sum()
-        ctx.mark_non_differentiable(loss_T, lse_T, top_T)
-        return total, loss_T, lse_T, top_T
+    def forward(
+        ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float,
+        for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        *results, grad_x, grad_weight = forward_in_chunks(
+            x_TD, weight_VD, targets_T, z, for_x, for_weight, _chunk_loss, _high(x_TD.dtype).itemsize
+        )
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.grad_weight_dtype = grad_weight_dtype
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return *scaled_gradients(ctx, grad), None, None, None, None, None
+
+
+def scaled_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """dX and dW from what forward_in_chunks made, saved in ctx; None where it is not needed."""
+    grad_x, grad_weight = ctx.saved_tensors
+    return (
+        scaled(grad_x, grad, grad_x.dtype) if ctx.needs_input_grad[0] else None,
+        scaled(grad_weight, grad, ctx.grad_weight_dtype) if ctx.needs_input_grad[1] else None,
+    )
+
+
+def _high(dtype: torch.dtype) -> torch.dtype:
+    """The precision of sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunk_loss(
+    logits: Tensor, targets_C: Tensor, z: float, ce_C: Tensor, lse_C: Tensor, top_C: Tensor, with_gradient: bool
+) -> Tensor:
+    """One chunk in torch; see ChunkLoss."""
+    logits_CV = wide(logits)
+    ce, lse, top, sum_C = _token_losses(logits_CV, targets_C)
+    ce_C.copy_(ce), lse_C.copy_(lse), top_C.copy_(top)
+    return _logits_gradient(logits_CV, sum_C, lse, targets_C, z).to(logits.dtype) if with_gradient else logits_CV
 
 
 def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,22 +171,26 @@ def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor,
     top_C = logits_CV.amax(dim=1)
     picked_C = logits_CV.gather(1, targets_C.clamp_min(0).unsqueeze(1)).squeeze(1)
     sum_C = logits_CV.sub_(top_C.unsqueeze(1)).exp_().sum(dim=1)
-    lse_C = top_C + sum_C.log()
-    zero = lse_C.new_zeros(())
+    log_C = sum_C.log()
+    zero = log_C.new_zeros(())
     # where, not a product: an ignored token with an infinite logit must not give NaN
-    return torch.where(valid, lse_C - picked_C, zero), torch.where(valid, lse_C, zero), top_C, sum_C
+    # top − picked first: the logarithm would lose its digits in a large top
+    return torch.where(valid, top_C - picked_C + log_C, zero), torch.where(valid, top_C + log_C, zero), top_C, sum_C
 
 
 def _logits_gradient(exp_CV: Tensor, sum_C: Tensor, lse_C: Tensor, targets_C: Tensor, z: float) -> Tensor:
     """p·(1 + 2·z·lse) − onehot in the memory of what _token_losses left; rows of ignored targets are 0."""
     exp_CV.mul_(((1 + 2 * z * lse_C) / sum_C).unsqueeze(1))
     exp_CV.scatter_add_(1, targets_C.clamp_min(0).unsqueeze(1), exp_CV.new_full((len(exp_CV), 1), -1.0))
-    # by index: a mask would pass over all logits where mostly no target is ignored
-    return exp_CV.index_fill_(0, (targets_C == IGNORE).nonzero().squeeze(1), 0.0)
+    ignored_C = targets_C == IGNORE
+    if exp_CV.device.type == "cpu":
+        # by index: a mask would pass over all logits where mostly no target is ignored
+        return exp_CV.index_fill_(0, ignored_C.nonzero().squeeze(1), 0.0)
+    return exp_CV.masked_fill_(ignored_C.unsqueeze(1), 0.0)  # the host does not wait for how many there are
 
 
 def _linear_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Head and loss: Σ over valid tokens of CE + z·lse², with what metrics need per token.
 
@@ -87,11 +199,21 @@ def _linear_cross_entropy(
         weight_VD: [V, D], same dtype.
         targets_T: [T] int64, in [0, V) or IGNORE.
         z: coefficient of lse².
+        grad_weight_dtype: what dW, summed in fp32, is rounded to. By default what a leaf allows by its grad_dtype
+            (None there: fp32), which is the weight's own dtype unless it was set. Autograd rounds to that once more,
+            so another dtype is of use only where the graph goes on or grad_dtype is None.
     Returns:
         total: scalar, differentiable; and without gradient, fp32 (float64 stays): ce_T [T] and lse_T [T], both 0 where
         ignored, and the largest logit per token [T].
     """
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, z)
+    gradients = wanted_gradients(x_TD, weight_VD, grad_weight_dtype)
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, z, *gradients)
 
 
-linear_cross_entropy = Op(_linear_cross_entropy)
+def _refuses(x_TD: Tensor, weight_VD: Tensor, *_: object, **__: object) -> str | None:
+    if x_TD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its sums are in fp32 and x is {x_TD.dtype}"
+    return None
+
+
+linear_cross_entropy = Op(_linear_cross_entropy, "trinity_kernels.cross_entropy_triton:linear_cross_entropy", _refuses)

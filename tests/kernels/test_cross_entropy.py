@@ -97,6 +97,81 @@ def test_frozen_inputs(wanted: tuple[bool, bool]) -> None:
         assert torch.equal(tensor.grad, gradient) if wants else tensor.grad is None
 
 
+def test_evaluation_forms_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad, though the weight trains; and the results are the same."""
+    x_TD, weight_VD, targets_T = make()
+    exact = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
+    for name in ("_logits_gradient", "add_product_"):
+        monkeypatch.setattr(cross_entropy, name, None)
+    with torch.no_grad():
+        got = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
+    assert all(torch.equal(a, b) for a, b in zip(got, exact))
+
+
+def test_a_leaf_may_ask_for_fp32_gradients() -> None:
+    """grad_dtype: dW of a bf16 weight arrives as it was summed, and rounding it gives what arrives without.
+
+    A bf16 number is as close to the fp32 one as 2⁻⁹ of it; equal they never all are, as only one is rounded.
+    """
+    x_TD, weight_VD, targets_T = make(torch.bfloat16)
+    precise_VD = weight_VD.detach().clone().requires_grad_()
+    precise_VD.grad_dtype = torch.float32
+    for weight in (weight_VD, precise_VD):
+        (linear_cross_entropy(x_TD, weight, targets_T, Z)[0] / 3).backward()
+    assert (weight_VD.grad.dtype, precise_VD.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(precise_VD.grad.bfloat16(), weight_VD.grad)
+    assert not torch.equal(precise_VD.grad, weight_VD.grad.float())
+
+
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, None])
+def test_grad_weight_dtype_where_any_is_allowed(asked: torch.dtype | None) -> None:
+    """A leaf without a grad_dtype takes what comes: fp32 unless told otherwise."""
+    x_TD, weight_VD, targets_T = make(torch.bfloat16)
+    weight_VD.grad_dtype = None
+    linear_cross_entropy(x_TD, weight_VD, targets_T, Z, grad_weight_dtype=asked)[0].backward()
+    assert weight_VD.grad.dtype == (asked or torch.float32)
+
+
+def test_incoming_gradient_is_not_rounded() -> None:
+    """1/3 in bf16 is 0.3340: dX and dW would all be 0.2 % too large. Here only their own rounding is left."""
+    x_TD, weight_VD, targets_T = make(torch.bfloat16)
+    total = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)[0]
+    whole = torch.autograd.grad(total, (x_TD, weight_VD), retain_graph=True)
+    third = torch.autograd.grad(total / 3, (x_TD, weight_VD))
+    for a, b in zip(third, whole):
+        assert abs((3 * a.double()).abs().sum() / b.double().abs().sum() - 1) < 2e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_needs_nothing_of_the_host(dtype: torch.dtype) -> None:
+    """On any device but a CPU: tensors without memory would refuse to tell it a value."""
+    x_TD, weight_VD, targets_T = (tensor.to("meta") for tensor in make(dtype))
+    total, *_ = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
+    grads = torch.autograd.grad(total, (x_TD, weight_VD))
+    assert [(g.shape, g.dtype) for g in grads] == [((T, D), dtype), ((V, D), dtype)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "itemsize", "device", "expected"),
+    [
+        (32768, 2, "cuda", 8192),  # four equal chunks
+        (8192, 2, "cuda", 8192),
+        (8193, 2, "cuda", 8193 // 128 * 128 + 128),  # all of them: 8320 tokens fit
+        (8321, 2, "cuda", 4224),  # two of about the same size
+        (32768, 4, "cuda", 4096),
+        (1000, 4, "cpu", 256),  # 335 fit
+        (5, 4, "cpu", 128),
+        (0, 4, "cpu", 1),
+    ],
+)
+def test_chunks_of_trinitys_vocabulary(tokens: int, itemsize: int, device: str, expected: int) -> None:
+    assert cross_entropy.chunk_tokens(tokens, 200_192, itemsize, device) == expected
+
+
+def test_a_chunk_has_a_token_at_least() -> None:
+    assert cross_entropy.chunk_tokens(10, 10**9, 4, "cpu") == 1
+
+
 @pytest.mark.usefixtures("chunked")
 def test_all_targets_ignored() -> None:
     """Loss and gradients are exact zeros; the largest logits are still told."""
@@ -142,6 +217,13 @@ def test_large_logits_do_not_overflow() -> None:
     grads = torch.autograd.grad(total, (x_TD, weight_VD))
     assert grads[0].flatten().tolist() == pytest.approx([0.0, -2.0])
     assert grads[1].flatten().tolist() == pytest.approx([1000.0, -1000.0, 0.0])
+
+
+def test_cross_entropy_of_large_logits_keeps_its_digits() -> None:
+    """Two equal winners at 1e4: CE is log 2. Taken from lse, of which fp32 holds 5e-4, it would be 0.6934."""
+    x_TD, weight_VD = torch.tensor([[1e4]]), torch.tensor([[1.0], [1.0], [-1.0]])
+    _, ce_T, *_ = linear_cross_entropy(x_TD, weight_VD, torch.tensor([0]))
+    assert ce_T.item() == pytest.approx(0.69314718, rel=1e-7)
 
 
 def test_repetition_gives_the_same_bits() -> None:
