@@ -199,9 +199,9 @@ def _linear_cross_entropy(
         weight_VD: [V, D], same dtype.
         targets_T: [T] int64, in [0, V) or IGNORE.
         z: coefficient of lse².
-        grad_weight_dtype: what dW, summed in fp32, is rounded to. By default what a leaf allows by its grad_dtype
-            (None there: fp32), which is the weight's own dtype unless it was set. Autograd rounds to that once more,
-            so another dtype is of use only where the graph goes on or grad_dtype is None.
+        grad_weight_dtype: what dW, summed in fp32, is rounded to. By default the weight's grad_dtype: its own dtype
+            unless that was set, fp32 where it is None (any). Autograd casts what arrives at a leaf to its grad_dtype
+            in any case.
     Returns:
         total: scalar, differentiable; and without gradient, fp32 (float64 stays): ce_T [T] and lse_T [T], both 0 where
         ignored, and the largest logit per token [T].

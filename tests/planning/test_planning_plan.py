@@ -18,7 +18,15 @@ from trinity.training.hardware import GPUS
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "model": {"width": 64, "layers": 4, "experts": 8, "active_experts": 2, "expert_width": 32, "vocab_size": 512},
+    "model": {
+        "width": 64,
+        "layers": 4,
+        "dense_width": 64,
+        "experts": 8,
+        "active_experts": 2,
+        "expert_width": 32,
+        "vocab_size": 512,
+    },
     "run": {"steps": 10},
     "data": {"sequence_length": 128},
     "batch": {"sequences": 16, "microbatch": 8},

@@ -36,7 +36,7 @@ from trinity.parallel.recompute import recompute_blocks
 from trinity.parallel.sharding import master_dtype
 from trinity.parallel.traffic import Traffic, count_collectives
 from trinity.planning.live_bytes import LiveBytes
-from trinity_kernels.cross_entropy import CHUNK_BYTES
+from trinity_kernels.cross_entropy import chunk_tokens
 
 
 class Activations(NamedTuple):
@@ -135,9 +135,8 @@ def embedding_activations(config: RunConfig, rows: int) -> Activations:
 
 def head_activations(config: RunConfig, rows: int) -> Activations:
     """Of the head and the loss, by formula: it forms both its gradients in the forward pass, in chunks of tokens."""
-    size = getattr(torch, config.precision.compute).itemsize
-    weight = config.model.vocab_size * config.model.width
-    x = rows * config.data.sequence_length * config.model.width * size
-    kept = x + weight * size
-    # beside what is kept: the weight's gradient in fp32, and a chunk's logits in fp32 and in bf16
-    return Activations(kept, kept + 4 * weight + 1.5 * CHUNK_BYTES, kept)
+    size, V, D = getattr(torch, config.precision.compute).itemsize, config.model.vocab_size, config.model.width
+    tokens = rows * config.data.sequence_length
+    kept = tokens * D * size + V * D * max(size, 4)  # the weight's gradient is summed in fp32 at least
+    # on a GPU one chunk's logits become their gradient in place; backward scales both gradients into new memory
+    return Activations(kept, kept + chunk_tokens(tokens, V, size, "cuda") * V * size, (tokens + V) * D * size)

@@ -1,0 +1,176 @@
+"""The LM head and its loss, forward and backward: ours against Liger's fused one and plain torch, in one run.
+
+On a GPU the widths of Nano, Mini and Large with Trinity's vocabulary and 32768 tokens in bf16; on a CPU the head of
+configs/smoke.yaml in fp32, without Liger, whose kernels need a GPU. Ours and Liger's have the z-loss, plain torch does
+not: it has less to do. Plain torch in chunks goes backward after each, so that it holds one chunk's logits too.
+
+Effective TFLOP/s count 6·T·D·V, whatever a contender computes besides. Memory is the most above what was there before,
+both gradients included. On a GPU a figure is the median of triton.testing.do_bench, each contender warm; on a CPU the
+median over rounds, the contenders taking turns. Their losses stand beside the figures: all compute the same.
+
+Shapes: T tokens, D width, V vocabulary.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import trinity_kernels
+from trinity.config.model import ZOO
+
+Z = 1e-6
+PEAK = 789
+"""TFLOP/s: what cuBLAS reaches on an H200 with dense bf16 matrices of random numbers."""
+TOKENS = {"cpu": 2048, "cuda": 32768}
+TORCH_CHUNK = {"cpu": 512, "cuda": 4096}
+"""Tokens whose logits plain torch holds: in bf16 and fp32, with their gradients."""
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_TD, weight_VD, targets_T) → the loss, gradients left in x and weight."""
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Measure every contender at every width; returns the figures and what they were measured on."""
+    from benchmarks.step import machine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = ("smoke",) if device == "cpu" else ("nano",) if quick else ("nano", "mini", "large")
+    found = {}
+    for name in tqdm(models, unit="width", file=sys.stderr):
+        inputs = _inputs(ZOO[name].vocab_size, ZOO[name].width, device)
+        flops = 6 * TOKENS[device] * ZOO[name].vocab_size * ZOO[name].width
+        measure = _on_gpu if device == "cuda" else _on_cpu
+        figures = measure(_contenders(device), inputs, 2 if quick else 8)
+        for figure in figures.values():
+            if "seconds" in figure:
+                figure["tflops"] = flops / figure["seconds"] / 1e12
+        found[name] = {"shape": [TOKENS[device], ZOO[name].width, ZOO[name].vocab_size], "contenders": figures}
+    return {"on": machine(), "dtype": str(inputs[0].dtype).removeprefix("torch."), "models": found}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as Markdown tables, one a width, with ratios to ours."""
+    lines = [f"{results['on']}; {results['dtype']}"]
+    for name, found in results["models"].items():
+        T, D, V = found["shape"]
+        lines += [
+            "",
+            f"{name}: T = {T}, D = {D}, V = {V}",
+            "",
+            f"| | forward + backward, ms | against ours | TFLOP/s | of {PEAK} | peak memory, GiB | loss a token |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        ours = found["contenders"]["ours"]["seconds"]
+        for contender, figure in found["contenders"].items():
+            if "failed" in figure:
+                lines.append(f"| {contender} | {figure['failed']} | | | | | |")
+                continue
+            on_gpu = "memory_gib" in figure
+            memory = f"{figure['memory_gib']:.2f}" if on_gpu else ""
+            share = f"{figure['tflops'] / PEAK:.1%}" if on_gpu else ""
+            lines.append(
+                f"| {contender} | {figure['seconds'] * 1e3:.1f} | {figure['seconds'] / ours:.2f} "
+                f"| {figure['tflops']:.3g} | {share} | {memory} | {figure['loss'] / T:.4f} |"
+            )
+    return "\n".join(lines)
+
+
+def _inputs(vocabulary: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """As at the start of a run: x as a norm leaves it, the weight's σ 0.5/√d; so logits of about 0.5."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    random = torch.Generator(device).manual_seed(0)
+    x_TD = torch.randn(TOKENS[device], width, generator=random, device=device)
+    weight_VD = torch.randn(vocabulary, width, generator=random, device=device).mul_(0.5 / width**0.5)
+    targets_T = torch.randint(vocabulary, (TOKENS[device],), generator=random, device=device)
+    return x_TD.to(dtype).requires_grad_(), weight_VD.to(dtype).requires_grad_(), targets_T
+
+
+def _contenders(device: str) -> dict[str, Loss]:
+    contenders = {"ours": _ours("auto")}
+    if device == "cuda":
+        contenders["ours, reference"] = _ours("reference")
+        try:
+            contenders["Liger"] = _liger()
+        except ImportError:
+            print("liger_kernel is not installed: without Liger", file=sys.stderr)
+    chunk = TORCH_CHUNK[device]
+    contenders[f"torch, chunks of {chunk}"] = lambda *inputs: _plain(*inputs, chunk)
+    contenders["torch, all logits"] = lambda *inputs: _plain(*inputs, TOKENS[device])
+    return contenders
+
+
+def _ours(kernel: str) -> Loss:
+    def loss(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+        total = trinity_kernels.linear_cross_entropy(x_TD, weight_VD, targets_T, Z, kernel=kernel)[0]
+        total.backward()
+        return total
+
+    return loss
+
+
+def _liger() -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss(reduction="sum", lse_square_scale=Z, accum_dtype=torch.float32)
+
+    def loss(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+        total = fused(weight_VD, x_TD, targets_T)
+        total.backward()
+        return total
+
+    return loss
+
+
+def _plain(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
+    total = torch.zeros((), device=x_TD.device)
+    for x_CD, targets_C in zip(x_TD.split(chunk), targets_T.split(chunk)):
+        loss = F.cross_entropy((x_CD @ weight_VD.t()).float(), targets_C, reduction="sum")
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    for tensor in inputs[:2]:
+        tensor.grad = None
+    return loss(*inputs)
+
+
+def _on_gpu(contenders: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], repetitions: int) -> dict[str, Any]:
+    from triton.testing import do_bench
+
+    figures: dict[str, Any] = {}
+    for name, loss in contenders.items():
+        for tensor in inputs[:2]:
+            tensor.grad = None
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            value = _step(loss, inputs).item()
+        except torch.OutOfMemoryError:
+            figures[name] = {"failed": "its memory is not there"}
+            continue
+        memory = torch.cuda.max_memory_allocated() - before
+        seconds = do_bench(lambda loss=loss: _step(loss, inputs), rep=200 * repetitions, return_mode="median") / 1e3
+        figures[name] = {"seconds": seconds, "memory_gib": memory / 2**30, "loss": value}
+    return figures
+
+
+def _on_cpu(contenders: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], repetitions: int) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    losses = {}
+    for _ in range(repetitions + 1):
+        for name, loss in contenders.items():
+            began = time.perf_counter()
+            losses[name] = _step(loss, inputs).item()
+            seconds[name].append(time.perf_counter() - began)
+    # the first of each warms up
+    return {name: {"seconds": statistics.median(seconds[name][1:]), "loss": losses[name]} for name in contenders}
