@@ -5,13 +5,17 @@
 
 from trinity_kernels.cross_entropy import linear_cross_entropy
 from trinity_kernels.experts import expert_mlp
+from trinity_kernels.gate import sigmoid_gate
 from trinity_kernels.grouped_gemm import grouped_linear, grouped_matmul, grouped_outer
 from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.linear import linear
-from trinity_kernels.norm import rms_norm
+from trinity_kernels.norm import add_norm, norm_add, rms_norm
+from trinity_kernels.qk_norm import qk_norm
 from trinity_kernels.routing import gates, route
+from trinity_kernels.swiglu import swiglu
 
 __all__ = [
+    "add_norm",
     "expert_mlp",
     "gates",
     "group_rows",
@@ -20,7 +24,11 @@ __all__ = [
     "grouped_outer",
     "linear",
     "linear_cross_entropy",
+    "norm_add",
+    "qk_norm",
     "rms_norm",
     "route",
+    "sigmoid_gate",
+    "swiglu",
     "tile_table",
 ]

@@ -67,7 +67,8 @@ def _tile_table(ends_E: Tensor, rows: int, block: int) -> Tensor:
     end = ends_E[expert]
     first = end - sizes_E[which] + (entry - (after_E - tiles_E)[which]) * block
     table = torch.stack((expert, first, end), dim=1)
-    return table.where((entry < after_E[-1]).unsqueeze(1), table.new_tensor(-1)).to(torch.int32)
+    # no tensor made of −1: copying it to the device would make the host wait
+    return table.masked_fill_((entry >= after_E[-1]).unsqueeze(1), -1).to(torch.int32)
 
 
 def table_length(rows: int, block: int, experts: int) -> int:

@@ -2,8 +2,9 @@
 
     1. each block of choices: a choice's rank among the earlier ones of the block that chose the same expert, by
        comparing all pairs; the last of them knows how many there are
-    2. torch adds up the counts of the blocks before, and of the experts before
-    3. place = what comes before + rank; the inverse is written beside it
+    2. the counts stand in one line, expert after expert and block after block: torch's running sum over that line is,
+       at each, the row after the block's last of the expert
+    3. place = the running sum before + rank; the inverse is written beside it
 
 Shapes: T tokens, K active experts, E experts, R rows, B blocks.
 """
@@ -26,14 +27,13 @@ def group_rows(indices_TK: Tensor, experts: int, rows: int) -> Groups:
     if not choices:
         return Groups(order_R, place_TK, order_R.new_zeros(experts))
     blocks = cdiv(choices, BLOCK)
-    counts_BE = torch.zeros(blocks, experts, dtype=torch.int32, device=indices_TK.device)
+    counts_EB = torch.zeros(experts, blocks, dtype=torch.int32, device=indices_TK.device)
     indices_TK = indices_TK.contiguous()
-    rank_kernel[(blocks,)](indices_TK, place_TK, counts_BE, choices, experts, BLOCK=BLOCK, num_warps=4)
-    total_E = counts_BE.sum(dim=0, dtype=torch.int32)
-    ends_E = total_E.cumsum(0, dtype=torch.int32)
-    before_BE = counts_BE.cumsum(0, dtype=torch.int32) - counts_BE + (ends_E - total_E)
-    place_kernel[(blocks,)](indices_TK, place_TK, before_BE, order_R, choices, experts, BLOCK=BLOCK, num_warps=4)
-    return Groups(order_R, place_TK, ends_E)
+    rank_kernel[(blocks,)](indices_TK, place_TK, counts_EB, choices, blocks, BLOCK=BLOCK, num_warps=4)
+    # over one dimension alone: over the outer of two, torch on a GPU walks each column with one thread
+    ends_EB = counts_EB.flatten().cumsum(0, dtype=torch.int32)
+    place_kernel[(blocks,)](indices_TK, place_TK, ends_EB, order_R, choices, blocks, BLOCK=BLOCK, num_warps=4)
+    return Groups(order_R, place_TK, ends_EB.view(experts, blocks)[:, -1].contiguous())
 
 
 def tile_table(ends_E: Tensor, rows: int, block: int) -> Tensor:
@@ -46,7 +46,7 @@ def tile_table(ends_E: Tensor, rows: int, block: int) -> Tensor:
 
 
 @triton.jit
-def rank_kernel(indices, ranks, counts, choices, experts, BLOCK: tl.constexpr):
+def rank_kernel(indices, ranks, counts, choices, blocks, BLOCK: tl.constexpr):
     """Each choice's rank in its block among those of its expert, and the block's count of each expert it has."""
     mine = tl.arange(0, BLOCK)
     choice = tl.program_id(0) * BLOCK + mine
@@ -58,18 +58,19 @@ def rank_kernel(indices, ranks, counts, choices, experts, BLOCK: tl.constexpr):
     rank = tl.sum((same & (mine[None, :] < mine[:, None])).to(tl.int32), axis=1)
     later = tl.sum((same & (mine[None, :] > mine[:, None])).to(tl.int32), axis=1)
     tl.store(ranks + choice, rank, mask=choice < choices)
-    place = counts + tl.program_id(0).to(tl.int64) * experts + expert
-    tl.store(place, rank + 1, mask=(expert >= 0) & (later == 0))
+    place = expert.to(tl.int64) * blocks + tl.program_id(0)
+    tl.store(counts + place, rank + 1, mask=(expert >= 0) & (later == 0))
 
 
 @triton.jit
-def place_kernel(indices, places, before, order, choices, experts, BLOCK: tl.constexpr):
+def place_kernel(indices, places, ends, order, choices, blocks, BLOCK: tl.constexpr):
     """From ranks to rows, in place, and the rows' choices."""
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = choice < choices
     expert = tl.load(indices + choice, mask=there, other=-1).to(tl.int32)
     here = expert >= 0
-    start = tl.load(before + tl.program_id(0).to(tl.int64) * experts + expert, mask=here, other=0)
+    before = expert.to(tl.int64) * blocks + tl.program_id(0) - 1
+    start = tl.load(ends + before, mask=here & (before >= 0), other=0)
     place = start + tl.load(places + choice, mask=here, other=0)
     tl.store(places + choice, tl.where(here, place, -1), mask=there)
     tl.store(order + place, choice, mask=here)

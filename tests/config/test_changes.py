@@ -30,8 +30,9 @@ def test_every_setting_has_a_rule() -> None:
         ("data.streams", "fixed"), ("data.tokenizer", "fixed"), ("data.train", "fixed"), ("data.validation", "free"),
         ("batch.sequences", "accept"), ("batch.microbatch", "free"), ("optim.muon.lr", "accept"),
         ("optim.schedule.final", "accept"), ("balancing.kind", "accept"), ("loss.z", "accept"),
-        ("parallel.shard", "free"), ("kernels.attention", "free"), ("recompute", "free"), ("checkpoint.every", "free"),
-        ("log.wandb", "free"), ("health.bad_steps", "free"),
+        ("parallel.shard", "free"), ("kernels.attention", "free"), ("kernels.experts", "free"),
+        ("precision.compute", "accept"), ("precision.fp8", "accept"), ("recompute", "free"),
+        ("checkpoint.every", "free"), ("log.wandb", "free"), ("health.bad_steps", "free"),
     ],
 )  # fmt: skip
 def test_the_longest_prefix_decides(key: str, rule: str) -> None:

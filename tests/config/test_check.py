@@ -129,6 +129,10 @@ COMBINATIONS = [
         "precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; use float64",
     ),
     (
+        ["run.steps=1", "precision.compute=float32", "precision.fp8=torchao"],
+        "precision.fp8=torchao rounds bfloat16 to 8 bits and precision.compute=float32; use precision.compute=bfloat16",
+    ),
+    (
         ["run.steps=1", "compile=block", "recompute=selective"],
         "compile=block with recompute=selective would compile nothing, because compiled code cannot say what recompute "
         "keeps; use compile=none or recompute=none",

@@ -3,9 +3,12 @@
 Integers: equal, without tolerance.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_case import DEVICE
 
 from trinity_kernels import group_rows, tile_table
@@ -69,3 +72,42 @@ def test_tiles_cover_every_row_once_the_fullest_expert_first(sizes: list[int], b
         assert table.dtype == torch.int32
         assert len(table) == table_length(sum(sizes), block, len(sizes))
         assert table.tolist() == wanted
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes a host wait for a GPU: reading a number or a mask's length, tensors made of Python numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert name not in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "bincount"), name
+        assert not masks, "indexed by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_references_do_not_wait_for_a_device() -> None:
+    """Where Triton refuses, they run on a GPU. That the mode notices is seen on four things that do wait."""
+    indices_TK, rows = choices(7, 3, 20, 0.4)
+    for waits in (lambda x: x[0, 0].item(), Tensor.nonzero, lambda x: x[x > 0], lambda x: x.new_tensor(1)):
+        with pytest.raises(AssertionError), NoWaiting():
+            waits(indices_TK)
+    with NoWaiting():
+        groups = group_rows.reference(indices_TK, 7, rows)
+        tile_table.reference(groups.ends_E, rows, 16)
+
+
+def test_repetition_gives_the_same_bits() -> None:
+    """More blocks of choices than one, so that an order among them could show."""
+    indices_TK, rows = choices(16, 4, 129, 0.4)
+    for implementation in (group_rows.reference, group_rows.triton):
+        first, second = (implementation(indices_TK, 16, rows) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_choices_of_any_strides() -> None:
+    """Every other column of a larger tensor, as a slice leaves it."""
+    indices_TK, rows = choices(16, 4, 65)
+    strided_TK = torch.stack((indices_TK, indices_TK.new_full(indices_TK.shape, 3)), dim=2).flatten(1)[:, ::2]
+    assert not strided_TK.is_contiguous()
+    for implementation in (group_rows.reference, group_rows.triton):
+        assert all(map(torch.equal, implementation(strided_TK, 16, rows), implementation(indices_TK, 16, rows)))

@@ -1,11 +1,13 @@
-"""rms_norm against its equation in float64, and in bf16 against the norm of transformers' AfMoE."""
+"""rms_norm, norm_add and add_norm against their equations in float64; in bf16 against transformers' AfMoE's norm."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from transformers.models.afmoe.modeling_afmoe import AfmoeRMSNorm
 
-from trinity_kernels import rms_norm
+from trinity_kernels import add_norm, norm_add, rms_norm
 
 EPS = 1e-5
 # fp32: a few roundings of 2⁻²⁴ and sums of 48 squares; bf16: the result is rounded once, 2⁻⁹
@@ -85,3 +87,78 @@ def test_repetition_gives_the_same_bits() -> None:
         y = rms_norm(x, gain_D, EPS)
         runs.append([y, *torch.autograd.grad(y.sum(), (x, gain_D))])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def make_stream(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """y, which a sublayer gave, x, which went into it, and two gains."""
+    y, post_gain_D = make(shape, dtype)
+    random = torch.Generator().manual_seed(2)
+    x = torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+    gain_D = torch.rand(shape[-1], generator=random, dtype=torch.float64).to(post_gain_D.dtype).requires_grad_()
+    return [y, x, post_gain_D, gain_D]
+
+
+def plain_stream(
+    y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x + RMSNorm(y) in float64, and the norm of it as rounded to x's dtype; rounding is no matter of gradients."""
+    r = x.double() + plain(y, post_gain_D)
+    if gain_D is None:
+        return r, None
+    rounded = r + (r.to(x.dtype).double() - r).detach()
+    return r, plain(rounded, gain_D)
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 4, 48), (0, 48), (7, 3)])
+def test_sums_match_the_equation(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Both ops, every output and every gradient; r and u get gradients at once, u through r."""
+    inputs = make_stream(shape, dtype)
+    dys = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (3, 4)]
+    got, exact = add_norm(*inputs, EPS), plain_stream(*inputs)
+    grads, exact_grads = (torch.autograd.grad(rs, inputs, [dy.to(rs[0].dtype) for dy in dys]) for rs in (got, exact))
+    alone, exact_alone = norm_add(*inputs[:3], EPS), plain_stream(*inputs[:3])[0]
+    grads += torch.autograd.grad(alone, inputs[:3], dys[0])
+    exact_grads += torch.autograd.grad(exact_alone, inputs[:3], dys[0].double())
+    wide = inputs[2].dtype
+    assert [x.dtype for x in (*got, alone)] == [dtype] * 3
+    assert [g.dtype for g in grads] == [dtype, dtype, wide, wide, dtype, dtype, wide]
+    pairs = zip((*got, alone, *grads), (*exact, exact_alone, *exact_grads))
+    found = [error(a, b.double()) for a, b in pairs]
+    assert max(found) <= BOUNDS[dtype], found
+
+
+@pytest.mark.parametrize("op", [norm_add, add_norm])
+def test_gradcheck_of_sums(op: Callable) -> None:
+    """As for rms_norm; y of size 1."""
+    y, *others = make_stream((3, 6), torch.float64)
+    inputs = [(100 * y).detach().requires_grad_(), *others][: 4 if op is add_norm else 3]
+    torch.autograd.gradcheck(lambda *tensors: op(*tensors, EPS), inputs)
+
+
+def test_add_norm_is_the_composition() -> None:
+    """In fp32 to a few roundings, of which there are fewer; u is bit for bit the norm of r, in bf16 as well."""
+    inputs = make_stream((5, 48), torch.float32)
+    r = inputs[1] + rms_norm(inputs[0], inputs[2], EPS)
+    composed, fused = (r, rms_norm(r, inputs[3], EPS)), add_norm(*inputs, EPS)
+    dys = [torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
+    for ours, theirs in zip(
+        (*fused, *torch.autograd.grad(fused, inputs, dys)), (*composed, *torch.autograd.grad(composed, inputs, dys))
+    ):
+        assert error(ours, theirs.double()) <= BOUNDS[torch.float32]
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_stream((64, 48), dtype)
+        r, u = add_norm(*inputs, EPS)
+        assert torch.equal(u, rms_norm(r, inputs[3], EPS))
+        assert torch.equal(r, norm_add(*inputs[:3], EPS))
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_result_that_nobody_uses_has_no_gradient(used: int) -> None:
+    """r alone is norm_add; u alone is as in the composition."""
+    inputs = make_stream((5, 48), torch.float32)
+    r = inputs[1] + rms_norm(inputs[0], inputs[2], EPS)
+    wanted = (r, rms_norm(r, inputs[3], EPS))[used].sum()
+    got = add_norm(*inputs, EPS)[used].sum()
+    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, materialize_grads=True) for y in (got, wanted))):
+        assert error(ours, theirs.double()) <= BOUNDS[torch.float32]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.attention import Attention, rotate, rotation_of
+from trinity.models.attention import Attention, rotation_of
 from trinity.models.backends import Visibility
+from trinity_kernels.qk_norm import rotate
 
 LOCAL, GLOBAL = 0, 3  # layers
 S = 12

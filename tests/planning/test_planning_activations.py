@@ -56,9 +56,9 @@ def test_dense_block_by_hand(tiny: ModelConfig) -> None:
     """
     D, P, HC, GC, F = 24, 2 * (32 + 16), 32, 16, 40
     sixteen_bits = D + P + HC + GC  # first norm's output; q, k, v and gate; q and k after their norms (and RoPE)
-    sixteen_bits += HC + HC + HC  # attention's output, the gate's sigmoid, their product
+    sixteen_bits += HC + HC  # attention's output, gated and not; the gate's sigmoid is made again
     sixteen_bits += D + D + D  # the output projection, the residual stream, the second norm's output
-    sixteen_bits += 2 * F + F + F  # gate and up, silu(gate), the product
+    sixteen_bits += 2 * F + F  # gate and up, and SwiGLU of them; silu(gate) is made again
     sixteen_bits += D + D  # the down projection, the block's output
     wide = 4 + (4 + 2) + 4  # 1/rms of four norms, of each head of q and k; attention's log-sum-exp
     dense = measured(config_of(tiny))[0]
@@ -145,11 +145,11 @@ def test_working_space_is_on_top(tiny: ModelConfig, monkeypatch: pytest.MonkeyPa
 def test_head(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the loss with memory, in fp32 and chunks of ten tokens.
 
-    The formula leaves out a few numbers a token; in fp32 it has a chunk's half too much, the copy in bf16.
+    The formula is a GPU's, so the CPU is given chunks of the same size; it leaves out a few numbers a token.
     """
     chunk = 10 * 50 * 4
-    monkeypatch.setattr("trinity.planning.activations.CHUNK_BYTES", chunk)
-    monkeypatch.setattr("trinity_kernels.cross_entropy.CHUNK_BYTES", chunk)
+    for name in ("CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
+        monkeypatch.setattr(f"trinity_kernels.cross_entropy.{name}", chunk)
     x = torch.randn(TOKENS, 24, requires_grad=True)
     weight, targets = torch.randn(50, 24, requires_grad=True), torch.randint(50, (TOKENS,))
     expected = head_activations(replace(config_of(tiny), precision=Precision(compute="float32")), ROWS)
@@ -157,7 +157,7 @@ def test_head(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with LiveBytes() as live:
         losses = linear_cross_entropy(x, weight, targets, 1e-4)
         assert 0 <= live.now - expected.kept <= few
-        assert -chunk / 2 <= live.peak - expected.forward <= few
+        assert 0 <= live.peak - expected.forward <= few
         live.peak = before = live.now
         losses[0].backward()
         assert 0 <= live.peak - before - expected.backward <= few

@@ -217,8 +217,9 @@ class Kernels:
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
     """Engine of softmax attention (trinity.models.backends); auto: flash4, flash2 or varlen on a GPU, else sdpa."""
-    experts: Literal["auto", "triton", "reference"] = "auto"
-    """The routed experts. Here and below, auto: Triton on a GPU where it takes such sizes, else torch."""
+    experts: Literal["auto", "triton", "reference", "grouped_mm", "megablocks", "transformer_engine"] = "auto"
+    """The routed experts; the last three are other packages' (trinity_kernels.expert_engines), to measure against. Here
+    and below, auto: Triton on a GPU where it takes such sizes, else torch."""
     experts_recompute: bool = False
     """Triton makes the experts' pre-activations again in backward: 4·F bytes a row less to keep, a ninth more work."""
     routing: Literal["auto", "triton", "reference"] = "auto"
@@ -247,6 +248,9 @@ class Precision:
     """Matrix products and the residual stream; router, norms and losses are fp32 in any case."""
     reduce: Literal["bfloat16", "float32", "float64"] = "float32"
     """Gradients between ranks."""
+    fp8: Literal["none", "torchao", "transformer_engine"] = "none"
+    """Whose 8-bit products the projections of attention, dense FFN and shared experts use (trinity.models.fp8). None:
+    the report turned MXFP8 off in Large's run, back to bf16, as one of six changes for stability."""
 
 
 @dataclass

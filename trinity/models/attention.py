@@ -11,10 +11,11 @@ Shapes: B batch, S sequence, D width, H query heads, G key/value heads, C head w
 import torch
 from torch import Tensor, nn
 
+import trinity_kernels
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, Kernels
 from trinity.models.backends import Visibility, attend
-from trinity.models.layers import Linear, RMSNorm
+from trinity.models.layers import Linear, QKNorm
 
 
 class Attention(nn.Module):
@@ -28,13 +29,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.gate_kernel = kernels.gate
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.window = None if config.is_global(layer) else config.window
         q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.qkvg = Linear(config.width, (q_width, kv_width, kv_width, q_width))
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.q_norm = QKNorm(config.head_dim, config.norm_eps, kernel=kernels.qk_norm)
+        self.k_norm = QKNorm(config.head_dim, config.norm_eps, kernel=kernels.qk_norm)
         self.out = Linear(q_width, (config.width,))
 
     def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility) -> Tensor:
@@ -48,13 +49,12 @@ class Attention(nn.Module):
             [B, S, D], x's dtype.
         """
         q, k, v, gate = self.qkvg(x_BSD).split(self.qkvg.rows, dim=-1)
-        q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)))
-        k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
+        turn = None if self.window is None else rotation
+        q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), turn)
+        k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), turn)
         v_BSGC = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        if self.window is not None:
-            q_BSHC, k_BSGC = rotate(q_BSHC, *rotation), rotate(k_BSGC, *rotation)
         mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, visible).flatten(-2)
-        return self.out(mixed * torch.sigmoid(gate))
+        return self.out(trinity_kernels.sigmoid_gate(mixed, gate, kernel=self.gate_kernel))
 
 
 def rotation_of(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,31 +69,3 @@ def rotation_of(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.
     exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=dtype) / head_dim
     angles = (positions_BS.to(dtype).unsqueeze(-1) * theta**-exponent).unsqueeze(-2)
     return angles.cos(), angles.sin()
-
-
-def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+C/2}) by its angle (rotate-half); in cos's precision, rounded once to x's dtype."""
-    return _Rotate.apply(x_BSHC, cos, sin)
-
-
-class _Rotate(torch.autograd.Function):
-    """Half the memory traffic of what autograd would make of slices and products; backward turns the other way."""
-
-    @staticmethod
-    def forward(ctx, x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x_BSHC, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad_BSHC: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grad_BSHC, cos, -sin), None, None
-
-
-def _turned(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty(x_BSHC.shape, dtype=cos.dtype, device=x_BSHC.device)
-    first, second = x_BSHC.to(cos.dtype).chunk(2, dim=-1)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out.to(x_BSHC.dtype)

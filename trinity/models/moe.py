@@ -23,6 +23,7 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, Kernels
 from trinity.models.dispatch import Dispatcher, local
 from trinity.models.layers import SwiGLU
+from trinity_kernels.expert_engines import ENGINES, engine
 from trinity_kernels.norm import wide
 
 
@@ -96,8 +97,10 @@ class Experts(nn.Module):
         if self.wide_gradient and self.here is _all:
             self.gate_up.grad_dtype = self.down.grad_dtype = torch.promote_types(self.down.dtype, torch.float32)
         gate_up, down = self.here(self.gate_up), self.here(self.down)
-        arguments = (x_TD, gate_up, down, indices_TK, gates_TK, rows, self.keep_pre)
-        return trinity_kernels.expert_mlp(*arguments, kernel=self.kernel)
+        arguments = (x_TD, gate_up, down, indices_TK, gates_TK, rows)
+        if self.kernel in ENGINES:
+            return engine(self.kernel)(*arguments)
+        return trinity_kernels.expert_mlp(*arguments, self.keep_pre, kernel=self.kernel)
 
 
 def _all(weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from trinity.config.run import AUTOMATIC, Kernels
 from trinity.models.attention import Attention, rotation_of
 from trinity.models.backends import Visibility
 from trinity.models.initialization import initialize
-from trinity.models.layers import Embedding, Head, RMSNorm, SwiGLU
+from trinity.models.layers import Embedding, Head, PostNorm, RMSNorm, Stream, SwiGLU
 from trinity.models.moe import MoE, Routing
 from trinity_kernels.norm import wide
 
@@ -50,24 +50,25 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kernels: Kernels = AUTOMATIC) -> None:
         super().__init__()
         norm = partial(RMSNorm, config.width, config.norm_eps, kernel=kernels.norms)
-        after = config.layers**-0.5
+        post_norm = partial(PostNorm, config.width, config.norm_eps, config.layers**-0.5, kernels.norms)
         self.attention_norm = norm()
         self.attention = Attention(config, layer, kernels)
-        self.attention_post_norm = norm(initial_gain=after)
+        self.attention_post_norm = post_norm()
         self.ffn_norm = norm()
         self.sparse = layer >= config.dense_layers
         self.ffn = MoE(config, kernels) if self.sparse else SwiGLU(config.width, config.dense_width)
-        self.ffn_post_norm = norm(initial_gain=after)
+        self.ffn_post_norm = post_norm()
 
     def forward(
         self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → the same, and the routing where the block is sparse."""
-        x_BSD = x_BSD + self.attention_post_norm(self.attention(self.attention_norm(x_BSD), rotation, visible))
-        y, routing = self.ffn(self.ffn_norm(x_BSD)), None
+        y_BSD = self.attention(self.attention_norm(x_BSD), rotation, visible)
+        x_BSD, u_BSD = self.attention_post_norm(y_BSD, Stream(x_BSD), self.ffn_norm)
+        y, routing = self.ffn(u_BSD), None
         if self.sparse:
             y, routing = y
-        return x_BSD + self.ffn_post_norm(y), routing
+        return self.ffn_post_norm(y, Stream(x_BSD)), routing
 
 
 class Trinity(nn.Module):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from trinity.config.run import Parallel, RunConfig
+from trinity.config.run import Kernels, Parallel, RunConfig
 from trinity.errors import UserError
 from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
@@ -151,6 +151,9 @@ def load_sharded_model(run_dir: Path, step: int | None = None) -> tuple[Trinity,
     parallel = Parallel()  # whatever mesh it was saved on
     mesh.check_parallel(parallel, config.model, mesh.world_size())
     ranks = mesh.start(parallel, config.model, config.run.threads, False)
-    model = build_model(replace(config, parallel=parallel, recompute="none", compile="none"), ranks)
+    # how the run is done does not matter here, and may not be possible
+    precision = replace(config.precision, fp8="none")
+    plain = replace(config, parallel=parallel, recompute="none", compile="none", kernels=Kernels(), precision=precision)
+    model = build_model(plain, ranks)
     load(model_state(model), Path(run_dir), chosen)
     return model, config, chosen

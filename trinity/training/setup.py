@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from trinity.config.paths import tokenizer_folder
-from trinity.config.run import RunConfig
+from trinity.config.run import Kernels, RunConfig
 from trinity.data.batches import BatchPlan
 from trinity.data.shards import TokenSource
 from trinity.data.stream import SequenceStream
 from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError
+from trinity.models.fp8 import use_fp8
 from trinity.models.roles import parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.groups import Optimizers, build_optimizers
@@ -21,18 +22,45 @@ from trinity.parallel.compilation import compile_blocks
 from trinity.parallel.mesh import Ranks
 from trinity.parallel.recompute import recompute_blocks
 from trinity.parallel.sharding import master_dtype, shard_model
+from trinity_kernels.expert_engines import ENGINES, check_engine
+from trinity_kernels.op import interpreted
 
 
 def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
-    """The model, sharded over the mesh; its values are garbage until initialised or loaded."""
+    """The model, sharded over the mesh; its values are garbage until initialised or loaded.
+
+    Raises:
+        UserError: a kernel or a number format that is asked for and cannot run on this device.
+    """
+    will_run = ranks.device.type != "meta"  # else it is a plan's, wherever that is made
+    if will_run:
+        check_kernels(config.kernels, ranks.device)
     with torch.device("meta"):
         model = Trinity(config.model, config.kernels).to(master_dtype(config.precision))
+    if config.precision.fp8 != "none" and will_run:
+        use_fp8(model, config.precision.fp8, ranks.device)
     if config.recompute != "none":
         recompute_blocks(model, config.recompute)
     if config.compile == "block":
         compile_blocks(model)
     shard_model(model, ranks, config.precision, config.parallel.exchange)
     return model.to_empty(device=ranks.device)
+
+
+def check_kernels(kernels: Kernels, device: torch.device) -> None:
+    """Refuse kernels that were asked for by name and cannot run on a device.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for name in (field.name for field in fields(kernels)):
+        if getattr(kernels, name) == "triton" and device.type != "cuda" and not interpreted():
+            raise UserError(f"kernels.{name}=triton needs an NVIDIA GPU; use auto or reference")
+    if kernels.experts in ENGINES:
+        try:
+            check_engine(kernels.experts, device.type)
+        except ValueError as error:
+            raise UserError(f"kernels.experts={kernels.experts} cannot be used: {error}") from error
 
 
 def make_optimizers(config: RunConfig, model: Trinity) -> Optimizers:

@@ -1,0 +1,75 @@
+"""RMSNorm of queries or keys over the head width, then RoPE or nothing (NoPE), as one op.
+
+n = x / √(mean(x²) + ε) · g over each head's C features; with a rotation, each pair (n_i, n_{i+C/2}) is turned by its
+token's angle (rotate-half, Su et al., arXiv 2104.09864). All of it in fp32, rounded once: the normalised values are not
+rounded before they are turned.
+
+Saved for backward: x, which may be a view of the fused projection, g, 1/rms per head, cos and sin. Backward turns the
+other way and then differentiates the norm.
+
+Shapes: B batch, S sequence, H heads, C head width.
+"""
+
+import torch
+from torch import Tensor
+
+from trinity_kernels.norm import differentiate_norm, inverse_rms_of, wide
+from trinity_kernels.norm import refuses as norm_refuses
+from trinity_kernels.op import Op
+
+
+def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+C/2}) by its angle; in cos's precision, rounded once to x's dtype. Not differentiable.
+
+    Args:
+        cos, sin: [B or 1, S, 1, C/2], fp32 or float64.
+    """
+    out = torch.empty(x_BSHC.shape, dtype=cos.dtype, device=x_BSHC.device)
+    first, second = x_BSHC.to(cos.dtype).chunk(2, dim=-1)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out.to(x_BSHC.dtype)
+
+
+class _QKNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        x_wide = wide(x_BSHC)
+        inverse_rms = inverse_rms_of(x_wide, eps)
+        ctx.save_for_backward(x_BSHC, gain_C, inverse_rms, cos, sin)
+        out = (x_wide * inverse_rms).mul_(wide(gain_C))
+        return (out if cos is None else rotate(out, cos, sin)).to(x_BSHC.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_BSHC: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x_BSHC, gain_C, inverse_rms, cos, sin = ctx.saved_tensors
+        grad = wide(grad_BSHC)
+        grad = grad if cos is None else rotate(grad, cos, -sin)
+        scaled, grad_gain = differentiate_norm(grad, x_BSHC, gain_C, inverse_rms)
+        return scaled.mul_(inverse_rms).to(x_BSHC.dtype), grad_gain, None, None, None
+
+
+def _qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """RMSNorm over the head width, then the rotation where there is one.
+
+    Args:
+        x_BSHC: [B, S, H, C], floating point, any strides; C is even.
+        gain_C: [C], fp32 (any floating point is widened).
+        eps: added to the mean square.
+        rotation: cos and sin [B or 1, S, 1, C/2] in fp32 (float64 for a float64 x), one angle per pair of features;
+            None: no positional encoding. No gradient goes there.
+    Returns:
+        [B, S, H, C], x's dtype.
+    """
+    cos, sin = (None, None) if rotation is None else rotation
+    return _QKNorm.apply(x_BSHC, gain_C, eps, cos, sin)
+
+
+def _refuses(x_BSHC: Tensor, *_: object, **__: object) -> str | None:
+    if x_BSHC.shape[-1] % 2:
+        return f"heads of {x_BSHC.shape[-1]} features have no two halves"
+    return norm_refuses(x_BSHC)
+
+
+qk_norm = Op(_qk_norm, "trinity_kernels.qk_norm_triton:qk_norm", _refuses)

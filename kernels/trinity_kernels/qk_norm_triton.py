@@ -1,0 +1,196 @@
+"""RMSNorm of queries or keys and RoPE in Triton: one pass over memory forward, one backward.
+
+A program takes some tokens and goes through their heads, so that angles and gain are read once. The two halves of a
+head are two tiles: what is turned together is in the same thread. x is read where it stands, also as a part of the
+fused projection. The gain's gradient is summed by each program in registers and written into a row of its own,
+[programs, C]; torch adds the rows up: no atomics. 1/rms is not kept: backward reads x and has it for one more sum.
+
+Shapes: B batch, S sequence, T = B·S tokens, H heads, C head width, P programs.
+"""
+
+import torch
+from torch import Tensor
+
+from trinity_kernels.language import cdiv, tl, triton
+
+TOKENS = 16
+"""Of a program: with 4 warps and half heads of 64, 8 numbers for each thread, which are 16 bytes in bf16."""
+WARPS = 4
+STAGES = 3
+"""Heads that are read ahead, the one at hand included."""
+
+
+def qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """See trinity_kernels.qk_norm."""
+    cos, sin = (None, None) if rotation is None else (part.contiguous() for part in rotation)
+    return forward_op(x_BSHC, gain_C, eps, cos, sin)
+
+
+def forward(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Normalised and turned, [B, S, H, C] contiguous."""
+    x_BSHC = _whole_heads(x_BSHC)
+    out = x_BSHC.new_empty(x_BSHC.shape)
+    if out.numel():
+        qk_norm_kernel[_grid(x_BSHC)](
+            x_BSHC, gain_C, *_angles(x_BSHC, cos, sin), out, eps, *_sizes(x_BSHC, cos), *x_BSHC.stride()[:3],
+            **_options(x_BSHC, cos),
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x [B, S, H, C], contiguous, and of the gain."""
+    grad_BSHC, x_BSHC = _whole_heads(grad_BSHC), _whole_heads(x_BSHC)
+    grad_x = x_BSHC.new_empty(x_BSHC.shape)
+    sums_PC = gain_C.new_empty(*_grid(x_BSHC), len(gain_C), dtype=torch.float32)
+    if grad_x.numel():
+        qk_norm_backward_kernel[_grid(x_BSHC)](
+            grad_BSHC, x_BSHC, gain_C, *_angles(x_BSHC, cos, sin), grad_x, sums_PC, eps, *_sizes(x_BSHC, cos),
+            *grad_BSHC.stride()[:3], *x_BSHC.stride()[:3], **_options(x_BSHC, cos),
+        )  # fmt: skip
+    return grad_x, sums_PC.sum(dim=0).to(gain_C.dtype)
+
+
+def _whole_heads(x_BSHC: Tensor) -> Tensor:
+    """x itself where a head's features stand side by side, as they do in every part of a projection."""
+    return x_BSHC if x_BSHC.stride(-1) == 1 else x_BSHC.contiguous()
+
+
+def _grid(x_BSHC: Tensor) -> tuple[int]:
+    return (cdiv(x_BSHC.shape[0] * x_BSHC.shape[1], TOKENS),)
+
+
+def _angles(x_BSHC: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (x_BSHC, x_BSHC) if cos is None else (cos, sin)
+
+
+def _sizes(x_BSHC: Tensor, cos: Tensor | None) -> tuple[int, ...]:
+    """Tokens, S, H, C/2, and by how many tokens the angles go on from one row of the batch to the next."""
+    B, S, H, C = x_BSHC.shape
+    return B * S, S, H, C // 2, 0 if cos is None or len(cos) == 1 else S
+
+
+def _options(x_BSHC: Tensor, cos: Tensor | None) -> dict[str, int | bool]:
+    half = triton.next_power_of_2(x_BSHC.shape[-1] // 2)
+    return {"TURN": cos is not None, "BLOCK_T": TOKENS, "BLOCK_C": half, "STAGES": STAGES, "num_warps": WARPS}
+
+
+@triton.jit
+def qk_norm_kernel(
+    x, gain, cosines, sines, out, eps, T, S, H, half, angle_step, x_b, x_s, x_h,
+    TURN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All heads of BLOCK_T tokens."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    feature = tl.arange(0, BLOCK_C)[None, :]
+    inside = (token < T) & (feature < half)
+    gain_1 = tl.load(gain + feature, mask=feature < half, other=0.0).to(tl.float32)
+    gain_2 = tl.load(gain + half + feature, mask=feature < half, other=0.0).to(tl.float32)
+    if TURN:
+        cos, sin = _turn_of(cosines, sines, token, feature, inside, S, half, angle_step)
+    from_ = x + (token // S).to(tl.int64) * x_b + (token % S).to(tl.int64) * x_s + feature
+    to = out + token.to(tl.int64) * H * (2 * half) + feature
+    for head in tl.range(0, H, num_stages=STAGES):
+        x_1 = tl.load(from_ + head * x_h, mask=inside, other=0.0).to(tl.float32)
+        x_2 = tl.load(from_ + head * x_h + half, mask=inside, other=0.0).to(tl.float32)
+        inverse = _inverse_rms(x_1, x_2, half, eps)
+        n_1, n_2 = x_1 * inverse * gain_1, x_2 * inverse * gain_2
+        if TURN:
+            n_1, n_2 = n_1 * cos - n_2 * sin, n_2 * cos + n_1 * sin
+        tl.store(to + head * (2 * half), n_1.to(out.dtype.element_ty), mask=inside)
+        tl.store(to + head * (2 * half) + half, n_2.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def qk_norm_backward_kernel(
+    grad, x, gain, cosines, sines, grad_x, sums, eps, T, S, H, half, angle_step,
+    grad_b, grad_s, grad_h, x_b, x_s, x_h,
+    TURN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all heads of BLOCK_T tokens, and this program's part of the gain's."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    feature = tl.arange(0, BLOCK_C)[None, :]
+    inside = (token < T) & (feature < half)
+    gain_1 = tl.load(gain + feature, mask=feature < half, other=0.0).to(tl.float32)
+    gain_2 = tl.load(gain + half + feature, mask=feature < half, other=0.0).to(tl.float32)
+    if TURN:
+        cos, sin = _turn_of(cosines, sines, token, feature, inside, S, half, angle_step)
+    row, place = (token // S).to(tl.int64), (token % S).to(tl.int64)
+    from_grad = grad + row * grad_b + place * grad_s + feature
+    from_x = x + row * x_b + place * x_s + feature
+    to = grad_x + token.to(tl.int64) * H * (2 * half) + feature
+    total_1 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    total_2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for head in tl.range(0, H, num_stages=STAGES):
+        d_1 = tl.load(from_grad + head * grad_h, mask=inside, other=0.0).to(tl.float32)
+        d_2 = tl.load(from_grad + head * grad_h + half, mask=inside, other=0.0).to(tl.float32)
+        if TURN:  # the other way
+            d_1, d_2 = d_1 * cos + d_2 * sin, d_2 * cos - d_1 * sin
+        x_1 = tl.load(from_x + head * x_h, mask=inside, other=0.0).to(tl.float32)
+        x_2 = tl.load(from_x + head * x_h + half, mask=inside, other=0.0).to(tl.float32)
+        inverse = _inverse_rms(x_1, x_2, half, eps)
+        unit_1, unit_2 = x_1 * inverse, x_2 * inverse
+        total_1 += d_1 * unit_1
+        total_2 += d_2 * unit_2
+        d_1, d_2 = d_1 * gain_1, d_2 * gain_2
+        along = tl.sum(d_1 * unit_1 + d_2 * unit_2, axis=1, keep_dims=True) / (2 * half)
+        d_1, d_2 = (d_1 - unit_1 * along) * inverse, (d_2 - unit_2 * along) * inverse
+        tl.store(to + head * (2 * half), d_1.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(to + head * (2 * half) + half, d_2.to(grad_x.dtype.element_ty), mask=inside)
+    place = sums + tl.program_id(0).to(tl.int64) * (2 * half) + feature
+    tl.store(place, tl.sum(total_1, axis=0, keep_dims=True), mask=feature < half)
+    tl.store(place + half, tl.sum(total_2, axis=0, keep_dims=True), mask=feature < half)
+
+
+@triton.jit
+def _turn_of(cosines, sines, token, feature, inside, S, half, angle_step):
+    """cos and sin of each token's angles; angle_step is 0 where all rows of the batch have the same positions."""
+    place = ((token // S) * angle_step + token % S).to(tl.int64) * half + feature
+    return tl.load(cosines + place, mask=inside, other=0.0), tl.load(sines + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def _inverse_rms(x_1, x_2, half, eps):
+    """1/√(mean(x²) + ε) of each head."""
+    return tl.rsqrt(tl.sum(x_1 * x_1 + x_2 * x_2, axis=1, keep_dims=True) / (2 * half) + eps)
+
+
+@torch.library.custom_op("trinity::qk_norm_triton", mutates_args=())
+def forward_op(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """`forward` as an operation that autograd, compile and recompute know."""
+    return forward(x_BSHC, gain_C, eps, cos, sin)
+
+
+@forward_op.register_fake
+def _(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    return x_BSHC.new_empty(x_BSHC.shape)
+
+
+@torch.library.custom_op("trinity::qk_norm_triton_backward", mutates_args=())
+def backward_op(
+    grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`backward`."""
+    return backward(grad_BSHC, x_BSHC, gain_C, eps, cos, sin)
+
+
+@backward_op.register_fake
+def _(
+    grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x_BSHC.new_empty(x_BSHC.shape), torch.empty_like(gain_C)
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    x_BSHC, gain_C, ctx.eps, cos, sin = inputs
+    ctx.save_for_backward(x_BSHC, gain_C, cos, sin)
+
+
+def _differentiate(ctx, grad_BSHC: Tensor) -> tuple[Tensor | None, ...]:
+    x_BSHC, gain_C, cos, sin = ctx.saved_tensors
+    return *backward_op(grad_BSHC, x_BSHC, gain_C, ctx.eps, cos, sin), None, None, None
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)

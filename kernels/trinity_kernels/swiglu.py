@@ -1,0 +1,49 @@
+"""SwiGLU (Shazeer, arXiv 2002.05202): y = silu(gate) ∘ up of [gate | up] side by side, in fp32 and rounded once.
+
+Saved for backward: gate and up as they came, not silu(gate). With σ = σ(gate): dup = dy·gate·σ and
+dgate = dy·up·(σ + gate·σ·(1 − σ)), written side by side as they were read.
+
+Shapes: ... any leading dimensions, F width of the result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trinity_kernels.gate import refuses
+from trinity_kernels.norm import wide
+from trinity_kernels.op import Op
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(wide(gate)).mul_(wide(up)).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = wide(gate_up).chunk(2, dim=-1)
+        out = torch.empty(gate_up.shape, dtype=gate.dtype, device=gate.device)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        grad_wide = wide(grad)
+        product = grad_wide * up
+        torch.ops.aten.silu_backward.grad_input(product, gate, grad_input=grad_gate)
+        torch.mul(torch.ops.aten.silu.out(gate, out=product), grad_wide, out=grad_up)
+        return out.to(gate_up.dtype)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate)·up.
+
+    Args:
+        gate_up: [..., 2F], floating point: gate first, then up.
+    Returns:
+        [..., F], same dtype, contiguous.
+    """
+    return _SwiGLU.apply(gate_up)
+
+
+swiglu = Op(_swiglu, "trinity_kernels.swiglu_triton:swiglu", refuses)
