@@ -13,6 +13,9 @@ from torch import Tensor
 
 from trinity_kernels.op import Op
 
+MOST_EXPERTS = 512
+"""For the Triton kernels; at 1024 they spill."""
+
 TINY = 1e-20
 """Added to the sum of the chosen scores, as in transformers: no token whose scores are all 0 divides by 0."""
 
@@ -57,6 +60,8 @@ def _gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
 def _refuses(scores_TE: Tensor, *_: object) -> str | None:
     if scores_TE.dtype != torch.float32:
         return f"it takes scores in fp32, not {scores_TE.dtype}"
+    if scores_TE.shape[1] > MOST_EXPERTS:
+        return f"{scores_TE.shape[1]} experts are more than the {MOST_EXPERTS} that a program holds in its registers"
     return None
 
 

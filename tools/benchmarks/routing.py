@@ -1,0 +1,106 @@
+"""Routing and the grouping of rows: Triton against the torch reference, at the sizes of the zoo's models.
+
+From the scores on: the choice of experts with the counts, the gates, their gradient, the grouping of rows by expert,
+and one table of tiles of 128 rows. Routing is balanced, or skewed by a bias that falls from +½ to −½ over the experts.
+32,768 tokens on a GPU, where a figure is Triton's do_bench, the median with the L2 cache emptied before each run. On a
+CPU the reference alone, at toy size: Triton's interpreter is no measure of anything.
+
+GB/s count what an op must read and write at the least, once: an implementation's scratch adds time and no bytes.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import trinity_kernels
+from trinity.config.model import ZOO
+from trinity_kernels.grouping import table_length
+
+MODELS = {"cpu": ("smoke",), "cuda": ("nano", "mini", "large")}
+TOKENS = {"cpu": 1024, "cuda": 32768}
+KERNELS = {"cpu": ("reference",), "cuda": ("triton", "reference")}
+BLOCK = 128
+"""Rows of a tile."""
+SKEWS = {"balanced": 0.0, "skewed": 0.5}
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Measure every op; returns the figures and what they were measured on."""
+    from benchmarks.step import machine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for model in tqdm(MODELS[device], unit="model", file=sys.stderr):
+        for skew, most in SKEWS.items():
+            for op, bytes_, calls in _ops(model, most, device):
+                seconds = {kernel: _seconds(call, device, quick) for kernel, call in calls.items()}
+                found.append({"model": model, "routing": skew, "op": op, "bytes": bytes_, "seconds": seconds})
+    return {"on": machine(), "tokens": TOKENS[device], "kernels": KERNELS[device], "found": found}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as a Markdown table; with two kernels, how many times the first one's time the second takes."""
+    kernels = results["kernels"]
+    heads = [f"{kernel}, {unit}" for kernel in kernels for unit in ("µs", "GB/s")]
+    heads += [f"{kernel} against {kernels[0]}" for kernel in kernels[1:]]
+    lines = [
+        f"{results['on']}; {results['tokens']} tokens",
+        "",
+        "| model, routing, op | " + " | ".join(heads) + " |",
+        "|---" * (1 + len(heads)) + "|",
+    ]
+    for row in results["found"]:
+        seconds = row["seconds"]
+        cells = [f"{seconds[k] * 1e6:.1f} | {row['bytes'] / seconds[k] / 1e9:.3g}" for k in kernels]
+        cells += [f"{seconds[k] / seconds[kernels[0]]:.2f}" for k in kernels[1:]]
+        lines.append(f"| {row['model']}, {row['routing']}, {row['op']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ops(model: str, most: float, device: str) -> Iterator[tuple[str, int, dict[str, Callable[[], Any]]]]:
+    """Each op's name, its least bytes, and a call of it per kernel."""
+    config, T = ZOO[model], TOKENS[device]
+    E, K = config.experts, config.active_experts
+    R = T * K
+    random = torch.Generator(device).manual_seed(0)
+    scores_TE = torch.rand(T, E, generator=random, device=device).requires_grad_()
+    bias_E = torch.linspace(most, -most, E, device=device)
+    indices_TK, _ = trinity_kernels.route.reference(scores_TE.detach(), bias_E, K)
+    ends_E = trinity_kernels.group_rows.reference(indices_TK, E, R).ends_E
+
+    def each(op: Any, *arguments: Any) -> dict[str, Callable[[], Any]]:
+        return {kernel: lambda kernel=kernel: op(*arguments, kernel=kernel) for kernel in KERNELS[device]}
+
+    yield "route", 4 * T * E + 4 * E + 8 * R + 8 * E, each(trinity_kernels.route, scores_TE.detach(), bias_E, K)
+    weigh = each(trinity_kernels.gates, scores_TE, indices_TK, config.route_scale)
+    yield "gates", 4 * R + 8 * R + 4 * R, weigh
+    backward = {kernel: _backward(call(), scores_TE) for kernel, call in weigh.items()}
+    yield "gates, backward", 4 * R + 8 * R + 4 * R + 4 * T * E, backward
+    yield "group_rows", 8 * R + 4 * R + 4 * R + 4 * E, each(trinity_kernels.group_rows, indices_TK, E, R)
+    yield "tile_table", 4 * E + 12 * table_length(R, BLOCK, E), each(trinity_kernels.tile_table, ends_E, R, BLOCK)
+
+
+def _backward(gates_TK: Tensor, scores_TE: Tensor) -> Callable[[], Any]:
+    dy_TK = torch.rand_like(gates_TK)
+    return lambda: torch.autograd.grad(gates_TK, scores_TE, dy_TK, retain_graph=True)
+
+
+def _seconds(call: Callable[[], Any], device: str, quick: bool) -> float:
+    """The median of several runs."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(call, rep=20 if quick else 100, return_mode="median") / 1e3
+    call()
+    took = []
+    for _ in range(3 if quick else 20):
+        began = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
