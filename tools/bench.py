@@ -1,31 +1,36 @@
 """Benchmarks: ratios in one run on one machine, against named peers.
 
 python tools/bench.py step
-python tools/bench.py step --json step.json
+python tools/bench.py experts --json experts.json
+python tools/bench.py tune experts
 python tools/bench.py --list
 """
 
 import argparse
 import json
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-from benchmarks import mesh, muon, step
+from trinity.errors import UserError, run_main
 
-from trinity.errors import run_main
-
-SUITES = {"step": step, "mesh": mesh, "muon": muon}
+SUITES = ("step", "experts", "attention", "head", "norms", "routing", "muon", "mesh")
+"""Modules of tools/benchmarks, each with run(quick) and table(results)."""
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", nargs="?", choices=SUITES, help="what to measure")
+    parser.add_argument("suite", nargs="?", choices=[*SUITES, "tune"], help="what to measure; tune: an op's tiles")
+    parser.add_argument("op", nargs="?", help="with tune: which op's; see benchmarks/tune.py")
     parser.add_argument("--list", action="store_true", help="list the suites")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--quick", action="store_true", help="few repetitions, one peer: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, few peers: to see that it works")
     arguments = parser.parse_args()
     if not arguments.list and arguments.suite is None:
         parser.error("name a suite; see --list")
+    if (arguments.suite == "tune") != (arguments.op is not None):
+        parser.error("tune takes the name of an op, and nothing else does")
     return arguments
 
 
@@ -33,13 +38,30 @@ def main() -> None:
     """Run one suite and print its table."""
     arguments = parse()
     if arguments.list:
-        for name, suite in SUITES.items():
-            print(f"{name:<10} {suite.__doc__.splitlines()[0]}")
+        for name in SUITES:
+            print(f"{name:<10} {_about(name)}")
         return
-    results = SUITES[arguments.suite].run(quick=arguments.quick)
-    print(SUITES[arguments.suite].table(results))
+    suite = _module(arguments.suite)
+    words = {"op": arguments.op} if arguments.op else {}
+    results = suite.run(quick=arguments.quick, **words)
+    print(suite.table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _module(name: str) -> ModuleType:
+    """One suite, imported alone: another that cannot be imported is no matter."""
+    try:
+        return import_module(f"benchmarks.{name}")
+    except ImportError as error:
+        raise UserError(f"the suite {name} cannot be imported here: {error}") from error
+
+
+def _about(name: str) -> str:
+    try:
+        return (_module(name).__doc__ or "").partition("\n")[0]
+    except Exception as error:  # a broken suite is listed too, so that it is seen
+        return f"({error})"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Each contender runs in a process of its own, so that its peak memory is its own;
 rounds, so that a busy moment of the machine does not fall on one of them, and a figure is the median over all rounds.
 Ours: as it trains, under FSDP2 on a mesh of one, fp32 master weights, Muon and AdamW. Theirs: every experts
 implementation that runs here, sdpa attention, weights in the compute dtype, torch's fused AdamW.
+
+On a GPU Nano comes first, whole: see benchmarks/nano_step.py.
 """
 
 import importlib.metadata
@@ -29,6 +31,12 @@ PATIENCE = 90  # seconds for one contender's turn; a peer that needs more is not
 
 def run(quick: bool) -> dict[str, Any]:
     """Measure every contender; returns the figures and what they were measured on."""
+    import torch
+    from benchmarks import nano_step
+    from benchmarks.timing import out_of_time
+
+    nano = nano_step.run(quick) if torch.cuda.is_available() else None
+    quick = quick or nano is not None  # the small model says little on a GPU
     rounds, steps = (1, 2) if quick else (2, 4)
     contenders = [("trinity", dtype) for dtype in DTYPES]
     engines = THEIRS[-1:] if quick else THEIRS
@@ -39,13 +47,15 @@ def run(quick: bool) -> dict[str, Any]:
         _export(Path(folder) / "export")
         for name, dtype in tqdm(turns, unit="run", file=sys.stderr):
             earlier = samples.setdefault(f"{name} {dtype}", [])
-            if not any("failed" in sample for sample in earlier):
+            if out_of_time():
+                earlier[:] = earlier or [{"failed": "not measured: the suite's time was up"}]
+            elif not any("failed" in sample for sample in earlier):
                 earlier.append(_in_process(name, dtype, steps, Path(folder) / "export"))
     return {
         "on": machine(),
         "tokens_per_step": ROWS * LENGTH,
         "contenders": {k: _median(v) for k, v in samples.items()},
-    }
+    } | ({"nano": nano} if nano else {})
 
 
 def table(results: dict[str, Any]) -> str:
@@ -66,7 +76,12 @@ def table(results: dict[str, Any]) -> str:
             f"| {name} | {gradient:.3f} | {tokens / gradient:,.0f} | {whole:.3f} | {tokens / whole:,.0f} "
             f"| {1 - gradient / whole:.0%} | {found['memory_gib']:.2f} |"
         )
-    return "\n".join([*lines, "", *_ratios(results["contenders"])])
+    lines += ["", *_ratios(results["contenders"])]
+    if "nano" in results:
+        from benchmarks import nano_step
+
+        lines = [nano_step.table(results["nano"]), "", *lines]
+    return "\n".join(lines)
 
 
 def _ratios(contenders: dict[str, dict[str, Any]]) -> list[str]:
@@ -78,6 +93,8 @@ def _ratios(contenders: dict[str, dict[str, Any]]) -> list[str]:
             continue
         best = min(peers, key=lambda name: peers[name]["gradient_seconds"])
         ours, theirs = contenders[f"trinity {dtype}"], peers[best]
+        if "failed" in ours:
+            continue
         lines.append(
             f"{dtype}: ours takes {ours['gradient_seconds'] / theirs['gradient_seconds']:.2f} of the time of {best} "
             f"for forward + backward, {ours['step_seconds'] / theirs['step_seconds']:.2f} for the whole step, and "

@@ -1,0 +1,158 @@
+"""Softmax attention of one layer, forward and backward, by every engine of trinity.models.backends that runs here.
+
+Heads of the report's models, a local layer's window and a global layer, rows of 4096 and 8192 tokens, with and without
+a document mask; bf16 on a GPU. On a CPU configs/smoke.yaml's, in fp32. What a mask lets through is counted exactly:
+4 flops per head, feature and pair seen in forward, 10 in backward, in which scores are made again. A figure is the
+median over rounds, engines taking turns. Compilation is not counted.
+
+Shapes: B rows, S sequence, H query heads, G key/value heads, C head width.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from benchmarks.timing import DENSE_TF, Marks, device, one_line, take_turns
+from torch import Tensor
+from tqdm import tqdm
+
+ENGINES = ("flash4", "flash2", "varlen", "sdpa", "flex")
+"""In the order of preference; flex last, as it compiles for each mask."""
+
+MEAN_DOCUMENT = 1024
+"""Tokens, in rows with documents, whose lengths are drawn from an exponential distribution. Ours."""
+
+TOKENS = 16_384
+"""B·S on a GPU."""
+
+
+class Case(NamedTuple):
+    """One layer's heads, its window (None: global), and its rows."""
+
+    H: int
+    G: int
+    C: int
+    window: int | None
+    S: int
+    B: int
+    documents: bool
+
+
+def cases() -> dict[str, Case]:
+    """By name, those without documents first."""
+    if not torch.cuda.is_available():
+        heads, lengths, tokens = {"smoke": (4, 2, 64, 128)}, (256,), 2048
+    else:
+        heads = {"Nano": (8, 2, 128, 2048), "Mini": (32, 4, 128, 2048), "Large": (48, 8, 128, 4096)}
+        lengths, tokens = (4096, 8192), TOKENS
+    found = {}
+    for documents in (False, True):
+        for S in lengths:
+            for name, (H, G, C, window) in heads.items():
+                for kind, limit in (("local", window), ("global", None)):
+                    words = f"{name}, {kind}, {S}" + (", documents" if documents else "")
+                    found[words] = Case(H, G, C, limit, S, tokens // S, documents)
+    return found
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Measure every case with every engine; returns the figures and what they were measured on."""
+    from benchmarks.step import machine
+
+    results: dict[str, Any] = {"on": machine(), "unit": "TF" if torch.cuda.is_available() else "GF", "cases": {}}
+    for name, case in tqdm(cases().items(), unit="case", file=sys.stderr):
+        results["cases"][name] = _measure(case, rounds=2 if quick else 5)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as a Markdown table; an engine that fails everywhere is one line below it."""
+    unit = results["unit"]
+    lines = [
+        results["on"], "",
+        f"| | engine | forward, ms | {unit} | backward, ms | {unit} | of 789 TF |", "|---" * 7 + "|",
+    ]  # fmt: skip
+    reasons: dict[str, list[str]] = {}
+    for name, engines in results["cases"].items():
+        for engine, found in engines.items():
+            if "failed" in found:
+                reasons.setdefault(f"{engine}: {found['failed']}", []).append(name)
+                continue
+            scale = {"TF": 1, "GF": 1000}[unit]
+            share = f"{found['tf_both'] / DENSE_TF:.0%}" if unit == "TF" else ""
+            cells = [f"{value:.3g}" for s, r in zip(found["seconds"], found["tf"]) for value in (1000 * s, scale * r)]
+            lines.append("| " + " | ".join([name, engine, *cells, share]) + " |")
+    total = len(results["cases"])
+    lines += [""] + [f"{why} ({'everywhere' if len(w) == total else '; '.join(w)})" for why, w in reasons.items()]
+    return "\n".join(lines)
+
+
+def pairs_seen(documents_BS: Tensor, window: int | None) -> int:
+    """How many (query, key) pairs the mask lets through, by place in the document and window.
+
+    Args:
+        documents_BS: [B, S] integers, equal within a document, contiguous.
+    """
+    B, S = documents_BS.shape
+    starts_BS = torch.ones(B, S, dtype=torch.bool)
+    starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    place_S = torch.arange(S)
+    first_BS = torch.where(starts_BS, place_S, 0).cummax(dim=1).values
+    seen_BS = place_S - first_BS + 1
+    return int((seen_BS if window is None else seen_BS.clamp_max(window)).sum())
+
+
+def flops(case: Case, documents_BS: Tensor) -> tuple[int, int]:
+    """Forward (QKᵀ, PV) and backward (those of dV, dP, dQ, dK and QKᵀ again)."""
+    product = 2 * case.H * case.C * pairs_seen(documents_BS, case.window)
+    return 2 * product, 5 * product
+
+
+def make_documents(case: Case) -> Tensor:
+    """[B, S] int64; one document a row where there are none."""
+    if not case.documents:
+        return torch.zeros(case.B, case.S, dtype=torch.int64)
+    begins = torch.rand(case.B, case.S, generator=torch.Generator().manual_seed(0)) < 1 / MEAN_DOCUMENT
+    return begins.cumsum(dim=1)
+
+
+def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
+    from trinity.models.backends import pick_engine
+
+    where, dtype = device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    random = torch.Generator(where).manual_seed(0)
+    heads = (case.H, case.G, case.G, case.H)
+    shapes = [(case.B, case.S, count, case.C) for count in heads]
+    *qkv, grad = (torch.randn(shape, generator=random, device=where, dtype=dtype) for shape in shapes)
+    documents_BS = make_documents(case)
+    found: dict[str, dict[str, Any]] = {}
+    calls = {}
+    for engine in ENGINES:
+        try:
+            pick_engine(engine, where.type, dtype)
+            calls[engine] = _timed(engine, case, [x.requires_grad_() for x in qkv], documents_BS.to(where), grad)
+        except ValueError as error:
+            found[engine] = {"failed": one_line(error)}
+    work = flops(case, documents_BS)
+    for engine, figures in take_turns(calls, rounds).items():
+        if "seconds" in figures:
+            figures["tf"] = [flop / seconds / 1e12 for flop, seconds in zip(work, figures["seconds"])]
+            figures["tf_both"] = sum(work) / sum(figures["seconds"]) / 1e12
+        found[engine] = figures
+    return found
+
+
+def _timed(engine: str, case: Case, qkv: list[Tensor], documents_BS: Tensor, grad: Tensor) -> Callable[[Marks], None]:
+    from trinity.models.backends import Visibility, attend
+
+    positions = torch.arange(case.S, device=documents_BS.device).unsqueeze(0)
+    # as in a model: masks are made once a forward pass and shared by its layers, of which this is not the first
+    visible = Visibility(positions, documents_BS if case.documents else None, plain=True, engine=engine)
+
+    def call(mark: Marks) -> None:
+        mixed = attend(*qkv, case.window, visible)
+        mark()
+        torch.autograd.grad(mixed, qkv, grad)
+
+    return call

@@ -1,0 +1,252 @@
+"""The routed experts of one layer, forward and backward, against every implementation that can be imported.
+
+Shapes are the report's models' and Qwen3-30B-A3B's, in bf16 on a GPU; on a CPU configs/smoke.yaml's, in fp32. Routing
+is balanced (each expert the same number of tokens) or Zipf (see zipf_routing), already done: choices and gates are
+given. Each contender's output is compared with our reference's before it is timed. Products count 6·T·K·D·F forward and
+12·T·K·D·F backward, whatever a contender does besides. "Kept" is memory between forward and backward, x included, the
+weights and the output not. A figure is the median over rounds, contenders taking turns.
+
+Shapes: T tokens, D width, F expert width, E experts, K active experts.
+"""
+
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from benchmarks.timing import DENSE_TF, Marks, device, one_line, out_of_time, take_turns
+from torch import Tensor
+from tqdm import tqdm
+
+ZIPF = 0.5
+"""Expert i is chosen with weight i^−ZIPF: of 128 experts and 8 choices the fullest gets some 4 times the mean. Ours."""
+
+
+class Case(NamedTuple):
+    """One layer and its tokens; `layers` MoE layers are in the model."""
+
+    D: int
+    F: int
+    E: int
+    K: int
+    T: int
+    layers: int
+
+
+CUDA_CASES = {
+    "Nano": Case(1024, 256, 128, 8, 32_768, 54),
+    "Mini": Case(2048, 1024, 128, 8, 32_768, 30),
+    "Large, 2048 tokens an expert": Case(3072, 3072, 256, 4, 131_072, 54),
+    "Large, 512 tokens an expert": Case(3072, 3072, 256, 4, 32_768, 54),
+    "Qwen3-30B-A3B": Case(2048, 768, 128, 8, 32_768, 48),
+}
+CPU_CASES = {"smoke": Case(256, 96, 16, 4, 2048, 4)}
+
+GOALS = {
+    "Nano": (400, 420),
+    "Mini": (520, 520),
+    "Large, 2048 tokens an expert": (600, 590),
+    "Large, 512 tokens an expert": (560, 540),
+}
+"""TFLOP/s forward and backward that ours is to reach on an H200."""
+
+GOAL_KEPT_GIB = ("Nano", 17)
+"""All MoE layers' activations at 32,768 tokens."""
+
+AGREES = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+"""Relative L2 distance from our reference beyond which a contender computes something else."""
+
+
+class Inputs(NamedTuple):
+    """What every contender gets; the gradient of the output is random."""
+
+    x_TD: Tensor
+    gate_up_E2FD: Tensor
+    down_EDF: Tensor
+    indices_TK: Tensor
+    s_TK: Tensor
+    grad_TD: Tensor
+
+
+Forward = Callable[[Inputs], Tensor]
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Measure every case, routing and contender; returns the figures and what they were measured on."""
+    from benchmarks.step import machine
+
+    cases = CUDA_CASES if torch.cuda.is_available() else CPU_CASES
+    turns = [(name, routing) for routing in ("balanced", "Zipf") for name in cases]
+    unit = "TF" if torch.cuda.is_available() else "GF"
+    results: dict[str, Any] = {"on": machine(), "zipf": ZIPF, "unit": unit, "cases": {}}
+    for name, routing in tqdm(turns, unit="case", file=sys.stderr):
+        results["cases"][f"{name}, {routing}"] = _measure(cases[name], routing, rounds=2 if quick else 7)
+    results["goals"] = goals(results)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """One Markdown table a case, then the goals."""
+    lines = [results["on"], ""]
+    for name, case in results["cases"].items():
+        sizes = ", ".join(f"{key} {value}" for key, value in case["sizes"].items() if key != "layers")
+        lines += [f"{name} ({sizes}; the fullest expert has {case['fullest']:.1f} times the mean)", ""]
+        unit = results["unit"]
+        lines += [f"| | forward, ms | {unit} | backward, ms | {unit} | in all, {unit} | of 789 TF | kept, MiB | GiB |"]
+        lines += ["|---" * 9 + "|"]
+        lines += [_row(contender, found, case, unit) for contender, found in case["contenders"].items()]
+        lines += ["", f"GiB: kept, times the {case['sizes']['layers']} layers of the model", ""]
+    lines += ["Goals (one H200): " + "; ".join(f"{goal}: {how}" for goal, how in results["goals"].items())]
+    return "\n".join(lines)
+
+
+def _row(name: str, found: dict[str, Any], case: dict[str, Any], unit: str) -> str:
+    if "failed" in found:
+        return f"| {name} | {found['failed']}" + " |" * 8
+    scale = {"TF": 1, "GF": 1000}[unit]
+    rates = [f"{scale * rate:.3g}" for rate in (*found["tf"], found["tf_both"])]
+    times = [f"{1000 * seconds:.2f}" for seconds in found["seconds"]]
+    share = f"{found['tf_both'] / DENSE_TF:.1%}" if unit == "TF" else ""
+    kept = found.get("kept_mib")
+    memory = ["", ""] if kept is None else [f"{kept:,.0f}", f"{kept * case['sizes']['layers'] / 1024:.1f}"]
+    return "| " + " | ".join([name, times[0], rates[0], times[1], rates[1], rates[2], share, *memory]) + " |"
+
+
+def flops(case: Case) -> tuple[int, int]:
+    """Forward and backward of one layer; a multiplication and an addition are 2."""
+    forward = 6 * case.T * case.K * case.D * case.F
+    return forward, 2 * forward
+
+
+def goals(results: dict[str, Any]) -> dict[str, str]:
+    """Each goal as met, missed or not measured, by our best implementation with balanced routing."""
+    verdicts = {}
+    for name, wanted in GOALS.items():
+        found = _ours(results, name)
+        for index, way in enumerate(("forward", "backward")):
+            got = found["tf"][index] if found else None
+            verdicts[f"{name} {way} ≥ {wanted[index]} TF"] = _verdict(got, wanted[index], 1)
+    name, most = GOAL_KEPT_GIB
+    found = _ours(results, name)
+    kept = found["kept_mib"] * results["cases"][f"{name}, balanced"]["sizes"]["layers"] / 1024 if found else None
+    verdicts[f"{name} activations ≤ {most} GiB"] = _verdict(kept, most, -1)
+    return verdicts
+
+
+def _ours(results: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The faster of ours on an H200, None where it was not measured."""
+    case = results["cases"].get(f"{name}, balanced")
+    if case is None or "H200" not in results["on"]:
+        return None
+    ours = [v for k, v in case["contenders"].items() if k.startswith("trinity ") and "failed" not in v]
+    return max(ours, key=lambda found: found["tf_both"], default=None)
+
+
+def _verdict(got: float | None, wanted: float, sign: int) -> str:
+    if got is None:
+        return "not measured"
+    return f"{'met' if sign * (got - wanted) >= 0 else 'missed'} ({got:.0f})"
+
+
+def balanced_routing(tokens: int, experts: int, active: int) -> Tensor:
+    """[T, K] int64: K neighbours for each token, tokens and experts in random order; loads differ by 1 at most."""
+    random = torch.Generator().manual_seed(0)
+    token_T = torch.randperm(tokens, generator=random)
+    place_TK = token_T.unsqueeze(1) * active + torch.arange(active)
+    return torch.randperm(experts, generator=random)[place_TK % experts]
+
+
+def zipf_routing(tokens: int, experts: int, active: int, exponent: float = ZIPF) -> Tensor:
+    """[T, K] int64: K distinct experts for each token, drawn one after the other with weights i^−exponent."""
+    random = torch.Generator().manual_seed(0)
+    noise_TE = torch.empty(tokens, experts).exponential_(generator=random)
+    # the K smallest of exponential times are K draws without replacement, by their rates
+    times_TE = noise_TE * torch.arange(1, experts + 1).pow(exponent)
+    return torch.randperm(experts, generator=random)[times_TE.topk(active, largest=False).indices]
+
+
+def make_inputs(case: Case, routing: str) -> Inputs:
+    """On the device, in its dtype; all but the choices want gradients."""
+    where, dtype = device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    random = torch.Generator(where).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, device=where, dtype=dtype)
+
+    D, F, E, K, T, _ = case
+    indices_TK = (balanced_routing if routing == "balanced" else zipf_routing)(T, E, K).to(where)
+    s_TK = torch.rand(T, K, generator=random, device=where)
+    weights = normal(E, 2, F, D).div_(D**0.5), normal(E, D, F).div_(F**0.5)
+    wanting = [x.requires_grad_() for x in (normal(T, D), *weights, s_TK)]
+    return Inputs(*wanting[:3], indices_TK, wanting[3], normal(T, D))
+
+
+def _measure(case: Case, routing: str, rounds: int) -> dict[str, Any]:
+    from benchmarks.expert_peers import contenders
+
+    counts_E = torch.bincount(make_indices(case, routing).flatten(), minlength=case.E)
+    found: dict[str, Any] = {
+        "sizes": case._asdict(),
+        "fullest": (counts_E.max() / counts_E.double().mean()).item(),
+        "contenders": {},
+    }
+    if out_of_time():
+        found["contenders"] = {"trinity": {"failed": "not measured: the suite's time was up"}}
+        return found
+    inputs = make_inputs(case, routing)
+    calls, ready = {}, {}
+    with torch.no_grad():
+        from trinity_kernels import expert_mlp
+
+        right_TD = expert_mlp.reference(*inputs[:5])
+    for name, make in contenders(case).items():
+        try:
+            calls[name] = make(inputs)
+            found["contenders"][name] = {"kept_mib": _check(calls[name], inputs, right_TD)}
+            ready[name] = _timed(calls[name], inputs)
+        except Exception as error:  # absent, or it cannot do this: that is its row
+            found["contenders"][name] = {"failed": one_line(error)}
+        gc.collect()
+    del right_TD
+    work = flops(case)
+    for name, figures in take_turns(ready, rounds).items():
+        row = found["contenders"][name]
+        row |= figures
+        if "seconds" in figures:
+            row["tf"] = [flop / seconds / 1e12 for flop, seconds in zip(work, figures["seconds"])]
+            row["tf_both"] = sum(work) / sum(figures["seconds"]) / 1e12
+    return found
+
+
+def make_indices(case: Case, routing: str) -> Tensor:
+    """The choices alone."""
+    return (balanced_routing if routing == "balanced" else zipf_routing)(case.T, case.E, case.K)
+
+
+def _check(forward: Forward, inputs: Inputs, right_TD: Tensor) -> float | None:
+    """MiB kept by one forward pass on a GPU, else None; refuses an output that is not the reference's."""
+    on_gpu = inputs.x_TD.is_cuda
+    y_TD = forward(inputs)  # compiles what is to be compiled
+    error = ((y_TD.detach().float() - right_TD.float()).norm() / right_TD.float().norm()).item()
+    if not error <= AGREES[inputs.x_TD.dtype]:
+        raise ValueError(f"computes something else: {error:.1e} from the reference")
+    del y_TD
+    if not on_gpu:
+        return None
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    y_TD = forward(inputs)
+    kept = torch.cuda.memory_allocated() - before - y_TD.nbytes + inputs.x_TD.nbytes
+    return kept / 2**20
+
+
+def _timed(forward: Forward, inputs: Inputs) -> Callable[[Marks], None]:
+    wanted = [x for x in inputs if x.requires_grad]
+
+    def call(mark: Marks) -> None:
+        y_TD = forward(inputs)
+        mark()
+        torch.autograd.grad(y_TD, wanted, inputs.grad_TD, allow_unused=True)  # of a weight that a peer holds otherwise
+
+    return call

@@ -1,0 +1,190 @@
+"""Trinity Nano whole on one GPU: forward + backward of a microbatch, and whole steps with clipping, Muon and AdamW.
+
+configs/nano_1gpu.yaml as it is: 6.1B parameters in bf16 with fp32 masters, rows of 4096. Each variant is a process of
+its own with a time limit, so that what runs out of memory or time is a row; one that ends late keeps the rows before.
+Weights are random numbers and routing is forced (benchmarks.experts: balanced, or Zipf), so that a step costs what it
+would in mid-run. A short version of the model follows on a GPU that cannot hold the whole one. MFU counts
+trinity.models.accounting.flops_per_token over the data sheet's peak.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CONFIG = "configs/nano_1gpu.yaml"
+TOKENS = (65_536, 524_288)
+"""Tokens of the steps that are measured."""
+
+PATIENCE = 75
+"""Seconds that one variant may take, its start included."""
+
+ROOMY = 100e9
+"""Bytes of a GPU that can hold the whole model's state (75 GB) and its activations."""
+
+VARIANTS = [
+    ("balanced routing", "balanced", ["recompute=block", "batch.microbatch=8"]),
+    ("Zipf routing", "Zipf", ["recompute=block", "batch.microbatch=8"]),
+    ("balanced routing, nothing recomputed, microbatch 4", "balanced", ["recompute=none", "batch.microbatch=4"]),
+]
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Every variant: name → rows, each with what was measured, or why nothing was."""
+    import torch
+
+    variants = {f"Nano, {name}": (routing, words) for name, routing, words in VARIANTS}
+    if torch.cuda.get_device_properties(0).total_memory < ROOMY:
+        short = {f"Nano with 12 of 56 layers, {n}": (r, [*words, "model.layers=12"]) for n, r, words in VARIANTS[:2]}
+        variants = short | variants
+    return {name: in_process(CONFIG, *variant, TOKENS[: 1 if quick else None]) for name, variant in variants.items()}
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| | tokens | s | tokens/s | MFU | peak memory, GiB |", "|---|---|---|---|---|---|"]
+    for name, rows in found.items():
+        for row in rows:
+            if "failed" in row:
+                lines.append(f"| {name} | {row['failed']} | | | | |")
+                continue
+            mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            lines.append(
+                f"| {name}: {row['what']} | {row['tokens']:,} | {row['seconds']:.3f} "
+                f"| {row['tokens'] / row['seconds']:,.0f} | {mfu} | {row['memory_gib']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def in_process(config: str, routing: str, words: list[str], tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The rows of one variant, the last of them a failure if it did not come to its end."""
+    from benchmarks.timing import time_left
+
+    patience = min(PATIENCE, time_left())
+    if patience < 15:
+        return [{"failed": "not measured: the suite's time was up"}]
+    command = [sys.executable, __file__, config, routing, ",".join(map(str, tokens)), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired as late:
+        output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        return [*_rows(output), {"failed": f"not at its end after {patience:.0f} s"}]
+    rows = _rows(done.stdout)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        rows.append({"failed": "out of memory" if "OutOfMemoryError" in done.stderr else last[:160]})
+    return rows
+
+
+def _rows(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith('{"what"')]
+
+
+def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[str]) -> None:
+    """Print one row of JSON after the other."""
+    import torch
+
+    from trinity.config.load import load_config
+    from trinity.models.accounting import flops_per_token
+    from trinity.parallel import mesh
+    from trinity.training.hardware import memory_gib, peak_flops
+    from trinity.training.setup import build_model, make_optimizers
+    from trinity.training.trainer import Batch, train_step
+
+    config = load_config(path, words)
+    ranks = mesh.start(config.parallel, config.model, None, False)
+    model = build_model(config, ranks)
+    _fill(model)
+    _force_routing(routing)
+    optimizers = make_optimizers(config, model)
+    length = config.data.sequence_length
+    flops, peak = flops_per_token(config.model, length)["training"], peak_flops(ranks.device)
+
+    def text(tokens: int) -> Batch:
+        random = torch.Generator().manual_seed(0)
+        both = torch.randint(config.model.vocab_size, (max(1, tokens // length), length + 1), generator=random)
+        return Batch(both[:, :-1], both[:, 1:], None)
+
+    def report(what: str, tokens: int, seconds: list[float]) -> None:
+        median = statistics.median(seconds)
+        mfu = None if peak is None else flops * tokens / median / peak
+        row = {"what": what, "tokens": tokens, "seconds": median, "mfu": mfu, "memory_gib": memory_gib(ranks.device)}
+        print(json.dumps(row), flush=True)
+
+    def gradient(batch: Batch) -> None:
+        losses = model(batch.tokens_BS, targets_BS=batch.targets_BS)
+        (losses.token_loss / batch.tokens_BS.numel()).backward()
+
+    size = config.batch.microbatch * length
+    microbatch = next(text(size).microbatches(config.batch.microbatch, ranks.device))
+    report("forward + backward", size, [_seconds(lambda: gradient(microbatch)) for _ in range(4)][1:])
+    optimizers.zero_grad()
+    for index, tokens in enumerate(tokens_of_steps):
+        batch = text(tokens)
+        repeats = 4 if index == 0 else 1  # the first of all warms up
+        taken = [
+            _seconds(lambda: train_step(model, optimizers, batch, config, 1.0, ranks))  # noqa: B023
+            for _ in range(repeats)
+        ]
+        report("a step", batch.tokens_BS.numel(), taken[1:] or taken)
+    mesh.stop()
+
+
+def _seconds(call: Any) -> float:
+    import torch
+
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _fill(model: Any) -> None:
+    """Random weights made on the device: the real initial ones take longer, and cost the same to train."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = parameter.to_local()
+            values.fill_(1.0) if name.endswith("gain") else values.normal_(0.0, model.config.init_std)
+        for buffer in model.buffers():
+            buffer.zero_()
+
+
+def _force_routing(routing: str) -> None:
+    """Make every router choose by a table, whatever its scores; the scores and gates are its own."""
+    from functools import cache
+
+    import torch
+    from benchmarks.experts import balanced_routing, zipf_routing
+
+    from trinity.models.moe import Router
+
+    draw = {"balanced": balanced_routing, "Zipf": zipf_routing}[routing]
+
+    @cache
+    def table_of(tokens: int, experts: int, active: int, device: torch.device) -> tuple[Any, Any]:
+        indices_TK = draw(tokens, experts, active).to(device)
+        return indices_TK, torch.bincount(indices_TK.flatten(), minlength=experts)
+
+    chosen = Router.forward
+
+    def forward(self: Router, x_TD: Any, bias_E: Any) -> tuple[Any, ...]:
+        _, scores_TE, indices_TK, _ = chosen(self, x_TD, bias_E)
+        indices_TK, counts_E = table_of(len(scores_TE), scores_TE.shape[1], indices_TK.shape[1], scores_TE.device)
+        picked_TK = scores_TE.gather(1, indices_TK)
+        gates_TK = picked_TK / picked_TK.sum(dim=1, keepdim=True) * self.route_scale
+        return gates_TK, scores_TE, indices_TK, counts_E
+
+    Router.forward = forward
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parents[2])
+    sys.path[:0] = [str(Path(__file__).parents[1])]
+    _measure(sys.argv[1], sys.argv[2], [int(number) for number in sys.argv[3].split(",")], sys.argv[4:])

@@ -1,0 +1,104 @@
+"""Which tiles are fastest: every candidate of an op's kernels, timed on this GPU; a table to paste into the op's file.
+
+An op's Triton module says what can be tuned by an attribute
+
+    TUNABLE: dict[str, object]      name → an object with
+        candidates                  a list of tiles, any values that repr() writes as Python
+        run(candidate)              one call of the kernel with that tile, on tensors of its own on the GPU
+        chosen                      the tile that the module's table picks now, or None (optional)
+
+made when it is asked for (a module-level __getattr__), so that importing a module makes no tensors. The experts' are in
+benchmarks/expert_tiles.py. A candidate that fails, for want of shared memory or registers, is a row. The first call,
+which compiles, is not timed; candidates take turns; a figure is a median.
+
+    python tools/bench.py tune experts --json tiles.json
+"""
+
+import sys
+from importlib import import_module
+from typing import Any, Protocol
+
+from benchmarks.timing import Marks, take_turns
+from tqdm import tqdm
+
+from trinity.errors import UserError
+
+ELSEWHERE = {"experts": "benchmarks.expert_tiles"}
+"""Ops whose tunables are not in their own module."""
+
+
+class Tunable(Protocol):
+    """One kernel at one size."""
+
+    candidates: list[Any]
+
+    def run(self, candidate: Any) -> None:
+        """One call."""
+
+
+def run(quick: bool, op: str) -> dict[str, Any]:
+    """Time every candidate of every tunable of an op.
+
+    Raises:
+        UserError: no such op, or it has nothing to tune.
+    """
+    from benchmarks.step import machine
+
+    found = {}
+    for name, tunable in tqdm(tunables(op).items(), unit="kernel", file=sys.stderr):
+        found[name] = measure(tunable, rounds=2 if quick else 7)
+    return {"on": machine(), "op": op, "kernels": found}
+
+
+def tunables(op: str) -> dict[str, Tunable]:
+    """An op's, by name.
+
+    Raises:
+        UserError: no such op, or it has nothing to tune.
+    """
+    module = ELSEWHERE.get(op, f"trinity_kernels.{op}_triton")
+    try:
+        return import_module(module).TUNABLE
+    except ModuleNotFoundError as error:
+        raise UserError(f"tune {op} needs the module {module}: {error}") from error
+    except AttributeError as error:
+        raise UserError(f"{module} has no TUNABLE: nothing to tune; see tools/benchmarks/tune.py") from error
+
+
+def measure(tunable: Tunable, rounds: int) -> dict[str, Any]:
+    """Seconds or failure of each candidate, by its repr; the fastest; and what the module picks now."""
+
+    def call(candidate: Any) -> Any:
+        def timed(_: Marks) -> None:
+            tunable.run(candidate)
+
+        return timed
+
+    by_name = {repr(candidate): candidate for candidate in tunable.candidates}
+    figures = take_turns({name: call(candidate) for name, candidate in by_name.items()}, rounds)
+    tiles = {name: {"seconds": f["seconds"][0]} if "seconds" in f else f for name, f in figures.items()}
+    good = [name for name in tiles if "seconds" in tiles[name]]
+    best = min(good, key=lambda name: tiles[name]["seconds"], default=None)
+    chosen = getattr(tunable, "chosen", None)
+    return {"tiles": tiles, "best": best, "chosen": None if chosen is None else repr(chosen)}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every candidate, fastest first, then the Python literal of the best ones."""
+    lines = [results["on"], "", f"| {results['op']} | tile | ms | against the best |", "|---|---|---|---|"]
+    for name, kernel in results["kernels"].items():
+        best = kernel["tiles"][kernel["best"]]["seconds"] if kernel["best"] else None
+        for tile, found in sorted(kernel["tiles"].items(), key=lambda item: item[1].get("seconds", float("inf"))):
+            mark = " (now)" if tile == kernel["chosen"] else ""
+            if "failed" in found:
+                lines.append(f"| {name} | {tile}{mark} | {found['failed']} | |")
+            else:
+                seconds = found["seconds"]
+                lines.append(f"| {name} | {tile}{mark} | {1000 * seconds:.3f} | {seconds / best:.2f} |")
+    return "\n".join([*lines, "", literal(results)])
+
+
+def literal(results: dict[str, Any]) -> str:
+    """The best tiles as a Python dict literal."""
+    lines = [f"    {name!r}: {kernel['best']}," for name, kernel in results["kernels"].items() if kernel["best"]]
+    return "\n".join([f"BEST = {{  # {results['op']}, {results['on']}", *lines, "}"])
