@@ -2,8 +2,8 @@
 
 A program takes whole rows, some at a time, and goes through the tensor with the stride of the grid, so that it reads
 the gains once and sums their gradients in registers. Each program writes its sum into a row of its own, [programs, D],
-and torch adds the rows up: no atomics, the same bits every time. How many programs there are does not depend on the
-GPU, so neither do the bits. Rows to come are read while one is computed (tl.range's stages).
+and torch adds the rows up: no atomics, the same bits every time. How many programs there are depends on the width and
+the number of rows alone. Rows to come are read while one is computed (tl.range's stages).
 
 Kept for backward: what was normalised and 1/rms per row, in fp32.
 
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 def forward_plan(width: int) -> Plan:
     """8 numbers of a row for each thread, which are 16 bytes in bf16; 32 warps on each multiprocessor.
 
-    Three rows ahead are 48 kB on the way to a multiprocessor for Nano's lone norm, 72 kB for Large's; a bandwidth of
+    Three rows ahead are 48 kB on the way to a multiprocessor for Nano's lone norm, 36 kB for Large's; a bandwidth of
     4.3 TB/s at a latency of a microsecond asks for 33.
     """
     columns = triton.next_power_of_2(width)

@@ -17,6 +17,9 @@ from trinity_kernels.norm import differentiate_norm, inverse_rms_of, wide
 from trinity_kernels.norm import refuses as norm_refuses
 from trinity_kernels.op import Op
 
+WIDEST_HEAD = 2048
+"""The widest head of which a Triton program holds a token's."""
+
 
 def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+C/2}) by its angle; in cos's precision, rounded once to x's dtype. Not differentiable.
@@ -69,6 +72,8 @@ def _qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor,
 def _refuses(x_BSHC: Tensor, *_: object, **__: object) -> str | None:
     if x_BSHC.shape[-1] % 2:
         return f"heads of {x_BSHC.shape[-1]} features have no two halves"
+    if x_BSHC.shape[-1] > WIDEST_HEAD:
+        return f"heads of {x_BSHC.shape[-1]} features are wider than {WIDEST_HEAD}"
     return norm_refuses(x_BSHC)
 
 

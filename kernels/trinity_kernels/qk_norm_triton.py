@@ -13,11 +13,15 @@ from torch import Tensor
 
 from trinity_kernels.language import cdiv, tl, triton
 
-TOKENS = 16
-"""Of a program: with 4 warps and half heads of 64, 8 numbers for each thread, which are 16 bytes in bf16."""
 WARPS = 4
 STAGES = 3
 """Heads that are read ahead, the one at hand included."""
+
+
+def tile(head_dim: int) -> dict[str, int]:
+    """1024 numbers of each half or less: with heads of 128, 8 for each thread, which are 16 bytes in bf16."""
+    half = triton.next_power_of_2(head_dim // 2)
+    return {"BLOCK_T": min(16, 1024 // half), "BLOCK_C": half, "STAGES": STAGES, "num_warps": WARPS}
 
 
 def qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -59,7 +63,7 @@ def _whole_heads(x_BSHC: Tensor) -> Tensor:
 
 
 def _grid(x_BSHC: Tensor) -> tuple[int]:
-    return (cdiv(x_BSHC.shape[0] * x_BSHC.shape[1], TOKENS),)
+    return (cdiv(x_BSHC.shape[0] * x_BSHC.shape[1], tile(x_BSHC.shape[-1])["BLOCK_T"]),)
 
 
 def _angles(x_BSHC: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -73,8 +77,7 @@ def _sizes(x_BSHC: Tensor, cos: Tensor | None) -> tuple[int, ...]:
 
 
 def _options(x_BSHC: Tensor, cos: Tensor | None) -> dict[str, int | bool]:
-    half = triton.next_power_of_2(x_BSHC.shape[-1] // 2)
-    return {"TURN": cos is not None, "BLOCK_T": TOKENS, "BLOCK_C": half, "STAGES": STAGES, "num_warps": WARPS}
+    return {"TURN": cos is not None, **tile(x_BSHC.shape[-1])}
 
 
 @triton.jit

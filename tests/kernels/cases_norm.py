@@ -11,7 +11,7 @@ EPS = 1e-5
 # width, query heads, key heads, head width, feed-forward width
 SIZES = {
     "nano": (1024, 8, 2, 128, 3072), "mini": (2048, 32, 4, 128, 6144), "large": (3072, 48, 8, 128, 12288),
-    "smoke": (256, 4, 2, 64, 96),
+    "smoke": (256, 4, 2, 64, 96), "widest": (4096, 2, 1, 2048, 96),
 }  # fmt: skip
 
 
@@ -52,6 +52,6 @@ def feed_forward(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 CASES: dict[str, Callable[[], None]] = {
     f"{part.__name__} {name} {str(dtype).removeprefix('torch.')}": partial(part, sizes, dtype)
     for name, sizes in SIZES.items()
-    for dtype in ((torch.bfloat16, torch.float32) if name == "smoke" else (torch.bfloat16,))
+    for dtype in ((torch.bfloat16, torch.float32) if name in ("smoke", "widest") else (torch.bfloat16,))
     for part in (norms, attention, feed_forward)
 }

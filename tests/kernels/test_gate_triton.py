@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton_case import BOUNDS, DEVICE, assert_close
 
-from trinity_kernels import sigmoid_gate, swiglu
+from trinity_kernels import gate_triton, sigmoid_gate, swiglu, swiglu_triton
 from trinity_kernels.op import Op
 
 OPS = {"sigmoid_gate": sigmoid_gate, "swiglu": swiglu}
@@ -92,12 +92,12 @@ def test_what_triton_does_not_take(name: str) -> None:
 @pytest.mark.parametrize("T", [7, 0])
 def test_opcheck(T: int) -> None:
     """Schema, fake tensors, autograd registration and tracing, by torch's own checker."""
-    trinity, x, (pre,) = torch.ops.trinity, gradient(T, 16, torch.float32), make("swiglu", T, 16, torch.float32)
-    torch.library.opcheck(trinity.swiglu_triton.default, (pre,))
-    torch.library.opcheck(trinity.swiglu_triton_backward.default, (x, pre.detach()))
-    inputs = [tensor.detach().contiguous().requires_grad_() for tensor in make("sigmoid_gate", T, 16, torch.float32)]
-    torch.library.opcheck(trinity.sigmoid_gate_triton.default, tuple(inputs))
-    torch.library.opcheck(trinity.sigmoid_gate_triton_backward.default, (x, *(tensor.detach() for tensor in inputs)))
+    x, (pre,) = gradient(T, 16, torch.float32), make("swiglu", T, 16, torch.float32)
+    torch.library.opcheck(swiglu_triton.forward_op, (pre,))
+    torch.library.opcheck(swiglu_triton.backward_op, (x, pre.detach()))
+    inputs = make("sigmoid_gate", T, 16, torch.float32)
+    torch.library.opcheck(gate_triton.forward_op, tuple(inputs))
+    torch.library.opcheck(gate_triton.backward_op, (x, *(tensor.detach() for tensor in inputs)))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a GPU")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from triton_case import BOUNDS, DEVICE, assert_close
 
-from trinity_kernels import qk_norm
+from trinity_kernels import qk_norm, qk_norm_triton
 
 EPS = 1e-3
-# B, S, H, C: T of 0, 1, 7, 63, 64, 65 and 129; a program takes 16 tokens
-SIZES = [(2, 0, 2, 8), (1, 1, 3, 64), (1, 7, 2, 128), (3, 21, 1, 16), (4, 16, 2, 24), (5, 13, 2, 10), (3, 43, 4, 32)]
+# B, S, H, C: T of 0, 1, 7, 63, 64, 65 and 129; a program takes 16 tokens, of the widest head 1
+SIZES = [(2, 0, 2, 8), (1, 1, 3, 64), (1, 7, 2, 130), (3, 21, 1, 16), (4, 16, 2, 24), (5, 13, 2, 10), (3, 43, 4, 32)]
 
 
 def make(B: int, S: int, H: int, C: int, dtype: torch.dtype, rows: int | None) -> tuple:
@@ -88,6 +88,11 @@ def test_gradients_of_any_strides(dy: str) -> None:
     compare(x, gain_C, rotation, made[dy].to(DEVICE))
 
 
+def test_the_widest_head() -> None:
+    inputs = make(1, 3, 2, 2048, torch.float32, 1)
+    compare(*inputs, gradient(inputs[0]))
+
+
 def test_repetition_gives_the_same_bits() -> None:
     inputs = make(3, 43, 4, 32, torch.bfloat16, 3)
     first, second = (run(qk_norm.triton, *inputs, gradient(inputs[0])) for _ in range(2))
@@ -98,6 +103,8 @@ def test_what_triton_does_not_take() -> None:
     x, gain_C = torch.randn(1, 2, 3, 9), torch.ones(9)
     with pytest.raises(ValueError, match="9 features have no two halves"):
         qk_norm(x, gain_C, EPS, kernel="triton")
+    with pytest.raises(ValueError, match="wider than 2048"):
+        qk_norm(torch.zeros(1, 2, 1, 2050), torch.ones(2050), EPS, kernel="triton")
     with pytest.raises(ValueError, match="float64"):
         qk_norm(x[..., :8].double(), gain_C[:8], EPS, kernel="triton")
 
@@ -106,11 +113,10 @@ def test_what_triton_does_not_take() -> None:
 def test_opcheck(S: int, rows: int | None) -> None:
     """Schema, fake tensors, autograd registration and tracing, by torch's own checker."""
     x, gain_C, rotation = make(2, S, 2, 8, torch.float32, rows)
-    x = x.detach().contiguous().requires_grad_()
     angles = (None, None) if rotation is None else tuple(part.float() for part in rotation)
-    torch.library.opcheck(torch.ops.trinity.qk_norm_triton.default, (x, gain_C, EPS, *angles))
+    torch.library.opcheck(qk_norm_triton.forward_op, (x, gain_C, EPS, *angles))
     arguments = (torch.ones_like(x), x.detach(), gain_C.detach(), EPS, *angles)
-    torch.library.opcheck(torch.ops.trinity.qk_norm_triton_backward.default, arguments)
+    torch.library.opcheck(qk_norm_triton.backward_op, arguments)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a GPU")

@@ -105,7 +105,9 @@ def test_table() -> None:
 
 def test_contenders_that_run_here_agree_and_the_others_say_why() -> None:
     """The suite on a layer of a few numbers: what disagreed with the reference would be a failure."""
-    found = experts._measure(Case(16, 8, 4, 2, 24, 1), "Zipf", rounds=1)["contenders"]
+    case = {"contenders": {}}
+    experts._measure(case, Case(16, 8, 4, 2, 24, 1), "Zipf", rounds=1)
+    found = case["contenders"]
     there = {name for name, row in found.items() if "failed" not in row}
     assert {
         "trinity reference",
@@ -116,6 +118,18 @@ def test_contenders_that_run_here_agree_and_the_others_say_why() -> None:
     assert all(len(found[name]["tf"]) == 2 and min(found[name]["seconds"]) > 0 for name in there)
     if not torch.cuda.is_available():
         assert found["SonicMoE"]["failed"] == "needs a GPU"
+
+
+def test_a_broken_device_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the suite does where even inputs cannot be made: a row a case, goals and table as ever."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(experts, "make_inputs", broken)
+    found = experts.run(quick=True)
+    assert all("illegal" in case["contenders"]["the rest"]["failed"] for case in found["cases"].values())
+    assert "| the rest | RuntimeError: an illegal memory access |" in experts.table(found)
 
 
 def test_a_contender_that_computes_something_else_is_found() -> None:

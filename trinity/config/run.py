@@ -231,7 +231,7 @@ class Kernels:
     qk_norm: Literal["auto", "triton", "reference"] = "auto"
     """RMSNorm of queries and keys with RoPE."""
     gate: Literal["auto", "triton", "reference"] = "auto"
-    """The sigmoid gate on attention's output."""
+    """What stands between projections: the sigmoid gate on attention's output, and SwiGLU."""
     newton_schulz: Literal["auto", "triton", "reference"] = "auto"
     """Muon's orthogonalisation."""
 

@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.attention_post_norm = post_norm()
         self.ffn_norm = norm()
         self.sparse = layer >= config.dense_layers
-        self.ffn = MoE(config, kernels) if self.sparse else SwiGLU(config.width, config.dense_width)
+        self.ffn = MoE(config, kernels) if self.sparse else SwiGLU(config.width, config.dense_width, kernels.gate)
         self.ffn_post_norm = post_norm()
 
     def forward(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity_kernels.grouping import Groups, group_rows
+from trinity_kernels.grouping import group_rows
 from trinity_kernels.norm import wide
 
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,8 +38,9 @@ def expert_mlp_by(
     if not rows:  # no engine is asked for nothing
         return _Nothing.apply(x_TD, gate_up_E2FD, down_EDF, s_TK)
     groups = group_rows(indices_TK, len(gate_up_E2FD), rows)
-    gate_RF, up_RF = linear(_Pick.apply(x_TD, groups), gate_up_E2FD.flatten(1, 2), groups.ends_E).chunk(2, dim=-1)
-    return _Weigh.apply(linear(F.silu(gate_RF) * up_RF, down_EDF, groups.ends_E), s_TK, groups)
+    x_RD = _Pick.apply(x_TD, *groups)
+    gate_RF, up_RF = linear(x_RD, gate_up_E2FD.flatten(1, 2), groups.ends_E).chunk(2, dim=-1)
+    return _Weigh.apply(linear(F.silu(gate_RF) * up_RF, down_EDF, groups.ends_E), s_TK, *groups)
 
 
 class _Nothing(torch.autograd.Function):
@@ -59,33 +60,32 @@ class _Pick(torch.autograd.Function):
     """The row of each choice; backward adds up each token's gradients, in the order of its choices."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, groups: Groups) -> Tensor:
-        ctx.groups = groups
-        return x_TD.index_select(0, groups.order_R // groups.place_TK.shape[1])
+    def forward(ctx, x_TD: Tensor, order_R: Tensor, place_TK: Tensor, _ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TD.index_select(0, order_R // place_TK.shape[1])
 
     @staticmethod
-    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return _sum_per_token(grad_RD, ctx.groups.place_TK).to(grad_RD.dtype), None
+    def backward(ctx, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        (place_TK,) = ctx.saved_tensors
+        return _sum_per_token(grad_RD, place_TK).to(grad_RD.dtype), None, None, None
 
 
 class _Weigh(torch.autograd.Function):
     """Σ_k s_tk · row, in fp32. Saves the rows as they came, and not widened."""
 
     @staticmethod
-    def forward(ctx, y_RD: Tensor, s_TK: Tensor, groups: Groups) -> Tensor:
-        ctx.save_for_backward(y_RD, s_TK)
-        ctx.groups = groups
-        return _sum_per_token(y_RD, groups.place_TK, s_TK).to(y_RD.dtype)
+    def forward(ctx, y_RD: Tensor, s_TK: Tensor, order_R: Tensor, place_TK: Tensor, _ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(y_RD, s_TK, order_R)
+        return _sum_per_token(y_RD, place_TK, s_TK).to(y_RD.dtype)
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
-        y_RD, s_TK = ctx.saved_tensors
-        order_R = ctx.groups.order_R
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        y_RD, s_TK, order_R = ctx.saved_tensors
         grad_RD = wide(grad_TD.index_select(0, order_R // s_TK.shape[1]))
         grad_s = torch.zeros_like(s_TK, dtype=grad_RD.dtype).view(-1)
         grad_s[order_R] = (grad_RD * y_RD).sum(dim=1)
         grad_y = grad_RD.mul_(wide(s_TK).flatten()[order_R].unsqueeze(1)).to(y_RD.dtype)
-        return grad_y, grad_s.view_as(s_TK).to(s_TK.dtype), None
+        return grad_y, grad_s.view_as(s_TK).to(s_TK.dtype), None, None, None
 
 
 def _sum_per_token(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None) -> Tensor:
