@@ -1,7 +1,8 @@
 """Recompute of blocks in backward: what is kept instead of being computed again.
 
-Routing is kept always. Routing anew in backward may choose other experts than the forward did (a tie, another
-rounding): shapes would differ and counts would double. The counts of an exchange are kept with it, so that backward
+The choice of experts is kept always, 8·K bytes a token and the counts. Choosing anew in backward may choose others than
+the forward did (a tie, another rounding): shapes would differ and counts would double. Scores and gates are made again;
+with the choice kept that cannot change a route. The counts of an exchange are kept with it, so that backward
 neither asks the other ranks for them nor waits for the device.
 
     block      keeps each block's input besides; everything else, the exchange of tokens included, is done again.
