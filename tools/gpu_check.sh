@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one command of under ten minutes: gpu_check.sh [--cpu] OUT
 #
-# Runs the tests marked gpu, a short smoke run in bf16, and every benchmark suite; writes OUT/check.json (what ran, its
-# exit code and seconds), the suites' own JSON beside it, and a log of each part. It needs torch >= 2.11 and pytest; what
-# else is missing is taken from the wheels in $WHEELS (a folder). --cpu tries all of it at toy size without a GPU.
+# Runs the tests marked gpu but the slow ones, some kernels under compute-sanitizer where it is installed, a short smoke
+# run in bf16 and its first steps again without Triton, and every benchmark suite; writes OUT/check.json (what ran, its
+# exit code and seconds), the suites' own JSON beside it, and a log of each part. A part that fails or is late stops no
+# other; the script's own code is then 1. It needs torch >= 2.11 and pytest; what else is missing is taken from the
+# wheels in $WHEELS (a folder). --cpu tries all of it at toy size without a GPU.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 
 cpu=0
 if [ "${1:-}" = --cpu ]; then
@@ -41,6 +43,29 @@ part() { # part NAME SECONDS COMMAND...: run under a limit, keep its log, note h
     return $code
 }
 
+each_file() { # COMMAND WORD... with names of files on stdin: one process a file, which may find no test there (5)
+    # most of the time is that of Triton's compiler, which uses one core
+    # shellcheck disable=SC2016
+    xargs -P 8 -I{} bash -c '"$@"; code=$?; [ $code = 5 ] || exit $code' _ "$@" {}
+}
+
+gpu_tests() {
+    export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests of kernels ask torch for the same bits twice
+    { find tests/kernels -name 'test_*.py' && find tests -mindepth 1 -maxdepth 1 -type d ! -name kernels; } |
+        each_file "$python" -m pytest -m "gpu and not slow" -ra
+}
+
+cpu_tests() { # finds none
+    "$python" -m pytest -m "gpu and not slow" -ra tests
+}
+
+sanitizer() { # one test of each op, forward and backward; memory is not kept, so that every overrun is somebody's
+    command -v compute-sanitizer || { echo "compute-sanitizer is not on PATH" && return 5; }
+    export CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    find tests/kernels -name 'test_*_triton.py' | each_file compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$python" -m pytest -m "gpu and not slow" -k repetition
+}
+
 data() {
     "$python" tools/prepare_corpus.py --out "$scratch/corpus" &&
         "$python" tools/train_tokenizer.py --input "$scratch"/corpus/*.train.jsonl --vocab-size 8192 \
@@ -52,27 +77,73 @@ data() {
         done
     done
 }
-export -f data
-export python scratch
 
-steps=250 precision=bfloat16 quick=
+first_losses() { # the same weights and batches: bf16 rounds otherwise in each, by far less than half a per cent
+    "$python" - "$out"/smoke.metrics.jsonl "$out"/smoke_reference.metrics.jsonl <<'PY'
+import json, sys
+
+runs = [[json.loads(line)["loss"] for line in open(path)] for path in sys.argv[1:]]
+pairs = list(zip(*runs))
+for step, (ours, reference) in enumerate(pairs, 1):
+    print(f"step {step}: auto {ours:.5f}, reference {reference:.5f}, {ours / reference - 1:+.2e}")
+sys.exit(not pairs or any(not abs(ours / reference - 1) <= 5e-3 for ours, reference in pairs[:5]))
+PY
+}
+
+without_triton() { # every setting of kernels.* that could be Triton's
+    "$python" - <<'PY'
+from dataclasses import fields
+
+from trinity.config.run import Kernels
+
+print(*(f"kernels.{field.name}=reference" for field in fields(Kernels) if "triton" in str(field.type)))
+PY
+}
+
+limit_of() { # SUITE: seconds; with the other parts they add up to less than 600
+    case $1 in
+    step) echo 90 ;;
+    experts) echo 80 ;;
+    attention) echo 30 ;;
+    head) echo 20 ;;
+    mesh) echo 10 ;;
+    *) echo 15 ;;
+    esac
+}
+
+export -f each_file gpu_tests cpu_tests sanitizer data first_losses
+export python scratch out
+
+kind=gpu steps=100 precision=bfloat16 quick=
 if [ $cpu = 1 ]; then
-    steps=3 precision=float32 quick=--quick
+    kind=cpu steps=3 precision=float32 quick=--quick
 fi
-settings=("run.dir=$scratch/run" "run.steps=$steps" "precision.compute=$precision" "data.tokenizer=$scratch/tokenizer")
+settings=("precision.compute=$precision" "data.tokenizer=$scratch/tokenizer")
 settings+=("optim.schedule.decay_start_steps=$((steps / 2))")
 for set in train validation; do
     for source in code prose; do
         settings+=("data.$set.$source=$scratch/shards/$source/$set")
     done
 done
+smoke() { # NAME SECONDS WORD...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$python" launch/pretrain.py configs/smoke.yaml "${settings[@]}" "run.dir=$scratch/$name" "$@"
+    cp "$scratch/$name/metrics.jsonl" "$out/$name.metrics.jsonl" 2>/dev/null
+}
 
-part tests 150 "$python" -m pytest -m gpu -ra tests
-part data 60 bash -c data
-part smoke 120 "$python" launch/pretrain.py configs/smoke.yaml "${settings[@]}"
-cp "$scratch/run/metrics.jsonl" "$out/smoke.metrics.jsonl" 2>/dev/null
+part tests 120 bash -c "${kind}_tests"
+[ $cpu = 1 ] || part sanitizer 40 bash -c sanitizer
+part data $((cpu ? 150 : 60)) bash -c data
+smoke smoke 55 "run.steps=$steps"
+read -ra words <<<"$(without_triton)"
+smoke smoke_reference 35 "run.steps=$((steps < 10 ? steps : 10))" evaluation.every=0 "${words[@]}"
+part first_losses 5 bash -c first_losses
 for suite in $("$python" tools/bench.py --list | cut -d' ' -f1); do
-    part "bench_$suite" 85 "$python" tools/bench.py "$suite" $quick --json "$out/bench_$suite.json"
+    limit=$(limit_of "$suite")
+    [ $cpu = 0 ] || limit=100
+    part "bench_$suite" "$limit" env "BENCH_SECONDS=$((limit - limit / 10 - 4))" \
+        "$python" tools/bench.py "$suite" $quick --json "$out/bench_$suite.json"
 done
 
 "$python" - "$out/check.json" "${rows[@]}" <<'PY'
