@@ -22,6 +22,7 @@ Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows_RI, weight_EOI, ends_E) → [R, O], differentiable: each expert's rows times its weight transposed; R > 0."""
 
 
+@torch.compiler.disable  # compile has no fake of the packages' products, and torch's own refuses ours
 def expert_mlp_by(
     linear: Linear, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor,
     rows: int | None,
