@@ -95,7 +95,7 @@ class Experts(nn.Module):
             [T, D], x's dtype.
         """
         if self.wide_gradient and self.here is _all:
-            self.gate_up.grad_dtype = self.down.grad_dtype = torch.promote_types(self.down.dtype, torch.float32)
+            _keep_gradients_wide(self.gate_up, self.down)
         gate_up, down = self.here(self.gate_up), self.here(self.down)
         arguments = (x_TD, gate_up, down, indices_TK, gates_TK, rows)
         if self.kernel in ENGINES:
@@ -105,6 +105,12 @@ class Experts(nn.Module):
 
 def _all(weight: Tensor) -> Tensor:
     return weight
+
+
+@torch.compiler.disable  # Dynamo cannot trace grad_dtype
+def _keep_gradients_wide(*weights: Tensor) -> None:
+    for weight in weights:
+        weight.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
 
 
 class MoE(nn.Module):
