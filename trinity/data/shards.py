@@ -89,6 +89,7 @@ class TokenSource:
         )
         self._dtype = np.dtype(index["dtype"])
         self._first = [0, *accumulate(entry["documents"] for entry in self._shards)]
+        self._first_shard = np.array(self._first[:-1])
         self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(self._shards)
         content = new_hash()
         for entry in self._shards:
@@ -99,6 +100,17 @@ class TokenSource:
         """Tokens of a document, BOS counted."""
         _, offsets, row = self._locate(document)
         return int(offsets[row + 1]) - int(offsets[row])
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """[n] int64: tokens of each of the documents [n]; for many at once, some nanoseconds each."""
+        shards = np.searchsorted(self._first_shard, documents, side="right") - 1
+        found = np.empty(len(documents), np.int64)
+        for shard in np.unique(shards):
+            here = shards == shard
+            _, offsets = self._maps[shard] or self._map(shard)
+            rows = documents[here] - self._first[shard]
+            found[here] = offsets[rows + 1] - offsets[rows]
+        return found
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""
