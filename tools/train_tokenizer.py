@@ -1,11 +1,13 @@
 """Train a byte-level BPE tokenizer.
 
 Example: python tools/train_tokenizer.py --input corpus/*.train.jsonl --vocab-size 8192 --out tokenizer
+The size of the real ones, from a sample: --vocab-size 200000 --pad-to-multiple 512 --sample-bytes 48e9
 """
 
 import argparse
 from pathlib import Path
 
+from trinity.data.tokenizer import load_tokenizer
 from trinity.data.train_tokenizer import train_from_files
 from trinity.errors import run_main
 
@@ -13,11 +15,27 @@ from trinity.errors import run_main
 def main() -> None:
     """Parse, train, print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="text, .jsonl, .jsonl.gz, .parquet files")
-    parser.add_argument("--vocab-size", type=int, required=True, help="ids in all: 259 of them are bytes and special")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files, folders, patterns, URLs: text, .jsonl(.gz, .zst), .parquet"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="ids before padding: 259 of them are bytes and special"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
-    parser.add_argument("--bytes-limit", type=int, help="learn from the first so many bytes of text only")
+    parser.add_argument(
+        "--sample-bytes",
+        type=count,
+        metavar="N",
+        help="learn from about N bytes of text, documents chosen evenly over all inputs (48e9 will do)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (%(default)s)")
+    parser.add_argument(
+        "--pad-to-multiple",
+        type=int,
+        metavar="M",
+        help="fill the vocabulary up with unused special tokens to a multiple of M",
+    )
     parser.add_argument("--force", action="store_true", help="write over what is in --out")
     arguments = parser.parse_args()
     made = train_from_files(
@@ -25,11 +43,22 @@ def main() -> None:
         arguments.vocab_size,
         arguments.out,
         field=arguments.field,
-        bytes_limit=arguments.bytes_limit,
+        sample_bytes=arguments.sample_bytes,
+        seed=arguments.seed,
+        pad_to_multiple=arguments.pad_to_multiple,
         force=arguments.force,
         progress=True,
     )
-    print(f"{arguments.out}: {arguments.vocab_size:,} ids{'' if made else ', already there'}")
+    ids = load_tokenizer(arguments.out).get_vocab_size()
+    print(f"{arguments.out}: {ids:,} ids{'' if made else ', already there'}")
+
+
+def count(text: str) -> int:
+    """A whole number as it is typed: 48000000000, or 48e9."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
 
 
 if __name__ == "__main__":

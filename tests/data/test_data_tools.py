@@ -12,7 +12,7 @@ import pytest
 from trinity.data.corpus import write_corpus
 from trinity.data.files import temporary
 from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import load_tokenizer
+from trinity.data.tokenizer import load_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -92,6 +92,9 @@ def test_train_tokenizer_twice(tool: Callable, tmp_path: Path) -> None:
     assert tool("train_tokenizer", *arguments, 270)[:2] == (0, f"{out}: 270 ids\n")
     assert load_tokenizer(out).get_vocab_size() == 270
     made = (out / "tokenizer.json").stat().st_mtime_ns
+    # A setting that is not given is as good as one that this version does not know.
+    made_from = json.loads((out / "made_from.json").read_text())
+    (out / "made_from.json").write_text(json.dumps({**made_from, "another_setting": None}))
     assert tool("train_tokenizer", *arguments, 270) == (0, f"{out}: 270 ids, already there\n", "")
     assert (out / "tokenizer.json").stat().st_mtime_ns == made
     code, _, error = tool("train_tokenizer", *arguments, 271)
@@ -101,16 +104,108 @@ def test_train_tokenizer_twice(tool: Callable, tmp_path: Path) -> None:
     assert load_tokenizer(out).get_vocab_size() == 271
 
 
-def test_train_tokenizer_on_part_of_the_text(tool: Callable, tmp_path: Path) -> None:
-    """What comes after the limit is not seen, not even that it is broken."""
-    source = lines(tmp_path / "a.jsonl", 40)
+def test_train_tokenizer_from_a_sample(tool: Callable, tmp_path: Path) -> None:
+    """Padded, and from a pattern; another sample is another tokenizer."""
+    source, out = lines(tmp_path / "a.jsonl", 40), tmp_path / "out"
+    arguments = ["train_tokenizer", "--input", tmp_path / "*.jsonl", "--vocab-size", 264, "--pad-to-multiple", 64]
+    code, printed, shown = tool(*arguments, "--sample-bytes", "2e3", "--out", out)
+    assert (code, printed) == (0, f"{out}: 320 ids\n")
+    assert "measuring" in shown
+    assert "reading the sample" in shown
+    assert tool(*arguments, "--sample-bytes", 2000, "--out", out) == (0, f"{out}: 320 ids, already there\n", "")
+    for changed in (["--sample-bytes", 2001], ["--sample-bytes", 2000, "--seed", 1], []):
+        assert tool(*arguments, *changed, "--out", out)[0] == 2
+    assert tool(*arguments, "--sample-bytes", "2.5", "--out", out)[0] == 2
     with open(source, "a") as file:
         file.write("not json\n")
-    arguments = ["train_tokenizer", "--input", source, "--vocab-size", 270, "--out"]
-    code, _, error = tool(*arguments, tmp_path / "all")
+    code, _, error = tool(*arguments, "--out", tmp_path / "other")
     assert code == 2
     assert sentences(error)[-1].startswith(f"error: {source}:41 is not valid JSON")
-    assert tool(*arguments, tmp_path / "part", "--bytes-limit", 2000)[0] == 0
+
+
+@pytest.fixture
+def report_inputs(tmp_path: Path) -> list[Path]:
+    """Two languages in one file, of which one is also in a text file."""
+    rows = [("en", "the words of a text"), ("de", "die Wörter eines Textes"), ("en", ""), ("en", "1234567 <|pad|>")]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps({"language": label, "text": text}) + "\n" for label, text in rows) + "\n")
+    (tmp_path / "plain.txt").write_text("die Wörter")
+    return [mixed, tmp_path / "plain.txt"]
+
+
+@pytest.fixture
+def small_tokenizer(tmp_path: Path) -> Path:
+    """Bytes alone, but for five merges; its file says to cut texts off, which a report must not."""
+    tok = train_tokenizer(["the words the words"], 264)
+    tok.enable_truncation(3)
+    save_tokenizer(tok, tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_tokenizer_report(
+    tool: Callable, tmp_path: Path, tokenizer_dir: Path, small_tokenizer: Path, report_inputs: list[Path]
+) -> None:
+    """Counts against the library's, one text at a time."""
+    texts = {
+        "en": ["the words of a text", "1234567 <|pad|>"],
+        "de": ["die Wörter eines Textes"],
+        "plain.txt": ["die Wörter"],
+    }
+    by_file = {"mixed.jsonl": texts["en"] + texts["de"], "plain.txt": texts["plain.txt"]}
+    toks = [load_text_encoder(folder) for folder in (tokenizer_dir, small_tokenizer)]
+
+    def expected(label: str, group: list[str]) -> dict:
+        size = sum(len(text.encode()) for text in group)
+        tokens = [sum(len(tok.encode(text, add_special_tokens=False)) for text in group) for tok in toks]
+        per_token = [size / count for count in tokens]
+        return {
+            "label": label, "documents": len(group), "text_bytes": size, "tokens": tokens,
+            "bytes_per_token": per_token, "ratios": [pytest.approx(per_token[0] / per_token[1], rel=1e-12)],
+        }  # fmt: skip
+
+    arguments = ["--tokenizer", tokenizer_dir, "--against", small_tokenizer, "--json", tmp_path / "r.json"]
+    for groups, option in ((by_file, []), (texts, ["--group-by", "language"])):
+        code, printed, shown = tool("tokenizer_report", *arguments, *option, *report_inputs)
+        assert code == 0
+        assert "counting" in shown
+        rows = [expected(label, group) for label, group in groups.items()]
+        rows.append(expected("all", [text for group in groups.values() for text in group]))
+        values = json.loads((tmp_path / "r.json").read_text())
+        assert values == {"tokenizers": [str(tokenizer_dir), str(small_tokenizer)], "rows": rows}
+        table = [line.split() for line in printed.splitlines()[1:]]
+        assert table == [
+            [row["label"], str(row["documents"]), str(row["text_bytes"]),
+             *(f"{number:.3f}" for number in (*row["bytes_per_token"], values["rows"][at]["ratios"][0]))]
+            for at, row in enumerate(rows)
+        ]  # fmt: skip
+
+
+def test_tokenizer_report_of_files_of_one_name(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Then the whole path tells them apart; without another tokenizer there is no ratio."""
+    files = [tmp_path / folder / "a.txt" for folder in ("one", "two")]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text("12")
+    per_token = f"{2 / len(load_text_encoder(tokenizer_dir).encode('12', add_special_tokens=False)):.3f}"
+    code, printed, _ = tool("tokenizer_report", "--tokenizer", tokenizer_dir, *files)
+    assert code == 0
+    assert [line.split() for line in printed.splitlines()[1:]] == [
+        [str(files[0]), "1", "2", per_token],
+        [str(files[1]), "1", "2", per_token],
+        ["all", "2", "4", per_token],
+    ]
+
+
+def test_tokenizer_report_refuses(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
+    source = lines(tmp_path / "a.jsonl", 2)
+    for arguments, sentence in (
+        (["--group-by", "lang", source], f"error: --group-by lang: {source}:1 has no field lang"),
+        ([tmp_path / "no.txt"], f"error: FILES {tmp_path / 'no.txt'} does not exist"),
+        (["--against", tmp_path, source], f"error: {tmp_path} holds no tokenizer.json"),
+    ):
+        code, printed, error = tool("tokenizer_report", "--tokenizer", tokenizer_dir, *arguments)
+        assert (code, printed) == (2, "")
+        assert sentences(error)[-1].startswith(sentence)
 
 
 def test_prepare_corpus(tool: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

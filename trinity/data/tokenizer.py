@@ -24,6 +24,7 @@ from trinity.data.files import checksum, write_atomically
 from trinity.errors import UserError
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+RESERVED = "<|reserved_{}|>"
 SMALLEST = 256 + 3
 
 DIGITS = r"\p{N}+"
@@ -35,6 +36,7 @@ THREES = r"(?<=\p{N})\p{N}{3}|\p{N}{1,3}(?=(?>(?:\p{N}{3})*)\z)"
 NO_SPACES = (
     "["
     "\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff"  # CJK ideographs, extension A, compatibility
+    "\U00020000-\U0003ffff"  # the planes of the later extensions, which hold ideographs alone; the report has A only
     "\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f"  # hiragana, katakana, half-width katakana
     "\u2e80-\u2eff\u2f00-\u2fdf"  # CJK and Kangxi radicals
     "\u0e00-\u0e7f\u0e80-\u0eff\u1780-\u17ff"  # Thai, Lao, Khmer
@@ -93,6 +95,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
     return tok
 
 
+def pad_vocabulary(tok: Tokenizer, multiple: int) -> None:
+    """Fill the vocabulary up with unused special tokens <|reserved_0|>, …, so that its size divides by `multiple`.
+
+    The embedding and the head have a row an id: a size that divides gives every rank an equal share of rows and every
+    tile of their GEMMs whole. 200,000 ids become 200,192 = 391·512, as the real ones have. What was learned keeps its
+    ids, and the new ones are free for later uses, such as the marks of a chat, without resizing a model.
+
+    Args:
+        tok: its ids are 0 … V − 1.
+        multiple: V is rounded up to a multiple of it, which is at least 1.
+    """
+    missing = -tok.get_vocab_size() % multiple
+    texts = [RESERVED.format(number) for number in range(missing)]
+    tok.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+
+
 def save_tokenizer(tok: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as AutoTokenizer reads them."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,6 +138,25 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
         raise UserError(f"{path} cannot be read as a tokenizer ({error}); make it again") from None
+
+
+def load_text_encoder(directory: Path) -> Tokenizer:
+    """The tokenizer in a folder, for documents: nothing is cut off or padded, and a special token that is spelled out
+    in a document is text like any other.
+
+    Raises:
+        UserError: there is no tokenizer.json, or it cannot be read.
+    """
+    tok = load_tokenizer(directory)
+    tok.encode_special_tokens = True
+    tok.no_truncation()
+    tok.no_padding()
+    return tok
+
+
+def vocabulary_size(tok: Tokenizer) -> int:
+    """V, the rows that a model needs: one more than the largest id, special tokens included."""
+    return max(tok.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def bos_id(tok: Tokenizer) -> int:

@@ -1,0 +1,393 @@
+"""Text read on the fly against shards prepared from the same files, document by document."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from trinity.data import BatchPlan, SequenceStream, text_index, text_source
+from trinity.data.loader import Loader
+from trinity.data.mixture import Phase
+from trinity.data.prepare import prepare_data
+from trinity.data.shards import TokenSource
+from trinity.data.text_reader import Recent
+from trinity.data.text_source import TextSource
+from trinity.data.tokenizer import BOS, EOS
+from trinity.errors import UserError
+
+TEXTS = [
+    "plain text",
+    f"{BOS} spelled out, and {EOS}{BOS}",
+    "",
+    " \n",
+    "1234567 日本語 ภาษา\u2028\x00 é",
+    "\r\nword\r\n",
+    "def f(x):\n    return x\n" * 50,
+    "",
+    "a",
+]
+
+
+def write_text(path: Path) -> Path:
+    path.write_bytes(TEXTS[6].encode())
+    return path
+
+
+def write_jsonl(path: Path) -> Path:
+    """Blank lines, another field before and after, Windows line ends, and no newline at the end."""
+    rows = [json.dumps({"x": {"y": text}, "text": text, "id": 1}, ensure_ascii=number % 2 == 0) for number, text in
+            enumerate(TEXTS)]  # fmt: skip
+    path.write_bytes("\n".join([*rows[:3], "", "  ", rows[3] + "\r", *rows[4:]]).encode())
+    return path
+
+
+def write_parquet(path: Path) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS}), path, row_group_size=2)
+    return path
+
+
+def write_mix(folder: Path) -> list[Path]:
+    (folder / "empty.txt").touch()
+    (folder / "empty.jsonl").write_text('{"text": ""}\n\n')
+    files = [write_jsonl(folder / "a.jsonl"), folder / "empty.txt", write_parquet(folder / "b.parquet")]
+    return [*files, folder / "empty.jsonl", write_text(folder / "c.txt"), write_jsonl(folder / "d.jsonl")]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> list[Path]:
+    return write_mix(tmp_path)
+
+
+@pytest.fixture
+def opened(mix: list[Path], tokenizer_dir: Path, cache: Path) -> Callable[..., TextSource]:
+    """Open the mix of files as a source."""
+    return lambda **options: TextSource(mix, tokenizer_dir, cache=cache, **options)
+
+
+@pytest.fixture
+def shards(mix: list[Path], tokenizer_dir: Path, tmp_path: Path) -> TokenSource:
+    """What prepare_data makes of them."""
+    prepare_data(mix, tokenizer_dir, tmp_path / "shards", shard_tokens=200)
+    return TokenSource(tmp_path / "shards")
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that were tokenised, in order."""
+    texts: list[str] = []
+    encode = text_source._encode
+    monkeypatch.setattr(text_source, "_encode", lambda encoder, batch: texts.extend(batch) or encode(encoder, batch))
+    return texts
+
+
+def check_equal(source: TextSource, shards: TokenSource) -> None:
+    """Lengths of all at once; then every document, in an order of no pattern, in one piece and in two."""
+    every = np.arange(shards.documents)
+    np.testing.assert_array_equal(source.lengths(every), shards.lengths(every))
+    for name in ("documents", "vocab_size", "bos_id", "tokenizer_fingerprint"):
+        assert getattr(source, name) == getattr(shards, name)
+    for document in np.random.default_rng(0).permutation(shards.documents).tolist():
+        length = shards.length(document)
+        assert source.length(document) == length
+        ids, expected = source.read(document, 0, length), shards.read(document, 0, length)
+        assert ids.dtype == expected.dtype
+        assert not ids.flags.writeable
+        np.testing.assert_array_equal(ids, expected)
+        np.testing.assert_array_equal(source.read(document, 1, length - 1), expected[1:])
+        assert len(source.read(document, length, 0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(write_text, "a.txt"), (write_jsonl, "a.jsonl"), (write_parquet, "a.parquet")]
+)
+def test_one_file_equals_its_shards(
+    write: Callable, name: str, tokenizer_dir: Path, tmp_path: Path, cache: Path
+) -> None:
+    path = write(tmp_path / name)
+    prepare_data([path], tokenizer_dir, tmp_path / "shards")
+    check_equal(TextSource([path], tokenizer_dir, cache=cache), TokenSource(tmp_path / "shards"))
+
+
+def test_a_mix_of_files_equals_its_shards(opened: Callable, shards: TokenSource) -> None:
+    assert shards.documents == 7 + 7 + 1 + 7
+    check_equal(opened(), shards)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rsdb_size", [0, 3])
+def test_a_run_reads_the_same_batches(opened: Callable, shards: TokenSource, workers: int, rsdb_size: int) -> None:
+    """Through packing and, in forked workers, tokenising in the background; more than one epoch of 22 documents."""
+    batches = []
+    for source in (opened(), shards):
+        stream = SequenceStream(
+            {"mix": source}, [Phase((1.0,), rsdb_size)], streams=4, seed=1, bos_id=source.bos_id,
+            plan=BatchPlan(4, [], 32),
+        )  # fmt: skip
+        loader = Loader(stream, workers, ahead=8)
+        batches.append([loader.take(4) for _ in range(30)])
+        loader.close()
+    assert shards.tokens < 30 * 4 * 32
+    for text, prepared in zip(*batches):
+        assert text.pieces == prepared.pieces
+        for found, expected in zip(text[:3], prepared[:3]):
+            assert torch.equal(found, expected)
+
+
+def test_another_field(tmp_path: Path, tokenizer_dir: Path, cache: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "body": "two"}\n{"text": "three", "body": ""}\n')
+    source = TextSource([path], tokenizer_dir, field="body", cache=cache)
+    prepare_data([path], tokenizer_dir, tmp_path / "shards", field="body")
+    check_equal(source, TokenSource(tmp_path / "shards"))
+    assert source.fingerprint != TextSource([path], tokenizer_dir, cache=cache).fingerprint
+
+
+def test_lengths_of_many(opened: Callable, shards: TokenSource, tokenised: list[str]) -> None:
+    """Any order, documents twice, none at all; nothing is tokenised twice."""
+    source = opened()
+    documents = np.array([5, 0, 21, 5, 14, 9])
+    for asked in (documents, documents[:0], documents[::-1], np.arange(22), documents):
+        found = source.lengths(asked)
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(found, shards.lengths(asked))
+    assert len(tokenised) == 22
+
+
+def test_lengths_that_another_process_found(opened: Callable, tokenised: list[str]) -> None:
+    worker, source = opened(), opened()
+    documents = np.array([3, 20, 1])
+    lengths = worker.lengths(documents)
+    tokenised.clear()
+    source.learn(documents, lengths)
+    assert [source.length(document) for document in documents] == lengths.tolist()
+    np.testing.assert_array_equal(source.lengths(documents[::-1]), lengths[::-1])
+    assert tokenised == []
+
+
+def test_pieces_of_a_document_tokenise_it_once(opened: Callable, shards: TokenSource, tokenised: list[str]) -> None:
+    source = opened()
+    for start in range(0, shards.length(4), 10):
+        length = min(10, shards.length(4) - start)
+        np.testing.assert_array_equal(source.read(4, start, length), shards.read(4, start, length))
+    assert len(tokenised) == 1
+
+
+def test_a_cache_that_holds_one_document(opened: Callable, shards: TokenSource, tokenised: list[str]) -> None:
+    source = opened(cache_bytes=1)
+    check_equal(source, shards)
+    tokenised.clear()
+    for document in (0, 0, 1, 1, 0):
+        source.read(document, 0, 2)
+    assert len(tokenised) == 3
+
+
+def test_what_was_used_last_is_kept() -> None:
+    recent: Recent[str, int] = Recent(10)
+    for number, key in enumerate("abc"):
+        recent.put(key, number, 4)
+        recent.get("a")
+    assert [recent.get(key) for key in "abc"] == [0, None, 2]
+    recent.put("large", 3, 99)
+    assert [recent.get(key) for key in ("a", "c", "large")] == [None, None, 3]
+
+
+def test_pickled(opened: Callable, shards: TokenSource, tmp_path: Path, mix: list[Path], tokenizer_dir: Path) -> None:
+    source = opened()
+    check_equal(source, shards)
+    packed = pickle.dumps(source)
+    assert len(packed) < 4000  # no ids, no arrays, no vocabulary
+    again = pickle.loads(packed)
+    check_equal(again, shards)
+    assert (again.fingerprint, again.directory) == (source.fingerprint, tmp_path.resolve())
+
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    packed = pickle.dumps(TextSource(mix, tmp_path / "tokenizer", cache=source._index.folder.parents[1]))
+    with open(tmp_path / "tokenizer" / "tokenizer.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match="tokenizer has changed since this run began"):
+        pickle.loads(packed)
+
+
+def test_after_a_fork(opened: Callable, shards: TokenSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent has used the library's threads, which a forked child lacks and must not wait for."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    source = opened()
+    source.lengths(np.arange(10))  # many at once, which takes threads
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=check_equal, args=(source, shards)) for _ in range(2)]
+    for child in children:
+        child.start()
+    check_equal(source, shards)
+    for child in children:
+        child.join(timeout=20)
+        if child.is_alive():
+            child.kill()
+            child.join()
+        assert child.exitcode == 0
+
+
+def test_the_index_is_made_once(
+    opened: Callable, shards: TokenSource, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """A second start reads no input, and gives the same."""
+    first = opened()
+    for name in ("read_with_bar", "identity"):
+        monkeypatch.setattr(text_index, name, None)
+    second = opened()
+    assert second.fingerprint == first.fingerprint
+    check_equal(second, shards)
+    monkeypatch.setenv("TRINITY_CACHE", str(cache))
+    check_equal(TextSource(first.files, second._tokenizer), shards)
+
+
+def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Path) -> None:
+    """Each process that indexes leaves a line."""
+    read = text_index.read_with_bar
+
+    def noted(*arguments: object) -> object:
+        with open(tmp_path / "log", "a") as log:
+            log.write("indexed\n")
+        return read(*arguments)
+
+    def start() -> None:
+        text_index.read_with_bar = noted
+        assert opened().documents == 22
+
+    children = [multiprocessing.get_context("fork").Process(target=start) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "indexed\n"
+
+
+def test_folders_patterns_and_addresses(
+    mix: list[Path], shards: TokenSource, tokenizer_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Files are those of expand_inputs; what lies elsewhere is copied once, and again when it has changed there."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    for path in mix:
+        shutil.copy(path, folder)
+    prepare_data([folder], tokenizer_dir, tmp_path / "sorted")
+    for given in (folder, folder / "*"):
+        check_equal(TextSource([given], tokenizer_dir, cache=cache), TokenSource(tmp_path / "sorted"))
+
+    elsewhere = fsspec.filesystem("memory")
+    elsewhere.put(str(folder), "/text_source", recursive=True)
+    urls = [f"memory://text_source/{path.name}" for path in mix]
+    source = TextSource(urls, tokenizer_dir, cache=cache)
+    check_equal(source, shards)
+    assert source.fingerprint == TextSource(mix, tokenizer_dir, cache=cache).fingerprint
+    copies = {path: path.stat().st_ino for path in source.files}
+    assert {path: path.stat().st_ino for path in TextSource(urls, tokenizer_dir, cache=cache).files} == copies
+    elsewhere.pipe("/text_source/c.txt", b"another text, and a longer one")
+    changed = TextSource(urls, tokenizer_dir, cache=cache)
+    assert changed.fingerprint != source.fingerprint
+    assert len(set(changed.files) & set(copies)) == len(mix) - 1
+
+
+@pytest.mark.parametrize("name", ["index.json", "offsets", "first"])
+@pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
+def test_a_damaged_index_is_made_anew(opened: Callable, shards: TokenSource, name: str, harm: str) -> None:
+    fingerprint = opened().fingerprint
+    path = opened()._index.folder / name
+    content = path.read_bytes()
+    path.unlink()
+    if harm == "cut":
+        path.write_bytes(content[:-3])
+    elif harm == "flipped":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    source = opened()
+    assert source.fingerprint == fingerprint
+    check_equal(source, shards)
+    assert path.read_bytes() == content
+
+
+def test_the_fingerprint_is_of_the_content(
+    opened: Callable, mix: list[Path], tokenizer_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Another place or time is no change; another byte, order or tokenizer is one."""
+    source = opened()
+    os.utime(mix[0], (1, 1))
+    assert opened().fingerprint == source.fingerprint
+    (tmp_path / "elsewhere").mkdir()
+    copies = [Path(shutil.copy(path, tmp_path / "elsewhere")) for path in mix]
+    assert TextSource(copies, tokenizer_dir, cache=cache).fingerprint == source.fingerprint
+    assert TextSource(copies[::-1], tokenizer_dir, cache=cache).fingerprint != source.fingerprint
+    mix[4].write_text("another text")
+    assert opened().fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize("position", [0, 2, 4], ids=["jsonl", "parquet", "text"])
+def test_a_file_that_changes_is_refused(opened: Callable, mix: list[Path], position: int) -> None:
+    """Also when it was read before the change, and when it goes away."""
+    source = opened()
+    document = int(source._index.first[position])
+    source.read(document, 0, 2)
+    fresh = pickle.loads(pickle.dumps(source))
+    with open(mix[position], "ab") as file:
+        file.write(b"\n")
+    another = document + 1 if position != 4 else document
+    for reader in (source, fresh) if position != 4 else (fresh,):
+        with pytest.raises(UserError, match=re.escape(f"{mix[position]} has changed since this run indexed it")):
+            reader.read(another, 0, 2)
+    mix[position].unlink()
+    with pytest.raises(UserError, match="has changed since"):
+        fresh.read(document, 0, 2)
+
+
+def test_a_file_that_is_written_while_it_is_indexed(
+    opened: Callable, mix: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = text_index.read_with_bar
+
+    def slow(*arguments: object) -> object:
+        yield from read(*arguments)
+        with open(mix[0], "a") as file:
+            file.write('\n{"text": "more"}')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(text_index, "read_with_bar", slow)
+        with pytest.raises(UserError, match=re.escape(f"{mix[0]} was written to while it was read")):
+            opened()
+    assert opened().documents == 23
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n\n{"text": \n', ":3 is not valid JSON"),
+        ("a.jsonl", b'{"body": "good"}\n', ":1 has no field text"),
+        ("a.txt", b"ab\xff", " is not valid UTF-8 at byte 2"),
+        ("a.jsonl", b'{"text": ""}\n\n', ": no document with text; give a file that holds one"),
+        ("a.jsonl.gz", b"", " is packed and can only be read from its beginning; unpack it, or make token shards"),
+        ("a.jsonl.zst", b"", " is packed and can only be read from its beginning"),
+    ],
+)
+def test_bad_input_leaves_no_index(
+    name: str, content: bytes, sentence: str, tmp_path: Path, tokenizer_dir: Path, cache: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(UserError, match=re.escape(f"{path}{sentence}")):
+            TextSource([path], tokenizer_dir, cache=cache)
+    assert not list(cache.rglob("index.json"))
