@@ -5,13 +5,13 @@ import pytest
 from trinity.config import ZOO, RunConfig
 from trinity.config.changes import RULES, check_changes, rule_of
 from trinity.config.load import flatten
-from trinity.config.run import RampEntry
+from trinity.config.run import DataPhase, RampEntry
 from trinity.errors import UserError
 
 
-def refusal(before: RunConfig, now: RunConfig, accepted: list[str]) -> str:
+def refusal(before: RunConfig, now: RunConfig, accepted: list[str], seen: int = 0) -> str:
     with pytest.raises(UserError) as caught:
-        check_changes(before, now, accepted, "runs/mine")
+        check_changes(before, now, seen, accepted, "runs/mine")
     return str(caught.value)
 
 
@@ -27,7 +27,7 @@ def test_every_setting_has_a_rule() -> None:
     ("key", "rule"),
     [
         ("run.steps", "free"), ("run.tokens", "free"), ("run.seed", "fixed"), ("model.width", "fixed"),
-        ("data.streams", "fixed"), ("data.tokenizer", "fixed"), ("data.train", "fixed"), ("data.validation", "free"),
+        ("data.streams", "fixed"), ("data.tokenizer", "fixed"), ("data.train", "free"), ("data.validation", "free"),
         ("batch.sequences", "accept"), ("batch.microbatch", "free"), ("optim.muon.lr", "accept"),
         ("optim.schedule.final", "accept"), ("balancing.kind", "accept"), ("loss.z", "accept"),
         ("parallel.shard", "free"), ("kernels.attention", "free"), ("kernels.experts", "free"),
@@ -41,9 +41,9 @@ def test_the_longest_prefix_decides(key: str, rule: str) -> None:
 
 def test_free_changes_are_listed() -> None:
     before, now = RunConfig(), RunConfig()
-    assert check_changes(before, now, [], "runs/mine") == []
+    assert check_changes(before, now, 0, [], "runs/mine") == []
     now.run.steps, now.recompute, now.batch.microbatch, now.log.wandb = 5, "block", 2, "project"
-    assert check_changes(before, now, [], "runs/mine") == ["run.steps", "batch.microbatch", "recompute", "log.wandb"]
+    assert check_changes(before, now, 0, [], "runs/mine") == ["run.steps", "batch.microbatch", "recompute", "log.wandb"]
 
 
 def test_fixed_changes_are_refused_even_when_accepted() -> None:
@@ -57,9 +57,32 @@ def test_fixed_changes_are_refused_even_when_accepted() -> None:
 
 
 def test_a_run_without_the_new_source_is_another_run() -> None:
+    """Without data.mixture all sources have equal weights, so one more changes those of the others."""
     before, now = RunConfig(), RunConfig()
-    now.data.train = {"a": "x"}
-    assert "data.train was {} and is {'a': 'x'}" in refusal(before, now, [])
+    before.data.train, now.data.train = {"b": "y"}, {"a": "x", "b": "y"}
+    sentence = refusal(before, now, [])
+    assert sentence.startswith(
+        "runs/mine has begun with data phase 0 (mixture was {'b': 1.0} and is {'a': 0.5, 'b': 0.5})"
+    )
+    now.data.mixture = {"b": 3, "a": 0}
+    assert check_changes(before, now, 0, [], "runs/mine") == ["data.train", "data.mixture"]
+
+
+def test_phases_that_have_begun_are_fixed_and_later_ones_free() -> None:
+    def config(*phases: DataPhase) -> RunConfig:
+        made = RunConfig()
+        made.data.train, made.data.mixture, made.data.phases = {"a": "x", "b": "y"}, {"a": 1, "b": 1}, list(phases)
+        return made
+
+    before = config(DataPhase(1000, {"a": 1}), DataPhase(2000, packing="rsdb"))
+    now = config(DataPhase(1000, {"a": 1}), DataPhase(1500, {"b": 1}))
+    assert check_changes(before, now, 1499, [], "runs/mine") == ["data.phases"]
+    assert "data phase 2 (there was none)" in refusal(before, now, [], seen=1500)
+    sentence = refusal(before, config(DataPhase(1000, {"b": 1}), DataPhase(2000, packing="rsdb")), [], seen=1000)
+    assert "data phase 1 (mixture was {'a': 1.0} and is {'b': 1.0})" in sentence
+    assert sentence.endswith("let changes begin after 1000 tokens")
+    assert "data phase 1 (there was one, which is gone)" in refusal(before, config(), [], seen=1000)
+    assert check_changes(before, config(), 999, [], "runs/mine") == ["data.phases"]
 
 
 def test_learning_changes_need_a_word_each() -> None:
@@ -72,8 +95,8 @@ def test_learning_changes_need_a_word_each() -> None:
     words = "--accept-change batch.ramp --accept-change optim.muon.lr --accept-change loss.z"
     assert sentence.endswith(f"say {words} if that is meant")
     assert refusal(before, now, ["loss.z", "batch"]).endswith("say --accept-change optim.muon.lr if that is meant")
-    assert check_changes(before, now, changed, "runs/mine") == changed
-    assert check_changes(before, now, ["optim", "batch", "loss"], "runs/mine") == changed
+    assert check_changes(before, now, 0, changed, "runs/mine") == changed
+    assert check_changes(before, now, 0, ["optim", "batch", "loss"], "runs/mine") == changed
 
 
 def test_accepting_a_key_accepts_nothing_that_only_begins_alike() -> None:

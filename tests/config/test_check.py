@@ -122,6 +122,25 @@ COMBINATIONS = [
         ["run.steps=1", "data.train.a=x", "data.mixture.a=-1"],
         "data.mixture={'a': -1.0} must hold weights of at least 0",
     ),
+    (
+        ["run.steps=1", "data.train.a=x", "data.train.b=x", "data.mixture.a=1"],
+        "data.mixture gives b no weight; add one, 0 to leave it out",
+    ),
+    (
+        ["run.steps=1", "data.phases=[{tokens: 7}, {tokens: 7}]"],
+        "data.phases[1].tokens=7 does not come after 7; a phase must begin later",
+    ),
+    (["run.steps=1", "data.phases=[{tokens: 0}]"], "data.phases[0].tokens=0 does not come after 0"),
+    (
+        ["run.steps=1", "data.train.a=x", "data.phases=[{tokens: 7, mixture: {b: 1}}]"],
+        "data.phases[0].mixture names b, which data.train does not; known: ['a']",
+    ),
+    (
+        ["run.steps=1", "data.phases=[{tokens: 7, length_bias: {floor: 0}}]"],
+        "data.phases[0].length_bias has tokens=131072, floor=0.0, ceiling=1.0; tokens must be at least 1, and 0",
+    ),
+    (["run.steps=1", "data.phases=[{tokens: 7, rsdb_size: 0}]"], "data.phases[0].rsdb_size=0 must be at least 1"),
+    (["run.steps=1", "data.rsdb_size=0"], "data.rsdb_size=0 must be at least 1"),
     (["run.steps=1", "data.train.a=x", "data.mixture.a=0"], "data.mixture={'a': 0.0} must hold weights of at least 0"),
     (["run.steps=1", "init.hf=a", "init.run=b"], "init.hf and init.run are both given; keep the one the run should"),
     (
@@ -155,7 +174,11 @@ def test_impossible_combinations(write: Write, words: list[str], sentence: str) 
             "run.steps=9", "optim.schedule.decay=linear", "optim.schedule.decay_start_tokens=5",
             "optim.schedule.decay_tokens=5",
         ],
-        ["run.steps=1", "data.train.a=x", "data.train.b=y", "data.mixture.a=1"],
+        ["run.steps=1", "data.train.a=x", "data.train.b=y", "data.mixture.a=1", "data.mixture.b=0"],
+        [
+            "run.steps=1", "data.train.a=x", "data.train.b=y", "data.mixture.a=1",
+            "data.phases=[{tokens: 5, mixture: {a: 1, b: 2}, packing: rsdb, length_bias: {floor: 0.01, ceiling: 0.9}}]",
+        ],
         ["run.steps=1", "precision.compute=float64", "optim.muon.dtype=float64"],
         ["run.steps=1", "batch.ramp=[{tokens: 5, sequences: 4}, {tokens: 6, sequences: 2}]"],
     ],

@@ -21,14 +21,16 @@ from trinity.optim import Muon, orthogonalize, rate_factor
 from trinity.optim.layout import Batch as MuonBatch
 from trinity.parallel import mesh
 from trinity.training import trainer
-from trinity.training.setup import build_model, make_optimizers, open_stream
+from trinity.training.run_data import open_stream
+from trinity.training.setup import build_model, make_optimizers
 from trinity.training.trainer import Batch, train_step
 
 BOUND = 1e-10
 
 
 def config_of(settings: dict, words: list[str]) -> RunConfig:
-    """A config from settings and dotted words."""
+    """A config from settings and dotted words. The pool's processes are daemons, which may not start data workers."""
+    words = ["data.workers=0", *words]
     return build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
 
 

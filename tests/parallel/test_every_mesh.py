@@ -21,7 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trinity.models import Trinity
 from trinity.parallel import mesh, sharding
 from trinity.parallel.traffic import count_collectives
-from trinity.training.setup import build_model, make_optimizers, open_stream
+from trinity.training.run_data import open_stream
+from trinity.training.setup import build_model, make_optimizers
 from trinity.training.trainer import train_step
 
 STEPS = 5

@@ -134,5 +134,5 @@ def test_torchrun_agrees_with_one_process(recipe: Callable, tmp_path: Path) -> N
     assert [line["step"] for line in lines[2]] == [1, 2, 3, 4]
     assert "validation_loss.held_out" in lines[2][1]
     for one, two in zip(lines[1], lines[2]):
-        for key in one.keys() - {"step_seconds", "tokens_per_second", "memory_gib"}:
+        for key in one.keys() - {"step_seconds", "data_seconds", "tokens_per_second", "memory_gib"}:
             assert two[key] == pytest.approx(one[key], rel=1e-10, abs=1e-12), key

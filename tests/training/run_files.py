@@ -11,7 +11,7 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.training.loop import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.
-MEASURED = {"step_seconds", "tokens_per_second", "memory_gib", "mfu"}
+MEASURED = {"step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "mfu"}
 
 
 def train(settings: dict, *words: str, accept: tuple[str, ...] = ()) -> int:

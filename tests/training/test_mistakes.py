@@ -219,7 +219,7 @@ def test_dry_run(run_command: Callable) -> None:
 
 def test_show_batch_is_what_the_run_read(settings: dict, config_file: Callable, run_command: Callable) -> None:
     """The replayed batch of a step has the pieces that iterating to it gives."""
-    from trinity.training.setup import open_stream
+    from trinity.training.run_data import open_stream
 
     path = config_file(settings)
     done = run_command("tools/show_batch.py", path, "--step", 3)
@@ -238,8 +238,9 @@ def test_metrics_have_their_fields(settings: dict) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     always = {
         "step", "tokens", "sequences", "loss", "z_loss", "sequence_loss", "batch_het", "grad_norm", "lr_muon",
-        "lr_adamw", "step_seconds", "tokens_per_second", "memory_gib", "max_violation", "max_violation_mean",
-        "dead_experts", "router_entropy", "bias_range", "max_head_logit", "skipped",
+        "lr_adamw", "step_seconds", "data_seconds", "tokens_per_second", "memory_gib", "max_violation",
+        "max_violation_mean", "source_tokens.code", "source_tokens.prose", "epoch.code", "epoch.prose", "dead_experts",
+        "router_entropy", "bias_range", "max_head_logit", "skipped",
     }  # fmt: skip
     assert all(always <= line.keys() for line in lines)
     assert {line["step"] for line in lines if "validation_loss.held_out" in line} == {4, 8}

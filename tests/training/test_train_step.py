@@ -19,7 +19,8 @@ from trinity.models import ZOO, Trinity
 from trinity.optim.clip import global_norm
 from trinity.parallel import mesh
 from trinity.training.figures import batch_heterogeneity
-from trinity.training.setup import build_model, make_optimizers, microbatch_size, open_data
+from trinity.training.run_data import open_data
+from trinity.training.setup import build_model, make_optimizers, microbatch_size
 from trinity.training.trainer import Batch, moe_layers, train_step
 
 BOUND = 1e-12
@@ -48,7 +49,7 @@ def start(config: RunConfig, ranks: mesh.Ranks) -> SimpleNamespace:
     model = build_model(config, ranks)
     model.init_weights(config.run.seed)
     optimizers = make_optimizers(config, model)
-    rows = open_data(config, ranks).stream.take(config.batch.sequences)
+    rows = open_data(config, ranks).loader.take(config.batch.sequences)
     batch = Batch(rows.tokens, rows.targets.clone(), rows.document_ids)
     batch.targets_BS[0, :11] = -100
     seen = SimpleNamespace(gradients={}, config=config, model=model, optimizers=optimizers, batch=batch, ranks=ranks)

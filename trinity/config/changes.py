@@ -4,9 +4,11 @@ free: how the run is done (meshes, kernels, logs), and its length. accept: how i
 fixed: what the run is. A key obeys the longest rule that it begins with.
 """
 
+from itertools import zip_longest
 from typing import Literal
 
 from trinity.config.load import flatten
+from trinity.config.phases import whole_phases
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 
@@ -18,8 +20,14 @@ RULES: dict[str, Rule] = {
     "init": "free",  # read once, when the run starts
     "model": "fixed",
     "data": "fixed",
+    "data.train": "free",  # the state of the data knows the content of every source, wherever it lies
+    "data.mixture": "free",  # compared by phase, as data.phases
+    "data.phases": "free",
+    "data.length_bias": "free",
     "data.validation": "free",
     "data.verify": "free",
+    "data.workers": "free",
+    "data.exhausted": "free",
     "batch": "accept",
     "batch.microbatch": "free",
     "optim": "accept",
@@ -46,11 +54,12 @@ def rule_of(key: str) -> Rule:
     return RULES[next(prefix for prefix in prefixes if prefix in RULES)]
 
 
-def check_changes(before: RunConfig, now: RunConfig, accepted: list[str], where: str) -> list[str]:
+def check_changes(before: RunConfig, now: RunConfig, seen: int, accepted: list[str], where: str) -> list[str]:
     """Refuse changes that a resumed run must not make.
 
     Args:
         before, now: config of the run so far, and the one asked for.
+        seen: tokens that the run had seen before its last step: phases of the data up to there have begun.
         accepted: keys given with --accept-change; a key accepts everything below it.
         where: the run directory, for the message.
     Returns:
@@ -66,12 +75,29 @@ def check_changes(before: RunConfig, now: RunConfig, accepted: list[str], where:
         raise UserError(
             f"{where} holds a run of another config ({shown}); give it back, or start afresh with another run.dir"
         )
+    _check_phases(before, now, seen, where)
     asking = [key for key in changed if rule_of(key) == "accept" and not _accepted(key, accepted)]
     if asking:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in asking)
         words = " ".join(f"--accept-change {key}" for key in asking)
         raise UserError(f"resuming {where} would change how it learns ({shown}); say {words} if that is meant")
     return changed
+
+
+def _check_phases(before: RunConfig, now: RunConfig, seen: int, where: str) -> None:
+    """Phases that have begun are fixed: the history of a run is what it is."""
+    old, new = ([p for p in whole_phases(config.data) if p.tokens <= seen] for config in (before, now))
+    for number, (then, asked) in enumerate(zip_longest(old, new)):
+        if then is not None and asked is not None:
+            differing = [name for name in then._fields if getattr(then, name) != getattr(asked, name)]
+            shown = ", ".join(f"{name} was {getattr(then, name)} and is {getattr(asked, name)}" for name in differing)
+        else:
+            shown = "there was one, which is gone" if asked is None else "there was none"
+        if shown:
+            raise UserError(
+                f"{where} has begun with data phase {number} ({shown}); a phase that has begun stays as it is: "
+                f"give it back, and let changes begin after {seen} tokens"
+            )
 
 
 def _accepted(key: str, accepted: list[str]) -> bool:

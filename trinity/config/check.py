@@ -2,7 +2,7 @@
 
 import math
 
-from trinity.config.run import RunConfig
+from trinity.config.run import LengthBias, RunConfig
 from trinity.errors import UserError
 
 
@@ -36,6 +36,8 @@ def _check_positive(config: RunConfig) -> None:
     at_least = {
         "data.sequence_length": (config.data.sequence_length, 1),
         "data.streams": (config.data.streams, 1),
+        "data.rsdb_size": (config.data.rsdb_size, 1),
+        "data.workers": (config.data.workers, 0),
         "batch.sequences": (config.batch.sequences, 1),
         "batch.microbatch": (config.batch.microbatch, 1),
         "optim.muon.lr": (config.optim.muon.lr, 0),
@@ -119,10 +121,40 @@ def _check_schedule(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    data = config.data
-    unknown = sorted(set(data.mixture) - set(data.train))
+    data, named = config.data, set(config.data.mixture)
+    _check_mixture("data.mixture", data.mixture, data.train)
+    _check_bias("data.length_bias", data.length_bias)
+    last = 0
+    for index, phase in enumerate(data.phases):
+        key = f"data.phases[{index}]"
+        if phase.tokens <= last:
+            raise UserError(f"{key}.tokens={phase.tokens} does not come after {last}; a phase must begin later")
+        last = phase.tokens
+        for name in ("sequence_length", "rsdb_size"):
+            value = getattr(phase, name)
+            if value is not None and value < 1:
+                raise UserError(f"{key}.{name}={value} must be at least 1")
+        _check_mixture(f"{key}.mixture", phase.mixture, data.train)
+        if phase.length_bias is not None:
+            _check_bias(f"{key}.length_bias", phase.length_bias)
+        named |= set(phase.mixture)
+    forgotten = sorted(set(data.train) - named) if data.mixture else []
+    if forgotten:
+        raise UserError(f"data.mixture gives {forgotten[0]} no weight; add one, 0 to leave it out")
+
+
+def _check_mixture(key: str, mixture: dict[str, float], train: dict[str, str]) -> None:
+    unknown = sorted(set(mixture) - set(train))
     if unknown:
-        raise UserError(f"data.mixture names {unknown[0]}, which data.train does not; known: {sorted(data.train)}")
-    weights = data.mixture.values()
-    if any(not weight >= 0 for weight in weights) or (weights and sum(weights) <= 0):
-        raise UserError(f"data.mixture={dict(data.mixture)} must hold weights of at least 0, one of them above 0")
+        raise UserError(f"{key} names {unknown[0]}, which data.train does not; known: {sorted(train)}")
+    weights = mixture.values()
+    if any(not 0 <= weight < math.inf for weight in weights) or (weights and sum(weights) <= 0):
+        raise UserError(f"{key}={dict(mixture)} must hold weights of at least 0, one of them above 0")
+
+
+def _check_bias(key: str, bias: LengthBias) -> None:
+    if bias.tokens < 1 or not 0 < bias.floor <= bias.ceiling <= 1:
+        raise UserError(
+            f"{key} has tokens={bias.tokens}, floor={bias.floor}, ceiling={bias.ceiling}; "
+            "tokens must be at least 1, and 0 < floor <= ceiling <= 1"
+        )

@@ -45,19 +45,58 @@ class Init:
 
 
 @dataclass
+class LengthBias:
+    """Longer documents are taken more often: of n tokens, with probability floor + (ceiling − floor)·min(1, n/tokens).
+
+    The report, for context extension: 1 % to 90 % at 128k tokens. By default every document is taken.
+    """
+
+    tokens: int = 131072
+    """Length from which on a document is taken with probability `ceiling`."""
+    floor: float = 1.0
+    """Probability of the shortest; above 0."""
+    ceiling: float = 1.0
+    """Probability of the longest."""
+
+
+@dataclass
+class DataPhase:
+    """From `tokens` seen on, other data; what is not given stays as in the phase before."""
+
+    tokens: int
+    """Tokens seen before the first step of this phase."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Source name → weight; a source that is not named has none."""
+    sequence_length: int | None = None
+    """Tokens of one packed row."""
+    packing: Literal["sequential", "rsdb"] | None = None
+    """How documents fill rows; those that are open are read on with."""
+    rsdb_size: int | None = None
+    """Documents a stream's buffer is asked to hold."""
+    length_bias: LengthBias | None = None
+    """Which documents are taken."""
+
+
+@dataclass
 class Data:
     """What is read, in which order, and how it becomes sequences."""
 
     train: dict[str, str] = field(default_factory=dict)
-    """Source name → folder of token shards made by tools/prepare_data.py."""
+    """Source name → folder of token shards made by tools/prepare_data.py, or a URL of one; or text that is tokenised
+    while the run reads it: a file, a folder or a pattern of .txt, .jsonl and .parquet."""
     validation: dict[str, str] = field(default_factory=dict)
-    """Validation set name → folder of token shards."""
+    """Validation set name → folder of token shards, or a URL of one, or text."""
+    text_field: str = "text"
+    """Name of the text in a JSON line or Parquet row, where text is read."""
     tokenizer: str | None = None
     """Tokenizer folder; copied into exports, and its byte lengths give bits per byte."""
     sequence_length: int = 2048
     """Tokens of one packed row."""
-    packing: Literal["sequential"] = "sequential"
-    """How documents fill rows: the rest of a document goes on into its stream's next row."""
+    packing: Literal["sequential", "rsdb"] = "sequential"
+    """How documents fill rows. sequential: the rest of a document goes on into its stream's next row. rsdb: each row
+    from documents picked at random among those that the stream has open (Random Sequential Document Buffer)."""
+    rsdb_size: int = 1024
+    """Documents that each stream's buffer is asked to hold; it holds up to twice as many."""
     document_mask: bool = False
     """Attention never crosses a document (report: Large yes, Nano and Mini no)."""
     loss_on_document_start: bool = True
@@ -66,6 +105,15 @@ class Data:
     """V: logical streams the data is dealt into; fixed for a run's life, a multiple of any number of data ranks."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Source name → weight, by tokens; equal weights by default."""
+    length_bias: LengthBias = field(default_factory=LengthBias)
+    """Which documents are taken; all of them by default."""
+    phases: list[DataPhase] = field(default_factory=list)
+    """Later parts of the run that read other data, each from a token count on."""
+    exhausted: Literal["repeat", "end"] = "repeat"
+    """What happens when a stream has taken all of its documents of a source: they begin anew in another order, or the
+    run ends with the last whole step. Ours."""
+    workers: int = 1
+    """Processes of each rank that make its rows ahead of training; 0: rows are made when they are needed. Ours."""
     verify: Literal["auto", "always", "never"] = "auto"
     """Whether checksums of shards are checked at the start: auto does so below 256 MiB. Sizes always are."""
 

@@ -1,6 +1,7 @@
-"""Which sequences make which optimizer step: the global batch, and its growth during the run.
+"""Which sequences make which optimizer step: the global batch, how long its sequences are, and how both change.
 
-The report: Nano and Mini 4096 sequences, then 8192; Large 12288, and 16384 after 4.9T tokens.
+The report: Nano and Mini 4096 sequences, then 8192; Large 12288, and 16384 after 4.9T tokens; longer sequences in
+context extension. Whatever begins at a token count begins with the first step that starts with at least that many seen.
 """
 
 from bisect import bisect_right
@@ -9,58 +10,100 @@ from typing import NamedTuple
 from trinity.errors import UserError
 
 
-class _Segment(NamedTuple):
-    """Steps of one size: from `step` on, whose first sequence is number `first`, each takes `sequences`."""
+class StepPlan(NamedTuple):
+    """One step: number of its first sequence, how many, tokens of each, tokens seen before it, and its data phase."""
 
-    step: int
     first: int
     sequences: int
+    sequence_length: int
+    tokens: int
+    phase: int
+
+    @property
+    def tokens_after(self) -> int:
+        """Tokens seen when the step is done."""
+        return self.tokens + self.sequences * self.sequence_length
+
+
+class _Segment(NamedTuple):
+    """Steps of one kind, from `step` on; `plan` is that of the first of them."""
+
+    step: int
+    plan: StepPlan
+
+    def at(self, step: int) -> StepPlan:
+        done = (step - self.step) * self.plan.sequences
+        return self.plan._replace(
+            first=self.plan.first + done, tokens=self.plan.tokens + done * self.plan.sequence_length
+        )
 
 
 class BatchPlan:
     """The global batch of every step, in whole numbers and without counting through the steps."""
 
-    def __init__(self, sequences: int, ramp: list[tuple[int, int]], sequence_length: int) -> None:
-        """Work out where each size begins.
+    def __init__(
+        self, sequences: int, ramp: list[tuple[int, int]], sequence_length: int, phases: list[tuple[int, int]] = ()
+    ) -> None:
+        """Work out where each size and each phase begins.
 
         Args:
             sequences: global batch at the start of the run.
-            ramp: (tokens, sequences), tokens rising: the first step that starts with at least that many tokens seen,
-                and those after it, take so many sequences.
-            sequence_length: tokens of one sequence.
+            ramp: (tokens, sequences), tokens rising: the global batch from so many tokens on.
+            sequence_length: tokens of a sequence at the start of the run, which is phase 0.
+            phases: (tokens, sequence_length), tokens rising: the length of a sequence from so many tokens on, in
+                phase 1, 2, ….
         Raises:
             UserError: a batch or length below 1, or tokens that do not rise.
         """
-        self.sequence_length = sequence_length
-        last = 0
-        for key, value in {"batch.sequences": sequences, "data.sequence_length": sequence_length}.items():
-            if value < 1:
-                raise UserError(f"{key}={value} must be at least 1")
-        self._segments = [_Segment(0, 0, sequences)]
-        for tokens, size in ramp:
-            if size < 1 or tokens <= last:
-                raise UserError(
-                    f"batch.ramp has {size} sequences from {tokens} tokens on, after {last} tokens; "
-                    "each entry must begin later than the one before it and have at least 1 sequence"
-                )
-            last = tokens
-            step, first, present = self._segments[-1]
-            steps = max(0, _divide_up(tokens - first * sequence_length, present * sequence_length))
-            self._segments.append(_Segment(step + steps, first + steps * present, size))
+        _check_rising("batch.ramp", "sequences", ramp)
+        _check_rising("data.phases", "tokens a sequence", phases)
+        if sequences < 1:
+            raise UserError(f"batch.sequences={sequences} must be at least 1")
+        if sequence_length < 1:
+            raise UserError(f"data.sequence_length={sequence_length} must be at least 1")
+        changes = [(tokens, "sequences", value, 0) for tokens, value in ramp]
+        changes += [(tokens, "sequence_length", value, phase) for phase, (tokens, value) in enumerate(phases, 1)]
+        self._segments = [_Segment(0, StepPlan(0, sequences, sequence_length, 0, 0))]
+        for tokens, name, value, phase in sorted(changes):
+            last = self._segments[-1]
+            steps = max(0, _divide_up(tokens - last.plan.tokens, last.plan.sequences * last.plan.sequence_length))
+            plan = last.at(last.step + steps)._replace(**{name: value})
+            self._segments.append(_Segment(last.step + steps, plan._replace(phase=phase or plan.phase)))
 
-    def at(self, step: int) -> tuple[int, int]:
-        """(number of the first sequence, how many) of the global batch at a step, both counted from 0."""
-        segment = self._segments[bisect_right(self._segments, step, key=lambda segment: segment.step) - 1]
-        return segment.first + (step - segment.step) * segment.sequences, segment.sequences
+    def at(self, step: int) -> StepPlan:
+        """The step after `step` steps."""
+        return self._segments[bisect_right(self._segments, step, key=lambda segment: segment.step) - 1].at(step)
+
+    def at_sequence(self, k: int) -> StepPlan:
+        """The first step of the kind that sequence k belongs to: its length and phase are the sequence's."""
+        return self._segments[bisect_right(self._segments, k, key=lambda segment: segment.plan.first) - 1].plan
+
+    def begin_of_phase(self, phase: int) -> StepPlan:
+        """The first step of a phase; where the next one begins with the same step, it is that one's."""
+        return next(segment.plan for segment in self._segments if segment.plan.phase >= phase)
 
     def steps_for_tokens(self, tokens: int) -> int:
         """The fewest steps that see at least so many tokens."""
-        before = [segment for segment in self._segments if segment.first * self.sequence_length < tokens]
+        before = [segment for segment in self._segments if segment.plan.tokens < tokens]
         if not before:
             return 0
-        segment = before[-1]
-        missing = tokens - segment.first * self.sequence_length
-        return segment.step + _divide_up(missing, segment.sequences * self.sequence_length)
+        step, plan = before[-1]
+        return step + _divide_up(tokens - plan.tokens, plan.sequences * plan.sequence_length)
+
+    def lengths(self) -> list[int]:
+        """The lengths that sequences have in the course of the run, each once, in that order."""
+        return list(dict.fromkeys(segment.plan.sequence_length for segment in self._segments))
+
+
+def _check_rising(key: str, what: str, entries: list[tuple[int, int]]) -> None:
+    last = 0
+    for tokens, value in entries:
+        if value < 1 or tokens <= last:
+            raise UserError(
+                f"{key} has {value} {what} from {tokens} tokens on, after {last} tokens; "
+                f"each entry must begin later than the one before it and have at least 1"
+            )
+        last = tokens
 
 
 def _divide_up(a: int, b: int) -> int:

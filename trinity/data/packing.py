@@ -1,12 +1,26 @@
-"""Documents into rows, sequentially: a stream reads a document to its end, over as many rows as that takes.
+"""Documents into rows: one logical stream, what it has open, and the two ways in which it reads on.
 
-A packer deals in pieces (source, document, start, length) and never sees a token, so that replaying millions of rows
-to find a place in the data costs no reading.
+Sequential: a document is read to its end, over as many rows as that takes, before another is begun.
+RSDB, the Random Sequential Document Buffer (report, section on data; Large's third phase): many documents are open,
+each with a read head. To fill a row: pick one of them at random, read on from its head until the document or the row
+ends; if there is room left, pick another. Finished documents leave. When the buffer has shrunk to the size that was
+asked for, it is filled in bulk to twice that.
+
+Either way no token is dropped and each document is read in order. A stream deals in pieces (source, document, start,
+length) and never sees a token, so that replaying millions of rows to find a place in the data costs no reading.
 """
 
 from typing import NamedTuple
 
-from trinity.data.mixture import DocumentOrder
+import numpy as np
+
+from trinity.data.mixture import Phase
+from trinity.data.order import DocumentOrder, Page
+from trinity.data.permutation import random_bits, random_key
+from trinity.errors import UserError
+
+CHOICES = 256
+HEADER, PER_SOURCE, PER_DOCUMENT = 3, 4, 4
 
 
 class Piece(NamedTuple):
@@ -18,46 +32,160 @@ class Piece(NamedTuple):
     length: int
 
 
-class SequentialPacker:
-    """One logical stream: a document at a time, the rest of it first in the next row."""
+class OutOfDocuments(Exception):
+    """A source has ended (data.exhausted is `end`), and with it what the stream has open."""
 
-    def __init__(self, order: DocumentOrder, stream: int) -> None:
-        """Stand at the beginning of stream number `stream`."""
-        self.order, self.stream = order, stream
-        self._taken = [0] * len(order.sources)
-        self._drawn = order.head_start(stream)
-        # The document that is being read: source, number, tokens already dealt out, and its length.
-        self._source, self._document, self._offset, self._length = 0, 0, 0, 0
 
-    def pack(self, tokens: int) -> list[Piece]:
-        """The pieces of the next row of exactly so many tokens."""
+class LogicalStream:
+    """One of the V streams.
+
+    Attributes:
+        open: documents that are being read: [source, document, tokens read, its length] each.
+        taken: by source, documents of its order that lie behind, those among them that a length bias left out.
+        read: by source, tokens dealt out since the run began.
+    """
+
+    def __init__(self, order: DocumentOrder, number: int) -> None:
+        """Stand at the beginning of stream number `number`."""
+        self.order, self.number = order, number
+        count = len(order.names)
+        self.open: list[list[int]] = []
+        self.taken, self.read = [0] * count, [0] * count
+        self._drawn = [0] * count  # in this phase, head start included
+        self._phase = -1
+        self._choices_made = 0
+        self._choices: tuple[int, list[int]] = (-1, [])
+        self._choice_key = random_key(order.seed, number, "rsdb")
+        self._page_sizes = [order.page_size(source) for source in range(count)]
+        self._pages: dict[int, tuple[int, Page]] = {}
+
+    def pack(self, tokens: int, phase: Phase, number: int) -> list[Piece]:
+        """The pieces of the next row.
+
+        Args:
+            tokens: exactly so many.
+            phase: how to draw and pack; what an earlier phase left open is read on with.
+            number: of the phase.
+        Raises:
+            OutOfDocuments: the row cannot be filled; the stream is of no more use then.
+        """
+        if number != self._phase:
+            self._enter(phase, number)
         pieces = []
         while tokens:
-            if self._offset == self._length:
-                self._next_document()
-            length = min(tokens, self._length - self._offset)
-            pieces.append(Piece(self.order.names[self._source], self._document, self._offset, length))
-            self._offset += length
-            tokens -= length
+            at = self._pick(phase)
+            document = self.open[at]
+            source, which, start, length = document
+            take = min(tokens, length - start)
+            pieces.append(Piece(self.order.names[source], which, start, take))
+            self.read[source] += take
+            tokens -= take
+            if start + take == length:
+                self._close(at, phase)
+            else:
+                document[2] = start + take
         return pieces
 
+    def _pick(self, phase: Phase) -> int:
+        """The place in `open` of the document to read on with, after drawing new ones where it is time to."""
+        if not phase.rsdb_size:
+            if not self.open and not self._draw(phase):
+                raise OutOfDocuments
+            return 0
+        if len(self.open) <= phase.rsdb_size:
+            while len(self.open) < 2 * phase.rsdb_size and self._draw(phase):
+                pass
+            if not self.open:
+                raise OutOfDocuments
+        return self._choice() * len(self.open) >> 64
+
+    def _close(self, at: int, phase: Phase) -> None:
+        if phase.rsdb_size:
+            self.open[at] = self.open[-1]  # the order of a buffer that is picked from at random does not matter
+            self.open.pop()
+        else:
+            self.open.pop(at)
+
+    def _choice(self) -> int:
+        """The next random 64 bits of this stream."""
+        page, at = divmod(self._choices_made, CHOICES)
+        if self._choices[0] != page:
+            counters = np.arange(page * CHOICES, (page + 1) * CHOICES)
+            self._choices = page, random_bits(self._choice_key, counters).tolist()
+        self._choices_made += 1
+        return self._choices[1][at]
+
+    def _enter(self, phase: Phase, number: int) -> None:
+        self._phase = number
+        lengths = [self._next_length(source) if weight else 0 for source, weight in enumerate(phase.weights)]
+        begin, self._drawn = phase.head_start(self.order.names, lengths, self.order.seed, number, self.number)
+        self._draw(phase, begin)
+
+    def _draw(self, phase: Phase, source: int | None = None) -> bool:
+        """Open the next document of a source, by default the one furthest behind; False where that source has ended."""
+        source = phase.furthest_behind(self._drawn) if source is None else source
+        while True:
+            documents, at = self._page(source)
+            if at >= len(documents.lengths):
+                return False
+            self.taken[source] += 1
+            length = documents.lengths[at]
+            if phase.bias is None or documents.chances[at] < phase.bias.keep(length):
+                break
+        self._drawn[source] += length
+        self.open.append([source, documents.documents[at], 0, length])
+        return True
+
+    def _page(self, source: int) -> tuple[Page, int]:
+        """The page that holds the source's next document, and its place there."""
+        number, at = divmod(self.taken[source], self._page_sizes[source])
+        known = self._pages.get(source)
+        if known is None or known[0] != number:
+            known = self._pages[source] = number, self.order.page(source, self.number, number)
+        return known[1], at
+
+    def _next_length(self, source: int) -> int:
+        documents, at = self._page(source)
+        return documents.lengths[at] if at < len(documents.lengths) else 0
+
     def state(self) -> list[int]:
-        """Where the stream stands: per source documents taken, then tokens drawn (head start included); then source,
-        document, offset."""
-        return [*self._taken, *self._drawn, self._source, self._document, self._offset]
+        """Where the stream stands: phase, random choices made, number of sources; for each source its key, documents
+        taken, tokens drawn in this phase, tokens read; for each open document its source's place among them, its
+        number, tokens read, tokens in all."""
+        state = [self._phase, self._choices_made, len(self.order.names)]
+        for name, *counts in zip(self.order.names, self.taken, self._drawn, self.read):
+            state += [source_key(name), *counts]
+        for document in self.open:
+            state += document
+        return state
 
     def restore(self, state: list[int]) -> None:
-        """Stand where the stream stood when state() was called."""
-        count = len(self.order.sources)
-        self._taken, self._drawn = state[:count], state[count : 2 * count]
-        self._source, self._document, self._offset = state[2 * count :]
-        begun = any(self._taken)
-        self._length = self.order.sources[self._source].length(self._document) if begun else 0
+        """Stand where a stream stood when state() was called; sources may have been added since.
 
-    def _next_document(self) -> None:
-        source = self.order.furthest_behind(self._drawn)
-        j = self.stream + self.order.streams * self._taken[source]
-        self._source, self._document, self._offset = source, self.order.document(source, j), 0
-        self._length = self.order.sources[source].length(self._document)
-        self._taken[source] += 1
-        self._drawn[source] += self._length
+        Raises:
+            UserError: the state has drawn from a source that is not there.
+        """
+        self._phase, self._choices_made, count = state[:HEADER]
+        begin = HEADER + count * PER_SOURCE
+        places = {source_key(name): place for place, name in enumerate(self.order.names)}
+        self.taken, self._drawn, self.read = ([0] * len(places) for _ in range(3))
+        place_then: list[int | None] = []
+        for at in range(HEADER, begin, PER_SOURCE):
+            key, *counts = state[at : at + PER_SOURCE]
+            place = places.get(key)
+            if place is None and any(counts):
+                raise UserError(
+                    "the saved data state has drawn from a source that data.train does not name; "
+                    "name all that it named then (a weight of 0 leaves one out)"
+                )
+            if place is not None:
+                self.taken[place], self._drawn[place], self.read[place] = counts
+            place_then.append(place)
+        self.open = [
+            [place_then[state[at]], *state[at + 1 : at + PER_DOCUMENT]] for at in range(begin, len(state), PER_DOCUMENT)
+        ]
+
+
+def source_key(name: str) -> int:
+    """63 bits that stand for a source's name in a state of integers."""
+    return random_key("source", name) >> 1

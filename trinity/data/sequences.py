@@ -7,14 +7,15 @@ Shapes: N rows, S tokens of one.
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.data.order import Source
 from trinity.data.packing import Piece
-from trinity.data.shards import TokenSource
 
 IGNORE = -100
 
@@ -43,7 +44,7 @@ class SequenceBatch(NamedTuple):
     pieces: list[list[Piece]]
 
 
-def materialise(pieces: list[Piece], sources: Mapping[str, TokenSource], after_document: int) -> Sequence:
+def materialise(pieces: list[Piece], sources: Mapping[str, Source], after_document: int) -> Sequence:
     """Read the tokens of a row's pieces.
 
     Args:
@@ -51,29 +52,34 @@ def materialise(pieces: list[Piece], sources: Mapping[str, TokenSource], after_d
         sources: name → documents.
         after_document: target of a document's last token: BOS, or IGNORE.
     """
-    parts = [sources[name].read(document, start, length) for name, document, start, length in pieces]
     lengths = [piece.length for piece in pieces]
-    tokens_S = np.concatenate(parts).astype(np.int64)
+    ends = list(accumulate(lengths))
+    tokens_S = np.empty(ends[-1], np.int64)
+    for (name, document, start, length), end in zip(pieces, ends):
+        tokens_S[end - length : end] = sources[name].read(document, start, length)
     targets_S = np.empty_like(tokens_S)
     targets_S[:-1] = tokens_S[1:]
-    targets_S[np.cumsum(lengths)[:-1] - 1] = after_document
+    targets_S[np.array(ends[:-1], np.int64) - 1] = after_document
     targets_S[-1] = _next_token(pieces[-1], sources, after_document)
     ids_S = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
     return Sequence(torch.from_numpy(tokens_S), torch.from_numpy(targets_S), torch.from_numpy(ids_S), pieces)
 
 
-def stack(rows: list[Sequence], sequence_length: int) -> SequenceBatch:
-    """Rows of `sequence_length` tokens as one batch; none give tensors of shape [0, S]."""
-    empty = torch.empty(0, sequence_length, dtype=torch.int64)
-    return SequenceBatch(
-        torch.stack([row.tokens for row in rows]) if rows else empty,
-        torch.stack([row.targets for row in rows]) if rows else empty,
-        torch.stack([row.document_ids for row in rows]) if rows else empty.int(),
+def stack(rows: list[Sequence], sequence_length: int, pin: bool = False) -> SequenceBatch:
+    """Rows of one length as one batch, in pinned memory if asked; none give tensors of shape [0, sequence_length]."""
+    shape = (len(rows), len(rows[0].tokens) if rows else sequence_length)
+    batch = SequenceBatch(
+        torch.empty(shape, dtype=torch.int64, pin_memory=pin),
+        torch.empty(shape, dtype=torch.int64, pin_memory=pin),
+        torch.empty(shape, dtype=torch.int32, pin_memory=pin),
         [row.pieces for row in rows],
     )
+    for at, row in enumerate(rows):
+        batch.tokens[at], batch.targets[at], batch.document_ids[at] = row.tokens, row.targets, row.document_ids
+    return batch
 
 
-def _next_token(piece: Piece, sources: Mapping[str, TokenSource], after_document: int) -> int:
+def _next_token(piece: Piece, sources: Mapping[str, Source], after_document: int) -> int:
     source, end = sources[piece.source], piece.start + piece.length
     if end == source.length(piece.document):
         return after_document

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from trinity.data.mixture import normalised
-from trinity.data.shards import TokenSource
+from trinity.data.order import Source
 
 CHUNK = 1 << 24
 
 
-def unigram_entropy(sources: Mapping[str, TokenSource], mixture: Mapping[str, float]) -> float:
+def unigram_entropy(sources: Mapping[str, Source], mixture: Mapping[str, float]) -> float:
     """Entropy of the mixture's token frequencies, −Σ p ln p, in nats per token; every token of every source is read.
 
     Args:

@@ -8,15 +8,17 @@ What is saved is one small vector a stream, under the stream's own key, so that 
 """
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Listed
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trinity.data.batches import BatchPlan
-from trinity.data.mixture import DocumentOrder
-from trinity.data.packing import Piece, SequentialPacker
+from trinity.data.mixture import Phase
+from trinity.data.order import DocumentOrder, Source
+from trinity.data.packing import LogicalStream, Piece
 from trinity.data.sequences import IGNORE, Sequence, SequenceBatch, materialise, stack
-from trinity.data.shards import TokenSource
 from trinity.errors import UserError
 
 
@@ -26,19 +28,21 @@ class SequenceStream:
     Attributes:
         k: the rank's next sequence is the one it owns among k … k + R − 1; equal on ranks that have taken equally many.
         plan: which sequences make which step.
+        sources: name → documents.
+        order: of their documents.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, TokenSource],
-        mixture: Mapping[str, float],
+        sources: Mapping[str, Source],
+        phases: Listed[Phase],
         *,
-        sequence_length: int,
         streams: int,
         seed: int,
         bos_id: int,
         plan: BatchPlan,
         loss_on_document_start: bool = True,
+        repeat: bool = True,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -46,117 +50,156 @@ class SequenceStream:
 
         Args:
             sources: name → documents, all of one tokenizer.
-            mixture: name → weight by tokens, one for each source.
-            sequence_length: S, tokens of a sequence.
+            phases: how each phase of the plan is drawn and packed.
             streams: V, a multiple of any number of ranks that the run may ever use.
             seed: of the order of documents.
             bos_id: id that every document begins with.
-            plan: which sequences make which step.
+            plan: which sequences make which step, how long they are, and of which phase.
             loss_on_document_start: whether BOS is the target of a document's last token, or nothing.
+            repeat: whether a source begins anew, in another order, when all its documents are taken.
             rank, ranks: r and R.
         Raises:
-            UserError: a length below 1, streams that do not divide by ranks, several tokenizers, an unfitting mixture.
+            UserError: streams that do not divide by ranks, or several tokenizers.
         """
-        if sequence_length < 1:
-            raise UserError(f"data.sequence_length={sequence_length} must be at least 1")
         if streams < 1 or streams % ranks:
             allowed = [count for count in range(1, streams + 1) if streams % count == 0]
             raise UserError(f"data.streams={streams} does not divide by {ranks} data ranks; use a number of {allowed}")
         _check_tokenizers(sources, bos_id)
-        self.sources, self.plan = dict(sources), plan
-        self.sequence_length, self.streams, self.rank, self.ranks = sequence_length, streams, rank, ranks
+        self.sources, self.phases, self.plan = dict(sources), list(phases), plan
+        self.streams, self.rank, self.ranks = streams, rank, ranks
         self.k = 0
         self._after_document = bos_id if loss_on_document_start else IGNORE
-        self._order = DocumentOrder(sources, mixture, seed, streams)
-        self._packers = self._fresh_packers()
+        self.order = DocumentOrder(sources, seed, streams, repeat)
+        self._own = self._fresh()
 
     def __iter__(self) -> Iterator[Sequence]:
         return self
 
     def __next__(self) -> Sequence:
         """This rank's next sequence."""
-        return materialise(self._next_pieces(), self.sources, self._after_document)
+        row = self.row(self.next_own(self.k))
+        self.k += self.ranks
+        return row
+
+    def row(self, k: int) -> Sequence:
+        """Sequence k of the run; its stream must stand before it, and stands behind it then.
+
+        Raises:
+            OutOfDocuments: there is none, because a source has ended.
+        """
+        return materialise(self._pack(k), self.sources, self._after_document)
 
     def take(self, n: int) -> SequenceBatch:
-        """This rank's next n sequences, as one batch."""
-        return stack([next(self) for _ in range(n)], self.sequence_length)
+        """This rank's next n sequences, as one batch; all must be of one length."""
+        rows = [next(self) for _ in range(n)]
+        return stack(rows, self.plan.at_sequence(self.k).sequence_length)
+
+    def pass_over(self, n: int) -> list[list[Piece]]:
+        """Go on by n sequences of this rank without reading a token; what they are made of."""
+        passed = []
+        for _ in range(n):
+            passed.append(self._pack(self.next_own(self.k)))
+            self.k += self.ranks
+        return passed
 
     def batch(self, step: int) -> SequenceBatch:
         """This rank's part of the global batch of a step, wherever the stream stands; the stream stays there."""
-        first, sequences = self.plan.at(step)
-        here = self.k, {stream: packer.state() for stream, packer in self._packers.items()}
+        plan = self.plan.at(step)
+        here = self.k, {number: stream.state() for number, stream in self._own.items()}
         try:
-            self.seek(first)
-            count = len(range(first + self._until_own(first), first + sequences, self.ranks))
-            return self.take(count)
+            self.seek(plan.first)
+            return self.take(len(range(self.next_own(plan.first), plan.first + plan.sequences, self.ranks)))
         finally:
             self.k = here[0]
-            for stream, state in here[1].items():
-                self._packers[stream].restore(state)
+            for number, state in here[1].items():
+                self._own[number].restore(state)
 
     def seek(self, k: int) -> None:
         """Go to before sequence k of the run, by replay from here, or from the start where that lies behind.
 
-        No token is read: a sequence costs some microseconds.
+        No token is read: a sequence costs some microseconds a document.
         """
         assert k >= 0
         if k < self.k:
-            self.k, self._packers = 0, self._fresh_packers()
-        for stream, packer in self._packers.items():
-            for _ in range(self._dealt(stream, k) - self._dealt(stream, self.k)):
-                packer.pack(self.sequence_length)
+            self.k, self._own = 0, self._fresh()
+        for at in range(self.next_own(self.k), k, self.ranks):
+            self._pack(at)
         self.k = k
+
+    def fork(self) -> "SequenceStream":
+        """Another stream that stands where this one does, over the same sources."""
+        other = SequenceStream.__new__(SequenceStream)
+        other.__dict__.update(self.__dict__)
+        other.order = DocumentOrder(self.sources, self.order.seed, self.streams, self.order.repeat)
+        other._own = other._fresh()
+        for number, stream in self._own.items():
+            other._own[number].restore(stream.state())
+        return other
+
+    def counts(self) -> np.ndarray:
+        """[2, sources] int64: tokens read of each source and documents taken, by this rank since the run began."""
+        parts = [(stream.read, stream.taken) for stream in self._own.values()]
+        return np.array(parts, np.int64).sum(axis=0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream stands, after the last sequence that was taken.
 
         Returns:
-            "k" int64 scalar, and "stream.00017" int64 [2·sources + 3] for each stream of this rank
-            (see SequentialPacker.state). Keys and shapes never change, so a new stream's dict can be loaded into.
+            "k" int64 scalar; "stream.00017" int64 [see LogicalStream.state] for each stream of this rank, whose length
+            changes with what is open; "source.NAME" uint8 [16], the hash of each source's content.
         """
-        vectors = {_key(stream): torch.tensor(packer.state()) for stream, packer in self._packers.items()}
-        return {"k": torch.tensor(self.k), **vectors}
+        state = {_key(number): torch.tensor(stream.state()) for number, stream in self._own.items()}
+        state |= {f"source.{name}": _fingerprint(source) for name, source in self.sources.items()}
+        return {"k": torch.tensor(self.k), **state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go where a stream stood when its state was saved, by this or any other number of ranks.
 
         Args:
-            state: holds at least "k" and the streams of this rank.
+            state: holds at least "k", the streams of this rank, and the hashes of the sources.
         Raises:
-            UserError: a stream of this rank is missing, or was saved with another number of sources.
+            UserError: a stream of this rank or a source that was read is missing, or a source's content has changed.
         """
-        for stream, packer in self._packers.items():
-            vector, known = state.get(_key(stream)), len(packer.state())
+        for name, source in self.sources.items():
+            then, now = state.get(f"source.{name}"), _fingerprint(source)
+            if then is not None and not torch.equal(then, now):
+                raise UserError(
+                    f"data.train.{name} has changed since this run read it: its content's hash was "
+                    f"{_hexadecimal(then)} and is {_hexadecimal(now)}; give back what it was, or start another run"
+                )
+        vectors = {number: state.get(_key(number)) for number in self._own}
+        for number, vector in vectors.items():
             if vector is None:
-                raise UserError(f"the saved data state has no stream {stream}; set data.streams as it was then")
-            if vector.shape != (known,):
-                raise UserError("the saved data state is of another number of sources; set data.train as it was then")
-        for stream, packer in self._packers.items():
-            packer.restore(state[_key(stream)].tolist())
+                raise UserError(f"the saved data state has no stream {number}; set data.streams as it was then")
+        for number, vector in vectors.items():
+            self._own[number].restore(vector.tolist())
         self.k = int(state["k"])
 
-    def _next_pieces(self) -> list[Piece]:
-        own = self.k + self._until_own(self.k)
-        self.k += self.ranks
-        return self._packers[own % self.streams].pack(self.sequence_length)
+    def _pack(self, k: int) -> list[Piece]:
+        plan = self.plan.at_sequence(k)
+        return self._own[k % self.streams].pack(plan.sequence_length, self.phases[plan.phase], plan.phase)
 
-    def _until_own(self, k: int) -> int:
-        """How far the first sequence from k on lies that this rank owns."""
-        return (self.rank - k) % self.ranks
+    def next_own(self, k: int) -> int:
+        """The first sequence from k on that this rank owns."""
+        return k + (self.rank - k) % self.ranks
 
-    def _dealt(self, stream: int, k: int) -> int:
-        """Sequences below k that come from a stream: those k' with k' mod V = stream."""
-        return (k - stream + self.streams - 1) // self.streams
-
-    def _fresh_packers(self) -> dict[int, SequentialPacker]:
-        return {stream: SequentialPacker(self._order, stream) for stream in range(self.rank, self.streams, self.ranks)}
+    def _fresh(self) -> dict[int, LogicalStream]:
+        return {number: LogicalStream(self.order, number) for number in range(self.rank, self.streams, self.ranks)}
 
 
 def _key(stream: int) -> str:
     return f"stream.{stream:05d}"
 
 
-def _check_tokenizers(sources: Mapping[str, TokenSource], bos_id: int) -> None:
+def _fingerprint(source: Source) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(source.fingerprint)), dtype=torch.uint8)
+
+
+def _hexadecimal(fingerprint: Tensor) -> str:
+    return bytes(fingerprint.tolist()).hex()
+
+
+def _check_tokenizers(sources: Mapping[str, Source], bos_id: int) -> None:
     first = next(iter(sources), None)
     for name, source in sources.items():
         if source.tokenizer_fingerprint != sources[first].tokenizer_fingerprint:

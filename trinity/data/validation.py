@@ -9,15 +9,15 @@ from itertools import islice
 
 import torch
 
+from trinity.data.order import Source
 from trinity.data.packing import Piece
 from trinity.data.sequences import IGNORE, Sequence, materialise
-from trinity.data.shards import TokenSource
 
 NAME = "validation"
 
 
 def validation_sequences(
-    source: TokenSource,
+    source: Source,
     sequence_length: int,
     count: int,
     loss_on_document_start: bool = True,
@@ -45,7 +45,7 @@ def validation_sequences(
         yield _padded(Sequence(nothing, nothing, nothing.int(), []), sequence_length, source.bos_id)
 
 
-def _rows(source: TokenSource, sequence_length: int) -> Iterator[list[Piece]]:
+def _rows(source: Source, sequence_length: int) -> Iterator[list[Piece]]:
     pieces: list[Piece] = []
     room = sequence_length
     for document in range(source.documents):

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -100,6 +101,16 @@ def load(state: State, run_directory: Path, step: int) -> None:
     except (RuntimeError, ValueError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
         raise UserError(f"{folder} does not fit this run's config: {reason}") from None
+
+
+def tensors_of(folder: Path, prefix: str) -> State:
+    """Empty tensors of the names that begin so in a checkpoint, shaped as they were saved, to be filled by load."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in metadata.items()
+        if name.startswith(prefix)
+    }
 
 
 def model_state(model: Trinity) -> State:

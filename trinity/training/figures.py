@@ -28,7 +28,12 @@ def total_counts(parts: list[Losses]) -> Tensor | None:
 
 
 def step_figures(
-    parts: list[Losses], valid_B: Tensor, valid: int, counts_ME: Tensor | None, config: RunConfig
+    parts: list[Losses],
+    valid_B: Tensor,
+    valid: int,
+    counts_ME: Tensor | None,
+    config: RunConfig,
+    source_counts: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a step's forward passes say, equal on every rank.
 
@@ -37,8 +42,9 @@ def step_figures(
         valid_B: [B] valid targets of this rank's rows.
         valid: valid targets of the global batch.
         counts_ME: of the global batch.
+        source_counts: of this rank; their sums over all ranks come back as lists of their shape.
     """
-    gathered = _gathered(parts, valid_B)
+    gathered = _gathered(parts, valid_B, source_counts)
     rows = len(valid_B)
     # rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they stand in the stream's order
     ce, valid_rows = (gathered[:, start : start + rows].t().flatten() for start in (0, rows))
@@ -47,8 +53,10 @@ def step_figures(
         "loss": ce.sum().item() / valid,
         "z_loss": config.loss.z * lse_square / valid,
         "batch_het": batch_heterogeneity(ce, valid_rows, config.log.het_sequences),
-        "max_head_logit": gathered[:, -1].max().item(),
+        "max_head_logit": gathered[:, 2 * rows + 3].max().item(),
     }
+    if source_counts is not None:
+        figures["source_counts"] = gathered[:, 2 * rows + 4 :].sum(dim=0).view(source_counts.shape).tolist()
     if counts_ME is None:
         return figures
     violation_M = balancing.max_violation(counts_ME)
@@ -62,8 +70,9 @@ def step_figures(
     }
 
 
-def _gathered(parts: list[Losses], valid_B: Tensor) -> Tensor:
-    """[R, 2B + 4] float64 on the CPU: each rank's CE and valid targets by row, and four figures (`sums`)."""
+def _gathered(parts: list[Losses], valid_B: Tensor, source_counts: Tensor | None) -> Tensor:
+    """[R, 2B + 4 + C] float64 on the CPU: each rank's CE and valid targets by row, four figures (`sums`), and C counts
+    (exact up to 2⁵³)."""
     ce_B = torch.cat([part.ce_BS.sum(dim=1) for part in parts]).double()
     zero = ce_B.new_zeros(())
     sums = [
@@ -72,7 +81,8 @@ def _gathered(parts: list[Losses], valid_B: Tensor) -> Tensor:
         sum((zero if part.entropy_sum is None else part.entropy_sum.double()) for part in parts),
         torch.stack([part.top_logit for part in parts]).max().double(),
     ]
-    own = torch.cat([ce_B, valid_B.to(ce_B), torch.stack(sums)])
+    counts = zero.new_empty(0) if source_counts is None else source_counts.flatten().to(ce_B)
+    own = torch.cat([ce_B, valid_B.to(ce_B), torch.stack(sums), counts])
     everyone = own.new_empty(dist.get_world_size() * len(own))
     all_gather_single(everyone, own)
     return everyone.view(-1, len(own)).cpu()

@@ -29,6 +29,7 @@ from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
 from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.metrics import Sink, open_sinks
+from trinity.training.run_data import open_data
 from trinity.training.run_directory import RunDirectory, newest_config
 from trinity.training.setup import (
     batch_plan,
@@ -36,7 +37,6 @@ from trinity.training.setup import (
     check_batches,
     make_optimizers,
     microbatch_size,
-    open_data,
     rates_at,
     total_steps,
 )
@@ -86,7 +86,9 @@ def _step_to_resume(config: RunConfig, accepted: list[str], path: Path) -> int:
     done = checkpoint.complete_steps(path)
     if not done:
         return 0
-    changed = check_changes(newest_config(path), config, accepted, str(path))
+    before = newest_config(path)
+    seen = batch_plan(before).at(done[-1] - 1).tokens
+    changed = check_changes(before, config, seen, accepted, str(path))
     if changed:
         print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
     return done[-1]
@@ -129,16 +131,16 @@ class Training:
             self._begin()
         together(lambda: directory.add_config(config))
         self.sinks: list[Sink] = together(self._open_sinks)
-        self._flops = flops_per_token(config.model, config.data.sequence_length)["training"]
+        self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
 
     def run(self, stop_request: StopRequest) -> int:
         """Step until the end, a stop request, or too many bad steps."""
         self.directory.set_status("running", None, self.step)
         saved = self.step
-        while self.step < self.total:
+        while self.step < self.total and not self._data_has_ended():
             record = self._one_step()
-            ending = self.step == self.total
+            ending = self.step == self.total or self._data_has_ended()
             every = self.config.evaluation.every
             if every and (self.step % every == 0 or ending):
                 record |= self._evaluate()
@@ -155,14 +157,26 @@ class Training:
             if stop and not ending:
                 self.directory.set_status("saved", SAVED, saved, f"asked to stop by {Signals(stop).name}")
                 return SAVED
-        self.directory.set_status("finished", FINISHED, self.step)
+        reason = "" if self.step >= self.total else "a source has no more documents (data.exhausted is end)"
+        self.directory.set_status("finished", FINISHED, self.step, reason)
         return FINISHED
+
+    def _data_has_ended(self) -> bool:
+        """Whether some rank lacks rows for the next step; never where sources are repeated."""
+        if self.config.data.exhausted == "repeat":
+            return False
+        return bool(any_of([self.data.loader.ended(self._share())])[0])
+
+    def _share(self) -> int:
+        """This rank's rows of the next step."""
+        return self.plan.at(self.step).sequences // self.ranks.data_ranks
 
     def _open_sinks(self) -> list[Sink]:
         return open_sinks(self.config, self.directory.path, self.step, self.total) if self.ranks.is_first else []
 
     def close(self) -> None:
-        """Close what figures are written to."""
+        """End the workers and close what figures are written to."""
+        self.data.loader.close()
         for sink in self.sinks:
             sink.close()
 
@@ -170,7 +184,7 @@ class Training:
         """Everything that a resumed run needs, as one flat dictionary of tensors."""
         state = checkpoint.model_state(self.model)
         state |= {f"optim.{key}": value for key, value in self.optimizers.state_dict().items()}
-        state |= {f"data.{key}": value for key, value in self.data.stream.state_dict().items()}
+        state |= {f"data.{key}": value for key, value in self.data.loader.state_dict().items()}
         state["run.step"] = torch.tensor(self.step)
         state["run.bad_steps"] = torch.tensor(self.bad_steps)
         state["run.random"] = torch.get_rng_state()
@@ -178,9 +192,14 @@ class Training:
 
     def _load(self, path: Path, step: int) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
+        # what a stream has open differs from save to save
+        saved = checkpoint.tensors_of(checkpoint.step_folder(path, step), "data.")
+        own = {key for key in state if key.startswith("data.")}
+        state |= {key: tensor for key, tensor in saved.items() if key in own}
+        state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
         checkpoint.load(state, path, step)
         data = {key.removeprefix("data."): value for key, value in state.items() if key.startswith("data.")}
-        self.data.stream.load_state_dict(data)
+        self.data.loader.load_state_dict(data)
         self.step, self.bad_steps = int(state["run.step"]), int(state["run.bad_steps"])
         torch.set_rng_state(state["run.random"])
 
@@ -206,26 +225,37 @@ class Training:
 
     def _one_step(self) -> dict[str, Any]:
         began = time.perf_counter()
-        first, sequences = self.plan.at(self.step)
-        length = self.config.data.sequence_length
-        rows = self.data.stream.take(sequences // self.ranks.data_ranks)
+        plan = self.plan.at(self.step)
+        rows = self.data.loader.take(self._share())
+        waited = time.perf_counter() - began
         batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
-        rate = rates_at(self.config, self.step, first * length)
-        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks)
+        rate = rates_at(self.config, self.step, plan.tokens)
+        counts = torch.from_numpy(self.data.loader.stream.counts())
+        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks, counts)
         self.step += 1
         self.bad_steps = self.bad_steps + 1 if figures["skipped"] else 0
         seconds = time.perf_counter() - began
-        record = {"step": self.step, "tokens": (first + sequences) * length, "sequences": first + sequences}
+        record = {"step": self.step, "tokens": plan.tokens_after, "sequences": plan.first + plan.sequences}
+        record |= self._named_counts(figures.pop("source_counts"))
         record |= figures
         record |= {
             "step_seconds": seconds,
-            "tokens_per_second": sequences * length / seconds,
+            "data_seconds": waited,
+            "tokens_per_second": plan.sequences * plan.sequence_length / seconds,
             "memory_gib": memory_gib(self.ranks.device),
         }
         peak = peak_flops(self.ranks.device)
         if peak:
-            record["mfu"] = self._flops * record["tokens_per_second"] / (peak * self.ranks.world)
+            record["mfu"] = self._flops[plan.sequence_length] * record["tokens_per_second"] / (peak * self.ranks.world)
         return record
+
+    def _named_counts(self, counts: list[list[float]]) -> dict[str, float]:
+        """Tokens read of each source since the run began, and how often its documents have been gone through."""
+        read, taken = counts
+        sources = self.data.loader.stream.sources
+        found = {f"source_tokens.{name}": int(tokens) for name, tokens in zip(sources, read)}
+        epochs = zip(sources.items(), taken)
+        return found | {f"epoch.{name}": documents / source.documents for (name, source), documents in epochs}
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -275,7 +305,7 @@ class Training:
             print(f"{done} (a larger run.steps or run.tokens goes on)", file=sys.stderr)
             return
         print(ownership_table(self.optimizers), file=sys.stderr)
-        share = self.plan.at(self.step)[1] // self.ranks.data_ranks
+        share = self._share()
         micro = microbatch_size(share, self.config.batch.microbatch)
         start = f"resuming after step {self.step}" if self.step else "starting"
         print(

@@ -1,17 +1,12 @@
-"""From a config to the things it describes: model, data, optimizers. Each function builds one."""
+"""From a config to the things it describes: model, optimizers, batches. Each function builds one; data: run_data."""
 
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import fields
 
 import torch
-from torch import Tensor
 
-from trinity.config.paths import tokenizer_folder
+from trinity.config.phases import whole_phases
 from trinity.config.run import Kernels, RunConfig
 from trinity.data.batches import BatchPlan
-from trinity.data.shards import TokenSource
-from trinity.data.stream import SequenceStream
-from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError
 from trinity.models.fp8 import use_fp8
 from trinity.models.roles import parameter_roles
@@ -80,7 +75,8 @@ def make_optimizers(config: RunConfig, model: Trinity) -> Optimizers:
 def batch_plan(config: RunConfig) -> BatchPlan:
     """Which sequences make which step."""
     ramp = [(entry.tokens, entry.sequences) for entry in config.batch.ramp]
-    return BatchPlan(config.batch.sequences, ramp, config.data.sequence_length)
+    phases = [(phase.tokens, phase.sequence_length) for phase in whole_phases(config.data)[1:]]
+    return BatchPlan(config.batch.sequences, ramp, config.data.sequence_length, phases)
 
 
 def total_steps(config: RunConfig) -> int:
@@ -128,68 +124,3 @@ def rates_at(config: RunConfig, step: int, tokens: int) -> float:
         final=schedule.final,
         unit="tokens" if by_tokens else "steps",
     )
-
-
-@dataclass
-class RunData:
-    """What a run reads.
-
-    stream: this rank's training sequences, in order.
-    validation: named held-out sources.
-    byte_lengths_V: bytes of text that each token stands for; None without a tokenizer.
-    """
-
-    stream: SequenceStream
-    validation: dict[str, TokenSource]
-    byte_lengths_V: Tensor | None
-
-
-def open_data(config: RunConfig, ranks: Ranks) -> RunData:
-    """Open every source and check that it fits the model and the tokenizer.
-
-    Raises:
-        UserError: no training data, a damaged source, another tokenizer, a vocabulary larger than the model's.
-    """
-    stream = open_stream(config, ranks.rank, ranks.data_ranks)
-    validation = _open_sources("validation", config.data.validation, config)
-    folder = tokenizer_folder(config)
-    return RunData(stream, validation, token_byte_lengths(load_tokenizer(folder)) if folder else None)
-
-
-def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
-    """The training sequences of one data rank, from the first on."""
-    data = config.data
-    if not data.train:
-        raise UserError("data.train names no source; give one, as data.train.mine=FOLDER (see tools/prepare_data.py)")
-    sources = _open_sources("train", data.train, config)
-    return SequenceStream(
-        sources,
-        dict(data.mixture) or dict.fromkeys(sources, 1.0),
-        sequence_length=data.sequence_length,
-        streams=data.streams,
-        seed=config.run.seed,
-        bos_id=next(iter(sources.values())).bos_id,
-        plan=batch_plan(config),
-        loss_on_document_start=data.loss_on_document_start,
-        rank=rank,
-        ranks=ranks,
-    )
-
-
-def _open_sources(kind: str, folders: dict[str, str], config: RunConfig) -> dict[str, TokenSource]:
-    sources = {}
-    for name, folder in folders.items():
-        source = sources[name] = TokenSource(Path(folder), config.data.verify)
-        _check_source(f"data.{kind}.{name}={folder}", source, config)
-    return sources
-
-
-def _check_source(label: str, source: TokenSource, config: RunConfig) -> None:
-    if source.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{label} has token ids up to {source.vocab_size - 1} and model.vocab_size={config.model.vocab_size}; "
-            f"use a vocabulary of at least {source.vocab_size}"
-        )
-    folder = tokenizer_folder(config)
-    if folder is not None and fingerprint(folder) != source.tokenizer_fingerprint:
-        raise UserError(f"{label} was made with another tokenizer than {folder}; prepare it again with that one")

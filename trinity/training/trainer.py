@@ -42,23 +42,31 @@ class Batch:
             rows = slice(start, start + size)
             documents = self.document_ids_BS
             yield Batch(
-                self.tokens_BS[rows].to(device),
-                self.targets_BS[rows].to(device),
-                None if documents is None else documents[rows].to(device),
+                self.tokens_BS[rows].to(device, non_blocking=True),
+                self.targets_BS[rows].to(device, non_blocking=True),
+                None if documents is None else documents[rows].to(device, non_blocking=True),
             )
 
 
 def train_step(
-    model: Trinity, optimizers: Optimizers, batch: Batch, config: RunConfig, rate: float, ranks: Ranks
+    model: Trinity,
+    optimizers: Optimizers,
+    batch: Batch,
+    config: RunConfig,
+    rate: float,
+    ranks: Ranks,
+    source_counts: Tensor | None = None,
 ) -> dict[str, Any]:
     """One optimizer step on a global batch; every rank calls it with rows of its own, equally many.
 
     Args:
         batch: this rank's rows, on the CPU.
         rate: fraction of the peak learning rates.
+        source_counts: counts of this rank, of any shape, whose sum over all ranks is wanted.
     Returns:
         the step's figures, named as in metrics.jsonl and equal on every rank. Where the loss or the gradient is not
         finite, "skipped" is True and nothing has changed: no weight, no momentum, no bias.
+        "source_counts": their sums.
     """
     valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
     valid = _over_all_ranks(valid_B.sum())
@@ -66,7 +74,7 @@ def train_step(
     counts_ME = total_counts(parts)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = global_norm(gradients, ranks.copy_group)
-    figures = step_figures(parts, valid_B, valid, counts_ME, config)
+    figures = step_figures(parts, valid_B, valid, counts_ME, config, source_counts)
     skipped = not (math.isfinite(norm.item()) and math.isfinite(figures["loss"]))
     if not skipped:
         if config.optim.clip_norm:

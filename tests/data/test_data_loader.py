@@ -1,0 +1,141 @@
+"""Rows that worker processes make ahead are those of the stream, and the state is that of the last row used."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from trinity.data import BatchPlan, SequenceStream, TokenSource
+from trinity.data.loader import Loader
+from trinity.data.mixture import Phase
+from trinity.errors import UserError
+
+S, V = 16, 48
+PLAN = BatchPlan(96, [], S)
+RSDB = Phase((0.3, 0.7), rsdb_size=2)
+
+
+@pytest.fixture(scope="module")
+def sources(make_source: Callable, random_documents: Callable) -> dict[str, TokenSource]:
+    return {"a": make_source("a", random_documents(300, 60, 1)), "b": make_source("b", random_documents(2000, 9, 2))}
+
+
+@pytest.fixture
+def make_loader(sources: dict) -> Iterator[Callable[..., Loader]]:
+    """A loader over the sources, closed in the end."""
+    made = []
+
+    def make(workers: int, rank: int = 0, ranks: int = 1, **arguments: object) -> Loader:
+        made.append(Loader(make_stream(sources, rank, ranks, **arguments), workers, ahead=8))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def make_stream(sources: dict, rank: int = 0, ranks: int = 1, **arguments: object) -> SequenceStream:
+    values = {"streams": V, "seed": 2, "bos_id": 0, "plan": PLAN, "rank": rank, "ranks": ranks, **arguments}
+    return SequenceStream(sources, [RSDB], **values)
+
+
+def assert_same_batch(found: object, wanted: object) -> None:
+    assert found.pieces == wanted.pieces
+    for name in ("tokens", "targets", "document_ids"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
+        assert getattr(found, name).dtype == getattr(wanted, name).dtype
+
+
+def assert_same_state(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in found)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1), (8, 5)])
+def test_batches_and_states_are_the_streams(
+    make_loader: Callable, sources: dict, workers: int, ranks: int, rank: int
+) -> None:
+    """Through a load in the middle, to a place that the workers have long passed."""
+    loader, stream = make_loader(workers, rank, ranks), make_stream(sources, rank, ranks)
+    share = 96 // ranks
+    for _ in range(3):
+        assert_same_batch(loader.take(share), stream.take(share))
+        assert_same_state(loader.state_dict(), stream.state_dict())
+    state = loader.state_dict()
+    wanted = stream.take(share)
+    loader.take(share)
+    loader.load_state_dict(state)
+    assert_same_batch(loader.take(share), wanted)
+    assert_same_state(loader.state_dict(), stream.state_dict())
+
+
+def test_workers_that_do_not_divide_the_streams(make_loader: Callable, sources: dict) -> None:
+    """48 streams on 16 ranks are 3 a rank: of 2 workers one is used, of 100 three."""
+    assert [make_loader(workers, 3, 16).workers for workers in (0, 1, 2, 3, 100)] == [0, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_end_of_the_data(make_loader: Callable, sources: dict, workers: int) -> None:
+    """Nothing has moved when it is met, and what is left of whole batches is the stream's."""
+    loader, stream = make_loader(workers, repeat=False), make_stream(sources, repeat=False)
+    batches = 0
+    while not loader.ended(V):
+        assert_same_batch(loader.take(V), stream.take(V))
+        batches += 1
+    assert batches >= 1
+    state = stream.state_dict()
+    with pytest.raises(UserError, match=r"the data ends before the run does.*data\.exhausted=repeat"):
+        loader.take(V)
+    assert_same_state(loader.state_dict(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_one_sentence(
+    make_loader: Callable, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def broken(self: TokenSource, document: int, start: int, length: int) -> np.ndarray:
+        raise UserError("the shard is gone; bring it back")
+
+    monkeypatch.setattr(TokenSource, "read", broken)
+    with pytest.raises(UserError, match=r"^the shard is gone; bring it back$"):
+        make_loader(workers).take(1)
+
+
+def test_a_worker_that_dies_is_noticed(make_loader: Callable) -> None:
+    loader = make_loader(1)
+    loader.take(1)
+    (worker,) = loader._items._workers
+
+    def kill_and_go_on() -> None:
+        os.kill(worker.pid, signal.SIGKILL)  # torch raises wherever the signal finds this process
+        loader.take(10_000)
+
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+        kill_and_go_on()
+
+
+def test_workers_leave_signals_to_the_run_and_end_with_it(make_loader: Callable) -> None:
+    """SIGINT and SIGTERM, as a terminal or a job system sends them to every process, change nothing."""
+    loader = make_loader(1)
+    loader.take(1)
+    (worker,) = loader._items._workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    time.sleep(0.1)
+    loader.take(200)
+    assert worker.is_alive()
+    loader.close()
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+def test_the_runs_random_state_is_left_alone(make_loader: Callable) -> None:
+    before = torch.get_rng_state()
+    make_loader(1).take(1)
+    assert torch.equal(torch.get_rng_state(), before)

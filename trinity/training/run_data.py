@@ -1,0 +1,116 @@
+"""What a run reads: its training rows and its validation sets, opened and checked against model and tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from trinity.config.paths import tokenizer_folder
+from trinity.config.phases import WholePhase, whole_phases
+from trinity.config.run import RunConfig
+from trinity.data.loader import Loader
+from trinity.data.mixture import LengthBias, Phase, normalised
+from trinity.data.order import Source
+from trinity.data.shards import TokenSource
+from trinity.data.stream import SequenceStream
+from trinity.data.text_source import TextSource
+from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
+from trinity.errors import UserError
+from trinity.parallel.mesh import Ranks
+from trinity.training.setup import batch_plan
+
+STEPS_AHEAD = 2
+TEXT = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass
+class RunData:
+    """What a run reads.
+
+    loader: this rank's training rows, in order.
+    validation: named held-out sources.
+    byte_lengths_V: bytes of text that each token stands for; None without a tokenizer.
+    """
+
+    loader: Loader
+    validation: dict[str, Source]
+    byte_lengths_V: Tensor | None
+
+
+def open_data(config: RunConfig, ranks: Ranks) -> RunData:
+    """Open every source and check that it fits the model and the tokenizer.
+
+    Raises:
+        UserError: no training data, a damaged source, another tokenizer, a vocabulary larger than the model's.
+    """
+    stream = open_stream(config, ranks.rank, ranks.data_ranks)
+    ahead = STEPS_AHEAD * stream.plan.at(0).sequences // ranks.data_ranks
+    loader = Loader(stream, config.data.workers, ahead, pin=ranks.device.type == "cuda")
+    validation = _open_sources("validation", config.data.validation, config)
+    folder = tokenizer_folder(config)
+    return RunData(loader, validation, token_byte_lengths(load_tokenizer(folder)) if folder else None)
+
+
+def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
+    """The training sequences of one data rank, from the first on."""
+    data = config.data
+    if not data.train:
+        raise UserError("data.train names no source; give one, as data.train.mine=FOLDER (see tools/prepare_data.py)")
+    sources = _open_sources("train", data.train, config)
+    return SequenceStream(
+        sources,
+        [_phase(phase, list(sources)) for phase in whole_phases(data)],
+        streams=data.streams,
+        seed=config.run.seed,
+        bos_id=next(iter(sources.values())).bos_id,
+        plan=batch_plan(config),
+        loss_on_document_start=data.loss_on_document_start,
+        repeat=data.exhausted == "repeat",
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def _phase(phase: WholePhase, names: list[str]) -> Phase:
+    bias = phase.length_bias
+    return Phase(
+        normalised(names, phase.mixture),
+        phase.rsdb_size if phase.packing == "rsdb" else 0,
+        None if bias.floor == 1 else LengthBias(bias.tokens, bias.floor, bias.ceiling),
+    )
+
+
+def _open_sources(kind: str, places: dict[str, str], config: RunConfig) -> dict[str, Source]:
+    sources = {}
+    for name, place in places.items():
+        source = sources[name] = _open_source(f"data.{kind}.{name}", place, config)
+        _check_source(f"data.{kind}.{name}={place}", source, config)
+    return sources
+
+
+def _open_source(label: str, place: str, config: RunConfig) -> Source:
+    """Shards, from a folder that holds them or is to; or text, tokenised as it is read."""
+    if not _is_text(place):
+        return TokenSource(place, config.data.verify)
+    folder = tokenizer_folder(config)
+    if folder is None:
+        raise UserError(f"{label}={place} is text, and data.tokenizer is not given; set it to a tokenizer's folder")
+    return TextSource([place], folder, field=config.data.text_field, option=label, progress=True)
+
+
+def _is_text(place: str) -> bool:
+    path = Path(place)
+    if path.is_dir():
+        return not (path / "index.json").exists() and any(found.suffix in TEXT for found in path.iterdir())
+    return path.is_file() or place.endswith(TEXT) or "*" in place
+
+
+def _check_source(label: str, source: TokenSource, config: RunConfig) -> None:
+    if source.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{label} has token ids up to {source.vocab_size - 1} and model.vocab_size={config.model.vocab_size}; "
+            f"use a vocabulary of at least {source.vocab_size}"
+        )
+    folder = tokenizer_folder(config)
+    if folder is not None and fingerprint(folder) != source.tokenizer_fingerprint:
+        raise UserError(f"{label} was made with another tokenizer than {folder}; prepare it again with that one")
