@@ -1,39 +1,75 @@
 """Turn text into token shards. Run the same command again after a kill: it goes on where it stopped.
 
-Example: python tools/prepare_data.py --input corpus/*.jsonl --tokenizer tokenizer --out shards
+python tools/prepare_data.py --input corpus/*.jsonl --tokenizer tokenizer --out shards
+python tools/prepare_data.py --input corpus 'more/**/*.parquet' s3://bucket/web --tokenizer tokenizer --out shards
+python tools/prepare_data.py --dataset allenai/c4 --config en --tokenizer tokenizer --out shards --deduplicate
+
+An input is a file (text, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), a folder (all such files in it and below), a pattern
+in quotes, or the URL of one of them. The result does not depend on --workers.
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
+from trinity.data.inputs import Dataset
 from trinity.data.prepare import SHARD_TOKENS, prepare_data
 from trinity.errors import run_main
 
+STOPPED = 130
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-def main() -> None:
-    """Parse, prepare, print one line."""
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="text, .jsonl, .jsonl.gz, .parquet files")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="INPUT", help="files, folders, patterns, URLs: in this order")
+    source.add_argument("--dataset", metavar="NAME", help="a data set of the Hugging Face hub, or its folder; streamed")
+    parser.add_argument("--config", help="with --dataset: which configuration of it")
+    parser.add_argument("--split", help="with --dataset: which part of it (train)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards, on a local disk")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens of a full shard (%(default)s)")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out and count what cannot be read")
+    parser.add_argument("--deduplicate", action="store_true", help="of equal texts keep the first, count the others")
+    parser.add_argument("--workers", type=int, default=CORES, help="processes that encode (one a core: %(default)s)")
     arguments = parser.parse_args()
-    index, already = prepare_data(
-        arguments.input,
-        arguments.tokenizer,
-        arguments.out,
-        shard_tokens=arguments.shard_tokens,
-        field=arguments.field,
-        skip_bad_lines=arguments.skip_bad_lines,
-        progress=True,
-    )
+    if arguments.dataset is None and (arguments.config or arguments.split):
+        parser.error("--config and --split say which part of a --dataset to read; --input has none")
+    return arguments
+
+
+def main() -> int | None:
+    """Parse, prepare, print one line."""
+    arguments = parse()
+    if arguments.dataset is not None:
+        inputs = Dataset(arguments.dataset, arguments.config, arguments.split or "train")
+    else:
+        inputs = arguments.input
+    try:
+        index, already = prepare_data(
+            inputs,
+            arguments.tokenizer,
+            arguments.out,
+            shard_tokens=arguments.shard_tokens,
+            field=arguments.field,
+            skip_bad_lines=arguments.skip_bad_lines,
+            deduplicate=arguments.deduplicate,
+            workers=arguments.workers,
+            progress=True,
+        )
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return STOPPED
     skipped = "".join(f", {count:,} {reason} skipped" for reason, count in index["skipped"].items())
     print(
         f"{arguments.out}{' was already done' if already else ''}: {index['documents']:,} documents, "
         f"{index['tokens']:,} tokens, {index['text_bytes']:,} bytes of text, {len(index['shards'])} shards{skipped}"
     )
+    return None
 
 
 if __name__ == "__main__":

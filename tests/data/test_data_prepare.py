@@ -10,35 +10,15 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from small_files import content, decoded, jsonl, zstd
 
-from trinity.data import files, prepare, shard_writer
+from trinity.data import documents, encoding, files, prepare, shard_writer
 from trinity.data.prepare import prepare_data
 from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import BOS, bos_id, load_tokenizer
+from trinity.data.tokenizer import BOS
 from trinity.errors import UserError
 
 TEXTS = [f"Document {number}: " + "some words of text, 日本語, 12345. " * (number % 7) for number in range(60)]
-
-
-def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def decoded(out: Path, tokenizer: Path) -> list[str]:
-    """The documents' texts, each checked to begin with BOS and to hold no other."""
-    tok, source = load_tokenizer(tokenizer), TokenSource(out)
-    found = []
-    for document in range(source.documents):
-        ids = source.read(document, 0, source.length(document)).tolist()
-        assert ids[0] == bos_id(tok)
-        assert bos_id(tok) not in ids[1:]
-        found.append(tok.decode(ids[1:], skip_special_tokens=False))
-    return found
 
 
 def test_every_kind_of_file(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -46,14 +26,18 @@ def test_every_kind_of_file(tmp_path: Path, tokenizer_dir: Path) -> None:
     jsonl(tmp_path / "b.jsonl", [*TEXTS[1:10], "", *TEXTS[10:20]])
     raw = "\n".join(json.dumps({"text": text}) for text in TEXTS[20:30])
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(raw.encode()))
-    table = pyarrow.table({"n": list(range(30)), "text": TEXTS[30:]})
+    table = pyarrow.table({"n": list(range(20)), "text": TEXTS[30:50]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
-    inputs = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet")]
+    frames = [jsonl(tmp_path / "frame", part).read_bytes() for part in (TEXTS[50:53], TEXTS[53:])]
+    (tmp_path / "e.jsonl.zst").write_bytes(b"".join(map(zstd, frames)))
+    inputs = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet", "e.jsonl.zst")]
     index, already = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500)
     assert not already
     assert decoded(tmp_path / "out", tokenizer_dir) == TEXTS
     assert index["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert index["skipped"] == {"empty": 1}
+    assert index["input_documents"] == [1, 19, 10, 20, 10]
+    assert sum(index["document_lengths"]) == 60
     assert len(index["shards"]) > 3
 
 
@@ -66,9 +50,14 @@ def test_special_tokens_in_text_are_text(tmp_path: Path, tokenizer_dir: Path) ->
 def test_batches_leave_no_trace(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
     prepare_data(inputs, tokenizer_dir, tmp_path / "large", shard_tokens=500)
-    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(documents, "BATCH_BYTES", 300)
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 300)
     prepare_data(inputs, tokenizer_dir, tmp_path / "small", shard_tokens=500)
     assert content(tmp_path / "large") == content(tmp_path / "small")
+    monkeypatch.setattr(encoding, "GROUP_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 40)
+    prepare_data(inputs, tokenizer_dir, tmp_path / "pieces", shard_tokens=500)
+    assert content(tmp_path / "large") == content(tmp_path / "pieces")
 
 
 class Killed(BaseException):
@@ -205,6 +194,16 @@ BAD = {
     "empty lines": ("a.jsonl", b'\n{"text": ""}\n', r"a\.jsonl holds no document with text"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-9], r"a\.jsonl\.gz is not a whole gzip file"),
     "no gzip": ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz is not a whole gzip file"),
+    "broken gzip": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD)[:20] + b"~" * 40,
+        r"a\.jsonl\.gz is not a whole gzip file",
+    ),
+    "cut zstd": ("a.jsonl.zst", zstd(GOOD * 1000)[:-9], r"a\.jsonl\.zst is not a whole zstd file"),
+    "no zstd": ("a.jsonl.zst", GOOD, r"a\.jsonl\.zst is not a whole zstd file"),
+    "list": ("a.jsonl", GOOD + b'{"text": ["x"]}\n', r"a\.jsonl:2 holds list where text"),
+    "null": ("a.jsonl", GOOD + b'{"text": null}\n', r"a\.jsonl:2 holds NoneType where text"),
+    "deep": ("a.jsonl", GOOD + b"[" * 200_000 + b"\n", r"a\.jsonl:2 is not valid JSON"),
     "no parquet": ("a.parquet", GOOD, r"a\.parquet is not a whole Parquet file"),
     "kind": ("a.json", GOOD, r"a\.json is of a kind that is not read"),
 }
@@ -234,10 +233,13 @@ def test_bad_parquet_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
 
 
 def test_missing_things_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
-    good = jsonl(tmp_path / "a.jsonl", TEXTS)
+    good, empty = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "empty"
+    empty.mkdir()
+    (empty / "a.zip").write_bytes(b"PK")
     cases = [
         ([tmp_path / "none.txt"], tokenizer_dir, r"none\.txt does not exist"),
-        ([tmp_path], tokenizer_dir, "is a folder"),
+        ([tmp_path / "*.text"], tokenizer_dir, r"\*\.text matches no file"),
+        ([empty], tokenizer_dir, "--input .*empty holds no file that is read"),
         ([good], tmp_path / "none", r"holds no tokenizer\.json"),
     ]
     for inputs, tokenizer, words in cases:
@@ -247,6 +249,10 @@ def test_missing_things_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
         prepare_data([good], tokenizer_dir, tmp_path / "out", shard_tokens=0)
     with pytest.raises(UserError, match=re.escape(f"--out {good} is a file")):
         prepare_data([good], tokenizer_dir, good)
+    with pytest.raises(UserError, match="--workers -1 must be 0 or more"):
+        prepare_data([good], tokenizer_dir, tmp_path / "out", workers=-1)
+    with pytest.raises(UserError, match="--out s3://bucket/a is a URL; give a local folder"):
+        prepare_data([good], tokenizer_dir, "s3://bucket/a")
     assert not (tmp_path / "out").exists()
 
 

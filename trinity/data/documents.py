@@ -1,25 +1,33 @@
 """Input files as documents, one after the other, from any point on.
 
-A text file is one document; a line of .jsonl or .jsonl.gz and a row of .parquet are one each. A document's place is
-(file, item): the number of the file, and of the line or row in it. Reading can start at any place, which is all that
-a preparation that was killed has to remember. What stands before it in its file is read past, not parsed.
+A text file is one document; a line of .jsonl, .jsonl.gz or .jsonl.zst and a row of .parquet are one each. A document's
+place is (file, item): the number of the file, and of the line or row in it. Reading can start at any place, which is
+all that a preparation that was killed has to remember. What stands before it in its file is read past, not parsed.
+
+Reading and parsing are apart: read_batches yields raw items, some hundred kilobytes at once, and texts makes text of
+them, maybe in another process. read_documents does both.
 """
 
 import gzip
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
+from trinity.data.remote import open_input, size_of
 from trinity.errors import UserError
 
-ROWS = 1024
+BATCH_BYTES = 1 << 18
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 NOT_TEXT = (".json", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".pdf")
+READ = "plain text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
 
 
 class Place(NamedTuple):
@@ -37,24 +45,53 @@ class Document(NamedTuple):
 
     text: its text, maybe empty; None if it cannot be read and bad ones are skipped.
     place: where it stands.
-    bytes_read: bytes of all input files up to its end, for progress (compressed bytes where they are compressed).
+    bytes_read: bytes of all input files that were read by then, for progress (packed bytes where they are packed).
+    offset: where it begins in its file: the line's first byte, of the unpacked file where it is packed; the row's
+        number in a Parquet file; 0 in a text file.
     """
 
     text: str | None
     place: Place
     bytes_read: int
-
-
-class _Item(NamedTuple):
-    """A line, row or file not yet parsed: content, where it begins in the file, and the file's bytes up to its end."""
-
-    raw: bytes | str | None
     offset: int
-    bytes_read: int
+
+
+class Batch(NamedTuple):
+    """Raw items that follow one another in one input, not yet parsed.
+
+    name: the input, as messages call it.
+    place: where the first item stands.
+    offset: where the first item begins (see Document.offset).
+    kind: what an item is: a whole text file or a line, as bytes; or a row's value, whatever it is.
+    items: at least one.
+    done: how far all inputs are read with it: bytes of files, or rows of a dataset.
+    """
+
+    name: str
+    place: Place
+    offset: int
+    kind: Literal["text", "line", "value"]
+    items: list[Any]
+    done: int
+
+    @property
+    def size(self) -> int:
+        """Bytes or characters of the items."""
+        return sum(len(item) if isinstance(item, bytes | str) else 1 for item in self.items)
+
+    def offsets(self) -> Iterator[int]:
+        """Where each item begins."""
+        if self.kind == "value":
+            return iter(range(self.offset, self.offset + len(self.items)))
+        return accumulate(map(len, self.items[:-1]), initial=self.offset)
+
+
+Files = list[Path] | list[Path | str]
+"""Local files as Path, others as URL."""
 
 
 def read_documents(
-    files: list[Path], field: str = "text", start: Place = BEGINNING, skip_bad: bool = False
+    files: Files, field: str = "text", start: Place = BEGINNING, skip_bad: bool = False
 ) -> Iterator[Document]:
     """Yield the documents of the files in order, empty ones too.
 
@@ -66,100 +103,154 @@ def read_documents(
     Raises:
         UserError: a file of unknown kind or broken packing; invalid UTF-8, broken JSON, or no text under `field`.
     """
+    for batch in read_batches(files, field, start):
+        file, first = batch.place
+        for item, (text, offset) in enumerate(zip(texts(batch, field, skip_bad), batch.offsets()), first):
+            yield Document(text, Place(file, item), batch.done, offset)
+
+
+def read_batches(files: Files, field: str, start: Place = BEGINNING) -> Iterator[Batch]:
+    """Yield the raw items of the files in order, in batches of about BATCH_BYTES.
+
+    Raises:
+        UserError: a file of unknown kind or broken packing, or without a column `field`.
+    """
     before = 0
     for number, path in enumerate(files):
         if number >= start.file:
-            items, parse = _kind(path)
-            first = start.item if number == start.file else 0
-            for index, item in enumerate(items(path, field)):
-                if index < first:
-                    continue
-                try:
-                    text = _checked(parse(item, path, index, field), path, index)
-                except UserError:
-                    if not skip_bad:
-                        raise
-                    text = None
-                yield Document(text, Place(number, index), before + item.bytes_read)
-        before += path.stat().st_size
+            kind, read = _kind(path)
+            item = offset = 0
+            for items, done in read(path, field):
+                batch = Batch(str(path), Place(number, item), offset, kind, items, before + done)
+                item += len(items)
+                offset += len(items) if kind == "value" else sum(map(len, items))
+                if (number, item) > start:
+                    yield _from(batch, start)
+        before += size_of(path)
 
 
-def _kind(path: Path) -> tuple[Callable, Callable]:
-    """(what yields a file's items, what parses one), by the end of the file's name."""
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _lines, _parse_line
-    if path.suffix == ".parquet":
-        return _rows, _parse_row
-    if path.suffix in NOT_TEXT:
-        raise UserError(f"{path} is of a kind that is not read; give plain text, .jsonl, .jsonl.gz or .parquet")
-    return _whole, _parse_text
+def texts(batch: Batch, field: str, skip_bad: bool) -> Iterator[str | None]:
+    """The text of each item, None for one that cannot be read.
+
+    Raises:
+        UserError: an item that cannot be read, unless `skip_bad`.
+    """
+    parse = {"text": _parse_text, "line": _parse_line, "value": _checked}[batch.kind]
+    for number, (item, offset) in enumerate(zip(batch.items, batch.offsets()), batch.place.item + 1):
+        try:
+            text = parse(item, batch.name, number, offset, field)
+        except UserError:
+            if not skip_bad:
+                raise
+            text = None
+        yield text
 
 
-def _whole(path: Path, field: str) -> Iterator[_Item]:
-    raw = path.read_bytes()
-    yield _Item(raw, 0, len(raw))
+def _from(batch: Batch, start: Place) -> Batch:
+    """The batch without what stands before `start`."""
+    late = start.item - batch.place.item if batch.place < start else 0
+    if not late:
+        return batch
+    offset = list(batch.offsets())[late]
+    return batch._replace(place=start, offset=offset, items=batch.items[late:])
 
 
-def _lines(path: Path, field: str) -> Iterator[_Item]:
-    packed = path.suffix == ".gz"
-    offset = 0
+def _kind(path: Path | str) -> tuple[str, Any]:
+    """(kind of the items, what reads a file's items in batches, each with the bytes read), by the file's name."""
+    name = str(path)
+    if name.endswith(LINES):
+        return "line", _lines
+    if name.endswith(".parquet"):
+        return "value", _rows
+    if name.endswith(NOT_TEXT):
+        raise UserError(f"{path} is of a kind that is not read; give {READ}")
+    return "text", _whole
+
+
+def _whole(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
+    with open_input(path) as file:
+        raw = file.read()
+    yield [raw], len(raw)
+
+
+def _lines(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(Path(str(path)).suffix)
+    with open_input(path) as file, _unbroken(path, packing):
+        lines = _unpacked(file, packing)
+        while items := lines.readlines(BATCH_BYTES):
+            yield items, file.tell()
+
+
+def _unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
+    if packing == "gzip":
+        return gzip.open(file)
+    if packing == "zstd":
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+        return io.BufferedReader(stream, BATCH_BYTES)
+    return file
+
+
+def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
+    with open_input(path) as raw, _unbroken(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
+        names = file.schema_arrow.names
+        if field not in names:
+            raise UserError(f"{path} has no column {field}; set --field to one of: {', '.join(names)}")
+        rows, size, done = file.metadata.num_rows, size_of(path), 0
+        for values in file.iter_batches(_rows_at_once(file.metadata, field), columns=[field]):
+            done += len(values)
+            yield values.column(0).to_pylist(), size * done // rows
+
+
+def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, field: str) -> int:
+    """About BATCH_BYTES: a thousand rows of a web page each are no matter, a thousand books are."""
+    paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+    if field not in paths:
+        return 1  # a list or a structure: no text, which parsing says
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    column = paths.index(field)
+    widest = max((g.column(column).total_uncompressed_size / max(g.num_rows, 1) for g in groups), default=1)
+    return int(min(max(BATCH_BYTES / max(widest, 1), 1), 1024))
+
+
+@contextmanager
+def _unbroken(path: Path | str, packing: str | None) -> Iterator[None]:
+    """Says of a packed file that is cut or damaged what is wrong with it."""
     try:
-        with open(path, "rb") as file, gzip.open(file) if packed else nullcontext(file) as lines:
-            for line in lines:
-                yield _Item(line, offset, file.tell() if packed else offset + len(line))
-                offset += len(line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); copy it again") from None
+        yield
+    except (EOFError, zlib.error, pyarrow.ArrowException, OSError) as error:
+        if packing is None or getattr(error, "errno", None):  # the disk's error, not the file's
+            raise
+        raise UserError(f"{path} is not a whole {packing} file ({error}); copy it again") from None
 
 
-def _rows(path: Path, field: str) -> Iterator[_Item]:
+def _parse_text(item: bytes, name: str, number: int, offset: int, field: str) -> str:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                known = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path} has no column {field}; set --field to one of: {known}")
-            rows, size, done = file.metadata.num_rows, path.stat().st_size, 0
-            for batch in file.iter_batches(ROWS, columns=[field]):
-                for value in batch.column(0):
-                    done += 1
-                    yield _Item(value.as_py(), 0, size * done // rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a whole Parquet file ({error}); copy it again") from None
-
-
-def _parse_text(item: _Item, path: Path, index: int, field: str) -> str:
-    try:
-        return item.raw.decode()
+        return item.decode()
     except UnicodeDecodeError as error:
-        at = item.offset + error.start
-        raise UserError(f"{path} is not valid UTF-8 at byte {at}; convert it, or leave it out") from None
+        at = offset + error.start
+        raise UserError(f"{name} is not valid UTF-8 at byte {at}; convert it, or leave it out") from None
 
 
-def _parse_line(item: _Item, path: Path, index: int, field: str) -> str:
-    text = _parse_text(item, path, index, field)
+def _parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> str:
+    text = _parse_text(item, name, number, offset, field)
     if not text.strip():
         return ""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{index + 1} is not valid JSON ({error}); mend it, or give --skip-bad-lines") from None
+        raise UserError(f"{name}:{number} is not valid JSON ({error}); mend it, or give --skip-bad-lines") from None
     if not isinstance(value, dict) or field not in value:
         known = ", ".join(value) if isinstance(value, dict) else "none, the line is no object"
-        raise UserError(f"{path}:{index + 1} has no field {field} (fields: {known}); set --field to the text's name")
-    return value[field]
+        raise UserError(f"{name}:{number} has no field {field} (fields: {known}); set --field to the text's name")
+    return _checked(value[field], name, number, offset, field)
 
 
-def _parse_row(item: _Item, path: Path, index: int, field: str) -> str:
-    return item.raw
-
-
-def _checked(text: object, path: Path, index: int) -> str:
-    where = f"{path}:{index + 1}"
-    if not isinstance(text, str):
-        raise UserError(f"{where} holds {type(text).__name__} where text should be; mend it, or set --field")
+def _checked(value: Any, name: str, number: int, offset: int, field: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name}:{number} holds {type(value).__name__} where text should be; mend it, or set --field")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
-        raise UserError(f"{where} holds half a surrogate pair at character {error.start}; mend it") from None
-    return text
+        raise UserError(f"{name}:{number} holds half a surrogate pair at character {error.start}; mend it") from None
+    return value

@@ -1,9 +1,13 @@
 """Files that are whole or absent, and short names for what a file holds."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trinity.errors import UserError
@@ -41,6 +45,40 @@ def write_atomically(path: Path, chunks: Iterable[str]) -> int:
         size = os.fstat(file.fileno()).st_size
     move_into_place(path)
     return size
+
+
+@contextmanager
+def locked(path: Path, patience: float | None = None) -> Iterator[None]:
+    """Until this ends no other process passes here. The system lifts the lock of a process that died.
+
+    Args:
+        path: a folder, or a file that is made if it is not there.
+        patience: seconds to wait for another process; None waits as long as it takes.
+    Raises:
+        BlockingIOError: another process still holds the lock.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        deadline = None if patience is None else time.monotonic() + patience
+        while not _try_lock(handle, wait=deadline is None):
+            if time.monotonic() > deadline:
+                raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path))
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # Some network file systems lock no folders, or nothing: there it is up to the user.
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
 
 
 def read_json(path: Path) -> dict | None:

@@ -1,11 +1,15 @@
-"""From documents to token shards: encode in batches, write, and go on where a killed run stopped.
+"""From documents to token shards: read, encode in worker processes, write, and go on where a killed run stopped.
 
-The shards depend on the inputs, the tokenizer and the shard size only, not on batches or interruptions: a run that was
-killed and started again leaves the same bytes as one that was not.
+The main process reads raw items and writes ids; parsing and encoding are the workers'. The shards depend on the inputs,
+the tokenizer, the shard size and on whether duplicates are left out, not on batches, workers or interruptions: a run
+that was killed and started again leaves the same bytes as one that was not.
 """
 
+import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import takewhile
 from pathlib import Path
 
@@ -13,77 +17,153 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from trinity.data.documents import BEGINNING, Document, Place, read_documents
-from trinity.data.files import SUFFIX, check_inputs, identity, read_json
-from trinity.data.shard_writer import ShardWriter
-from trinity.data.shards import VERSION, damage, small_enough, token_dtype
+from trinity.data.documents import BATCH_BYTES, BEGINNING, Batch, Place
+from trinity.data.duplicates import SeenHashes
+from trinity.data.encoding import Encoder
+from trinity.data.files import SUFFIX, locked, read_json
+from trinity.data.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
+from trinity.data.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
+from trinity.data.shards import HASHES, KINDS, VERSION, damage, shard_path, small_enough, token_dtype
 from trinity.data.tokenizer import bos_id, fingerprint, load_tokenizer
+from trinity.data.workers import in_processes
 from trinity.errors import UserError
 
 SHARD_TOKENS = 1 << 28
-BATCH_CHARACTERS = 1 << 22
+PATIENCE = 5
+"""Seconds in which the workers of a run that was killed have ended."""
 
 
 def prepare_data(
-    inputs: list[Path],
+    inputs: list[Path | str] | Dataset,
     tokenizer: Path,
     out: Path,
     *,
     shard_tokens: int = SHARD_TOKENS,
     field: str = "text",
     skip_bad_lines: bool = False,
+    deduplicate: bool = False,
+    workers: int = 0,
     progress: bool = False,
 ) -> tuple[dict, bool]:
     """Make the token shards of the inputs in `out`, or finish or mend those that a run with the same arguments began.
 
     Args:
-        inputs: text, .jsonl, .jsonl.gz and .parquet files, read in this order.
+        inputs: files, folders, glob patterns and URLs (see expand_inputs), read in this order; or a data set.
         tokenizer: folder with tokenizer.json.
         out: folder for the shards; new, empty, or of an earlier run with the same inputs and tokenizer.
         shard_tokens: tokens at which a shard is full (512 MiB of uint16 by default).
-        field: name of the text in a JSON line or Parquet row.
+        field: name of the text in a JSON line or a row.
         skip_bad_lines: leave out what cannot be read, and count it.
+        deduplicate: of equal texts keep the first alone, and count the others.
+        workers: processes that encode, beside this one; 0: this one does, with the threads of the tokenizers library.
         progress: draw a progress bar on stderr.
     Returns:
         The content of index.json, and whether there was nothing to do.
     Raises:
         UserError: bad inputs (see read_documents), none with a document in it, or an `out` that holds something else.
+        Failure: a worker was killed, or a URL cannot be reached.
     """
     if shard_tokens < 1:
         raise UserError(f"--shard-tokens {shard_tokens} must be at least 1")
-    check_inputs(inputs)
+    if workers < 0:
+        raise UserError(f"--workers {workers} must be 0 or more")
+    if "://" in str(out):
+        raise UserError(f"--out {out} is a URL; give a local folder, and copy the finished folder there")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
+    source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs))
     tok = load_tokenizer(tokenizer)
-    # A document is data: where it spells out a special token, that is text like any other.
-    tok.encode_special_tokens = True
-    header = _header(inputs, tokenizer, tok, shard_tokens, field)
+    header = _header(source, tokenizer, tok, shard_tokens, field, deduplicate)
+    _check_folder(out, header)
+    _make_folder(out)
+    try:
+        with locked(out, PATIENCE):
+            encoder = Encoder(tok, np.dtype(header["dtype"]), field, skip_bad_lines, hashed=deduplicate)
+            return _prepare(source, encoder, out, header, workers, progress)
+    except BlockingIOError:
+        raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
+
+
+def _prepare(
+    source: FileInputs | DatasetInput, encoder: Encoder, out: Path, header: dict, workers: int, progress: bool
+) -> tuple[dict, bool]:
     index = read_json(out / "index.json")
-    shards = _whole_shards(out, header, index)
+    shards = _whole_shards(out, index or read_json(out / "progress.json"), header["deduplicate"])
     if index is not None and len(shards) == len(index["shards"]):
         (out / "progress.json").unlink(missing_ok=True)  # a kill may have come between the two files
         return index, True
-    writer = ShardWriter(out, header, shard_tokens, shards)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} cannot be written; check its permissions, or give another folder")
+    seen = _seen(out, shards) if header["deduplicate"] else None
+    writer = ShardWriter(out, header, header["shard_tokens"], shards)
     start = Place(*shards[-1]["next"]) if shards else BEGINNING
-    _write(writer, read_documents(inputs, field, start, skip_bad_lines), tok, _bar(inputs, progress))
+    groups = _groups(source.batches(encoder.field, start))
+    with closing(_encode(groups, encoder, workers)) as encoded, _bar(source, progress) as bar:
+        _write(writer, encoded, seen, bar)
     if writer.tokens == 0:
-        names = ", ".join(str(path) for path in inputs)
-        raise UserError(f"--input {names} holds no document with text; give a file that does")
-    return writer.finish(Place(len(inputs), 0)), False
+        raise UserError(f"{source} holds no document with text; give a file that does")
+    return writer.finish(source.end), False
 
 
-def _write(writer: ShardWriter, documents: Iterable[Document], tok: Tokenizer, bar: tqdm) -> None:
+def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | None, bar: tqdm) -> None:
     earlier = writer.tokens
-    with bar:
-        for ids, document in _encode(documents, tok):
-            if ids is None:
-                writer.skip("empty" if document.text is not None else "unreadable")
-            else:
-                writer.add(ids, len(document.text.encode()), document.place)
-            _advance(bar, document, writer.tokens - earlier)
+    for part in encoded:
+        if earlier and not bar.n:
+            bar.initial = part.done  # what an earlier run did is no part of this one's speed
+        writer.write(part if seen is None else _without_duplicates(part, seen))
+        elapsed = bar.format_dict["elapsed"]
+        if elapsed > 0:
+            bar.set_postfix_str(f"{(writer.tokens - earlier) / elapsed:,.0f} tokens/s", refresh=False)
+        bar.update(part.done - bar.n)
 
 
-def _header(inputs: list[Path], tokenizer: Path, tok: Tokenizer, shard_tokens: int, field: str) -> dict:
+def _encode(groups: Iterator[list[Batch]], encoder: Encoder, workers: int) -> Iterator[Encoded]:
+    if workers == 0:
+        return (encoder(group) for group in groups)
+    sized = ((group, sum(batch.size for batch in group)) for group in groups)
+    return in_processes(encoder, sized, workers, BATCH_BYTES)
+
+
+def _groups(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Batches of small files together, so that a worker gets about BATCH_BYTES at once."""
+    group: list[Batch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += batch.size
+        if size >= BATCH_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _without_duplicates(part: Encoded, seen: SeenHashes) -> Encoded:
+    new_m = seen.add(part.hashes)
+    if new_m.all():
+        return part
+    status = part.status.copy()
+    status[np.flatnonzero(status == KEPT)[~new_m]] = DUPLICATE
+    return part._replace(
+        status=status,
+        ids=part.ids[np.repeat(new_m, part.lengths)],
+        lengths=part.lengths[new_m],
+        text_bytes=part.text_bytes[new_m],
+        hashes=part.hashes[new_m],
+    )
+
+
+def _seen(out: Path, shards: list[dict]) -> SeenHashes:
+    """The hashes of all texts in the shards that are done."""
+    seen = SeenHashes(sum(entry["documents"] for entry in shards))
+    for number in range(len(shards)):
+        seen.add(np.fromfile(shard_path(out, number, HASHES), "<u8").reshape(-1, 2))
+    return seen
+
+
+def _header(
+    source: FileInputs | DatasetInput, tokenizer: Path, tok: Tokenizer, shard_tokens: int, field: str, deduplicate: bool
+) -> dict:
     vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
     return {
         "version": VERSION,
@@ -91,67 +171,51 @@ def _header(inputs: list[Path], tokenizer: Path, tok: Tokenizer, shard_tokens: i
         "vocab_size": vocab_size,
         "bos_id": bos_id(tok),
         "tokenizer": fingerprint(tokenizer),
-        "inputs": [identity(path) for path in inputs],
+        **source.header,
         "field": field,
         "shard_tokens": shard_tokens,
+        "deduplicate": deduplicate,
     }
 
 
-def _whole_shards(out: Path, header: dict, index: dict | None) -> list[dict]:
-    """Entries of the shards in `out` that need not be made again, up to the first that is missing or damaged."""
-    found = index or read_json(out / "progress.json")
+def _check_folder(out: Path, header: dict) -> None:
+    """Raises UserError if `out` holds anything but the beginning of these shards, before anything in it is touched."""
+    found = read_json(out / "index.json") or read_json(out / "progress.json")
     if found is None:
-        strangers = [path.name for path in out.iterdir() if not path.name.endswith(SUFFIX)] if out.is_dir() else []
-        if strangers:
-            raise UserError(f"--out {out} holds something else ({strangers[0]}); give a new folder")
-        return []
-    shards = found["shards"]
-    differing = [key for key, value in header.items() if found.get(key) != value]
-    if differing and shards:
+        names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+        for name in names:
+            if not name.endswith(SUFFIX):
+                raise UserError(f"--out {out} holds something else ({name}); give a new folder")
+        return
+    found = {"deduplicate": False} | found
+    keys = [*header, *({"inputs", "dataset"} & set(found) - set(header))]
+    differing = [key for key in keys if found.get(key) != header.get(key)]
+    if differing and found["shards"]:
         raise UserError(
             f"--out {out} holds shards whose {', '.join(differing)} differ from this command's; "
             "give a new folder, or remove that one"
         )
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"--out {out} cannot be made ({error.strerror}); give a folder that can be written") from None
+
+
+def _whole_shards(out: Path, found: dict | None, deduplicate: bool) -> list[dict]:
+    """Entries of the shards in `out` that need not be made again, up to the first that is missing or damaged."""
+    shards = found["shards"] if found else []
+    kinds = (*KINDS, HASHES) if deduplicate else KINDS
     checksums = small_enough(shards)
-    whole = takewhile(lambda pair: damage(out, *pair, checksums) is None, enumerate(shards))
+    whole = takewhile(lambda pair: damage(out, *pair, checksums, kinds) is None, enumerate(shards))
     return [entry for _, entry in whole]
 
 
-def _encode(documents: Iterable[Document], tok: Tokenizer) -> Iterator[tuple[np.ndarray | None, Document]]:
-    """Pair each document with its ids, BOS first; None for one without text."""
-    bos = bos_id(tok)
-    for batch in _batches(documents):
-        texts = [document.text for document in batch if document.text]
-        encodings = iter(tok.encode_batch_fast(texts, add_special_tokens=False))
-        for document in batch:
-            ids = np.array([bos, *next(encodings).ids], np.uint32) if document.text else None
-            yield ids, document
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text or "") + 1
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def _bar(inputs: list[Path], show: bool) -> tqdm:
-    """A bar of the bytes of input that are done, with the time left."""
-    total = sum(path.stat().st_size for path in inputs)
+def _bar(source: FileInputs | DatasetInput, show: bool) -> tqdm:
+    """A bar of what is read of the input, with the time left."""
     every = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, unit="B", unit_scale=True, mininterval=every, disable=not show)
-
-
-def _advance(bar: tqdm, document: Document, tokens: int) -> None:
-    """Move the bar to a document's end and show the speed, in tokens of this run."""
-    if not tokens:
-        bar.initial = document.bytes_read  # what an earlier run did is no part of this one's speed
-    elapsed = bar.format_dict["elapsed"]
-    if elapsed > 0:
-        bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s", refresh=False)
-    bar.update(document.bytes_read - bar.n)
+    return tqdm(total=source.total, unit=source.unit, unit_scale=True, mininterval=every, disable=not show)

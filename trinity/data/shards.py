@@ -3,12 +3,17 @@
     index.json               format, vocabulary, totals, and one entry a shard with sizes and checksums
     shard_00000.tokens       ids one after the other, little-endian uint16 (uint32 from 65,537 ids on)
     shard_00000.documents    int64 offsets into them, one more than documents: document i is tokens [o[i], o[i+1])
+    shard_00000.hashes       where duplicates are left out: 128-bit hashes of its texts, which readers need not
     progress.json            in place of index.json while a preparation is not finished
 
 Every document begins with BOS, so none is empty. A document is in one shard only; one that is longer than a shard is
 meant to be has a shard to itself. Documents are numbered through all shards, in the order of the input.
+
+A folder that lies elsewhere (s3://…, any fsspec URL) is read through a local cache: index.json when it is first opened,
+a shard's files when a document of it is first asked for. Each is checked when it comes.
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -19,12 +24,14 @@ import numpy as np
 import torch
 
 from trinity.data.files import checksum, new_hash, read_json
+from trinity.data.remote import cached_folder, fetch, located
 from trinity.errors import UserError
 
 VERSION = 1
 AUTO_VERIFY_BYTES = 256 << 20
 OFFSET = np.dtype("<i8")
 KINDS = ("tokens", "documents")
+HASHES = "hashes"
 HINT = "run tools/prepare_data.py again with the same arguments"
 
 
@@ -34,19 +41,31 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def shard_path(directory: Path, shard: int, kind: str) -> Path:
-    """File of a shard; kind is tokens or documents."""
+    """File of a shard; kind is tokens, documents or hashes."""
     return directory / f"shard_{shard:05d}.{kind}"
 
 
-def damage(directory: Path, shard: int, entry: dict, checksums: bool) -> str | None:
-    """What is wrong with a shard's files, as a clause that names the file; None if nothing is."""
-    for kind in KINDS:
+def damage(
+    directory: Path, shard: int, entry: dict, checksums: bool, kinds: tuple[str, ...] = KINDS, missing: bool = False
+) -> str | None:
+    """What is wrong with a shard's files, as a clause that names the file; None if nothing is.
+
+    Args:
+        directory, shard, entry: the folder, the shard's number in it, and what index.json says of it.
+        checksums: check them too, and not sizes alone.
+        kinds: the files to look at.
+        missing: whether they may be missing, as in a cache.
+    """
+    for kind in kinds:
         path, size = shard_path(directory, shard, kind), entry[kind + "_bytes"]
-        if not path.is_file():
+        try:
+            found = os.stat(path).st_size
+        except FileNotFoundError:
+            if missing:
+                continue
             return f"{path} is missing"
-        if path.stat().st_size != size:
-            change = "cut short" if path.stat().st_size < size else "too long"
-            return f"{path} is {change} ({path.stat().st_size} bytes of {size})"
+        if found != size:
+            return f"{path} is {'cut short' if found < size else 'too long'} ({found} bytes of {size})"
         if checksums and checksum(path) != entry[kind + "_checksum"]:
             return f"{path} has changed (its checksum is another)"
     return None
@@ -61,24 +80,37 @@ class TokenSource:
     """The documents of one folder of shards, as token ids. What is read is a view of the files: no copy is held.
 
     Attributes:
-        directory: the folder.
+        directory: the folder, or that of the cache.
         documents, tokens, text_bytes: totals; BOS counts as a token.
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer the shards were made with.
         fingerprint: hash of all content, equal for equal tokens wherever they lie.
+        lookahead: documents whose lengths are best asked for at once.
     """
+
+    lookahead = 256
 
     def __init__(self, directory: Path | str, verify: Literal["auto", "always", "never"] = "auto") -> None:
         """Open the folder; sizes are checked always, checksums as `verify` says (auto: below 256 MiB in all).
 
+        Args:
+            directory: the folder, or the URL of one.
+            verify: of a URL, whether to check what is in the cache; what is fetched is checked always.
         Raises:
             UserError: not a folder of whole shards; the sentence names the file that is missing or damaged.
+            Failure: a URL that cannot be reached.
         """
-        self.directory = Path(directory)
+        folder = located(directory)
+        self._url = folder.rstrip("/") if isinstance(folder, str) else None
+        self.directory = cached_folder(folder) if isinstance(folder, str) else folder
+        if self._url:
+            fetch(f"{self._url}/index.json", self.directory / "index.json")
         index = _read_index(self.directory)
         self._shards: list[dict] = index["shards"]
         checksums = verify == "always" or (verify == "auto" and small_enough(self._shards))
         for number, entry in enumerate(self._shards):
-            wrong = damage(self.directory, number, entry, checksums)
+            wrong = damage(self.directory, number, entry, checksums, missing=self._url is not None)
+            if wrong and self._url:
+                raise UserError(f"{wrong}; remove it, and it is fetched from {self._url} again")
             if wrong:
                 raise UserError(f"{wrong}; remove it and {HINT} to make it anew")
         self.documents, self.tokens, self.text_bytes = index["documents"], index["tokens"], index["text_bytes"]
@@ -136,10 +168,17 @@ class TokenSource:
 
     def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         if self._maps[shard] is None:
+            self._fetch(shard)
             tokens = _mapped(shard_path(self.directory, shard, "tokens")).view(self._dtype)
             offsets = _mapped(shard_path(self.directory, shard, "documents")).view(OFFSET)
             self._maps[shard] = (tokens, offsets)
         return self._maps[shard]
+
+    def _fetch(self, shard: int) -> None:
+        """Bring a shard's files into the cache, where the folder lies elsewhere."""
+        for kind in KINDS if self._url else ():
+            path, entry = shard_path(self.directory, shard, kind), self._shards[shard]
+            fetch(f"{self._url}/{path.name}", path, entry[kind + "_bytes"], entry[kind + "_checksum"])
 
 
 def _mapped(path: Path) -> np.ndarray:

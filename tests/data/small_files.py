@@ -1,0 +1,37 @@
+"""Small files to prepare shards from, and what came of them."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+
+from trinity.data.shards import TokenSource
+from trinity.data.tokenizer import bos_id, load_tokenizer
+
+
+def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    """Write a line for each text; returns the path."""
+    path.write_text("".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def zstd(raw: bytes) -> bytes:
+    """One frame."""
+    return pyarrow.compress(raw, codec="zstd", asbytes=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def decoded(out: Path, tokenizer: Path) -> list[str]:
+    """The documents' texts, each checked to begin with BOS and to hold no other."""
+    tok, source = load_tokenizer(tokenizer), TokenSource(out)
+    found = []
+    for document in range(source.documents):
+        ids = source.read(document, 0, source.length(document)).tolist()
+        assert ids[0] == bos_id(tok)
+        assert bos_id(tok) not in ids[1:]
+        found.append(tok.decode(ids[1:], skip_special_tokens=False))
+    return found

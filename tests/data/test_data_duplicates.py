@@ -1,0 +1,87 @@
+"""Exact duplicates: the table against a set, and what prepare_data leaves out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_files import content, decoded, jsonl
+
+from trinity.data.duplicates import SeenHashes
+from trinity.data.encoding import text_hashes
+from trinity.data.prepare import prepare_data
+from trinity.data.shards import TokenSource
+from trinity.errors import UserError
+
+TEXTS = ["one", "two", "one", "", "three", "two ", "one", "three", "four"]
+KEPT = ["one", "two", "three", "two ", "four"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(0, 3))
+def test_seen_is_a_set(batches: list[list[int]], collisions: int) -> None:
+    """Few numbers, so that many are equal; first halves cut to a few, so that many slots are the same."""
+    seen, reference = SeenHashes(), set()
+    for batch in batches:
+        hashes = text_hashes([str(number) for number in batch])
+        hashes = hashes if collisions == 0 else np.column_stack([hashes[:, 0] % np.uint64(collisions), hashes[:, 1]])
+        expected = []
+        for row in map(tuple, hashes.tolist()):
+            expected.append(row not in reference)
+            reference.add(row)
+        assert seen.add(hashes).tolist() == expected
+    assert seen.count == len(reference)
+
+
+def test_seen_grows() -> None:
+    """From 1024 slots on: every hash is found again, and the table is at most 16 bytes / 0.7 · 1.5 a hash."""
+    seen = SeenHashes()
+    hashes = np.random.default_rng(0).integers(1, 2**63, (100_000, 2)).astype(np.uint64)
+    for new in (True, False):
+        for start in range(0, len(hashes), 777):
+            assert (seen.add(hashes[start : start + 777]) == new).all()
+    assert seen._table.nbytes <= 16 * 1.5 / 0.7 * len(hashes) * 1.01
+
+
+def test_the_first_stays(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Over two files and several shards; without the option all stay."""
+    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS[:4]), jsonl(tmp_path / "b.jsonl", TEXTS[4:])]
+    index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=5, deduplicate=True)
+    assert decoded(tmp_path / "out", tokenizer_dir) == KEPT
+    assert index["skipped"] == {"duplicate": 3, "empty": 1}
+    assert (index["documents"], index["deduplicate"], index["input_documents"]) == (5, True, [2, 3])
+    sizes = [(tmp_path / "out" / f"shard_{n:05d}.hashes").stat().st_size for n in range(len(index["shards"]))]
+    assert sizes == [16 * entry["documents"] for entry in index["shards"]]
+    index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "all", shard_tokens=5)
+    assert (index["documents"], index["deduplicate"]) == (8, False)
+
+
+def test_mending_knows_what_was_seen(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Hashes that are damaged are made anew with their shard; a reader does not need them."""
+    inputs, out = [jsonl(tmp_path / "a.jsonl", TEXTS * 3)], tmp_path / "out"
+    prepare_data(inputs, tokenizer_dir, out, shard_tokens=5, deduplicate=True)
+    whole = content(out)
+    for name in ("shard_00001.hashes", "shard_00002.tokens"):
+        (out / name).write_bytes(b"")
+        if name.endswith("hashes"):
+            assert TokenSource(out).documents == 5
+        assert prepare_data(inputs, tokenizer_dir, out, shard_tokens=5, deduplicate=True)[1] is False
+        assert content(out) == whole
+
+
+def test_with_and_without_do_not_mix(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """A folder from before there was the option is one without."""
+    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    for before, after in ((False, True), (True, False)):
+        out = tmp_path / f"out{before}"
+        prepare_data(inputs, tokenizer_dir, out, deduplicate=before)
+        with pytest.raises(UserError, match="shards whose deduplicate differ"):
+            prepare_data(inputs, tokenizer_dir, out, deduplicate=after)
+    old = shutil.copytree(tmp_path / "outFalse", tmp_path / "old")
+    index = json.loads((old / "index.json").read_text())
+    del index["deduplicate"]
+    (old / "index.json").write_text(json.dumps(index))
+    assert prepare_data(inputs, tokenizer_dir, old) == (index, True)

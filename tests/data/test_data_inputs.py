@@ -1,0 +1,231 @@
+"""Inputs: folders, patterns and URLs name the files they should; data sets; what is missing is said."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from small_files import content, decoded, jsonl, zstd
+
+from trinity.data import files, shard_writer
+from trinity.data.documents import BEGINNING, Document, Place, read_batches, read_documents
+from trinity.data.inputs import Dataset, DatasetInput, expand_inputs
+from trinity.data.prepare import prepare_data
+from trinity.errors import Failure, UserError
+
+TEXTS = [f"Text number {number}, " + "日本 and more. " * (number % 5) for number in range(50)]
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    """An empty file system with the URL memory://."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    yield system
+    system.store.clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Every kind that is read and some that are not, in two levels."""
+    folder = tmp_path / "folder"
+    (folder / "b" / "deep").mkdir(parents=True)
+    jsonl(folder / "a.jsonl", TEXTS[:10])
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    (folder / "b" / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines[10:20]).encode()))
+    (folder / "b" / "deep" / "x.txt").write_text(TEXTS[20])
+    (folder / "b" / "z.jsonl.zst").write_bytes(zstd("".join(lines[21:30]).encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[30:]}), folder / "c.parquet")
+    for name in (".hidden.txt", "b/x.zip", "b/y.json", "b/part.jsonl.tmp", "b/z.gz"):
+        (folder / name).write_bytes(b"\xff")
+    return folder
+
+
+def names(found: list[Path | str], folder: Path | str) -> list[str]:
+    return [str(path).removeprefix(f"{folder}/") for path in found]
+
+
+def test_folders_and_patterns(folder: Path) -> None:
+    every = ["a.jsonl", "b/a.jsonl.gz", "b/deep/x.txt", "b/z.jsonl.zst", "c.parquet"]
+    assert names(expand_inputs([folder]), folder) == every
+    assert names(expand_inputs([f"file://{folder}"]), folder) == every
+    assert names(expand_inputs([f"{folder}/*.jsonl", f"{folder}/b/*.jsonl*"]), folder) == [
+        "a.jsonl", "b/a.jsonl.gz", "b/part.jsonl.tmp", "b/z.jsonl.zst"
+    ]  # fmt: skip
+    assert names(expand_inputs([f"{folder}/**/*.txt"]), folder) == ["b/deep/x.txt"]
+    (folder / "[a].txt").write_text("a name like a pattern")
+    assert names(expand_inputs([folder / "[a].txt"]), folder) == ["[a].txt"]
+
+
+def test_a_folder_is_its_files(folder: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    index, _ = prepare_data([folder], tokenizer_dir, tmp_path / "folder_out")
+    prepare_data([f"file://{folder}/*.jsonl", *expand_inputs([folder])[1:]], tokenizer_dir, tmp_path / "files_out")
+    assert content(tmp_path / "folder_out") == content(tmp_path / "files_out")
+    assert decoded(tmp_path / "folder_out", tokenizer_dir) == TEXTS
+    assert index["input_documents"] == [10, 10, 1, 9, 20]
+
+
+def test_urls_give_the_same_shards(
+    folder: Path, tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem
+) -> None:
+    memory.put(f"{folder}/", "/web", recursive=True)
+    expected = prepare_data([folder], tokenizer_dir, tmp_path / "local")[0]["shards"]
+    urls = names(expand_inputs(["memory://web"]), "memory:///web")
+    assert urls == ["a.jsonl", "b/a.jsonl.gz", "b/deep/x.txt", "b/z.jsonl.zst", "c.parquet"]
+    for number, inputs in enumerate((["memory://web"], [f"memory://web/{name}" for name in urls])):
+        for workers in (0, 2):
+            out = tmp_path / f"out{number}{workers}"
+            assert prepare_data(inputs, tokenizer_dir, out, workers=workers)[0]["shards"] == expected
+    assert expand_inputs(["memory://web/b/*.gz"]) == ["memory:///web/b/a.jsonl.gz", "memory:///web/b/z.gz"]
+
+
+def test_a_url_that_changed_is_noticed(tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem) -> None:
+    memory.pipe("/a.jsonl", b'{"text": "one"}\n')
+    assert prepare_data(["memory://a.jsonl"], tokenizer_dir, tmp_path / "out")[1] is False
+    assert prepare_data(["memory://a.jsonl"], tokenizer_dir, tmp_path / "out")[1] is True
+    memory.pipe("/a.jsonl", b'{"text": "two"}\n')
+    with pytest.raises(UserError, match="whose inputs differ"):
+        prepare_data(["memory://a.jsonl"], tokenizer_dir, tmp_path / "out")
+
+
+def test_urls_that_cannot_be_read(
+    tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("nowhere", "no_such_module.System", errtxt="Install nowherefs", clobber=True)
+    memory.pipe("/folder/a.zip", b"PK")
+    cases = {
+        "nowhere://bucket/a": "needs a package that is not installed here.* Install nowherefs",
+        "foo://bucket/a": "cannot be opened .*Protocol not known: foo.*; use a path or a protocol such as file, s3",
+        "memory://a.jsonl": "--input memory://a.jsonl does not exist; check the address",
+        "memory://a*.jsonl": "matches no file; check the pattern",
+        "memory://folder": "holds no file that is read; give plain text",
+    }
+    for url, words in cases.items():
+        with pytest.raises(UserError, match=words):
+            prepare_data([url], tokenizer_dir, tmp_path / "out")
+    memory.pipe("/a.jsonl", b'{"text": "one"}\n' * 100)
+
+    def fail(self: object, length: int = -1) -> bytes:
+        raise RuntimeError("no route\n to host")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail, raising=False)
+    with pytest.raises(Failure, match=r"memory://a\.jsonl cannot be read \(no route to host\); run the same command"):
+        prepare_data(["memory://a.jsonl"], tokenizer_dir, tmp_path / "out")
+
+
+@pytest.mark.parametrize("start", [(0, 0), (0, 9), (1, 0), (1, 4), (2, 0), (3, 5), (4, 19), (5, 0)])
+def test_reading_begins_anywhere(folder: Path, start: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the same documents, offsets too, whatever the size of a batch."""
+    inputs = expand_inputs([folder])
+    every = list(read_documents(inputs))
+    assert [document.text for document in every] == TEXTS
+    for size in (1, 100, 1 << 18):
+        monkeypatch.setattr("trinity.data.documents.BATCH_BYTES", size)
+        found = list(read_documents(inputs, start=Place(*start)))
+        assert [without_progress(d) for d in found] == [without_progress(d) for d in every if d.place >= start]
+        assert [d.bytes_read for d in found] == sorted(d.bytes_read for d in found)
+
+
+def without_progress(document: Document) -> tuple:
+    return document.text, document.place, document.offset
+
+
+def test_offsets_are_where_documents_begin(folder: Path) -> None:
+    """A line read alone at its offset is the document; a row's offset is its number."""
+    inputs = expand_inputs([folder])
+    plain = inputs[0].read_bytes()
+    packed = gzip.decompress(inputs[1].read_bytes())
+    for document in read_documents(inputs):
+        if document.place.file in (0, 1):
+            line = (plain, packed)[document.place.file][document.offset :].partition(b"\n")[0]
+            assert json.loads(line)["text"] == document.text
+        elif document.place.file in (2, 4):
+            assert document.offset == document.place.item
+
+
+def test_large_rows_are_few_at_once(tmp_path: Path) -> None:
+    """A thousand rows of a megabyte would be a gigabyte."""
+    path = tmp_path / "a.parquet"
+    rows = [f"{number}" + "x" * (1 << 16) for number in range(40)]
+    table = pyarrow.table({"n": list(range(40)), "text": rows})
+    pyarrow.parquet.write_table(table, path, use_dictionary=False, compression="none")
+    assert [len(batch.items) for batch in read_batches([path], "text", BEGINNING)] == [3] * 13 + [1]
+
+
+def dataset(folder: Path) -> Dataset:
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [*TEXTS, ""])
+    jsonl(folder / "test.jsonl", TEXTS[:3])
+    return Dataset(str(folder))
+
+
+def test_a_data_set_gives_the_shards_of_its_file(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when its second shard is about to be counted, and gone on with."""
+    given = dataset(tmp_path / "set")
+    expected, _ = prepare_data([tmp_path / "set" / "train.jsonl"], tokenizer_dir, tmp_path / "file", shard_tokens=300)
+    whole, _ = prepare_data(given, tokenizer_dir, tmp_path / "whole", shard_tokens=300, workers=2)
+    kinds = ("tokens_checksum", "documents_checksum", "skipped", "documents")
+    for ours, theirs in zip(whole["shards"], expected["shards"], strict=True):
+        assert {kind: ours[kind] for kind in kinds} == {kind: theirs[kind] for kind in kinds}
+    assert whole["dataset"] | {"version": ""} == {
+        "name": given.name, "config": None, "split": "train", "version": ""
+    }  # fmt: skip
+    with monkeypatch.context() as patch:
+        die_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(given, tokenizer_dir, tmp_path / "out", shard_tokens=300)
+    assert len(json.loads((tmp_path / "out" / "progress.json").read_text())["shards"]) == 1
+    assert prepare_data(given, tokenizer_dir, tmp_path / "out", shard_tokens=300) == (whole, False)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    test, _ = prepare_data(Dataset(given.name, split="test"), tokenizer_dir, tmp_path / "test")
+    assert test["documents"] == 3
+
+
+def die_at(patch: pytest.MonkeyPatch, moment: int) -> None:
+    moves: Iterator[int] = iter(range(moment))
+    real = files.move_into_place
+
+    def move(path: Path) -> None:
+        if next(moves, None) is None:
+            raise KeyboardInterrupt
+        real(path)
+
+    patch.setattr(files, "move_into_place", move)
+    patch.setattr(shard_writer, "move_into_place", move)
+
+
+def test_data_sets_that_do_not_fit(tmp_path: Path, tokenizer_dir: Path) -> None:
+    given = dataset(tmp_path / "set")
+    out = tmp_path / "out"
+    cases = {
+        Dataset(str(tmp_path / "none")): r"--dataset .*none --split train cannot be opened \(.*\); check --dataset",
+        given._replace(split="dev"): r"--split dev cannot be opened \(Bad split: dev\. Available splits",
+        given._replace(config="en"): r"--config en --split train cannot be opened",
+    }
+    for wrong, words in cases.items():
+        with pytest.raises(UserError, match=words):
+            prepare_data(wrong, tokenizer_dir, out)
+    with pytest.raises(UserError, match="has no column body; set --field to one of: id, text"):
+        prepare_data(given, tokenizer_dir, out, field="body")
+    with pytest.raises(UserError, match=r"--split train:1 holds int where text should be"):
+        prepare_data(given, tokenizer_dir, out, field="id")
+    prepare_data(given, tokenizer_dir, out)
+    with pytest.raises(UserError, match="whose dataset differ"):
+        prepare_data(given._replace(split="test"), tokenizer_dir, out)
+    with pytest.raises(UserError, match="whose inputs, dataset differ"):
+        prepare_data([tmp_path / "set" / "train.jsonl"], tokenizer_dir, out)
+    jsonl(tmp_path / "set" / "train.jsonl", TEXTS[:4])
+    with pytest.raises(UserError, match="whose dataset differ"):
+        prepare_data(given, tokenizer_dir, out)
+
+
+def test_how_much_of_a_data_set_there_is(tmp_path: Path) -> None:
+    """Unknown for plain files; then the bar shows no share."""
+    assert DatasetInput(dataset(tmp_path / "set")).total is None

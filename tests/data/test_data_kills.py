@@ -1,0 +1,123 @@
+"""A preparation that is killed by SIGKILL at random moments, its workers too, leaves what one that was not leaves."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_files import content, jsonl
+
+from trinity.data import documents, prepare
+from trinity.data.prepare import prepare_data
+from trinity.data.shards import TokenSource
+
+FORK = multiprocessing.get_context("fork")
+KILLS = 12
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """1000 documents, a quarter of them copies of others, some empty or unreadable, in two files; small batches."""
+    monkeypatch.setattr(documents, "BATCH_BYTES", 2000)
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
+    numbers = random.Random(5)
+    lines = "".join(texts).splitlines()
+    found: list[str] = []
+    for _ in range(1000):
+        start = numbers.randrange(len(lines) - 12)
+        copied = found and numbers.random() < 0.25
+        found.append(numbers.choice(found) if copied else "\n".join(lines[start : start + numbers.randrange(12)]))
+    paths = [jsonl(tmp_path / "a.jsonl", found[:350]), jsonl(tmp_path / "b.jsonl", found[350:])]
+    for path in paths:
+        path.write_bytes(path.read_bytes() + b"{oops\n")
+    return paths
+
+
+def start(inputs: list[Path], tokenizer: Path, out: Path, workers: int, deduplicate: bool) -> FORK.Process:
+    """prepare_data in a process of its own, which is not ours to clean up after."""
+
+    def run() -> None:
+        # A group of its own: its workers must end without anybody's help.
+        os.setpgrp()
+        prepare_data(
+            inputs,
+            tokenizer,
+            out,
+            shard_tokens=1500,
+            skip_bad_lines=True,
+            deduplicate=deduplicate,
+            workers=workers,
+        )
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize(("deduplicate", "workers"), [(False, [2]), (True, [2]), (True, [0, 1, 2, 3])])
+def test_killed_until_done(
+    inputs: list[Path], tokenizer_dir: Path, tmp_path: Path, deduplicate: bool, workers: list[int]
+) -> None:
+    """Each start with the next number of workers; a shard that was counted as done stays the file it is."""
+    began = time.monotonic()
+    whole = start(inputs, tokenizer_dir, tmp_path / "whole", 2, deduplicate)
+    whole.join()
+    longest = (time.monotonic() - began) / 3
+    assert whole.exitcode == 0
+    out, numbers, kept = tmp_path / "out", random.Random(7), {}
+    for kill in range(KILLS):
+        process = start(inputs, tokenizer_dir, out, workers[kill % len(workers)], deduplicate)
+        process.join(numbers.uniform(0, longest))
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kept |= {name: (out / name).stat().st_ino for name in done(out)}
+    assert kill > 1
+    assert kept
+    last = start(inputs, tokenizer_dir, out, 2, deduplicate)
+    last.join()
+    assert last.exitcode == 0
+    assert content(out) == content(tmp_path / "whole")
+    assert {name: (out / name).stat().st_ino for name in kept} == kept
+    assert len(TokenSource(out)._shards) > 10
+
+
+def done(out: Path) -> list[str]:
+    """Files of the shards that progress.json counts as done."""
+    if not (out / "progress.json").exists():
+        return []
+    shards = json.loads((out / "progress.json").read_text())["shards"]
+    return [f"shard_{number:05d}.{kind}" for number in range(len(shards)) for kind in ("tokens", "documents")]
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_any_number_of_workers_gives_the_same(
+    inputs: list[Path], tokenizer_dir: Path, tmp_path: Path, deduplicate: bool
+) -> None:
+    for workers in (0, 1, 3):
+        process = start(inputs, tokenizer_dir, tmp_path / f"{workers}", workers, deduplicate)
+        process.join()
+        assert process.exitcode == 0
+    assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "3")
+    index = json.loads((tmp_path / "0" / "index.json").read_text())
+    assert index["skipped"]["unreadable"] == 2
+    assert (index["skipped"].get("duplicate", 0) > 50) == deduplicate
+
+
+def test_two_at_once_are_refused(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[Path], capfd: Callable
+) -> None:
+    monkeypatch.setattr(prepare, "PATIENCE", 0.1)
+    out = tmp_path / "out"
+    out.mkdir()
+    with prepare.locked(out):
+        second = start(inputs, tokenizer_dir, out, 0, False)
+        second.join()
+    assert second.exitcode == 1
+    assert f"--out {out} is being written by another process" in capfd.readouterr().err
+    assert content(out) == {}

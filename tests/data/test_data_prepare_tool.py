@@ -1,0 +1,159 @@
+"""The command line of prepare_data: its options reach the work, and whatever ends it ends it with a sentence."""
+
+import errno
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_files import content, decoded, jsonl
+
+from trinity.data import prepare
+from trinity.data.encoding import Encoder
+from trinity.data.prepare import prepare_data
+from trinity.errors import UserError
+
+TEXTS = [f"Text number {number} " * 5 for number in range(200)]
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tokenizer_dir: Path) -> Callable:
+    """(out, words) → exit code, stdout, last line of stderr."""
+
+    def run(out: Path, *words: object) -> tuple[int, str, str]:
+        given = ["prepare_data", "--tokenizer", tokenizer_dir, "--out", out, *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, given)))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(Path(__file__).parents[2] / "tools" / "prepare_data.py"), run_name="__main__")
+        output = capsys.readouterr()
+        return end.value.code, output.out, (output.err.splitlines() or [""])[-1]
+
+    return run
+
+
+def test_options(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", ["a", "b", "a"])
+    jsonl(folder / "dev.jsonl", ["c"], field="body")
+    out = tmp_path / "out"
+    code, printed, _ = tool(out, "--dataset", folder, "--deduplicate", "--workers", 2)
+    assert code == 0
+    assert printed == f"{out}: 2 documents, 4 tokens, 2 bytes of text, 1 shards, 1 duplicate skipped\n"
+    assert decoded(out, tokenizer_dir) == ["a", "b"]
+    files = [f"{folder}/*.jsonl", "--skip-bad-lines", "--shard-tokens", 2, "--workers", 0]
+    code, printed, _ = tool(tmp_path / "files", "--input", *files)
+    assert printed.endswith(": 3 documents, 6 tokens, 3 bytes of text, 3 shards, 1 unreadable skipped\n")
+    assert tool(tmp_path / "field", "--input", folder / "dev.jsonl", "--field", "body")[1].count("1 documents") == 1
+    code, _, error = tool(tmp_path / "none", "--input", folder, "--split", "dev")
+    assert code == 2
+    assert error.endswith("error: --config and --split say which part of a --dataset to read; --input has none")
+    assert tool(tmp_path / "none", "--input", folder, "--dataset", folder)[0] == 2
+    assert tool(tmp_path / "none")[0] == 2
+
+
+def test_interrupted_at_a_terminal(command: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Ctrl-C reaches the main process and the workers: one line, no traceback, and the same command goes on."""
+    path, out = jsonl(tmp_path / "a.jsonl", [f"{number} " + text for text in TEXTS for number in range(200)]), tmp_path
+    words = ["--input", path, "--tokenizer", tokenizer_dir, "--out", out / "out", "--shard-tokens", 30_000]
+    process = command("tools/prepare_data.py", *words, "--workers", 2, start_new_session=True)
+    progress = out / "out" / "progress.json"
+    while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["shards"]):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "stopped; run the same command again to go on"
+    assert "Traceback" not in errors
+    assert not (out / "out" / "index.json").exists()
+    prepare_data([path], tokenizer_dir, out / "out", shard_tokens=30_000)
+    prepare_data([path], tokenizer_dir, out / "whole", shard_tokens=30_000)
+    assert content(out / "out") == content(out / "whole")
+
+
+def test_a_killed_worker_costs_one_shard(
+    tool: Callable, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    real = Encoder.__call__
+
+    def killed(self: Encoder, batches: list) -> object:
+        if batches[0].place.item > 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "__call__", killed)
+        patch.setattr(prepare, "BATCH_BYTES", 2000)
+        patch.setattr("trinity.data.documents.BATCH_BYTES", 2000)
+        code, _, error = tool(out, "--input", path, "--shard-tokens", 700, "--workers", 2)
+    assert code == 1
+    assert error.startswith("error: a worker process was killed by signal 9, perhaps for want of memory; run the same")
+    done = len(json.loads((out / "progress.json").read_text())["shards"])
+    assert done > 0
+    kept = [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(done)]
+    assert tool(out, "--input", path, "--shard-tokens", 700)[0] == 0
+    assert [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(done)] == kept
+    assert decoded(out, tokenizer_dir) == TEXTS
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_an_out_that_cannot_be_made(tool: Callable, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    def refuse(self: Path, *arguments: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    out = tmp_path / "out"
+    sentence = f"error: --out {out} cannot be made ({os.strerror(code)}); give a folder that can be written"
+    assert tool(out, "--input", path, "--workers", 0) == (2, "", sentence)
+
+
+def test_an_out_that_cannot_be_written(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished folder need not be written."""
+    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    prepare_data([path], tokenizer_dir, out)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert prepare_data([path], tokenizer_dir, out)[1]
+    (out / "shard_00000.tokens").unlink()
+    with pytest.raises(UserError, match=f"--out {out} cannot be written; check its permissions"):
+        prepare_data([path], tokenizer_dir, out)
+
+
+def test_an_input_gone_or_changed_after_a_kill(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    prepare_data([path], tokenizer_dir, out, shard_tokens=700)
+    (out / "index.json").rename(out / "progress.json")
+    (out / "shard_00002.tokens").unlink()
+    before = content(out)
+    jsonl(path, TEXTS[:-1])
+    with pytest.raises(UserError, match="whose inputs differ from this command's"):
+        prepare_data([path], tokenizer_dir, out, shard_tokens=700)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl does not exist"):
+        prepare_data([path], tokenizer_dir, out, shard_tokens=700)
+    assert content(out) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("kind", ["tokens", "documents", "hashes"])
+def test_a_full_disk_with_workers(tool: Callable, tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
+    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    words = ["--input", path, "--shard-tokens", 700, "--workers", 2, "--deduplicate"]
+    assert tool(tmp_path / "whole", *words)[0] == 0
+    out.mkdir()
+    full = out / f"shard_00001.{kind}.tmp"
+    full.symlink_to("/dev/full")
+    code, _, error = tool(out, *words)
+    assert (code, error) == (1, "error: the disk is full; free some space and run the same command again")
+    full.unlink()
+    first = (out / "shard_00000.tokens").stat().st_ino
+    assert tool(out, *words)[0] == 0
+    assert (out / "shard_00000.tokens").stat().st_ino == first
+    assert content(out) == content(tmp_path / "whole")

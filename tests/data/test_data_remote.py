@@ -1,0 +1,150 @@
+"""Shards that lie elsewhere: read through the cache they are the same, each file is fetched once, and checked."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from trinity.data import remote
+from trinity.data.remote import cached_folder
+from trinity.data.shards import TokenSource
+from trinity.errors import UserError
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRINITY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def local(make_source: Callable, random_documents: Callable) -> TokenSource:
+    """Several shards."""
+    source = make_source("s", random_documents(40, 30, 2))
+    assert len(source._shards) > 4
+    return source
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def tokens(source: TokenSource) -> list[list[int]]:
+    return [source.read(number, 0, source.length(number)).tolist() for number in range(source.documents)]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_the_same_from_elsewhere(local: TokenSource, memory: fsspec.AbstractFileSystem, cache: Path) -> None:
+    """Nothing but index.json comes before it is asked for; and without the original the cache is enough."""
+    memory.put(f"{local.directory}/", "/shards", recursive=True)
+    source = TokenSource("memory://shards/")
+    assert source.directory == cached_folder("memory://shards")
+    assert source.directory.parent == cache / "shards"
+    assert names(source.directory) == {"index.json"}
+    assert (source.documents, source.tokens, source.fingerprint) == (local.documents, local.tokens, local.fingerprint)
+    source.length(0)
+    assert names(source.directory) == {"index.json", "shard_00000.tokens", "shard_00000.documents"}
+    assert tokens(source) == tokens(local)
+    assert source.lengths(np.arange(40)).tolist() == local.lengths(np.arange(40)).tolist()
+    assert names(source.directory) == names(local.directory)
+    memory.store.clear()
+    assert tokens(TokenSource("memory://shards", "always")) == tokens(local)
+
+
+def test_a_file_url_is_a_local_path(local: TokenSource, cache: Path) -> None:
+    source = TokenSource(f"file://{local.directory}")
+    assert source.directory == local.directory
+    assert tokens(source) == tokens(local)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (
+            lambda raw: raw[:-1],
+            r"shard_00001\.tokens is not what .*index\.json names \(\d+ bytes of \d+\); mend it there",
+        ),
+        (lambda raw: bytes([raw[0] ^ 1]) + raw[1:], r"\(its checksum is another\)"),
+        (None, r"memory://shards/shard_00001\.tokens does not exist; check the address"),
+    ],
+    ids=["cut short", "changed", "missing"],
+)
+def test_what_comes_is_checked(
+    local: TokenSource, memory: fsspec.AbstractFileSystem, harm: Callable | None, words: str
+) -> None:
+    """And what is refused does not stay in the cache: mended there, it is fetched."""
+    memory.put(f"{local.directory}/", "/shards", recursive=True)
+    source = TokenSource("memory://shards")
+    good = memory.cat("/shards/shard_00001.tokens")
+    memory.rm("/shards/shard_00001.tokens") if harm is None else memory.pipe("/shards/shard_00001.tokens", harm(good))
+    with pytest.raises(UserError, match=words):
+        tokens(source)
+    assert "shard_00001.tokens" not in names(source.directory)
+    memory.pipe("/shards/shard_00001.tokens", good)
+    assert tokens(source) == tokens(local)
+
+
+def test_harm_in_the_cache_is_named(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
+    memory.put(f"{local.directory}/", "/shards", recursive=True)
+    source = TokenSource("memory://shards")
+    tokens(source)
+    path = source.directory / "shard_00001.documents"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(
+        UserError, match=r"documents is cut short .*; remove it, and it is fetched from memory://shards"
+    ):
+        TokenSource("memory://shards")
+    path.unlink()
+    assert tokens(TokenSource("memory://shards")) == tokens(local)
+
+
+def test_a_folder_without_an_index(memory: fsspec.AbstractFileSystem) -> None:
+    with pytest.raises(UserError, match=r"memory://nothing/index\.json does not exist; check the address"):
+        TokenSource("memory://nothing")
+
+
+def test_a_fetch_that_was_killed_is_begun_anew(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
+    memory.put(f"{local.directory}/", "/shards", recursive=True)
+    source = TokenSource("memory://shards")
+    (source.directory / "shard_00000.tokens.tmp").write_bytes(b"half")
+    assert tokens(source) == tokens(local)
+    assert not list(source.directory.glob("*.tmp"))
+
+
+def test_many_processes_fetch_each_file_once(
+    local: TokenSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """local:// is fsspec's other name for files here, and it is treated as elsewhere."""
+    url, log, real = f"local://{local.directory}", tmp_path / "log", remote.open_input
+    expected = tokens(local)
+
+    def logged(path: str) -> object:
+        with open(log, "a") as file:
+            file.write(path + "\n")
+        return real(path)
+
+    def read() -> None:
+        assert tokens(TokenSource(url)) == expected
+
+    monkeypatch.setattr(remote, "open_input", logged)
+    processes = [FORK.Process(target=read) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    fetched = log.read_text().splitlines()
+    assert sorted(fetched) == sorted(f"{url}/{name}" for name in names(local.directory))
