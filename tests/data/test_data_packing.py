@@ -142,7 +142,7 @@ def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> 
 @given(lengths=LENGTHS, length=st.integers(1, 50), size=st.integers(1, 9), number=st.integers(0, V - 1))
 def test_rsdb_against_the_reports_words(lengths: list[int], length: int, size: int, number: int) -> None:
     phase = Phase((1.0,), rsdb_size=size)
-    packed = [pieces for pieces in make_stream(lengths, length, phase).pass_over(12 * V)[number::V]]
+    packed = make_stream(lengths, length, phase).pass_over(12 * V)[number::V]
     as_tokens = [[(p.document, p.start + at) for p in pieces for at in range(p.length)] for pieces in packed]
     assert as_tokens == rsdb(lengths, number, size, length, 12)
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from trinity.data.packing import OutOfDocuments, Piece
 from trinity.data.sequences import Sequence, SequenceBatch, stack
 from trinity.data.stream import SequenceStream
-from trinity.errors import UserError
+from trinity.errors import Failure, UserError
 
 
 class Lengths(NamedTuple):
@@ -70,6 +70,7 @@ class Loader:
 
         Raises:
             UserError: a source has ended before them, or cannot be read.
+            Failure: a worker has died.
         """
         if self.ended(n):
             raise UserError(
@@ -89,7 +90,7 @@ class Loader:
         if self._items is None:
             self._items = self._start()
         while len(self._waiting) < n and not self._at_end:
-            item = next(self._items)
+            item = self._next_item()
             if isinstance(item, Exception):
                 raise item
             if item is None:
@@ -97,6 +98,15 @@ class Loader:
             else:
                 self._waiting.append(item)
         return len(self._waiting) < n
+
+    def _next_item(self) -> "_Item | Exception | None":
+        try:
+            return next(self._items)
+        except (RuntimeError, OSError, EOFError) as error:  # as torch tells of a worker that died
+            raise Failure(
+                f"a process that prepares data has ended ({str(error).splitlines()[0]}); "
+                "if memory is short, data.workers=0 does without them"
+            ) from error
 
     def state_dict(self) -> dict[str, Tensor]:
         """As SequenceStream.state_dict, after the last row that was taken."""
