@@ -47,7 +47,7 @@ def main() -> None:
     model, config, _ = load_model(arguments.run)
     export_hf(model, arguments.out, Path(config.data.tokenizer), dtype=torch.float32, overwrite=True)
 
-    held_out = {name: TokenSource(Path(folder)) for name, folder in config.data.validation.items()}
+    held_out = {name: TokenSource(folder) for name, folder in config.data.validation.items()}
     first = next(iter(held_out.values()))
     rows = list(validation_sequences(first, config.data.sequence_length, 2))
     difference, largest = largest_logit_difference(model, arguments.out, torch.stack([row.tokens for row in rows]))

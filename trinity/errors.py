@@ -33,8 +33,12 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return FAILURE, f"the disk is full{where}; free some space and run the same command again"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return FAILURE, f"{error.filename or 'a file'} is larger than files may be here (see ulimit -f); raise the limit"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return USER_MISTAKE, f"{error.filename} is on a file system that is read-only; write elsewhere"
     if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        if error.errno == errno.EROFS or isinstance(error, PermissionError):
+        if isinstance(error, PermissionError):
             return USER_MISTAKE, f"{error.filename} cannot be written or read ({error.strerror}); check its permissions"
         return USER_MISTAKE, f"{error.filename}: {error.strerror}"
     return None

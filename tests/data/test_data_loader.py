@@ -1,9 +1,12 @@
 """Rows that worker processes make ahead are those of the stream, and the state is that of the last row used."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 from trinity.data import BatchPlan, SequenceStream, TokenSource
 from trinity.data.loader import Loader
 from trinity.data.mixture import Phase
-from trinity.errors import UserError
+from trinity.errors import Failure, UserError
 
 S, V = 16, 48
 PLAN = BatchPlan(96, [], S)
@@ -38,6 +41,14 @@ def make_loader(sources: dict) -> Iterator[Callable[..., Loader]]:
         loader.close()
 
 
+def running(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def make_stream(sources: dict, rank: int = 0, ranks: int = 1, **arguments: object) -> SequenceStream:
     values = {"streams": V, "seed": 2, "bos_id": 0, "plan": PLAN, "rank": rank, "ranks": ranks, **arguments}
     return SequenceStream(sources, [RSDB], **values)
@@ -55,7 +66,6 @@ def assert_same_state(found: dict, wanted: dict) -> None:
     assert all(torch.equal(found[key], wanted[key]) for key in found)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1), (8, 5)])
 def test_batches_and_states_are_the_streams(
@@ -110,29 +120,49 @@ def test_what_a_worker_cannot_read_is_one_sentence(
 def test_a_worker_that_dies_is_noticed(make_loader: Callable) -> None:
     loader = make_loader(1)
     loader.take(1)
-    (worker,) = loader._items._workers
-
-    def kill_and_go_on() -> None:
-        os.kill(worker.pid, signal.SIGKILL)  # torch raises wherever the signal finds this process
+    worker = loader._started[0].process
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(Failure, match=r"a process that prepares data was killed by signal 9"):
         loader.take(10_000)
-
-    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal|a process that prepares data"):
-        kill_and_go_on()
 
 
 def test_workers_leave_signals_to_the_run_and_end_with_it(make_loader: Callable) -> None:
     """SIGINT and SIGTERM, as a terminal or a job system sends them to every process, change nothing."""
     loader = make_loader(1)
     loader.take(1)
-    (worker,) = loader._items._workers
+    worker = loader._started[0].process
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
     time.sleep(0.1)
     loader.take(200)
     assert worker.is_alive()
     loader.close()
-    worker.join(5)
-    assert not worker.is_alive()
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker.pid, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has")
+def test_workers_end_when_the_run_is_killed(sources: dict) -> None:
+    """A process of its own starts them and is killed by SIGKILL."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def train() -> None:
+        loader = Loader(make_stream(sources), 2, 8)
+        loader.take(4)
+        there.send([worker.process.pid for worker in loader._started])
+        time.sleep(60)
+
+    run = context.Process(target=train)
+    run.start()
+    pids = here.recv()
+    run.kill()
+    run.join()
+    for _ in range(100):
+        if not any(running(pid) for pid in pids):
+            return
+        time.sleep(0.05)
+    raise AssertionError("a worker outlived its run")
 
 
 def test_the_runs_random_state_is_left_alone(make_loader: Callable) -> None:

@@ -1,22 +1,30 @@
 """Rows made ahead of training by worker processes, beside the state as of the last row that was used.
 
-A rank's streams are dealt whole to its workers, row by row in turn; torch's DataLoader keeps their order, notices a
-worker that died, and ends them. Workers start as copies of the stream and tell nothing of their state: the stream here
-goes over the same pieces, without reading tokens, when a row is used. So what a checkpoint holds does not depend on how
-far the workers have come, and each row is checked against what it should be made of.
+A rank's streams are dealt whole to its workers, row by row in turn. Workers start as copies of the stream and tell
+nothing of their state: the stream here goes over the same pieces, without reading tokens, when a row is used. So what a
+checkpoint holds does not depend on how far the workers have come, and each row is checked against what it should be
+made of.
+
+Each worker has a pipe of its own, which ends with it, at whatever moment it dies. (torch's DataLoader has one queue for
+all, on which a message cut short is waited for without end; sends each tensor as a file of its own in shared memory, a
+millisecond a row; and raises a worker's death wherever the training process happens to be, in the middle of a save.)
 """
 
 import ctypes
+import multiprocessing
+import os
+import queue
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from trinity.data.packing import OutOfDocuments, Piece
 from trinity.data.sequences import Sequence, SequenceBatch, stack
@@ -33,9 +41,9 @@ class Lengths(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """A row on its way: tokens, targets and document ids as int32 [3, S], which is one block of shared memory."""
+    """A row on its way: tokens, targets and document ids as int32 [3, S]."""
 
-    row_3S: Tensor
+    row_3S: np.ndarray
     pieces: list[Piece]
     lengths: list[Lengths]
 
@@ -61,6 +69,7 @@ class Loader:
         self.stream, self.pin = stream, pin
         self.workers = max((count for count in range(1, min(workers, own) + 1) if own % count == 0), default=0)
         self._ahead = max(2, -(-ahead // max(1, self.workers)))
+        self._started: list[_Worker] = []
         self._items: Iterator[_Item | Exception | None] | None = None
         self._waiting: deque[_Item] = deque()
         self._at_end = False
@@ -83,14 +92,14 @@ class Loader:
             pieces = self.stream.pass_over(1)[0]
             assert item.pieces == pieces, "a worker made another row than the stream has here"
         length = self.stream.plan.at_sequence(self.stream.k).sequence_length
-        return stack([Sequence(*item.row_3S, item.pieces) for item in items], length, self.pin)
+        return stack([Sequence(*torch.from_numpy(item.row_3S), item.pieces) for item in items], length, self.pin)
 
     def ended(self, n: int) -> bool:
         """Whether fewer than n rows are left, of which there are endlessly many where sources are repeated."""
         if self._items is None:
             self._items = self._start()
         while len(self._waiting) < n and not self._at_end:
-            item = self._next_item()
+            item = next(self._items)
             if isinstance(item, Exception):
                 raise item
             if item is None:
@@ -98,15 +107,6 @@ class Loader:
             else:
                 self._waiting.append(item)
         return len(self._waiting) < n
-
-    def _next_item(self) -> "_Item | Exception | None":
-        try:
-            return next(self._items)
-        except (RuntimeError, OSError, EOFError) as error:  # as torch tells of a worker that died
-            raise Failure(
-                f"a process that prepares data has ended ({str(error).splitlines()[0]}); "
-                "if memory is short, data.workers=0 does without them"
-            ) from error
 
     def state_dict(self) -> dict[str, Tensor]:
         """As SequenceStream.state_dict, after the last row that was taken."""
@@ -119,23 +119,24 @@ class Loader:
 
     def close(self) -> None:
         """End the workers."""
+        for worker in self._started:
+            worker.close()
+        self._started.clear()
         self._items = None
         self._waiting.clear()
         self._at_end = False
 
-    def _start(self) -> Iterator:
-        rows = _Rows(self.stream)
+    def _start(self) -> Iterator["_Item | Exception | None"]:
         if not self.workers:
-            return iter(rows)
-        loader = DataLoader(
-            rows,
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=self._ahead,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # the workers' seeds are drawn from it; the run's own is left alone
-        )
-        return iter(loader)
+            return _make_rows(self.stream.fork(), 0, 1)
+        for part in range(self.workers):
+            self._started.append(_Worker(self.stream, part, self.workers, self._ahead, self._started))
+        return self._in_turn()
+
+    def _in_turn(self) -> Iterator["_Item | Exception | None"]:
+        while True:
+            for worker in self._started:
+                yield worker.receive()
 
     def _learn(self, lengths: list[Lengths]) -> None:
         for source, documents, found in lengths:
@@ -144,37 +145,77 @@ class Loader:
                 learn(documents, found)
 
 
-class _Rows(IterableDataset):
-    """What one worker, or the training process itself, makes: every so many'th row of the rank."""
-
-    def __init__(self, stream: SequenceStream) -> None:
-        self.stream = stream
-
-    def __iter__(self) -> Iterator[_Item | Exception | None]:
-        worker = get_worker_info()
-        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream = self.stream.fork()
-        heard: list[Lengths] = []
-        stream.order.heard = lambda *lengths: heard.append(Lengths(*lengths))
-        k = stream.next_own(stream.k) + part * stream.ranks
-        while True:
-            try:
-                row = stream.row(k)
-                parts_of_row = (row.tokens, row.targets, row.document_ids)
-                item = _Item(torch.stack([part.int() for part in parts_of_row]), row.pieces, list(heard))
-            except OutOfDocuments:
-                item = None
-            except (UserError, OSError) as error:
-                item = error  # DataLoader would wrap it in a traceback
-            yield item
-            heard.clear()
-            k += parts * stream.ranks
+def _make_rows(stream: SequenceStream, part: int, parts: int) -> Iterator[_Item | Exception | None]:
+    """Row number `part` of the rank and every so many'th after it; None without end where there are no more."""
+    heard: list[Lengths] = []
+    stream.order.heard = lambda *lengths: heard.append(Lengths(*lengths))
+    k = stream.next_own(stream.k) + part * stream.ranks
+    while True:
+        try:
+            row = stream.row(k)
+            row_3S = np.stack([row.tokens, row.targets, row.document_ids], dtype=np.int32, casting="same_kind")
+            yield _Item(row_3S, row.pieces, list(heard))
+        except OutOfDocuments:
+            yield None
+        except (UserError, OSError) as error:
+            yield error
+        heard.clear()
+        k += parts * stream.ranks
 
 
-def _begin_worker(worker: int) -> None:
-    """A signal is the training process's to answer; whatever ends that one, even SIGKILL, ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+class _Worker:
+    """A process that makes rows and sends them, some ahead of those that are received."""
+
+    def __init__(self, stream: SequenceStream, part: int, parts: int, ahead: int, others: "list[_Worker]") -> None:
+        # A fork takes no time and no second copy of what is imported; elsewhere than on Linux it is not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.pipe, theirs = context.Pipe(duplex=False)
+        ends = [worker.pipe for worker in [*others, self]] if context.get_start_method() == "fork" else []
+        self.process = context.Process(target=_work, args=(theirs, ends, stream, part, parts, ahead), daemon=True)
+        # What a terminal or a job system sends to all processes is the training process's to answer.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+
+    def receive(self) -> _Item | Exception | None:
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(1)
+            code = self.process.exitcode
+            how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+            raise Failure(
+                f"a process that prepares data {how}, perhaps for want of memory; data.workers=0 does without them"
+            ) from None
+
+    def close(self) -> None:
+        self.process.kill()  # it holds nothing that could be lost
+        self.process.join()
+        self.pipe.close()
+
+
+def _work(
+    pipe: Connection, inherited: list[Connection], stream: SequenceStream, part: int, parts: int, ahead: int
+) -> None:
+    """What a worker does until it is ended."""
+    for end in inherited:
+        end.close()  # else a pipe would live as long as any worker, and its end would tell nothing
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    torch.set_num_threads(1)
+    made: queue.Queue = queue.Queue(ahead)
+    threading.Thread(target=_send, args=(pipe, made), daemon=True).start()
+    for item in _make_rows(stream, part, parts):
+        made.put(item)
+
+
+def _send(pipe: Connection, made: queue.Queue) -> None:
+    try:
+        while True:
+            pipe.send(made.get())
+    except OSError:  # the training process is gone
+        os._exit(1)

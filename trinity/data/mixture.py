@@ -43,6 +43,8 @@ class Phase(NamedTuple):
 
     def furthest_behind(self, drawn: Sequence[int]) -> int:
         """The source with the largest weight·(all tokens drawn) − (tokens drawn from it); the first of several."""
+        if len(self.weights) == 1:
+            return 0
         total, found, most = sum(drawn), 0, -float("inf")
         for source, weight in enumerate(self.weights):
             behind = weight * total - drawn[source]

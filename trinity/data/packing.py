@@ -57,7 +57,7 @@ class LogicalStream:
         self._choices: tuple[int, list[int]] = (-1, [])
         self._choice_key = random_key(order.seed, number, "rsdb")
         self._page_sizes = [order.page_size(source) for source in range(count)]
-        self._pages: dict[int, tuple[int, Page]] = {}
+        self._pages: list[tuple[int, Page]] = [(0, Page([], [], []))] * count  # with the place of their first document
 
     def pack(self, tokens: int, phase: Phase, number: int) -> list[Piece]:
         """The pieces of the next row.
@@ -71,40 +71,32 @@ class LogicalStream:
         """
         if number != self._phase:
             self._enter(phase, number)
-        pieces = []
+        names, size, pieces = self.order.names, phase.rsdb_size, []
         while tokens:
-            at = self._pick(phase)
+            if len(self.open) <= size:
+                self._fill(phase, 2 * size or 1)
+            at = self._choice() * len(self.open) >> 64 if size else 0
             document = self.open[at]
             source, which, start, length = document
             take = min(tokens, length - start)
-            pieces.append(Piece(self.order.names[source], which, start, take))
+            pieces.append(Piece(names[source], which, start, take))
             self.read[source] += take
             tokens -= take
-            if start + take == length:
-                self._close(at, phase)
-            else:
+            if start + take < length:
                 document[2] = start + take
+            elif size:
+                self.open[at] = self.open[-1]  # the order of a buffer that is picked from at random does not matter
+                self.open.pop()
+            else:
+                self.open.pop(0)
         return pieces
 
-    def _pick(self, phase: Phase) -> int:
-        """The place in `open` of the document to read on with, after drawing new ones where it is time to."""
-        if not phase.rsdb_size:
-            if not self.open and not self._draw(phase):
-                raise OutOfDocuments
-            return 0
-        if len(self.open) <= phase.rsdb_size:
-            while len(self.open) < 2 * phase.rsdb_size and self._draw(phase):
-                pass
-            if not self.open:
-                raise OutOfDocuments
-        return self._choice() * len(self.open) >> 64
-
-    def _close(self, at: int, phase: Phase) -> None:
-        if phase.rsdb_size:
-            self.open[at] = self.open[-1]  # the order of a buffer that is picked from at random does not matter
-            self.open.pop()
-        else:
-            self.open.pop(at)
+    def _fill(self, phase: Phase, count: int) -> None:
+        """Open documents until there are so many, or as many as there are."""
+        while len(self.open) < count and self._draw(phase):
+            pass
+        if not self.open:
+            raise OutOfDocuments
 
     def _choice(self) -> int:
         """The next random 64 bits of this stream."""
@@ -123,30 +115,37 @@ class LogicalStream:
 
     def _draw(self, phase: Phase, source: int | None = None) -> bool:
         """Open the next document of a source, by default the one furthest behind; False where that source has ended."""
-        source = phase.furthest_behind(self._drawn) if source is None else source
+        if source is None:
+            source = phase.furthest_behind(self._drawn)
         while True:
-            documents, at = self._page(source)
-            if at >= len(documents.lengths):
-                return False
+            first, page = self._pages[source]
+            at = self.taken[source] - first
+            if not 0 <= at < len(page.lengths):
+                if not self._turn_page(source):
+                    return False
+                continue
             self.taken[source] += 1
-            length = documents.lengths[at]
-            if phase.bias is None or documents.chances[at] < phase.bias.keep(length):
+            length = page.lengths[at]
+            if phase.bias is None or page.chances[at] < phase.bias.keep(length):
                 break
         self._drawn[source] += length
-        self.open.append([source, documents.documents[at], 0, length])
+        self.open.append([source, page.documents[at], 0, length])
         return True
 
-    def _page(self, source: int) -> tuple[Page, int]:
-        """The page that holds the source's next document, and its place there."""
-        number, at = divmod(self.taken[source], self._page_sizes[source])
-        known = self._pages.get(source)
-        if known is None or known[0] != number:
-            known = self._pages[source] = number, self.order.page(source, self.number, number)
-        return known[1], at
+    def _turn_page(self, source: int) -> bool:
+        """Get the page that holds the source's next document; False where there is none."""
+        size = self._page_sizes[source]
+        number = self.taken[source] // size
+        page = self.order.page(source, self.number, number)
+        self._pages[source] = number * size, page
+        return self.taken[source] - number * size < len(page.lengths)
 
     def _next_length(self, source: int) -> int:
-        documents, at = self._page(source)
-        return documents.lengths[at] if at < len(documents.lengths) else 0
+        """Tokens of the source's next document, 0 where there is none."""
+        if not self._turn_page(source):
+            return 0
+        first, page = self._pages[source]
+        return page.lengths[self.taken[source] - first]
 
     def state(self) -> list[int]:
         """Where the stream stands: phase, random choices made, number of sources; for each source its key, documents

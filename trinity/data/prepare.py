@@ -24,7 +24,7 @@ from trinity.data.files import SUFFIX, locked, read_json
 from trinity.data.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
 from trinity.data.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
 from trinity.data.shards import HASHES, KINDS, VERSION, damage, shard_path, small_enough, token_dtype
-from trinity.data.tokenizer import bos_id, fingerprint, load_tokenizer
+from trinity.data.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.data.workers import in_processes
 from trinity.errors import UserError
 
@@ -72,7 +72,7 @@ def prepare_data(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs))
-    tok = load_tokenizer(tokenizer)
+    tok = load_text_encoder(tokenizer)
     header = _header(source, tokenizer, tok, shard_tokens, field, deduplicate)
     _check_folder(out, header)
     _make_folder(out)
@@ -164,7 +164,7 @@ def _seen(out: Path, shards: list[dict]) -> SeenHashes:
 def _header(
     source: FileInputs | DatasetInput, tokenizer: Path, tok: Tokenizer, shard_tokens: int, field: str, deduplicate: bool
 ) -> dict:
-    vocab_size = max(tok.get_vocab(with_added_tokens=True).values()) + 1
+    vocab_size = vocabulary_size(tok)
     return {
         "version": VERSION,
         "dtype": token_dtype(vocab_size).str,

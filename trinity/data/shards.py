@@ -147,9 +147,11 @@ class TokenSource:
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""
         tokens, offsets, row = self._locate(document)
-        first = int(offsets[row]) + start
-        assert offsets[row] <= first <= first + length <= offsets[row + 1]
-        return tokens[first : first + length]
+        begin, end = offsets[row : row + 2].tolist()
+        begin += start
+        assert start >= 0 <= length
+        assert begin + length <= end
+        return tokens[begin : begin + length]
 
     def chunks(self, tokens: int) -> Iterator[np.ndarray]:
         """All ids in order, as views of at most `tokens` of them."""
