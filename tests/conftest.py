@@ -1,5 +1,6 @@
 """A real corpus of a few kilobytes with its tokenizer, made once, and runs of a model that takes 20 ms a step."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,14 +25,18 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Two sources of this project's own text, a held-out one, and a tokenizer of 400 ids."""
+    """Two sources of this project's own text, by the paragraph, a held-out one, their shards, and a tokenizer."""
     folder = tmp_path_factory.mktemp("corpus")
     code = sorted((ROOT / "trinity").rglob("*.py"))
     prose = sorted((ROOT / "trinity").rglob("*.md"))
     train_from_files(code, 400, folder / "tokenizer")
+    texts = {}
     for name, files in {"code": code[3:], "prose": prose, "held_out": code[:3]}.items():
-        prepare_data([path for path in files if path.stat().st_size], folder / "tokenizer", folder / name)
-    return SimpleNamespace(folder=folder, tokenizer=folder / "tokenizer")
+        texts[name] = folder / f"{name}.jsonl"
+        parts = [part for path in files for part in path.read_text().split("\n\n")]
+        texts[name].write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+        prepare_data([texts[name]], folder / "tokenizer", folder / name)
+    return SimpleNamespace(folder=folder, tokenizer=folder / "tokenizer", texts=texts)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +52,7 @@ def settings(corpus: SimpleNamespace, tmp_path: Path) -> dict:
 
 
 def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
-    """A config in which everything is switched on: mask, both losses, SMEBU, clipping that bites, microbatches."""
+    """A config with everything switched on: RSDB, phases, mask, losses, SMEBU, clipping that bites, microbatches."""
     folder = corpus.folder
     return {
         "run": {"name": "tiny", "dir": str(run), "steps": 8, "seed": 3, "threads": 1},
@@ -60,7 +65,8 @@ def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
             "train": {"code": str(folder / "code"), "prose": str(folder / "prose")},
             "validation": {"held_out": str(folder / "held_out")},
             "tokenizer": str(corpus.tokenizer), "mixture": {"code": 2, "prose": 1}, "sequence_length": 24,
-            "document_mask": True, "loss_on_document_start": False, "streams": 12,
+            "document_mask": True, "loss_on_document_start": False, "streams": 12, "packing": "rsdb", "rsdb_size": 2,
+            "phases": [{"tokens": 800, "mixture": {"prose": 2, "code": 1}, "packing": "sequential"}],
         },
         "batch": {"sequences": 6, "microbatch": 2, "ramp": [{"tokens": 500, "sequences": 12}]},
         "optim": {

@@ -34,7 +34,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         where = f" while writing {error.filename}" if error.filename else ""
         return FAILURE, f"the disk is full{where}; free some space and run the same command again"
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return FAILURE, f"{error.filename or 'a file'} is larger than files may be here (see ulimit -f); raise the limit"
+        return FAILURE, f"{error.filename or 'a file'} is larger than files may be here; raise the limit (ulimit -f)"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return USER_MISTAKE, f"{error.filename} is on a file system that is read-only; write elsewhere"
     if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):

@@ -1,6 +1,7 @@
 """The configs of this project load, and the report's three hold the report's values."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from trinity.config import ZOO, load_config, save_config
 from trinity.config.load import flatten
+from trinity.config.phases import whole_phases
 from trinity.planning.plan import make_plan
 from trinity.planning.text import as_text
 
@@ -22,6 +24,7 @@ COMMON = {
 NANO_AND_MINI = COMMON | {
     "run.tokens": 10 * 10**12,
     "data.sequence_length": 4096,
+    "data.packing": "sequential",
     "data.document_mask": False,
     "batch.sequences": 4096,
     "optim.muon.lr": 1e-3,
@@ -38,6 +41,7 @@ REPORT: dict[str, dict[str, Any]] = {
     | {
         "run.tokens": 17 * 10**12,
         "data.sequence_length": 8192,
+        "data.packing": "sequential",
         "data.document_mask": True,
         "batch.sequences": 12_288,
         "batch.ramp": [{"tokens": 49 * 10**11, "sequences": 16_384}],
@@ -141,3 +145,16 @@ def test_nano_on_one_gpu_fits() -> None:
         assert line.split()[-1] == size, line
     assert "38,147" in as_text(plan)
     assert "tokens: 20e9 # 38,147 steps" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"), [("nano", (7, 1.8, 1.2)), ("mini", (7, 1.8, 1.2)), ("large", (11.05, 3.05, 2.9))]
+)
+def test_phases_are_the_reports(name: str, shares: tuple) -> None:
+    """In 10¹² tokens; Large's last begins with the decay, which the report's figure has earlier than its text."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    begins = [phase.tokens for phase in whole_phases(config.data)]
+    assert [end - begin for begin, end in pairwise([*begins, config.run.tokens])] == [int(t * 1e12) for t in shares]
+    last = whole_phases(config.data)[-1]
+    assert (last.packing, last.rsdb_size) == (("rsdb", 1024) if name == "large" else ("sequential", 1024))
+    assert begins[-1] == config.optim.schedule.decay_start_tokens

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
 from trinity.config.load import OmegaConf, build_config
+from trinity.errors import UserError
 from trinity.training.loop import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.
@@ -18,6 +20,15 @@ def train(settings: dict, *words: str, accept: tuple[str, ...] = ()) -> int:
     """Run the settings in this process, as launch/pretrain.py does; returns the exit code."""
     raw = [("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))]
     return pretrain(build_config(raw), list(accept))
+
+
+def refuse(settings: dict, *words: str) -> str:
+    """Run in this process, which must refuse; returns the sentence."""
+    with pytest.raises(UserError) as mistake:
+        train(settings, *words)
+    sentence = str(mistake.value)
+    assert "\n" not in sentence
+    return sentence
 
 
 def metrics(run: Path) -> list[dict]:

@@ -11,22 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from run_files import metrics, state, status, train
+from run_files import metrics, refuse, state, status, train
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.train_tokenizer import train_from_files
 from trinity.errors import UserError, explain
 
 ROOT = Path(__file__).parents[2]
-
-
-def refuse(settings: dict, *words: str) -> str:
-    """Run in this process, which must refuse; returns the sentence."""
-    with pytest.raises(UserError) as mistake:
-        train(settings, *words)
-    sentence = str(mistake.value)
-    assert "\n" not in sentence
-    return sentence
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""What a run reads, end to end: documents under a mask, phases of another length, text in place of shards, the end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from run_files import metrics, refuse, status, train
+
+from trinity.config.load import OmegaConf, build_config
+from trinity.models import Trinity
+from trinity.training.run_data import open_stream
+
+
+def config_of(settings: dict, *words: str) -> object:
+    return build_config([("test", OmegaConf.create(settings)), ("words", OmegaConf.from_dotlist(list(words)))])
+
+
+def test_rows_of_rsdb_are_documents_alone(settings: dict) -> None:
+    """Logits of each piece of a packed row, masked by the row's document ids, against the piece in a row of its own.
+
+    In float64, to 1e-12 of logits around 1: RoPE's angles differ by where a piece stands in its row, in fp32 by 1e-6.
+    """
+    config = config_of(settings, "precision.compute=float64")
+    stream = open_stream(config, 0, 1)
+    rows = stream.take(96)
+    assert sum(len(pieces) > 1 for pieces in rows.pieces) > 5
+    assert sum(piece.start > 0 for pieces in rows.pieces for piece in pieces) > 5
+    model = Trinity(config.model).double()
+    model.init_weights(1)
+    with torch.no_grad():
+        packed = model(rows.tokens, document_ids_BS=rows.document_ids)
+        for row, pieces in enumerate(rows.pieces):
+            begin = 0
+            for piece in pieces:
+                end = begin + piece.length
+                ids = torch.from_numpy(stream.sources[piece.source].read(*piece[1:]).astype("int64"))
+                assert torch.equal(rows.tokens[row, begin:end], ids)
+                torch.testing.assert_close(packed[row, begin:end], model(ids[None])[0], rtol=0, atol=1e-6)
+                begin = end
+
+
+def test_a_phase_of_longer_rows(settings: dict) -> None:
+    """Six rows of 24 tokens a step until a step begins with 400 seen, then rows of 40, and learning rates by tokens."""
+    settings["data"]["phases"] = [{"tokens": 400, "sequence_length": 40, "packing": "sequential"}]
+    assert train(settings, "batch.ramp=[]", "run.steps=6") == 0
+    lines = metrics(Path(settings["run"]["dir"]))
+    assert [line["tokens"] for line in lines] == [144, 288, 432, 672, 912, 1152]
+    assert all(line["source_tokens.code"] + line["source_tokens.prose"] == line["tokens"] for line in lines)
+
+
+def test_a_later_phase_may_be_edited_and_one_that_has_begun_may_not(settings: dict) -> None:
+    assert train(settings, "run.steps=5") == 0
+    settings["data"]["phases"].append({"tokens": 1000, "mixture": {"code": 1}})
+    assert train(settings, "run.steps=7") == 0
+    settings["data"]["phases"][0]["mixture"] = {"code": 1}
+    assert "has begun with data phase 1 (mixture was" in refuse(settings, "run.steps=8")
+
+
+def test_the_same_batches_from_text(
+    settings: dict, corpus: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on the files that the shards were made of, every figure bit for bit, through a worker and a resume."""
+    monkeypatch.setenv("TRINITY_CACHE", str(tmp_path / "cache"))
+    assert train(settings) == 0
+    wanted = metrics(Path(settings["run"]["dir"]))
+    settings["run"]["dir"] = str(tmp_path / "text")
+    settings["data"]["train"] = {name: str(path) for name, path in corpus.texts.items() if name != "held_out"}
+    assert train(settings, "run.steps=4") == 0
+    assert train(settings, "run.steps=8") == 0
+    assert metrics(tmp_path / "text") == wanted
+
+
+def test_the_data_ends(settings: dict) -> None:
+    """The run stops with the last whole step, saved, evaluated and finished; more steps find nothing to do."""
+    run = Path(settings["run"]["dir"])
+    words = [
+        "run.steps=500",
+        "data.exhausted=end",
+        "checkpoint.every=0",
+        "evaluation.every=1000",
+        "batch.ramp=[]",
+        "batch.sequences=48",
+        "batch.microbatch=48",
+    ]
+    assert train(settings, *words) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ended = status(run)
+    assert (ended["state"], ended["step"]) == ("finished", lines[-1]["step"])
+    assert 2 < ended["step"] < 500
+    assert "no more documents" in ended["reason"]
+    assert "validation_loss.held_out" in lines[-1]
+    assert max(lines[-1]["epoch.code"], lines[-1]["epoch.prose"]) <= 1
+    assert train(settings, *words) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_changed_data_are_refused(settings: dict, corpus: object, tmp_path: Path) -> None:
+    """The other source's shards under this one's name; the same shards from another place are welcome."""
+    assert train(settings, "run.steps=3") == 0
+    settings["data"]["train"]["code"] = settings["data"]["train"]["prose"]
+    assert "data.train.code has changed since this run read it: its content's hash was" in refuse(settings)
+    moved = tmp_path / "moved"
+    moved.symlink_to(corpus.folder / "code")
+    settings["data"]["train"]["code"] = str(moved)
+    assert train(settings, "run.steps=4") == 0
+
+
+def test_text_needs_a_tokenizer(settings: dict, corpus: object) -> None:
+    settings["data"] |= {"train": {"code": str(corpus.texts["code"])}, "mixture": {}, "phases": [], "tokenizer": None}
+    assert "is text, and data.tokenizer is not given" in refuse(settings)
