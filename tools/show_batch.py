@@ -3,7 +3,8 @@
     python tools/show_batch.py configs/smoke.yaml --step 17
     python tools/show_batch.py configs/smoke.yaml --step 17 --rows 2 data.sequence_length=128
 
-Steps count as in metrics.jsonl: the first is 1.
+Steps count as in metrics.jsonl: the first is 1. The data are replayed from the run's nearest checkpoint before that
+step, or from the beginning; no weights are needed.
 """
 
 import argparse
@@ -28,13 +29,14 @@ def main() -> None:
         raise UserError(f"--step {arguments.step} must be at least 1")
     from trinity.config import load_config, tokenizer_folder
     from trinity.data.tokenizer import load_tokenizer
-    from trinity.training.run_data import open_stream
+    from trinity.training.run_data import go_near, open_stream
 
     config = load_config(arguments.config, arguments.settings)
     folder = tokenizer_folder(config)
     if folder is None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")
     tokenizer, stream = load_tokenizer(folder), open_stream(config, rank=0, ranks=1)
+    go_near(stream, config, arguments.step - 1)
     first, sequences = stream.plan.at(arguments.step - 1)[:2]
     batch = stream.batch(arguments.step - 1)
     for row in range(min(sequences, arguments.rows or sequences)):

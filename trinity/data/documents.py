@@ -238,7 +238,9 @@ def _parse_line(item: bytes, name: str, number: int, offset: int, field: str) ->
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}:{number} is not valid JSON ({error}); mend it, or give --skip-bad-lines") from None
+        raise UserError(
+            f"{name}:{number} is not valid JSON ({error}); mend it, or prepare shards with --skip-bad-lines"
+        ) from None
     if not isinstance(value, dict) or field not in value:
         known = ", ".join(value) if isinstance(value, dict) else "none, the line is no object"
         raise UserError(f"{name}:{number} has no field {field} (fields: {known}); set --field to the text's name")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trinity.config.paths import tokenizer_folder
+from trinity.config.changes import check_changes
+from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.phases import WholePhase, whole_phases
 from trinity.config.run import RunConfig
 from trinity.data.loader import Loader
@@ -17,9 +18,12 @@ from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError
 from trinity.parallel.mesh import Ranks
+from trinity.training import checkpoint
+from trinity.training.run_directory import newest_config
 from trinity.training.setup import batch_plan
 
 STEPS_AHEAD = 2
+LEARNING = ["batch", "optim", "balancing", "loss", "precision"]  # what may have changed without changing the data
 TEXT = (".txt", ".jsonl", ".parquet")
 
 
@@ -69,6 +73,25 @@ def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
         rank=rank,
         ranks=ranks,
     )
+
+
+def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
+    """Put a stream to where the run's nearest checkpoint before a step has it, so that less is to be replayed.
+
+    A run of other data, or none, in the config's directory leaves the stream where it is.
+    """
+    path = run_directory(config)
+    done = [number for number in checkpoint.complete_steps(path) if number <= step]
+    if not done:
+        return
+    before = newest_config(path)
+    try:
+        check_changes(before, config, batch_plan(before).at(done[-1] - 1).tokens, LEARNING, str(path))
+        state = checkpoint.tensors_of(checkpoint.step_folder(path, done[-1]), "data.")
+        checkpoint.load(state, path, done[-1])
+        stream.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})
+    except UserError:
+        return
 
 
 def _phase(phase: WholePhase, names: list[str]) -> Phase:
