@@ -1,0 +1,152 @@
+"""What the runs of the RSDB experiment say: measures of each, a table beside the report's figures, and a plot."""
+
+import io
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rsdb_arms import ARMS, CURVES
+
+from trinity.data.files import write_atomically
+from trinity.errors import UserError
+
+FEWEST_STEPS = 8
+"""Half of them are enough for a parabola and something left over."""
+
+ROWS = {
+    "batch_het": ("BatchHet, mean, nats", "0.54 (−46 %); Large 0.24 (4.23× lower)"),
+    "loss_variance": ("loss, variance about a parabola, nats²", ""),
+    "loss_step_variance": ("loss, ½ variance from step to step, nats²", "Large 0.42 (2.4× lower)"),
+    "grad_norm_kurtosis": ("gradient norm, kurtosis", "0.078 (14.6 against 187)"),
+    "grad_norm": ("gradient norm, mean", ""),
+    "loss": ("training loss, mean, nats", ""),
+    "validation_loss": ("validation loss at the end, mean over domains, nats", ""),
+}
+"""Measure → its title, and the report's ratio of RSDB to sequential where it gives one."""
+
+
+def measures(run: dict[str, Any]) -> dict[str, float]:
+    """Figures of the last half of a run's steps, and the mean of its validation losses.
+
+    Args:
+        run: as train_arm returns it.
+    """
+    half = {name: np.array(values[len(values) // 2 :]) for name, values in run["curves"].items()}
+    return {
+        "batch_het": float(half["batch_het"].mean()),
+        "loss_variance": float(_about_a_parabola(half["loss"]).var()),
+        "loss_step_variance": float(np.diff(half["loss"]).var() / 2),
+        "grad_norm_kurtosis": kurtosis(half["grad_norm"]),
+        "grad_norm": float(half["grad_norm"].mean()),
+        "loss": float(half["loss"].mean()),
+        "validation_loss": statistics.mean(run["validation"].values()),
+    }
+
+
+def kurtosis(values: np.ndarray) -> float:
+    """The fourth standardised moment, E[(x − μ)⁴]/σ⁴: 3 for a normal distribution, never more than there are values."""
+    away = values - values.mean()
+    return float((away**4).mean() / (away**2).mean() ** 2)
+
+
+def _about_a_parabola(values: np.ndarray) -> np.ndarray:
+    """What is left of a curve when its trend, the least-squares parabola, is taken off."""
+    at = np.linspace(-1, 1, len(values))
+    return values - np.polyval(np.polyfit(at, values, 2), at)
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """The measures as a Markdown table: each arm's median over seeds with the range, and the report's ratio.
+
+    Args:
+        runs: arm → its runs, by seed.
+    """
+    lines = [
+        f"| | {' | '.join(ARMS[arm].title for arm in runs)} | RSDB / sequential | in the report |",
+        f"|{'---|' * (len(runs) + 3)}",
+    ]
+    found = {arm: [measures(run) for run in of_arm] for arm, of_arm in runs.items()}
+    for name, (title, report) in ROWS.items():
+        values = {arm: [of_run[name] for of_run in of_arm] for arm, of_arm in found.items()}
+        cells = " | ".join(_median_and_range(of_arm) for of_arm in values.values())
+        ratio = statistics.median(values["rsdb"]) / statistics.median(values["sequential"])
+        lines.append(f"| {title} | {cells} | {ratio:.3g} | {report} |")
+    return "\n".join(lines)
+
+
+def _median_and_range(values: list[float]) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+
+
+def write_results(path: Path, about: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Write everything as JSON, a run a line; curves have five digits, measures are of the whole numbers.
+
+    Args:
+        path: the file.
+        about: what else to say, by name.
+        runs: arm → its runs, by seed.
+    """
+    write_atomically(path, _lines(about, runs))
+
+
+def _lines(about: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    head = json.dumps(about, indent=1, ensure_ascii=False)
+    yield head.removesuffix("\n}") + ',\n "runs": [\n'
+    lines = []
+    for arm, of_arm in runs.items():
+        for seed, run in enumerate(of_arm):
+            curves = {name: [float(f"{value:.5g}") for value in values] for name, values in run["curves"].items()}
+            line = {"arm": arm, "seed": seed, "measures": measures(run), "validation": run["validation"]}
+            lines.append("  " + json.dumps(line | {"curves": curves}))
+    yield ",\n".join(lines) + "\n ]\n}\n"
+
+
+COLOURS = {"sequential": "#d95f02", "rsdb": "#1f5fbf", "sequential_48": "#7a7a7a"}
+SMOOTHED, EVERY = 25, 4
+TITLES = ("Training loss, nats", "BatchHet, nats", "Gradient norm before clipping")
+
+
+def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw the curves as SVG, one panel each: thin, seed 0; thick, the mean over SMOOTHED steps and all seeds.
+
+    Args:
+        path: the file.
+        runs: arm → its runs, by seed.
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "the plot needs matplotlib; install it (pip install -e '.[experiments]') and run the same command again: "
+            "finished runs are kept"
+        ) from None
+    with matplotlib.rc_context({"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "rsdb", "axes.grid": True}):
+        figure = Figure(figsize=(5.2, 9.0), layout="constrained")
+        for panel, name, title in zip(figure.subplots(len(CURVES), 1, sharex=True), CURVES, TITLES):
+            _draw_panel(panel, name, runs)
+            panel.set_title(title, loc="left", fontsize=12)
+        panel.set_xlabel("step")
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside upper left", frameon=False)
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    write_atomically(path, (line.rstrip() + "\n" for line in drawing.getvalue().splitlines()))
+
+
+def _draw_panel(panel: Any, name: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    settled = []
+    for arm, of_arm in runs.items():
+        curves = np.array([run["curves"][name] for run in of_arm])
+        width = min(SMOOTHED, curves.shape[1])
+        smooth = np.convolve(curves.mean(axis=0), np.full(width, 1 / width), "valid")[::EVERY]
+        panel.plot(curves[0], color=COLOURS[arm], linewidth=0.5, alpha=0.4)
+        middle = EVERY * np.arange(len(smooth)) + (width - 1) / 2
+        panel.plot(middle, smooth, color=COLOURS[arm], linewidth=2, label=ARMS[arm].title)
+        settled.append(curves[0, curves.shape[1] // 10 :])
+    low, high = np.min(settled), np.max(settled)
+    panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
