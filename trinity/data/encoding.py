@@ -6,6 +6,7 @@ huge document is cut for that, but only where the cut changes no id.
 Shapes: as in shard_writer.
 """
 
+import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ GROUP_CHARACTERS = 1 << 20
 CUT = re.compile(r"(?<=\w)(?=[ \n])|(?<=\n)(?=\S)|(?<=[。、，！？])(?=\w)")
 CUT_CONTEXT = 256
 CUT_TRIES = 16
+IMPORTED_BY = os.getpid()
 
 
 class Encoder:
@@ -85,6 +87,9 @@ class Encoder:
 
     def _encode(self, pieces: Iterator[str]) -> Iterator[np.ndarray]:
         """The ids of each piece; many short ones are encoded at once, few long ones."""
+        if os.getpid() != IMPORTED_BY:
+            # The library's threads do not live on in a forked process; unless told so, it would wait for them for ever.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for group in _groups(pieces):
             for encoding in self.tok.encode_batch_fast(group, add_special_tokens=False):
                 # From a list to an array: of all ways this takes the least time.

@@ -29,7 +29,6 @@ from trinity.errors import UserError
 
 BATCH_CHARACTERS = 1 << 20
 CACHE_BYTES = 512 << 20
-IMPORTED_BY = os.getpid()
 
 
 class TextSource:
@@ -177,9 +176,6 @@ def _check_unpacked(files: Files) -> None:
 
 def _encode(encoder: Encoder, texts: list[str]) -> list[np.ndarray]:
     """The ids of each text, BOS first, by what prepare_data encodes with."""
-    if os.getpid() != IMPORTED_BY:
-        # The library's threads do not live on in a forked process; unless told so, it would wait for them for ever.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoded = encoder([Batch("text", BEGINNING, 0, "value", texts, 0)])
     # Copies, or each would keep the whole batch in memory.
     return [ids.copy() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]
