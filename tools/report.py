@@ -1,0 +1,32 @@
+"""The report of a run as one HTML file that needs no network: loss, optimizer, speed, routing, events, settings.
+
+    python tools/report.py runs/smoke
+    python tools/report.py runs/smoke runs/other --out compared.html
+
+Several runs are drawn over each other, and the settings in which they differ are listed. A run may still be going.
+"""
+
+import argparse
+from pathlib import Path
+
+from trinity.errors import run_main
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML file (report.html in the first RUN_DIR)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the report and print where it is."""
+    arguments = parse()
+    from trinity.reporting import write_report
+
+    print(write_report(arguments.runs, arguments.out))
+
+
+if __name__ == "__main__":
+    run_main(main)

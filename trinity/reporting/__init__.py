@@ -1,0 +1,5 @@
+"""What a run directory says, as one HTML page: `write_report`."""
+
+from trinity.reporting.page import report_page, write_report
+
+__all__ = ["report_page", "write_report"]

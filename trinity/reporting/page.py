@@ -1,0 +1,168 @@
+"""From run directories to one HTML file that needs no network: sections, figures as JSON, plotly.js packed into it.
+
+plotly.js stands in the file once, gzipped (5 MB become 2); the browser unpacks it. Figures are drawn when they come
+near the window, so that a phone does not draw thirty at once. Text from files never becomes markup: it is escaped in
+HTML and in figures, and no "<" stands in the JSON.
+"""
+
+import base64
+import gzip
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+
+from trinity.errors import UserError
+from trinity.reporting import tables
+from trinity.reporting.run import Run, read_run
+from trinity.reporting.template import PAGE, SCRIPT, STYLE, fill
+
+MARKER = "<!-- a report of trinity runs -->"
+"""In the first line: only such a file may be overwritten."""
+
+
+@dataclass
+class Section:
+    """A heading with what stands below it.
+
+    Attributes:
+        pictures: drawn charts.
+        html: a table, already escaped.
+        missing: what had no data.
+    """
+
+    title: str
+    pictures: list = field(default_factory=list)
+    html: str = ""
+    missing: list[str] = field(default_factory=list)
+
+
+def write_report(directories: list[Path], out: Path | None = None) -> Path:
+    """Write the report of one run, or of several drawn over each other.
+
+    Args:
+        directories: run directories; the runs may still be going.
+        out: the HTML file; by default report.html in the first directory. An older report there is replaced.
+    Returns:
+        the file.
+    Raises:
+        UserError: not a run directory, no step yet, a directory named twice, `out` is something else than a report,
+            or plotly is not installed.
+    """
+    from trinity.training.run_directory import write_whole
+
+    out = out or directories[0] / "report.html"
+    _check_out(out)
+    doubled = [str(path) for path, times in Counter(path.resolve() for path in directories).items() if times > 1]
+    if doubled:
+        raise UserError(f"{doubled[0]} is given twice; name each run directory once")
+    page = report_page([read_run(path) for path in directories])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, page)
+    return out
+
+
+def report_page(runs: list[Run]) -> str:
+    """The whole HTML text.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UserError('the report needs plotly; install it: pip install "trinity-moe[report]"') from None
+    _distinguish(runs)
+    figures: list[dict] = []
+    body = "".join(_section_html(section, figures) for section in sections(runs))
+    parts = {
+        "MARKER": MARKER,
+        "TITLE": _ascii(escape(", ".join(run.name for run in runs))),
+        "WHEN": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "STYLE": STYLE,
+        "BODY": _ascii(body),
+        "FIGURES": json.dumps(figures).replace("<", "\\u003c"),
+        "PLOTLY": _packed(get_plotlyjs()),
+        "SCRIPT": SCRIPT,
+    }
+    return fill(PAGE, parts)
+
+
+def sections(runs: list[Run]) -> list[Section]:
+    """Everything the runs have data for, in the order of the page."""
+    from trinity.reporting import curves
+    from trinity.reporting.routing import router_pictures
+
+    def charts(title: str, some: list) -> Section:
+        drawn, missing = curves.pictures(some, runs)
+        return Section(title, drawn, missing=missing)
+
+    found = [
+        Section("Summary", html=tables.summary(runs)),
+        charts("Loss", curves.LOSS),
+        charts("Optimizer", curves.OPTIMIZER),
+        charts("Speed and memory", curves.SPEED),
+        charts("Batches and data", curves.BATCHES),
+        charts("Routing", curves.ROUTING),
+    ]
+    for run in runs:
+        drawn = router_pictures(run)
+        title = "Routers by layer" if len(runs) == 1 else f"Routers by layer: {run.name}"
+        found.append(Section(title, drawn, missing=[] if drawn else ["router.jsonl"]))
+    for title, html, file in (
+        ("Events and restarts", tables.events(runs), "events.jsonl"),
+        ("Settings", tables.settings(runs), "config.yaml"),
+    ):
+        found.append(Section(title, html=html, missing=[] if html else [file]))
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    if notes:
+        found.append(Section("What could not be read", html="".join(f"<p>{escape(note)}.</p>" for note in notes)))
+    return found
+
+
+def _section_html(section: Section, figures: list[dict]) -> str:
+    """A section's HTML; its figures are added to the page's list, and each has its place by number."""
+    parts = [f"<section><h2>{escape(section.title)}</h2>", section.html]
+    for picture in section.pictures:
+        spec = json.loads(picture.figure.to_json(engine="json"))  # numbers as base64, exactly
+        spec["layout"].pop("template", None)
+        head = f"<h3>{escape(picture.title)}</h3><p class=note>{escape(picture.axes)}</p>"
+        note = f"<p class=note>{escape(picture.note)}</p>" if picture.note else ""
+        parts.append(f"{head}<div class=figure data-figure={len(figures)}></div><div class=legend></div>{note}")
+        figures.append({"title": picture.title, **spec})
+    if section.missing:
+        parts.append(f"<p class=note>Left out, no data: {escape(', '.join(section.missing))}.</p>")
+    return "".join(parts) + "</section>"
+
+
+@lru_cache(maxsize=1)
+def _packed(script: str) -> str:
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
+
+
+def _ascii(html: str) -> str:
+    """The same to a browser, and no encoding can harm it, half a character of a broken file included."""
+    return html.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def _distinguish(runs: list[Run]) -> None:
+    """Runs of one name are told apart by their folders."""
+    names = Counter(run.name for run in runs)
+    for run in runs:
+        if names[run.name] > 1:
+            run.name = f"{run.name} ({run.path})"
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name an HTML file")
+    if out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out {out} must end in .html")
+    if out.exists():
+        with open(out, "rb") as file:
+            ours = MARKER.encode() in file.read(200)
+        if not ours:
+            raise UserError(f"{out} is there and is not a report; give another --out")

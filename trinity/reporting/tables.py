@@ -1,0 +1,204 @@
+"""The tables of a report as HTML: summary, events, settings and how they differ. Everything from files is escaped."""
+
+import math
+from collections import Counter
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trinity.errors import UserError
+from trinity.reporting.run import Event, Run, last_finite
+
+MOST_EVENTS = 300
+"""Rows of the table of events. Ours."""
+ROUTINE = ("checkpoint", "evaluation", "profile")
+"""Kinds that are counted but fill no rows."""
+ABSENT = "–"
+
+Rows = list[list[str]]
+
+
+def summary(runs: list[Run]) -> str:
+    """A row a figure, a column a run."""
+    columns = [_summary_of(run) for run in runs]
+    words = list(dict.fromkeys(word for column in columns for word in column))
+    rows = [[word, *(column.get(word, ABSENT) for column in columns)] for word in words]
+    return table(["", *(run.name for run in runs)], rows)
+
+
+def events(runs: list[Run]) -> str:
+    """How often each kind was noted, and the rows of what is not routine; "" where no run has events."""
+    rows: list[tuple[str, Event]] = [(run.name, event) for run in runs for event in run.events]
+    if not rows:
+        return ""
+    counts = Counter(event.kind for _, event in rows)
+    told = [(name, event) for name, event in rows if event.kind not in ROUTINE]
+    shown = told[-MOST_EVENTS:]
+    words = ", ".join(f"{times} × {kind}" for kind, times in counts.items())
+    routine = f" Not in the table: {', '.join(kind for kind in ROUTINE if kind in counts)}."
+    left_out = f" Only the last {MOST_EVENTS} of {len(told)} are shown." if len(shown) < len(told) else ""
+    note = f"{words}.{routine if set(ROUTINE) & set(counts) else ''}{left_out}"
+    head = ["time (UTC)", "step", "kind", "rank", "message", "figures"]
+    body = [
+        [
+            _clock(event.time),
+            "" if event.step is None else f"{event.step:,}",
+            event.kind,
+            event.rank,
+            event.message,
+            event.figures,
+        ]
+        for _, event in shown
+    ]
+    if len(runs) > 1:
+        head, body = ["run", *head], [[name, *cells] for (name, _), cells in zip(shown, body)]
+    return f"<div id=events><p>{escape(note)}</p>{table(head, body) if body else ''}</div>"
+
+
+def settings(runs: list[Run]) -> str:
+    """What differs between the runs and between a run's starts, and each run's settings to unfold; "" without any."""
+    with_settings = [run for run in runs if run.configs]
+    if not with_settings:
+        return ""
+    parts = []
+    if len(with_settings) > 1:
+        flat = {run.name: flatten(run.configs[-1][1]) for run in with_settings}
+        parts.append(_difference_table("Settings that differ between the runs", flat))
+    for run in with_settings:
+        for (before, old), (after, new) in pairwise(run.configs):
+            both = {before: flatten(old), after: flatten(new)}
+            parts.append(_difference_table(f"{run.name}: changed at a restart", both))
+    return "".join([*parts, *map(_unfolding, with_settings)])
+
+
+def differences(flat: dict[str, dict[str, Any]]) -> Rows:
+    """[key, value in each] of the settings that are not the same in all; where one runs and what it is called aside."""
+    keys = dict.fromkeys(key for values in flat.values() for key in values)
+    ours = ("run.name", "run.dir")
+    rows = [[key, *(str(values.get(key, ABSENT)) for values in flat.values())] for key in keys if key not in ours]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value; a list is one value."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def table(head: list[str], rows: Rows) -> str:
+    """An HTML table that scrolls sideways in a narrow window; the first cell of a row names it."""
+    cells = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th scope=row>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return f"<div class=wide><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _clock(time: str) -> str:
+    """2026-01-01T12:00:00.000+00:00 without its fractions; the events are in UTC."""
+    return time[:19].replace("T", " ")
+
+
+def _unfolding(run: Run) -> str:
+    title = f"{run.name}: {run.configs[-1][0]}"
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(run.config_text)}</pre></details>"
+
+
+def _difference_table(title: str, flat: dict[str, dict[str, Any]]) -> str:
+    rows = differences(flat)
+    if not rows:
+        return f"<h3>{escape(title)}</h3><p>None.</p>"
+    return f"<h3>{escape(title)}</h3>{table(['setting', *flat], rows)}"
+
+
+def _summary_of(run: Run) -> dict[str, str]:
+    metrics = run.metrics
+    found = {
+        "state": _state(run),
+        "steps": f"{metrics.steps[-1]:,}",
+        "tokens": _count(last_finite(metrics["tokens"])),
+        "parameters": _parameters(run),
+        "loss, last step": _number(last_finite(metrics["loss"])),
+        "loss, lowest step": _lowest(run, "loss"),
+    }
+    for name in metrics.names("validation_loss."):
+        found[f"validation {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
+        found[f"validation {name.partition('.')[2]}, lowest"] = _lowest(run, name)
+    return found | {
+        "tokens/s, median": _count(_median(metrics["tokens_per_second"])),
+        "MFU, median": _percent(_median(metrics["mfu"])),
+        "goodput": _percent(last_finite(metrics["goodput"])),
+        "memory, highest (GiB)": _number(_highest(metrics["memory_gib"])),
+        "MaxVio, last": _number(last_finite(metrics["max_violation"])),
+        "restarts": str(restarts(run)),
+        "skipped steps": f"{int(np.nansum(metrics['skipped']))}" if "skipped" in metrics else ABSENT,
+        "rollbacks": _count(last_finite(metrics["attempt"])),
+    }
+
+
+def restarts(run: Run) -> int:
+    """Starts after the first: each is noted as an event and leaves a numbered config; the larger count is told."""
+    numbers = [int(name.split(".")[1]) for name, _ in run.configs if name != "config.yaml"]
+    return max(sum(event.kind == "resume" for event in run.events), max(numbers, default=0))
+
+
+def _state(run: Run) -> str:
+    state, reason = str(run.status.get("state", "unknown")), str(run.status.get("reason") or "")
+    return f"{state}: {reason}" if reason else state
+
+
+def _parameters(run: Run) -> str:
+    """Of the model in the newest config: all, and those that one token uses; absent where the config is not ours."""
+    if not run.configs:
+        return ABSENT
+    from trinity.config.load import load_config
+    from trinity.models.accounting import parameter_counts
+
+    try:
+        counts = parameter_counts(load_config(Path(run.path) / run.configs[-1][0]).model)
+    except UserError:
+        return ABSENT
+    return f"{_count(counts['total'])} ({_count(counts['active'])} active)"
+
+
+def _lowest(run: Run, name: str) -> str:
+    values = run.metrics[name]
+    if not np.isfinite(values).any():
+        return ABSENT
+    at = int(np.nanargmin(values))
+    return f"{_number(values[at])} (step {run.metrics.steps[at]:,})"
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
+
+
+def _highest(values: np.ndarray) -> float:
+    return float(np.nanmax(values)) if np.isfinite(values).any() else math.nan
+
+
+def _number(value: float) -> str:
+    return ABSENT if math.isnan(value) else f"{value:.4g}"
+
+
+def _percent(value: float) -> str:
+    return ABSENT if math.isnan(value) else f"{value:.1%}"
+
+
+def _count(value: float) -> str:
+    """1234567 → 1.23 M."""
+    if math.isnan(value):
+        return ABSENT
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.4g}"
