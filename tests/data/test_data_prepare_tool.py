@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_interrupted_at_a_terminal(command: Callable, tmp_path: Path, tokenizer_
     """Ctrl-C reaches the main process and the workers: one line, no traceback, and the same command goes on."""
     path, out = jsonl(tmp_path / "a.jsonl", [f"{number} " + text for text in TEXTS for number in range(200)]), tmp_path
     words = ["--input", path, "--tokenizer", tokenizer_dir, "--out", out / "out", "--shard-tokens", 30_000]
-    process = command("tools/prepare_data.py", *words, "--workers", 2, start_new_session=True)
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background is not
+    process = command("tools/prepare_data.py", *words, "--workers", 2, start_new_session=True, preexec_fn=interruptible)
     progress = out / "out" / "progress.json"
     while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["shards"]):
         time.sleep(0.01)
