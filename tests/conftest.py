@@ -25,8 +25,12 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Small sources of real text and their tokenizer."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_corpus(folder: Path) -> SimpleNamespace:
     """Two sources of this project's own text, by the paragraph, a held-out one, their shards, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("corpus")
     code = sorted((ROOT / "trinity").rglob("*.py"))
     prose = sorted((ROOT / "trinity").rglob("*.md"))
     train_from_files(code, 400, folder / "tokenizer")

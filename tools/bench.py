@@ -14,7 +14,7 @@ from types import ModuleType
 
 from trinity.errors import UserError, run_main
 
-SUITES = ("step", "experts", "attention", "head", "norms", "routing", "muon", "mesh", "data", "prepare")
+SUITES = ("step", "experts", "attention", "head", "norms", "routing", "muon", "mesh", "data", "prepare", "overhead")
 """Modules of tools/benchmarks, each with run(quick) and table(results)."""
 
 

@@ -50,7 +50,7 @@ def run(quick: bool) -> dict[str, Any]:
         numbers = np.random.default_rng(0)
         web = numbers.lognormal(6.4, 1.0, 200_000 // scale).astype(np.int64) + 1
         short = numbers.integers(2, 199, 10_000_000 // scale)
-        sources = {name: _corpus(folder / name, lengths) for name, lengths in (("web", web), ("short", short))}
+        sources = {name: corpus_of(folder / name, lengths) for name, lengths in (("web", web), ("short", short))}
         _parquet(folder / "web.parquet", sources["web"])
         rows = MEGATOKENS * 1_000_000 // scale // S // BATCH * BATCH
         contenders = _contenders(sources, folder / "web.parquet", rows)
@@ -177,14 +177,14 @@ def _memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _corpus(folder: Path, lengths: np.ndarray) -> TokenSource:
+def corpus_of(folder: Path, lengths: np.ndarray, vocabulary: int = VOCABULARY) -> TokenSource:
     """Documents of such lengths and of random tokens, in one shard; the writer is given ready arrays, not documents."""
-    header = {"version": VERSION, "vocab_size": VOCABULARY, "bos_id": 0, "tokenizer": "none"}
-    header["dtype"] = token_dtype(VOCABULARY).str
+    header = {"version": VERSION, "vocab_size": vocabulary, "bos_id": 0, "tokenizer": "none"}
+    header["dtype"] = token_dtype(vocabulary).str
     writer = ShardWriter(folder, header, 1 << 40, [])
     print(f"making {len(lengths):,} documents", file=sys.stderr)
     numbers = np.random.default_rng(1)
-    ids = numbers.integers(1, VOCABULARY, int(lengths.max()), dtype=np.uint32)
+    ids = numbers.integers(1, vocabulary, int(lengths.max()), dtype=np.uint32)
     ids[0] = 0
     for start in range(0, len(lengths), DOCUMENTS_AT_ONCE):
         part = lengths[start : start + DOCUMENTS_AT_ONCE]

@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
     "checkpoint": "free",
     "export": "free",
     "evaluation": "free",
+    "profile": "free",
     "log": "free",
     "health": "free",
 }

@@ -2,6 +2,8 @@
 
 import math
 
+from trinity.config.paths import tokenizer_folder
+from trinity.config.profiled import check_last_step, profiled_steps
 from trinity.config.run import LengthBias, RunConfig
 from trinity.errors import UserError
 
@@ -16,6 +18,8 @@ def check_run(config: RunConfig) -> None:
     _check_length(config)
     _check_schedule(config)
     _check_data(config)
+    _check_prompts(config)
+    _check_profile(config)
     if config.init.hf and config.init.run:
         raise UserError("init.hf and init.run are both given; keep the one the run should start from")
     if config.compile != "none" and config.recompute != "none":
@@ -52,18 +56,29 @@ def _check_positive(config: RunConfig) -> None:
         "loss.z": (config.loss.z, 0),
         "checkpoint.every": (config.checkpoint.every, 0),
         "checkpoint.keep": (config.checkpoint.keep, 1),
+        "checkpoint.keep_every": (config.checkpoint.keep_every, 0),
         "export.every": (config.export.every, 0),
         "evaluation.every": (config.evaluation.every, 0),
         "evaluation.sequences": (config.evaluation.sequences, 1),
+        "evaluation.sample_tokens": (config.evaluation.sample_tokens, 1),
         "log.every": (config.log.every, 1),
         "log.het_sequences": (config.log.het_sequences, 1),
+        "log.router_every": (config.log.router_every, 0),
+        "log.norms_every": (config.log.norms_every, 0),
         "health.bad_steps": (config.health.bad_steps, 1),
+        "health.heartbeat_seconds": (config.health.heartbeat_seconds, 0),
+        "health.spike.sigma": (config.health.spike.sigma, 1),
+        "health.spike.window": (config.health.spike.window, 2),
+        "health.violation_factor": (config.health.violation_factor, 0),
+        "health.dead_steps": (config.health.dead_steps, 0),
     }
     for key, (value, least) in at_least.items():
         if not value >= least:
             raise UserError(f"{key}={value} must be at least {least}")
         if value == math.inf:
             raise UserError(f"{key}={value} must be finite")
+    if config.health.spike.window > 1024:
+        raise UserError(f"health.spike.window={config.health.spike.window} must be at most 1024")
     if config.run.threads is not None and config.run.threads < 1:
         raise UserError(f"run.threads={config.run.threads} must be at least 1")
     beta = {"optim.muon.momentum": config.optim.muon.momentum, "balancing.beta": config.balancing.beta}
@@ -141,6 +156,19 @@ def _check_data(config: RunConfig) -> None:
     forgotten = sorted(set(data.train) - named) if data.mixture else []
     if forgotten:
         raise UserError(f"data.mixture gives {forgotten[0]} no weight; add one, 0 to leave it out")
+
+
+def _check_prompts(config: RunConfig) -> None:
+    if config.evaluation.prompts and tokenizer_folder(config) is None:
+        raise UserError("evaluation.prompts are texts and there is no tokenizer; set data.tokenizer, or leave them out")
+
+
+def _check_profile(config: RunConfig) -> None:
+    steps = profiled_steps(config.profile.steps)
+    if config.run.steps is not None:  # else the trainer checks, which knows how many steps make run.tokens
+        check_last_step(steps, config.run.steps)
+    if any(rank < 0 for rank in config.profile.ranks):
+        raise UserError(f"profile.ranks={list(config.profile.ranks)} names a rank below 0; ranks count from 0")
 
 
 def _check_mixture(key: str, mixture: dict[str, float], train: dict[str, str]) -> None:

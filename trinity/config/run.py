@@ -5,7 +5,7 @@ Token counts may be written 17e12. Fields are checked together in trinity.config
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trinity.config.model import ModelConfig
 
@@ -309,6 +309,10 @@ class Checkpoint:
     """Steps between checkpoints; 0: only at the end and when asked to stop."""
     keep: int = 2
     """How many of the newest complete ones stay."""
+    keep_every: int = 0
+    """Those of every so many steps stay for ever; 0: none."""
+    asynchronous: bool = True
+    """Training goes on while a copy of its state, in host memory, is being written."""
 
 
 @dataclass
@@ -327,6 +331,22 @@ class Evaluation:
     """Steps between evaluations; 0: none. The last step is evaluated where it is not 0."""
     sequences: int = 64
     """At most this many rows of each validation set."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that every evaluation continues, always by the likeliest token, into samples.jsonl; needs a tokenizer."""
+    sample_tokens: int = 64
+    """Tokens that are made for each prompt; the text ends earlier where a document ends."""
+
+
+@dataclass
+class Profile:
+    """A close look at some steps with torch's profiler, into profile/ of the run directory. All ours."""
+
+    steps: Any = None
+    """Which steps: 10, 10-12 (first to last), or a list of either; none by default."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Processes that are looked at."""
+    memory: bool = False
+    """Also who takes memory: a column of the table and, on a GPU, a snapshot for pytorch.org/memory_viz."""
 
 
 @dataclass
@@ -339,16 +359,44 @@ class Log:
     """Weights & Biases project; offline where there is no key."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run directory."""
+    router_every: int = 50
+    """Steps between lines of router.jsonl: load and bias of every expert; 0: none."""
+    norms_every: int = 100
+    """Steps between figures of weight and update norms by group, for which a copy of the rank's weights lies in host
+    memory during the step; 0: none."""
     het_sequences: int = 1
     """Sequences in a group of BatchHet (eq. 40), in stream order, so that it does not depend on the microbatch."""
 
 
 @dataclass
+class Spike:
+    """What is done about a step whose loss or gradient norm stands far above the last ones (OLMo's rule)."""
+
+    action: Literal["none", "warn", "skip", "rollback"] = "warn"
+    """warn: note it; skip: change nothing in that step; rollback: load the last checkpoint, and on past its data."""
+    sigma: float = 6.0
+    """Standard deviations above the mean from which on it is a spike. OLMo's."""
+    window: int = 128
+    """Ordinary steps that mean and deviation are taken over; at most 1024. OLMo's."""
+
+
+@dataclass
 class Health:
-    """When a run ends by itself."""
+    """When a run warns, goes back or ends by itself."""
 
     bad_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite before the run stops with exit code 3."""
+    heartbeat_seconds: float = 180
+    """A process that makes no progress for so long ends with code 1 (report: alarm after 3 minutes), ten times as long
+    until the first step is done; 0 never."""
+    spike: Spike = field(default_factory=Spike)
+    """Loss spikes."""
+    rollbacks: int = 10
+    """How often a run goes back after spikes before it stops with exit code 3. Ours."""
+    violation_factor: float = 3.0
+    """Warn of a layer whose MaxVio has climbed to so many times its lowest, and above 1; 0 never. Ours."""
+    dead_steps: int = 200
+    """Warn of a layer where an expert had no token for so many steps in a row; 0 never. Ours."""
 
 
 @dataclass
@@ -374,5 +422,6 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     export: Export = field(default_factory=Export)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    profile: Profile = field(default_factory=Profile)
     log: Log = field(default_factory=Log)
     health: Health = field(default_factory=Health)

@@ -91,7 +91,7 @@ class Loader:
             self._learn(item.lengths)
             pieces = self.stream.pass_over(1)[0]
             assert item.pieces == pieces, "a worker made another row than the stream has here"
-        length = self.stream.plan.at_sequence(self.stream.k).sequence_length
+        length = self.stream.sequence_length(self.stream.k)
         return stack([Sequence(*torch.from_numpy(item.row_3S), item.pieces) for item in items], length, self.pin)
 
     def ended(self, n: int) -> bool:
@@ -116,6 +116,11 @@ class Loader:
         """As SequenceStream.load_state_dict; what workers have made ahead is thrown away."""
         self.close()
         self.stream.load_state_dict(state)
+
+    def jump(self, position: int) -> None:
+        """As SequenceStream.jump; what workers have made ahead is made again, for it may be of another phase."""
+        self.close()
+        self.stream.jump(position)
 
     def close(self) -> None:
         """End the workers."""

@@ -5,6 +5,9 @@ stream's sequences follow from its own state alone. Stream s belongs to rank s m
 owns the sequences k with k mod R = r, and any number of ranks that divides V sees the same global batches.
 
 What is saved is one small vector a stream, under the stream's own key, so that ranks can be redealt.
+
+A run that went back after a loss spike goes on behind the sequences that it read until then (`jump`). From there on
+sequence k stands at another position of the plan: its steps, lengths and phases count what was not jumped over.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,6 +33,7 @@ class SequenceStream:
         plan: which sequences make which step.
         sources: name → documents.
         order: of their documents.
+        jumped: [begin, end) in k of what the run went back over and does not read again.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class SequenceStream:
         self.sources, self.phases, self.plan = dict(sources), list(phases), plan
         self.streams, self.rank, self.ranks = streams, rank, ranks
         self.k = 0
+        self.jumped: list[tuple[int, int]] = []
         self._after_document = bos_id if loss_on_document_start else IGNORE
         self.order = DocumentOrder(sources, seed, streams, repeat)
         self._own = self._fresh()
@@ -92,7 +97,17 @@ class SequenceStream:
     def take(self, n: int) -> SequenceBatch:
         """This rank's next n sequences, as one batch; all must be of one length."""
         rows = [next(self) for _ in range(n)]
-        return stack(rows, self.plan.at_sequence(self.k).sequence_length)
+        return stack(rows, self.sequence_length(self.k))
+
+    def sequence_length(self, k: int) -> int:
+        """Tokens of sequence k."""
+        return self.plan.at_sequence(self._position(k)).sequence_length
+
+    def jump(self, position: int) -> None:
+        """Go on from here as the sequence at an earlier position of the plan; what lies between is not read again."""
+        begin = self._k_of(position)
+        assert begin <= self.k
+        self.jumped.append((begin, self.k))
 
     def pass_over(self, n: int) -> list[list[Piece]]:
         """Go on by n sequences of this rank without reading a token; what they are made of."""
@@ -105,10 +120,11 @@ class SequenceStream:
     def batch(self, step: int) -> SequenceBatch:
         """This rank's part of the global batch of a step, wherever the stream stands; the stream stays there."""
         plan = self.plan.at(step)
+        first = self._k_of(plan.first)
         here = self.k, {number: stream.state() for number, stream in self._own.items()}
         try:
-            self.seek(plan.first)
-            return self.take(len(range(self.next_own(plan.first), plan.first + plan.sequences, self.ranks)))
+            self.seek(first)
+            return self.take(len(range(self.next_own(first), first + plan.sequences, self.ranks)))
         finally:
             self.k = here[0]
             for number, state in here[1].items():
@@ -130,6 +146,7 @@ class SequenceStream:
         """Another stream that stands where this one does, over the same sources."""
         other = SequenceStream.__new__(SequenceStream)
         other.__dict__.update(self.__dict__)
+        other.jumped = list(self.jumped)
         other.order = DocumentOrder(self.sources, self.order.seed, self.streams, self.order.repeat)
         other._own = other._fresh()
         for number, stream in self._own.items():
@@ -146,11 +163,12 @@ class SequenceStream:
 
         Returns:
             "k" int64 scalar; "stream.00017" int64 [see LogicalStream.state] for each stream of this rank, whose length
-            changes with what is open; "source.NAME" uint8 [16], the hash of each source's content.
+            changes with what is open; "jumped" int64 [1 + ranges, 2], zeros first; "source.NAME" uint8 [16], the hash
+            of each source's content.
         """
         state = {_key(number): torch.tensor(stream.state()) for number, stream in self._own.items()}
         state |= {f"source.{name}": _fingerprint(source) for name, source in self.sources.items()}
-        return {"k": torch.tensor(self.k), **state}
+        return {"k": torch.tensor(self.k), "jumped": torch.tensor([(0, 0), *self.jumped]), **state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go where a stream stood when its state was saved, by this or any other number of ranks.
@@ -174,10 +192,29 @@ class SequenceStream:
         for number, vector in vectors.items():
             self._own[number].restore(vector.tolist())
         self.k = int(state["k"])
+        self.jumped = [(begin, end) for begin, end in state["jumped"].tolist() if end]
 
     def _pack(self, k: int) -> list[Piece]:
-        plan = self.plan.at_sequence(k)
+        plan = self.plan.at_sequence(self._position(k))
         return self._own[k % self.streams].pack(plan.sequence_length, self.phases[plan.phase], plan.phase)
+
+    def _position(self, k: int) -> int:
+        """Where sequence k stands in the plan: k less what was jumped over before it, and known then."""
+        position, counted = k, 0
+        for begin, end in sorted(self.jumped):  # a later way back may begin before an earlier one, and hold it
+            if end <= k:
+                position -= max(0, end - max(begin, counted))
+                counted = max(counted, end)
+        return position
+
+    def _k_of(self, position: int) -> int:
+        """The sequence that stands at a position of the plan, after all that was jumped over."""
+        k, counted = position, 0
+        for begin, end in sorted(self.jumped):
+            if k >= begin:
+                k += max(0, end - max(begin, counted))
+                counted = max(counted, end)
+        return k
 
     def next_own(self, k: int) -> int:
         """The first sequence from k on that this rank owns."""

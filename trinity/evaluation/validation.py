@@ -1,7 +1,7 @@
 """Loss on held-out text: nats per token, and bits per byte, which does not depend on the tokenizer."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ def evaluate(
     document_mask: bool,
     byte_lengths_V: Tensor | None,
     device: torch.device,
+    beat: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: evaluation moves no bias.
 
@@ -27,6 +28,7 @@ def evaluate(
         sequences: this rank's packed rows, as many as the other ranks'.
         microbatch: rows per forward pass.
         byte_lengths_V: [V] bytes of text per token; without it there are no bits per byte.
+        beat: called when a forward pass is done.
     Returns:
         "loss", and "bits_per_byte": Σ CE / ln 2 over the bytes that the targets stand for. The start of the next
         document is a target of no bytes, so its cost is spread over the text.
@@ -45,6 +47,8 @@ def evaluate(
         valid += counted.numel()
         if byte_lengths_V is not None:
             text_bytes += int(byte_lengths_V[counted].sum())
+        if beat is not None:
+            beat()
     sums = torch.tensor([ce, valid, text_bytes], dtype=torch.float64)  # integers are exact to 2⁵³
     if dist.is_initialized():
         dist.all_reduce(sums)

@@ -19,6 +19,7 @@ from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
 from trinity.data.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, UserError
+from trinity.evaluation.samples import Sampler
 from trinity.evaluation.validation import evaluate
 from trinity.interop import export_hf, load_hf
 from trinity.models.accounting import flops_per_token
@@ -27,8 +28,11 @@ from trinity.parallel import mesh
 from trinity.parallel.agree import any_of, on_first, together
 from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
+from trinity.training.events import Events
 from trinity.training.hardware import memory_gib, peak_flops
-from trinity.training.metrics import Sink, open_sinks
+from trinity.training.metrics import JsonLines, Sink, open_sinks
+from trinity.training.norms import Norms
+from trinity.training.profiling import Profiler
 from trinity.training.run_data import open_data
 from trinity.training.run_directory import RunDirectory, newest_config
 from trinity.training.setup import (
@@ -42,6 +46,7 @@ from trinity.training.setup import (
 )
 from trinity.training.signals import StopRequest
 from trinity.training.trainer import Batch, train_step
+from trinity.training.watching import Watcher
 
 FINISHED, FAILED, TOO_MANY_BAD_STEPS, SAVED = 0, 1, 3, 75
 
@@ -63,9 +68,10 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     try:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
-        done = on_first(lambda: _step_to_resume(config, accepted, directory.path))
+        done = _step_to_resume(config, accepted, directory.path, Events(directory.path, ranks.rank).note)
         training = Training(config, ranks, directory, done)
         code = training.run(stop_request)
+        training.saver.wait()
         dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
         return code
     except BaseException as error:
@@ -81,17 +87,22 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         mesh.stop()
 
 
-def _step_to_resume(config: RunConfig, accepted: list[str], path: Path) -> int:
-    """The newest complete checkpoint, 0 for none, if the config may go on from it."""
+def _step_to_resume(config: RunConfig, accepted: list[str], path: Path, note: checkpoint.Note) -> int:
+    """The newest checkpoint that is not damaged, 0 for none, if the config may go on from it; every rank calls this."""
+    on_first(lambda: _check_config(config, accepted, path))
+    return checkpoint.newest_intact(path, note)
+
+
+def _check_config(config: RunConfig, accepted: list[str], path: Path) -> None:
+    """Refuse what may not change after the newest complete checkpoint."""
     done = checkpoint.complete_steps(path)
     if not done:
-        return 0
+        return
     before = newest_config(path)
     seen = batch_plan(before).at(done[-1] - 1).tokens
     changed = check_changes(before, config, seen, accepted, str(path))
     if changed:
         print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
-    return done[-1]
 
 
 def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
@@ -124,13 +135,23 @@ class Training:
         self.data = together(lambda: open_data(config, ranks))
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
-        self.step, self.bad_steps = step, 0
+        self.norms = Norms(self.optimizers, ranks.copy_group)
+        self.step, self.bad_steps, self.rollbacks = step, 0, 0
+        self._stalled: float | None = None  # by the last save, until a record has it
+        self.watcher = Watcher(config, directory, ranks.rank, step)
+        beat = self.watcher.heartbeat.beat
+        self.saver = checkpoint.Saver(directory.path, config.checkpoint, self.watcher.note, beat)
         if step:
             self._load(directory.path, step)
         else:
             self._begin()
         together(lambda: directory.add_config(config))
         self.sinks: list[Sink] = together(self._open_sinks)
+        self.routers = together(lambda: JsonLines(directory.path / "router.jsonl", step) if ranks.is_first else None)
+        self.sampler, self.samples = together(self._open_samples)
+        events = self.watcher.events
+        self.profiler = together(lambda: Profiler(config.profile, events, ranks, self.total, beat))
+        self.watcher.note("resume" if step else "start", f"{self.ranks.world} processes", total=self.total)
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
 
@@ -139,25 +160,32 @@ class Training:
         self.directory.set_status("running", None, self.step)
         saved = self.step
         while self.step < self.total and not self._data_has_ended():
-            record = self._one_step()
+            with self.profiler.around(self.step + 1):
+                record = self.one_step()
+            if self.watcher.spiked and self.config.health.spike.action == "rollback":
+                if not self._roll_back():
+                    return self._give_up("spikes come again after every way back")
+                continue
             ending = self.step == self.total or self._data_has_ended()
             every = self.config.evaluation.every
             if every and (self.step % every == 0 or ending):
                 record |= self._evaluate()
-            for sink in self.sinks:
-                sink.write(record)
+                self._sample(record)
+            self.log(record)
             if self.bad_steps >= self.config.health.bad_steps:
-                return self._give_up()
+                return self._give_up(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
             stop, asked = any_of([stop_request.number, self.directory.take_save_request()])
             if ending or stop or asked or self._due(self.config.checkpoint.every):
-                self._save()
+                self.save(wait=ending or bool(stop))
                 saved = self.step
             if self._due(self.config.export.every):
                 self._export()
             if stop and not ending:
+                self.watcher.note("stop", f"asked to stop by {Signals(stop).name}")
                 self.directory.set_status("saved", SAVED, saved, f"asked to stop by {Signals(stop).name}")
                 return SAVED
         reason = "" if self.step >= self.total else "a source has no more documents (data.exhausted is end)"
+        self.watcher.note("finish", reason or "all steps are made")
         self.directory.set_status("finished", FINISHED, self.step, reason)
         return FINISHED
 
@@ -174,10 +202,22 @@ class Training:
     def _open_sinks(self) -> list[Sink]:
         return open_sinks(self.config, self.directory.path, self.step, self.total) if self.ranks.is_first else []
 
+    def _open_samples(self) -> tuple[Sampler | None, JsonLines | None]:
+        """What makes samples, on every rank, and the file they go to, on the first."""
+        wanted, folder = self.config.evaluation, tokenizer_folder(self.config)
+        path = self.directory.path / "samples.jsonl"
+        kept = self.ranks.is_first and (wanted.prompts or path.exists())  # an old file is cut back in any case
+        file = JsonLines(path, self.step) if kept else None
+        if not wanted.prompts:
+            return None, file
+        return Sampler(list(wanted.prompts), wanted.sample_tokens, folder, self.config.model.vocab_size), file
+
     def close(self) -> None:
-        """End the workers and close what figures are written to."""
+        """End the last save, the workers and the watch, and close what figures are written to."""
+        self.saver.close()
+        self.watcher.close()
         self.data.loader.close()
-        for sink in self.sinks:
+        for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:
             sink.close()
 
     def state(self) -> checkpoint.State:
@@ -187,20 +227,25 @@ class Training:
         state |= {f"data.{key}": value for key, value in self.data.loader.state_dict().items()}
         state["run.step"] = torch.tensor(self.step)
         state["run.bad_steps"] = torch.tensor(self.bad_steps)
+        state["run.rollbacks"] = torch.tensor(self.rollbacks)
+        state["run.spikes"] = self.watcher.spikes.state()
         state["run.random"] = torch.get_rng_state()
         return state
 
-    def _load(self, path: Path, step: int) -> None:
+    def _load(self, path: Path, step: int, with_data: bool = True) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
         # what a stream has open differs from save to save
-        saved = checkpoint.tensors_of(checkpoint.step_folder(path, step), "data.")
+        saved = together(lambda: checkpoint.tensors_of(checkpoint.step_folder(path, step), "data."))
         own = {key for key in state if key.startswith("data.")}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
         checkpoint.load(state, path, step)
-        data = {key.removeprefix("data."): value for key, value in state.items() if key.startswith("data.")}
-        self.data.loader.load_state_dict(data)
+        if with_data:
+            data = {key.removeprefix("data."): value for key, value in state.items() if key.startswith("data.")}
+            self.data.loader.load_state_dict(data)
         self.step, self.bad_steps = int(state["run.step"]), int(state["run.bad_steps"])
+        self.rollbacks = int(state["run.rollbacks"])
+        self.watcher.spikes.restore(state["run.spikes"])
         torch.set_rng_state(state["run.random"])
 
     def _begin(self) -> None:
@@ -214,7 +259,8 @@ class Training:
 
     def _fork(self, path: Path) -> None:
         keep, wanted = self.config.init.keep, self.config.init.step
-        streams, step = on_first(lambda: (newest_config(path).data.streams, checkpoint.pick_step(path, wanted)))
+        streams = on_first(lambda: newest_config(path).data.streams)
+        step = checkpoint.pick_intact(path, wanted, self.watcher.note)
         if keep == "all":
             if streams != self.config.data.streams:
                 raise UserError(f"data.streams={self.config.data.streams} differs from {streams} in {path}")
@@ -223,7 +269,8 @@ class Training:
         kept = ("model.",) if keep == "weights" else ("model.", "optim.")
         checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, path, step)
 
-    def _one_step(self) -> dict[str, Any]:
+    def one_step(self) -> dict[str, Any]:
+        """Make the next step; returns its record."""
         began = time.perf_counter()
         plan = self.plan.at(self.step)
         rows = self.data.loader.take(self._share())
@@ -231,9 +278,13 @@ class Training:
         batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
         rate = rates_at(self.config, self.step, plan.tokens)
         counts = torch.from_numpy(self.data.loader.stream.counts())
-        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks, counts)
+        watch = self.watcher.of_step(self.model, self.step)
+        every = self.config.log.norms_every
+        if every and (self.step + 1) % every == 0:
+            self.norms.remember()
+        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks, counts, watch)
         self.step += 1
-        self.bad_steps = self.bad_steps + 1 if figures["skipped"] else 0
+        self.bad_steps = self.bad_steps + 1 if figures["skipped"] and not self.watcher.spiked else 0
         seconds = time.perf_counter() - began
         record = {"step": self.step, "tokens": plan.tokens_after, "sequences": plan.first + plan.sequences}
         record |= self._named_counts(figures.pop("source_counts"))
@@ -247,7 +298,39 @@ class Training:
         peak = peak_flops(self.ranks.device)
         if peak:
             record["mfu"] = self._flops[plan.sequence_length] * record["tokens_per_second"] / (peak * self.ranks.world)
-        return record
+        if self._stalled is not None:
+            record["checkpoint_seconds"], self._stalled = self._stalled, None
+        return record | {"attempt": self.rollbacks} | self.norms.figures() | self.watcher.after_step(record)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hand the record of a step to all sinks, and add a line to router.jsonl where it is time for one."""
+        for sink in self.sinks:
+            sink.write(record)
+        line = self.watcher.routers(record["step"], record["tokens"], self.model)
+        if line is not None:
+            self.routers.write(line)
+
+    def _roll_back(self) -> bool:
+        """After a spike: go back to the newest checkpoint, but on with the data, past the batches since then.
+
+        Returns:
+            False where there is no checkpoint, or the way back was gone too often.
+        """
+        spiked, path = self.step, self.directory.path
+        self.saver.wait()  # it may be the one to go back to, and may remove the one before
+        if self.rollbacks >= self.config.health.rollbacks:
+            return False
+        step = checkpoint.newest_intact(path, self.watcher.note, before=spiked)
+        if not step:
+            return False
+        rollbacks, first = self.rollbacks, self.plan.at(step).first
+        self._load(path, step, with_data=False)
+        self.rollbacks = rollbacks + 1
+        self.data.loader.jump(first)
+        for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:
+            sink.go_back(self.step)
+        self.watcher.note("rollback", f"from step {spiked} to the checkpoint of step {self.step}, past its data")
+        return True
 
     def _named_counts(self, counts: list[list[float]]) -> dict[str, float]:
         """Tokens read of each source since the run began, and how often its documents have been gone through."""
@@ -278,19 +361,32 @@ class Training:
                 config.data.document_mask,
                 self.data.byte_lengths_V,
                 self.ranks.device,
+                self.watcher.heartbeat.beat,
             )
             found |= {f"validation_{figure}.{name}": value for figure, value in figures.items()}
+        self.watcher.note("evaluation", f"{len(self.data.validation)} validation sets", **found)
         return found
 
-    def _save(self) -> None:
-        checkpoint.save(self.state(), self.directory.path, self.step, self.config.checkpoint.keep)
+    def _sample(self, record: dict[str, Any]) -> None:
+        """Continue the config's prompts, on every rank, into samples.jsonl."""
+        if self.sampler is None:
+            return
+        for sample in self.sampler(self.model, self.ranks.device, self.watcher.heartbeat.beat):
+            if self.samples is not None:
+                self.samples.write({"step": record["step"], "tokens": record["tokens"], **sample})
+
+    def save(self, wait: bool) -> float:
+        """Save this step; returns the seconds that training stood still, without what a wait for the end takes."""
+        self._stalled = self.saver.save(self.state(), self.step)
+        if wait:
+            self.saver.wait()
+        return self._stalled
 
     def _export(self) -> None:
         folder = self.directory.path / "hf" / checkpoint.step_folder(self.directory.path, self.step).name
         export_hf(self.model, folder, tokenizer_folder(self.config), overwrite=True)
 
-    def _give_up(self) -> int:
-        reason = f"{self.bad_steps} steps in a row had a loss or gradient that is not finite"
+    def _give_up(self, reason: str) -> int:
         if self.ranks.is_first:
             print(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}", file=sys.stderr)
         self.directory.set_status("stopped", TOO_MANY_BAD_STEPS, self.step, reason)

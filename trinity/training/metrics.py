@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
+from trinity.training.run_directory import write_whole
 
 Record = dict[str, Any]
 
@@ -24,6 +26,9 @@ class Sink(Protocol):
 
     def write(self, record: Record) -> None:
         """Take the record of one step."""
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after an earlier step."""
 
     def close(self) -> None:
         """Write out what is still held."""
@@ -35,12 +40,19 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         if path.exists():
             _cut_back(path, step)
+        self._path = path
         self._file = open(path, "a")  # noqa: SIM115 (open for the life of the run)
 
     def write(self, record: Record) -> None:
         """Append one line and flush it."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+    def go_back(self, step: int) -> None:
+        """Keep the lines after `step` aside."""
+        self._file.close()
+        _cut_back(self._path, step)
+        self._file = open(self._path, "a")  # noqa: SIM115
 
     def close(self) -> None:
         """Close the file."""
@@ -57,8 +69,8 @@ def _cut_back(path: Path, step: int) -> None:
         (tail if later else kept).append(line)
     if not tail:
         return
-    number = 1 + len(list(path.parent.glob("metrics.tail.*.jsonl")))
-    (path.parent / f"metrics.tail.{number}.jsonl").write_text("".join(f"{line}\n" for line in tail))
+    number = 1 + len(list(path.parent.glob(f"{path.stem}.tail.*.jsonl")))
+    (path.parent / f"{path.stem}.tail.{number}.jsonl").write_text("".join(f"{line}\n" for line in tail))
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     temporary.replace(path)
@@ -80,17 +92,22 @@ class Console:
         """Show one step."""
         text = (
             f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
-            f"  vio {record.get('max_violation', 0.0):.2f}" + ("  SKIPPED" if record["skipped"] else "")
+            + (f"  mfu {record['mfu']:.1%}" if "mfu" in record else "")
+            + f"  vio {record.get('max_violation', 0.0):.2f}"
+            + ("  SKIPPED" if record["skipped"] else "")
         )
         validation = {name: value for name, value in record.items() if name.startswith("validation_loss.")}
         text += "".join(f"  {name.removeprefix('validation_')} {value:.4f}" for name, value in validation.items())
         step = record["step"]
         if self._bar is not None:
-            self._bar.update(1)
+            self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)
         elif step % self._every == 0 or step == self._total or validation:
             left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
             print(f"step {step}/{self._total}  {text}  ETA {_clock(left)}", file=sys.stderr, flush=True)
+
+    def go_back(self, step: int) -> None:
+        """The bar goes back with the next step."""
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -119,6 +136,8 @@ class WandB:
             project=config.log.wandb,
             name=config.run.name,
             dir=directory,
+            id=_wandb_id(directory),
+            resume="allow",
             config=OmegaConf.to_container(OmegaConf.structured(config)),
             mode="offline" if offline else None,
         )
@@ -127,9 +146,20 @@ class WandB:
         """Log one step."""
         self._run.log(record, step=record["step"])
 
+    def go_back(self, step: int) -> None:
+        """W&B takes no step twice: the steps that are made again are missing there until they are past the old ones."""
+
     def close(self) -> None:
         """Finish the W&B run."""
         self._run.finish()
+
+
+def _wandb_id(directory: Path) -> str:
+    """The id of the run, made at its first start, so that later ones go on with the same curves."""
+    path = directory / "wandb_id"
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex[:16])
+    return path.read_text()
 
 
 def _netrc_knows_wandb() -> bool:
@@ -154,6 +184,9 @@ class TensorBoard:
         for name, value in record.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, record["step"])
+
+    def go_back(self, step: int) -> None:
+        """TensorBoard shows both ways."""
 
     def close(self) -> None:
         """Flush and close."""

@@ -7,9 +7,9 @@ Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,24 @@ from trinity.parallel.mesh import Ranks
 from trinity.training.figures import step_figures, total_counts
 from trinity.training.setup import microbatch_size
 from trinity_kernels.cross_entropy import IGNORE
+
+
+class Watch(NamedTuple):
+    """What watches a step from outside.
+
+    beat: called when a microbatch is done.
+    judge: (loss, gradient norm), both finite → what is out of the ordinary about them, None for nothing.
+    skips: whether such a step is skipped.
+    loads: called with the tokens per layer and expert of the global batch, [M, E] int64.
+    """
+
+    beat: Callable[[], None] | None = None
+    judge: Callable[[float, float], str | None] | None = None
+    skips: bool = False
+    loads: Callable[[Tensor], None] | None = None
+
+
+UNWATCHED = Watch()
 
 
 @dataclass
@@ -56,6 +74,7 @@ def train_step(
     rate: float,
     ranks: Ranks,
     source_counts: Tensor | None = None,
+    watch: Watch = UNWATCHED,
 ) -> dict[str, Any]:
     """One optimizer step on a global batch; every rank calls it with rows of its own, equally many.
 
@@ -63,19 +82,25 @@ def train_step(
         batch: this rank's rows, on the CPU.
         rate: fraction of the peak learning rates.
         source_counts: counts of this rank, of any shape, whose sum over all ranks is wanted.
+        watch: what to tell of the step, and whom to ask whether it is to be skipped.
     Returns:
         the step's figures, named as in metrics.jsonl and equal on every rank. Where the loss or the gradient is not
-        finite, "skipped" is True and nothing has changed: no weight, no momentum, no bias.
+        finite, or is a spike that is to be skipped, "skipped" is True and nothing has changed: no weight, no momentum,
+        no bias.
         "source_counts": their sums.
     """
     valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
     valid = _over_all_ranks(valid_B.sum())
-    parts = _forward_and_backward(model, batch, valid, config, ranks)
+    parts = _forward_and_backward(model, batch, valid, config, ranks, watch)
     counts_ME = total_counts(parts)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = global_norm(gradients, ranks.copy_group)
     figures = step_figures(parts, valid_B, valid, counts_ME, config, source_counts)
     skipped = not (math.isfinite(norm.item()) and math.isfinite(figures["loss"]))
+    if not skipped and watch.judge is not None and watch.judge(figures["loss"], norm.item()):
+        skipped = watch.skips
+    if watch.loads is not None and counts_ME is not None:
+        watch.loads(counts_ME)
     if not skipped:
         if config.optim.clip_norm:
             clip_(gradients, norm, config.optim.clip_norm)
@@ -100,7 +125,9 @@ def _over_all_ranks(count: Tensor) -> int:
     return max(int(count), 1)
 
 
-def _forward_and_backward(model: Trinity, batch: Batch, valid: int, config: RunConfig, ranks: Ranks) -> list[Losses]:
+def _forward_and_backward(
+    model: Trinity, batch: Batch, valid: int, config: RunConfig, ranks: Ranks, watch: Watch
+) -> list[Losses]:
     """Add up every microbatch's gradient of the global batch's mean loss."""
     rows = len(batch.tokens_BS)
     size = microbatch_size(rows, config.batch.microbatch)
@@ -117,6 +144,8 @@ def _forward_and_backward(model: Trinity, batch: Batch, valid: int, config: RunC
             loss = loss + alpha * losses.sequence_loss_B.sum() / (rows * ranks.data_ranks)
         loss.backward()
         parts.append(_without_graph(losses))
+        if watch.beat is not None:
+            watch.beat()
     return parts
 
 

@@ -1,0 +1,62 @@
+"""Greedy samples are those of a loop over single prompts; the texts end where a document does."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from trinity.config import RunConfig
+from trinity.data.tokenizer import bos_id, load_text_encoder
+from trinity.evaluation.generate import generate
+from trinity.evaluation.samples import Sampler, greedy
+from trinity.models import Trinity
+
+CPU = torch.device("cpu")
+
+
+def test_greedy_is_that_of_single_prompts(exact: Trinity) -> None:
+    """Prompts of several lengths in one batch, past the attention window, in float64 so that padding moves no tie."""
+    prompts = [[0], [0, 5, 17, 300, 2, 9, 11, 40], [0, 77, 3]]
+    calls = []
+
+    def counted(tokens_PS: Tensor) -> Tensor:
+        calls.append(tokens_PS.shape)
+        return exact(tokens_PS)
+
+    found = greedy(counted, prompts, 14, CPU)
+    assert found == [generate(exact, prompt, 14, temperature=0) for prompt in prompts]
+    assert calls == [torch.Size([3, 8 + 14])] * 14, "as often and as large on every rank, whatever it says"
+
+
+def scripted(texts: list[list[int]], prompt_lengths: list[int]) -> "SimpleNamespace":
+    """A model that says given tokens."""
+
+    def model(tokens_PS: Tensor) -> Tensor:
+        logits_PSV = torch.zeros((*tokens_PS.shape, 512))
+        for row, (said, length) in enumerate(zip(texts, prompt_lengths)):
+            for place, token in enumerate(said):
+                logits_PSV[row, length - 1 + place, token] = 1
+        return logits_PSV
+
+    return model
+
+
+def test_texts_end_with_their_document(config: RunConfig) -> None:
+    """What comes after BOS or the end token is another document's; an id without a text says nothing."""
+    folder = Path(config.data.tokenizer)
+    tok = load_text_encoder(folder)
+    bos, said = bos_id(tok), tok.encode(" and more", add_special_tokens=False).ids
+    end = tok.token_to_id("<|end_of_text|>")
+    prompts = ["the run", "", "<|begin_of_text|>"]
+    lengths = [1 + len(tok.encode(text, add_special_tokens=False).ids) for text in prompts]
+    assert lengths[2] > 2, "a special token that is spelled out is text"
+    new = len(said) + 2
+    texts = [[*said, bos, said[0]], [*said, end, said[0]], [511, *said, said[0]]]
+    sampler = Sampler(prompts, new, folder, 512)
+    found = sampler(scripted(texts, lengths), CPU)
+    assert found == [
+        {"prompt": "the run", "text": " and more"},
+        {"prompt": "", "text": " and more"},
+        {"prompt": "<|begin_of_text|>", "text": " and more" + tok.decode([said[0]])},
+    ]

@@ -1,0 +1,59 @@
+"""Loss and bits per byte of packed rows, against a count that knows nothing of rows or tokens' lengths."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trinity.config import RunConfig
+from trinity.data.shards import TokenSource
+from trinity.data.tokenizer import load_tokenizer, token_byte_lengths
+from trinity.data.validation import validation_sequences
+from trinity.evaluation.perplexity import open_documents
+from trinity.evaluation.validation import evaluate
+from trinity.models import Trinity
+
+
+@pytest.mark.parametrize("loss_on_document_start", [True, False])
+def test_bits_per_byte(
+    exact: Trinity, config: RunConfig, corpus: SimpleNamespace, loss_on_document_start: bool
+) -> None:
+    """Nats from all logits in float64, over the bytes of the file's texts: every byte of them is foretold once."""
+    source, tokenizer = TokenSource(corpus.folder / "held_out"), Path(config.data.tokenizer)
+    rows = list(validation_sequences(source, 200, 1000, loss_on_document_start))
+    beats = []
+    found = evaluate(
+        exact,
+        rows,
+        3,
+        document_mask=True,
+        byte_lengths_V=token_byte_lengths(load_tokenizer(tokenizer)),
+        device=torch.device("cpu"),
+        beat=lambda: beats.append(1),
+    )
+    assert len(beats) == -(-len(rows) // 3)
+    nats, targets = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            logs_SV = exact(row.tokens[None], document_ids_BS=row.document_ids[None])[0].log_softmax(dim=-1)
+        for place in (row.targets >= 0).nonzero().flatten().tolist():
+            nats -= logs_SV[place, row.targets[place]].item()
+            targets += 1
+    texts = [json.loads(line)["text"] for line in corpus.texts["held_out"].read_text().splitlines()]
+    assert abs(found["loss"] - nats / targets) < 1e-10
+    assert abs(found["bits_per_byte"] - nats / math.log(2) / sum(len(text.encode()) for text in texts)) < 1e-10
+
+
+def test_bytes_are_those_of_the_targets(exact: Trinity, config: RunConfig, tmp_path: Path) -> None:
+    """One row of a longer text: the byte count is that of the text foretold, which is not that of the text read."""
+    (tmp_path / "text.txt").write_text("The loss of a step is a mean over the valid targets of its global batch.")
+    tok = load_tokenizer(Path(config.data.tokenizer))
+    source = open_documents(str(tmp_path / "text.txt"), Path(config.data.tokenizer), "text", 512)
+    (row,) = validation_sequences(source, 10, 1)
+    found = evaluate(exact, [row], 1, False, token_byte_lengths(tok), torch.device("cpu"))
+    text = tok.decode(row.targets.tolist())
+    assert len(text) > 10
+    assert abs(found["bits_per_byte"] * len(text) - found["loss"] * 10 / math.log(2)) < 1e-10

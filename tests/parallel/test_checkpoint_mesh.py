@@ -1,0 +1,180 @@
+"""Saves behind the training's back, and what ranks must agree on about checkpoints, in one process and in two."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from mesh_runs import config_of
+
+from trinity.errors import Failure
+from trinity.parallel import mesh
+from trinity.training import loop, saver, trainer
+from trinity.training.checkpoint import complete_steps, load, newest_intact, step_folder, tensors_of
+from trinity.training.loop import pretrain
+from trinity.training.saver import Writer
+
+WORDS = [
+    "batch.sequences=4",
+    "batch.ramp=[]",
+    "evaluation.every=0",
+    "run.steps=6",
+    "checkpoint.every=2",
+    "checkpoint.keep=9",
+]
+MESH = {1: [], 2: ["parallel.shard=2", "parallel.expert=2"]}
+LAST = 6
+
+
+def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
+    """A run in which writing step s waits until training has made steps s + 1 and s + 2."""
+    made: list[int] = []
+
+    def step(*args: Any) -> dict:
+        figures = trainer.train_step(*args)
+        made.append(1)
+        return figures
+
+    copy = saver.on_host if copies else lambda state, into: state
+    with (
+        slow_writes(lambda writer: len(made) >= min(writer.step + 2, LAST)),
+        mock.patch.object(mesh, "stop"),
+        mock.patch.object(loop, "train_step", step),
+        mock.patch.object(saver, "on_host", copy),
+    ):
+        return pretrain(config_of(settings, words), [])
+
+
+@contextmanager
+def slow_writes(may_begin: Callable[[Writer], bool]) -> Iterator[None]:
+    """Writing begins only when that has come true."""
+    write_data = Writer.write_data
+
+    def wait_and_write(writer: Writer, *args: Any) -> Any:
+        deadline = time.monotonic() + 30
+        while not may_begin(writer):
+            assert time.monotonic() < deadline, "training waits for a save that is in flight"
+            time.sleep(0.002)
+        return write_data(writer, *args)
+
+    with mock.patch.object(Writer, "write_data", wait_and_write):
+        yield
+
+
+def plain_run(settings: dict, words: list[str]) -> int:
+    """A run as it is."""
+    with mock.patch.object(mesh, "stop"):
+        return pretrain(config_of(settings, words), [])
+
+
+def on_ranks(processes: Callable, world: int, case: Callable, *args: Any) -> list:
+    """case(*args) in this process, or on every rank of the pool."""
+    return processes(world).run(case, *args) if world > 1 else [case(*args)]
+
+
+def contents(run: Path) -> dict[int, dict[str, bytes]]:
+    """The bytes of every tensor, by step and name."""
+    found = {}
+    for step in complete_steps(run):
+        state = tensors_of(step_folder(run, step), "")
+        load(state, run, step)
+        found[step] = {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_in_flight_is_the_state_of_its_step(
+    recipe: Callable, processes: Callable, tmp_path: Path, world: int
+) -> None:
+    """Training changes weights, momentum, biases and data meanwhile: the files are those of a run that waits."""
+    words = [*WORDS, *MESH[world]]
+    waits = [*words, "checkpoint.asynchronous=false"]
+    assert on_ranks(processes, world, plain_run, recipe(tmp_path / "waits"), waits) == [0] * world
+    assert on_ranks(processes, world, slow_run, recipe(tmp_path / "goes_on"), words) == [0] * world
+    expected, found = contents(tmp_path / "waits"), contents(tmp_path / "goes_on")
+    assert list(expected) == [2, 4, 6]
+    assert found == expected
+
+
+def test_without_the_copy_it_would_show(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """The comparison above can fail: a save of the tensors themselves holds weights of later steps."""
+    assert plain_run(recipe(tmp_path / "waits"), [*WORDS, "checkpoint.asynchronous=false"]) == 0
+    assert slow_run(recipe(tmp_path / "wrong"), WORDS, copies=False) == 0
+    expected, found = contents(tmp_path / "waits"), contents(tmp_path / "wrong")
+    assert found[LAST] == expected[LAST]
+    for step in (2, 4):
+        wrong = {name for name in expected[step] if found[step][name] != expected[step][name]}
+        assert "model.head.weight" in wrong
+        assert any(name.startswith("optim.") for name in wrong)
+
+
+def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
+    """A run whose disk is full, for one rank, when step 4 is written; what it says on this rank."""
+    write_data = Writer.write_data
+
+    def write(writer: Writer, *args: Any) -> Any:
+        if writer.step == 4 and writer.rank == broken_rank:
+            raise OSError(28, "No space left on device", "x.distcp")
+        return write_data(writer, *args)
+
+    with mock.patch.object(Writer, "write_data", write), mock.patch.object(mesh, "stop"):
+        try:
+            pretrain(config_of(settings, words), [])
+        except Failure as failure:
+            return str(failure)
+    return "no failure"
+
+
+@pytest.mark.parametrize(("world", "broken_rank", "asynchronous"), [(1, 0, "true"), (1, 0, "false"), (2, 1, "true")])
+def test_a_disk_that_is_full_for_one_rank(
+    recipe: Callable, processes: Callable, tmp_path: Path, world: int, broken_rank: int, asynchronous: str
+) -> None:
+    """All ranks end with its sentence, the checkpoint before is whole, and the same command goes on to the end."""
+    words = [*WORDS, *MESH[world], f"checkpoint.asynchronous={asynchronous}"]
+    settings = recipe(tmp_path / "run")
+    said = on_ranks(processes, world, full_disk_run, settings, words, broken_rank)
+    full = "the disk is full while writing x.distcp; free some space and run the same command again"
+    assert said == [f"rank 1: {full}" if broken_rank else full] * world
+    assert newest_intact(tmp_path / "run", ignore) == 2
+    assert on_ranks(processes, world, plain_run, settings, words) == [0] * world
+    assert complete_steps(tmp_path / "run") == [2, 4, 6]
+
+
+def ignore(*_: object, **__: object) -> None:
+    """A Note that nobody reads."""
+
+
+def chosen(run: str) -> SimpleNamespace:
+    """What this rank would begin with, and what it says."""
+    said: list[str] = []
+    step = newest_intact(Path(run), lambda kind, message, **_: said.append(message))
+    return SimpleNamespace(step=step, said=said)
+
+
+def test_every_rank_takes_the_same_checkpoint(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """Only one rank looks into the damaged file; all step back, and the first alone says why."""
+    run = tmp_path / "run"
+    assert processes(2).run(plain_run, recipe(run), [*WORDS, *MESH[2]]) == [0, 0]
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+        path = step_folder(run, LAST) / name
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+        first, second = processes(2).run(chosen, str(run))
+        assert (first.step, second.step) == (4, 4)
+        assert (len(first.said), second.said) == (1, [])
+        assert f"({name} has changed since it was written)" in first.said[0]
+        if name != ".metadata":
+            path.write_bytes(whole)
+    assert processes(2).run(plain_run, recipe(run), [*WORDS, *MESH[2]]) == [0, 0]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["rank"]) for event in events if event["kind"] == "checkpoint_damaged"] == [
+        ("checkpoint_damaged", 0)
+    ]
+    assert newest_intact(run, ignore) == LAST

@@ -1,0 +1,95 @@
+"""Runs that kill themselves inside a checkpoint: `killed_runs.py SETTINGS.yaml FOLDER MOMENT…`, a run each.
+
+Each is a fork of this process, which has everything imported and has done nothing yet; it prints what became of them.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+from run_files import train
+from torch.distributed.checkpoint import filesystem
+
+from trinity.training import checkpoint_folder
+
+WORDS = ("checkpoint.every=2", "checkpoint.keep=1")
+
+
+def kill(*_: object) -> None:
+    """At once, as the out-of-memory killer and the plug do."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_the_files(times: int) -> mock._patch:
+    """Before the n-th tensor is written; a checkpoint of the test's model has some 200."""
+    return mock.patch.object(filesystem, "_write_item", nth(times, filesystem._write_item))
+
+
+def in_the_publish(name: str, times: int, after: bool = False) -> mock._patch:
+    """When COMPLETE or latest is written for the n-th time: between content and name, or just after."""
+    write = checkpoint_folder.write_whole
+
+    def write_and_die(path: Path, text: str) -> None:
+        path.with_name(path.name + ".tmp").write_text(text)
+        if after:
+            write(path, text)
+        kill()
+
+    matching = nth(times, write, lambda path, text: path.name == name, write_and_die)
+    return mock.patch.object(checkpoint_folder, "write_whole", matching)
+
+
+def in_the_deletion(name: str) -> mock._patch:
+    """Just after the first of the old checkpoint's files of that name is gone."""
+    unlink = Path.unlink
+
+    def unlink_and_die(path: Path, **words: bool) -> None:
+        unlink(path, **words)
+        kill()
+
+    matching = nth(1, unlink, lambda path, **words: path.name == name and path.exists(), unlink_and_die)
+    return mock.patch.object(Path, "unlink", matching)
+
+
+def nth(
+    times: int, function: Callable, counts: Callable = lambda *args, **words: True, instead: Callable = kill
+) -> Callable:
+    """The function, but something else at its n-th call that counts."""
+    left = [times]
+
+    def call(*args: Any, **words: Any) -> Any:
+        left[0] -= counts(*args, **words)
+        return (instead if left[0] == 0 and counts(*args, **words) else function)(*args, **words)
+
+    return call
+
+
+# moment: how it is brought about, and the steps whose checkpoints are complete afterwards
+MOMENTS = {
+    "the first files": (lambda: in_the_files(3), []),
+    "later files": (lambda: in_the_files(300), [2]),
+    "the first publish": (lambda: in_the_publish("COMPLETE", 1), []),
+    "a later publish": (lambda: in_the_publish("COMPLETE", 2), [2]),
+    "just published": (lambda: in_the_publish("COMPLETE", 2, after=True), [2, 4]),
+    "the hint": (lambda: in_the_publish("latest", 2), [2, 4]),
+    "the deletion's first file": (lambda: in_the_deletion("COMPLETE"), [4]),
+    "the deletion's second file": (lambda: in_the_deletion(".metadata"), [4]),
+    "the deletion's rest": (lambda: mock.patch.object(checkpoint_folder.shutil, "rmtree", kill), [4]),
+}
+QUICK = ["later files", "the first publish", "the deletion's first file"]
+
+if __name__ == "__main__":
+    settings, folder = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for name in sys.argv[3:]:
+        child = os.fork()
+        if child == 0:
+            settings["run"]["dir"] = str(folder / name)
+            with MOMENTS[name][0]():
+                train(settings, *WORDS)
+            os._exit(0)
+        print(f"{name}: {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")

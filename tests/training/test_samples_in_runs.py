@@ -1,0 +1,58 @@
+"""samples.jsonl of a run: at every evaluation, what the model of that step says, and none twice after a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+from run_files import metrics, refuse, train
+
+from trinity.data.tokenizer import bos_id, load_text_encoder
+from trinity.evaluation.generate import generate
+from trinity.training.checkpoint import load_model
+
+PROMPTS = ["def train", "Raises:\n    User"]
+
+
+@pytest.fixture
+def speaking(settings: dict) -> dict:
+    """Two prompts at every second step."""
+    settings["evaluation"] = {"every": 2, "sequences": 5, "prompts": PROMPTS, "sample_tokens": 6}
+    return settings
+
+
+def samples(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def test_what_is_written(speaking: dict, uninterrupted: Path) -> None:
+    """The last step's text is that of the saved model, by another way of generating; samples change no step."""
+    assert train(speaking) == 0
+    run = Path(speaking["run"]["dir"])
+    found = samples(run)
+    assert [(line["step"], line["prompt"]) for line in found] == [(s, p) for s in (2, 4, 6, 8) for p in PROMPTS]
+    tokens = {line["step"]: line["tokens"] for line in metrics(run)}
+    assert all(line["tokens"] == tokens[line["step"]] for line in found)
+    model, config, _ = load_model(run)
+    tok = load_text_encoder(Path(config.data.tokenizer))
+    for line in found[-2:]:
+        prompt = [bos_id(tok), *tok.encode(line["prompt"], add_special_tokens=False).ids]
+        said = generate(model, prompt, 6, temperature=0, stop_ids=[bos_id(tok)])
+        assert line["text"] == tok.decode([token for token in said if token != bos_id(tok)])
+    assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(uninterrupted)]
+
+
+def test_a_resumed_run_says_everything_once(speaking: dict, tmp_path: Path) -> None:
+    """Back from step 8 to the checkpoint of step 6, as after a crash; what is cut off is kept aside."""
+    assert train(speaking) == 0
+    run = Path(speaking["run"]["dir"])
+    expected = samples(run)
+    (run / "checkpoints/step_00000008/COMPLETE").unlink()
+    assert train(speaking) == 0
+    assert samples(run) == expected
+    assert [json.loads(line) for line in (run / "samples.tail.1.jsonl").read_text().splitlines()] == expected[-2:]
+
+
+def test_prompts_need_a_tokenizer(speaking: dict) -> None:
+    assert "evaluation.sample_tokens=0 must be at least 1" in refuse(speaking, "evaluation.sample_tokens=0")
+    del speaking["data"]["tokenizer"]
+    assert "evaluation.prompts are texts and there is no tokenizer; set data.tokenizer" in refuse(speaking)

@@ -1,0 +1,104 @@
+"""The library's pickle is read by an unpickler that runs nothing."""
+
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from trinity.errors import UserError
+from trinity.training.checkpoint import load, save, step_folder, tensors_of
+from trinity.training.stored import Reader, read_metadata
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+
+
+class Malice:
+    """Pickles into a call."""
+
+    def __init__(self, function: Callable, *words: object) -> None:
+        self.call = function, words
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with every dtype, shape and placement that ours may have."""
+    folder = tmp_path_factory.mktemp("run")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1, 1))
+    state = {f"data.{dtype}": torch.ones(3, dtype=dtype) for dtype in DTYPES}
+    state |= {"model.sharded": distribute_tensor(torch.ones(4, 2), mesh, [Replicate(), Shard(0)])}
+    state |= {"run.scalar": torch.tensor(3), "run.nothing": torch.empty(0, 5), "run.turned": torch.ones(3, 2).T}
+    save(state, folder, 1, keep=1)
+    dist.destroy_process_group()
+    return folder
+
+
+def test_ours_is_read(run: Path) -> None:
+    """Names, shapes and dtypes, equal to what an ordinary unpickler finds."""
+    path = step_folder(run, 1) / ".metadata"
+    found, expected = read_metadata(path), pickle.loads(path.read_bytes())
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    assert found.storage_data == expected.storage_data
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(step_folder(run, 1), "").items()}
+    assert shapes["data.torch.bfloat16"] == ((3,), torch.bfloat16)
+    assert shapes["model.sharded"] == ((4, 2), torch.float32)
+    assert len(shapes) == len(DTYPES) + 4
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "name"),
+    [
+        (os.system, "touch TRAP", "posix.system"), (eval, "open('TRAP', 'w')", "builtins.eval"),
+        (os.mkdir, "TRAP", "posix.mkdir"), (torch.load, "TRAP", "torch.serialization.load"),
+        (getattr, "TRAP", "builtins.getattr"), (Path, "TRAP", "pathlib.Path"),
+    ],
+)  # fmt: skip
+def test_malice(run: Path, tmp_path: Path, function: Callable, words: str, name: str) -> None:
+    """Hidden in a description that is otherwise right: refused by name, before anything is called."""
+    trap, folder = tmp_path / "sprung", step_folder(tmp_path, 1)
+    description = pickle.loads((step_folder(run, 1) / ".metadata").read_bytes())
+    description.planner_data = Malice(function, words.replace("TRAP", str(trap)))
+    folder.mkdir(parents=True)
+    path = folder / ".metadata"
+    path.write_bytes(pickle.dumps(description))
+    for read in (lambda: Reader(folder), lambda: tensors_of(folder, "model."), lambda: load({}, tmp_path, 1)):
+        with pytest.raises(UserError) as refusal:
+            read()
+        assert str(refusal.value).startswith(f"{path} names '{name}', which no checkpoint needs")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("value", [None, 3, {"a": 1}, Metadata({}), [Metadata({})]])
+def test_something_else(tmp_path: Path, value: object) -> None:
+    """A pickle of harmless things that is no description of a checkpoint."""
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
+    with pytest.raises(UserError, match="does not describe a checkpoint"):
+        Reader(tmp_path)
+
+
+def test_damaged(run: Path, tmp_path: Path) -> None:
+    """Cut anywhere, or with any byte changed: read, or refused in one sentence; nothing else."""
+    whole = (step_folder(run, 1) / ".metadata").read_bytes()
+    chance, path = random.Random(1), tmp_path / ".metadata"
+    refused = []
+    for _ in range(300):
+        content = bytearray(whole)
+        content[chance.randrange(len(content))] = chance.randrange(256)
+        path.write_bytes(content[: chance.choice([None, chance.randrange(len(content))])])
+        try:
+            read_metadata(path)
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all(str(path) in sentence and "\n" not in sentence for sentence in refused)

@@ -1,0 +1,69 @@
+"""Signs that a router collapses, layer by layer: MaxVio stays flat for long, then climbs suddenly (report, eq. 42).
+
+Shapes: M MoE layers, E experts.
+"""
+
+from torch import Tensor
+
+WINDOW = 20
+"""Steps that a mean is taken over. Ours."""
+
+
+class Collapse:
+    """Watches the loads of all layers.
+
+    Args:
+        factor: a layer is warned of when its mean MaxVio over the last steps is so many times its lowest such mean, and
+            above 1 (some expert has twice its share); 0 warns of none.
+        dead_steps: and when an expert had no token for so many steps in a row; 0 warns of none.
+    """
+
+    def __init__(self, factor: float, dead_steps: int) -> None:
+        self.factor, self.dead_steps = factor, dead_steps
+        self._recent: list[Tensor] = []
+        self._lowest_M: Tensor | None = None
+        self._empty_ME: Tensor | None = None
+        self._warned: set[tuple[str, int]] = set()
+
+    def look(self, counts_ME: Tensor) -> list[tuple[str, dict]]:
+        """Take the tokens per expert of one step; what is to be warned of, as sentences with their figures.
+
+        A layer is warned of once, and again only after it was well in between.
+
+        Args:
+            counts_ME: [M, E], over the global batch, on the CPU.
+        """
+        return [*self._climbing(counts_ME), *self._dead(counts_ME)]
+
+    def _climbing(self, counts_ME: Tensor) -> list[tuple[str, dict]]:
+        mean_M = counts_ME.double().mean(dim=1).clamp_min(1e-9)
+        self._recent = [*self._recent, counts_ME.double().amax(dim=1) / mean_M - 1][-WINDOW:]
+        if len(self._recent) < WINDOW:
+            return []
+        now_M = sum(self._recent) / WINDOW
+        self._lowest_M = now_M if self._lowest_M is None else self._lowest_M.minimum(now_M)
+        found = []
+        for layer, (now, lowest) in enumerate(zip(now_M.tolist(), self._lowest_M.tolist())):
+            climbing = bool(self.factor) and now > 1 and now > self.factor * lowest
+            if self._is_new("climbing", layer, climbing):
+                text = f"MaxVio of MoE layer {layer} has climbed to {now:.2f} from {lowest:.2f}, over {WINDOW} steps"
+                found.append((text, {"layer": layer, "max_violation": now, "lowest": lowest}))
+        return found
+
+    def _dead(self, counts_ME: Tensor) -> list[tuple[str, dict]]:
+        empty_ME = counts_ME == 0
+        before_ME = 0 if self._empty_ME is None else self._empty_ME
+        self._empty_ME = (before_ME + empty_ME.int()) * empty_ME
+        found = []
+        for layer, empty_E in enumerate(self._empty_ME):
+            experts = (empty_E >= self.dead_steps).nonzero().flatten().tolist() if self.dead_steps else []
+            if self._is_new("dead", layer, bool(experts)):
+                text = f"MoE layer {layer} has {len(experts)} experts without a token for {self.dead_steps} steps"
+                found.append((f"{text}: {experts[:8]}", {"layer": layer, "dead": len(experts)}))
+        return found
+
+    def _is_new(self, what: str, layer: int, present: bool) -> bool:
+        key = (what, layer)
+        new = present and key not in self._warned
+        (self._warned.add if present else self._warned.discard)(key)
+        return new

@@ -1,0 +1,240 @@
+"""Writing a checkpoint: by the library's collective save, in the training's own time or behind its back.
+
+    training  ──step──[copy]──step──step──step──…         [copy]: to host memory, all that training waits for
+    thread             └─files, fsync, checksums──(all ranks)──COMPLETE, old ones go
+
+The thread talks to the other ranks over a gloo group of its own, so that its messages never meet the training's. The
+library passes what fails on one rank on to all, in every phase; what the first rank does once all have written
+(COMPLETE, removal) is part of its last phase, so that all ranks know how a save ended before any of them goes on.
+
+Memory: a copy of this rank's part of the state stays on the host for the life of the run (pinned where there is a GPU),
+because memory that has been used before is filled several times faster than new memory.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+
+from trinity.config.run import Checkpoint
+from trinity.errors import USER_MISTAKE, Failure, UserError, explain
+from trinity.parallel.agree import on_first
+from trinity.training.checkpoint_folder import (
+    METADATA,
+    FileSum,
+    Note,
+    complete_steps,
+    mark_complete,
+    remove,
+    retain,
+    size_of,
+    step_folder,
+    sum_of,
+    warn,
+)
+
+State = dict[str, Tensor]
+Written = tuple[list[WriteResult], dict[str, FileSum]]
+
+SLOWEST_SAVE = timedelta(minutes=30)
+"""How long a rank may wait for another one's files."""
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time; every rank makes one and calls it at the same steps.
+
+    Args:
+        run_directory: whose checkpoints.
+        settings: when asynchronous, how many stay.
+        note: told on the first rank of each checkpoint that is complete, of a disk that is nearly full, and of a save
+            that failed when nobody waits for it any more.
+        beat: called every second that training waits for files, so that slow storage does not look like a rank that
+            hangs; SLOWEST_SAVE ends that.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        settings: Checkpoint,
+        note: Note = warn,
+        beat: Callable[[str], None] = lambda doing: None,
+    ) -> None:
+        self._run_directory, self._settings, self._note, self._beat = run_directory, settings, note, beat
+        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
+        self._copy: State = {}
+        self._thread: Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: State, step: int) -> float:
+        """Write a checkpoint of this state; the caller may change its tensors as soon as this returns.
+
+        Returns:
+            seconds that training stood still.
+        Raises:
+            Failure, UserError: this save, or the one before it that was still in flight, could not be written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        on_first(self._check_space)
+        if self._settings.asynchronous:
+            state = self._copy = on_host(state, self._copy)
+        self._thread = Thread(target=self._write, args=(state, step), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self._settings.asynchronous:
+            self.wait()
+        return time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Until nothing is in flight.
+
+        Raises:
+            Failure, UserError: the save that was could not be written; the same on every rank.
+        """
+        while self._thread is not None:
+            self._thread.join(timeout=1)
+            self._beat("waiting for the files of a checkpoint")
+            if not self._thread.is_alive():
+                self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Wait, and leave the group; whoever has not waited before hears of a failure only by `note`."""
+        try:
+            self.wait()
+        except (Exception, dcp.CheckpointException) as error:  # what ends the run must not be hidden by this
+            if _is_first():
+                with suppress(OSError):
+                    self._note("checkpoint_damaged", f"the last checkpoint could not be written: {error}")
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _write(self, state: State, step: int) -> None:
+        """In the thread."""
+        began = time.perf_counter()
+        try:
+            write(state, self._run_directory, step, self._settings.keep, self._settings.keep_every, self._group)
+        except BaseException as error:
+            self._failure = error
+            return
+        if _is_first():
+            size, seconds = size_of(step_folder(self._run_directory, step)), time.perf_counter() - began
+            sentence = f"step {step} is complete: {size / 1e9:.3g} GB written in {seconds:.1f} s"
+            with suppress(OSError):  # an event that cannot be written does not undo a checkpoint
+                self._note("checkpoint", sentence, step=step, bytes=size, seconds=seconds)
+
+    def _check_space(self) -> None:
+        """Say so where two checkpoints like the last one do not fit: the next one may, what comes after it may not."""
+        steps = complete_steps(self._run_directory)
+        if not steps:
+            return
+        size, free = size_of(step_folder(self._run_directory, steps[-1])), shutil.disk_usage(self._run_directory).free
+        if free < 2 * size:
+            self._note(
+                "disk",
+                f"{self._run_directory} has {free / 1e9:.3g} GB left and a checkpoint takes {size / 1e9:.3g} GB; "
+                "free some space or lower checkpoint.keep",
+            )
+
+
+def write(
+    state: State, run_directory: Path, step: int, keep: int, keep_every: int, group: dist.ProcessGroup | None
+) -> None:
+    """Write a checkpoint, mark it complete, then remove those that it makes superfluous; every rank calls this.
+
+    Args:
+        group: over which the ranks agree; None: the default one.
+    Raises:
+        Failure, UserError: one rank could not write: the same sentence on all of them.
+    """
+    writer = Writer(run_directory, step, keep, keep_every)
+    try:
+        dcp.save(state, storage_writer=writer, process_group=group)
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        explained = explain(cause)
+        if explained is None:
+            raise
+        code, sentence = explained
+        kind = UserError if code == USER_MISTAKE else Failure
+        raise kind(f"rank {rank}: {sentence}" if rank else sentence) from None
+
+
+class Writer(dcp.FileSystemWriter):
+    """The library's writer of one file a rank, which also sums what it wrote and decides what a checkpoint is."""
+
+    def __init__(self, run_directory: Path, step: int, keep: int, keep_every: int) -> None:
+        super().__init__(step_folder(run_directory, step), single_file_per_rank=True, sync_files=True)
+        self.step = step
+        self._run_directory, self._keep, self._keep_every = run_directory, keep, keep_every
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """On every rank; it makes no folder, which the first rank may be about to clean."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the first rank, before anyone writes: a folder without what an earlier attempt left in it."""
+        if self.path.exists():
+            remove(self.path)
+        self.path.mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Written]:
+        """On every rank: its file, and the sum of it as it reads back."""
+        results = super().write_data(plan, planner).value()
+        names = {result.storage_data.relative_path for result in results}
+        done: Future[Written] = Future()
+        done.set_result((results, {name: sum_of(self.path / name) for name in names}))
+        return done
+
+    def finish(self, metadata: Metadata, results: list[Written]) -> None:
+        """On the first rank, once every rank has written."""
+        super().finish(metadata, [result for result, _ in results])
+        sums = {METADATA: sum_of(self.path / METADATA)}
+        for _, found in results:
+            sums |= found
+        mark_complete(self.path, sums)
+        retain(self._run_directory, self.step, self._keep, self._keep_every)
+
+
+@torch.no_grad()
+def on_host(state: State, into: State) -> State:
+    """A copy of every tensor in host memory, each rank's part alone.
+
+    Args:
+        state: tensors and DTensors on any device.
+        into: an earlier copy, whose memory is used again where shapes are the same.
+    """
+    copy = {}
+    for name, tensor in state.items():
+        kept = into.get(name)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        _local(kept).copy_(_local(tensor), non_blocking=True)
+        copy[name] = kept
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copy
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,79 @@
+"""Reading what torch.distributed.checkpoint stored, without trusting it.
+
+The tensors are read by the library with weights_only. Its .metadata is a pickle, which could run anything: it is read
+here by an unpickler that knows the few classes which describe tensors and files, and no other.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from trinity.errors import UserError
+
+METADATA_CLASSES = {
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+    "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+}  # fmt: skip
+
+ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in METADATA_CLASSES} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),  # looks a name up in a table of layouts
+    ("pathlib", "PosixPath"),  # where it was saved
+    ("pathlib._local", "PosixPath"),  # the same, as Python 3.13 calls it
+}
+
+
+class Reader(dcp.FileSystemReader):
+    """The library's reader of a folder, its description read with care, once, when this is made.
+
+    Raises:
+        UserError: .metadata is missing, damaged, or names something else than tensors and files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._metadata = read_metadata(folder / ".metadata")
+
+    def read_metadata(self) -> Metadata:  # the library would also offer a file by rank, which we never write
+        """What is stored: names, shapes, and where in which file."""
+        if self._metadata.storage_meta is None:
+            self._metadata.storage_meta = StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The description of a checkpoint.
+
+    Raises:
+        UserError: the file is missing, damaged, or names something else than tensors and files.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = _Unpickler(file).load()
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # bytes that are no pickle fail in every way there is
+        raise UserError(f"{path} is damaged ({type(error).__name__}); use another checkpoint") from None
+    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+        raise UserError(f"{path} does not describe a checkpoint; use another one")
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._path = file.name
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in ALLOWED:
+            named = f"{module}.{name}"
+            raise UserError(f"{self._path} names {named!r}, which no checkpoint needs; do not trust this folder")
+        return super().find_class(module, name)

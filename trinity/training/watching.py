@@ -1,0 +1,117 @@
+"""What watches over a run: heartbeat, spikes, routers, goodput. The loop tells it of each step, and asks what to do.
+
+All ranks see the same figures, so they come to the same judgement without asking each other.
+
+Shapes: M MoE layers, E experts.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trinity import balancing
+from trinity.config.run import RunConfig
+from trinity.models.trinity import Trinity
+from trinity.training.collapse import Collapse
+from trinity.training.events import Events
+from trinity.training.heartbeat import Heartbeat
+from trinity.training.run_directory import RunDirectory
+from trinity.training.spikes import Spikes
+from trinity.training.trainer import Watch, moe_layers
+
+
+class Watcher:
+    """Watches one process of a run.
+
+    Attributes:
+        events: where it notes what it sees.
+        heartbeat: to be told of whatever takes long.
+        spiked: what was out of the ordinary in the last step, None for nothing.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, rank: int, step: int) -> None:
+        """Begin to watch; the heartbeat beats from now on."""
+        health = config.health
+        self.config, self._first = config, rank == 0
+        self.events = Events(directory.path, rank, step)
+        self.heartbeat = Heartbeat(health.heartbeat_seconds, self.events, directory.path)
+        self.spikes = Spikes(health.spike.window, health.spike.sigma)
+        self.spiked: str | None = None
+        self._collapse = Collapse(health.violation_factor, health.dead_steps)
+        self._counts_ME: Tensor | None = None
+        self._bias_before_ME: Tensor | None = None
+        self._began, self._useful = time.monotonic(), 0.0
+
+    def of_step(self, model: Trinity, step: int) -> Watch:
+        """What train_step is to tell of the step that comes after `step`, and to ask."""
+        self.events.step, self.spiked, self._counts_ME = step + 1, None, None
+        self._bias_before_ME = _biases(model) if self._logs_routers(step + 1) else None
+        action = self.config.health.spike.action
+        return Watch(
+            beat=self.heartbeat.beat,
+            judge=None if action == "none" else self._judge,
+            skips=action in ("skip", "rollback"),
+            loads=self._take_loads,
+        )
+
+    def after_step(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Note what the step showed.
+
+        Returns:
+            Figures that the record lacks.
+        """
+        self.heartbeat.step_done()
+        if self.spiked:
+            action = self.config.health.spike.action
+            self.note("spike", self.spiked, loss=record["loss"], grad_norm=record["grad_norm"], action=action)
+        elif record["skipped"]:
+            self.note("skipped", "the loss or the gradient is not finite; nothing was changed")
+        if self._counts_ME is not None:
+            for sentence, figures in self._collapse.look(self._counts_ME):
+                self.note("collapse", sentence, **figures)
+        if not record["skipped"]:
+            self._useful += record["step_seconds"]
+        return {"goodput": self._useful / max(time.monotonic() - self._began, 1e-9), "spike": self.spiked is not None}
+
+    def routers(self, step: int, tokens: int, model: Trinity) -> dict[str, Any] | None:
+        """What router.jsonl says of a step, where it is one that is logged."""
+        if self._bias_before_ME is None or self._counts_ME is None:
+            return None
+        bias_ME, counts_ME = _biases(model), self._counts_ME.double()
+        return {
+            "step": step,
+            "tokens": tokens,
+            "load": (counts_ME / counts_ME.sum(dim=1, keepdim=True)).tolist(),
+            "max_violation": balancing.max_violation(self._counts_ME).tolist(),
+            "dead": balancing.dead_share(self._counts_ME).tolist(),
+            "bias_range": (bias_ME.amax(dim=1) - bias_ME.amin(dim=1)).tolist(),
+            "bias_step_norm": (bias_ME - self._bias_before_ME).norm(dim=1).tolist(),
+            "bias": bias_ME.tolist(),
+        }
+
+    def note(self, kind: str, message: str, **more: Any) -> None:
+        """Note what all ranks see alike: the first does."""
+        if self._first:
+            self.events.note(kind, message, **more)
+
+    def close(self) -> None:
+        """Watch no more."""
+        self.heartbeat.close()
+
+    def _judge(self, loss: float, grad_norm: float) -> str | None:
+        self.spiked = self.spikes.judge(loss, grad_norm)
+        return self.spiked
+
+    def _take_loads(self, counts_ME: Tensor) -> None:
+        self._counts_ME = counts_ME.cpu()
+
+    def _logs_routers(self, step: int) -> bool:
+        every = self.config.log.router_every
+        return bool(every) and (step % every == 0 or step == 1) and self._first
+
+
+def _biases(model: Trinity) -> Tensor:
+    """[M, E] fp32 on the CPU: a copy of every layer's expert bias."""
+    return torch.stack([layer.expert_bias.detach() for layer in moe_layers(model)]).float().cpu().clone()
