@@ -6,6 +6,7 @@ Threads, launcher and shapes are the same on both sides, so there is no toleranc
 import math
 import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -103,6 +104,25 @@ def test_asked_to_stop(
     assert again.code == 0, again.errors
     assert f"resuming after step {stopped['step']}" in again.errors
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_waiting_for_the_others(
+    settings: dict, config_file: Callable, command: Callable, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """One of two processes, whose first one answers nothing: it ends at once, with 75."""
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first.getsockname()[1])}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        process = command("launch/pretrain.py", config_file(settings))
+        first.settimeout(60)
+        connection, _ = first.accept()
+        process.send_signal(number)
+        errors = process.communicate(timeout=20)[1]
+        connection.close()
+    assert process.returncode == 75, errors
 
 
 def test_a_finished_run_stays(settings: dict) -> None:

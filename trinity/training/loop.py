@@ -44,11 +44,11 @@ from trinity.training.setup import (
     rates_at,
     total_steps,
 )
-from trinity.training.signals import StopRequest
+from trinity.training.signals import SAVED, StopRequest
 from trinity.training.trainer import Batch, train_step
 from trinity.training.watching import Watcher
 
-FINISHED, FAILED, TOO_MANY_BAD_STEPS, SAVED = 0, 1, 3, 75
+FINISHED, FAILED, TOO_MANY_BAD_STEPS = 0, 1, 3
 
 
 def pretrain(config: RunConfig, accepted: list[str]) -> int:
@@ -67,6 +67,7 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     directory = training = None
     try:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
+        stop_request.started()
         directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
         done = _step_to_resume(config, accepted, directory.path, Events(directory.path, ranks.rank).note)
         training = Training(config, ranks, directory, done)

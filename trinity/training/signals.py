@@ -1,7 +1,16 @@
-"""SIGTERM and SIGINT: finish the step, save, end with 75. A second SIGINT ends at once."""
+"""SIGTERM and SIGINT: finish the step, save, end with 75. A second SIGINT ends at once, and so does any while starting.
 
+While the ranks look for each other, Python runs no handler: a rank whose neighbour was killed would sit there until its
+launcher loses patience, half a minute of every restart. So a thread hears of signals too, and ends a process that has
+nothing to save yet.
+"""
+
+import os
 import signal
+import threading
 from types import FrameType
+
+SAVED = 75
 
 
 class StopRequest:
@@ -13,14 +22,33 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
+        self._starting = True
+        self._heard, heard = os.pipe()
+        os.set_blocking(heard, False)
+        self._written, self._wakeup_before = heard, signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def started(self) -> None:
+        """From now on a step's edge will come, where the request is seen."""
+        self._starting = False
+
+    def restore(self) -> None:
+        """Put the handlers back that were there before."""
+        self._starting = False
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._written)  # which ends the thread
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def restore(self) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _listen(self) -> None:
+        """The interpreter writes each signal's number as it arrives, whatever the main thread is doing."""
+        while numbers := os.read(self._heard, 16):
+            if self._starting and {signal.SIGTERM, signal.SIGINT} & set(numbers):
+                os._exit(SAVED)  # the newest checkpoint is all there is
+        os.close(self._heard)
