@@ -172,7 +172,12 @@ def _join(on_gpu: bool) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun on one node keeps its store over restarts, and torch 2.13 looks in it for the others where they
+            # were before. Several nodes meet anew each time, and count their restarts each for itself.
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         return
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -1,0 +1,116 @@
+"""A soak: a run of two processes under torchrun, killed at random again and again, beside one that is left alone.
+
+python tests/training/soak.py --steps 1000 --kills 20 --out FOLDER
+
+torchrun starts the run anew after each kill. In the end both runs must agree in every figure of every step, bit for
+bit, since the number of processes is the same. Prints what the kills cost.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def soak(config: Path, run: Path, world: int, kills: int, seed: int = 1) -> dict[str, float]:
+    """Start the config's run, kill a random worker at a random moment so many times, and let it end.
+
+    Args:
+        config: of a run in `run` that saves often.
+        run: its directory.
+        world: processes.
+        kills: SIGKILLs to a worker.
+    Returns:
+        "kills", "redone" steps, "seconds".
+    """
+    numbers, began = random.Random(seed), time.monotonic()
+    process = start(config, world, restarts=kills + 5)
+    done = 0
+    while process.poll() is None and done < kills:
+        before = lines_of(run / "metrics.jsonl")
+        while process.poll() is None and lines_of(run / "metrics.jsonl") == before:
+            time.sleep(0.01)
+        time.sleep(numbers.uniform(0, 1.5))
+        workers = pids_below(process.pid)
+        if workers:
+            os.kill(numbers.choice(workers), signal.SIGKILL)
+            done += 1
+    process.wait()
+    assert process.returncode == 0, config.with_suffix(".log").read_text()[-3000:]
+    redone = sum(lines_of(path) for path in run.glob("metrics.tail.*.jsonl"))
+    return {"kills": done, "redone": redone, "seconds": time.monotonic() - began}
+
+
+def start(config: Path, world: int, restarts: int) -> subprocess.Popen:
+    """The run under torchrun, as a user starts it."""
+    torchrun = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+        "--max-restarts",
+        str(restarts),
+    ]
+    command = [sys.executable, "-m", *torchrun, str(ROOT / "launch/pretrain.py"), str(config)]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    # A pipe that nobody reads would fill and stop the run.
+    with open(config.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+
+
+def pids_below(launcher: int) -> list[int]:
+    """The launcher's workers: its children that run pretrain.py."""
+    found = []
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except FileNotFoundError:
+            continue
+        if any(word.endswith(b"pretrain.py") for word in words):
+            found.append(int(pid))
+    return found
+
+
+def lines_of(path: Path) -> int:
+    """Lines in a file, 0 where there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def main() -> None:
+    """Both runs on the corpus of the tests, and what came out."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import yaml
+    from conftest import everything_on, make_corpus
+    from run_files import metrics
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True)
+    corpus = make_corpus(arguments.out / "corpus")
+    runs = {}
+    for name, kills in (("alone", 0), ("killed", arguments.kills)):
+        settings = everything_on(corpus, arguments.out / name)
+        settings["run"]["steps"] = arguments.steps
+        settings["checkpoint"] = {"every": 10}
+        settings["evaluation"]["every"] = 100
+        config = arguments.out / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        print(name, json.dumps(soak(config, arguments.out / name, 2, kills)))
+        runs[name] = metrics(arguments.out / name)
+    assert [line["step"] for line in runs["killed"]] == list(range(1, arguments.steps + 1))
+    assert runs["killed"] == runs["alone"]
+    print("equal in every figure of every step")
+
+
+if __name__ == "__main__":
+    main()
