@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -83,6 +84,14 @@ def test_batches_and_states_are_the_streams(
     loader.load_state_dict(state)
     assert_same_batch(loader.take(share), wanted)
     assert_same_state(loader.state_dict(), stream.state_dict())
+
+
+def test_a_stream_pickles_without_its_tokens(sources: dict) -> None:
+    """As it goes to a worker where processes are not forked: it stands where it stood, over maps of its own."""
+    stream = make_stream(sources)
+    stream.take(100)
+    assert len(pickle.dumps(sources["a"])) < sources["a"].tokens
+    assert_same_batch(pickle.loads(pickle.dumps(stream)).take(50), stream.take(50))
 
 
 def test_workers_that_do_not_divide_the_streams(make_loader: Callable, sources: dict) -> None:

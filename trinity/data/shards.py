@@ -128,6 +128,10 @@ class TokenSource:
             content.update("".join(entry[kind + "_checksum"] for kind in KINDS).encode())
         self.fingerprint = content.hexdigest()
 
+    def __getstate__(self) -> dict:
+        """Without the maps, which each process makes for itself."""
+        return self.__dict__ | {"_maps": [None] * len(self._maps)}
+
     def length(self, document: int) -> int:
         """Tokens of a document, BOS counted."""
         _, offsets, row = self._locate(document)
