@@ -90,8 +90,8 @@ def test_a_stream_pickles_without_its_tokens(sources: dict) -> None:
     """As it goes to a worker where processes are not forked: it stands where it stood, over maps of its own."""
     stream = make_stream(sources)
     stream.take(100)
-    assert set(sources["a"]._maps) != {None}
-    assert set(pickle.loads(pickle.dumps(sources["a"]))._maps) == {None}
+    assert any(maps is not None for maps in sources["a"]._maps)
+    assert all(maps is None for maps in pickle.loads(pickle.dumps(sources["a"]))._maps)
     assert_same_batch(pickle.loads(pickle.dumps(stream)).take(50), stream.take(50))
 
 
