@@ -1,8 +1,11 @@
 """Heartbeat, spikes, ways back, routers: each rule against its words, and each end as the config says."""
 
+import itertools
 import json
 import math
 import statistics
+import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from run_files import metrics, state, status, train
+from run_files import metrics, refuse, state, status, train
 
 from trinity.data.stream import SequenceStream
 from trinity.models import ModelConfig, Trinity
@@ -251,10 +254,47 @@ def test_a_step_that_hangs_ends_the_run(
     assert "heartbeat: no progress" in done.errors
 
 
-def test_a_clock_that_jumps_raises_no_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.time", lambda: 0.0)
-    events = mock.Mock()
-    heartbeat = Heartbeat(1, events, tmp_path)
+@pytest.mark.parametrize("beating", [True, False])
+def test_the_alarm_hears_beats_and_no_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool) -> None:
+    """A clock that is set back and forward raises no alarm while something beats; without a beat there is one."""
+    clock = itertools.cycle([1e9, 0.0, 2e9])
+    alarms: list[float] = []
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setattr(Heartbeat, "_alarm", lambda self, limit: alarms.append(limit))
+    heartbeat = Heartbeat(1, mock.Mock(), tmp_path)
     heartbeat.step_done()
+    for _ in range(20):
+        time.sleep(0.1)
+        if beating:
+            heartbeat.beat()
     heartbeat.close()
-    events.note.assert_not_called()
+    assert bool(alarms) != beating
+
+
+def test_what_takes_long_has_as_long_as_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alarms: list[float] = []
+    monkeypatch.setattr(Heartbeat, "_alarm", lambda self, limit: alarms.append(limit))
+    heartbeat = Heartbeat(0.2, mock.Mock(), tmp_path)
+    heartbeat.step_done()
+    heartbeat.begin_long("exporting")
+    time.sleep(0.8)
+    assert not alarms
+    time.sleep(1.8)
+    heartbeat.close()
+    assert set(alarms) == {2.0}
+
+
+def test_a_run_without_routers_is_watched_too(settings: dict) -> None:
+    """All layers dense: no line of router.jsonl, and nothing to fail on."""
+    settings["model"]["dense_layers"] = settings["model"]["layers"]
+    assert train(settings, "run.steps=2", "log.norms_every=1") == 0
+    assert (Path(settings["run"]["dir"]) / "router.jsonl").read_text() == ""
+
+
+def test_a_refused_start_leaves_no_watch(settings: dict) -> None:
+    """A mistake found while loading ends the watch with it: no thread is left that would end this process later."""
+    assert train(settings, "run.steps=3") == 0
+    settings["data"]["train"]["code"] = settings["data"]["train"]["prose"]
+    refuse(settings)
+    time.sleep(1.2)
+    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}

@@ -78,10 +78,6 @@ class BatchPlan:
         """The first step of the kind that sequence k belongs to: its length and phase are the sequence's."""
         return self._segments[bisect_right(self._segments, k, key=lambda segment: segment.plan.first) - 1].plan
 
-    def begin_of_phase(self, phase: int) -> StepPlan:
-        """The first step of a phase; where the next one begins with the same step, it is that one's."""
-        return next(segment.plan for segment in self._segments if segment.plan.phase >= phase)
-
     def steps_for_tokens(self, tokens: int) -> int:
         """The fewest steps that see at least so many tokens."""
         before = [segment for segment in self._segments if segment.plan.tokens < tokens]

@@ -40,6 +40,11 @@ class Heartbeat:
         """Something was done; what comes next is `doing`."""
         self._last, self._doing = time.monotonic(), doing
 
+    def begin_long(self, doing: str) -> None:
+        """What comes next may take as long as the first step: an export, loading a checkpoint."""
+        self._warm = False
+        self.beat(doing)
+
     def step_done(self) -> None:
         """A whole step was done: from now on the limit itself holds."""
         self._warm = True

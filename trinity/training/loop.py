@@ -142,6 +142,15 @@ class Training:
         self.watcher = Watcher(config, directory, ranks.rank, step)
         beat = self.watcher.heartbeat.beat
         self.saver = checkpoint.Saver(directory.path, config.checkpoint, self.watcher.note, beat)
+        try:
+            self._open(step)
+        except BaseException:
+            self.watcher.close()  # or its alarm would end whoever goes on after this mistake
+            raise
+
+    def _open(self, step: int) -> None:
+        """Load or begin, and open what figures are written to."""
+        config, ranks, directory = self.config, self.ranks, self.directory
         if step:
             self._load(directory.path, step)
         else:
@@ -150,7 +159,7 @@ class Training:
         self.sinks: list[Sink] = together(self._open_sinks)
         self.routers = together(lambda: JsonLines(directory.path / "router.jsonl", step) if ranks.is_first else None)
         self.sampler, self.samples = together(self._open_samples)
-        events = self.watcher.events
+        events, beat = self.watcher.events, self.watcher.heartbeat.beat
         self.profiler = together(lambda: Profiler(config.profile, events, ranks, self.total, beat))
         self.watcher.note("resume" if step else "start", f"{self.ranks.world} processes", total=self.total)
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
@@ -321,6 +330,7 @@ class Training:
         self.saver.wait()  # it may be the one to go back to, and may remove the one before
         if self.rollbacks >= self.config.health.rollbacks:
             return False
+        self.watcher.heartbeat.begin_long("going back")
         step = checkpoint.newest_intact(path, self.watcher.note, before=spiked)
         if not step:
             return False
@@ -384,6 +394,7 @@ class Training:
         return self._stalled
 
     def _export(self) -> None:
+        self.watcher.heartbeat.begin_long("exporting")
         folder = self.directory.path / "hf" / checkpoint.step_folder(self.directory.path, self.step).name
         export_hf(self.model, folder, tokenizer_folder(self.config), overwrite=True)
 

@@ -47,7 +47,7 @@ class Watcher:
     def of_step(self, model: Trinity, step: int) -> Watch:
         """What train_step is to tell of the step that comes after `step`, and to ask."""
         self.events.step, self.spiked, self._counts_ME = step + 1, None, None
-        self._bias_before_ME = _biases(model) if self._logs_routers(step + 1) else None
+        self._bias_before_ME = _biases(model) if self._logs_routers(step + 1) and moe_layers(model) else None
         action = self.config.health.spike.action
         return Watch(
             beat=self.heartbeat.beat,
