@@ -18,7 +18,10 @@ from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from trinity.parallel import mesh
 from trinity.training.loop import pretrain
 
-MEASURED = {"step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu"}
+MEASURED = {
+    "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",
+    "rank_seconds", "rank_seconds_spread",
+}  # fmt: skip
 WORDS = [
     "precision.compute=float64", "optim.muon.dtype=float64", "batch.sequences=12", "batch.microbatch=3",
     "batch.ramp=[{tokens: 1000, sequences: 24}]", "checkpoint.every=0", "evaluation.every=4",

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 WORDS = ["batch.sequences=4", "batch.ramp=[]", "parallel.expert=2", "run.steps=4", "evaluation.every=0"]
 
 MEASURED = {
-    "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib"
+    "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib",
+    "rank_seconds", "rank_seconds_spread",
 }  # fmt: skip
 
 

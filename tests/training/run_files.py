@@ -13,7 +13,10 @@ from trinity.errors import UserError
 from trinity.training.loop import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.
-MEASURED = {"step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu"}
+MEASURED = {
+    "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",
+    "rank_seconds", "rank_seconds_spread",
+}  # fmt: skip
 
 
 def train(settings: dict, *words: str, accept: tuple[str, ...] = ()) -> int:

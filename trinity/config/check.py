@@ -65,12 +65,14 @@ def _check_positive(config: RunConfig) -> None:
         "log.het_sequences": (config.log.het_sequences, 1),
         "log.router_every": (config.log.router_every, 0),
         "log.norms_every": (config.log.norms_every, 0),
+        "log.probe_every": (config.log.probe_every, 0),
         "health.bad_steps": (config.health.bad_steps, 1),
         "health.heartbeat_seconds": (config.health.heartbeat_seconds, 0),
         "health.spike.sigma": (config.health.spike.sigma, 1),
         "health.spike.window": (config.health.spike.window, 2),
         "health.violation_factor": (config.health.violation_factor, 0),
         "health.dead_steps": (config.health.dead_steps, 0),
+        "health.slow_factor": (config.health.slow_factor, 0),
     }
     for key, (value, least) in at_least.items():
         if not value >= least:

@@ -364,6 +364,9 @@ class Log:
     norms_every: int = 100
     """Steps between figures of weight and update norms by group, for which a copy of the rank's weights lies in host
     memory during the step; 0: none."""
+    probe_every: int = 100
+    """Steps between probes, for which one row of each rank goes through the model once more: the largest attention
+    logit (sampled), and how far the ranks' speeds differ; 0: none."""
     het_sequences: int = 1
     """Sequences in a group of BatchHet (eq. 40), in stream order, so that it does not depend on the microbatch."""
 
@@ -397,6 +400,9 @@ class Health:
     """Warn of a layer whose MaxVio has climbed to so many times its lowest, and above 1; 0 never. Ours."""
     dead_steps: int = 200
     """Warn of a layer where an expert had no token for so many steps in a row; 0 never. Ours."""
+    slow_factor: float = 1.5
+    """Warn of a rank on which attention took so many times as long as on the median one, in three probes in a row
+    (log.probe_every); 0 never. Ours."""
 
 
 @dataclass

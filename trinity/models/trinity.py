@@ -32,7 +32,7 @@ class Losses(NamedTuple):
     top_logit: scalar fp32, the largest logit.
     sequence_loss_B: [B] fp32, Σ over MoE layers of Σ_i f_i·P_i, differentiable; None without MoE layers.
     counts_ME: [M, E] int64, tokens per expert; None without MoE layers.
-    entropy_sum: scalar, Σ over tokens and MoE layers of the router's entropy.
+    entropy_M: [M], Σ over tokens of each router's entropy; None without MoE layers.
     """
 
     token_loss: Tensor
@@ -41,7 +41,7 @@ class Losses(NamedTuple):
     top_logit: Tensor
     sequence_loss_B: Tensor | None
     counts_ME: Tensor | None
-    entropy_sum: Tensor | None
+    entropy_M: Tensor | None
 
 
 class Block(nn.Module):
@@ -138,5 +138,5 @@ def _collect(head: tuple[Tensor, ...], routings: list[Routing], rows: torch.Size
     return losses._replace(
         sequence_loss_B=torch.stack([routing.sequence_loss_B for routing in routings]).sum(dim=0),
         counts_ME=torch.stack([routing.counts_E for routing in routings]),
-        entropy_sum=torch.stack([routing.entropy_sum for routing in routings]).sum(),
+        entropy_M=torch.stack([routing.entropy_sum for routing in routings]),
     )

@@ -30,7 +30,7 @@ class Events:
 
         Args:
             kind: start, resume, checkpoint, checkpoint_damaged, stop, finish, skipped, spike, rollback, collapse,
-                heartbeat, disk, evaluation or profile.
+                slow_rank, heartbeat, disk, evaluation or profile.
             message: one sentence.
             more: figures that belong to it, as JSON can hold them.
         """

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trinity import STARTED
 from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
@@ -32,6 +33,7 @@ from trinity.training.events import Events
 from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.metrics import JsonLines, Sink, open_sinks
 from trinity.training.norms import Norms
+from trinity.training.probe import probe
 from trinity.training.profiling import Profiler
 from trinity.training.run_data import open_data
 from trinity.training.run_directory import RunDirectory, newest_config
@@ -161,7 +163,9 @@ class Training:
         self.sampler, self.samples = together(self._open_samples)
         events, beat = self.watcher.events, self.watcher.heartbeat.beat
         self.profiler = together(lambda: Profiler(config.profile, events, ranks, self.total, beat))
-        self.watcher.note("resume" if step else "start", f"{self.ranks.world} processes", total=self.total)
+        seconds = time.monotonic() - STARTED
+        told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
+        self.watcher.note("resume" if step else "start", told, total=self.total, seconds=seconds)
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
 
@@ -292,7 +296,8 @@ class Training:
         every = self.config.log.norms_every
         if every and (self.step + 1) % every == 0:
             self.norms.remember()
-        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks, counts, watch)
+        probed = self._probe(batch)
+        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks, counts, waited, watch)
         self.step += 1
         self.bad_steps = self.bad_steps + 1 if figures["skipped"] and not self.watcher.spiked else 0
         seconds = time.perf_counter() - began
@@ -301,7 +306,6 @@ class Training:
         record |= figures
         record |= {
             "step_seconds": seconds,
-            "data_seconds": waited,
             "tokens_per_second": plan.sequences * plan.sequence_length / seconds,
             "memory_gib": memory_gib(self.ranks.device),
         }
@@ -310,7 +314,15 @@ class Training:
             record["mfu"] = self._flops[plan.sequence_length] * record["tokens_per_second"] / (peak * self.ranks.world)
         if self._stalled is not None:
             record["checkpoint_seconds"], self._stalled = self._stalled, None
-        return record | {"attempt": self.rollbacks} | self.norms.figures() | self.watcher.after_step(record)
+        return record | probed | {"attempt": self.rollbacks} | self.norms.figures() | self.watcher.after_step(record)
+
+    def _probe(self, batch: Batch) -> dict[str, float]:
+        """Figures of a closer look at the model before its next step, where it is time for one."""
+        every = self.config.log.probe_every
+        if not every or ((self.step + 1) % every and self.step):
+            return {}
+        found = probe(self.model, batch.tokens_BS, batch.targets_BS, batch.document_ids_BS, self.ranks)
+        return self.watcher.probed(found)
 
     def log(self, record: dict[str, Any]) -> None:
         """Hand the record of a step to all sinks, and add a line to router.jsonl where it is time for one."""

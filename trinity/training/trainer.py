@@ -23,7 +23,8 @@ from trinity.optim.clip import clip_, global_norm
 from trinity.optim.groups import Optimizers
 from trinity.parallel.accumulation import defers_reduction, set_reduction
 from trinity.parallel.mesh import Ranks
-from trinity.training.figures import step_figures, total_counts
+from trinity.training.figures import of_all_ranks, router_entropy, step_figures, total_counts
+from trinity.training.reading import Reading
 from trinity.training.setup import microbatch_size
 from trinity_kernels.cross_entropy import IGNORE
 
@@ -34,13 +35,14 @@ class Watch(NamedTuple):
     beat: called when a microbatch is done.
     judge: (loss, gradient norm), both finite → what is out of the ordinary about them, None for nothing.
     skips: whether such a step is skipped.
-    loads: called with the tokens per layer and expert of the global batch, [M, E] int64.
+    routed: called with the tokens per layer and expert of the global batch, [M, E] int64, and the mean entropy of
+        each layer's router, [M]; both on the CPU.
     """
 
     beat: Callable[[], None] | None = None
     judge: Callable[[float, float], str | None] | None = None
     skips: bool = False
-    loads: Callable[[Tensor], None] | None = None
+    routed: Callable[[Tensor, Tensor], None] | None = None
 
 
 UNWATCHED = Watch()
@@ -74,14 +76,19 @@ def train_step(
     rate: float,
     ranks: Ranks,
     source_counts: Tensor | None = None,
+    waited: float = 0.0,
     watch: Watch = UNWATCHED,
 ) -> dict[str, Any]:
     """One optimizer step on a global batch; every rank calls it with rows of its own, equally many.
+
+    The host reads once what it must know, and waits for the device only while that clips. So a step's optimizer is
+    still at work on the device when this returns.
 
     Args:
         batch: this rank's rows, on the CPU.
         rate: fraction of the peak learning rates.
         source_counts: counts of this rank, of any shape, whose sum over all ranks is wanted.
+        waited: seconds that this rank waited for its rows; with source_counts, "data_seconds" is the longest.
         watch: what to tell of the step, and whom to ask whether it is to be skipped.
     Returns:
         the step's figures, named as in metrics.jsonl and equal on every rank. Where the loss or the gradient is not
@@ -92,28 +99,34 @@ def train_step(
     valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
     valid = _over_all_ranks(valid_B.sum())
     parts = _forward_and_backward(model, batch, valid, config, ranks, watch)
-    counts_ME = total_counts(parts)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = global_norm(gradients, ranks.copy_group)
-    figures = step_figures(parts, valid_B, valid, counts_ME, config, source_counts)
-    skipped = not (math.isfinite(norm.item()) and math.isfinite(figures["loss"]))
-    if not skipped and watch.judge is not None and watch.judge(figures["loss"], norm.item()):
+    wanted = of_all_ranks(parts, valid_B, source_counts, waited) | {"norm": norm}
+    biases = next_biases(model, total_counts(parts), config.balancing)
+    if biases is not None:
+        wanted |= {"counts": biases.counts_ME, "bias_range": biases.ranges}
+    reading = Reading(wanted)
+    if config.optim.clip_norm:
+        clip_(gradients, norm, config.optim.clip_norm)  # of no harm to a step that is skipped: they are dropped
+    known = reading.wait()
+    figures = step_figures(known, valid, batch.tokens_BS.shape[1], config)
+    grad_norm = known["norm"].item()
+    skipped = not (math.isfinite(grad_norm) and math.isfinite(figures["loss"]))
+    if not skipped and watch.judge is not None and watch.judge(figures["loss"], grad_norm):
         skipped = watch.skips
-    if watch.loads is not None and counts_ME is not None:
-        watch.loads(counts_ME)
+    if watch.routed is not None and biases is not None:
+        watch.routed(known["counts"].long(), router_entropy(known, batch.tokens_BS.shape[1]))
     if not skipped:
-        if config.optim.clip_norm:
-            clip_(gradients, norm, config.optim.clip_norm)
         optimizers.set_rates(rate)
         optimizers.step()
-        if counts_ME is not None:
-            update_biases(model, counts_ME, config.balancing)
+        if biases is not None:
+            set_biases(model, biases)
     optimizers.zero_grad()
     return figures | {
-        "grad_norm": norm.item(),
+        "grad_norm": grad_norm,
         "lr_muon": rate * config.optim.muon.lr,
         "lr_adamw": rate * config.optim.adamw.lr,
-        "bias_range": _bias_range(model),
+        "bias_range": 0.0 if biases is None else known["bias_range"][0 if skipped else 1].item(),
         "skipped": skipped,
     }
 
@@ -154,11 +167,26 @@ def moe_layers(model: Trinity) -> list[MoE]:
     return [block.ffn for block in model.blocks if block.sparse]
 
 
+class Biases(NamedTuple):
+    """The balancing state that a step leads to, [M, E] each, on the device.
+
+    counts_ME: tokens of the global batch, int64.
+    ranges: [2] fp32, the largest over the layers of max − min of the biases, before and after.
+    """
+
+    bias_ME: Tensor
+    momentum_ME: Tensor
+    counts_ME: Tensor
+    ranges: Tensor
+
+
 @torch.no_grad()
-def update_biases(model: Trinity, counts_ME: Tensor, config: Balancing) -> None:
-    """Move every layer's expert bias once, by the counts of the whole global batch."""
+def next_biases(model: Trinity, counts_ME: Tensor | None, config: Balancing) -> Biases | None:
+    """Where the counts of the whole global batch move every layer's expert bias; None without MoE layers."""
+    if counts_ME is None:
+        return None
     layers = moe_layers(model)
-    bias_ME = torch.stack([layer.expert_bias for layer in layers])
+    bias_ME = before_ME = torch.stack([layer.expert_bias for layer in layers])
     momentum_ME = torch.stack([layer.expert_momentum for layer in layers])
     if config.kind == "smebu":
         bias_ME, momentum_ME = balancing.smebu_update(
@@ -166,15 +194,17 @@ def update_biases(model: Trinity, counts_ME: Tensor, config: Balancing) -> None:
         )
     elif config.kind == "sign":
         bias_ME = balancing.sign_update(bias_ME, counts_ME, config.gamma)
-    for layer, bias_E, momentum_E in zip(layers, bias_ME, momentum_ME):
+    ranges = [(bias.amax(dim=1) - bias.amin(dim=1)).max() for bias in (before_ME, bias_ME)]
+    return Biases(bias_ME, momentum_ME, counts_ME, torch.stack(ranges))
+
+
+@torch.no_grad()
+def set_biases(model: Trinity, biases: Biases) -> None:
+    """Move every layer's expert bias there: once a step."""
+    for layer, bias_E, momentum_E in zip(moe_layers(model), biases.bias_ME, biases.momentum_ME):
         layer.expert_bias.copy_(bias_E)
         layer.expert_momentum.copy_(momentum_E)
 
 
 def _without_graph(losses: Losses) -> Losses:
     return Losses(*(None if value is None else value.detach() for value in losses))
-
-
-def _bias_range(model: Trinity) -> float:
-    ranges = [layer.expert_bias.max() - layer.expert_bias.min() for layer in moe_layers(model)]
-    return torch.stack(ranges).max().item() if ranges else 0.0

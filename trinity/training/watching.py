@@ -5,6 +5,7 @@ All ranks see the same figures, so they come to the same judgement without askin
 Shapes: M MoE layers, E experts.
 """
 
+import statistics
 import time
 from typing import Any
 
@@ -17,7 +18,9 @@ from trinity.models.trinity import Trinity
 from trinity.training.collapse import Collapse
 from trinity.training.events import Events
 from trinity.training.heartbeat import Heartbeat
+from trinity.training.probe import Found
 from trinity.training.run_directory import RunDirectory
+from trinity.training.slow import SlowRanks
 from trinity.training.spikes import Spikes
 from trinity.training.trainer import Watch, moe_layers
 
@@ -40,7 +43,9 @@ class Watcher:
         self.spikes = Spikes(health.spike.window, health.spike.sigma)
         self.spiked: str | None = None
         self._collapse = Collapse(health.violation_factor, health.dead_steps)
+        self._slow = SlowRanks(health.slow_factor)
         self._counts_ME: Tensor | None = None
+        self._entropy_M: Tensor | None = None
         self._bias_before_ME: Tensor | None = None
         self._began, self._useful = time.monotonic(), 0.0
 
@@ -53,7 +58,7 @@ class Watcher:
             beat=self.heartbeat.beat,
             judge=None if action == "none" else self._judge,
             skips=action in ("skip", "rollback"),
-            loads=self._take_loads,
+            routed=self._take_routing,
         )
 
     def after_step(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +80,16 @@ class Watcher:
             self._useful += record["step_seconds"]
         return {"goodput": self._useful / max(time.monotonic() - self._began, 1e-9), "spike": self.spiked is not None}
 
+    def probed(self, found: Found) -> dict[str, float]:
+        """Note what a probe showed; returns its figures for the record."""
+        for sentence, figures in self._slow.look(found.seconds_R):
+            self.note("slow_rank", sentence, **figures)
+        return {
+            "max_attention_logit": found.max_logit,
+            "rank_seconds": statistics.median(found.seconds_R),
+            "rank_seconds_spread": max(found.seconds_R) - min(found.seconds_R),
+        }
+
     def routers(self, step: int, tokens: int, model: Trinity) -> dict[str, Any] | None:
         """What router.jsonl says of a step, where it is one that is logged."""
         if self._bias_before_ME is None or self._counts_ME is None:
@@ -86,6 +101,7 @@ class Watcher:
             "load": (counts_ME / counts_ME.sum(dim=1, keepdim=True)).tolist(),
             "max_violation": balancing.max_violation(self._counts_ME).tolist(),
             "dead": balancing.dead_share(self._counts_ME).tolist(),
+            "entropy": self._entropy_M.tolist(),
             "bias_range": (bias_ME.amax(dim=1) - bias_ME.amin(dim=1)).tolist(),
             "bias_step_norm": (bias_ME - self._bias_before_ME).norm(dim=1).tolist(),
             "bias": bias_ME.tolist(),
@@ -104,8 +120,8 @@ class Watcher:
         self.spiked = self.spikes.judge(loss, grad_norm)
         return self.spiked
 
-    def _take_loads(self, counts_ME: Tensor) -> None:
-        self._counts_ME = counts_ME.cpu()
+    def _take_routing(self, counts_ME: Tensor, entropy_M: Tensor) -> None:
+        self._counts_ME, self._entropy_M = counts_ME, entropy_M
 
     def _logs_routers(self, step: int) -> bool:
         every = self.config.log.router_every

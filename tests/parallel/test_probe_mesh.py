@@ -1,0 +1,56 @@
+"""Probes of several processes: the logit is that of one process, and a rank that is slow is named."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+from mesh_runs import config_of
+
+from trinity.models.attention import Attention
+from trinity.parallel import mesh
+from trinity.training.loop import pretrain
+
+WORDS = [
+    "batch.sequences=4", "batch.ramp=[]", "run.steps=3", "evaluation.every=0", "log.probe_every=1",
+    "optim.muon.dtype=float64", "precision.compute=float64", "precision.reduce=float64",
+]  # fmt: skip
+
+
+def run(settings: dict, words: list[str], slow: int | None = None) -> int:
+    """A run of the config, attention taking 20 ms more on one rank; its code."""
+    forward = Attention.forward
+
+    def slowly(self: Attention, *args: object) -> object:
+        if dist.get_rank() == slow:
+            time.sleep(0.02)
+        return forward(self, *args)
+
+    with mock.patch.object(mesh, "stop"), mock.patch.object(Attention, "forward", slowly):
+        return pretrain(config_of(settings, [*WORDS, *words]), [])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_ranks_and_a_slow_one(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """Each rank looks at a row of its own, so the largest of two is at least that of the first row alone.
+
+    In float64, to 1e-10 (test_every_mesh): the first of four rows is the first rank's on both meshes.
+    """
+    try:
+        assert run(recipe(tmp_path / "one"), []) == 0
+    finally:
+        mesh.stop()
+    assert processes(2).run(run, recipe(tmp_path / "two"), ["parallel.expert=2"], 1) == [0, 0]
+    one, two = lines(tmp_path / "one/metrics.jsonl"), lines(tmp_path / "two/metrics.jsonl")
+    for alone, both in zip(one, two, strict=True):
+        assert both["max_attention_logit"] >= alone["max_attention_logit"] - 1e-10
+        assert both["loss"] == pytest.approx(alone["loss"], abs=1e-10)
+        assert both["rank_seconds_spread"] > 5 * 0.02 * 0.9  # of five layers; a sleep is no shorter than asked for
+    (event,) = [event for event in lines(tmp_path / "two/events.jsonl") if event["kind"] == "slow_rank"]
+    assert (event["rank"], event["slow_rank"], event["step"]) == (0, 1, 3)

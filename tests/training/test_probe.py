@@ -1,0 +1,131 @@
+"""The probe against a transcription of its words, and that it changes nothing; slow ranks by hand.
+
+Bounds: both sides compute in float64, whose rounding is 1e-16; a product of some ten terms leaves 1e-13.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from run_files import metrics, state, train
+
+from trinity.config.load import OmegaConf, build_config
+from trinity.config.run import Parallel
+from trinity.models import ZOO, attention
+from trinity.models.backends import Visibility, attend
+from trinity.parallel import mesh
+from trinity.training.probe import QUERIES, largest_logit, probe
+from trinity.training.reading import Reading
+from trinity.training.run_data import open_data
+from trinity.training.setup import build_model
+from trinity.training.slow import TIMES, SlowRanks
+
+
+@pytest.fixture
+def ranks() -> Iterator[mesh.Ranks]:
+    """This process as a mesh of one."""
+    yield mesh.start(Parallel(), ZOO["smoke"], 1, False)
+    mesh.stop()
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("length", [24, 200])
+def test_the_largest_logit(window: int | None, documents: bool, length: int) -> None:
+    """All logits under the mask that attention uses, of the queries that are looked at; the hidden ones are larger."""
+    generator = torch.Generator().manual_seed(length)
+    q = torch.randn(1, length, 4, 8, generator=generator, dtype=torch.float64)
+    k = torch.randn(1, length, 2, 8, generator=generator, dtype=torch.float64)
+    k[:, -1] *= 10  # which only the last query may see, and that has no say
+    q[:, -1] = 0
+    ids = torch.arange(length).unsqueeze(0) // 7 if documents else None
+    mask = Visibility(torch.arange(length).unsqueeze(0), ids).mask(window)[0, 0]
+    places = [round(i * (length - 1) / (min(QUERIES, length) - 1)) for i in range(min(QUERIES, length))]
+    expected, hidden = -math.inf, -math.inf
+    for head in range(4):
+        logits = q[0, :, head] @ k[0, :, head // 2].t() / math.sqrt(8)
+        expected = max(expected, logits[places].masked_fill(~mask[places], -math.inf).max().item())
+        hidden = max(hidden, logits[places].max().item())
+    assert largest_logit(q, k, window, ids).item() == pytest.approx(expected, abs=1e-13)
+    assert hidden > expected + 0.1
+
+
+@pytest.mark.parametrize("words", [[], ["recompute=block"], ["compile=block"]])
+def test_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None:
+    """What its layers hand to attention, whatever their blocks are wrapped in; a row of 24 is looked at whole."""
+    words = [*words, "precision.compute=float64", "optim.muon.dtype=float64"]
+    config = build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
+    model = build_model(config, ranks)
+    model.init_weights(1)
+    rows = open_data(config, ranks).loader.take(2)
+    seen: list[float] = []
+
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, visible: Visibility) -> object:
+        scores = (
+            torch.einsum("bshc,bthc->bhst", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) / q.shape[3] ** 0.5
+        )
+        seen.append(scores.masked_fill(~visible.mask(window), -math.inf).max().item())
+        return attend(q, k, v, window, visible)
+
+    before = hooks_of(model)
+    with mock.patch.object(attention, "attend", noted):
+        found = probe(model, rows.tokens, rows.targets, rows.document_ids, ranks)
+    assert len(seen) == config.model.layers
+    assert found.max_logit == pytest.approx(max(seen), abs=1e-13)
+    assert len(found.seconds_R) == 1
+    assert hooks_of(model) == before
+
+
+def hooks_of(model: torch.nn.Module) -> int:
+    """How many there are; sharding has some of its own."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_a_probe_changes_nothing(settings: dict, uninterrupted: Path) -> None:
+    """Every step, against a run with the first alone: the same figures and the same state, bit for bit."""
+    assert train(settings, "log.probe_every=1") == 0
+    run = Path(settings["run"]["dir"])
+    found = metrics(run)
+    assert all(isinstance(line.pop("max_attention_logit"), float) for line in found)
+    expected = metrics(uninterrupted)
+    assert "max_attention_logit" in expected[0]
+    assert found == [{key: value for key, value in line.items() if key != "max_attention_logit"} for line in expected]
+    before, after = state(uninterrupted, 8), state(run, 8)
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_entropy_of_each_router(settings: dict) -> None:
+    """The layers' mean is the figure of the step."""
+    assert train(settings, "run.steps=2", "log.router_every=1") == 0
+    run = Path(settings["run"]["dir"])
+    lines = [json.loads(line) for line in (run / "router.jsonl").read_text().splitlines()]
+    for line, figures in zip(lines, metrics(run), strict=True):
+        assert len(line["entropy"]) == 4
+        assert len(set(line["entropy"])) == 4
+        assert sum(line["entropy"]) / 4 == pytest.approx(figures["router_entropy"], rel=1e-14)
+
+
+def test_slow_ranks_are_named() -> None:
+    """Three probes in a row at twice the median's time; once, until it was well in between."""
+    ranks, even, slow = SlowRanks(1.5), [1.0, 1.1, 0.9, 1.0], [1.0, 2.0, 0.9, 1.0]
+    found = [ranks.look(seconds) for seconds in (slow, slow, even, slow, slow, slow, slow, even, *[slow] * TIMES)]
+    assert [bool(warnings) for warnings in found] == [False] * 5 + [True, False, False] + [False, False, True]
+    sentence, figures = found[5][0]
+    assert sentence == "rank 1 has been slow in 3 probes: attention takes 2.0 times as long on it as on the median rank"
+    assert figures == {"slow_rank": 1, "ratio": 2.0}
+    assert SlowRanks(0).look([1.0, 9.0]) == []
+
+
+def test_a_reading_is_what_was_read() -> None:
+    """Names, shapes and values, whole numbers exactly, and as they were when it was asked for."""
+    tensors = {"a": torch.tensor([[1.5, -2.0]]), "b": torch.tensor([2**52 + 1, 3]), "c": torch.tensor(0.1)}
+    reading = Reading(tensors)
+    tensors["a"].zero_()
+    found = reading.wait()
+    assert found["a"].tolist() == [[1.5, -2.0]]
+    assert found["b"].tolist() == [2**52 + 1, 3]
+    assert found["c"].item() == torch.tensor(0.1).item()
