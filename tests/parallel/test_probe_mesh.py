@@ -51,6 +51,6 @@ def test_two_ranks_and_a_slow_one(recipe: Callable, processes: Callable, tmp_pat
     for alone, both in zip(one, two, strict=True):
         assert both["max_attention_logit"] >= alone["max_attention_logit"] - 1e-10
         assert both["loss"] == pytest.approx(alone["loss"], abs=1e-10)
-        assert both["rank_seconds_spread"] > 5 * 0.02 * 0.9  # of five layers; a sleep is no shorter than asked for
+        assert both["rank_seconds_spread"] > 0.5  # or there would be no warning
     (event,) = [event for event in lines(tmp_path / "two/events.jsonl") if event["kind"] == "slow_rank"]
     assert (event["rank"], event["slow_rank"], event["step"]) == (0, 1, 3)

@@ -15,7 +15,7 @@ from trinity.training.loop import pretrain
 # The fields of metrics.jsonl that say how long and how much, not what.
 MEASURED = {
     "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",
-    "rank_seconds", "rank_seconds_spread",
+    "rank_seconds_spread",
 }  # fmt: skip
 
 

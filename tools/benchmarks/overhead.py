@@ -1,8 +1,13 @@
-"""What watching costs: a step at the defaults against one without logs, health checks and router figures.
+"""What watching costs: steps at the defaults against steps without logs, health checks and router figures.
 
 On the smoke model and on one of about 100M parameters, in fp32, 8 rows of 256 random tokens a step, on one process. The
-two take turns, step by step, in one process. Then a checkpoint: how long training stands still for an asynchronous
-save, and for one that is waited for, with the size that is written.
+two take turns, step by step, in one process; what the defaults do only every so many steps is then switched on in a
+step of its own, and counted by its share. Then a checkpoint: how long training stands still for an asynchronous save,
+and for one that is waited for, with the size that is written.
+
+    overhead · bare = (defaults − bare) + Σ (step with it − defaults)/its period + stall/checkpoint.every
+
+Differences are between steps of one round, and the median of them is taken.
 """
 
 import statistics
@@ -15,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from trinity.config.load import OmegaConf, build_config
+from trinity.config.run import Checkpoint, Log
 from trinity.parallel import mesh
 from trinity.training.loop import Training
 from trinity.training.run_directory import RunDirectory
@@ -23,9 +29,11 @@ MODELS = {
     "smoke": {"name": "smoke"},
     "100M": {"name": "smoke", "width": 512, "layers": 12, "dense_width": 1536, "expert_width": 256, "heads": 8},
 }
+ROUNDS = {"smoke": 30, "100M": 12}
+PERIODIC = ("router_every", "norms_every", "probe_every")
+"""What the defaults do every so many steps, by its word in `log`."""
 BARE = [
-    "log.router_every=0", "health.spike.action=none", "health.heartbeat_seconds=0", "health.violation_factor=0",
-    "health.dead_steps=0", "log.norms_every=0",
+    "health.spike.action=none", "health.heartbeat_seconds=0", "health.violation_factor=0", "health.dead_steps=0",
 ]  # fmt: skip
 
 
@@ -41,56 +49,71 @@ def run(quick: bool) -> dict[str, Any]:
         for name, model in MODELS.items():
             if quick and name != "smoke":
                 continue
-            print(f"{name}: {3 if quick else 12} steps each", file=sys.stderr)
-            found[name] = _measure(folder, name, model, 3 if quick else 12)
+            rounds = 3 if quick else ROUNDS[name]
+            print(f"{name}: {rounds} rounds of {2 + len(PERIODIC)} steps", file=sys.stderr)
+            found[name] = _measure(folder, name, model, rounds)
     return {"on": machine(), "found": found}
 
 
 def table(results: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     lines = [f"{results['on']}; 2048 tokens a step, fp32, one process", ""]
-    head = "| | parameters | step without, s | at the defaults, s | overhead | checkpoint | stall | waited for |"
-    lines += [head, "|---|---|---|---|---|---|---|---|"]
+    head = (
+        "| | parameters | bare step, s | every step, ms | routers, ms | norms, ms | probe, ms | overhead | checkpoint |"
+    )
+    lines += [f"{head} stall, s | waited for, s |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in results["found"].items():
-        share = row["defaults"] / row["bare"] - 1
-        cells = [
-            name,
-            f"{row['parameters'] / 1e6:.0f}M",
-            f"{row['bare']:.3f}",
-            f"{row['defaults']:.3f}",
-            f"{share:+.1%}",
-            f"{row['bytes'] / 1e6:.0f} MB",
-            f"{row['stall']:.3f} s",
-            f"{row['waited']:.3f} s",
-        ]
+        extra = [f"{1e3 * row[kind]:.1f}" for kind in ("every step", *PERIODIC)]
+        cells = [name, f"{row['parameters'] / 1e6:.0f}M", f"{row['bare']:.3f}", *extra, f"{row['overhead']:.2%}"]
+        cells += [f"{row['bytes'] / 1e6:.0f} MB", f"{row['stall']:.3f}", f"{row['waited']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _measure(folder: Path, name: str, model: dict, steps: int) -> dict[str, float]:
-    kinds = {"bare": BARE, "defaults": []}
-    configs = {kind: _config(folder, f"{name}-{kind}", model, words) for kind, words in kinds.items()}
-    first = next(iter(configs.values()))
+def _measure(folder: Path, name: str, model: dict, rounds: int) -> dict[str, float]:
+    configs = {kind: _config(folder, f"{name}-{kind}", model, words) for kind, words in (("bare", BARE), ("all", []))}
+    first = configs["bare"]
     ranks = mesh.start(first.parallel, first.model, None, False)
     runs = {}
     try:
         for kind, config in configs.items():
             directory = RunDirectory(Path(config.run.dir))
             runs[kind] = Training(config, ranks, directory, 0), directory
-        seconds: dict[str, list[float]] = {kind: [] for kind in runs}
-        for step in range(steps + 1):
-            for kind, (training, _) in runs.items():
-                began = time.perf_counter()
-                training.log(training.one_step())
-                if step:  # the first warms up
-                    seconds[kind].append(time.perf_counter() - began)
-        found = {kind: statistics.median(times) for kind, times in seconds.items()}
-        return found | _checkpoints(runs["defaults"][0])
+        seconds = _rounds(runs["bare"][0], runs["all"][0], rounds)
+        return _shares(seconds, _checkpoints(runs["all"][0]))
     finally:
         for training, directory in runs.values():
             training.close()
             directory.release()
         mesh.stop()
+
+
+def _rounds(bare: Training, full: Training, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each kind of step, one of each a round; the first round warms up."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", "defaults", *PERIODIC)}
+    for number in range(rounds + 1):
+        for kind, times in seconds.items():
+            training = bare if kind == "bare" else full
+            for word in PERIODIC:
+                setattr(training.config.log, word, int(word == kind))
+            began = time.perf_counter()
+            training.log(training.one_step())
+            if number:
+                times.append(time.perf_counter() - began)
+    return seconds
+
+
+def _shares(seconds: dict[str, list[float]], saved: dict[str, float]) -> dict[str, float]:
+    """Medians, and the share that all takes at the periods of the defaults."""
+
+    def more(kind: str, than: str) -> float:
+        return statistics.median(one - other for one, other in zip(seconds[kind], seconds[than]))
+
+    bare = statistics.median(seconds["bare"])
+    found = {"bare": bare, "every step": more("defaults", "bare")}
+    found |= {word: more(word, "defaults") for word in PERIODIC}
+    spent = found["every step"] + sum(found[word] / getattr(Log(), word) for word in PERIODIC)
+    return found | saved | {"overhead": (spent + saved["stall"] / Checkpoint().every) / bare}
 
 
 def _checkpoints(training: Training) -> dict[str, float]:

@@ -6,6 +6,7 @@ The folder is written under another name and renamed when it is complete, so hal
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -37,6 +38,7 @@ def export_hf(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    beat: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a model as a folder that transformers, vLLM and llama.cpp read.
 
@@ -49,6 +51,7 @@ def export_hf(
         dtype: format of the matrices; gains, routers and expert_bias are fp32 in any case.
         max_shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
         overwrite: replace an earlier export in `directory`.
+        beat: called when a file is done.
     Returns:
         directory.
     Raises:
@@ -71,7 +74,7 @@ def export_hf(
     # FSDP2 puts its sharded parameters back for this: after a forward without backward it may still show gathered ones
     state = model.state_dict()
     files = _plan(model, state, dtype, max_shard_bytes)
-    _write_tensors(state, files, partial if first else None)
+    _write_tensors(state, files, partial if first else None, beat)
 
     def end() -> None:
         _write_index(files, partial)
@@ -115,7 +118,9 @@ def _plan(model: Trinity, state: dict[str, Tensor], dtype: torch.dtype, max_shar
     return {f"model-{n:05d}-of-{len(files):05d}.safetensors": parts for n, parts in enumerate(files, start=1)}
 
 
-def _write_tensors(state: dict[str, Tensor], files: dict[str, list[_Part]], folder: Path | None) -> None:
+def _write_tensors(
+    state: dict[str, Tensor], files: dict[str, list[_Part]], folder: Path | None, beat: Callable[[], None]
+) -> None:
     """Gather every part in turn, and write the files into `folder`; None on the ranks that only help to gather."""
     for name, parts in files.items():
         tensors = {}
@@ -126,6 +131,7 @@ def _write_tensors(state: dict[str, Tensor], files: dict[str, list[_Part]], fold
                 tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
         if folder is not None:
             save_file(tensors, folder / name, metadata={"format": "pt"})
+        beat()
 
 
 def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, folder: Path) -> None:

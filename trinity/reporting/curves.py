@@ -81,7 +81,10 @@ SPEED = [
         "Waiting", "seconds in a step",
         {"data_seconds": "for data", "checkpoint_seconds": "for a checkpoint"},
     ),
-    Chart("Slowest and fastest rank apart", "share of the median step", {"rank_seconds_spread": "spread"}),
+    Chart(
+        "Slowest and fastest rank apart", "in attention, as a share of the median rank's time",
+        {"rank_seconds_spread": "spread"},
+    ),
     Chart("Memory", "GiB", {"memory_gib": "peak"}),
 ]  # fmt: skip
 BATCHES = [

@@ -18,10 +18,12 @@ LAYER_POINTS = 400
 MOST_COLUMNS = 300
 """Of a heat map over time. Ours."""
 MOST_IN_LEGEND = 8
+PATHS = ("entropy", "bias_range", "bias_step_norm")
 EXPERT_AXES = "a row a MoE layer, a column an expert"
 WORDS = {
     "max_violation": "MaxVio by layer",
     "dead": "Share of experts without a token, by layer",
+    "entropy": "Router entropy by layer, nats",
     "bias_range": "Expert bias by layer: largest − smallest",
     "bias_step_norm": "Step of the expert bias by layer: norm",
 }
@@ -36,7 +38,7 @@ def router_pictures(run: Run) -> list[Picture]:
     known = {name: router.by_layer(name) for name in ROUTER_FIELDS}
     known = {name: values for name, values in known.items() if np.isfinite(values).any()}
     drawn += [over_time(router, known[name], WORDS[name]) for name in ("max_violation", "dead") if name in known]
-    drawn += [paths(router, known[name], WORDS[name]) for name in ("bias_range", "bias_step_norm") if name in known]
+    drawn += [paths(router, known[name], WORDS[name]) for name in PATHS if name in known]
     last = len(router.offsets) - 1
     bias_ME = router.matrix(last, "bias")
     if bias_ME is not None:

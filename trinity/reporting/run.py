@@ -18,7 +18,7 @@ import yaml
 from trinity.errors import UserError
 from trinity.reporting.lines import Columns, read_objects, whole_step
 
-ROUTER_FIELDS = ("max_violation", "dead", "bias_range", "bias_step_norm")
+ROUTER_FIELDS = ("max_violation", "dead", "entropy", "bias_range", "bias_step_norm")
 """One number a layer in each entry."""
 
 

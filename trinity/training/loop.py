@@ -7,6 +7,7 @@ UserError (2) through the command line.
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -408,7 +409,8 @@ class Training:
     def _export(self) -> None:
         self.watcher.heartbeat.begin_long("exporting")
         folder = self.directory.path / "hf" / checkpoint.step_folder(self.directory.path, self.step).name
-        export_hf(self.model, folder, tokenizer_folder(self.config), overwrite=True)
+        beat = partial(self.watcher.heartbeat.beat, "exporting")
+        export_hf(self.model, folder, tokenizer_folder(self.config), overwrite=True, beat=beat)
 
     def _give_up(self, reason: str) -> int:
         if self.ranks.is_first:

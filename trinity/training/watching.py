@@ -84,11 +84,8 @@ class Watcher:
         """Note what a probe showed; returns its figures for the record."""
         for sentence, figures in self._slow.look(found.seconds_R):
             self.note("slow_rank", sentence, **figures)
-        return {
-            "max_attention_logit": found.max_logit,
-            "rank_seconds": statistics.median(found.seconds_R),
-            "rank_seconds_spread": max(found.seconds_R) - min(found.seconds_R),
-        }
+        spread = (max(found.seconds_R) - min(found.seconds_R)) / statistics.median_low(found.seconds_R)
+        return {"max_attention_logit": found.max_logit, "rank_seconds_spread": spread}
 
     def routers(self, step: int, tokens: int, model: Trinity) -> dict[str, Any] | None:
         """What router.jsonl says of a step, where it is one that is logged."""
