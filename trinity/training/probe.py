@@ -1,7 +1,8 @@
 """A closer look at a run now and then: one row goes through the model once more, without gradients.
 
 - The largest attention logit, q·k/√C. No engine of attention gives its logits out, and when they run away, attention
-  diverges. Sampled: QUERIES queries, evenly spaced over the row, in every layer and head, against all keys they see.
+  diverges. Sampled: QUERIES queries, evenly spaced over the first row of the global batch, in every layer and head,
+  against all keys they see.
 - How long this rank's own attention takes. The ranks wait for each other in every layer, so a whole step takes as long
   on all of them as on the slowest; but attention talks to nobody, and there a slow rank shows.
 
@@ -28,7 +29,7 @@ QUERIES = 64
 
 
 class Found(NamedTuple):
-    """max_logit: over all ranks. seconds_R: in attention, of each rank, its layers together."""
+    """max_logit: of the first row of the global batch. seconds_R: in attention, of each rank, its layers together."""
 
     max_logit: float
     seconds_R: list[float]
@@ -50,7 +51,7 @@ def probe(model: Trinity, tokens_BS: Tensor, targets_BS: Tensor, document_ids_BS
     everyone = own.new_empty(dist.get_world_size() * 2)
     all_gather_single(everyone, own)
     logit_R, seconds_R = everyone.view(-1, 2).t().tolist()
-    return Found(max(logit_R), seconds_R)
+    return Found(logit_R[0], seconds_R)  # of the one row that is looked at on every mesh
 
 
 @contextmanager
