@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -83,6 +84,24 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def costs(run: Path, seconds: float) -> dict[str, float]:
+    """What a run of so many seconds, all its starts included, spent on what.
+
+    Returns:
+        "in_steps": share of the time in steps that count; "stall": median seconds that training stood still for a
+        checkpoint; "ready": median seconds from a process's start to its first step.
+    """
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    stalls = [step["checkpoint_seconds"] for step in steps if "checkpoint_seconds" in step]
+    ready = [event["seconds"] for event in events if event["kind"] in ("start", "resume")]
+    return {
+        "in_steps": sum(step["step_seconds"] for step in steps) / seconds,
+        "stall": statistics.median(stalls),
+        "ready": statistics.median(ready),
+    }
+
+
 def main() -> None:
     """Both runs on the corpus of the tests, and what came out."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -105,7 +124,8 @@ def main() -> None:
         settings["evaluation"]["every"] = 100
         config = arguments.out / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings))
-        print(name, json.dumps(soak(config, arguments.out / name, 2, kills)))
+        found = soak(config, arguments.out / name, 2, kills)
+        print(name, json.dumps(found | costs(arguments.out / name, found["seconds"])))
         runs[name] = metrics(arguments.out / name)
     assert [line["step"] for line in runs["killed"]] == list(range(1, arguments.steps + 1))
     assert runs["killed"] == runs["alone"]
