@@ -1,6 +1,7 @@
 """Every kernel with every tile of its table compiles for Hopper, without spills and within its shared memory.
 
-One process per module of cases, since there kernels must not be interpreted.
+One process per module of cases, since there kernels must not be interpreted. Norms, which come in most sizes, take half
+of the time, and are compiled among the slow tests.
 """
 
 import json
@@ -14,6 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 MODULES = sorted(path.stem for path in HERE.glob("cases_*.py"))
+MOST_SIZES = "cases_norm"
 SHARED = 227 * 1024
 """Bytes of shared memory that one block may have on sm_90."""
 
@@ -21,7 +23,9 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {}
 """Kernel → (bytes of stack at most, why)."""
 
 
-@pytest.fixture(scope="module", params=MODULES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(m, marks=pytest.mark.slow) if m == MOST_SIZES else m for m in MODULES]
+)
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """The reports of one module's kernels."""
     done = subprocess.run(
