@@ -40,9 +40,9 @@ from trinity.training.setup import build_model
 from trinity.training.stored import Reader
 
 __all__ = [
-    "Home", "Note", "Saver", "State", "check_home", "complete_steps", "home_of", "home_of_run", "is_complete", "load",
-    "load_model", "load_sharded_model", "model_state", "newest_intact", "pick_intact", "pick_step", "save",
-    "step_folder", "tensors_of",
+    "Home", "Note", "Saver", "State", "check_home", "complete_steps", "folder_of", "home_of", "home_of_run",
+    "is_complete", "load", "load_model", "load_sharded_model", "model_state", "newest_intact", "pick_intact",
+    "pick_step", "save", "step_folder", "tensors_of",
 ]  # fmt: skip
 
 
