@@ -1,6 +1,7 @@
 """Checkpoints that lie elsewhere: the run is the one that keeps them beside it; a store that fails costs nothing."""
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -250,8 +251,12 @@ def test_a_store_that_fails_while_it_is_read(tmp_path: Path, group: None) -> Non
         assert str(failure.value) == f"{url} cannot be read (late); run the same command again to go on"
 
 
-def test_the_order_of_requests(tmp_path: Path, group: None) -> None:
-    """COMPLETE is opened once everything else is closed; of an old one it goes first, then .metadata, then the rest."""
+def test_the_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """COMPLETE is opened once everything else is closed; of an old one it goes first, then .metadata, then the rest.
+
+    And the disks here are left in peace: the library would sync all of them for a file that has no fsync.
+    """
+    monkeypatch.setattr(os, "sync", lambda: pytest.fail("the whole machine was synced"))
     home, asked = home_of(f"norename://{tmp_path}/store", tmp_path), []
     save(state_of(3), home, 3, keep=1)
 
