@@ -324,12 +324,12 @@ def test_a_run_does_not_leave_its_checkpoints(settings: dict, tmp_path: Path) ->
 
 def test_one_place_is_for_one_run(one: Path, settings: dict) -> None:
     """A run directory that knows nothing of the checkpoints there neither goes on from them nor writes over them."""
-    before = names(URL)
-    assert refuse(settings, f"checkpoint.url={URL}") == (
-        f"checkpoint.url={URL} holds checkpoints, and {settings['run']['dir']} has no config.yaml that says of which "
-        "run; put that file back, or give another checkpoint.url"
-    )
+    before, run = names(URL), Path(settings["run"]["dir"])
+    unknown = f"holds checkpoints, and {run} has no config.yaml that says of which run; put that file back, or give"
+    assert refuse(settings, f"checkpoint.url={URL}") == f"{URL} {unknown} another run.dir or checkpoint.url"
     assert names(URL) == before
+    fsspec.filesystem("memory").get("/bucket/runs/one", str(run / "checkpoints"), recursive=True)
+    assert refuse(settings) == f"{run / 'checkpoints'} {unknown} another run.dir or checkpoint.url"
 
 
 def test_urls_that_nothing_opens(settings: dict) -> None:

@@ -62,19 +62,20 @@ def check_home(home: Home, before: RunConfig | None, run_directory: Path) -> Non
         home: where the checkpoints of this start are and will be.
         before: config of the run's last start; None where the run directory has none.
     Raises:
-        UserError: naming both places.
+        UserError: naming the places.
     """
+    done = complete_steps(home)
     if before is None:
-        if home != run_directory and complete_steps(home):
+        if done:
             raise UserError(
-                f"checkpoint.url={home} holds checkpoints, and {run_directory} has no config.yaml that says of which "
-                "run; put that file back, or give another checkpoint.url"
+                f"{folder_of(home)} holds checkpoints, and {run_directory} has no config.yaml that says of which run; "
+                "put that file back, or give another run.dir or checkpoint.url"
             )
         return
     left = home_of(before.checkpoint.url, run_directory)
     if folder_of(left) == folder_of(home):
         return
-    here, there = (max(complete_steps(each), default=0) for each in (home, left))
+    here, there = max(done, default=0), max(complete_steps(left), default=0)
     if here < there:
         raise UserError(
             f"the checkpoints of {run_directory} are in {folder_of(left)} up to step {there}, and in "
