@@ -40,8 +40,8 @@ def load(folder: Path) -> tuple[Trinity, Path]:
     """The model in a folder of either kind, and its tokenizer's folder."""
     if (folder / "config.json").is_file():
         return load_hf(folder), folder
-    if not (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder} has neither a config.json nor checkpoints; give a Hugging Face folder or a run's")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} has neither a config.json nor a config.yaml; give a Hugging Face folder or a run's")
     model, config, _ = load_model(folder)
     tokenizer = tokenizer_folder(config)
     if tokenizer is None:

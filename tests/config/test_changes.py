@@ -32,7 +32,7 @@ def test_every_setting_has_a_rule() -> None:
         ("optim.schedule.final", "accept"), ("balancing.kind", "accept"), ("loss.z", "accept"),
         ("parallel.shard", "free"), ("kernels.attention", "free"), ("kernels.experts", "free"),
         ("precision.compute", "accept"), ("precision.fp8", "accept"), ("recompute", "free"),
-        ("checkpoint.every", "free"), ("log.wandb", "free"), ("health.bad_steps", "free"),
+        ("checkpoint.every", "free"), ("checkpoint.url", "free"), ("log.wandb", "free"), ("health.bad_steps", "free"),
     ],
 )  # fmt: skip
 def test_the_longest_prefix_decides(key: str, rule: str) -> None:

@@ -95,8 +95,8 @@ def test_generate(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("generate.py", "{}", "--prompt", "x"), "has neither a config.json nor checkpoints"),
-        (("generate.py", "{}/nowhere", "--prompt", "x"), "has neither a config.json nor checkpoints"),
+        (("generate.py", "{}", "--prompt", "x"), "has neither a config.json nor a config.yaml"),
+        (("generate.py", "{}/nowhere", "--prompt", "x"), "has neither a config.json nor a config.yaml"),
         (("export_hf.py", "{}", "{}/out"), "is not a run directory"),
         (("export_hf.py", "{run}", "{}/out", "--step", "4"), "no complete checkpoint of step 4"),
     ],

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import UserError
+from trinity.training.checkpoint import Home, load, step_folder, tensors_of
 from trinity.training.loop import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.
@@ -51,3 +52,10 @@ def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     reader = dcp.FileSystemReader(run / "checkpoints" / f"step_{step:08d}")
     dcp.state_dict_loader._load_state_dict(found, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     return found
+
+
+def bits(home: Home, step: int) -> dict[str, bytes]:
+    """The bytes of every tensor of a checkpoint, wherever it lies."""
+    found = tensors_of(step_folder(home, step), "")
+    load(found, home, step)
+    return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}

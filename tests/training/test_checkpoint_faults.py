@@ -8,13 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from killed_runs import MOMENTS, QUICK, WORDS
-from run_files import metrics, refuse, status, train
+from run_files import bits, metrics, refuse, status, train
 
 from trinity.training import saver
-from trinity.training.checkpoint import complete_steps, load, step_folder, tensors_of
+from trinity.training.checkpoint import complete_steps, step_folder
 from trinity.training.loop import Training
 
 LAST = 8
@@ -43,13 +42,6 @@ def killed(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed_more(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Killed at the other ones."""
     return killed_runs(recipe, tmp_path_factory.mktemp("killed"), OTHERS)
-
-
-def bits(run: Path, step: int) -> dict[str, bytes]:
-    """The bytes of every tensor of a checkpoint."""
-    state = tensors_of(step_folder(run, step), "")
-    load(state, run, step)
-    return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("moment", QUICK)

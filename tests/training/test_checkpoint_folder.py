@@ -1,4 +1,7 @@
-"""What counts as a checkpoint: damage of every kind is seen and named, and the checkpoint before it is used."""
+"""What counts as a checkpoint: damage of every kind is seen and named, and the checkpoint before it is used.
+
+The same files are looked at as a folder and through a URL, and the answers must be the same.
+"""
 
 import json
 import random
@@ -9,10 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from url_stores import register
 
 from trinity.errors import UserError
 from trinity.training import checkpoint_folder
-from trinity.training.checkpoint import load, newest_intact, pick_intact, pick_step, save, step_folder, tensors_of
+from trinity.training.checkpoint import (
+    Home,
+    home_of,
+    load,
+    newest_intact,
+    pick_intact,
+    pick_step,
+    save,
+    step_folder,
+    tensors_of,
+)
+
+register()
 
 FILES = [".metadata", "COMPLETE", "__0_0.distcp"]
 
@@ -52,11 +68,29 @@ def ignore(*_: object, **__: object) -> None:
 
 
 def found(run: Path) -> tuple[int, list[str]]:
-    """The step that a resumed run would begin with, and what it would say."""
+    """The step that a resumed run would begin with, and what it would say; by folder and by URL."""
+    step, said = look(run)
+    there, said_there = look(at_url(run))
+    assert (there, [message.replace("norename://", "") for message in said_there]) == (step, said)
+    return step, said
+
+
+def look(home: Home) -> tuple[int, list[str]]:
     said: list[tuple[str, str]] = []
-    step = newest_intact(run, lambda *words, **_: said.append(words))
+    step = newest_intact(home, lambda *words, **_: said.append(words))
     assert all(kind == "checkpoint_damaged" and "\n" not in message for kind, message in said)
     return step, [message for _, message in said]
+
+
+def at_url(run: Path) -> Home:
+    """The same checkpoints by a URL."""
+    return home_of(f"norename://{run}/checkpoints", run)
+
+
+@pytest.fixture(params=["folder", "url"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Home:
+    """Where tmp_path / "run" has its checkpoints, by folder and by URL."""
+    return tmp_path / "run" if request.param == "folder" else at_url(tmp_path / "run")
 
 
 def flip(path: Path, bit: int) -> None:
@@ -153,22 +187,22 @@ def test_none_is_left(run: Path) -> None:
     assert found(run / "nowhere") == (0, [])
 
 
-def test_before(run: Path) -> None:
+def test_before(run: Path, home: Home) -> None:
     """Only checkpoints of earlier steps than a given one, for a run that goes back."""
-    assert newest_intact(run, before=6) == 3
-    assert newest_intact(run, before=3) == 0
+    assert newest_intact(home, before=6) == 3
+    assert newest_intact(home, before=3) == 0
 
 
-def test_the_one_that_was_asked_for(run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_one_that_was_asked_for(run: Path, home: Home, capsys: pytest.CaptureFixture) -> None:
     """A tool says so instead of taking another; without a wish it warns and takes the newest that is whole."""
     flip(step_folder(run, 6) / ".metadata", 999)
-    assert pick_intact(run, 3) == 3
+    assert pick_intact(home, 3) == 3
     with pytest.raises(
         UserError, match=r"is damaged \(\.metadata has changed since it was written\); take another of \[3"
     ):
-        pick_intact(run, 6)
+        pick_intact(home, 6)
     assert capsys.readouterr().err == ""
-    assert pick_intact(run, None) == 3
+    assert pick_intact(home, None) == 3
     assert capsys.readouterr().err.startswith("warning: the checkpoint ")
 
 
@@ -194,36 +228,36 @@ def test_a_disk_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) 
         (20, 0, list(range(1, 10))),
     ],
 )
-def test_retention(tmp_path: Path, group: None, keep: int, keep_every: int, left: list[int]) -> None:
+def test_retention(home: Home, tmp_path: Path, group: None, keep: int, keep_every: int, left: list[int]) -> None:
     """Which of steps 1 to 9 are there at the end, and that nothing but checkpoints is."""
     for step in range(1, 10):
-        save(state_of(step), tmp_path, step, keep, keep_every)
-    assert checkpoint_folder.complete_steps(tmp_path) == left
-    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {step_folder(tmp_path, step).name for step in left} | {"latest"}
-    assert (tmp_path / "checkpoints/latest").read_text() == "step_00000009\n"
+        save(state_of(step), home, step, keep, keep_every)
+    assert checkpoint_folder.complete_steps(home) == left
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {step_folder(home, step).name for step in left} | {"latest"}
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000009\n"
 
 
-def test_what_is_superfluous_and_what_is_not(run: Path, group: None) -> None:
+def test_what_is_superfluous_and_what_is_not(run: Path, home: Home, group: None) -> None:
     """Leftovers without COMPLETE and .metadata go; a later checkpoint never costs an earlier one."""
     (run / "checkpoints/step_00000002").mkdir()
     (run / "checkpoints/step_00000002/__0_0.distcp").write_bytes(b"cut off")
     (run / "checkpoints/step_00000004").mkdir()
     (run / "checkpoints/step_00000004/.metadata").write_bytes(b"somebody lost its COMPLETE")
-    save(state_of(5), run, 5, keep=1)
+    save(state_of(5), home, 5, keep=1)
     names = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert names == ["step_00000004", "step_00000005", "step_00000006"]
     assert checkpoint_folder.complete_steps(run) == [5, 6]
 
 
-def test_over_what_an_earlier_attempt_left(run: Path, group: None) -> None:
+def test_over_what_an_earlier_attempt_left(run: Path, home: Home, group: None) -> None:
     """The folder of that step is cleaned first, complete or not, and what is read is the new one."""
     for leftover in ("__1_0.distcp", "COMPLETE.tmp"):
         (step_folder(run, 6) / leftover).write_bytes(b"old")
-    save({"model.a": torch.full((2,), 7.0)}, run, 6, keep=2)
+    save({"model.a": torch.full((2,), 7.0)}, home, 6, keep=2)
     assert sorted(path.name for path in step_folder(run, 6).iterdir()) == FILES
-    state = tensors_of(step_folder(run, 6), "model.")
-    load(state, run, 6)
+    state = tensors_of(step_folder(home, 6), "model.")
+    load(state, home, 6)
     assert torch.equal(state["model.a"], torch.full((2,), 7.0))
 
 
@@ -253,10 +287,11 @@ def test_a_deletion_that_is_cut_off(run: Path, group: None, monkeypatch: pytest.
     assert ("step_00000003" in left) == (moment == "COMPLETE")  # it may be a whole one whose COMPLETE somebody lost
 
 
-def test_the_sums_are_those_of_the_files(run: Path, tmp_path: Path) -> None:
+def test_the_sums_are_those_of_the_files(run: Path, home: Home, group: None, tmp_path: Path) -> None:
     """COMPLETE against zlib over the whole content, also of a file of several blocks."""
     import zlib
 
+    save(state_of(6) | {"model.b": torch.randn(3, 1 << 20)}, home, 6, keep=2)
     listed = json.loads((step_folder(run, 6) / "COMPLETE").read_text())["files"]
     for name in (".metadata", "__0_0.distcp"):
         content = (step_folder(run, 6) / name).read_bytes()

@@ -313,6 +313,9 @@ class Checkpoint:
     """Those of every so many steps stay for ever; 0: none."""
     asynchronous: bool = True
     """Training goes on while a copy of its state, in host memory, is being written."""
+    url: str | None = None
+    """Where the step_… folders go: a folder, or a URL of any kind that fsspec writes, such as s3://bucket/run; none:
+    checkpoints/ of the run directory. One place is for one run."""
 
 
 @dataclass

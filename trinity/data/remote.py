@@ -1,6 +1,7 @@
 """Files that may lie elsewhere: any fsspec URL can be read, and is kept in a local cache where it is read often.
 
-A local file is a Path everywhere, and so is file://…; what lies elsewhere stays a URL, a str. Nothing is written there.
+A local file is a Path everywhere, and so is file://…; what lies elsewhere stays a URL, a str. Nothing is written there
+by this file; trinity/training/elsewhere.py writes checkpoints.
 
     $TRINITY_CACHE (~/.cache/trinity)
         shards/<hash of the URL>/     files as they are named there, each whole or absent; *.lock while one is fetched
@@ -64,8 +65,13 @@ def reached(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{url} does not exist; check the address") from None
     except Exception as error:  # each protocol's package has its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Failure(f"{url} cannot be read ({reason}); run the same command again to go on") from error
+        raise refused(url, "read", error) from error
+
+
+def refused(url: str, verb: str, error: Exception) -> Failure:
+    """One sentence for whatever a file system elsewhere raises: this URL cannot be read, written, …"""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return Failure(f"{url} cannot be {verb} ({reason}); run the same command again to go on")
 
 
 @contextmanager

@@ -16,13 +16,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from trinity.config.run import Kernels, Parallel, RunConfig
-from trinity.errors import UserError
+from trinity.errors import Failure, UserError
 from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
 from trinity.parallel.agree import together
 from trinity.training.checkpoint_folder import (
+    Home,
     Note,
     complete_steps,
+    folder_of,
+    home_of,
     is_complete,
     newest_intact,
     pick_intact,
@@ -30,18 +33,57 @@ from trinity.training.checkpoint_folder import (
     step_folder,
     warn,
 )
+from trinity.training.elsewhere import Place
 from trinity.training.run_directory import newest_config
-from trinity.training.saver import Saver, State, write
+from trinity.training.saver import Saver, State, told, write
 from trinity.training.setup import build_model
 from trinity.training.stored import Reader
 
 __all__ = [
-    "Note", "Saver", "State", "complete_steps", "is_complete", "load", "load_model", "load_sharded_model",
-    "model_state", "newest_intact", "pick_intact", "pick_step", "save", "step_folder", "tensors_of",
+    "Home", "Note", "Saver", "State", "check_home", "complete_steps", "folder_of", "home_of", "home_of_run",
+    "is_complete", "load", "load_model", "load_sharded_model", "model_state", "newest_intact", "pick_intact",
+    "pick_step", "save", "step_folder", "tensors_of",
 ]  # fmt: skip
 
 
-def save(state: State, run_directory: Path, step: int, keep: int, keep_every: int = 0) -> Path:
+def home_of_run(run_directory: Path) -> Home:
+    """Whose checkpoints those of a run are, by the config of its last start.
+
+    Raises:
+        UserError: not a run directory, or a URL that nothing here can open.
+    """
+    return home_of(newest_config(run_directory).checkpoint.url, run_directory)
+
+
+def check_home(home: Home, before: RunConfig | None, run_directory: Path) -> None:
+    """Refuse to begin anew, or to go back, because checkpoint.url is another one, and to go on with another run's.
+
+    Args:
+        home: where the checkpoints of this start are and will be.
+        before: config of the run's last start; None where the run directory has none.
+    Raises:
+        UserError: naming the places.
+    """
+    done = complete_steps(home)
+    if before is None:
+        if done:
+            raise UserError(
+                f"{folder_of(home)} holds checkpoints, and {run_directory} has no config.yaml that says of which run; "
+                "put that file back, or give another run.dir or checkpoint.url"
+            )
+        return
+    left = home_of(before.checkpoint.url, run_directory)
+    if folder_of(left) == folder_of(home):
+        return
+    here, there = max(done, default=0), max(complete_steps(left), default=0)
+    if here < there:
+        raise UserError(
+            f"the checkpoints of {run_directory} are in {folder_of(left)} up to step {there}, and in "
+            f"{folder_of(home)} up to step {here}; copy them there or give the old checkpoint.url back"
+        )
+
+
+def save(state: State, home: Home, step: int, keep: int, keep_every: int = 0) -> Place:
     """Write a checkpoint and wait for it, then remove all but the newest `keep` complete ones; every rank calls this.
 
     An older checkpoint is removed only once the new one is complete, and never where its step is a multiple of
@@ -50,19 +92,20 @@ def save(state: State, run_directory: Path, step: int, keep: int, keep_every: in
     Raises:
         Failure, UserError: it could not be written on some rank; the older ones are as they were.
     """
-    write(state, run_directory, step, keep, keep_every, group=None)
-    return step_folder(run_directory, step)
+    write(state, home, step, keep, keep_every, group=None)
+    return step_folder(home, step)
 
 
-def load(state: State, run_directory: Path, step: int) -> None:
+def load(state: State, home: Home, step: int) -> None:
     """Fill the given tensors in place, whatever mesh they were saved on; every rank calls this.
 
     Checksums are not looked at: pick_intact and newest_intact did, once for all that is loaded.
 
     Raises:
         UserError: the checkpoint lacks a tensor, holds it in another shape, or cannot be read.
+        Failure: it lies elsewhere, and cannot be reached.
     """
-    folder = step_folder(run_directory, step)
+    folder = step_folder(home, step)
     reader = together(lambda: Reader(folder))
     # a copy: the library wants to write its own references into the dictionary
     wanted = dict(state)
@@ -73,11 +116,13 @@ def load(state: State, run_directory: Path, step: int) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(wanted, storage_reader=reader, no_dist=alone)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        if isinstance(error, dcp.CheckpointException) and isinstance(failure := told(error), Failure):
+            raise failure from None
         reason = " ".join(str(error).split())[-300:]
         raise UserError(f"{folder} does not fit this run's config: {reason}") from None
 
 
-def tensors_of(folder: Path, prefix: str) -> State:
+def tensors_of(folder: Place, prefix: str) -> State:
     """Empty tensors of the names that begin so in a checkpoint, shaped as they were saved, to be filled by load.
 
     Raises:
@@ -109,11 +154,12 @@ def load_model(run_dir: Path, step: int | None = None, note: Note = warn) -> tup
         UserError: not a run directory, or no complete checkpoint.
     """
     config = newest_config(Path(run_dir))
-    chosen = pick_intact(Path(run_dir), step, note)
+    home = home_of(config.checkpoint.url, Path(run_dir))
+    chosen = pick_intact(home, step, note)
     model = Trinity(config.model)
     if config.precision.compute == "float64":
         model.double()
-    load(model_state(model), Path(run_dir), chosen)
+    load(model_state(model), home, chosen)
     return model, config, chosen
 
 
@@ -127,10 +173,11 @@ def load_sharded_model(run_dir: Path, step: int | None = None, note: Note = warn
     parallel = Parallel()  # whatever mesh it was saved on
     mesh.check_parallel(parallel, config.model, mesh.world_size())
     ranks = mesh.start(parallel, config.model, config.run.threads, False)
-    chosen = pick_intact(Path(run_dir), step, note)
+    home = home_of(config.checkpoint.url, Path(run_dir))
+    chosen = pick_intact(home, step, note)
     # how the run is done does not matter here, and may not be possible
     precision = replace(config.precision, fp8="none")
     plain = replace(config, parallel=parallel, recompute="none", compile="none", kernels=Kernels(), precision=precision)
     model = build_model(plain, ranks)
-    load(model_state(model), Path(run_dir), chosen)
+    load(model_state(model), home, chosen)
     return model, config, chosen

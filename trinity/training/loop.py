@@ -7,6 +7,7 @@ UserError (2) through the command line.
 import os
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -20,7 +21,7 @@ from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
 from trinity.data.validation import validation_sequences
-from trinity.errors import USER_MISTAKE, UserError
+from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.evaluation.samples import Sampler
 from trinity.evaluation.validation import evaluate
 from trinity.interop import export_hf, load_hf
@@ -93,16 +94,18 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
 
 def _step_to_resume(config: RunConfig, accepted: list[str], path: Path, note: checkpoint.Note) -> int:
     """The newest checkpoint that is not damaged, 0 for none, if the config may go on from it; every rank calls this."""
-    on_first(lambda: _check_config(config, accepted, path))
-    return checkpoint.newest_intact(path, note)
+    home = together(lambda: checkpoint.home_of(config.checkpoint.url, path))
+    on_first(lambda: _check_config(config, accepted, path, home))
+    return checkpoint.newest_intact(home, note)
 
 
-def _check_config(config: RunConfig, accepted: list[str], path: Path) -> None:
+def _check_config(config: RunConfig, accepted: list[str], path: Path, home: checkpoint.Home) -> None:
     """Refuse what may not change after the newest complete checkpoint."""
-    done = checkpoint.complete_steps(path)
+    before = newest_config(path) if (path / "config.yaml").is_file() else None
+    checkpoint.check_home(home, before, path)
+    done = checkpoint.complete_steps(home)
     if not done:
         return
-    before = newest_config(path)
     seen = batch_plan(before).at(done[-1] - 1).tokens
     changed = check_changes(before, config, seen, accepted, str(path))
     if changed:
@@ -111,7 +114,7 @@ def _check_config(config: RunConfig, accepted: list[str], path: Path) -> None:
 
 def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
     """status.json gets the true code, which a launcher may hide."""
-    step = training.step if training else max(checkpoint.complete_steps(directory.path), default=0)
+    step = training.step if training else _newest(directory.path)
     if not isinstance(error, UserError):
         directory.set_status("stopped", FAILED, step, f"{type(error).__name__}: {error}")
         return
@@ -119,6 +122,13 @@ def _note_end(error: BaseException, directory: RunDirectory, training: "Training
     # Only a launcher that restarts by itself must be stopped; a person who mistyped just types again.
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         directory.forbid_restart(str(error))
+
+
+def _newest(path: Path) -> int:
+    """The newest complete checkpoint as far as one can see, 0 for none; what went wrong before is what counts."""
+    with suppress(UserError, Failure, OSError):
+        return max(checkpoint.complete_steps(checkpoint.home_of_run(path)), default=0)
+    return 0
 
 
 class Training:
@@ -144,7 +154,8 @@ class Training:
         self._stalled: float | None = None  # by the last save, until a record has it
         self.watcher = Watcher(config, directory, ranks.rank, step)
         beat = self.watcher.heartbeat.beat
-        self.saver = checkpoint.Saver(directory.path, config.checkpoint, self.watcher.note, beat)
+        self.home = checkpoint.home_of(config.checkpoint.url, directory.path)
+        self.saver = checkpoint.Saver(self.home, config.checkpoint, self.watcher.note, beat)
         try:
             self._open(step)
         except BaseException:
@@ -155,7 +166,7 @@ class Training:
         """Load or begin, and open what figures are written to."""
         config, ranks, directory = self.config, self.ranks, self.directory
         if step:
-            self._load(directory.path, step)
+            self._load(self.home, step)
         else:
             self._begin()
         together(lambda: directory.add_config(config))
@@ -247,14 +258,14 @@ class Training:
         state["run.random"] = torch.get_rng_state()
         return state
 
-    def _load(self, path: Path, step: int, with_data: bool = True) -> None:
+    def _load(self, home: checkpoint.Home, step: int, with_data: bool = True) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
         # what a stream has open differs from save to save
-        saved = together(lambda: checkpoint.tensors_of(checkpoint.step_folder(path, step), "data."))
+        saved = together(lambda: checkpoint.tensors_of(checkpoint.step_folder(home, step), "data."))
         own = {key for key in state if key.startswith("data.")}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
-        checkpoint.load(state, path, step)
+        checkpoint.load(state, home, step)
         if with_data:
             data = {key.removeprefix("data."): value for key, value in state.items() if key.startswith("data.")}
             self.data.loader.load_state_dict(data)
@@ -275,14 +286,15 @@ class Training:
     def _fork(self, path: Path) -> None:
         keep, wanted = self.config.init.keep, self.config.init.step
         streams = on_first(lambda: newest_config(path).data.streams)
-        step = checkpoint.pick_intact(path, wanted, self.watcher.note)
+        home = on_first(lambda: checkpoint.home_of_run(path))
+        step = checkpoint.pick_intact(home, wanted, self.watcher.note)
         if keep == "all":
             if streams != self.config.data.streams:
                 raise UserError(f"data.streams={self.config.data.streams} differs from {streams} in {path}")
-            self._load(path, step)
+            self._load(home, step)
             return
         kept = ("model.",) if keep == "weights" else ("model.", "optim.")
-        checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, path, step)
+        checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, home, step)
 
     def one_step(self) -> dict[str, Any]:
         """Make the next step; returns its record."""
@@ -339,16 +351,16 @@ class Training:
         Returns:
             False where there is no checkpoint, or the way back was gone too often.
         """
-        spiked, path = self.step, self.directory.path
+        spiked = self.step
         self.saver.wait()  # it may be the one to go back to, and may remove the one before
         if self.rollbacks >= self.config.health.rollbacks:
             return False
         self.watcher.heartbeat.begin_long("going back")
-        step = checkpoint.newest_intact(path, self.watcher.note, before=spiked)
+        step = checkpoint.newest_intact(self.home, self.watcher.note, before=spiked)
         if not step:
             return False
         rollbacks, first = self.rollbacks, self.plan.at(step).first
-        self._load(path, step, with_data=False)
+        self._load(self.home, step, with_data=False)
         self.rollbacks = rollbacks + 1
         self.data.loader.jump(first)
         for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:

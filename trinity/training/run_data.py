@@ -16,7 +16,7 @@ from trinity.data.shards import TokenSource
 from trinity.data.stream import SequenceStream
 from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
-from trinity.errors import UserError
+from trinity.errors import Failure, UserError
 from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
 from trinity.training.run_directory import newest_config
@@ -78,19 +78,21 @@ def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
 def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
     """Put a stream to where the run's nearest checkpoint before a step has it, so that less is to be replayed.
 
-    A run of other data, or none, in the config's directory leaves the stream where it is.
+    A run of other data, or none, in the config's directory leaves the stream where it is, as does a store that cannot
+    be reached.
     """
     path = run_directory(config)
-    done = [number for number in checkpoint.complete_steps(path) if number <= step]
-    if not done:
-        return
-    before = newest_config(path)
     try:
+        before = newest_config(path)
+        home = checkpoint.home_of(before.checkpoint.url, path)
+        done = [number for number in checkpoint.complete_steps(home) if number <= step]
+        if not done:
+            return
         check_changes(before, config, batch_plan(before).at(done[-1] - 1).tokens, LEARNING, str(path))
-        state = checkpoint.tensors_of(checkpoint.step_folder(path, done[-1]), "data.")
-        checkpoint.load(state, path, done[-1])
+        state = checkpoint.tensors_of(checkpoint.step_folder(home, done[-1]), "data.")
+        checkpoint.load(state, home, done[-1])
         stream.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})
-    except UserError:
+    except (UserError, Failure):
         return
 
 

@@ -7,6 +7,9 @@ The thread talks to the other ranks over a gloo group of its own, so that its me
 library passes what fails on one rank on to all, in every phase; what the first rank does once all have written
 (COMPLETE, removal) is part of its last phase, so that all ranks know how a save ended before any of them goes on.
 
+A file on a disk is summed as it reads back. To read one back from elsewhere would be a download: it is summed as it
+goes out, and its size there is looked at before COMPLETE.
+
 Memory: a copy of this rank's part of the state stays on the host for the life of the run (pinned where there is a GPU),
 because memory that has been used before is filled several times faster than new memory.
 """
@@ -34,9 +37,11 @@ from trinity.errors import USER_MISTAKE, Failure, UserError, explain
 from trinity.parallel.agree import on_first
 from trinity.training.checkpoint_folder import (
     METADATA,
-    FileSum,
+    Home,
     Note,
+    check_sizes,
     complete_steps,
+    folder_of,
     mark_complete,
     remove,
     retain,
@@ -45,6 +50,7 @@ from trinity.training.checkpoint_folder import (
     sum_of,
     warn,
 )
+from trinity.training.elsewhere import Elsewhere, Files, FileSum
 
 State = dict[str, Tensor]
 Written = tuple[list[WriteResult], dict[str, FileSum]]
@@ -57,7 +63,7 @@ class Saver:
     """Writes the checkpoints of one run, one at a time; every rank makes one and calls it at the same steps.
 
     Args:
-        run_directory: whose checkpoints.
+        home: whose checkpoints.
         settings: when asynchronous, how many stay.
         note: told on the first rank of each checkpoint that is complete, of a disk that is nearly full, and of a save
             that failed when nobody waits for it any more.
@@ -67,12 +73,12 @@ class Saver:
 
     def __init__(
         self,
-        run_directory: Path,
+        home: Home,
         settings: Checkpoint,
         note: Note = warn,
         beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        self._run_directory, self._settings, self._note, self._beat = run_directory, settings, note, beat
+        self._home, self._settings, self._note, self._beat = home, settings, note, beat
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
         self._copy: State = {}
         self._thread: Thread | None = None
@@ -128,33 +134,33 @@ class Saver:
         """In the thread."""
         began = time.perf_counter()
         try:
-            write(state, self._run_directory, step, self._settings.keep, self._settings.keep_every, self._group)
+            write(state, self._home, step, self._settings.keep, self._settings.keep_every, self._group)
         except BaseException as error:
             self._failure = error
             return
         if _is_first():
-            size, seconds = size_of(step_folder(self._run_directory, step)), time.perf_counter() - began
-            sentence = f"step {step} is complete: {size / 1e9:.3g} GB written in {seconds:.1f} s"
-            with suppress(OSError):  # an event that cannot be written does not undo a checkpoint
+            seconds = time.perf_counter() - began
+            with suppress(OSError, Failure):  # an event that cannot be written does not undo a checkpoint
+                size = size_of(step_folder(self._home, step))
+                sentence = f"step {step} is complete: {size / 1e9:.3g} GB written in {seconds:.1f} s"
                 self._note("checkpoint", sentence, step=step, bytes=size, seconds=seconds)
 
     def _check_space(self) -> None:
         """Say so where two checkpoints like the last one do not fit: the next one may, what comes after it may not."""
-        steps = complete_steps(self._run_directory)
+        folder = folder_of(self._home)
+        steps = [] if isinstance(folder, Elsewhere) else complete_steps(self._home)
         if not steps:
             return
-        size, free = size_of(step_folder(self._run_directory, steps[-1])), shutil.disk_usage(self._run_directory).free
+        size, free = size_of(step_folder(self._home, steps[-1])), shutil.disk_usage(folder).free
         if free < 2 * size:
             self._note(
                 "disk",
-                f"{self._run_directory} has {free / 1e9:.3g} GB left and a checkpoint takes {size / 1e9:.3g} GB; "
+                f"{self._home} has {free / 1e9:.3g} GB left and a checkpoint takes {size / 1e9:.3g} GB; "
                 "free some space or lower checkpoint.keep",
             )
 
 
-def write(
-    state: State, run_directory: Path, step: int, keep: int, keep_every: int, group: dist.ProcessGroup | None
-) -> None:
+def write(state: State, home: Home, step: int, keep: int, keep_every: int, group: dist.ProcessGroup | None) -> None:
     """Write a checkpoint, mark it complete, then remove those that it makes superfluous; every rank calls this.
 
     Args:
@@ -162,26 +168,41 @@ def write(
     Raises:
         Failure, UserError: one rank could not write: the same sentence on all of them.
     """
-    writer = Writer(run_directory, step, keep, keep_every)
+    writer = Writer(home, step, keep, keep_every)
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        explained = explain(cause)
-        if explained is None:
-            raise
-        code, sentence = explained
-        kind = UserError if code == USER_MISTAKE else Failure
-        raise kind(f"rank {rank}: {sentence}" if rank else sentence) from None
+        raise told(error) from None
+
+
+def told(error: dcp.CheckpointException) -> BaseException:
+    """What the first rank that failed has to say, the same on all; the error itself where that is a mistake of ours."""
+    rank, (cause, _) = min(error.failures.items())
+    explained = explain(cause)
+    if explained is None:
+        return error
+    code, sentence = explained
+    kind = UserError if code == USER_MISTAKE else Failure
+    return kind(f"rank {rank}: {sentence}" if rank else sentence)
 
 
 class Writer(dcp.FileSystemWriter):
     """The library's writer of one file a rank, which also sums what it wrote and decides what a checkpoint is."""
 
-    def __init__(self, run_directory: Path, step: int, keep: int, keep_every: int) -> None:
-        super().__init__(step_folder(run_directory, step), single_file_per_rank=True, sync_files=True)
+    def __init__(self, home: Home, step: int, keep: int, keep_every: int) -> None:
+        folder = step_folder(home, step)
+        local = isinstance(folder, Path)
+        super().__init__(str(folder), single_file_per_rank=True, sync_files=local)
+        self.path = folder
+        if not local:
+            self.fs = Files()
         self.step = step
-        self._run_directory, self._keep, self._keep_every = run_directory, keep, keep_every
+        self._home, self._keep, self._keep_every = home, keep, keep_every
+
+    @property
+    def checkpoint_id(self) -> str:
+        """What .metadata says of where it was saved."""
+        return str(self.path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """On every rank; it makes no folder, which the first rank may be about to clean."""
@@ -195,21 +216,26 @@ class Writer(dcp.FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Written]:
-        """On every rank: its file, and the sum of it as it reads back."""
+        """On every rank: its file, and the sum of it."""
         results = super().write_data(plan, planner).value()
         names = {result.storage_data.relative_path for result in results}
         done: Future[Written] = Future()
-        done.set_result((results, {name: sum_of(self.path / name) for name in names}))
+        done.set_result((results, {name: self._sum(name) for name in names}))
         return done
+
+    def _sum(self, name: str) -> FileSum:
+        return self.fs.sums[name] if isinstance(self.fs, Files) else sum_of(self.path / name)
 
     def finish(self, metadata: Metadata, results: list[Written]) -> None:
         """On the first rank, once every rank has written."""
         super().finish(metadata, [result for result, _ in results])
-        sums = {METADATA: sum_of(self.path / METADATA)}
+        sums = {METADATA: self._sum(METADATA)}
         for _, found in results:
             sums |= found
+        if isinstance(self.fs, Files):
+            check_sizes(self.path, sums)
         mark_complete(self.path, sums)
-        retain(self._run_directory, self.step, self._keep, self._keep_every)
+        retain(self._home, self.step, self._keep, self._keep_every)
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ here by an unpickler that knows the few classes which describe tensors and files
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from trinity.errors import UserError
+from trinity.errors import Failure, UserError
+from trinity.training.elsewhere import Files, Place
 
 METADATA_CLASSES = {
     "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -23,7 +24,7 @@ ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in METADATA_
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),  # looks a name up in a table of layouts
-    ("pathlib", "PosixPath"),  # where it was saved
+    ("pathlib", "PosixPath"),  # where it was saved, until that was a str
     ("pathlib._local", "PosixPath"),  # the same, as Python 3.13 calls it
 }
 
@@ -35,8 +36,11 @@ class Reader(dcp.FileSystemReader):
         UserError: .metadata is missing, damaged, or names something else than tensors and files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Place) -> None:
+        super().__init__(str(folder))
+        self.path = folder
+        if not isinstance(folder, Path):
+            self.fs = Files()
         self._metadata = read_metadata(folder / ".metadata")
 
     def read_metadata(self) -> Metadata:  # the library would also offer a file by rank, which we never write
@@ -47,16 +51,16 @@ class Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Place) -> Metadata:
     """The description of a checkpoint.
 
     Raises:
         UserError: the file is missing, damaged, or names something else than tensors and files.
     """
     try:
-        with open(path, "rb") as file:
-            found = _Unpickler(file).load()
-    except (OSError, UserError):
+        with path.open("rb") as file:
+            found = _Unpickler(file, path).load()
+    except (OSError, UserError, Failure):
         raise
     except Exception as error:  # bytes that are no pickle fail in every way there is
         raise UserError(f"{path} is damaged ({type(error).__name__}); use another checkpoint") from None
@@ -66,9 +70,9 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: BinaryIO, path: Place) -> None:
         super().__init__(file)
-        self._path = file.name
+        self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

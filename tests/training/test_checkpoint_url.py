@@ -1,0 +1,363 @@
+"""Checkpoints that lie elsewhere: the run is the one that keeps them beside it; a store that fails costs nothing."""
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import fsspec
+import pytest
+import torch
+import torch.distributed as dist
+from run_files import bits, metrics, refuse, status, train
+from url_stores import failing, register
+
+from trinity.config.load import OmegaConf, build_config
+from trinity.errors import Failure, UserError
+from trinity.training import saver, watching
+from trinity.training.checkpoint import (
+    Home,
+    complete_steps,
+    folder_of,
+    home_of,
+    home_of_run,
+    load,
+    newest_intact,
+    save,
+    step_folder,
+    tensors_of,
+)
+from trinity.training.run_data import go_near, open_stream
+
+register()
+URL = "memory://bucket/runs/one"
+LAST = 8
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def one(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run directory whose checkpoints are in memory, begun, ended after step 4 and gone on with."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    fsspec.filesystem("memory").store.clear()
+    for words in (["run.steps=4"], []):
+        assert train(recipe(run), f"checkpoint.url={URL}/", *words) == 0
+    yield run
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of one, as a run has it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def names(url: str) -> list[str]:
+    """Every file below a URL."""
+    files, path = fsspec.core.url_to_fs(url)
+    files.invalidate_cache()
+    return sorted(name.removeprefix(path).strip("/") for name in files.find(path))
+
+
+def test_a_run_is_the_same(one: Path, uninterrupted: Path) -> None:
+    """Stopped and resumed from there, it has figures and state of one that did neither; nothing lies beside it."""
+    home = home_of_run(one)
+    assert str(home) == URL
+    assert metrics(one) == metrics(uninterrupted)
+    assert complete_steps(home) == complete_steps(uninterrupted) == [6, LAST]
+    assert bits(home, LAST) == bits(uninterrupted, LAST)
+    assert not (one / "checkpoints").exists()
+    files = [f"step_{step:08d}/{name}" for step in (6, LAST) for name in (".metadata", "COMPLETE", "__0_0.distcp")]
+    assert names(URL) == ["latest", *files]
+
+
+def call(tool: str, *words: object) -> int:
+    """Run a tool in this process, where the memory is; its exit code."""
+    with mock.patch.object(sys, "argv", [tool, *map(str, words)]), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOLS / tool), run_name="__main__")
+    return ended.value.code
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_tools_find_them(one: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Given the run directory alone: exports and texts are, byte for byte, those of the other run."""
+    for name, run in (("here", uninterrupted), ("there", one)):
+        for step in (6, LAST):
+            assert call("export_hf.py", run, tmp_path / f"{name}{step}", "--step", step) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("here6", "there6", "here8", "there8")]
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    capfd.readouterr()
+    texts = []
+    for run in (uninterrupted, one):
+        assert call("generate.py", run, "--prompt", "def main", "--max-new-tokens", 12) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1]
+    assert call("export_hf.py", one, tmp_path / "no", "--step", 3) == 2
+    assert capfd.readouterr().err == f"error: {URL} has no complete checkpoint of step 3; it has [6, 8]\n"
+
+
+def test_a_look_at_the_data_begins_near(one: Path, recipe: Callable) -> None:
+    """Also where the config that is given does not say where."""
+    config = build_config([("test", OmegaConf.create(recipe(one)))])
+    stream, begun = open_stream(config, 0, 1), open_stream(config, 0, 1)
+    go_near(stream, config, 7)
+    assert stream.k == 48 == sum(config.batch.sequences * (2 if step > 4 else 1) for step in range(1, 7))
+    assert stream.batch(7).pieces == begun.batch(7).pieces
+    with failing_memory():
+        go_near(begun, config, 7)  # a store that does not answer: replayed from the beginning
+    assert begun.k == 0
+
+
+def failing_memory() -> mock._patch:
+    """The memory cannot be asked."""
+    return mock.patch.object(fsspec.get_filesystem_class("memory"), "ls", side_effect=TimeoutError("no answer"))
+
+
+def test_another_run_begins_with_it(one: Path, uninterrupted: Path, recipe: Callable, tmp_path: Path) -> None:
+    """init.run names the run directory; all that was kept makes the same steps."""
+    for name, run in (("here", uninterrupted), ("there", one)):
+        assert train(recipe(tmp_path / name), f"init.run={run}", "init.keep=all", "run.steps=10") == 0
+    assert [line["step"] for line in metrics(tmp_path / "here")] == [9, 10]
+    assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
+
+
+def test_a_way_back(recipe: Callable, tmp_path: Path) -> None:
+    """A spike at step 5 sends a run back to its checkpoint, wherever that lies, with the same figures afterwards."""
+    judge = watching.Spikes.judge
+    for name, words in (("here", []), ("there", [f"checkpoint.url={URL}/back"])):
+        losses: list[float] = []
+
+        def fifth(spikes: watching.Spikes, loss: float, norm: float, losses: list[float] = losses) -> str | None:
+            losses.append(loss)
+            return "a spike" if len(losses) == 5 else judge(spikes, loss, norm)
+
+        with mock.patch.object(watching.Spikes, "judge", fifth):
+            assert train(recipe(tmp_path / name), "health.spike.action=rollback", *words) == 0
+    assert [line["attempt"] for line in metrics(tmp_path / "here")] == [0] * 3 + [1] * 5
+    assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
+
+
+def test_a_store_that_fails_in_mid_write(
+    settings: dict, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The run ends with one sentence and code 1; the checkpoint before is whole, and the same command goes on."""
+    url, run = f"norename://{tmp_path}/store", Path(settings["run"]["dir"])
+    left = [40]
+
+    def fail(verb: str, path: str) -> Exception | None:
+        if verb == "write" and path.endswith("step_00000006/__0_0.distcp"):
+            left[0] -= 1
+        return ConnectionError("no route to host") if left[0] <= 0 else None
+
+    with failing(fail), pytest.raises(Failure) as failure:
+        train(settings, f"checkpoint.url={url}")
+    sentence = f"{url}/step_00000006/__0_0.distcp cannot be written (no route to host); run the same command again"
+    assert str(failure.value) == f"{sentence} to go on"
+    assert (status(run)["state"], status(run)["code"]) == ("stopped", 1)
+    assert (tmp_path / "store/step_00000006/__0_0.distcp").stat().st_size > 0
+    assert complete_steps(home_of_run(run)) == [3]
+    assert train(settings, f"checkpoint.url={url}") == 0
+    assert "/step_00000006 has no COMPLETE, as a save that was cut off leaves it, and is not used" in (
+        capsys.readouterr().err
+    )
+    assert metrics(run) == metrics(uninterrupted)
+    assert bits(home_of_run(run), LAST) == bits(uninterrupted, LAST)
+    assert complete_steps(home_of_run(run)) == [6, LAST]
+
+
+def test_a_store_that_does_not_answer(settings: dict, tmp_path: Path) -> None:
+    """Its silence is never taken for a run without checkpoints: nothing begins, and nothing is changed."""
+    url, run = f"norename://{tmp_path}/store", Path(settings["run"]["dir"])
+    words = [f"checkpoint.url={url}", "run.steps=2"]
+    assert train(settings, *words) == 0
+    before = (run / "metrics.jsonl").read_bytes(), names(url), list(run.glob("config*"))
+    for verb in ("ls", "info", "open", "read"):
+        silent = failing(lambda asked, path, verb=verb: PermissionError("forbidden") if asked == verb else None)
+        with (
+            silent,
+            pytest.raises(Failure, match=r"cannot be read \(forbidden\); run the same command again to go on$"),
+        ):
+            train(settings, *words)
+        assert ((run / "metrics.jsonl").read_bytes(), names(url), list(run.glob("config*"))) == before
+        assert status(run)["code"] == 1
+    assert train(settings, *words) == 0
+
+
+def state_of(step: int) -> dict[str, torch.Tensor]:
+    return {"model.a": torch.arange(100.0) + step, "run.step": torch.tensor(step)}
+
+
+def attempt(home: Home, at: int) -> tuple[int, str]:
+    """Save step 9 over what there is, the store failing at its request number `at`; (requests, what the save said)."""
+    asked, said = [0], ""
+
+    def fail(verb: str, path: str) -> Exception | None:
+        asked[0] += 1
+        return ConnectionError("gone") if asked[0] == at else None
+
+    with failing(fail):
+        try:
+            save(state_of(9), home, 9, keep=1)
+        except Failure as failure:
+            said = str(failure)
+    return asked[0], said
+
+
+def test_a_store_that_fails_at_any_request(tmp_path: Path, group: None) -> None:
+    """Whichever it is: the save says so, the newest whole checkpoint reads as it was written, and saves go on."""
+    home = home_of(f"norename://{tmp_path}/store", tmp_path)
+    at, requests, newest = 0, 0, []
+    while at <= requests:
+        for step in (3, 6):
+            save(state_of(step), home, step, keep=2)
+        at += 1
+        requests, said = attempt(home, at)
+        assert ("(gone); run the same command again to go on" in said) == (at <= requests), at
+        step = newest_intact(home, lambda *_, **__: None)
+        assert bits(home, step) == bits_of(state_of(step)), at
+        newest.append(step)
+        save(state_of(10), home, 10, keep=1)
+        assert complete_steps(home) == [10], at
+        for left in folder_of(home).glob("step_*"):
+            left.rmtree()
+    assert newest == sorted(newest)
+    assert {*newest} == {6, 9}
+    assert newest.count(6) > 30
+    assert newest.count(9) > 10  # among them each request of the deletions
+
+
+def bits_of(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """Their bytes."""
+    return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+
+
+def test_a_store_that_fails_while_it_is_read(tmp_path: Path, group: None) -> None:
+    """A checkpoint that was found whole, and then cannot be read: not its fault, and said so."""
+    home = home_of(f"norename://{tmp_path}/store", tmp_path)
+    save(state_of(3), home, 3, keep=1)
+    url = f"norename://{tmp_path}/store/step_00000003/__0_0.distcp"
+    for verb in ("open", "read"):
+        silent = failing(
+            lambda asked, path, verb=verb: TimeoutError("late") if asked == verb and "__0" in path else None
+        )
+        state = tensors_of(step_folder(home, 3), "")
+        with silent, pytest.raises(Failure) as failure:
+            load(state, home, 3)
+        assert str(failure.value) == f"{url} cannot be read (late); run the same command again to go on"
+
+
+def test_the_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """COMPLETE is opened once everything else is closed; of an old one it goes first, then .metadata, then the rest.
+
+    And the disks here are left in peace: the library would sync all of them for a file that has no fsync.
+    """
+    monkeypatch.setattr(os, "sync", lambda: pytest.fail("the whole machine was synced"))
+    home, asked = home_of(f"norename://{tmp_path}/store", tmp_path), []
+    save(state_of(3), home, 3, keep=1)
+
+    def note(verb: str, path: str) -> None:
+        if verb in ("open", "close", "rm_file", "rm"):
+            asked.append((verb, path.removeprefix(f"{tmp_path}/store/step_0000000")))
+
+    with failing(note):
+        save(state_of(6), home, 6, keep=1)
+    changes = [(verb, path) for verb, path in asked if path[0] in "36"]
+    complete = changes.index(("open", "6/COMPLETE"))
+    for name in ("__0_0.distcp", ".metadata"):
+        assert changes.index(("close", f"6/{name}")) < complete
+    removed = [change for change in changes if change[1].startswith("3") and change[0].startswith("rm")]
+    assert removed == [("rm_file", "3/COMPLETE"), ("rm_file", "3/.metadata"), ("rm", "3")]
+    assert complete < changes.index(removed[0])
+
+
+def test_what_was_lost_on_the_way_is_seen(tmp_path: Path, group: None) -> None:
+    """A store that says yes and keeps less: no COMPLETE."""
+    home, store = home_of(f"norename://{tmp_path}/store", tmp_path), tmp_path / "store/step_00000003"
+
+    def shorten(verb: str, path: str) -> None:
+        if verb == "open" and path.endswith(".metadata") and (store / "__0_0.distcp").exists():
+            (store / "__0_0.distcp").write_bytes(b"half")
+
+    with failing(shorten), pytest.raises(Failure, match=r"is not there as it was \(__0_0.distcp has 4 bytes of \d+\)"):
+        save(state_of(3), home, 3, keep=1)
+    assert not (store / "COMPLETE").exists()
+
+
+def test_a_local_place(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path or file:// is written as beside the run: fsync and rename; its disk is the one that may be full."""
+    written, asked = [], []
+    whole, usage = saver.mark_complete, saver.shutil.disk_usage
+    monkeypatch.setattr(saver, "mark_complete", lambda folder, sums: (written.append(folder), whole(folder, sums)))
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda folder: (asked.append(folder), usage(folder))[1])
+    for url in (f"file://{tmp_path}/shelf", f"{tmp_path}/shelf"):
+        assert train(settings, f"checkpoint.url={url}", f"run.steps={len(written) + 1}") == 0
+    assert written == [tmp_path / "shelf" / f"step_{step:08d}" for step in (1, 2)]
+    assert asked == [tmp_path / "shelf"]
+    assert complete_steps(home_of_run(Path(settings["run"]["dir"]))) == [1, 2]
+    assert not (Path(settings["run"]["dir"]) / "checkpoints").exists()
+
+
+def test_a_run_does_not_leave_its_checkpoints(settings: dict, tmp_path: Path) -> None:
+    """Another place without them, or with older ones, is refused; with a copy the run goes on there."""
+    run, shelf = Path(settings["run"]["dir"]), tmp_path / "shelf"
+    here, there = "checkpoint.url=null", f"checkpoint.url=norename://{shelf}"
+    assert train(settings, "run.steps=1") == 0
+    before = (run / "metrics.jsonl").read_bytes()
+    assert refuse(settings, there) == (
+        f"the checkpoints of {run} are in {run}/checkpoints up to step 1, and in norename://{shelf} up to step 0; "
+        "copy them there or give the old checkpoint.url back"
+    )
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert not shelf.exists()
+    fsspec.filesystem("file").put(f"{run}/checkpoints", str(shelf), recursive=True)
+    assert train(settings, there, "run.steps=2") == 0
+    assert complete_steps(home_of_run(run)) == [1, 2]
+    sentence = refuse(settings, here)
+    assert f"are in norename://{shelf} up to step 2, and in {run}/checkpoints up to step 1; copy" in sentence
+    assert [line["step"] for line in metrics(run)] == [1, 2]
+
+
+def test_one_place_is_for_one_run(one: Path, settings: dict) -> None:
+    """A run directory that knows nothing of the checkpoints there neither goes on from them nor writes over them."""
+    before, run = names(URL), Path(settings["run"]["dir"])
+    unknown = f"holds checkpoints, and {run} has no config.yaml that says of which run; put that file back, or give"
+    assert refuse(settings, f"checkpoint.url={URL}") == f"{URL} {unknown} another run.dir or checkpoint.url"
+    assert names(URL) == before
+    fsspec.filesystem("memory").get("/bucket/runs/one", str(run / "checkpoints"), recursive=True)
+    assert refuse(settings) == f"{run / 'checkpoints'} {unknown} another run.dir or checkpoint.url"
+
+
+def test_urls_that_nothing_opens(settings: dict) -> None:
+    """Said before the run begins."""
+    fsspec.register_implementation(
+        "lacking", "no_such_module.FileSystem", errtxt="install no_such_module", clobber=True
+    )
+    assert "needs a package that is not installed here" in refuse(settings, "checkpoint.url=lacking://bucket/run")
+    sentence = refuse(settings, "checkpoint.url=nosuch://bucket/run")
+    assert sentence.startswith("nosuch://bucket/run cannot be opened (")
+    assert sentence.endswith("use a path or a protocol such as file, s3, gs, http, https, hf")
+    assert not (Path(settings["run"]["dir"]) / "metrics.jsonl").exists()
+
+
+def test_malice_is_not_read(tmp_path: Path, group: None) -> None:
+    """The .metadata of a store goes through the same unpickler."""
+    home = home_of(f"norename://{tmp_path}/store", tmp_path)
+    save(state_of(3), home, 3, keep=1)
+    path = tmp_path / "store/step_00000003/.metadata"
+    path.write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")
+    with pytest.raises(UserError, match=r"\.metadata names 'os.system', which no checkpoint needs"):
+        tensors_of(step_folder(home, 3), "")
+
+
+def test_an_event_says_what_was_written(one: Path) -> None:
+    """Of each checkpoint, with the bytes that are there."""
+    lines = [json.loads(line) for line in (one / "events.jsonl").read_text().splitlines()]
+    told = [line for line in lines if line["kind"] == "checkpoint"]
+    assert [line["step"] for line in told] == [3, 4, 6, LAST]
+    files, path = fsspec.core.url_to_fs(f"{URL}/step_{LAST:08d}")
+    assert told[-1]["bytes"] == files.du(path) - files.size(f"{path}/COMPLETE")

@@ -1,0 +1,256 @@
+"""Files at any fsspec URL, under pathlib's names for what is done with them, so that most code need not ask which.
+
+An object store has no rename and needs none: a small file is one put, which shows whole or not at all. Nor has it
+fsync: what it has taken it keeps. Listings that fsspec remembers are dropped before each look, as other processes write
+there too. A store that does not answer is a Failure, never taken for a file that is missing: fsspec's own exists, glob
+and find do that.
+"""
+
+import errno
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from trinity.data.remote import filesystem, located, open_input, refused
+from trinity.errors import Failure, UserError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+PART = 1 << 24
+"""Bytes that go out at once. S3 takes 10,000 parts a file: 160 GiB from one rank."""
+
+
+class FileSum(NamedTuple):
+    """A file as it was written: its size in bytes, and crc32 as 8 hexadecimal digits."""
+
+    bytes: int
+    crc32: str
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A file or folder at a URL."""
+
+    url: str
+
+    def __truediv__(self, name: str) -> "Elsewhere":
+        return Elsewhere(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Elsewhere":
+        """The folder it is in."""
+        return Elsewhere(self.url.rpartition("/")[0])
+
+    def exists(self) -> bool:
+        """Whether it is there; a folder of an object store is where something in it is."""
+        try:
+            with _asked(self.url) as (files, name):
+                files.info(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of everything in this folder, by name, from one listing; none where there is no folder."""
+        try:
+            with _asked(self.url) as (files, name):
+                found = files.ls(name, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] or 0 for entry in found}
+
+    def glob(self, pattern: str) -> list["Elsewhere"]:
+        """What is in this folder under a name like that."""
+        return [self / name for name in self.sizes() if fnmatch(name, pattern)]
+
+    def open(self, mode: str = "rb", buffering: int = -1) -> AbstractContextManager[BinaryIO]:
+        """To read."""
+        assert mode == "rb"
+        filesystem(self.url)[0].invalidate_cache()
+        return open_input(self.url)
+
+    def read_bytes(self) -> bytes:
+        """All of a file."""
+        with _asked(self.url) as (files, name):
+            return files.cat_file(name)
+
+    def write_bytes(self, content: bytes) -> None:
+        """A small file, in one put."""
+        with _asked(self.url, "written") as (files, name):
+            files.pipe_file(name, content)
+
+    @contextmanager
+    def create(self) -> Iterator["Outgoing"]:
+        """A large file, in parts. One that breaks off may leave a part of itself."""
+        with _asked(self.url, "written") as (files, name):
+            file = files.open(name, "wb", block_size=PART)
+        stream = Outgoing(file, self.url)
+        try:
+            yield stream
+            stream.close()
+        except BaseException:
+            with suppress(Exception):
+                file.close()
+            if stream.failure is not None:  # torch.save tells of an error of its own that follows from it
+                raise stream.failure from None
+            raise
+
+    def mkdir(self, parents: bool = True) -> None:
+        """Make the folder where the file system has such; it may be there."""
+        with _asked(self.url, "written") as (files, name):
+            files.makedirs(name, exist_ok=True)
+
+    def unlink(self, missing_ok: bool = True) -> None:
+        """Delete a file, which may be gone already."""
+        assert missing_ok
+        with suppress(FileNotFoundError), _asked(self.url, "deleted") as (files, name):
+            files.rm_file(name)
+
+    def rmtree(self) -> None:
+        """Delete a folder, which an object store no longer has once it is empty."""
+        with suppress(FileNotFoundError), _asked(self.url, "deleted") as (files, name):
+            files.rm(name, recursive=True)
+
+
+Place = Path | Elsewhere
+
+
+def place(url: str) -> Place:
+    """Where a path or URL leads: a local one is a Path.
+
+    Raises:
+        UserError: an unknown protocol, or one whose package is not installed.
+    """
+    found = located(url)
+    if isinstance(found, Path):
+        return found
+    filesystem(found)
+    return Elsewhere(found.rstrip("/"))
+
+
+@contextmanager
+def _asked(url: str, verb: str = "read") -> Iterator[tuple["AbstractFileSystem", str]]:
+    """(the file system, the path in it); what it says of a file that is missing stays, all else becomes a sentence."""
+    files, name = filesystem(url)
+    try:
+        files.invalidate_cache()
+        yield files, name
+    except (UserError, Failure):
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
+    except Exception as error:  # each protocol's package has its own
+        raise refused(url, verb, error) from error
+
+
+class Outgoing(io.RawIOBase):
+    """What is written to a file elsewhere, summed as it goes out; the store's errors are sentences."""
+
+    def __init__(self, file: BinaryIO, url: str) -> None:
+        self._file, self._url = file, url
+        self._bytes, self._crc = 0, 0
+        self.failure: Failure | None = None
+
+    @property
+    def sum(self) -> FileSum:
+        """Of what has gone out so far."""
+        return FileSum(self._bytes, f"{self._crc:08x}")
+
+    def writable(self) -> bool:
+        """Yes, and nothing else."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._bytes
+
+    def write(self, data: Any) -> int:
+        """All of the data."""
+        with self._told():
+            self._file.write(data)
+        self._bytes, self._crc = self._bytes + memoryview(data).nbytes, zlib.crc32(data, self._crc)
+        return memoryview(data).nbytes
+
+    def close(self) -> None:
+        """Hand over the last part; only then is there a file."""
+        if not self.closed:
+            super().close()
+            with self._told():
+                self._file.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failure = refused(self._url, "written", error)
+            raise self.failure from error
+
+
+class Files(FileSystemBase):
+    """What torch.distributed.checkpoint asks of a file system, of one elsewhere; paths are Elsewhere.
+
+    sums: of the files written through this, by name.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, FileSum] = {}
+
+    @contextmanager
+    def create_stream(self, path: Elsewhere, mode: str) -> Iterator[BinaryIO]:
+        """A file to be read or written."""
+        if mode == "rb":
+            with path.open() as stream:
+                yield stream
+            return
+        with path.create() as stream:
+            yield stream
+        self.sums[path.name] = stream.sum
+
+    def concat_path(self, path: Elsewhere, suffix: str) -> Elsewhere:
+        """A name in a folder."""
+        return path / suffix
+
+    def rename(self, path: Elsewhere, new_path: Elsewhere) -> None:
+        """Without a rename: only the library's .metadata comes this way, and without COMPLETE it counts for nothing."""
+        new_path.write_bytes(path.read_bytes())
+        path.unlink()
+        self.sums[new_path.name] = self.sums.pop(path.name)
+
+    def init_path(self, path: Elsewhere) -> Elsewhere:
+        """The same."""
+        return path
+
+    def mkdir(self, path: Elsewhere) -> None:
+        """Make a folder."""
+        path.mkdir()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        """Never asked: readers and writers are made here by hand."""
+        return False
+
+    def exists(self, path: Elsewhere) -> bool:
+        """Whether it is there."""
+        return path.exists()
+
+    def rm_file(self, path: Elsewhere) -> None:
+        """Delete a file."""
+        path.unlink()
