@@ -16,6 +16,10 @@ FAILURE = 1
 class UserError(ValueError):
     """The user's mistake: the message names the value that is wrong and what to write instead, in one sentence."""
 
+    def __init__(self, sentence: str) -> None:
+        """Keep the sentence on one line, whatever the values that it quotes hold."""
+        super().__init__(" ".join(sentence.splitlines()))
+
 
 class Failure(RuntimeError):
     """What went wrong outside our code, said in one sentence: a full disk on another rank."""

@@ -4,6 +4,7 @@ The order: the zoo's model named by model.name, then the file, then the command 
 """
 
 import difflib
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from trinity.errors import UserError
 COMMAND_LINE = "the command line"
 SWITCHES = ("parallel.defer_reduce", "optim.muon.share")
 """auto, on or off: the last two are booleans to YAML."""
+LIMIT = 1 << 63
+"""Integers are smaller, so that they fit into what counts tokens and steps."""
 NAMED_MAPS = ("data.train", "data.validation", "data.mixture")
 
 
@@ -97,7 +100,7 @@ def _read_file(path: Path) -> DictConfig:
         raw = OmegaConf.load(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: !!int abc, 5000 digits
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         if error.errno is not None:
@@ -105,31 +108,40 @@ def _read_file(path: Path) -> DictConfig:
         raw = None  # omegaconf's way to say that the file holds a lone number
     if not OmegaConf.is_dict(raw):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
-    return _whole_numbers(raw)
+    return _plain(raw, str(path))
 
 
 def _read_words(words: list[str]) -> DictConfig:
     for word in words:
         key, equals, _ = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"{word} is not a setting; write a.b=value")
+        if not equals or not all(key.split(".")) or "[" in key:
+            hint = ", and a whole list as a.b=[…]" if "[" in key else ""
+            raise UserError(f"{word} is not a setting; write a.b=value{hint}")
     try:
-        return _whole_numbers(OmegaConf.from_dotlist(words))
+        return _plain(OmegaConf.from_dotlist(words), COMMAND_LINE)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{COMMAND_LINE} is not valid: {' '.join(str(error).split())}") from None
 
 
-def _whole_numbers(raw: DictConfig) -> DictConfig:
-    """Turn 17e12, a float to YAML, into the integer it is; where a float is wanted the integer turns back."""
+def _plain(raw: DictConfig, where: str) -> DictConfig:
+    """Turn 17e12, a float to YAML, into the integer it is; where a float is wanted the integer turns back.
 
-    def walk(node: Any) -> Any:
+    Raises:
+        UserError: an integer of more than 64 bits, or a text that the system would refuse as a path.
+    """
+
+    def walk(key: str, node: Any) -> Any:
         if isinstance(node, dict):
-            return {key: walk(value) for key, value in node.items()}
+            return {name: walk(f"{key}.{name}" if key else str(name), value) for name, value in node.items()}
         if isinstance(node, list):
-            return [walk(value) for value in node]
-        return int(node) if isinstance(node, float) and node.is_integer() else node
+            return [walk(f"{key}[{index}]", value) for index, value in enumerate(node)]
+        if isinstance(node, int) and abs(node) >= LIMIT:
+            raise UserError(f"{key} in {where} is a number of {len(str(node))} digits; write one below 2^63")
+        if isinstance(node, str) and "\0" in node:
+            raise UserError(f"{key} in {where} holds a zero byte; write plain text")
+        return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < LIMIT else node
 
-    return OmegaConf.create(walk(OmegaConf.to_container(raw)))
+    return OmegaConf.create(walk("", OmegaConf.to_container(raw)))
 
 
 def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
@@ -140,16 +152,32 @@ def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
         except ConfigKeyError as error:
             raise UserError(_unknown_key(merged, str(section), error, where)) from None
         except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or str(section)
+            named = str(getattr(error, "full_key", None))
+            narrow = _narrowed(merged, str(section), OmegaConf.to_container(raw)[section])
+            key = named if named.startswith(narrow) else narrow
             raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}") from None
+
+
+def _narrowed(merged: DictConfig, key: str, value: Any) -> str:
+    """The longest key below `key` that cannot be merged, which omegaconf's errors do not always name."""
+    for name in value if isinstance(value, dict) else ():
+        below = f"{key}.{name}"
+        nested = reduce(lambda inner, part: {part: inner}, reversed(below.split(".")), value[name])
+        try:
+            merged.merge_with(nested)
+        except OmegaConfBaseException:
+            return _narrowed(merged, below, value[name])
+    return key
 
 
 def _unknown_key(merged: DictConfig, section: str, error: ConfigKeyError, where: str) -> str:
     if not str(error.full_key).startswith(section):  # inside an entry of a list, whose place is not told
         return f"{section} in {where}: {str(error).splitlines()[0]}"
     parent, _, key = str(error.full_key).rpartition(".")
-    known = list(OmegaConf.select(merged, parent) if parent else merged)
-    nearest = difflib.get_close_matches(key, [str(name) for name in known], n=1, cutoff=0)
+    section_of = OmegaConf.select(merged, parent, throw_on_missing=False) if parent else merged
+    if not OmegaConf.is_dict(section_of):  # 1.5: a number, or a setting that has nothing below it
+        parent, key, section_of = "", str(error.full_key), merged
+    nearest = difflib.get_close_matches(key, [str(name) for name in section_of], n=1, cutoff=0)
     suggestion = ".".join(filter(None, (parent, *nearest)))
     if suggestion == error.full_key:  # in a file, dots do not nest
         nested = ": {".join(suggestion.split(".")) + ": …" + "}" * suggestion.count(".")
