@@ -73,7 +73,11 @@ def load(state: State, run_directory: Path, step: int) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(wanted, storage_reader=reader, no_dist=alone)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
-        reason = " ".join(str(error).split())[-300:]
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of every rank
+            error = next(iter(error.failures.values()))[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose text is advice to trust the file
+            raise UserError(f"{folder} is damaged (a tensor in it cannot be read); use another checkpoint") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{folder} does not fit this run's config: {reason}") from None
 
 

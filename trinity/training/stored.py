@@ -4,13 +4,14 @@ The tensors are read by the library with weights_only. Its .metadata is a pickle
 here by an unpickler that knows the few classes which describe tensors and files, and no other.
 """
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from trinity.errors import UserError
 
@@ -62,7 +63,18 @@ def read_metadata(path: Path) -> Metadata:
         raise UserError(f"{path} is damaged ({type(error).__name__}); use another checkpoint") from None
     if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
         raise UserError(f"{path} does not describe a checkpoint; use another one")
+    tensors = found.state_dict_metadata
+    if not isinstance(tensors, dict):
+        raise UserError(f"{path} does not describe a checkpoint; use another one")
+    for name, stored in tensors.items():
+        if not isinstance(stored, TensorStorageMetadata) or not _whole(stored):
+            raise UserError(f"{path} does not say where all of {name} is stored; use another checkpoint")
     return found
+
+
+def _whole(stored: TensorStorageMetadata) -> bool:
+    """Whether the chunks hold as many numbers as the tensor: the library would pass over what none of them holds."""
+    return sum(math.prod(chunk.sizes) for chunk in stored.chunks) == math.prod(stored.size)
 
 
 class _Unpickler(pickle.Unpickler):
