@@ -118,9 +118,10 @@ def _read_words(words: list[str]) -> DictConfig:
             hint = ", and a whole list as a.b=[…]" if "[" in key else ""
             raise UserError(f"{word} is not a setting; write a.b=value{hint}")
     try:
-        return _plain(OmegaConf.from_dotlist(words), COMMAND_LINE)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raw = OmegaConf.from_dotlist(words)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{COMMAND_LINE} is not valid: {' '.join(str(error).split())}") from None
+    return _plain(raw, COMMAND_LINE)
 
 
 def _plain(raw: DictConfig, where: str) -> DictConfig:
@@ -149,12 +150,14 @@ def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
     for section in raw:
         try:
             merged.merge_with({section: raw[section]})
-        except ConfigKeyError as error:
-            raise UserError(_unknown_key(merged, str(section), error, where)) from None
         except OmegaConfBaseException as error:
-            named = str(getattr(error, "full_key", None))
+            named = str(getattr(error, "full_key", None) or section)
+            if isinstance(error, ConfigKeyError) and named.startswith(str(section)):
+                raise UserError(_unknown_key(merged, named, where)) from None
             narrow = _narrowed(merged, str(section), OmegaConf.to_container(raw)[section])
-            key = named if named.startswith(narrow) else narrow
+            # of a list's entry omegaconf names the last word alone
+            inside = "" if narrow.startswith(named) or named.startswith(narrow) else f"{named} of "
+            key = named if named.startswith(narrow) else f"{inside}{narrow}"
             raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}") from None
 
 
@@ -170,16 +173,14 @@ def _narrowed(merged: DictConfig, key: str, value: Any) -> str:
     return key
 
 
-def _unknown_key(merged: DictConfig, section: str, error: ConfigKeyError, where: str) -> str:
-    if not str(error.full_key).startswith(section):  # inside an entry of a list, whose place is not told
-        return f"{section} in {where}: {str(error).splitlines()[0]}"
-    parent, _, key = str(error.full_key).rpartition(".")
-    section_of = OmegaConf.select(merged, parent, throw_on_missing=False) if parent else merged
-    if not OmegaConf.is_dict(section_of):  # 1.5: a number, or a setting that has nothing below it
-        parent, key, section_of = "", str(error.full_key), merged
-    nearest = difflib.get_close_matches(key, [str(name) for name in section_of], n=1, cutoff=0)
+def _unknown_key(merged: DictConfig, full_key: str, where: str) -> str:
+    parent, _, key = full_key.rpartition(".")
+    section = OmegaConf.select(merged, parent) if parent else merged
+    if not OmegaConf.is_dict(section):  # 1.5: a number, or a setting that has nothing below it
+        parent, key, section = "", full_key, merged
+    nearest = difflib.get_close_matches(key, [str(name) for name in section], n=1, cutoff=0)
     suggestion = ".".join(filter(None, (parent, *nearest)))
-    if suggestion == error.full_key:  # in a file, dots do not nest
+    if suggestion == full_key:  # in a file, dots do not nest
         nested = ": {".join(suggestion.split(".")) + ": …" + "}" * suggestion.count(".")
         return f"{suggestion} in {where} is written with dots; in a file write {nested}"
-    return f"{error.full_key} in {where} is not a known key; did you mean {suggestion}?"
+    return f"{full_key} in {where} is not a known key; did you mean {suggestion}?"

@@ -57,19 +57,21 @@ def read_metadata(path: Path) -> Metadata:
     try:
         with open(path, "rb") as file:
             found = _Unpickler(file).load()
+        _check(found, path)
     except (OSError, UserError):
         raise
     except Exception as error:  # bytes that are no pickle fail in every way there is
         raise UserError(f"{path} is damaged ({type(error).__name__}); use another checkpoint") from None
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+    return found
+
+
+def _check(found: Any, path: Path) -> None:
+    parts = isinstance(found, Metadata) and (found.storage_data, found.state_dict_metadata)
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path} does not describe a checkpoint; use another one")
-    tensors = found.state_dict_metadata
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path} does not describe a checkpoint; use another one")
-    for name, stored in tensors.items():
+    for name, stored in found.state_dict_metadata.items():
         if not isinstance(stored, TensorStorageMetadata) or not _whole(stored):
             raise UserError(f"{path} does not say where all of {name} is stored; use another checkpoint")
-    return found
 
 
 def _whole(stored: TensorStorageMetadata) -> bool:
