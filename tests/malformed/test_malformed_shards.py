@@ -22,8 +22,6 @@ TOTALS = ["documents", "tokens", "text_bytes"]
 READ = ["dtype", "vocab_size", "bos_id", "tokenizer", "shards", *TOTALS]
 ENTRY = [*TOTALS, "tokens_bytes", "tokens_checksum", "documents_bytes", "documents_checksum"]
 VALUES = [None, [], {}, "word", -1, 1.5, 10**30]
-FINE = {("tokenizer", "word")}
-"""A hash like any other, until it is compared with a tokenizer's."""
 
 
 def change_index(shards: Path, change: Callable[[dict], object]) -> None:
@@ -53,7 +51,7 @@ def test_a_key_of_the_index(shards: Path, key: str, little_memory: None) -> None
     change_index(shards, lambda index: index.pop(key))
     assert key in opened(shards)
     for value in VALUES:
-        if (key, value) not in FINE:
+        if (key, value) != ("tokenizer", "word"):  # a hash like any other, until it is compared with a tokenizer's
             (shards / "index.json").write_text(whole)
             change_index(shards, lambda index, value=value: index.update({key: value}))
             assert key in opened(shards) or "vocab_size" in opened(shards), value
@@ -63,7 +61,7 @@ def test_a_key_of_the_index(shards: Path, key: str, little_memory: None) -> None
 def test_a_key_of_an_entry(shards: Path, key: str, little_memory: None) -> None:
     whole = (shards / "index.json").read_text()
     change_index(shards, lambda index: index["shards"][0].pop(key))
-    assert f"index.json is damaged (of shard 0, {key} is None)" in opened(shards)
+    assert f"index.json is damaged (of shard 0, {key} is None" in opened(shards)
     kind = key.partition("_")[0]
     for value in VALUES:
         (shards / "index.json").write_text(whole)
