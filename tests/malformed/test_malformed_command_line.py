@@ -21,7 +21,7 @@ def refuses(run_command: Callable) -> Callable[..., str]:
         assert sentence.startswith("error: ")
         assert not any(line.startswith(("Traceback", "error: ", "  File ")) for line in before_it)
         assert not before_it or noisy
-        assert done.output == ""
+        assert not done.output.strip()  # but a bar of the tokenizers library, which writes empty lines
         after = snapshot(keeps)
         assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} <= gains
         return sentence
