@@ -16,6 +16,10 @@ FAILURE = 1
 class UserError(ValueError):
     """The user's mistake: the message names the value that is wrong and what to write instead, in one sentence."""
 
+    def __init__(self, sentence: str) -> None:
+        """Keep the sentence on one line, whatever the values that it quotes hold."""
+        super().__init__(" ".join(sentence.splitlines()))
+
 
 class Failure(RuntimeError):
     """What went wrong outside our code, said in one sentence: a full disk on another rank."""
@@ -37,6 +41,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return FAILURE, f"{error.filename or 'a file'} is larger than files may be here; raise the limit (ulimit -f)"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return USER_MISTAKE, f"{error.filename} is on a file system that is read-only; write elsewhere"
+    if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+        return USER_MISTAKE, f"{error.filename}: {error.strerror}"
     if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
         if isinstance(error, PermissionError):
             return USER_MISTAKE, f"{error.filename} cannot be written or read ({error.strerror}); check its permissions"

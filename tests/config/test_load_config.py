@@ -89,7 +89,7 @@ def test_an_unknown_word_names_the_command_line(write: Write) -> None:
 
 def test_an_unknown_key_in_a_list(write: Write) -> None:
     path = write("run: {steps: 1}\nbatch: {ramp: [{tokens: 5, sequence: 3}]}")
-    assert f"batch in {path}: Key 'sequence' not in 'RampEntry'" in refusal(path)
+    assert f"batch.ramp in {path}: Key 'sequence' not in 'RampEntry'" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,10 @@ def test_dots_in_a_file_are_explained(write: Write, text: str, nested: str) -> N
             "recompute in {path}: Invalid value 'blok', expected one of ['none', 'block', ",
         ),
         ("balancing: {kind: smbu}", "balancing.kind in {path}: Invalid value 'smbu', expected one of ['smebu', 'sign"),
-        ("optim: {adamw: {betas: [0.9]}}", "optim in {path}: TupleConfig length 1 does not match type hint length 2"),
+        (
+            "optim: {adamw: {betas: [0.9]}}",
+            "optim.adamw.betas in {path}: TupleConfig length 1 does not match type hint",
+        ),
         ("batch: 5", "batch in {path}: Merge error: int is not a subclass of Batch"),
         ("model: nano", "model in {path}: Merge error: str is not a subclass of ModelConfig"),
         ("optim: null", "optim in {path}: field 'optim' is not Optional"),

@@ -1,11 +1,66 @@
-"""What must hold between the values of a run, each failure with its mend. Single values are checked by their type."""
+"""What must hold of the values of a run and between them, each failure with its mend. Types are checked before."""
 
 import math
+from functools import reduce
 
+from trinity.config.model import check_size
 from trinity.config.paths import tokenizer_folder
 from trinity.config.profiled import check_last_step, profiled_steps
 from trinity.config.run import LengthBias, RunConfig
 from trinity.errors import UserError
+
+BOUNDS: dict[str, tuple[float, float | None]] = {
+    "run.steps": (0, None),
+    "run.tokens": (1, None),
+    "run.threads": (1, 4096),
+    "init.step": (1, None),
+    "data.sequence_length": (1, 1 << 27),
+    "data.streams": (1, 1 << 24),
+    "data.rsdb_size": (1, 1 << 24),
+    "data.workers": (0, 1024),
+    "batch.sequences": (1, 1 << 24),
+    "batch.microbatch": (1, 1 << 24),
+    "optim.muon.lr": (0, None),
+    "optim.muon.steps": (1, 100),
+    "optim.muon.weight_decay": (0, None),
+    "optim.adamw.lr": (0, None),
+    "optim.adamw.eps": (0, None),
+    "optim.adamw.weight_decay": (0, None),
+    "optim.clip_norm": (0, None),
+    "optim.schedule.warmup_steps": (0, None),
+    "optim.schedule.decay_start_tokens": (0, None),
+    "optim.schedule.decay_start_steps": (0, None),
+    "optim.schedule.decay_tokens": (0, None),
+    "optim.schedule.decay_steps": (0, None),
+    "optim.schedule.final": (0, None),
+    "balancing.rate": (0, None),
+    "balancing.kappa": (0, None),
+    "balancing.gamma": (0, None),
+    "balancing.sequence_loss": (0, None),
+    "loss.z": (0, None),
+    "checkpoint.every": (0, None),
+    "checkpoint.keep": (1, None),
+    "checkpoint.keep_every": (0, None),
+    "export.every": (0, None),
+    "evaluation.every": (0, None),
+    "evaluation.sequences": (1, None),
+    "evaluation.sample_tokens": (1, 1 << 20),
+    "log.every": (1, None),
+    "log.het_sequences": (1, None),
+    "log.router_every": (0, None),
+    "log.norms_every": (0, None),
+    "log.probe_every": (0, None),
+    "health.bad_steps": (1, None),
+    "health.heartbeat_seconds": (0, 10**7),
+    "health.spike.sigma": (1, None),
+    "health.spike.window": (2, 1024),
+    "health.rollbacks": (0, None),
+    "health.violation_factor": (0, None),
+    "health.dead_steps": (0, None),
+    "health.slow_factor": (0, None),
+}
+"""Key → the smallest and the largest value; None: no largest. NaN is neither. The largest ones are ours, and far above
+what anybody runs: a slip of the keyboard would take all memory, or never end."""
 
 
 def check_run(config: RunConfig) -> None:
@@ -14,7 +69,9 @@ def check_run(config: RunConfig) -> None:
     Raises:
         UserError: naming the value and what to write instead.
     """
-    _check_positive(config)
+    _check_entries(config)
+    _check_bounds(config)
+    check_size(config.model)
     _check_length(config)
     _check_schedule(config)
     _check_data(config)
@@ -36,53 +93,17 @@ def check_run(config: RunConfig) -> None:
         )
 
 
-def _check_positive(config: RunConfig) -> None:
-    at_least = {
-        "data.sequence_length": (config.data.sequence_length, 1),
-        "data.streams": (config.data.streams, 1),
-        "data.rsdb_size": (config.data.rsdb_size, 1),
-        "data.workers": (config.data.workers, 0),
-        "batch.sequences": (config.batch.sequences, 1),
-        "batch.microbatch": (config.batch.microbatch, 1),
-        "optim.muon.lr": (config.optim.muon.lr, 0),
-        "optim.muon.steps": (config.optim.muon.steps, 1),
-        "optim.muon.weight_decay": (config.optim.muon.weight_decay, 0),
-        "optim.adamw.lr": (config.optim.adamw.lr, 0),
-        "optim.adamw.weight_decay": (config.optim.adamw.weight_decay, 0),
-        "optim.clip_norm": (config.optim.clip_norm, 0),
-        "optim.schedule.warmup_steps": (config.optim.schedule.warmup_steps, 0),
-        "optim.schedule.final": (config.optim.schedule.final, 0),
-        "balancing.sequence_loss": (config.balancing.sequence_loss, 0),
-        "loss.z": (config.loss.z, 0),
-        "checkpoint.every": (config.checkpoint.every, 0),
-        "checkpoint.keep": (config.checkpoint.keep, 1),
-        "checkpoint.keep_every": (config.checkpoint.keep_every, 0),
-        "export.every": (config.export.every, 0),
-        "evaluation.every": (config.evaluation.every, 0),
-        "evaluation.sequences": (config.evaluation.sequences, 1),
-        "evaluation.sample_tokens": (config.evaluation.sample_tokens, 1),
-        "log.every": (config.log.every, 1),
-        "log.het_sequences": (config.log.het_sequences, 1),
-        "log.router_every": (config.log.router_every, 0),
-        "log.norms_every": (config.log.norms_every, 0),
-        "log.probe_every": (config.log.probe_every, 0),
-        "health.bad_steps": (config.health.bad_steps, 1),
-        "health.heartbeat_seconds": (config.health.heartbeat_seconds, 0),
-        "health.spike.sigma": (config.health.spike.sigma, 1),
-        "health.spike.window": (config.health.spike.window, 2),
-        "health.violation_factor": (config.health.violation_factor, 0),
-        "health.dead_steps": (config.health.dead_steps, 0),
-        "health.slow_factor": (config.health.slow_factor, 0),
-    }
-    for key, (value, least) in at_least.items():
+def _check_bounds(config: RunConfig) -> None:
+    for key, (least, most) in BOUNDS.items():
+        value = reduce(getattr, key.split("."), config)
+        if value is None:
+            continue
         if not value >= least:
             raise UserError(f"{key}={value} must be at least {least}")
         if value == math.inf:
             raise UserError(f"{key}={value} must be finite")
-    if config.health.spike.window > 1024:
-        raise UserError(f"health.spike.window={config.health.spike.window} must be at most 1024")
-    if config.run.threads is not None and config.run.threads < 1:
-        raise UserError(f"run.threads={config.run.threads} must be at least 1")
+        if most is not None and value > most:
+            raise UserError(f"{key}={value} must be at most {most}")
     beta = {"optim.muon.momentum": config.optim.muon.momentum, "balancing.beta": config.balancing.beta}
     for index, value in enumerate(config.optim.adamw.betas):
         beta[f"optim.adamw.betas[{index}]"] = value
@@ -91,21 +112,42 @@ def _check_positive(config: RunConfig) -> None:
             raise UserError(f"{key}={value} must be at least 0 and less than 1")
 
 
+def _check_entries(config: RunConfig) -> None:
+    """What omegaconf lets through: lists and maps inside of lists and maps of single values, and empty names."""
+    data, betas = config.data, config.optim.adamw.betas
+    lists = {"evaluation.prompts": config.evaluation.prompts, "profile.ranks": config.profile.ranks}
+    maps = {"data.train": data.train, "data.validation": data.validation, "data.mixture": data.mixture}
+    maps |= {f"data.phases[{index}].mixture": phase.mixture for index, phase in enumerate(data.phases)}
+    found = [
+        (f"{key}[{i}]", v)
+        for key, values in {**lists, "optim.adamw.betas": betas}.items()
+        for i, v in enumerate(values)
+    ]
+    found += [(f"{key}.{name}", value) for key, values in maps.items() for name, value in values.items()]
+    for key, value in found:
+        if isinstance(value, list | dict):
+            raise UserError(f"{key}={value} is a {type(value).__name__}; write a single value")
+    for key in ("data.train", "data.validation"):
+        for name, place in maps[key].items():
+            if not name or not place:
+                raise UserError(f"{key} has {name!r}: {place!r}, and neither may be empty; write NAME: FOLDER")
+    if not config.run.dir and not config.run.name.strip("./ "):
+        raise UserError(
+            f"run.name={config.run.name!r} names no folder below runs/; give the run a name, or set run.dir"
+        )
+
+
 def _check_length(config: RunConfig) -> None:
     steps, tokens = config.run.steps, config.run.tokens
     if (steps is None) == (tokens is None):
         given = "neither is" if steps is None else "both are"
         raise UserError(f"the length of the run is run.steps or run.tokens, and {given} given; set exactly one")
-    if steps is not None and steps < 0:
-        raise UserError(f"run.steps={steps} must be at least 0")
-    if tokens is not None and tokens < 1:
-        raise UserError(f"run.tokens={tokens} must be at least 1")
-    last = 0
+    last, (_, most) = 0, BOUNDS["batch.sequences"]
     for entry in config.batch.ramp:
-        if entry.tokens <= last or entry.sequences < 1:
+        if entry.tokens <= last or not 1 <= entry.sequences <= most:
             raise UserError(
                 f"batch.ramp has {{tokens: {entry.tokens}, sequences: {entry.sequences}}} after {last} tokens; "
-                "each entry must begin later than the one before it and have at least 1 sequence"
+                f"each entry must begin later than the one before it and have at least 1 sequence, at most {most}"
             )
         last = entry.tokens
 
@@ -148,9 +190,10 @@ def _check_data(config: RunConfig) -> None:
             raise UserError(f"{key}.tokens={phase.tokens} does not come after {last}; a phase must begin later")
         last = phase.tokens
         for name in ("sequence_length", "rsdb_size"):
-            value = getattr(phase, name)
-            if value is not None and value < 1:
-                raise UserError(f"{key}.{name}={value} must be at least 1")
+            value, (least, most) = getattr(phase, name), BOUNDS[f"data.{name}"]
+            if value is not None and not least <= value <= most:
+                bound = f"least {least}" if value < least else f"most {most}"
+                raise UserError(f"{key}.{name}={value} must be at {bound}")
         _check_mixture(f"{key}.mixture", phase.mixture, data.train)
         if phase.length_bias is not None:
             _check_bias(f"{key}.length_bias", phase.length_bias)
@@ -178,7 +221,7 @@ def _check_mixture(key: str, mixture: dict[str, float], train: dict[str, str]) -
     if unknown:
         raise UserError(f"{key} names {unknown[0]}, which data.train does not; known: {sorted(train)}")
     weights = mixture.values()
-    if any(not 0 <= weight < math.inf for weight in weights) or (weights and sum(weights) <= 0):
+    if any(not 0 <= weight < math.inf for weight in weights) or (weights and not 0 < sum(weights) < math.inf):
         raise UserError(f"{key}={dict(mixture)} must hold weights of at least 0, one of them above 0")
 
 

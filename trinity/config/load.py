@@ -4,6 +4,8 @@ The order: the zoo's model named by model.name, then the file, then the command 
 """
 
 import difflib
+from copy import deepcopy
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from trinity.errors import UserError
 COMMAND_LINE = "the command line"
 SWITCHES = ("parallel.defer_reduce", "optim.muon.share")
 """auto, on or off: the last two are booleans to YAML."""
+LIMIT = 1 << 63
+"""Integers are smaller, so that they fit into what counts tokens and steps."""
 NAMED_MAPS = ("data.train", "data.validation", "data.mixture")
 
 
@@ -46,8 +50,7 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
             name = model.name
     if not isinstance(name, str) or name not in ZOO:
         raise UserError(f"model.name={name} is not known; use one of {', '.join(ZOO)}")
-    merged = OmegaConf.structured(RunConfig(model=ZOO[name]))
-    OmegaConf.set_readonly(merged.model, False)  # frozen dataclasses arrive read-only
+    merged = deepcopy(_defaults(name))
     for where, raw in sources:
         for key in SWITCHES:
             if isinstance(value := OmegaConf.select(raw, key), bool):
@@ -60,6 +63,14 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
         raise UserError(f"{error.full_key} in {where}: {str(error).splitlines()[0]}") from None
     check_run(config)
     return config
+
+
+@cache
+def _defaults(name: str) -> DictConfig:
+    """A run of one of the zoo's models; made once, because omegaconf takes five times as long for it as for a copy."""
+    made = OmegaConf.structured(RunConfig(model=ZOO[name]))
+    OmegaConf.set_readonly(made.model, False)  # frozen dataclasses arrive read-only
+    return made
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -97,7 +108,7 @@ def _read_file(path: Path) -> DictConfig:
         raw = OmegaConf.load(path)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: !!int abc, 5000 digits
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except OSError as error:
         if error.errno is not None:
@@ -105,31 +116,41 @@ def _read_file(path: Path) -> DictConfig:
         raw = None  # omegaconf's way to say that the file holds a lone number
     if not OmegaConf.is_dict(raw):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
-    return _whole_numbers(raw)
+    return _plain(raw, str(path))
 
 
 def _read_words(words: list[str]) -> DictConfig:
     for word in words:
         key, equals, _ = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"{word} is not a setting; write a.b=value")
+        if not equals or not all(key.split(".")) or "[" in key:
+            hint = ", and a whole list as a.b=[…]" if "[" in key else ""
+            raise UserError(f"{word} is not a setting; write a.b=value{hint}")
     try:
-        return _whole_numbers(OmegaConf.from_dotlist(words))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raw = OmegaConf.from_dotlist(words)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{COMMAND_LINE} is not valid: {' '.join(str(error).split())}") from None
+    return _plain(raw, COMMAND_LINE)
 
 
-def _whole_numbers(raw: DictConfig) -> DictConfig:
-    """Turn 17e12, a float to YAML, into the integer it is; where a float is wanted the integer turns back."""
+def _plain(raw: DictConfig, where: str) -> DictConfig:
+    """Turn 17e12, a float to YAML, into the integer it is; where a float is wanted the integer turns back.
 
-    def walk(node: Any) -> Any:
+    Raises:
+        UserError: an integer of more than 64 bits, or a text that the system would refuse as a path.
+    """
+
+    def walk(key: str, node: Any) -> Any:
         if isinstance(node, dict):
-            return {key: walk(value) for key, value in node.items()}
+            return {name: walk(f"{key}.{name}" if key else str(name), value) for name, value in node.items()}
         if isinstance(node, list):
-            return [walk(value) for value in node]
-        return int(node) if isinstance(node, float) and node.is_integer() else node
+            return [walk(f"{key}[{index}]", value) for index, value in enumerate(node)]
+        if isinstance(node, int) and abs(node) >= LIMIT:
+            raise UserError(f"{key} in {where} is a number of {len(str(node))} digits; write one below 2^63")
+        if isinstance(node, str) and "\0" in node:
+            raise UserError(f"{key} in {where} holds a zero byte; write plain text")
+        return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < LIMIT else node
 
-    return OmegaConf.create(walk(OmegaConf.to_container(raw)))
+    return OmegaConf.create(walk("", OmegaConf.to_container(raw)))
 
 
 def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
@@ -137,21 +158,37 @@ def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
     for section in raw:
         try:
             merged.merge_with({section: raw[section]})
-        except ConfigKeyError as error:
-            raise UserError(_unknown_key(merged, str(section), error, where)) from None
         except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or str(section)
+            named = str(getattr(error, "full_key", None) or section)
+            if isinstance(error, ConfigKeyError) and named.startswith(str(section)):
+                raise UserError(_unknown_key(merged, named, where)) from None
+            narrow = _narrowed(merged, str(section), OmegaConf.to_container(raw)[section])
+            # of a list's entry omegaconf names the last word alone
+            inside = "" if narrow.startswith(named) or named.startswith(narrow) else f"{named} of "
+            key = named if named.startswith(narrow) else f"{inside}{narrow}"
             raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}") from None
 
 
-def _unknown_key(merged: DictConfig, section: str, error: ConfigKeyError, where: str) -> str:
-    if not str(error.full_key).startswith(section):  # inside an entry of a list, whose place is not told
-        return f"{section} in {where}: {str(error).splitlines()[0]}"
-    parent, _, key = str(error.full_key).rpartition(".")
-    known = list(OmegaConf.select(merged, parent) if parent else merged)
-    nearest = difflib.get_close_matches(key, [str(name) for name in known], n=1, cutoff=0)
+def _narrowed(merged: DictConfig, key: str, value: Any) -> str:
+    """The longest key below `key` that cannot be merged, which omegaconf's errors do not always name."""
+    for name in value if isinstance(value, dict) else ():
+        below = f"{key}.{name}"
+        nested = reduce(lambda inner, part: {part: inner}, reversed(below.split(".")), value[name])
+        try:
+            merged.merge_with(nested)
+        except OmegaConfBaseException:
+            return _narrowed(merged, below, value[name])
+    return key
+
+
+def _unknown_key(merged: DictConfig, full_key: str, where: str) -> str:
+    parent, _, key = full_key.rpartition(".")
+    section = OmegaConf.select(merged, parent) if parent else merged
+    if not OmegaConf.is_dict(section):  # 1.5: a number, or a setting that has nothing below it
+        parent, key, section = "", full_key, merged
+    nearest = difflib.get_close_matches(key, [str(name) for name in section], n=1, cutoff=0)
     suggestion = ".".join(filter(None, (parent, *nearest)))
-    if suggestion == error.full_key:  # in a file, dots do not nest
+    if suggestion == full_key:  # in a file, dots do not nest
         nested = ": {".join(suggestion.split(".")) + ": …" + "}" * suggestion.count(".")
         return f"{suggestion} in {where} is written with dots; in a file write {nested}"
-    return f"{error.full_key} in {where} is not a known key; did you mean {suggestion}?"
+    return f"{full_key} in {where} is not a known key; did you mean {suggestion}?"

@@ -8,6 +8,11 @@ from dataclasses import dataclass, replace
 
 from trinity.errors import UserError
 
+MOST = 1 << 16
+"""Layers, heads and features of a head at most. Ours: a thousand times the report's, and still quick to build."""
+LARGEST = 1 << 44
+"""Numbers of one tensor at most. Ours: thousands of times those of the report's largest."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -98,6 +103,11 @@ def check_model(config: ModelConfig) -> None:
     for name in ("rope_theta", "norm_eps", "route_scale"):
         if not getattr(c, name) > 0:
             raise UserError(f"model.{name}={getattr(c, name)} must be greater than 0")
+        if getattr(c, name) == math.inf:
+            raise UserError(f"model.{name}={getattr(c, name)} must be finite")
+    for name in ("layers", "heads", "head_dim"):
+        if getattr(c, name) > MOST:
+            raise UserError(f"model.{name}={getattr(c, name)} must be at most {MOST}")
     if c.heads % c.kv_heads:
         allowed = [n for n in range(1, c.heads + 1) if c.heads % n == 0]
         raise UserError(f"model.heads={c.heads} is not a multiple of model.kv_heads={c.kv_heads}; use one of {allowed}")
@@ -109,6 +119,26 @@ def check_model(config: ModelConfig) -> None:
         raise UserError(f"model.dense_layers={c.dense_layers} is not between 0 and model.layers={c.layers}")
     if c.head_dim % 2:
         raise UserError(f"model.head_dim={c.head_dim} is odd; RoPE turns pairs, so use {c.head_dim + 1}")
+
+
+def check_size(config: ModelConfig) -> None:
+    """Refuse a model of which a single matrix, or the experts' of a layer, is larger than any machine holds.
+
+    Raises:
+        UserError: naming the sizes whose product it is.
+    """
+    c = config
+    products = {
+        "vocab_size × width": c.vocab_size * c.width,
+        "heads × head_dim × width": c.heads * c.head_dim * c.width,
+        "dense_width × width": c.dense_width * c.width,
+        "experts × width": c.experts * c.width,
+        "experts × expert_width × width": c.experts * c.expert_width * c.width,
+        "shared_experts × expert_width × width": c.shared_experts * c.expert_width * c.width,
+    }
+    for names, numbers in products.items():
+        if numbers > LARGEST:
+            raise UserError(f"model.{names} makes {numbers} numbers, at most {LARGEST} can be; use smaller sizes")
 
 
 _SMOKE = ModelConfig()

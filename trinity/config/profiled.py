@@ -33,7 +33,12 @@ def check_last_step(steps: list[int], total: int) -> None:
 
 def _between(part: Any) -> range:
     first, dash, last = str(part).partition("-")
-    if isinstance(part, bool) or not first.strip().isdecimal() or (dash and not last.strip().isdecimal()):
+    if (
+        isinstance(part, bool)
+        or len(str(part)) > 40
+        or not first.strip().isdecimal()
+        or (dash and not last.strip().isdecimal())
+    ):
         raise UserError(f"profile.steps={part} is not a step; write 10, 10-12, or a list such as [10, 20-22]")
     begin, end = int(first), int(last if dash else first)
     if not 1 <= begin <= end:

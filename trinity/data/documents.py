@@ -198,7 +198,22 @@ def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
         rows, size, done = file.metadata.num_rows, size_of(path), 0
         for values in file.iter_batches(_rows_at_once(file.metadata, field), columns=[field]):
             done += len(values)
-            yield values.column(0).to_pylist(), size * done // rows
+            yield _values(values.column(0)), size * done // rows
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    """The rows of a column; one whose text is no UTF-8 stays bytes, which parsing refuses with its number."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(raw) for raw in column.cast(pyarrow.binary()).to_pylist()]
+
+
+def _decoded(raw: bytes | None) -> str | bytes | None:
+    try:
+        return raw.decode() if raw is not None else None
+    except UnicodeDecodeError:
+        return raw
 
 
 def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, field: str) -> int:

@@ -91,7 +91,7 @@ def read_json(path: Path) -> dict | None:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); remove its folder and make it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; remove its folder and make it again")

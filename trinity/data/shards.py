@@ -31,6 +31,7 @@ VERSION = 1
 AUTO_VERIFY_BYTES = 256 << 20
 OFFSET = np.dtype("<i8")
 KINDS = ("tokens", "documents")
+TOTALS = ("documents", "tokens", "text_bytes")
 HASHES = "hashes"
 HINT = "run tools/prepare_data.py again with the same arguments"
 
@@ -177,6 +178,9 @@ class TokenSource:
             self._fetch(shard)
             tokens = _mapped(shard_path(self.directory, shard, "tokens")).view(self._dtype)
             offsets = _mapped(shard_path(self.directory, shard, "documents")).view(OFFSET)
+            if offsets[0] or offsets[-1] != len(tokens) or (offsets[1:] <= offsets[:-1]).any():
+                path = shard_path(self.directory, shard, "documents")
+                raise UserError(f"{path} does not cut {len(tokens)} tokens into documents; remove it and {HINT}")
             self._maps[shard] = (tokens, offsets)
         return self._maps[shard]
 
@@ -202,4 +206,44 @@ def _read_index(directory: Path) -> dict:
         raise UserError(f"{directory} holds no index.json; make token shards there with tools/prepare_data.py")
     if index.get("version") != VERSION:
         raise UserError(f"{directory} has shard format {index.get('version')}, this reads {VERSION}; prepare it again")
+    wrong = _wrong(index)
+    if wrong:
+        raise UserError(f"{directory / 'index.json'} is damaged ({wrong}); remove it and {HINT} to make it anew")
     return index
+
+
+def _wrong(index: dict) -> str | None:
+    """What of the things that are read in an index cannot be, None if nothing."""
+    kinds = {"vocab_size": int, "bos_id": int, "tokenizer": str, "shards": list} | dict.fromkeys(TOTALS, int)
+    for key, kind in kinds.items():
+        if type(index.get(key)) is not kind:
+            return f"{key} is {index.get(key)!r:.60}"
+    if not 0 <= index["bos_id"] < index["vocab_size"] <= 1 << 32:
+        return f"bos_id is {index['bos_id']} and vocab_size is {index['vocab_size']}"
+    dtype = token_dtype(index["vocab_size"])
+    if index.get("dtype") != dtype.str:
+        return f"dtype is {index.get('dtype')!r:.60}, of {index['vocab_size']} ids it is {dtype.str}"
+    for number, entry in enumerate(index["shards"]):
+        wrong = _wrong_entry(entry, dtype.itemsize)
+        if wrong:
+            return f"of shard {number}, {wrong}"
+    for key in TOTALS:
+        total = sum(entry[key] for entry in index["shards"])
+        if index[key] != total:
+            return f"{key} is {index[key]}, of all shards it is {total}"
+    return None
+
+
+def _wrong_entry(entry: dict, token_bytes: int) -> str | None:
+    if not isinstance(entry, dict):
+        return f"the entry is {entry!r:.60}"
+    for key in TOTALS:
+        if type(entry.get(key)) is not int or entry[key] < 0:
+            return f"{key} is {entry.get(key)!r:.60}"
+    sizes = {"tokens": token_bytes * entry["tokens"], "documents": OFFSET.itemsize * (entry["documents"] + 1)}
+    for kind in KINDS:
+        if entry.get(kind + "_bytes") != sizes[kind]:
+            return f"{kind}_bytes is {entry.get(kind + '_bytes')!r:.60}, of {entry[kind]} {kind} it is {sizes[kind]}"
+        if not isinstance(entry.get(kind + "_checksum"), str):
+            return f"{kind}_checksum is {entry.get(kind + '_checksum')!r:.60}"
+    return None

@@ -185,6 +185,9 @@ class SequenceStream:
                     f"data.train.{name} has changed since this run read it: its content's hash was "
                     f"{_hexadecimal(then)} and is {_hexadecimal(now)}; give back what it was, or start another run"
                 )
+        for name in ("k", "jumped"):
+            if name not in state:
+                raise UserError(f"the saved data state has no {name}; use another checkpoint")
         vectors = {number: state.get(_key(number)) for number in self._own}
         for number, vector in vectors.items():
             if vector is None:

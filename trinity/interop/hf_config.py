@@ -132,6 +132,8 @@ def _number(raw: dict[str, Any], key: str, kind: type) -> int | float:
     value = raw[key]
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         raise UserError(f"config.json: {key}={value!r} is not a{'n integer' if kind is int else ' number'}")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise UserError(f"config.json: {key} is a number of more than 64 bits; fetch or export the folder again")
     return kind(value)
 
 

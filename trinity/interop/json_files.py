@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; give a folder written by transformers or by tools/export_hf.py")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object but a {type(content).__name__}")

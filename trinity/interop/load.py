@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trinity.config.model import ModelConfig
+from trinity.config.model import ModelConfig, check_size
 from trinity.errors import UserError
 from trinity.interop.hf_config import architecture, model_config
 from trinity.interop.json_files import read_json
@@ -50,6 +50,7 @@ def load_hf(directory: str | Path, into: Trinity | None = None, dtype: torch.dty
     with ExitStack() as open_files:
         sources = _open(directory, open_files)
         _refuse_other_names(directory, sources, config)
+        _refuse_size(directory, config)
         with torch.device("meta"):
             empty = Trinity(config)
         _refuse_other_tensors(directory, sources, empty)
@@ -98,8 +99,8 @@ def _inside(directory: Path, name: str) -> Path:
     path = directory / name
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise UserError(f"{directory / _INDEX} names {name!r}; only names of safetensors files in the folder are read")
-    if not path.exists():
-        raise UserError(f"{path} is missing, though the folder's index names it; fetch or export it again")
+    if not path.is_file():
+        raise UserError(f"{path} is missing or no file, though the folder must have it; fetch or export it again")
     if path.resolve().parent != directory.resolve():
         raise UserError(f"{path} is a link out of the folder; copy the file itself into it")
     return path
@@ -112,6 +113,13 @@ def _refuse_other_names(directory: Path, sources: _Sources, config: ModelConfig)
     unexpected = sorted(sources.keys() - {name for name, _, _ in correspondence(config)})
     if unexpected:
         raise UserError(f"{directory} holds tensors that its config.json has no place for: {_some(unexpected)}")
+
+
+def _refuse_size(directory: Path, config: ModelConfig) -> None:
+    try:
+        check_size(config)
+    except UserError as error:
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
 
 
 def _refuse_other_tensors(directory: Path, sources: _Sources, empty: Trinity) -> None:

@@ -116,9 +116,13 @@ def load(state: State, home: Home, step: int) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(wanted, storage_reader=reader, no_dist=alone)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
-        if isinstance(error, dcp.CheckpointException) and isinstance(failure := told(error), Failure):
-            raise failure from None
-        reason = " ".join(str(error).split())[-300:]
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of every rank
+            if isinstance(failure := told(error), Failure):
+                raise failure from None
+            error = next(iter(error.failures.values()))[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose text is advice to trust the file
+            raise UserError(f"{folder} is damaged (a tensor in it cannot be read); use another checkpoint") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{folder} does not fit this run's config: {reason}") from None
 
 

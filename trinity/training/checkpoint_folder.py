@@ -136,8 +136,9 @@ def complete_steps(home: Home) -> list[int]:
 
 
 def _steps(home: Home) -> list[int]:
-    numbers = (path.name.removeprefix("step_") for path in folder_of(home).glob("step_*"))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    names = {path.name for path in folder_of(home).glob("step_*")}
+    steps = sorted({int(name[5:]) for name in names if name[5:].isdecimal()})
+    return [step for step in steps if step_folder(home, step).name in names]  # step_7 is none of ours
 
 
 def is_complete(folder: Place) -> bool:
@@ -155,7 +156,7 @@ def _listed(folder: Place) -> dict[str, FileSum] | None:
     try:
         files = json.loads((folder / "COMPLETE").read_bytes())["files"]
         sums = {name: FileSum(int(known["bytes"]), str(known["crc32"])) for name, known in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     return sums if METADATA in sums else None
 

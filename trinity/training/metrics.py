@@ -61,16 +61,17 @@ class JsonLines:
 
 def _cut_back(path: Path, step: int) -> None:
     kept, tail = [], []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="surrogateescape").splitlines():
         try:
             later = json.loads(line)["step"] > step
-        except (ValueError, KeyError, TypeError):
-            later = True  # a line cut off by a crash
+        except (ValueError, KeyError, TypeError, RecursionError):
+            later = True  # a line cut off by a crash, or somebody else's
         (tail if later else kept).append(line)
     if not tail:
         return
     number = 1 + len(list(path.parent.glob(f"{path.stem}.tail.*.jsonl")))
-    (path.parent / f"{path.stem}.tail.{number}.jsonl").write_text("".join(f"{line}\n" for line in tail))
+    aside = path.parent / f"{path.stem}.tail.{number}.jsonl"
+    aside.write_text("".join(f"{line}\n" for line in tail), errors="surrogateescape")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     temporary.replace(path)

@@ -40,6 +40,9 @@ class RunDirectory:
         if stop.exists():
             reason = " ".join(stop.read_text(errors="replace").split())
             raise UserError(f"{stop} says: {reason}; remove that file to run again")
+        saved = path / "checkpoints"
+        if saved.exists() and not saved.is_dir():
+            raise UserError(f"{saved} is no folder, and checkpoints are to go there; move it away, or set run.dir")
         try:
             path.mkdir(parents=True, exist_ok=True)
             return self._take()
@@ -86,8 +89,9 @@ class RunDirectory:
         if not self._first:
             return False
         request = self.path / "SAVE"
-        asked = request.exists()
-        request.unlink(missing_ok=True)
+        asked = request.is_file()
+        if asked:
+            request.unlink(missing_ok=True)
         return asked
 
     def release(self) -> None:

@@ -4,13 +4,14 @@ The tensors are read by the library with weights_only. Its .metadata is a pickle
 here by an unpickler that knows the few classes which describe tensors and files, and no other.
 """
 
+import math
 import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from trinity.errors import Failure, UserError
 from trinity.training.elsewhere import Files, Place
@@ -60,13 +61,26 @@ def read_metadata(path: Place) -> Metadata:
     try:
         with path.open("rb") as file:
             found = _Unpickler(file, path).load()
+        _check(found, path)
     except (OSError, UserError, Failure):
         raise
     except Exception as error:  # bytes that are no pickle fail in every way there is
         raise UserError(f"{path} is damaged ({type(error).__name__}); use another checkpoint") from None
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise UserError(f"{path} does not describe a checkpoint; use another one")
     return found
+
+
+def _check(found: Any, path: Place) -> None:
+    parts = isinstance(found, Metadata) and (found.storage_data, found.state_dict_metadata)
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path} does not describe a checkpoint; use another one")
+    for name, stored in found.state_dict_metadata.items():
+        if not isinstance(stored, TensorStorageMetadata) or not _whole(stored):
+            raise UserError(f"{path} does not say where all of {name} is stored; use another checkpoint")
+
+
+def _whole(stored: TensorStorageMetadata) -> bool:
+    """Whether the chunks hold as many numbers as the tensor: the library would pass over what none of them holds."""
+    return sum(math.prod(chunk.sizes) for chunk in stored.chunks) == math.prod(stored.size)
 
 
 class _Unpickler(pickle.Unpickler):
