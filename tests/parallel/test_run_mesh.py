@@ -72,8 +72,8 @@ def test_a_mistake_on_every_rank(recipe: Callable, processes: Callable, tmp_path
     assert told == [f"{tmp_path}/run/STOP says: too many bad steps; remove that file to run again"] * 2
 
 
-def damaged_step(settings: dict) -> tuple[bool, dict, dict, list[str]]:
-    """One step in which rank 1's gradient holds a NaN; what it reports, and which tensors changed."""
+def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]]:
+    """One step in which rank 1's gradient or loss holds a NaN; what it reports, and which tensors changed."""
     config = config_of(settings, WORDS)
     ranks = mesh.start(config.parallel, config.model, 1, False)
     training = Training(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), 0)
@@ -83,8 +83,10 @@ def damaged_step(settings: dict) -> tuple[bool, dict, dict, list[str]]:
 
     def poisoned(model: torch.nn.Module, *args: object) -> list:
         parts = backward(model, *args)
-        if dist.get_rank() == 1:
+        if dist.get_rank() == 1 and what == "gradient":
             model.blocks[2].ffn.experts.down.grad.to_local()[0, 0, 0] = float("nan")
+        elif dist.get_rank() == 1:
+            parts[0].ce_BS[0, 0] = float("nan")
         return parts
 
     with mock.patch.object(trainer, "_forward_and_backward", poisoned):
@@ -96,9 +98,10 @@ def damaged_step(settings: dict) -> tuple[bool, dict, dict, list[str]]:
     return good["skipped"], bad["skipped"], bad["step"], sorted(changed)
 
 
-def test_a_bad_gradient_on_one_rank_skips_the_step(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_nan_on_one_rank_skips_the_step(recipe: Callable, processes: Callable, tmp_path: Path, what: str) -> None:
     """Nothing changes on any rank but the counters of steps."""
-    found = processes(2).run(damaged_step, recipe(tmp_path / "run"))
+    found = processes(2).run(damaged_step, recipe(tmp_path / "run"), what)
     assert found == [(False, True, 2, ["run.bad_steps", "run.step"])] * 2
 
 

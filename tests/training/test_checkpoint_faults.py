@@ -1,70 +1,34 @@
 """Killed at any moment of a checkpoint's life, or left with a damaged one: the run goes on as if nothing had been."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from killed_runs import MOMENTS, QUICK, WORDS
+from forked_ranks import run
 from run_files import bits, metrics, refuse, status, train
+from troubles import MOMENTS, QUICK, WORDS
 
 from trinity.training import saver
 from trinity.training.checkpoint import complete_steps, step_folder
 from trinity.training.loop import Training
 
 LAST = 8
-OTHERS = [moment for moment in MOMENTS if moment not in QUICK]
 
 
-def killed_runs(recipe: Callable, folder: Path, moments: list[str]) -> Path:
-    """Run directories, by moment, of runs that were killed then."""
-    (folder / "settings.yaml").write_text(yaml.safe_dump(recipe(folder)))
-    program = Path(__file__).with_name("killed_runs.py")
-    words = [sys.executable, str(program), str(folder / "settings.yaml"), str(folder), *moments]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=110, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{moment}: -9" for moment in moments], done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def killed(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed at some moments, one of each kind."""
-    return killed_runs(recipe, tmp_path_factory.mktemp("killed"), QUICK)
-
-
-@pytest.fixture(scope="module")
-def killed_more(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed at the other ones."""
-    return killed_runs(recipe, tmp_path_factory.mktemp("killed"), OTHERS)
-
-
-@pytest.mark.parametrize("moment", QUICK)
-def test_killed(killed: Path, uninterrupted: Path, recipe: Callable, moment: str) -> None:
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=() if moment in QUICK else pytest.mark.slow) for moment in MOMENTS]
+)
+def test_killed(settings: dict, uninterrupted: Path, moment: str) -> None:
     """Resumed to the end, it has the steps, figures and state of the run that was never disturbed, and no litter."""
-    resume_and_compare(killed / moment, uninterrupted, recipe, moment)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", OTHERS)
-def test_killed_at_other_moments(killed_more: Path, uninterrupted: Path, recipe: Callable, moment: str) -> None:
-    """The same."""
-    resume_and_compare(killed_more / moment, uninterrupted, recipe, moment)
-
-
-def resume_and_compare(run: Path, uninterrupted: Path, recipe: Callable, moment: str) -> None:
-    """What the kill left, and what a resumed run makes of it."""
-    assert status(run)["state"] == "running"
-    assert complete_steps(run) == MOMENTS[moment][1]
-    assert train(recipe(run), *WORDS) == 0
-    assert metrics(run) == metrics(uninterrupted)
-    assert bits(run, LAST) == bits(uninterrupted, LAST)
-    assert complete_steps(run) == [LAST]
+    run_folder, (trouble, complete) = Path(settings["run"]["dir"]), MOMENTS[moment]
+    assert run(settings, *WORDS, trouble=trouble) == [-signal.SIGKILL]
+    assert status(run_folder)["state"] == "running"
+    assert complete_steps(run_folder) == complete
+    assert train(settings, *WORDS) == 0
+    assert metrics(run_folder) == metrics(uninterrupted)
+    assert bits(run_folder, LAST) == bits(uninterrupted, LAST)
+    assert complete_steps(run_folder) == [LAST]
 
 
 def test_a_run_with_damaged_checkpoints(settings: dict, uninterrupted: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,8 +3,6 @@
 Threads, launcher and shapes are the same on both sides, so there is no tolerance.
 """
 
-import math
-import random
 import signal
 import socket
 import subprocess
@@ -53,33 +51,6 @@ def test_sigkill(
     assert again.code == 0, again.errors
     assert_same_run(run, uninterrupted)
     assert status(run) == {"state": "finished", "code": 0, "step": LAST, "reason": ""}
-
-
-@pytest.mark.slow
-def test_killed_again_and_again(
-    settings: dict, config_file: Callable, command: Callable, run_command: Callable, uninterrupted: Path
-) -> None:
-    """Ten kills at random moments, inside a step, a checkpoint or before either; then the run is let to its end."""
-    settings["checkpoint"] = {"every": 1, "keep": 2}
-    run, words = Path(settings["run"]["dir"]), ("launch/pretrain.py", config_file(settings))
-    chance = random.Random(1)
-    for _ in range(10):
-        process = command(*words)
-        began = time.monotonic()
-        while process.poll() is None and not started(run, after=began):
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.4))
-        process.kill()
-        process.communicate()
-    assert run_command(*words).code == 0
-    assert_same_run(run, uninterrupted)
-
-
-def started(run: Path, after: float) -> bool:
-    """Whether a process that began at that moment has taken the directory."""
-    path = run / "status.json"
-    age = time.time() - path.stat().st_mtime if path.exists() else math.inf
-    return age < time.monotonic() - after and '"running"' in path.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

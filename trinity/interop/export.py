@@ -5,6 +5,8 @@ one matrix on each rank that helps to gather it.
 The folder is written under another name and renamed when it is complete, so half an export is never taken for one.
 """
 
+import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +28,7 @@ from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
 from trinity.models.trinity import Trinity
-from trinity.parallel.agree import on_first
+from trinity.parallel.agree import on_first, together
 
 SHARD_BYTES = 5 * 10**9
 """The most that one file holds by default."""
@@ -70,17 +73,22 @@ def export_hf(
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), partial)
 
-    on_first(begin)
-    # FSDP2 puts its sharded parameters back for this: after a forward without backward it may still show gathered ones
-    state = model.state_dict()
-    files = _plan(model, state, dtype, max_shard_bytes)
-    _write_tensors(state, files, partial if first else None, beat)
-
     def end() -> None:
         _write_index(files, partial)
         _move(partial, directory)
 
-    on_first(end)
+    try:
+        on_first(begin)
+        # FSDP2 puts its sharded parameters back for this: after a forward without backward it may still show gathered
+        # ones
+        state = model.state_dict()
+        files = _plan(model, state, dtype, max_shard_bytes)
+        _write_tensors(state, files, partial if first else None, beat)
+        on_first(end)
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to stay full by it
+        raise
     return directory
 
 
@@ -129,9 +137,23 @@ def _write_tensors(
             if folder is not None:
                 # a copy even where nothing changes: safetensors wants every tensor in memory of its own
                 tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
-        if folder is not None:
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+        together(_saving(tensors, folder / name) if folder is not None else lambda: None)
         beat()
+
+
+def _saving(tensors: dict[str, Tensor], path: Path) -> Callable[[], None]:
+    """What writes one file; if it cannot be written, an OSError says so: the library has an error of its own."""
+    return lambda: _save(tensors, path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, folder: Path) -> None:

@@ -53,6 +53,12 @@ def on_first(action: Callable[[], Result]) -> Result:
     return result[0]
 
 
+def reraise(error: BaseException | None) -> None:
+    """What failed earlier on this rank, if anything did: for `together`, where all ranks have come to."""
+    if error is not None:
+        raise error
+
+
 def any_of(flags: list[int]) -> list[int]:
     """The largest of each flag over all ranks."""
     agreed = torch.tensor(flags, dtype=torch.int64)

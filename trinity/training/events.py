@@ -19,11 +19,14 @@ class Events:
 
     Attributes:
         step: the step that what is noted belongs to; the loop keeps it.
+        failure: why something could not be written, None while all was. Whoever notes goes on: the loop asks at the
+            edge of a step, where all ranks can end together.
     """
 
     def __init__(self, directory: Path, rank: int, step: int = 0) -> None:
         """Note into directory/events.jsonl, which is made when there is something to note."""
         self.path, self.rank, self.step = directory / "events.jsonl", rank, step
+        self.failure: OSError | None = None
 
     def note(self, kind: str, message: str, **more: Any) -> None:
         """Append one event, and say it on stderr unless its kind is of no concern there.
@@ -36,15 +39,26 @@ class Events:
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = {"time": now, "step": self.step, "kind": kind, "rank": self.rank, "message": message, **more}
-        append_line(self.path, event)
+        try:
+            append_line(self.path, event)
+        except OSError as error:
+            self.failure = error
         if kind not in QUIET:
             print(f"rank {self.rank}, step {self.step}: {kind}: {message}", file=sys.stderr, flush=True)
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append a JSON object as one line, in one write."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Append a JSON object as one line, in one write.
+
+    Raises:
+        OSError: the file cannot be written, or not whole: the half line is ended by whoever appends next.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, (json.dumps(value) + "\n").encode())
+        size = os.fstat(descriptor).st_size
+        cut_off = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        line = ("\n" * bool(cut_off) + json.dumps(value) + "\n").encode()
+        while line:  # a disk with room for a part takes that, and says what is wrong when asked to take the rest
+            line = line[os.write(descriptor, line) :]
     finally:
         os.close(descriptor)

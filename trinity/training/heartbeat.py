@@ -19,6 +19,10 @@ from trinity.training.events import Events
 FIRST_STEP = 10
 """So many times the limit until the first step is done: loading, compiling, first allocations. Ours."""
 
+LAST_LOOK = 3.0
+"""Seconds, or the limit where that is less, that a process stays after its alarm: the others, which wait for it, look
+within a second and write their stacks; they would end without, by a connection that closes. Ours."""
+
 
 class Heartbeat:
     """Watches this process from a thread of its own.
@@ -73,6 +77,7 @@ class Heartbeat:
         except OSError as error:  # a full disk must not keep a hanging process alive
             print(f"rank {rank}: heartbeat: {message} ({error})", file=sys.stderr, flush=True)
         finally:
+            time.sleep(min(LAST_LOOK, limit))
             os._exit(1)
 
 

@@ -28,7 +28,7 @@ from trinity.interop import export_hf, load_hf
 from trinity.models.accounting import flops_per_token
 from trinity.optim.groups import ownership_table
 from trinity.parallel import mesh
-from trinity.parallel.agree import any_of, on_first, together
+from trinity.parallel.agree import any_of, on_first, reraise, together
 from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
 from trinity.training.events import Events
@@ -81,7 +81,8 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         return code
     except BaseException as error:
         if directory is not None:
-            _note_end(error, directory, training)
+            with suppress(OSError):  # a disk that is full or read-only must not hide what happened
+                _note_end(error, directory, training)
         raise
     finally:
         if training is not None:
@@ -200,7 +201,7 @@ class Training:
             self.log(record)
             if self.bad_steps >= self.config.health.bad_steps:
                 return self._give_up(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
-            stop, asked = any_of([stop_request.number, self.directory.take_save_request()])
+            stop, asked = self._asked(stop_request)
             if ending or stop or asked or self._due(self.config.checkpoint.every):
                 self.save(wait=ending or bool(stop))
                 saved = self.step
@@ -214,6 +215,14 @@ class Training:
         self.watcher.note("finish", reason or "all steps are made")
         self.directory.set_status("finished", FINISHED, self.step, reason)
         return FINISHED
+
+    def _asked(self, stop_request: StopRequest) -> list[int]:
+        """To stop, by which signal, and to save: by any rank. Where a record could not be written, all end here."""
+        failure = self.watcher.events.failure
+        *asked, failed = any_of([stop_request.number, self.directory.take_save_request(), failure is not None])
+        if failed:
+            together(lambda: reraise(failure))
+        return asked
 
     def _data_has_ended(self) -> bool:
         """Whether some rank lacks rows for the next step; never where sources are repeated."""
@@ -339,11 +348,14 @@ class Training:
 
     def log(self, record: dict[str, Any]) -> None:
         """Hand the record of a step to all sinks, and add a line to router.jsonl where it is time for one."""
-        for sink in self.sinks:
-            sink.write(record)
         line = self.watcher.routers(record["step"], record["tokens"], self.model)
-        if line is not None:
-            self.routers.write(line)
+        try:
+            for sink in self.sinks:
+                sink.write(record)
+            if line is not None:
+                self.routers.write(line)
+        except OSError as error:
+            self.watcher.events.failure = error  # for all ranks to end by
 
     def _roll_back(self) -> bool:
         """After a spike: go back to the newest checkpoint, but on with the data, past the batches since then.

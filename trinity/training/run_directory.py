@@ -89,10 +89,10 @@ class RunDirectory:
         if not self._first:
             return False
         request = self.path / "SAVE"
-        asked = request.is_file()
-        if asked:
-            request.unlink(missing_ok=True)
-        return asked
+        if not request.is_file():  # to remove what is not there is an error on a file system that is read-only
+            return False
+        request.unlink(missing_ok=True)
+        return True
 
     def release(self) -> None:
         """Let another run have the directory."""

@@ -1,18 +1,13 @@
-"""Runs that kill themselves inside a checkpoint: `killed_runs.py SETTINGS.yaml FOLDER MOMENT…`, a run each.
-
-Each is a fork of this process, which has everything imported and has done nothing yet; it prints what became of them.
-"""
+"""What may happen to a run at a moment of a test's choosing, each a context that a rank runs in (forked_ranks.py)."""
 
 import os
 import signal
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import yaml
-from run_files import train
 from torch.distributed.checkpoint import filesystem
 
 from trinity.training import checkpoint_folder
@@ -20,7 +15,7 @@ from trinity.training import checkpoint_folder
 WORDS = ("checkpoint.every=2", "checkpoint.keep=1")
 
 
-def kill(*_: object) -> None:
+def kill(*_: object, **__: object) -> None:
     """At once, as the out-of-memory killer and the plug do."""
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -69,27 +64,21 @@ def nth(
     return call
 
 
+def in_the_removal() -> mock._patch:
+    """Before the rest of an old checkpoint goes."""
+    return mock.patch.object(checkpoint_folder.shutil, "rmtree", kill)
+
+
 # moment: how it is brought about, and the steps whose checkpoints are complete afterwards
 MOMENTS = {
-    "the first files": (lambda: in_the_files(3), []),
-    "later files": (lambda: in_the_files(300), [2]),
-    "the first publish": (lambda: in_the_publish("COMPLETE", 1), []),
-    "a later publish": (lambda: in_the_publish("COMPLETE", 2), [2]),
-    "just published": (lambda: in_the_publish("COMPLETE", 2, after=True), [2, 4]),
-    "the hint": (lambda: in_the_publish("latest", 2), [2, 4]),
-    "the deletion's first file": (lambda: in_the_deletion("COMPLETE"), [4]),
-    "the deletion's second file": (lambda: in_the_deletion(".metadata"), [4]),
-    "the deletion's rest": (lambda: mock.patch.object(checkpoint_folder.shutil, "rmtree", kill), [4]),
+    "the first files": (partial(in_the_files, 3), []),
+    "later files": (partial(in_the_files, 300), [2]),
+    "the first publish": (partial(in_the_publish, "COMPLETE", 1), []),
+    "a later publish": (partial(in_the_publish, "COMPLETE", 2), [2]),
+    "just published": (partial(in_the_publish, "COMPLETE", 2, after=True), [2, 4]),
+    "the hint": (partial(in_the_publish, "latest", 2), [2, 4]),
+    "the deletion's first file": (partial(in_the_deletion, "COMPLETE"), [4]),
+    "the deletion's second file": (partial(in_the_deletion, ".metadata"), [4]),
+    "the deletion's rest": (in_the_removal, [4]),
 }
 QUICK = ["later files", "the first publish", "the deletion's first file"]
-
-if __name__ == "__main__":
-    settings, folder = yaml.safe_load(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    for name in sys.argv[3:]:
-        child = os.fork()
-        if child == 0:
-            settings["run"]["dir"] = str(folder / name)
-            with MOMENTS[name][0]():
-                train(settings, *WORDS)
-            os._exit(0)
-        print(f"{name}: {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")

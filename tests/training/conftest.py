@@ -1,0 +1,23 @@
+"""Runs that nothing happened to, made once for all tests that compare with them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from forked_ranks import run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    recipe: Callable, uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
+    """undisturbed(world) is the directory of a run of so many processes."""
+    made: dict[int, Path] = {1: uninterrupted}
+
+    def make(world: int) -> Path:
+        if world not in made:
+            made[world] = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert run(recipe(made[world]), world=world) == [0] * world
+        return made[world]
+
+    return make

@@ -1,0 +1,52 @@
+"""Small and read-only file systems for a test; where mounting is not allowed, the test is skipped."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def mount(*words: object) -> None:
+    """The system's mount."""
+    done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+
+
+def unmount(folder: Path) -> None:
+    """The system's umount."""
+    subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of that size in a new folder."""
+    folder.mkdir(parents=True)
+    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
+    try:
+        yield folder
+    finally:
+        unmount(folder)
+
+
+def resize(folder: Path, size: str) -> None:
+    """Make room."""
+    mount("-o", f"remount,size={size}", folder)
+
+
+def make_read_only(folder: Path) -> None:
+    """Nothing more can be made or opened for writing below the folder; what is open already can be written."""
+    mount("--bind", folder, folder)
+    mount("-o", "remount,bind,ro", folder)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nothing can be written below the folder."""
+    make_read_only(folder)
+    try:
+        yield
+    finally:
+        unmount(folder)

@@ -1,0 +1,63 @@
+"""SIGTERM at a chosen moment: the step is finished and saved, and the same command goes on to the same bits."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from run_files import metrics, state, status, train
+from torch.distributed.checkpoint import filesystem
+from troubles import nth
+
+from trinity.data.loader import _Worker
+from trinity.interop import export
+from trinity.models import Trinity
+from trinity.training import checkpoint_folder, loop
+
+LAST = 8
+
+
+def asked_before(where: Any, name: str, times: int) -> mock._patch:
+    """A function that is interrupted by SIGTERM, the n-th time it is called, before it does what it does."""
+    function = getattr(where, name)
+
+    def ask_and_go_on(*args: Any, **words: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **words)
+
+    return mock.patch.object(where, name, nth(times, function, instead=ask_and_go_on))
+
+
+# moment: what brings it about, and the step that is saved. 6 rows a step in microbatches of 2, later 12; an
+# evaluation of 5 rows in 3 parts after step 4; a checkpoint of some 200 tensors after steps 3 and 6.
+MOMENTS = {
+    "waiting for data": (lambda: asked_before(_Worker, "receive", 4), 1),
+    "forward": (lambda: asked_before(Trinity, "forward", 5), 2),
+    "backward": (lambda: asked_before(torch.Tensor, "backward", 5), 2),
+    "writing a checkpoint": (lambda: asked_before(filesystem, "_write_item", 30), 4),
+    "publishing a checkpoint": (lambda: asked_before(checkpoint_folder, "write_whole", 1), 4),
+    "evaluating": (lambda: asked_before(Trinity, "forward", 14), 4),
+    "exporting": (lambda: asked_before(export, "save_file", 1), 6),
+}
+SLOW = {"backward", "publishing a checkpoint", "exporting"}
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else ()) for moment in MOMENTS]
+)
+def test_asked_to_stop(settings: dict, uninterrupted: Path, moment: str) -> None:
+    """Code 75; then, without the signal, every figure of every step and every tensor is that of the other run."""
+    run, (interruption, saved) = Path(settings["run"]["dir"]), MOMENTS[moment]
+    words = ["export.every=5"] if moment == "exporting" else []
+    with interruption():
+        assert train(settings, "checkpoint.asynchronous=false", *words) == loop.SAVED
+    assert status(run) == {"state": "saved", "code": 75, "step": saved, "reason": "asked to stop by SIGTERM"}
+    assert [line["step"] for line in metrics(run)] == list(range(1, saved + 1))
+    assert train(settings) == 0
+    assert metrics(run) == metrics(uninterrupted)
+    found, expected = state(run, LAST), state(uninterrupted, LAST)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

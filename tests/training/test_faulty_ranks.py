@@ -1,0 +1,138 @@
+"""One of two ranks hangs, dies, counts wrong or reads poison: both end, or both go on alike."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from forked_ranks import run
+from run_files import metrics, state, status, train
+from troubles import kill, nth
+
+from trinity.models import Trinity
+from trinity.training import loop
+from trinity.training.heartbeat import Heartbeat
+from trinity.training.trainer import Batch, train_step
+
+
+def waits_for_ever(*_: object, **__: object) -> None:
+    """What the stacks must show."""
+    signal.pause()
+
+
+def in_forward(times: int, instead: Callable) -> mock._patch:
+    """Something else in place of the n-th forward pass."""
+    return mock.patch.object(Trinity, "forward", nth(times, Trinity.forward, instead=instead))
+
+
+@contextmanager
+def hanging(times: int) -> Iterator[None]:
+    """In the n-th forward pass; and this rank's watch looks before the other one's does."""
+    watch = Heartbeat._watch
+
+    def watch_early(heartbeat: Heartbeat) -> None:
+        heartbeat._limit *= 0.7
+        watch(heartbeat)
+
+    with in_forward(times, waits_for_ever), mock.patch.object(Heartbeat, "_watch", watch_early):
+        yield
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    """What events.jsonl says of a kind."""
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_a_rank_that_hangs(settings: dict) -> None:
+    """It and the one that waits for it write their stacks and an event, and end with 1."""
+    folder = Path(settings["run"]["dir"])
+    settings["health"] = {"heartbeat_seconds": 2}
+    assert run(settings, world=2, trouble=partial(hanging, 7), rank=1) == [1, 1]
+    assert "waits_for_ever" in (folder / "stacks.rank1.txt").read_text()
+    stacks = (folder / "stacks.rank0.txt").read_text()
+    assert "in train_step" in stacks
+    assert "waits_for_ever" not in stacks
+    found = events(folder, "heartbeat")
+    assert sorted((event["rank"], event["step"]) for event in found) == [(0, 3), (1, 3)]
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_dies(settings: dict, rank: int) -> None:
+    """The other one hears of it by the connection that closes, long before a heartbeat; the next start goes on."""
+    folder = Path(settings["run"]["dir"])
+    settings["health"] = {"heartbeat_seconds": 0}
+    codes = run(settings, "checkpoint.asynchronous=false", world=2, trouble=partial(in_forward, 12, kill), rank=rank)
+    assert codes == ([-signal.SIGKILL, 1] if rank == 0 else [1, -signal.SIGKILL])
+    assert len(metrics(folder)) == 3
+    assert run(settings, world=2) == [0, 0]
+    assert "resuming after step 3" in folder.with_suffix(".log").read_text()
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 9))
+
+
+@contextmanager
+def not_finite() -> Iterator[None]:
+    """Every loss of this rank is NaN."""
+    forward = Trinity.forward
+
+    def spoilt(*args: Any, **words: Any) -> Any:
+        losses = forward(*args, **words)
+        return losses._replace(token_loss=losses.token_loss * float("nan"))
+
+    with mock.patch.object(Trinity, "forward", spoilt):
+        yield
+
+
+def test_too_many_bad_steps(settings: dict) -> None:
+    """All ranks end with 3 by what one of them computes."""
+    folder = Path(settings["run"]["dir"])
+    settings["health"] = {"bad_steps": 2}
+    assert run(settings, world=2, trouble=not_finite, rank=1) == [3, 3]
+    assert [line["skipped"] for line in metrics(folder)] == [True, True]
+    assert status(folder)["code"] == 3
+    assert "2 steps in a row" in (folder / "STOP").read_text()
+
+
+@contextmanager
+def poisoned(step: int, rows: slice) -> Iterator[None]:
+    """In this step, whenever its data comes, these rows of the rank ask for a token that no text has."""
+    calls: list[int] = []
+
+    def train_poisoned(model: Trinity, optimizers: Any, batch: Batch, *args: Any) -> dict:
+        calls.append(1)
+        if len(calls) == step:
+            batch.targets_BS[rows] = 511
+        return train_step(model, optimizers, batch, *args)
+
+    with mock.patch.object(loop, "train_step", train_poisoned):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_poison_in_the_rows_of_one_rank(settings: dict, tmp_path: Path, action: str) -> None:
+    """Two ranks do as one process does that has the same poison in the same rows, every second one of the batch.
+
+    In float64; the bound is that of tests/parallel/test_every_mesh.py.
+    """
+    settings["health"] = {"spike": {"action": action, "window": 6, "sigma": 5}}
+    settings["optim"]["muon"]["dtype"] = "float64"
+    settings["run"]["steps"] = 14
+    settings |= {"precision": {"compute": "float64"}, "batch": {"sequences": 12, "microbatch": 12}}
+    folder, alone = Path(settings["run"]["dir"]), tmp_path / "alone"
+    assert run(settings, world=2, trouble=partial(poisoned, 13, slice(None)), rank=1) == [0, 0]
+    with poisoned(13, slice(1, None, 2)):
+        assert train(settings, f"run.dir={alone}") == 0
+    (spike,) = events(folder, "spike")
+    assert (spike["step"], spike["action"]) == (13, action)
+    assert len(events(folder, "rollback")) == (action == "rollback")
+    assert [line["skipped"] for line in metrics(folder)] == [action == "skip" and step == 13 for step in range(1, 15)]
+    for line, wanted in zip(metrics(folder), metrics(alone), strict=True):
+        close = {key: pytest.approx(x, rel=1e-10, abs=1e-10) for key, x in wanted.items() if isinstance(x, float)}
+        assert line == wanted | close
+    assert state(folder, 14)["data.jumped"].tolist() == [[0, 0]] + [[144, 156]] * (action == "rollback")

@@ -1,0 +1,99 @@
+"""A disk that fills up under a run: code 1 and one sentence; with space again, the same command makes the same run.
+
+A checkpoint on a full disk is in test_mistakes.py, and for one of two ranks in tests/parallel/test_checkpoint_mesh.py.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from file_systems import resize, small_disk
+from forked_ranks import run
+from run_files import metrics, status
+
+from trinity.training.checkpoint import complete_steps, newest_intact
+
+# a disk that each record outgrows after the first checkpoint, what it begins with, and settings that make it longer
+RECORDS = {
+    "metrics": (4096, "", []),
+    "router": (12288, "", ["log.router_every=1"]),
+    "events": (4096, json.dumps({"message": "long" * 600}) + "\n", ["evaluation.every=1"]),
+}
+
+
+def figures(folder: Path) -> list[dict]:
+    """metrics.jsonl without measurements, and without evaluations, which change nothing."""
+    return [{k: value for k, value in line.items() if not k.startswith("validation")} for line in metrics(folder)]
+
+
+def said(folder: Path) -> list[str]:
+    """What the run said last, at most three lines."""
+    return folder.with_suffix(".log").read_text().splitlines()[-3:]
+
+
+SLOW = [("metrics", 1), ("router", 1), ("router", 2), ("events", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "world"),
+    [("metrics", 2), ("events", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_a_record_that_cannot_be_written(
+    settings: dict, tmp_path: Path, undisturbed: Callable, name: str, world: int
+) -> None:
+    """The file ends in half a line where its disk does; all ranks end, and the first one says why."""
+    size, first, words = RECORDS[name]
+    folder = Path(settings["run"]["dir"])
+    folder.mkdir()
+    with small_disk(tmp_path / "small", str(size)) as small:
+        (small / "record").write_text(first)
+        (folder / f"{name}.jsonl").symlink_to(small / "record")
+        assert run(settings, *words, world=world) == [1] * world
+        assert (small / "record").stat().st_size == size
+        *_, before, last = said(folder)
+        assert before.startswith(("step ", "rank 0, step "))
+        assert last == "error: the disk is full; free some space and run the same command again"
+        assert status(folder)["code"] == 1
+        assert newest_intact(folder) == complete_steps(folder)[-1]
+        resize(small, "1m")
+        assert run(settings, *words, world=world) == [0] * world
+        assert figures(folder) == figures(undisturbed(world))
+        read, unread = lines(folder / f"{name}.jsonl")
+        if name == "events":  # the half line stays, as a line by itself
+            assert unread == 1
+            assert [line.get("kind") for line in read].count("resume") == 1
+        else:
+            assert unread == 0
+            assert [line["step"] for line in read] == list(range(1, 9))
+
+
+def lines(path: Path) -> tuple[list[dict], int]:
+    """The lines of a file, and how many are no JSON."""
+    read, unread = [], 0
+    for line in path.read_text().splitlines():
+        try:
+            read.append(json.loads(line))
+        except ValueError:
+            unread += 1
+    return read, unread
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_export_that_does_not_fit(settings: dict, undisturbed: Callable, world: int) -> None:
+    """Its disk is full; what was exported before stays, and with space the export is made."""
+    folder, words = Path(settings["run"]["dir"]), ["export.every=4"]
+    with small_disk(folder / "hf", "400k") as small:
+        assert run(settings, *words, world=world) == [1] * world
+        assert status(folder)["step"] == 8
+        *_, last = said(folder)
+        partial = small / ".step_00000008.partial/model.safetensors"
+        assert (
+            last == f"error: the disk is full while writing {partial}; free some space and run the same command again"
+        )
+        assert [path.name for path in small.glob("step_*")] == ["step_00000004"]
+        assert newest_intact(folder) == 8
+        resize(small, "4m")
+        assert run(settings, *words, "run.steps=12", world=world) == [0] * world
+        assert sorted(path.name for path in small.iterdir()) == ["step_00000004", "step_00000012"]
+    assert figures(folder)[:8] == figures(undisturbed(world))
