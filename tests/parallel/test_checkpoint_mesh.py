@@ -88,6 +88,13 @@ def contents(run: Path) -> dict[int, dict[str, bytes]]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def _none_is_left() -> Iterator[None]:
+    """The group of this process, which plain_run and slow_run leave as they do the pool's."""
+    yield
+    mesh.stop()
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_save_in_flight_is_the_state_of_its_step(
     recipe: Callable, processes: Callable, tmp_path: Path, world: int

@@ -179,6 +179,7 @@ class Training:
         seconds = time.monotonic() - STARTED
         told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
         self.watcher.note("resume" if step else "start", told, total=self.total, seconds=seconds)
+        together(lambda: reraise(self.watcher.events.failure))
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
 
