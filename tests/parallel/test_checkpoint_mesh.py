@@ -1,6 +1,7 @@
 """Saves behind the training's back, and what ranks must agree on about checkpoints, in one process and in two."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,14 @@ def test_without_the_copy_it_would_show(recipe: Callable, processes: Callable, t
         assert any(name.startswith("optim.") for name in wrong)
 
 
+def step_after_the_save(*args: Any) -> dict:
+    """A step that lets the save in flight end first."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    return trainer.train_step(*args)
+
+
 def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
     """A run whose disk is full, for one rank, when step 4 is written; what it says on this rank."""
     write_data = Writer.write_data
@@ -130,7 +139,11 @@ def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
             raise OSError(28, "No space left on device", "x.distcp")
         return write_data(writer, *args)
 
-    with mock.patch.object(Writer, "write_data", write), mock.patch.object(mesh, "stop"):
+    with (
+        mock.patch.object(Writer, "write_data", write),
+        mock.patch.object(mesh, "stop"),
+        mock.patch.object(loop, "train_step", step_after_the_save),
+    ):
         try:
             pretrain(config_of(settings, words), [])
         except Failure as failure:
@@ -142,12 +155,16 @@ def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
 def test_a_disk_that_is_full_for_one_rank(
     recipe: Callable, processes: Callable, tmp_path: Path, world: int, broken_rank: int, asynchronous: str
 ) -> None:
-    """All ranks end with its sentence, the checkpoint before is whole, and the same command goes on to the end."""
+    """All ranks end with its sentence, the checkpoint before is whole, and the same command goes on to the end.
+
+    They end at the edge of the step in which the save failed, long before the next one is due.
+    """
     words = [*WORDS, *MESH[world], f"checkpoint.asynchronous={asynchronous}"]
     settings = recipe(tmp_path / "run")
     said = on_ranks(processes, world, full_disk_run, settings, words, broken_rank)
     full = "the disk is full while writing x.distcp; free some space and run the same command again"
     assert said == [f"rank 1: {full}" if broken_rank else full] * world
+    assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == (5 if asynchronous == "true" else 4)
     assert newest_intact(tmp_path / "run", ignore) == 2
     assert on_ranks(processes, world, plain_run, settings, words) == [0] * world
     assert complete_steps(tmp_path / "run") == [2, 4, 6]

@@ -17,14 +17,19 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 
 
 def soak(config: Path, run: Path, world: int, kills: int, seed: int = 1) -> dict[str, float]:
-    """Start the config's run, kill a random worker at a random moment so many times, and let it end.
+    """Start the config's run, kill a random worker so many times, and let it end.
+
+    The kills are spread over the run, but for its last 10 steps: each comes at a random moment, up to 0.3 s after a
+    randomly chosen step.
 
     Args:
-        config: of a run in `run` that saves often.
+        config: of a run in `run` that saves often; a YAML file that says run.steps.
         run: its directory.
         world: processes.
         kills: SIGKILLs to a worker.
@@ -32,17 +37,18 @@ def soak(config: Path, run: Path, world: int, kills: int, seed: int = 1) -> dict
         "kills", "redone" steps, "seconds".
     """
     numbers, began = random.Random(seed), time.monotonic()
+    steps = yaml.safe_load(config.read_text())["run"]["steps"]
     process = start(config, world, restarts=kills + 5)
     done = 0
-    while process.poll() is None and done < kills:
-        before = lines_of(run / "metrics.jsonl")
-        while process.poll() is None and lines_of(run / "metrics.jsonl") == before:
+    for step in sorted(numbers.sample(range(1, steps - 10), kills)):
+        while process.poll() is None and lines_of(run / "metrics.jsonl") < step:
             time.sleep(0.01)
-        time.sleep(numbers.uniform(0, 1.5))
-        workers = pids_below(process.pid)
+        time.sleep(numbers.uniform(0, 0.3))
+        workers = pids_below(process.pid) if process.poll() is None else []
         if workers:
             os.kill(numbers.choice(workers), signal.SIGKILL)
             done += 1
+            wait_until_gone(workers)
     process.wait()
     assert process.returncode == 0, config.with_suffix(".log").read_text()[-3000:]
     redone = sum(lines_of(path) for path in run.glob("metrics.tail.*.jsonl"))
@@ -79,6 +85,12 @@ def pids_below(launcher: int) -> list[int]:
     return found
 
 
+def wait_until_gone(pids: list[int]) -> None:
+    """Until a launcher has ended all of a round's workers, so that the next kill is of the next round."""
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.01)
+
+
 def lines_of(path: Path) -> int:
     """Lines in a file, 0 where there is none."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -105,7 +117,6 @@ def costs(run: Path, seconds: float) -> dict[str, float]:
 def main() -> None:
     """Both runs on the corpus of the tests, and what came out."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import yaml
     from conftest import everything_on, make_corpus
     from run_files import metrics
 

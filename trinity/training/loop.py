@@ -218,11 +218,17 @@ class Training:
         return FINISHED
 
     def _asked(self, stop_request: StopRequest) -> list[int]:
-        """To stop, by which signal, and to save: by any rank. Where a record could not be written, all end here."""
+        """To stop, by which signal, and to save: by any rank.
+
+        Where a record or a checkpoint could not be written on one of them, all end here.
+        """
         failure = self.watcher.events.failure
-        *asked, failed = any_of([stop_request.number, self.directory.take_save_request(), failure is not None])
+        flags = [stop_request.number, self.directory.take_save_request(), failure is not None, self.saver.failed]
+        *asked, failed, unsaved = any_of(flags)
         if failed:
             together(lambda: reraise(failure))
+        if unsaved:
+            self.saver.wait()  # which raises, as soon as this rank knows it too
         return asked
 
     def _data_has_ended(self) -> bool:

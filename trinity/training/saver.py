@@ -103,6 +103,11 @@ class Saver:
             self.wait()
         return time.perf_counter() - began
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save in flight has failed: it will on all, and wait says so."""
+        return self._failure is not None
+
     def wait(self) -> None:
         """Until nothing is in flight.
 
