@@ -61,3 +61,21 @@ def train(settings: dict, *words: str) -> int:
     """Run the settings in this process, as launch/pretrain.py does; returns the exit code."""
     raw = [("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))]
     return pretrain(build_config(raw), [])
+
+
+def become_folder(path: Path) -> None:
+    """A folder stands where a file was."""
+    path.unlink()
+    path.mkdir()
+
+
+def become_loop(path: Path) -> None:
+    """A link to itself."""
+    path.unlink()
+    path.symlink_to(path)
+
+
+def become_dangling(path: Path) -> None:
+    """A link to nothing."""
+    path.unlink()
+    path.symlink_to("nowhere")

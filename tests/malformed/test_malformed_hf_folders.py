@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import refusal
+from refusals import become_dangling, become_folder, become_loop, refusal
 from safetensors.torch import load_file, save_file
 
 from trinity.interop import load_hf
@@ -96,21 +96,6 @@ def test_theta(hf: Path, theta: object) -> None:
 def test_a_config_that_is_none(hf: Path, text: str) -> None:
     (hf / "config.json").write_text(text)
     assert "config.json" in refused(hf)
-
-
-def become_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def become_loop(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-def become_dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, become_folder, become_loop, become_dangling])

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from refusals import REFUSED_START, refusal, train
+from refusals import REFUSED_START, become_dangling, become_folder, become_loop, refusal, train
 
 from trinity.data.prepare import prepare_data
 from trinity.data.shards import TokenSource
@@ -102,21 +102,6 @@ def test_another_dtype(shards: Path, dtype: str) -> None:
 def test_ids_that_do_not_fit(shards: Path, key: str, value: int) -> None:
     change_index(shards, lambda index: index.update({key: value}))
     assert f"{key} is {value}" in opened(shards)
-
-
-def become_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def become_loop(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-def become_dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
 
 
 @pytest.mark.parametrize("harm", [become_folder, become_loop, become_dangling])
