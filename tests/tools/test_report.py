@@ -229,7 +229,8 @@ def test_tables(run: Path) -> None:
         "parameters": f"{_count(counts['total'])} ({_count(counts['active'])} active)",
         "loss, last step": f"{loss[-1]:.4g}",
         "loss, lowest step": f"{min(loss):.4g} (step {loss.index(min(loss)) + 1})",
-        "goodput": f"{records()[-1]['goodput']:.1%}",
+        "goodput, all starts": "–",
+        "goodput, last start": f"{records()[-1]['goodput']:.1%}",
         "MFU, median": f"{np.median([record['mfu'] for record in records()]):.1%}",
         "restarts": "1",
         "skipped steps": "1",
@@ -241,6 +242,18 @@ def test_tables(run: Path) -> None:
     assert told == [[str(e["step"]), e["kind"], "1", e["message"], f'{{"n": {e["step"]}}}'] for e in kept]
     assert "1 × checkpoint" in page.text
     assert f"<pre>{(run / 'config.yaml').read_text()}</pre>" in page.source
+
+
+def test_goodput_over_all_starts(run: Path) -> None:
+    """Ten steps of 3 s, one of them skipped and one made after the last event, in 40 s from start to that event."""
+    told = [
+        {"time": f"2026-01-02T03:04:{second:02d}.500+00:00", "step": step, "kind": kind, "rank": 0, "message": ""}
+        for second, step, kind in ((5, 0, "start"), (20, 4, "resume"), (45, 9, "checkpoint"))
+    ]
+    lines(run / "events.jsonl", told)
+    steps = [{"step": n, "tokens": n, "loss": 1.0, "step_seconds": 3.0, "skipped": n == 5} for n in range(1, 11)]
+    lines(run / "metrics.jsonl", steps)
+    assert Page(write_report([run])).row("goodput, all starts") == [f"{8 * 3 / 40:.1%}"]
 
 
 def test_a_real_run(uninterrupted: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from datetime import datetime
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -120,6 +121,23 @@ def _difference_table(title: str, flat: dict[str, dict[str, Any]]) -> str:
     return f"<h3>{escape(title)}</h3>{table(['setting', *flat], rows)}"
 
 
+def goodput(run: Run) -> float:
+    """The share of the time from the first start to the last event that went into steps which count.
+
+    Steps made again after a kill count once, and the time in between, when nothing ran, not at all. NaN where the
+    events do not tell.
+    """
+    try:
+        times = [datetime.fromisoformat(event.time) for event in run.events]
+        seconds = (times[-1] - times[0]).total_seconds()
+    except (ValueError, TypeError, IndexError):
+        return math.nan
+    last = max((event.step for event in run.events if event.step is not None), default=0)
+    made = np.array(run.metrics.steps) <= last
+    useful = np.nansum(run.metrics["step_seconds"][made & (run.metrics["skipped"] != 1)])
+    return float(useful) / seconds if seconds > 0 else math.nan
+
+
 def _summary_of(run: Run) -> dict[str, str]:
     metrics = run.metrics
     found = {
@@ -136,7 +154,8 @@ def _summary_of(run: Run) -> dict[str, str]:
     return found | {
         "tokens/s, median": _count(_median(metrics["tokens_per_second"])),
         "MFU, median": _percent(_median(metrics["mfu"])),
-        "goodput": _percent(last_finite(metrics["goodput"])),
+        "goodput, all starts": _percent(goodput(run)),
+        "goodput, last start": _percent(last_finite(metrics["goodput"])),
         "memory, highest (GiB)": _number(_highest(metrics["memory_gib"])),
         "MaxVio, last": _number(last_finite(metrics["max_violation"])),
         "restarts": str(restarts(run)),
