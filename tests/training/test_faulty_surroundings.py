@@ -102,7 +102,8 @@ def test_a_clock_that_jumps(settings: dict, uninterrupted: Path, capsys: pytest.
     seconds = [line[key] for line in lines for key in line.keys() & MEASURED if key.endswith("seconds")]
     assert len(seconds) == 2 * 8 + 2
     happened = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    seconds += [event["seconds"] for event in happened if "seconds" in event]
+    # a start says how old its process is, and this one has other tests behind it
+    seconds += [event["seconds"] for event in happened if "seconds" in event and event["kind"] != "start"]
     assert all(0 <= value < 600 for value in seconds)
     assert all(0 < line["goodput"] <= 1 and line["tokens_per_second"] > 0 for line in lines)
     assert {event["kind"] for event in happened} == {"start", "checkpoint", "evaluation", "finish"}

@@ -37,7 +37,7 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_sigkill(
     settings: dict, config_file: Callable, command: Callable, run_command: Callable, uninterrupted: Path, step: int
 ) -> None:

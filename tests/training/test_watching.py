@@ -225,6 +225,7 @@ def test_norms_of_weights_and_updates(settings: dict) -> None:
             assert lines[step][f"update_norm.{kind}"] == pytest.approx(update.norm().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_ends_the_run(
     settings: dict, config_file: Callable, run_command: Callable, tmp_path: Path
 ) -> None:

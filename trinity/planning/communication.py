@@ -159,11 +159,14 @@ def _muon(muon: Muon, sizes: Sizes) -> list[_Spoken]:
 
 
 def _figures(config: RunConfig, sizes: Sizes, load: Load) -> list[_Spoken]:
-    """Valid targets, tokens per layer and expert; the gradient's norm; each rank's losses by row and four sums."""
+    """Valid targets, tokens per layer and expert; the gradient's norm; what each rank has to say of its rows.
+
+    That is losses and valid targets by row, four sums, and the entropy of each router.
+    """
     moe_layers, world = config.model.moe_layers, sizes.replicate * sizes.shard
     counts = 8 * moe_layers * config.model.experts
     return [
         ("update", "figures", "all_reduce", "world", 1 + (moe_layers > 0), 8 + counts),
         ("update", "figures", "all_reduce", "shard", 1, 8),
-        ("update", "figures", "all_gather", "world", 1, 8 * world * (2 * load.rows + 4)),
+        ("update", "figures", "all_gather", "world", 1, 8 * world * (2 * load.rows + 4 + moe_layers)),
     ]
