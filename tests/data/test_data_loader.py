@@ -175,6 +175,22 @@ def test_workers_end_when_the_run_is_killed(sources: dict) -> None:
     raise AssertionError("a worker outlived its run")
 
 
+def test_a_loader_that_nobody_closes_ends_with_its_process(sources: dict) -> None:
+    """Its workers hear no SIGTERM, by which Python ends what is left: a process would wait for them for ever."""
+    kept: list[Loader] = []
+
+    def read() -> None:
+        kept.append(Loader(make_stream(sources), 2, 8))
+        kept[0].take(4)
+
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join(30)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
+
+
 def test_the_runs_random_state_is_left_alone(make_loader: Callable) -> None:
     before = torch.get_rng_state()
     make_loader(1).take(1)

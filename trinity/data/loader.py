@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 import numpy as np
@@ -184,6 +185,8 @@ class _Worker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
+        # Python ends what is left at its own end by SIGTERM, which a worker does not hear.
+        Finalize(self, self.process.kill, exitpriority=1)
 
     def receive(self) -> _Item | Exception | None:
         try:
