@@ -13,6 +13,7 @@ from refusals import DAMAGE_FOUND, REFUSED_START, refusal, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from trinity.training.checkpoint import load_model
+from trinity.training.metrics import JsonLines
 
 STEPS = (3, 6)
 MEASURED = {"step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu"}
@@ -263,3 +264,12 @@ def test_what_stops_no_resume(run: Path, resumed: dict, seventh: dict, nonsense:
         assert (aside.read_bytes() if aside.exists() else b"") == nonsense
     assert (run / "events.jsonl").read_bytes().startswith(nonsense)
     assert all((run / "checkpoints" / name).is_dir() for name in ODD[1:])
+
+
+def test_bytes_that_are_no_text_stay_in_kept_lines(tmp_path: Path) -> None:
+    """A record before the checkpoint that somebody's byte has got into: cut back after it, byte for byte."""
+    path, kept = tmp_path / "metrics.jsonl", b'{"step": 1, "name": "\xff"}\n'
+    path.write_bytes(kept + b'{"step": 9}\n')
+    JsonLines(path, 3).close()
+    assert path.read_bytes() == kept
+    assert (tmp_path / "metrics.tail.1.jsonl").read_bytes() == b'{"step": 9}\n'

@@ -73,7 +73,7 @@ def _cut_back(path: Path, step: int) -> None:
     aside = path.parent / f"{path.stem}.tail.{number}.jsonl"
     aside.write_text("".join(f"{line}\n" for line in tail), errors="surrogateescape")
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.write_text("".join(f"{line}\n" for line in kept), errors="surrogateescape")
     temporary.replace(path)
 
 
