@@ -248,7 +248,7 @@ def test_goodput_over_all_starts(run: Path) -> None:
     """Ten steps of 3 s, one of them skipped and one made after the last event, in 40 s from start to that event."""
     told = [
         {"time": f"2026-01-02T03:04:{second:02d}.500+00:00", "step": step, "kind": kind, "rank": 0, "message": ""}
-        for second, step, kind in ((5, 0, "start"), (20, 4, "resume"), (45, 9, "checkpoint"))
+        for second, step, kind in ((5, 0, "start"), (9, 10, "spike"), (20, 4, "resume"), (45, 9, "checkpoint"))
     ]
     lines(run / "events.jsonl", told)
     steps = [{"step": n, "tokens": n, "loss": 1.0, "step_seconds": 3.0, "skipped": n == 5} for n in range(1, 11)]

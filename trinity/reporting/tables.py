@@ -124,16 +124,15 @@ def _difference_table(title: str, flat: dict[str, dict[str, Any]]) -> str:
 def goodput(run: Run) -> float:
     """The share of the time from the first start to the last event that went into steps which count.
 
-    Steps made again after a kill count once, and the time in between, when nothing ran, not at all. NaN where the
-    events do not tell.
+    A step that was made again counts once, and the time between two starts is time in which none was made. NaN where
+    the events do not tell.
     """
     try:
         times = [datetime.fromisoformat(event.time) for event in run.events]
         seconds = (times[-1] - times[0]).total_seconds()
     except (ValueError, TypeError, IndexError):
         return math.nan
-    last = max((event.step for event in run.events if event.step is not None), default=0)
-    made = np.array(run.metrics.steps) <= last
+    made = np.array(run.metrics.steps) <= (run.events[-1].step or 0)  # what came after it has no time yet
     useful = np.nansum(run.metrics["step_seconds"][made & (run.metrics["skipped"] != 1)])
     return float(useful) / seconds if seconds > 0 else math.nan
 
