@@ -37,7 +37,7 @@ def main() -> None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")
     tokenizer, stream = load_tokenizer(folder), open_stream(config, rank=0, ranks=1)
     go_near(stream, config, arguments.step - 1)
-    first, sequences = stream.plan.at(arguments.step - 1)[:2]
+    first, sequences = stream.first_of(arguments.step - 1), stream.plan.at(arguments.step - 1).sequences
     batch = stream.batch(arguments.step - 1)
     for row in range(min(sequences, arguments.rows or sequences)):
         k = first + row

@@ -19,6 +19,7 @@ from trinity.errors import UserError
 from trinity.parallel import mesh
 from trinity.training import loop, trainer
 from trinity.training.loop import Training, pretrain
+from trinity.training.resume import Origin
 from trinity.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
     """One step in which rank 1's gradient or loss holds a NaN; what it reports, and which tensors changed."""
     config = config_of(settings, WORDS)
     ranks = mesh.start(config.parallel, config.model, 1, False)
-    training = Training(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), 0)
+    training = Training(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), Origin(Path(config.run.dir)))
     good = training.one_step()
     before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     backward = trainer._forward_and_backward

@@ -17,6 +17,7 @@ from trinity.interop import export_hf
 from trinity.parallel import mesh
 from trinity.training.checkpoint import load_model
 from trinity.training.loop import Training
+from trinity.training.resume import find_origin
 from trinity.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def first_state(settings: dict, *words: str) -> dict[str, torch.Tensor]:
     config = build_config(raw)
     directory = RunDirectory(Path(config.run.dir))
     ranks = mesh.start(config.parallel, config.model, config.run.threads, False)
-    training = Training(config, ranks, directory, 0)
+    training = Training(config, ranks, directory, find_origin(config, [], directory.path, print))
     try:
         return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
                 for name, tensor in training.state().items()}  # fmt: skip

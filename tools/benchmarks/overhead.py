@@ -23,6 +23,7 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import Checkpoint, Log
 from trinity.parallel import mesh
 from trinity.training.loop import Training
+from trinity.training.resume import Origin
 from trinity.training.run_directory import RunDirectory
 
 MODELS = {
@@ -78,7 +79,7 @@ def _measure(folder: Path, name: str, model: dict, rounds: int) -> dict[str, flo
     try:
         for kind, config in configs.items():
             directory = RunDirectory(Path(config.run.dir))
-            runs[kind] = Training(config, ranks, directory, 0), directory
+            runs[kind] = Training(config, ranks, directory, Origin(directory.path)), directory
         seconds = _rounds(runs["bare"][0], runs["all"][0], rounds)
         return _shares(seconds, _checkpoints(runs["all"][0]))
     finally:

@@ -32,6 +32,8 @@ RULES: dict[str, Rule] = {
     "batch.microbatch": "free",
     "optim": "accept",
     "optim.muon.share": "free",
+    "optim.schedule.decay_steps": "free",  # trinity.training.lr_schedule compares the length that is in force
+    "optim.schedule.decay_tokens": "free",
     "balancing": "accept",
     "loss": "accept",
     "precision": "accept",
@@ -77,7 +79,7 @@ def check_changes(before: RunConfig, now: RunConfig, seen: int, accepted: list[s
             f"{where} holds a run of another config ({shown}); give it back, or start afresh with another run.dir"
         )
     _check_phases(before, now, seen, where)
-    asking = [key for key in changed if rule_of(key) == "accept" and not _accepted(key, accepted)]
+    asking = [key for key in changed if rule_of(key) == "accept" and not accepts(accepted, key)]
     if asking:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in asking)
         words = " ".join(f"--accept-change {key}" for key in asking)
@@ -101,5 +103,6 @@ def _check_phases(before: RunConfig, now: RunConfig, seen: int, where: str) -> N
             )
 
 
-def _accepted(key: str, accepted: list[str]) -> bool:
+def accepts(accepted: list[str], key: str) -> bool:
+    """Whether a key, or one above it, is among those given with --accept-change."""
     return any(key == word or key.startswith(f"{word}.") for word in accepted)

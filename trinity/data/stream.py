@@ -117,10 +117,13 @@ class SequenceStream:
             self.k += self.ranks
         return passed
 
+    def first_of(self, step: int) -> int:
+        """The first sequence of a step of the plan, behind all that was jumped over."""
+        return self._k_of(self.plan.at(step).first)
+
     def batch(self, step: int) -> SequenceBatch:
         """This rank's part of the global batch of a step, wherever the stream stands; the stream stays there."""
-        plan = self.plan.at(step)
-        first = self._k_of(plan.first)
+        plan, first = self.plan.at(step), self.first_of(step)
         here = self.k, {number: stream.state() for number, stream in self._own.items()}
         try:
             self.seek(first)
@@ -202,13 +205,8 @@ class SequenceStream:
         return self._own[k % self.streams].pack(plan.sequence_length, self.phases[plan.phase], plan.phase)
 
     def _position(self, k: int) -> int:
-        """Where sequence k stands in the plan: k less what was jumped over before it, and known then."""
-        position, counted = k, 0
-        for begin, end in sorted(self.jumped):  # a later way back may begin before an earlier one, and hold it
-            if end <= k:
-                position -= max(0, end - max(begin, counted))
-                counted = max(counted, end)
-        return position
+        """Where sequence k stands in the plan."""
+        return position_of(k, self.jumped)
 
     def _k_of(self, position: int) -> int:
         """The sequence that stands at a position of the plan, after all that was jumped over."""
@@ -225,6 +223,20 @@ class SequenceStream:
 
     def _fresh(self) -> dict[int, LogicalStream]:
         return {number: LogicalStream(self.order, number) for number in range(self.rank, self.streams, self.ranks)}
+
+
+def position_of(k: int, jumped: Listed[tuple[int, int]]) -> int:
+    """Where sequence k stands in the plan: k less what was jumped over before it, and known then.
+
+    Args:
+        jumped: [begin, end) in k, in the order in which the run went back.
+    """
+    position, counted = k, 0
+    for begin, end in sorted(jumped):  # a later way back may begin before an earlier one, and hold it
+        if end <= k:
+            position -= max(0, end - max(begin, counted))
+            counted = max(counted, end)
+    return position
 
 
 def _key(stream: int) -> str:

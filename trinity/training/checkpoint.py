@@ -42,7 +42,7 @@ from trinity.training.stored import Reader
 __all__ = [
     "Home", "Note", "Saver", "State", "check_home", "complete_steps", "folder_of", "home_of", "home_of_run",
     "is_complete", "load", "load_model", "load_sharded_model", "model_state", "newest_intact", "pick_intact",
-    "pick_step", "save", "step_folder", "tensors_of",
+    "pick_step", "read_alone", "save", "step_folder", "tensors_of",
 ]  # fmt: skip
 
 
@@ -106,10 +106,25 @@ def load(state: State, home: Home, step: int) -> None:
         Failure: it lies elsewhere, and cannot be reached.
     """
     folder = step_folder(home, step)
-    reader = together(lambda: Reader(folder))
+    _read(state, folder, together(lambda: Reader(folder)), alone=not dist.is_initialized())
+
+
+def read_alone(folder: Place, prefix: str) -> State:
+    """The small tensors whose names begin so in a checkpoint, read by this process without the others.
+
+    Raises:
+        UserError: it cannot be read.
+        Failure: it lies elsewhere, and cannot be reached.
+    """
+    state = tensors_of(folder, prefix)
+    if state:
+        _read(state, folder, Reader(folder), alone=True)
+    return state
+
+
+def _read(state: State, folder: Place, reader: Reader, alone: bool) -> None:
     # a copy: the library wants to write its own references into the dictionary
     wanted = dict(state)
-    alone = not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             # a tool that reads a run alone means to: torch warns of it

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from trinity import STARTED
-from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
+from trinity.data.batches import BatchHistory
 from trinity.data.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.evaluation.samples import Sampler
@@ -33,19 +33,20 @@ from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
 from trinity.training.events import Events
 from trinity.training.hardware import memory_gib, peak_flops
+from trinity.training.lr_schedule import rates_at, schedule_notes
 from trinity.training.metrics import JsonLines, Sink, open_sinks
 from trinity.training.norms import Norms
 from trinity.training.probe import probe
 from trinity.training.profiling import Profiler
+from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_data import open_data
-from trinity.training.run_directory import RunDirectory, newest_config
+from trinity.training.run_directory import RunDirectory
 from trinity.training.setup import (
     batch_plan,
     build_model,
     check_batches,
     make_optimizers,
     microbatch_size,
-    rates_at,
     total_steps,
 )
 from trinity.training.signals import SAVED, StopRequest
@@ -73,8 +74,8 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         stop_request.started()
         directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
-        done = _step_to_resume(config, accepted, directory.path, Events(directory.path, ranks.rank).note)
-        training = Training(config, ranks, directory, done)
+        origin = find_origin(config, accepted, directory.path, Events(directory.path, ranks.rank).note)
+        training = Training(config, ranks, directory, origin)
         code = training.run(stop_request)
         training.saver.wait()
         dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
@@ -91,26 +92,6 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         if directory is not None:
             directory.release()
         mesh.stop()
-
-
-def _step_to_resume(config: RunConfig, accepted: list[str], path: Path, note: checkpoint.Note) -> int:
-    """The newest checkpoint that is not damaged, 0 for none, if the config may go on from it; every rank calls this."""
-    home = together(lambda: checkpoint.home_of(config.checkpoint.url, path))
-    on_first(lambda: _check_config(config, accepted, path, home))
-    return checkpoint.newest_intact(home, note)
-
-
-def _check_config(config: RunConfig, accepted: list[str], path: Path, home: checkpoint.Home) -> None:
-    """Refuse what may not change after the newest complete checkpoint."""
-    before = newest_config(path) if (path / "config.yaml").is_file() else None
-    checkpoint.check_home(home, before, path)
-    done = checkpoint.complete_steps(home)
-    if not done:
-        return
-    seen = batch_plan(before).at(done[-1] - 1).tokens
-    changed = check_changes(before, config, seen, accepted, str(path))
-    if changed:
-        print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
 
 
 def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
@@ -139,46 +120,46 @@ class Training:
         config: the run.
         ranks: the mesh.
         directory: its folder, held by the first rank.
-        step: the newest complete checkpoint there, 0 for none.
+        origin: the checkpoint to go on from.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, directory: RunDirectory, step: int) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, directory: RunDirectory, origin: Origin) -> None:
         self.config, self.ranks, self.directory = config, ranks, directory
         torch.manual_seed(config.run.seed)  # nothing here draws from it; a library might
         check_batches(config, self.ranks.data_ranks)
-        self.plan, self.total = batch_plan(config), total_steps(config)
-        self.data = together(lambda: open_data(config, ranks))
+        self._set_plan(origin.history)
+        self.data = together(lambda: open_data(config, ranks, self.plan, origin.step))
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
         self.norms = Norms(self.optimizers, ranks.copy_group)
-        self.step, self.bad_steps, self.rollbacks = step, 0, 0
+        self.step, self.bad_steps, self.rollbacks = origin.step, 0, 0
         self._stalled: float | None = None  # by the last save, until a record has it
-        self.watcher = Watcher(config, directory, ranks.rank, step)
+        self.watcher = Watcher(config, directory, ranks.rank, origin.step)
         beat = self.watcher.heartbeat.beat
         self.home = checkpoint.home_of(config.checkpoint.url, directory.path)
         self.saver = checkpoint.Saver(self.home, config.checkpoint, self.watcher.note, beat)
         try:
-            self._open(step)
+            self._open(origin)
         except BaseException:
             self.watcher.close()  # or its alarm would end whoever goes on after this mistake
             raise
 
-    def _open(self, step: int) -> None:
+    def _open(self, origin: Origin) -> None:
         """Load or begin, and open what figures are written to."""
         config, ranks, directory = self.config, self.ranks, self.directory
-        if step:
-            self._load(self.home, step)
+        if origin.step:
+            self._load(origin.home, origin.step)
         else:
             self._begin()
         together(lambda: directory.add_config(config))
         self.sinks: list[Sink] = together(self._open_sinks)
-        self.routers = together(lambda: JsonLines(directory.path / "router.jsonl", step) if ranks.is_first else None)
+        self.routers = together(self._open_routers)
         self.sampler, self.samples = together(self._open_samples)
         events, beat = self.watcher.events, self.watcher.heartbeat.beat
         self.profiler = together(lambda: Profiler(config.profile, events, ranks, self.total, beat))
         seconds = time.monotonic() - STARTED
         told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
-        self.watcher.note("resume" if step else "start", told, total=self.total, seconds=seconds)
+        self.watcher.note("resume" if origin.step and origin.own else "start", told, total=self.total, seconds=seconds)
         together(lambda: reraise(self.watcher.events.failure))
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
@@ -244,6 +225,9 @@ class Training:
     def _open_sinks(self) -> list[Sink]:
         return open_sinks(self.config, self.directory.path, self.step, self.total) if self.ranks.is_first else []
 
+    def _open_routers(self) -> JsonLines | None:
+        return JsonLines(self.directory.path / "router.jsonl", self.step) if self.ranks.is_first else None
+
     def _open_samples(self) -> tuple[Sampler | None, JsonLines | None]:
         """What makes samples, on every rank, and the file they go to, on the first."""
         wanted, folder = self.config.evaluation, tokenizer_folder(self.config)
@@ -268,20 +252,30 @@ class Training:
         state |= {f"optim.{key}": value for key, value in self.optimizers.state_dict().items()}
         state |= {f"data.{key}": value for key, value in self.data.loader.state_dict().items()}
         state["run.step"] = torch.tensor(self.step)
+        state[HISTORY] = history_tensor(self.plan.history(self.step))
         state["run.bad_steps"] = torch.tensor(self.bad_steps)
         state["run.rollbacks"] = torch.tensor(self.rollbacks)
         state["run.spikes"] = self.watcher.spikes.state()
         state["run.random"] = torch.get_rng_state()
         return state
 
+    def _set_plan(self, history: BatchHistory) -> None:
+        """Let the config's batches begin where the steps made so far end."""
+        self.plan = batch_plan(self.config, history)
+        self.total = total_steps(self.config, self.plan)
+
     def _load(self, home: checkpoint.Home, step: int, with_data: bool = True) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
-        # what a stream has open differs from save to save
-        saved = together(lambda: checkpoint.tensors_of(checkpoint.step_folder(home, step), "data."))
-        own = {key for key in state if key.startswith("data.")}
+        # their sizes differ from save to save, and older versions lack the history
+        own = {key for key in state if key.startswith("data.")} | {HISTORY}
+        folder = checkpoint.step_folder(home, step)
+        saved = together(lambda: checkpoint.tensors_of(folder, "data.") | checkpoint.tensors_of(folder, HISTORY))
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
         checkpoint.load(state, home, step)
+        if HISTORY in state:
+            self._set_plan(BatchHistory.from_rows(state[HISTORY].tolist()))
+        self.data.loader.stream.plan = self.plan
         if with_data:
             data = {key.removeprefix("data."): value for key, value in state.items() if key.startswith("data.")}
             self.data.loader.load_state_dict(data)
@@ -300,16 +294,10 @@ class Training:
             self._fork(Path(init.run))
 
     def _fork(self, path: Path) -> None:
-        keep, wanted = self.config.init.keep, self.config.init.step
-        streams = on_first(lambda: newest_config(path).data.streams)
+        """Weights, and the optimizer's state where init.keep says so, of another run."""
         home = on_first(lambda: checkpoint.home_of_run(path))
-        step = checkpoint.pick_intact(home, wanted, self.watcher.note)
-        if keep == "all":
-            if streams != self.config.data.streams:
-                raise UserError(f"data.streams={self.config.data.streams} differs from {streams} in {path}")
-            self._load(home, step)
-            return
-        kept = ("model.",) if keep == "weights" else ("model.", "optim.")
+        step = checkpoint.pick_intact(home, self.config.init.step, self.watcher.note)
+        kept = ("model.",) if self.config.init.keep == "weights" else ("model.", "optim.")
         checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, home, step)
 
     def one_step(self) -> dict[str, Any]:
@@ -378,10 +366,10 @@ class Training:
         step = checkpoint.newest_intact(self.home, self.watcher.note, before=spiked)
         if not step:
             return False
-        rollbacks, first = self.rollbacks, self.plan.at(step).first
+        rollbacks = self.rollbacks
         self._load(self.home, step, with_data=False)
         self.rollbacks = rollbacks + 1
-        self.data.loader.jump(first)
+        self.data.loader.jump(self.plan.at(step).first)
         for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:
             sink.go_back(self.step)
         self.watcher.note("rollback", f"from step {spiked} to the checkpoint of step {self.step}, past its data")
@@ -457,6 +445,8 @@ class Training:
             done = f"{self.directory.path} has made {self.step} steps of {self.total}; nothing is left to do"
             print(f"{done} (a larger run.steps or run.tokens goes on)", file=sys.stderr)
             return
+        for note in schedule_notes(self.config, self.total, self.plan):
+            print(f"note: {note}", file=sys.stderr)
         print(ownership_table(self.optimizers), file=sys.stderr)
         share = self._share()
         micro = microbatch_size(share, self.config.batch.microbatch)

@@ -9,6 +9,7 @@ from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.phases import WholePhase, whole_phases
 from trinity.config.run import RunConfig
+from trinity.data.batches import BatchPlan
 from trinity.data.loader import Loader
 from trinity.data.mixture import LengthBias, Phase, normalised
 from trinity.data.order import Source
@@ -19,6 +20,7 @@ from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengt
 from trinity.errors import Failure, UserError
 from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
+from trinity.training.resume import history_of
 from trinity.training.run_directory import newest_config
 from trinity.training.setup import batch_plan
 
@@ -41,21 +43,27 @@ class RunData:
     byte_lengths_V: Tensor | None
 
 
-def open_data(config: RunConfig, ranks: Ranks) -> RunData:
+def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan, step: int) -> RunData:
     """Open every source and check that it fits the model and the tokenizer.
+
+    Args:
+        config: the run.
+        ranks: the mesh.
+        plan: the sequences of each step.
+        step: the steps made so far.
 
     Raises:
         UserError: no training data, a damaged source, another tokenizer, a vocabulary larger than the model's.
     """
-    stream = open_stream(config, ranks.rank, ranks.data_ranks)
-    ahead = STEPS_AHEAD * stream.plan.at(0).sequences // ranks.data_ranks
+    stream = open_stream(config, ranks.rank, ranks.data_ranks, plan)
+    ahead = STEPS_AHEAD * plan.at(step).sequences // ranks.data_ranks
     loader = Loader(stream, config.data.workers, ahead, pin=ranks.device.type == "cuda")
     validation = _open_sources("validation", config.data.validation, config)
     folder = tokenizer_folder(config)
     return RunData(loader, validation, token_byte_lengths(load_tokenizer(folder)) if folder else None)
 
 
-def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
+def open_stream(config: RunConfig, rank: int, ranks: int, plan: BatchPlan | None = None) -> SequenceStream:
     """The training sequences of one data rank, from the first on."""
     data = config.data
     if not data.train:
@@ -67,7 +75,7 @@ def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
         streams=data.streams,
         seed=config.run.seed,
         bos_id=next(iter(sources.values())).bos_id,
-        plan=batch_plan(config),
+        plan=plan or batch_plan(config),
         loss_on_document_start=data.loss_on_document_start,
         repeat=data.exhausted == "repeat",
         rank=rank,
@@ -78,17 +86,24 @@ def open_stream(config: RunConfig, rank: int, ranks: int) -> SequenceStream:
 def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
     """Put a stream to where the run's nearest checkpoint before a step has it, so that less is to be replayed.
 
-    A run of other data, or none, in the config's directory leaves the stream where it is, as does a store that cannot
-    be reached.
+    Its plan becomes that of the run: the steps of its newest checkpoint's history, then those of the config. A run of
+    other data, or none, in the config's directory leaves the stream where it is, as does a store that cannot be
+    reached.
     """
     path = run_directory(config)
     try:
         before = newest_config(path)
         home = checkpoint.home_of(before.checkpoint.url, path)
-        done = [number for number in checkpoint.complete_steps(home) if number <= step]
+        complete = checkpoint.complete_steps(home)
+        if not complete:
+            return
+        history = history_of(home, complete[-1], before)
+        seen = batch_plan(before, history).at(complete[-1] - 1).tokens
+        check_changes(before, config, seen, LEARNING, str(path))
+        stream.plan = batch_plan(config, history)
+        done = [number for number in complete if number <= step]
         if not done:
             return
-        check_changes(before, config, batch_plan(before).at(done[-1] - 1).tokens, LEARNING, str(path))
         state = checkpoint.tensors_of(checkpoint.step_folder(home, done[-1]), "data.")
         checkpoint.load(state, home, done[-1])
         stream.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})

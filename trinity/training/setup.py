@@ -6,13 +6,12 @@ import torch
 
 from trinity.config.phases import whole_phases
 from trinity.config.run import Kernels, RunConfig
-from trinity.data.batches import BatchPlan
+from trinity.data.batches import BatchHistory, BatchPlan
 from trinity.errors import UserError
 from trinity.models.fp8 import use_fp8
 from trinity.models.roles import parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.groups import Optimizers, build_optimizers
-from trinity.optim.schedule import rate_scale
 from trinity.parallel.compilation import compile_blocks
 from trinity.parallel.mesh import Ranks
 from trinity.parallel.recompute import recompute_blocks
@@ -72,18 +71,16 @@ def make_optimizers(config: RunConfig, model: Trinity) -> Optimizers:
     )
 
 
-def batch_plan(config: RunConfig) -> BatchPlan:
-    """Which sequences make which step."""
+def batch_plan(config: RunConfig, history: BatchHistory = BatchHistory()) -> BatchPlan:  # noqa: B008 (immutable)
+    """The sequences of each step; those of `history` are made, and the config holds from its end on."""
     ramp = [(entry.tokens, entry.sequences) for entry in config.batch.ramp]
     phases = [(phase.tokens, phase.sequence_length) for phase in whole_phases(config.data)[1:]]
-    return BatchPlan(config.batch.sequences, ramp, config.data.sequence_length, phases)
+    return BatchPlan(config.batch.sequences, ramp, config.data.sequence_length, phases, history)
 
 
-def total_steps(config: RunConfig) -> int:
+def total_steps(config: RunConfig, plan: BatchPlan) -> int:
     """Length of the run in optimizer steps."""
-    if config.run.steps is not None:
-        return config.run.steps
-    return batch_plan(config).steps_for_tokens(config.run.tokens)
+    return plan.steps_for_tokens(config.run.tokens) if config.run.steps is None else config.run.steps
 
 
 def microbatch_size(share: int, most: int) -> int:
@@ -103,24 +100,3 @@ def check_batches(config: RunConfig, data_ranks: int) -> None:
         if sequences % data_ranks:
             nearest = max(data_ranks, round(sequences / data_ranks) * data_ranks)
             raise UserError(f"{key}={sequences} does not divide by {data_ranks} data ranks; use {nearest}")
-
-
-def rates_at(config: RunConfig, step: int, tokens: int) -> float:
-    """Fraction of the peak learning rates for the step that begins after `step` steps and `tokens` tokens."""
-    schedule = config.optim.schedule
-    by_tokens = schedule.decay_start_tokens is not None
-    start = schedule.decay_start_tokens if by_tokens else schedule.decay_start_steps
-    length = schedule.decay_tokens if by_tokens else schedule.decay_steps
-    if length is None and start is not None:
-        whole = config.run.tokens if by_tokens else config.run.steps
-        length = max(whole - start, 1) if whole is not None else 1
-    return rate_scale(
-        step,
-        tokens,
-        warmup_steps=schedule.warmup_steps,
-        decay=schedule.decay,
-        decay_start=start or 0,
-        decay_length=length or 0,
-        final=schedule.final,
-        unit="tokens" if by_tokens else "steps",
-    )
