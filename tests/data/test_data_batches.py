@@ -4,15 +4,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.data.batches import BatchPlan
+from trinity.data.batches import BatchHistory, BatchPlan
 from trinity.errors import UserError
 
 
 def loop(
-    sequences: int, ramp: list[tuple[int, int]], length: int, phases: list[tuple[int, int]], steps: int
+    sequences: int,
+    ramp: list[tuple[int, int]],
+    length: int,
+    phases: list[tuple[int, int]],
+    steps: int,
+    first: int = 0,
+    seen: int = 0,
 ) -> list[tuple[int, int, int, int, int]]:
     """What each step is: at every step, the last entries whose tokens have been seen hold."""
-    plan, first, seen = [], 0, 0
+    plan = []
     for _ in range(steps):
         size = [sequences, *(larger for tokens, larger in ramp if seen >= tokens)][-1]
         phase, long = [(0, length), *((i, long) for i, (tokens, long) in enumerate(phases, 1) if seen >= tokens)][-1]
@@ -69,3 +75,24 @@ def test_the_large_run() -> None:
 def test_mistakes_are_named(arguments: tuple, words: str) -> None:
     with pytest.raises(UserError, match=words):
         BatchPlan(*arguments)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    first=st.tuples(st.integers(1, 40), entries(40), st.integers(1, 50), entries(50)), done=st.integers(0, 60),
+    then=st.tuples(st.integers(1, 40), entries(40), st.integers(1, 50), entries(50)),
+)  # fmt: skip
+def test_another_schedule_goes_on_from_a_history(first: tuple, done: int, then: tuple) -> None:
+    """Steps that were made are as they were; the others are as a loop makes them from there."""
+    made = loop(*first, done + 1)
+    history = BatchPlan(*first).history(done)
+    assert (history.step, history.sequences, history.tokens) == (done, made[done][0], made[done][3])
+    history = BatchHistory.from_rows(history.rows())
+    plan = BatchPlan(*then, history)
+    steps = [*made[:done], *loop(*then, 300, made[done][0], made[done][3])]
+    assert [plan.at(step) for step in range(len(steps))] == steps
+    for k, size, long, _, phase in steps:
+        for at in (k, k + size - 1):
+            assert (plan.at_sequence(at).sequence_length, plan.at_sequence(at).phase) == (long, phase)
+    again = plan.history(done + 100)
+    assert BatchPlan(*then, again).history(done + 200) == plan.history(done + 200)  # a stop in between leaves no trace
