@@ -1,6 +1,7 @@
 """A batch, phase or length changed on resume holds from there on, bit for bit as in a run that planned it so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from run_files import metrics, refuse, state, train
 
 from trinity.config.load import OmegaConf, build_config
+from trinity.config.run import Run, RunConfig
+from trinity.errors import UserError
 from trinity.training import trainer
+from trinity.training.lr_schedule import check_decay
 from trinity.training.run_data import go_near, open_stream
 
 S = 24
@@ -22,6 +26,11 @@ def settings(settings: dict) -> dict:
     """As everywhere, without evaluation, which the end of a shorter run would add."""
     settings["evaluation"] = {}
     return settings
+
+
+def config_with(settings: dict, *words: str) -> RunConfig:
+    """The settings as a config."""
+    return build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))])
 
 
 @pytest.fixture
@@ -89,13 +98,8 @@ def test_show_batch_knows_the_history(settings: dict, planned: Path) -> None:
     """Any step of a run whose batch was changed, before the change and after, with and without a replay."""
     assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
     assert train(settings, *LATER, PHASES, accept=ACCEPT) == 0
-    config = build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist([*LATER, PHASES]))])
-    told = build_config(
-        [
-            ("test", OmegaConf.create(settings)),
-            ("test", OmegaConf.from_dotlist([f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES])),
-        ]
-    )
+    config = config_with(settings, *LATER, PHASES)
+    told = config_with(settings, f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES)
     for step in (0, 2, 3, 6, 9):
         stream, replayed = open_stream(config, 0, 1), open_stream(told, 0, 1)
         go_near(stream, config, step)
@@ -153,6 +157,10 @@ def test_a_longer_run_does_not_raise_a_decayed_rate(settings: dict, capsys: pyte
 def test_a_run_that_ended_before_its_decay_may_become_longer(settings: dict) -> None:
     """No length was in force, so none changes."""
     words = [*DECAY, "optim.schedule.final=0"]
+    before = replace(config_with(settings, *words), run=Run(steps=6))
+    now = replace(before, run=Run(steps=7))
+    with pytest.raises(UserError, match="from 2 steps to 3 steps: rates differ from 4 steps on; say"):
+        check_decay(before, now, 3, 432, [], "runs/mine")
     assert train(settings, *words, "run.steps=2") == 0
     assert train(settings, *words, "run.steps=4") == 0
     assert train(settings, *words, "run.steps=6") == 0

@@ -98,9 +98,14 @@ def check_decay(
     rates = [rates_at(config, step, tokens) for config in (before, now)]
     peak = now.optim.muon.lr
     became = "none" if new.length is None else f"{new.length} {new.unit}"
+    effect = f"rates differ from {new.start} {new.unit} on"
+    if rates[0] != rates[1]:
+        effect = (
+            f"the next step's rate would be {rates[1]:.3g} of the peak (optim.muon.lr {rates[1] * peak:.3g}) "
+            f"in place of {rates[0]:.3g} ({rates[0] * peak:.3g})"
+        )
     raise UserError(
         f"resuming {where} would change the decay of the learning rate from {old.length} {old.unit} to {became}: "
-        f"the next step's rate would be {rates[1]:.3g} of the peak (optim.muon.lr {rates[1] * peak:.3g}) in place of "
-        f"{rates[0]:.3g} ({rates[0] * peak:.3g}); say --accept-change optim.schedule if that is meant, or set {key}="
-        f"{old.length} to keep the decay as it is, after which the rate stays at optim.schedule.final"
+        f"{effect}; say --accept-change optim.schedule if that is meant, or set {key}={old.length} to keep the decay "
+        "as it is, after which the rate stays at optim.schedule.final"
     )
