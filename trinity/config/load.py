@@ -4,18 +4,28 @@ The order: the zoo's model named by model.name, then the file, then the command 
 """
 
 import difflib
+import re
+from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import asdict, is_dataclass
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    GrammarParseError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from trinity.config.check import check_run
 from trinity.config.model import ZOO
 from trinity.config.run import RunConfig
+from trinity.config.scalars import read_word, read_yaml, typed
 from trinity.errors import UserError
 
 COMMAND_LINE = "the command line"
@@ -60,7 +70,9 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an entry of a list that lacks a value, an interpolation
         where = " or ".join(name for name, _ in sources)
-        raise UserError(f"{error.full_key} in {where}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{error.full_key} in {where}: {str(error).splitlines()[0]}{_about_references(error)}"
+        ) from None
     check_run(config)
     return config
 
@@ -76,47 +88,57 @@ def _defaults(name: str) -> DictConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config))
+    temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(path)
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved config as YAML, keys in the order of the dataclasses."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+
+
+def _escaped(node: Any) -> Any:
+    """Texts with ${ in them, written so that loading takes it for characters and not for a reference."""
+    if isinstance(node, dict):
+        return {name: _escaped(value) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_escaped(value) for value in node]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Dotted key → value for every setting; named maps such as data.train count as one value."""
-    found: dict[str, Any] = {}
 
-    def walk(prefix: str, node: Any) -> None:
-        typed = OmegaConf.is_dict(node) and OmegaConf.get_type(node) is not dict
-        if not typed:
-            found[prefix] = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-            return
-        for key in node:
-            walk(f"{prefix}.{key}" if prefix else key, node[key])
+    def walk(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
+        plain = asdict(node)
+        for name in plain:
+            value, key = getattr(node, name), f"{prefix}{name}"
+            if is_dataclass(value):
+                yield from walk(f"{key}.", value)
+            else:
+                yield key, plain[name]
 
-    walk("", OmegaConf.structured(config))
-    return found
+    return dict(walk("", config))
 
 
 def _read_file(path: Path) -> DictConfig:
     if not path.is_file():
         raise UserError(f"the config {path} does not exist; give a YAML file such as configs/smoke.yaml")
     try:
-        raw = OmegaConf.load(path)
+        checked = OmegaConf.load(path)  # refuses what is unsafe: recursion, aliases that explode, a key named twice
+        raw = read_yaml(path.read_text(encoding="utf-8")) if OmegaConf.is_dict(checked) else None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: !!int abc, 5000 digits
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
     except OSError as error:
         if error.errno is not None:
             raise
-        raw = None  # omegaconf's way to say that the file holds a lone number
-    if not OmegaConf.is_dict(raw):
+        checked = None  # omegaconf's way to say that the file holds a lone number
+    if not OmegaConf.is_dict(checked):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
-    return _plain(raw, str(path))
+    content = raw if isinstance(raw, dict) else OmegaConf.to_container(checked)  # an empty file, or a lone word
+    return _plain(typed(content, RunConfig, "", str(path)), str(path))
 
 
 def _read_words(words: list[str]) -> DictConfig:
@@ -125,14 +147,19 @@ def _read_words(words: list[str]) -> DictConfig:
         if not equals or not all(key.split(".")) or "[" in key:
             hint = ", and a whole list as a.b=[…]" if "[" in key else ""
             raise UserError(f"{word} is not a setting; write a.b=value{hint}")
-    try:
-        raw = OmegaConf.from_dotlist(words)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{COMMAND_LINE} is not valid: {' '.join(str(error).split())}") from None
-    return _plain(raw, COMMAND_LINE)
+    raw = OmegaConf.create()
+    for word in words:
+        key, _, text = word.partition("=")
+        try:
+            OmegaConf.update(raw, key, read_word(text, key, RunConfig, COMMAND_LINE))
+        except UserError:
+            raise
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise UserError(f"{COMMAND_LINE} is not valid: {_one_line(error)}") from None
+    return _plain(OmegaConf.to_container(raw), COMMAND_LINE)
 
 
-def _plain(raw: DictConfig, where: str) -> DictConfig:
+def _plain(raw: dict, where: str) -> DictConfig:
     """Turn 17e12, a float to YAML, into the integer it is; where a float is wanted the integer turns back.
 
     Raises:
@@ -150,7 +177,20 @@ def _plain(raw: DictConfig, where: str) -> DictConfig:
             raise UserError(f"{key} in {where} holds a zero byte; write plain text")
         return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < LIMIT else node
 
-    return OmegaConf.create(walk("", OmegaConf.to_container(raw)))
+    try:
+        return OmegaConf.create(walk("", raw))
+    except OmegaConfBaseException as error:  # ${ that is never closed
+        raise UserError(f"{where} is not valid YAML: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) + _about_references(error)
+
+
+def _about_references(error: Exception) -> str:
+    """What to write where a ${…} that is no reference made an error."""
+    known = isinstance(error, InterpolationKeyError | InterpolationResolutionError | GrammarParseError)
+    return r"; write \${ for the characters themselves" if known else ""
 
 
 def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:

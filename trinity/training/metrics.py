@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,7 +131,6 @@ class WandB:
             import wandb
         except ImportError:
             raise UserError('log.wandb needs wandb; install it: pip install "trinity-moe[wandb]"') from None
-        from omegaconf import OmegaConf
 
         offline = not (os.environ.get("WANDB_API_KEY") or _netrc_knows_wandb())
         self._run = wandb.init(
@@ -139,7 +139,7 @@ class WandB:
             dir=directory,
             id=_wandb_id(directory),
             resume="allow",
-            config=OmegaConf.to_container(OmegaConf.structured(config)),
+            config=asdict(config),
             mode="offline" if offline else None,
         )
 
