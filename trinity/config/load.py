@@ -1,6 +1,6 @@
 """From a YAML file and dotted words to a checked RunConfig; every mistake becomes one sentence.
 
-The order: the zoo's model named by model.name, then the file, then the command line's words.
+The order: the model that init or model.name names (trinity.config.start), then the file, then the command line's words.
 """
 
 import difflib
@@ -23,9 +23,11 @@ from omegaconf.errors import (
 )
 
 from trinity.config.check import check_run
-from trinity.config.model import ZOO
+from trinity.config.model import ModelConfig
+from trinity.config.paths import expand_home, expand_user, nearest_path
 from trinity.config.run import RunConfig
 from trinity.config.scalars import read_word, read_yaml, typed
+from trinity.config.start import starting_model
 from trinity.errors import UserError
 
 COMMAND_LINE = "the command line"
@@ -43,29 +45,25 @@ def load_config(path: str | Path, words: list[str] | None = None) -> RunConfig:
         UserError: a missing or broken file, an unknown key (naming the nearest known one), a wrong type, or values
             that do not fit together.
     """
+    path = expand_user(str(path), "the config")
     from_file, from_words = _read_file(Path(path)), _read_words(words or [])
     for key in NAMED_MAPS:
         # data.train={mine: FOLDER} says what there is; data.train.mine=FOLDER adds to what the file says
         if any(word.replace(" ", "").startswith(f"{key}={{") for word in words or []):
             OmegaConf.update(from_file, key, {}, merge=False)
-    return build_config([(str(path), from_file), (COMMAND_LINE, from_words)])
+    return build_config([(path, from_file), (COMMAND_LINE, from_words)])
 
 
 def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
-    """Merge named sources, later ones winning, over the model that they name."""
-    name = "smoke"
-    for _, raw in sources:
-        model = raw.get("model")
-        if OmegaConf.is_dict(model) and model.get("name") is not None:
-            name = model.name
-    if not isinstance(name, str) or name not in ZOO:
-        raise UserError(f"model.name={name} is not known; use one of {', '.join(ZOO)}")
-    merged = deepcopy(_defaults(name))
+    """Merge named sources, later ones winning, over the model that they name or start from."""
+    model = starting_model(sources)
+    merged = deepcopy(_defaults(model))
     for where, raw in sources:
         for key in SWITCHES:
             if isinstance(value := OmegaConf.select(raw, key), bool):
                 OmegaConf.update(raw, key, "on" if value else "off")
         _merge(merged, raw, where)
+    merged.model.name = model.name  # init may have brought another model than the one that was named
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an entry of a list that lacks a value, an interpolation
@@ -74,13 +72,14 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
             f"{error.full_key} in {where}: {str(error).splitlines()[0]}{_about_references(error)}"
         ) from None
     check_run(config)
+    expand_home(config)
     return config
 
 
 @cache
-def _defaults(name: str) -> DictConfig:
-    """A run of one of the zoo's models; made once, because omegaconf takes five times as long for it as for a copy."""
-    made = OmegaConf.structured(RunConfig(model=ZOO[name]))
+def _defaults(model: ModelConfig) -> DictConfig:
+    """A run of a model; made once, because omegaconf takes five times as long for it as for a copy."""
+    made = OmegaConf.structured(RunConfig(model=model))
     OmegaConf.set_readonly(made.model, False)  # frozen dataclasses arrive read-only
     return made
 
@@ -122,8 +121,12 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 
 def _read_file(path: Path) -> DictConfig:
+    if path.is_dir():
+        raise UserError(f"the config {path} is a folder; give a YAML file such as configs/smoke.yaml")
     if not path.is_file():
-        raise UserError(f"the config {path} does not exist; give a YAML file such as configs/smoke.yaml")
+        near = nearest_path(path)
+        hint = f"did you mean {near}?" if near else "give a YAML file such as configs/smoke.yaml"
+        raise UserError(f"the config {path} does not exist; {hint}")
     try:
         checked = OmegaConf.load(path)  # refuses what is unsafe: recursion, aliases that explode, a key named twice
         raw = read_yaml(path.read_text(encoding="utf-8")) if OmegaConf.is_dict(checked) else None
