@@ -35,15 +35,17 @@ from trinity.training.events import Events
 from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.metrics import JsonLines, Sink, open_sinks
 from trinity.training.norms import Norms
+from trinity.training.prerequisites import check_prerequisites
 from trinity.training.probe import probe
 from trinity.training.profiling import Profiler
 from trinity.training.run_data import open_data
-from trinity.training.run_directory import RunDirectory, newest_config
+from trinity.training.run_directory import RunDirectory, newest_config, whose_run
 from trinity.training.setup import (
     batch_plan,
     build_model,
     check_batches,
     make_optimizers,
+    microbatch_notes,
     microbatch_size,
     rates_at,
     total_steps,
@@ -72,8 +74,14 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     try:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         stop_request.started()
-        directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
-        done = _step_to_resume(config, accepted, directory.path, Events(directory.path, ranks.rank).note)
+        path = run_directory(config)
+        keeps_refusals = on_first(lambda: _keeps_refusals(path))
+        if not keeps_refusals:
+            together(lambda: check_prerequisites(config, ranks))
+        directory = together(lambda: RunDirectory(path, ranks.is_first))
+        done = _step_to_resume(config, accepted, path, Events(path, ranks.rank).note)
+        if keeps_refusals:
+            together(lambda: check_prerequisites(config, ranks))
         training = Training(config, ranks, directory, done)
         code = training.run(stop_request)
         training.saver.wait()
@@ -93,6 +101,16 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         mesh.stop()
 
 
+def _keeps_refusals(path: Path) -> bool:
+    """Whether a run that cannot start says so in its directory: one that exists, or a launcher's that restarts."""
+    return path.is_dir() or _restarts()
+
+
+def _restarts() -> bool:
+    """Whether the launcher starts a failed run again by itself; a person who mistyped just types again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def _step_to_resume(config: RunConfig, accepted: list[str], path: Path, note: checkpoint.Note) -> int:
     """The newest checkpoint that is not damaged, 0 for none, if the config may go on from it; every rank calls this."""
     home = together(lambda: checkpoint.home_of(config.checkpoint.url, path))
@@ -108,7 +126,7 @@ def _check_config(config: RunConfig, accepted: list[str], path: Path, home: chec
     if not done:
         return
     seen = batch_plan(before).at(done[-1] - 1).tokens
-    changed = check_changes(before, config, seen, accepted, str(path))
+    changed = check_changes(before, config, seen, accepted, whose_run(path, before, done[-1]))
     if changed:
         print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
 
@@ -120,8 +138,7 @@ def _note_end(error: BaseException, directory: RunDirectory, training: "Training
         directory.set_status("stopped", FAILED, step, f"{type(error).__name__}: {error}")
         return
     directory.set_status("stopped", USER_MISTAKE, step, str(error))
-    # Only a launcher that restarts by itself must be stopped; a person who mistyped just types again.
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+    if _restarts():
         directory.forbid_restart(str(error))
 
 
@@ -186,6 +203,7 @@ class Training:
     def run(self, stop_request: StopRequest) -> int:
         """Step until the end, a stop request, or too many bad steps."""
         self.directory.set_status("running", None, self.step)
+        self._evaluate_start()
         saved = self.step
         while self.step < self.total and not self._data_has_ended():
             with self.profiler.around(self.step + 1):
@@ -422,6 +440,15 @@ class Training:
         self.watcher.note("evaluation", f"{len(self.data.validation)} validation sets", **found)
         return found
 
+    def _evaluate_start(self) -> None:
+        """Validation of a model that is continued, before its first step: the record of step 0."""
+        init = self.config.init
+        if self.step or not (init.hf or init.run) or not self.config.evaluation.every:
+            return
+        record = {"step": 0, "tokens": 0, "sequences": 0} | self._evaluate()
+        self._sample(record)
+        self.log(record)
+
     def _sample(self, record: dict[str, Any]) -> None:
         """Continue the config's prompts, on every rank, into samples.jsonl."""
         if self.sampler is None:
@@ -466,3 +493,5 @@ class Training:
             f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}",
             file=sys.stderr,
         )
+        for note in microbatch_notes(self.config, self.ranks.data_ranks):
+            print(note, file=sys.stderr)

@@ -64,7 +64,7 @@ def _cut_back(path: Path, step: int) -> None:
     kept, tail = [], []
     for line in path.read_text(errors="surrogateescape").splitlines():
         try:
-            later = json.loads(line)["step"] > step
+            later = json.loads(line)["step"] > step or not step  # a run that begins anew makes step 0 anew too
         except (ValueError, KeyError, TypeError, RecursionError):
             later = True  # a line cut off by a crash, or somebody else's
         (tail if later else kept).append(line)
@@ -91,15 +91,19 @@ class Console:
         self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stderr) if sys.stderr.isatty() else None
 
     def write(self, record: Record) -> None:
-        """Show one step."""
+        """Show one step, or the validation before the first."""
+        validation = {name: value for name, value in record.items() if name.startswith("validation_loss.")}
+        validated = "".join(f"  {name.removeprefix('validation_')} {value:.4f}" for name, value in validation.items())
+        if "loss" not in record:
+            print(f"step {record['step']}/{self._total}{validated}", file=sys.stderr, flush=True)
+            return
         text = (
             f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
             + (f"  mfu {record['mfu']:.1%}" if "mfu" in record else "")
             + f"  vio {record.get('max_violation', 0.0):.2f}"
             + ("  SKIPPED" if record["skipped"] else "")
         )
-        validation = {name: value for name, value in record.items() if name.startswith("validation_loss.")}
-        text += "".join(f"  {name.removeprefix('validation_')} {value:.4f}" for name, value in validation.items())
+        text += validated
         step = record["step"]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
