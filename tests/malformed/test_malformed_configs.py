@@ -139,9 +139,13 @@ def test_enormous_numbers(tmp_path: Path, little_memory: None) -> None:
 
 @pytest.mark.parametrize("section", ["", *{key.rpartition(".")[0] for key in LEAVES if "." in key}])
 def test_an_unknown_key(tmp_path: Path, section: str) -> None:
-    """At every level, in a file and on the command line."""
+    """At every level, in a file and on the command line: nothing is like it, so what there is is listed."""
     key = f"{section}.zzz" if section else "zzz"
-    assert f"{key} in {tmp_path / 'run.yaml'} is not a known key; did you mean " in refused(tmp_path, nested(key, 1))
+    sentence = refused(tmp_path, nested(key, 1))
+    assert sentence.startswith(f"{key} in {tmp_path / 'run.yaml'} is not a known key; ")
+    here = [name for name in LEAVES if name.startswith(f"{section}." if section else "")]
+    names = dict.fromkeys(name.removeprefix(f"{section}.").split(".")[0] for name in here)
+    assert sentence.endswith(f"{section} has {', '.join(names)}" if section else f"one of {', '.join(names)}")
     assert f"{key} in the command line is not a known key" in refused(tmp_path, "run: {steps: 3}", [f"{key}=1"])
 
 

@@ -3,7 +3,6 @@
 The order: the model that init or model.name names (trinity.config.start), then the file, then the command line's words.
 """
 
-import difflib
 import re
 from collections.abc import Iterator
 from copy import deepcopy
@@ -26,8 +25,9 @@ from trinity.config.check import check_run
 from trinity.config.model import ModelConfig
 from trinity.config.paths import expand_home, expand_user, nearest_path
 from trinity.config.run import RunConfig
-from trinity.config.scalars import read_word, read_yaml, typed
+from trinity.config.scalars import fields_of, read_word, read_yaml, typed
 from trinity.config.start import starting_model
+from trinity.config.suggest import about_key, all_keys, nearest_keys
 from trinity.errors import UserError
 
 COMMAND_LINE = "the command line"
@@ -204,12 +204,19 @@ def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
         except OmegaConfBaseException as error:
             named = str(getattr(error, "full_key", None) or section)
             if isinstance(error, ConfigKeyError) and named.startswith(str(section)):
-                raise UserError(_unknown_key(merged, named, where)) from None
+                given = reduce(_inside, named.split("."), OmegaConf.to_container(raw))
+                raise UserError(_unknown_key(named, given, where)) from None
             narrow = _narrowed(merged, str(section), OmegaConf.to_container(raw)[section])
             # of a list's entry omegaconf names the last word alone
             inside = "" if narrow.startswith(named) or named.startswith(narrow) else f"{named} of "
             key = named if named.startswith(narrow) else f"{inside}{narrow}"
-            raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}{_about_entry(error)}") from None
+
+
+def _about_entry(error: OmegaConfBaseException) -> str:
+    """What a list's entry has, where a key in it is like none of it; else omegaconf names the nearest."""
+    unknown = isinstance(error, ConfigKeyError) and is_dataclass(error.object_type) and "Did you mean" not in str(error)
+    return f", which has {', '.join(fields_of(error.object_type))}" if unknown else ""
 
 
 def _narrowed(merged: DictConfig, key: str, value: Any) -> str:
@@ -224,14 +231,18 @@ def _narrowed(merged: DictConfig, key: str, value: Any) -> str:
     return key
 
 
-def _unknown_key(merged: DictConfig, full_key: str, where: str) -> str:
-    parent, _, key = full_key.rpartition(".")
-    section = OmegaConf.select(merged, parent) if parent else merged
-    if not OmegaConf.is_dict(section):  # 1.5: a number, or a setting that has nothing below it
-        parent, key, section = "", full_key, merged
-    nearest = difflib.get_close_matches(key, [str(name) for name in section], n=1, cutoff=0)
-    suggestion = ".".join(filter(None, (parent, *nearest)))
-    if suggestion == full_key:  # in a file, dots do not nest
-        nested = ": {".join(suggestion.split(".")) + ": …" + "}" * suggestion.count(".")
-        return f"{suggestion} in {where} is written with dots; in a file write {nested}"
-    return f"{full_key} in {where} is not a known key; did you mean {suggestion}?"
+def _inside(node: Any, name: str) -> Any:
+    return node.get(name) if isinstance(node, dict) else None
+
+
+def _unknown_key(full_key: str, given: Any, where: str) -> str:
+    """The sentence about a key that does not exist; `given`: what was to be set there."""
+    if full_key in set(all_keys()):  # in a file, dots do not nest
+        nested = ": {".join(full_key.split(".")) + ": …" + "}" * full_key.count(".")
+        return f"{full_key} in {where} is written with dots; in a file write {nested}"
+    deeper = full_key
+    while isinstance(given, dict) and given and not nearest_keys(deeper, list(all_keys())):
+        name, given = next(iter(given.items()))
+        deeper = f"{deeper}.{name}"
+    named = deeper if nearest_keys(deeper, list(all_keys())) else full_key
+    return f"{named} in {where} is not a known key; {about_key(named)}"
