@@ -1,4 +1,4 @@
-"""Keys that do not exist: the field's names, slips and other levels find the key; else the section's keys are listed."""
+"""Keys that do not exist: the field's names, slips and other levels find theirs; else the section is listed."""
 
 from collections.abc import Callable
 from pathlib import Path

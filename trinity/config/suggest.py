@@ -4,9 +4,10 @@ A suggestion is made only where something is really alike; else the section's ke
 """
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
+from itertools import accumulate
+from operator import and_, eq
 
 from trinity.config.run import RunConfig
 from trinity.config.scalars import fields_of
@@ -211,6 +212,7 @@ def about_key(key: str) -> str:
 
 def _closest(section: str, keys: Iterable[str]) -> list[str]:
     """Of several keys those that share the most sections with the one asked for; none where none shares the first."""
-    shared = {key: os.path.commonprefix([section.split("."), key.split(".")]) for key in keys} if section else {}
-    most = max(map(len, shared.values()), default=0)
-    return [key for key, common in shared.items() if len(common) == most > 0]
+    asked = section.split(".")
+    shared = {key: sum(accumulate(map(eq, asked, key.split(".")), and_)) for key in keys}
+    most = max(shared.values(), default=0)
+    return [key for key, common in shared.items() if common == most > 0]
