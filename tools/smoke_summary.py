@@ -22,11 +22,11 @@ def parse() -> argparse.Namespace:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The run's metrics, a dictionary a step."""
+    """The run's metrics, a dictionary a step; without the validation before the first."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; run launch/pretrain.py first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record in map(json.loads, path.read_text().splitlines()) if record["step"]]
 
 
 def main() -> None:

@@ -147,10 +147,12 @@ def test_broken_files(write: Write, text: str, words: str) -> None:
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
-    missing, binary = tmp_path / "missing.yaml", tmp_path / "binary.yaml"
+    missing, binary = tmp_path / "missing", tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     assert refusal(missing) == f"the config {missing} does not exist; give a YAML file such as configs/smoke.yaml"
-    assert refusal(tmp_path) == f"the config {tmp_path} does not exist; give a YAML file such as configs/smoke.yaml"
+    near = tmp_path / "binry.yml"
+    assert refusal(near) == f"the config {near} does not exist; did you mean {binary}?"
+    assert refusal(tmp_path) == f"the config {tmp_path} is a folder; give a YAML file such as configs/smoke.yaml"
     assert refusal(binary) == f"{binary} is not UTF-8 text; give a YAML file"
 
 

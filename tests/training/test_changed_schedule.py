@@ -111,7 +111,10 @@ def test_a_fork_keeps_what_is_fixed(settings: dict, uninterrupted: Path) -> None
     words = [f"init.run={uninterrupted}", "init.keep=all"]
     for word in ("run.seed=4", "data.sequence_length=16", "data.streams=24"):
         key = word.split("=")[0]
-        assert f"{uninterrupted} holds a run of another config ({key} was" in refuse(settings, *words, word)
+        sentence = refuse(settings, *words, word)
+        assert sentence.startswith(f"{uninterrupted} (run tiny, ")
+        assert f"holds a run of another config ({key} was" in sentence
+        assert sentence.endswith("give it back, or set init.keep=optimizer")
     assert "batch.sequences was 6 and is 12" in refuse(settings, *words, "batch.sequences=12", "batch.ramp=[]")
     assert not (Path(settings["run"]["dir"]) / "config.yaml").exists()
 

@@ -29,17 +29,22 @@ ROOT = Path(__file__).parents[2]
         (["configs/smoke.yaml", "model.heads=3"], "model.heads=3 is not a multiple of model.kv_heads=2; use one of"),
         (["configs/smoke.yaml", "data.sequence_length=0"], "data.sequence_length=0 must be at least 1"),
         (["configs/smoke.yaml", "parallel.shard=4"], "does not make 1 process; start 4"),
-        (["configs/smoke.yaml", "run.dir=/proc/no", "run.steps=1"], "the run directory /proc/no cannot be written"),
-        (["configs/smoke.yaml", "data.train.code=nowhere", "run.dir=RUN"], "nowhere holds no index.json"),
+        (["CONFIG", "run.dir=/proc/no", "run.steps=1"], "the run directory /proc/no cannot be written"),
+        (["CONFIG", "data.train.code=nowhere", "run.dir=RUN"], "data.train.code=nowhere does not exist"),
     ],
 )  # fmt: skip
-def test_on_the_command_line(run_command: Callable, tmp_path: Path, words: list[str], expected: str) -> None:
-    """Through the program itself: one line, no traceback, code 2."""
-    done = run_command("launch/pretrain.py", *(word.replace("RUN", str(tmp_path / "run")) for word in words))
+def test_on_the_command_line(
+    run_command: Callable, settings: dict, config_file: Callable, tmp_path: Path, words: list[str], expected: str
+) -> None:
+    """Through the program itself: one line, no traceback, code 2, and no directory of a run that cannot start."""
+    for name, path in {"CONFIG": config_file(settings), "RUN": tmp_path / "run"}.items():
+        words = [word.replace(name, str(path)) for word in words]
+    done = run_command("launch/pretrain.py", *words)
     assert done.code == 2
     assert done.errors.count("\n") == 1
     assert done.errors.startswith("error: ")
     assert expected in done.errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_tokenizer(settings: dict, corpus: SimpleNamespace, tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ def test_a_restarting_launcher_stops(settings: dict, monkeypatch: pytest.MonkeyP
     run = Path(settings["run"]["dir"])
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
     refuse(settings)
-    assert "nowhere holds no index.json" in (run / "STOP").read_text()
+    assert "data.train.code=nowhere does not exist" in (run / "STOP").read_text()
     assert status(run)["code"] == 2
 
 

@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics, train
+from run_files import metrics, refuse, train
 from run_files import state as saved_state
 
 from trinity.config.load import OmegaConf, build_config
@@ -18,7 +19,7 @@ from trinity.parallel import mesh
 from trinity.training.checkpoint import load_model
 from trinity.training.loop import Training
 from trinity.training.resume import find_origin
-from trinity.training.run_directory import RunDirectory
+from trinity.training.run_directory import RunDirectory, newest_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,9 +82,11 @@ def test_start_from_nothing_useful(settings: dict, tmp_path: Path) -> None:
 
 
 def test_fork_of_other_sizes(settings: dict, uninterrupted: Path) -> None:
-    """The tensor that does not fit is named."""
-    with pytest.raises(UserError, match="does not fit this run's config"):
-        train(settings, f"init.run={uninterrupted}", "model.expert_width=20")
+    """A size that is given beside init is compared at once; where all are, the tensor that does not fit is named."""
+    sentence = refuse(settings, f"init.run={uninterrupted}", "model.expert_width=20")
+    assert sentence.startswith(f"model.expert_width=20 in test is not the 16 of init.run={uninterrupted}; leave model.")
+    settings["model"] = asdict(newest_config(uninterrupted).model)
+    assert "does not fit this run's config" in refuse(settings, f"init.run={uninterrupted}", "model.expert_width=20")
     with pytest.raises(UserError, match=r"no complete checkpoint of step 5; it has \[6, 8\]"):
         train(settings, f"init.run={uninterrupted}", "init.step=5")
 

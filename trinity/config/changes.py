@@ -57,7 +57,14 @@ def rule_of(key: str) -> Rule:
     return RULES[next(prefix for prefix in prefixes if prefix in RULES)]
 
 
-def check_changes(before: RunConfig, now: RunConfig, seen: int, accepted: list[str], where: str) -> list[str]:
+def check_changes(
+    before: RunConfig,
+    now: RunConfig,
+    seen: int,
+    accepted: list[str],
+    where: str,
+    instead: str = "start afresh with another run.dir",
+) -> list[str]:
     """Refuse changes that a resumed run must not make.
 
     Args:
@@ -65,6 +72,7 @@ def check_changes(before: RunConfig, now: RunConfig, seen: int, accepted: list[s
         seen: tokens that the run had seen before its last step: phases of the data up to there have begun.
         accepted: keys given with --accept-change; a key accepts everything below it.
         where: the run directory, for the message.
+        instead: what to do where a fixed key is to differ, for the message.
     Returns:
         the changed keys that are allowed, for the log.
     Raises:
@@ -75,9 +83,7 @@ def check_changes(before: RunConfig, now: RunConfig, seen: int, accepted: list[s
     fixed = [key for key in changed if rule_of(key) == "fixed"]
     if fixed:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in fixed)
-        raise UserError(
-            f"{where} holds a run of another config ({shown}); give it back, or start afresh with another run.dir"
-        )
+        raise UserError(f"{where} holds a run of another config ({shown}); give it back, or {instead}")
     _check_phases(before, now, seen, where)
     asking = [key for key in changed if rule_of(key) == "accept" and not accepts(accepted, key)]
     if asking:

@@ -23,10 +23,10 @@ from torch import Tensor
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
 from trinity.interop.hf_config import hf_config
-from trinity.interop.json_files import read_json, write_json
 from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
+from trinity.json_files import read_json, write_json
 from trinity.models.trinity import Trinity
 from trinity.parallel.agree import on_first, together
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from trinity.config.model import ModelConfig, check_size
 from trinity.errors import UserError
 from trinity.interop.hf_config import architecture, model_config
-from trinity.interop.json_files import read_json
 from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, owned_part, part_shape
+from trinity.json_files import read_json
 from trinity.models.trinity import Trinity
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

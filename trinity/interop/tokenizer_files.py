@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from trinity.data.tokenizer import load_tokenizer
 from trinity.errors import UserError
-from trinity.interop.json_files import read_json
+from trinity.json_files import read_json
 
 CONFIG = "tokenizer_config.json"
 FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "chat_template.jinja")

@@ -25,6 +25,19 @@ from trinity.errors import UserError
 from trinity.models.dispatch import RunExperts
 
 
+def check_deep_ep(dtype: torch.dtype, device: str) -> None:
+    """Refuse DeepEP where it cannot run, before anything is built.
+
+    Args:
+        dtype: of the tokens that travel.
+        device: its type.
+    Raises:
+        UserError: the package is not installed, or the tokens are not bf16 on a GPU.
+    """
+    _check_installed()
+    _check_tokens(dtype, device)
+
+
 class DeepEP:
     """The Dispatcher for experts split over a process group, by DeepEP's kernels.
 
@@ -36,11 +49,7 @@ class DeepEP:
     """
 
     def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
-        if find_spec("deep_ep") is None:
-            raise UserError(
-                "parallel.exchange=deep_ep needs the package deep_ep, built from github.com/deepseek-ai/DeepEP; "
-                "install it or use parallel.exchange=all_to_all"
-            )
+        _check_installed()
         self.group, self.experts = group, experts
         self._buffer: Any = None
 
@@ -58,11 +67,7 @@ class DeepEP:
 
     def _buffer_for(self, x_TD: Tensor) -> Any:
         """One buffer for all layers, as large as DeepEP advises for rows of this many bytes."""
-        if not (x_TD.is_cuda and x_TD.dtype == torch.bfloat16):
-            raise UserError(
-                f"parallel.exchange=deep_ep takes bfloat16 on a GPU, not {x_TD.dtype} on {x_TD.device.type}; "
-                "use precision.compute=bfloat16 or parallel.exchange=all_to_all"
-            )
+        _check_tokens(x_TD.dtype, x_TD.device.type)
         if self._buffer is None:
             from deep_ep import Buffer
 
@@ -72,6 +77,22 @@ class DeepEP:
             rdma = max(config.get_rdma_buffer_size_hint(row, ranks) for config in configs)
             self._buffer = Buffer(self.group, nvlink, rdma)
         return self._buffer
+
+
+def _check_installed() -> None:
+    if find_spec("deep_ep") is None:
+        raise UserError(
+            "parallel.exchange=deep_ep needs the package deep_ep, built from github.com/deepseek-ai/DeepEP; "
+            "install it or use parallel.exchange=all_to_all"
+        )
+
+
+def _check_tokens(dtype: torch.dtype, device: str) -> None:
+    if device != "cuda" or dtype != torch.bfloat16:
+        raise UserError(
+            f"parallel.exchange=deep_ep takes bfloat16 on a GPU, not {dtype} on {device}; "
+            "use precision.compute=bfloat16 or parallel.exchange=all_to_all"
+        )
 
 
 class _Dispatch(torch.autograd.Function):

@@ -36,6 +36,7 @@ from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.lr_schedule import rates_at, schedule_notes
 from trinity.training.metrics import JsonLines, Sink, open_sinks
 from trinity.training.norms import Norms
+from trinity.training.prerequisites import check_prerequisites
 from trinity.training.probe import probe
 from trinity.training.profiling import Profiler
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
@@ -46,6 +47,7 @@ from trinity.training.setup import (
     build_model,
     check_batches,
     make_optimizers,
+    microbatch_notes,
     microbatch_size,
     total_steps,
 )
@@ -73,8 +75,14 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     try:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         stop_request.started()
-        directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
-        origin = find_origin(config, accepted, directory.path, Events(directory.path, ranks.rank).note)
+        path = run_directory(config)
+        keeps_refusals = on_first(lambda: _keeps_refusals(path))
+        if not keeps_refusals:
+            together(lambda: check_prerequisites(config, ranks))
+        directory = together(lambda: RunDirectory(path, ranks.is_first))
+        origin = find_origin(config, accepted, path, Events(path, ranks.rank).note)
+        if keeps_refusals:
+            together(lambda: check_prerequisites(config, ranks))
         training = Training(config, ranks, directory, origin)
         code = training.run(stop_request)
         training.saver.wait()
@@ -94,6 +102,16 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         mesh.stop()
 
 
+def _keeps_refusals(path: Path) -> bool:
+    """Whether a run that cannot start says so in its directory: one that exists, or a launcher's that restarts."""
+    return path.is_dir() or _restarts()
+
+
+def _restarts() -> bool:
+    """Whether the launcher starts a failed run again by itself; a person who mistyped just types again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
     """status.json gets the true code, which a launcher may hide."""
     step = training.step if training else _newest(directory.path)
@@ -101,8 +119,7 @@ def _note_end(error: BaseException, directory: RunDirectory, training: "Training
         directory.set_status("stopped", FAILED, step, f"{type(error).__name__}: {error}")
         return
     directory.set_status("stopped", USER_MISTAKE, step, str(error))
-    # Only a launcher that restarts by itself must be stopped; a person who mistyped just types again.
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+    if _restarts():
         directory.forbid_restart(str(error))
 
 
@@ -167,6 +184,7 @@ class Training:
     def run(self, stop_request: StopRequest) -> int:
         """Step until the end, a stop request, or too many bad steps."""
         self.directory.set_status("running", None, self.step)
+        self._evaluate_start()
         saved = self.step
         while self.step < self.total and not self._data_has_ended():
             with self.profiler.around(self.step + 1):
@@ -410,6 +428,15 @@ class Training:
         self.watcher.note("evaluation", f"{len(self.data.validation)} validation sets", **found)
         return found
 
+    def _evaluate_start(self) -> None:
+        """Validation of a model that is continued, before its first step: the record of step 0."""
+        init = self.config.init
+        if self.step or not (init.hf or init.run) or not self.config.evaluation.every:
+            return
+        record = {"step": 0, "tokens": 0, "sequences": 0} | self._evaluate()
+        self._sample(record)
+        self.log(record)
+
     def _sample(self, record: dict[str, Any]) -> None:
         """Continue the config's prompts, on every rank, into samples.jsonl."""
         if self.sampler is None:
@@ -456,3 +483,5 @@ class Training:
             f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}",
             file=sys.stderr,
         )
+        for note in microbatch_notes(self.config, self.ranks.data_ranks):
+            print(note, file=sys.stderr)

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +64,7 @@ def _cut_back(path: Path, step: int) -> None:
     kept, tail = [], []
     for line in path.read_text(errors="surrogateescape").splitlines():
         try:
-            later = json.loads(line)["step"] > step
+            later = json.loads(line)["step"] > step or not step  # a run that begins anew makes step 0 anew too
         except (ValueError, KeyError, TypeError, RecursionError):
             later = True  # a line cut off by a crash, or somebody else's
         (tail if later else kept).append(line)
@@ -90,15 +91,19 @@ class Console:
         self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stderr) if sys.stderr.isatty() else None
 
     def write(self, record: Record) -> None:
-        """Show one step."""
+        """Show one step, or the validation before the first."""
+        validation = {name: value for name, value in record.items() if name.startswith("validation_loss.")}
+        validated = "".join(f"  {name.removeprefix('validation_')} {value:.4f}" for name, value in validation.items())
+        if "loss" not in record:
+            print(f"step {record['step']}/{self._total}{validated}", file=sys.stderr, flush=True)
+            return
         text = (
             f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
             + (f"  mfu {record['mfu']:.1%}" if "mfu" in record else "")
             + f"  vio {record.get('max_violation', 0.0):.2f}"
             + ("  SKIPPED" if record["skipped"] else "")
         )
-        validation = {name: value for name, value in record.items() if name.startswith("validation_loss.")}
-        text += "".join(f"  {name.removeprefix('validation_')} {value:.4f}" for name, value in validation.items())
+        text += validated
         step = record["step"]
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -130,7 +135,6 @@ class WandB:
             import wandb
         except ImportError:
             raise UserError('log.wandb needs wandb; install it: pip install "trinity-moe[wandb]"') from None
-        from omegaconf import OmegaConf
 
         offline = not (os.environ.get("WANDB_API_KEY") or _netrc_knows_wandb())
         self._run = wandb.init(
@@ -139,7 +143,7 @@ class WandB:
             dir=directory,
             id=_wandb_id(directory),
             resume="allow",
-            config=OmegaConf.to_container(OmegaConf.structured(config)),
+            config=asdict(config),
             mode="offline" if offline else None,
         )
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from trinity.config.changes import check_changes
+from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.batches import BatchHistory
 from trinity.data.stream import position_of
@@ -18,7 +19,7 @@ from trinity.errors import UserError
 from trinity.parallel.agree import on_first, together
 from trinity.training import checkpoint
 from trinity.training.lr_schedule import check_decay
-from trinity.training.run_directory import newest_config
+from trinity.training.run_directory import newest_config, whose_run
 from trinity.training.setup import batch_plan
 
 HISTORY = "run.batch_history"
@@ -113,7 +114,8 @@ def _check_against(
     before = newest_config(path)
     history = history_of(home, step, before)
     seen = batch_plan(before, history).at(step - 1).tokens
-    changed = check_changes(before, config, seen, accepted, str(path))
+    instead = ["set init.keep=optimizer"] if path != run_directory(config) else []
+    changed = check_changes(before, config, seen, accepted, whose_run(path, before, step), *instead)
     changed += check_decay(before, config, step, history.tokens, accepted, str(path))
     if changed:
         print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from trinity.config.load import load_config, save_config
+from trinity.config.paths import config_files
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 
@@ -69,7 +70,7 @@ class RunDirectory:
         """Keep the resolved config of this start: config.yaml the first time, then config.N.yaml."""
         if not self._first:
             return
-        numbered = _configs(self.path)
+        numbered = config_files(self.path)
         number = max(numbered) + 1 if numbered else 0
         save_config(config, self.path / (f"config.{number}.yaml" if number else "config.yaml"))
 
@@ -106,19 +107,31 @@ def newest_config(run: Path) -> RunConfig:
     Raises:
         UserError: not a run directory.
     """
-    numbered = _configs(run)
+    numbered = config_files(run)
     if not numbered:
         raise UserError(f"{run} is not a run directory: it has no config.yaml")
     return load_config(numbered[max(numbered)])
 
 
-def _configs(run: Path) -> dict[int, Path]:
-    found = {0: run / "config.yaml"} if (run / "config.yaml").is_file() else {}
-    for path in run.glob("config.*.yaml"):
-        number = path.name.split(".")[1]
-        if number.isdecimal():
-            found[int(number)] = path
-    return found
+def whose_run(run: Path, config: RunConfig, step: int) -> str:
+    """A run directory with what a person knows its run by: name, model, first start, newest checkpoint.
+
+    Args:
+        run: the directory.
+        config: its newest config.
+        step: its newest checkpoint.
+    """
+    return f"{run} (run {config.run.name}, model {config.model.name}, started {_started(run)}, at step {step})"
+
+
+def _started(run: Path) -> str:
+    """When the run was started first: its first event's time, else that of its first config, to the minute, in UTC."""
+    try:
+        with open(run / "events.jsonl", encoding="utf-8") as file:
+            return json.loads(file.readline())["time"][:16].replace("T", " ") + " UTC"
+    except (OSError, ValueError, KeyError, TypeError):
+        changed = min(path.stat().st_mtime for path in config_files(run).values())
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(changed))
 
 
 def write_whole(path: Path, text: str) -> None:

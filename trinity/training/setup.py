@@ -88,15 +88,36 @@ def microbatch_size(share: int, most: int) -> int:
     return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
 
 
+def microbatch_notes(config: RunConfig, data_ranks: int) -> list[str]:
+    """A sentence for each global batch whose share of a rank is no multiple of batch.microbatch."""
+    most, notes = config.batch.microbatch, []
+    for key, sequences in _batch_sizes(config).items():
+        share = sequences // data_ranks
+        size = microbatch_size(share, most)
+        if size < min(share, most):
+            whole = sorted({max(most, share // most * most) * data_ranks, -(-share // most) * most * data_ranks})
+            larger = next(rows for rows in range(most, share + 1) if share % rows == 0)
+            notes.append(
+                f"note: {share} rows a rank ({key}={sequences}) are no multiple of batch.microbatch={most}, so each "
+                f"microbatch has {size} row{'s' * (size > 1)}; {key}={' or '.join(map(str, whole))} would fill "
+                f"microbatches of {most}, and batch.microbatch={larger} would take {larger} rows at once"
+            )
+    return notes
+
+
 def check_batches(config: RunConfig, data_ranks: int) -> None:
     """Refuse global batches that do not divide by the ranks that hold different tokens.
 
     Raises:
         UserError: naming the nearest batch that does.
     """
-    sizes = {"batch.sequences": config.batch.sequences}
-    sizes |= {f"batch.ramp[{index}].sequences": entry.sequences for index, entry in enumerate(config.batch.ramp)}
-    for key, sequences in sizes.items():
+    for key, sequences in _batch_sizes(config).items():
         if sequences % data_ranks:
             nearest = max(data_ranks, round(sequences / data_ranks) * data_ranks)
             raise UserError(f"{key}={sequences} does not divide by {data_ranks} data ranks; use {nearest}")
+
+
+def _batch_sizes(config: RunConfig) -> dict[str, int]:
+    """Setting → global batch, of each size that the run has."""
+    sizes = {"batch.sequences": config.batch.sequences}
+    return sizes | {f"batch.ramp[{index}].sequences": entry.sequences for index, entry in enumerate(config.batch.ramp)}

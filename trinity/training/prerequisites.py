@@ -1,0 +1,79 @@
+"""What a run asks of its machine, checked before its directory is made: engines, packages, paths, batches."""
+
+from importlib.util import find_spec
+
+import torch
+
+from trinity.config.paths import check_paths, run_directory
+from trinity.config.run import RunConfig
+from trinity.data.remote import filesystem
+from trinity.errors import UserError
+from trinity.models.backends import pick_engine
+from trinity.models.fp8 import use_fp8
+from trinity.models.trinity import Trinity
+from trinity.parallel.deep_ep import check_deep_ep
+from trinity.parallel.mesh import Ranks
+from trinity.training.setup import check_batches, check_kernels
+
+
+def check_prerequisites(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse a run that cannot start here; writes nothing, and talks to no other rank.
+
+    Raises:
+        UserError: naming the setting and what to write or install.
+    """
+    check_batches(config, ranks.data_ranks)
+    check_paths(config, fresh=not (run_directory(config) / "config.yaml").is_file())
+    check_stores(config)
+    check_engines(config, ranks.device)
+    if ranks.is_first:
+        check_loggers(config)
+
+
+def check_engines(config: RunConfig, device: torch.device) -> None:
+    """Refuse engines that are asked for by name and are not installed or cannot run on a device.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    check_kernels(config.kernels, device)
+    dtype, attention, fp8 = getattr(torch, config.precision.compute), config.kernels.attention, config.precision.fp8
+    pick_engine(attention, device.type, dtype)
+    if attention == "flex" and device.type != "cuda":
+        raise UserError(f"kernels.attention=flex trains on an NVIDIA GPU only, not on {device.type}; use auto")
+    if config.parallel.exchange == "deep_ep" and config.parallel.expert > 1:
+        check_deep_ep(dtype, device.type)
+    if fp8 != "none":
+        with torch.device("meta"):
+            use_fp8(Trinity(config.model), fp8, device)
+
+
+def check_stores(config: RunConfig) -> None:
+    """Refuse URLs whose kind of store needs a package that is not installed.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    named = {f"data.train.{name}": place for name, place in config.data.train.items()}
+    named |= {f"data.validation.{name}": place for name, place in config.data.validation.items()}
+    named["checkpoint.url"] = config.checkpoint.url
+    for key, place in named.items():
+        if place and "://" in place:
+            try:
+                filesystem(place)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
+
+
+def check_loggers(config: RunConfig) -> None:
+    """Refuse loggers whose package is not installed.
+
+    Raises:
+        UserError: naming the setting and the command that installs it.
+    """
+    for key, package, asked in (
+        ("log.wandb", "wandb", config.log.wandb),
+        ("log.tensorboard", "tensorboard", config.log.tensorboard),
+    ):
+        if asked and find_spec(package) is None:
+            raise UserError(f'{key} needs {package}; install it: pip install "trinity-moe[{package}]", or leave it out')
