@@ -189,8 +189,9 @@ def _picked(config: RunConfig, gpus: int, card: GPU) -> Plan:
 def _planned(config: RunConfig, gpus: int, card: GPU, measured: Measured) -> Plan:
     sizes = check_gpus(config, gpus)
     with sharded(config, sizes) as rank:
-        steps = [_step(own, rank, stretch, load, card, measured) for own, stretch, load in _loads(config, gpus)]
         state = state_bytes(rank.model, rank.optimizers)
+        whole = sum(state.values())
+        steps = [_step(own, rank, stretch, load, card, whole, measured) for own, stretch, load in _loads(config, gpus)]
     return Plan(config, gpus, card, sizes, parameter_counts(config.model), state, steps, measured=measured)
 
 
@@ -201,14 +202,15 @@ def _loads(config: RunConfig, gpus: int) -> Iterator[tuple[RunConfig, Stretch, L
         yield own, stretch, load_of(config, stretch, gpus)
 
 
-def _step(config: RunConfig, rank: Sharded, stretch: Stretch, load: Load, card: GPU, measured: Measured) -> Step:
+def _step(
+    config: RunConfig, rank: Sharded, stretch: Stretch, load: Load, card: GPU, state: int, measured: Measured
+) -> Step:
     blocks = _blocks(config, rank, load, measured)
     memory, deferred = _memory(config, rank, load, card, measured)
     spoken = flows(config, rank, load, [block.exchange for block in blocks], deferred)
     work = work_of(config, rank.optimizers.muon, load, rank.ranks.sizes.replicate)
     whole = _blocks(replace(config, recompute="none"), rank, load, measured)
     made = load.microbatches * sum(block.kept for block in whole)
-    state = sum(state_bytes(rank.model, rank.optimizers).values())
     flops = flops_per_token(config.model, config.data.sequence_length)
     seconds = seconds_of(config, work, spoken, made, state, card)
     return Step(stretch, load, flops, deferred, memory, work, spoken, seconds)
