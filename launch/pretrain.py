@@ -16,7 +16,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/smoke.yaml")
     parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
-    parser.add_argument("--dry-run", action="store_true", help="print config, sizes and FLOPs; train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print config and plan for this machine; train nothing")
     parser.add_argument(
         "--accept-change", action="append", default=[], metavar="a.b", help="on resume, this setting may differ"
     )
@@ -30,11 +30,9 @@ def main() -> int:
 
     config = load_config(arguments.config, arguments.settings)
     if arguments.dry_run:
-        from trinity.parallel.mesh import world_size
-        from trinity.planning.text import describe
+        from trinity.planning.dry_run import dry_run
 
-        print(to_yaml(config))
-        print(describe(config, world_size() if world_size() > 1 else None))
+        dry_run(config, to_yaml(config))
         return 0
     from trinity.training.loop import pretrain
 

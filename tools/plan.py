@@ -1,7 +1,9 @@
-"""What a run costs on a cluster: memory, traffic and time of a GPU, worked out here in seconds.
+"""Estimate what a run costs on a cluster, before there is one: memory, traffic, time and GPU-hours.
 
 python tools/plan.py configs/large.yaml --gpus 2048 --gpu b300
+python tools/plan.py configs/nano.yaml --gpus 64 --gpu h100
 python tools/plan.py configs/nano_1gpu.yaml recompute=none batch.microbatch=4 --json plan.json
+python tools/plan.py configs/smoke.yaml --gpu name=mygpu,tflops=100,gib=24,gbs=1000
 """
 
 import argparse
@@ -13,13 +15,23 @@ from trinity.errors import run_main
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    from trinity.training.hardware import GPUS
+    from trinity.hardware import GPUS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
-    parser.add_argument("--gpus", type=int, help="how many; by default what the mesh's fixed sizes make")
-    parser.add_argument("--gpu", choices=list(GPUS), default="h200", help="which (default: %(default)s)")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        help="how many; where the config's mesh cannot be laid over them, one is picked (default: what the mesh's "
+        "fixed sizes make)",
+    )
+    parser.add_argument(
+        "--gpu",
+        default="h200",
+        help=f"which: {', '.join(GPUS)}; cpu (this machine's); or name=…,tflops=…,gib=…,gbs=… (bf16 TFLOP/s, GiB and "
+        "GB/s of memory; also fp32= in TFLOP/s, link= and network= in GB/s, per_node=) (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as values")
     return parser.parse_intermixed_args()
 
@@ -28,10 +40,13 @@ def main() -> None:
     """Plan and print."""
     arguments = parse()
     from trinity.config import load_config
+    from trinity.hardware import find_gpu
     from trinity.planning.plan import make_plan
     from trinity.planning.text import as_text, as_values
 
-    plan = make_plan(load_config(arguments.config, arguments.settings), arguments.gpus, arguments.gpu)
+    gpu = find_gpu(arguments.gpu)
+    config = load_config(arguments.config, arguments.settings)
+    plan = make_plan(config, arguments.gpus, gpu, pick=arguments.gpus is not None)
     print(as_text(plan))
     if arguments.json:
         arguments.json.write_text(json.dumps(as_values(plan), indent=1) + "\n", encoding="utf-8")

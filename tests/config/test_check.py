@@ -145,7 +145,7 @@ COMBINATIONS = [
     (["run.steps=1", "init.hf=a", "init.run=b"], "init.hf and init.run are both given; keep the one the run should"),
     (
         ["run.steps=1", "precision.compute=float64"],
-        "precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; use float64",
+        "precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; use optim.muon.dtype=float64",
     ),
     (
         ["run.steps=1", "precision.compute=float32", "precision.fp8=torchao"],
@@ -191,11 +191,14 @@ def test_possible_combinations(write: Write, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["model.heads=7"], "model.heads=7 is not a multiple of model.kv_heads=2; use one of [1, 7]"),
-        (["model.active_experts=17"], "model.active_experts=17 is more than model.experts=16; use at most 16"),
+        (["model.heads=7"], "model.heads=7 is not a multiple of model.kv_heads=2; use model.kv_heads=1 or 7"),
+        (
+            ["model.active_experts=17"],
+            "model.active_experts=17 is more than model.experts=16; use model.active_experts=16 or less",
+        ),
         (["model.dense_layers=6"], "model.dense_layers=6 is not between 0 and model.layers=5"),
         (["model.dense_layers=-1"], "model.dense_layers=-1 is not between 0 and model.layers=5"),
-        (["model.head_dim=63"], "model.head_dim=63 is odd; RoPE turns pairs, so use 64"),
+        (["model.head_dim=63"], "model.head_dim=63 is odd; RoPE turns pairs, so use model.head_dim=64"),
         (["model.width=0"], "model.width=0 must be at least 1"),
         (["model.window=0"], "model.window=0 must be at least 1"),
         (["model.norm_eps=0"], "model.norm_eps=0.0 must be greater than 0"),

@@ -1,5 +1,8 @@
 """Which meshes a config means, and the sentence that refuses one that cannot be."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -43,27 +46,41 @@ def test_sizes(world: int, words: dict[str, int], expected: tuple) -> None:
 @pytest.mark.parametrize(
     ("world", "words", "sentence"),
     [
-        (2, {"context": 2}, "parallel.context=2 is not built yet; use 1 (parallel.shard takes its ranks)"),
-        (4, {"replicate": -1, "shard": -1}, "parallel.replicate and parallel.shard are both -1; give one of them"),
-        (4, {"shard": 0}, "parallel.shard=0 must be at least 1 (or -1, for replicate or shard alone)"),
-        (4, {"expert": -1}, "parallel.expert=-1 must be at least 1 (or -1, for replicate or shard alone)"),
+        (
+            2,
+            {"context": 2},
+            "parallel.context=2 is not built yet (parallel.shard takes its ranks); use parallel.context=1",
+        ),
+        (
+            4,
+            {"replicate": -1, "shard": -1},
+            "parallel.replicate and parallel.shard are both -1 and only one can be what is left; use parallel.shard=4",
+        ),
+        (
+            4,
+            {"shard": 0},
+            "parallel.shard=0 must be at least 1 (or -1, for replicate or shard alone); use parallel.shard=4",
+        ),
+        (
+            4,
+            {"expert": -1},
+            "parallel.expert=-1 must be at least 1 (or -1, for replicate or shard alone); use parallel.expert=1",
+        ),
         (
             4,
             {"replicate": 3},
-            "parallel.replicate=3 × shard=-1 × context=1 does not make 4 processes; start 3 (or a multiple, with a -1) "
-            "or change the sizes, for example parallel.shard=-1",
+            "parallel.replicate=3 × shard=-1 × context=1 does not make 4 processes; use parallel.replicate=1",
         ),
         (
             2,
             {"replicate": 2, "shard": 2},
-            "parallel.replicate=2 × shard=2 × context=1 does not make 2 processes; start 4 (or a multiple, with a -1) "
-            "or change the sizes, for example parallel.shard=-1",
+            "parallel.replicate=2 × shard=2 × context=1 does not make 2 processes; use parallel.replicate=1",
         ),
-        (4, {"expert": 3}, "parallel.expert=3 does not divide shard × context = 4; use one of [1, 2, 4]"),
+        (4, {"expert": 3}, "parallel.expert=3 does not divide shard × context = 4; use parallel.expert=2"),
         (
             32,
             {"expert": 32},
-            "parallel.expert=32 does not divide model.experts=16; use one of [1, 2, 4, 8, 16]",
+            "parallel.expert=32 does not divide model.experts=16; use parallel.expert=16",
         ),
     ],
 )
@@ -81,8 +98,30 @@ def test_neither_experts_nor_width_divide() -> None:
         sizes(8, model)
     assert str(refused.value) == (
         "8 ranks (parallel.shard × context / expert) can divide neither the 3 experts of a share nor "
-        "model.expert_width=20; make them one of [1, 2, 3, 4, 5, 10, 20]"
+        "model.expert_width=20; use parallel.replicate=2"
     )
+
+
+@pytest.mark.parametrize(
+    "model", [ZOO["smoke"], ZOO["large"], ModelConfig(experts=3, active_experts=2, expert_width=20)]
+)
+def test_advice_is_accepted(model: ModelConfig) -> None:
+    """Whatever is refused, over a grid of meshes and numbers of processes: the settings that are named make a mesh."""
+    refused = 0
+    for world, replicate, shard, expert, context in product(
+        (1, 2, 6, 8, 24, 64, 96), (-1, 0, 1, 3), (-1, 1, 4, 128), (-1, 1, 3, 8), (1, 2)
+    ):
+        parallel = Parallel(replicate=replicate, shard=shard, expert=expert, context=context)
+        try:
+            check_parallel(parallel, model, world)
+        except UserError as error:
+            words = str(error).rpartition("; use ")[2].split()
+            values = dict(word.removeprefix("parallel.").split("=") for word in words)
+            changed = replace(parallel, **{name: int(value) for name, value in values.items()})
+            found = check_parallel(changed, model, world)
+            assert found.replicate * found.shard == world
+            refused += 1
+    assert refused > 500
 
 
 def test_experts_do_not_matter_without_sparse_layers() -> None:

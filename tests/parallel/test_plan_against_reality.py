@@ -23,8 +23,8 @@ from trinity.parallel.mesh import check_parallel
 from trinity.parallel.traffic import count_collectives
 from trinity.planning.activations import block_activations
 from trinity.planning.communication import flows
-from trinity.planning.length import load_of
 from trinity.planning.sharded import sharded, state_bytes
+from trinity.planning.stretches import load_of, stretches
 from trinity.training.setup import build_model, make_optimizers
 from trinity.training.trainer import Batch, train_step
 
@@ -121,7 +121,7 @@ def storages(tensors: list[Tensor]) -> int:
 
 def planned(config: RunConfig) -> dict[str, Any]:
     """The same from the plan."""
-    load = load_of(config, config.batch.sequences, 4)
+    load = load_of(config, stretches(config)[0], 4)
     with sharded(config, check_parallel(config.parallel, config.model, 4)) as rank:
         exchanged = [block.exchange for block in block_activations(config, rank.ranks, load.microbatch)]
         traffic: dict[tuple[str, int], tuple[int, float]] = {}

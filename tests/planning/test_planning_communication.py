@@ -2,10 +2,10 @@
 
 import pytest
 
+from trinity.hardware import GPU
 from trinity.planning.communication import Flow, seconds
-from trinity.training.hardware import GPU
 
-CARD = GPU(bf16=1.0, fp32=1.0, memory=1.0, bandwidth=1.0, nvlink=80.0, network=8.0)
+CARD = GPU(bf16=1.0, fp32=1.0, memory=1.0, bandwidth=1.0, node_link=80.0, network=8.0)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from trinity.config import load_config
 from trinity.config.model import ModelConfig
 from trinity.config.run import Optim, Parallel, Precision, RunConfig
+from trinity.hardware import GPUS
 from trinity.models import Trinity, parameter_roles
 from trinity.parallel.mesh import check_parallel
 from trinity.parallel.traffic import Traffic
 from trinity.planning.communication import Flow, flows, seconds
-from trinity.planning.length import load_of
 from trinity.planning.sharded import fsdp_groups, sharded, state_bytes
-from trinity.training.hardware import GPUS
+from trinity.planning.stretches import load_of, stretches
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -104,7 +104,7 @@ def test_large_on_2048() -> None:
     config = load_config(CONFIGS / "large.yaml", ["batch.microbatch=1"])
     with sharded(config, check_parallel(config.parallel, config.model, 2048)) as rank:
         state = state_bytes(rank.model, rank.optimizers)
-        load = load_of(config, config.batch.sequences, 2048)
+        load = load_of(config, stretches(config)[0], 2048)
         found = flows(config, rank, load, [Traffic(0, 0)], defer=False)
     assert state["parameters"] / 4 == pytest.approx(398_635_272_192 / 128, rel=1e-4)  # more by some padding
     assert state["parameters"] / 4 >= 398_635_272_192 / 128

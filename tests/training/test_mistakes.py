@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
         (["configs/none.yaml"], "error: the config configs/none.yaml does not exist"),
         (["configs/smoke.yaml", "run.stepz=3"], "run.stepz in the command line is not a known key; did you mean run.s"),
         (["configs/smoke.yaml", "run.steps=many"], "run.steps in the command line: Value 'many'"),
-        (["configs/smoke.yaml", "model.heads=3"], "model.heads=3 is not a multiple of model.kv_heads=2; use one of"),
+        (["configs/smoke.yaml", "model.heads=3"], "model.heads=3 is not a multiple of model.kv_heads=2; use model"),
         (["configs/smoke.yaml", "data.sequence_length=0"], "data.sequence_length=0 must be at least 1"),
-        (["configs/smoke.yaml", "parallel.shard=4"], "does not make 1 process; start 4"),
+        (["configs/smoke.yaml", "parallel.shard=4"], "does not make 1 process; use parallel.shard=1, or start 4 "),
         (["CONFIG", "run.dir=/proc/no", "run.steps=1"], "the run directory /proc/no cannot be written"),
         (["CONFIG", "data.train.code=nowhere", "run.dir=RUN"], "data.train.code=nowhere does not exist"),
     ],
@@ -71,12 +71,16 @@ def test_a_damaged_shard(settings: dict, corpus: SimpleNamespace, tmp_path: Path
 
 
 def test_batches_must_divide(settings: dict) -> None:
-    """By hand: 7 sequences for 2 data ranks; the nearest that does is named."""
+    """By hand: 7 sequences for 2 data ranks; the nearest that does is named, and it is accepted."""
     from trinity.training.setup import check_batches
 
     config = build_config([("test", OmegaConf.create(settings | {"batch": {"sequences": 7}}))])
-    with pytest.raises(UserError, match=r"batch\.sequences=7 does not divide by 2 data ranks; use 8"):
+    with pytest.raises(
+        UserError, match=r"batch\.sequences=7 does not divide by 2 data ranks; use batch\.sequences=8, or start 1 "
+    ):
         check_batches(config, 2)
+    config.batch.sequences = 8
+    check_batches(config, 2)
 
 
 def test_a_run_of_another_config(settings: dict) -> None:

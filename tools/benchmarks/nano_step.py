@@ -89,9 +89,9 @@ def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[st
     import torch
 
     from trinity.config.load import load_config
+    from trinity.hardware import memory_gib, peak_flops
     from trinity.models.accounting import flops_per_token
     from trinity.parallel import mesh
-    from trinity.training.hardware import memory_gib, peak_flops
     from trinity.training.setup import build_model, make_optimizers
     from trinity.training.trainer import Batch, train_step
 

@@ -153,7 +153,7 @@ def measure(gradient: Callable[[], None], update: Callable[[], None], steps: int
     """
     import torch
 
-    from trinity.training.hardware import memory_gib
+    from trinity.hardware import memory_gib
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock: list[tuple[float, float]] = []
@@ -174,7 +174,7 @@ def _held() -> float:
     """GiB held by this process now, its imported libraries; 0 on a GPU, whose allocator counts from nothing."""
     import torch
 
-    from trinity.training.hardware import memory_gib
+    from trinity.hardware import memory_gib
 
     return 0.0 if torch.cuda.is_available() else memory_gib(torch.device("cpu"))
 

@@ -85,7 +85,10 @@ def check_run(config: RunConfig) -> None:
             "cannot say what recompute keeps; use compile=none or recompute=none"
         )
     if config.precision.compute == "float64" and config.optim.muon.dtype == "bfloat16":
-        raise UserError("precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; use float64")
+        raise UserError(
+            "precision.compute=float64 with optim.muon.dtype=bfloat16 is not a float64 run; "
+            "use optim.muon.dtype=float64"
+        )
     if config.precision.fp8 != "none" and config.precision.compute != "bfloat16":
         raise UserError(
             f"precision.fp8={config.precision.fp8} rounds bfloat16 to 8 bits and precision.compute="

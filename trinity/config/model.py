@@ -110,15 +110,19 @@ def check_model(config: ModelConfig) -> None:
             raise UserError(f"model.{name}={getattr(c, name)} must be at most {MOST}")
     if c.heads % c.kv_heads:
         allowed = [n for n in range(1, c.heads + 1) if c.heads % n == 0]
-        raise UserError(f"model.heads={c.heads} is not a multiple of model.kv_heads={c.kv_heads}; use one of {allowed}")
+        raise UserError(
+            f"model.heads={c.heads} is not a multiple of model.kv_heads={c.kv_heads}; "
+            f"use model.kv_heads={' or '.join(map(str, allowed))}"
+        )
     if c.active_experts > c.experts:
         raise UserError(
-            f"model.active_experts={c.active_experts} is more than model.experts={c.experts}; use at most {c.experts}"
+            f"model.active_experts={c.active_experts} is more than model.experts={c.experts}; "
+            f"use model.active_experts={c.experts} or less"
         )
     if not 0 <= c.dense_layers <= c.layers:
         raise UserError(f"model.dense_layers={c.dense_layers} is not between 0 and model.layers={c.layers}")
     if c.head_dim % 2:
-        raise UserError(f"model.head_dim={c.head_dim} is odd; RoPE turns pairs, so use {c.head_dim + 1}")
+        raise UserError(f"model.head_dim={c.head_dim} is odd; RoPE turns pairs, so use model.head_dim={c.head_dim + 1}")
 
 
 def check_size(config: ModelConfig) -> None:

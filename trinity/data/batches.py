@@ -117,6 +117,10 @@ class BatchPlan:
         """The first step of the kind that sequence k belongs to: its length and phase are the sequence's."""
         return self._segments[bisect_right(self._segments, k, key=lambda segment: segment.plan.first) - 1].plan
 
+    def segments(self, until_step: int) -> list[tuple[int, StepPlan]]:
+        """The first step and those before `until_step` at which batch, length or phase changes, each with its plan."""
+        return [(segment.step, segment.plan) for segment in self._segments if segment.step < until_step]
+
     def steps_for_tokens(self, tokens: int) -> int:
         """The fewest steps that see at least `tokens` tokens."""
         before = [segment for segment in self._segments if segment.plan.tokens < tokens]

@@ -9,7 +9,9 @@
 Rank = (replica · S + place in the copy), place = expert_shard · expert's size + expert; S = shard · context.
 """
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,37 +80,85 @@ def check_parallel(parallel: Parallel, model: ModelConfig, world: int) -> Sizes:
     """The mesh that a config means on this many processes.
 
     Raises:
-        UserError: naming the product that does not come out, and sizes that would.
+        UserError: naming what does not come out, and the nearest mesh that does.
+    """
+    try:
+        return mesh_sizes(parallel, model, world)
+    except UserError as error:
+        raise UserError(f"{error}; use {' '.join(nearest_mesh(parallel, model, world))}") from None
+
+
+def meshes(model: ModelConfig, world: int) -> Iterator[tuple[int, int, int]]:
+    """Every mesh of this many processes on which a model can be laid, as (replicate, shard, expert).
+
+    There is one at least: copies on all of them.
+    """
+    for shard in divisors(world):
+        for expert in divisors(shard):
+            try:
+                _experts_by(model, expert, shard // expert)
+            except UserError:
+                continue
+            yield world // shard, shard, expert
+
+
+def nearest_mesh(parallel: Parallel, model: ModelConfig, world: int) -> list[str]:
+    """The fewest settings, as dotted words, that make a mesh of a config on this many processes.
+
+    Of several meshes that take as few: the one with most shards, which needs the least memory, then with as many ranks
+    that split the experts as were asked for, or the next number below.
+    """
+
+    def distance(mesh: tuple[int, int, int]) -> tuple[int, int, bool, int]:
+        _, shard, expert = mesh
+        return len(mesh_words(parallel, *mesh)), -shard, expert > parallel.expert, abs(expert - parallel.expert)
+
+    return mesh_words(parallel, *min(meshes(model, world), key=distance))
+
+
+def mesh_words(parallel: Parallel, replicate: int, shard: int, expert: int) -> list[str]:
+    """The settings that turn a config's mesh into this one; a -1 that comes out the same is left."""
+    asked = {"context": parallel.context, "replicate": parallel.replicate, "shard": parallel.shard}
+    wanted = {"context": 1, "replicate": replicate, "shard": shard}
+    free = [name for name, value in asked.items() if value == -1]
+    changed = {name for name, value in asked.items() if value not in (-1, wanted[name])}
+    if len(free) == 2:  # one of them must be given
+        changed.add("shard")
+    words = [f"parallel.{name}={wanted[name]}" for name in asked if name in changed]
+    return words + ([f"parallel.expert={expert}"] if expert != parallel.expert else [])
+
+
+def mesh_sizes(parallel: Parallel, model: ModelConfig, world: int) -> Sizes:
+    """check_parallel, without what to write instead.
+
+    Raises:
+        UserError: naming what does not come out.
     """
     for name in ("replicate", "shard", "expert", "context"):
         value = getattr(parallel, name)
         if value < 1 and not (value == -1 and name in ("replicate", "shard")):
             raise UserError(f"parallel.{name}={value} must be at least 1 (or -1, for replicate or shard alone)")
     if parallel.context > 1:
-        raise UserError(f"parallel.context={parallel.context} is not built yet; use 1 (parallel.shard takes its ranks)")
+        raise UserError(f"parallel.context={parallel.context} is not built yet (parallel.shard takes its ranks)")
     replicate, shard = _fill_in(parallel, world)
-    copy = shard * parallel.context
-    if copy % parallel.expert:
-        raise UserError(
-            f"parallel.expert={parallel.expert} does not divide shard × context = {copy}; use one of {_divisors(copy)}"
-        )
-    outer = copy // parallel.expert
-    return Sizes(replicate, copy, parallel.expert, outer, _experts_by(model, parallel.expert, outer))
+    if shard % parallel.expert:
+        raise UserError(f"parallel.expert={parallel.expert} does not divide shard × context = {shard}")
+    outer = shard // parallel.expert
+    return Sizes(replicate, shard, parallel.expert, outer, _experts_by(model, parallel.expert, outer))
 
 
 def _fill_in(parallel: Parallel, world: int) -> tuple[int, int]:
     """replicate and shard, a -1 replaced by what is left."""
     replicate, shard = parallel.replicate, parallel.shard
     if replicate == -1 and shard == -1:
-        raise UserError("parallel.replicate and parallel.shard are both -1; give one of them")
+        raise UserError("parallel.replicate and parallel.shard are both -1 and only one can be what is left")
     known = parallel.context * (replicate if replicate != -1 else 1) * (shard if shard != -1 else 1)
     if -1 in (replicate, shard) and world % known == 0:
         return (world // known, shard) if replicate == -1 else (replicate, world // known)
     if known != world:
         raise UserError(
             f"parallel.replicate={parallel.replicate} × shard={parallel.shard} × context={parallel.context} "
-            f"does not make {world} process{'es' * (world > 1)}; start {known} (or a multiple, with a -1) "
-            "or change the sizes, for example parallel.shard=-1"
+            f"does not make {world} process{'es' * (world > 1)}"
         )
     return replicate, shard
 
@@ -117,10 +167,7 @@ def _experts_by(model: ModelConfig, expert: int, outer: int) -> str:
     if model.dense_layers >= model.layers:
         return "experts"
     if model.experts % expert:
-        raise UserError(
-            f"parallel.expert={expert} does not divide model.experts={model.experts}; "
-            f"use one of {_divisors(model.experts)}"
-        )
+        raise UserError(f"parallel.expert={expert} does not divide model.experts={model.experts}")
     share = model.experts // expert
     if share % outer == 0:
         return "experts"
@@ -128,13 +175,14 @@ def _experts_by(model: ModelConfig, expert: int, outer: int) -> str:
         return "width"
     raise UserError(
         f"{outer} ranks (parallel.shard × context / expert) can divide neither the {share} experts of a share nor "
-        f"model.expert_width={model.expert_width}; make them one of "
-        f"{sorted({*_divisors(share), *_divisors(model.expert_width)})}"
+        f"model.expert_width={model.expert_width}"
     )
 
 
-def _divisors(n: int) -> list[int]:
-    return [size for size in range(1, n + 1) if n % size == 0]
+def divisors(n: int) -> list[int]:
+    """Of a number of at least 1, smallest first."""
+    small = [size for size in range(1, math.isqrt(n) + 1) if n % size == 0]
+    return sorted({*small, *(n // size for size in small)})
 
 
 def start(parallel: Parallel, model: ModelConfig, threads: int | None, deterministic: bool) -> Ranks:

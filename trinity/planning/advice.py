@@ -1,79 +1,172 @@
-"""What is wrong with a plan: that it does not fit, with the first change that mends it, or that GPUs wait for links."""
+"""What to change in a plan: so that it fits in memory, or so that GPUs wait less for links. All of it was tried.
+
+Every change is checked and planned as a run with it would be, before it is named.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
+from trinity.config.check import check_run
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
-from trinity.planning.gpus import gpus_that_run
+from trinity.parallel.mesh import mesh_words, meshes
+from trinity.planning.gpus import with_mesh
 from trinity.planning.memory import Memory
-from trinity.planning.plan import Plan, Step, fullest_moment
-from trinity.training.hardware import GPUS
+from trinity.planning.plan import USABLE, Plan, Step, fits, fullest_moment, replanned
 
-USABLE = 0.92
-"""Share of a GPU's memory that tensors may take; the rest is the allocator's gaps, CUDA's and NCCL's. Ours."""
+WAITING = 0.15
+"""Share of the run's time that computing waits for links, from which on that is said."""
+HELPS = 0.95
+"""A change is named where the run takes at most this much of the time."""
+TRIED = 6
+"""Meshes that are tried against slow links."""
 
 
-def fits(memory: Memory, gpu: str) -> bool:
-    """Whether the fullest moment of a run leaves enough of the GPU's memory to others."""
-    return memory.total <= USABLE * GPUS[gpu].memory
+class Change(NamedTuple):
+    """Settings in dotted words, the config with them, and the number of GPUs that it is for."""
+
+    words: list[str]
+    config: RunConfig
+    gpus: int
 
 
 def warnings(plan: Plan) -> list[str]:
     """A sentence for everything that is wrong, with what would mend it; none for a good plan."""
-    found = []
-    if not fits(plan.memory, plan.gpu):
+    if not plan.fits:
         most = USABLE * plan.card.memory
-        found.append(
-            f"it does not fit: {plan.memory.total / 1e9:.1f} GB at the fullest moment, and a {plan.gpu} has "
-            f"{most / 1e9:.1f} GB for tensors; {_mend(plan)}"
-        )
-    return found + [_waiting(step) for step in plan.steps if step.seconds.traffic > step.seconds.computing]
+        return [
+            f"it does not fit: {plan.memory.total / 1e9:.1f} GB at the fullest moment, of {most / 1e9:.1f} GB for "
+            f"tensors; {_mend(plan)}"
+        ]
+    return [_waiting(plan)] if waiting(plan) >= WAITING else []
 
 
-def _waiting(step: Step) -> str:
-    rows, microbatches = step.load.rows, step.load.microbatches
-    often = f"; batch.microbatch={rows} would gather weights once a step in place of {microbatches} times"
-    took = f"{step.seconds.traffic:.3g} s to {step.seconds.computing:.3g} s"
-    which = f"in a step of {step.stretch.sequences} sequences"
-    return f"traffic takes longer than computing, {took} {which}{often if microbatches > 1 else ''}"
+def waiting(plan: Plan) -> float:
+    """Share of the run's time that is spent on links and not hidden behind computing."""
+    weights = [step.stretch.steps or 1 for step in plan.steps]
+    idle = sum(weight * _idle(step) for weight, step in zip(weights, plan.steps))
+    return idle / sum(weight * step.seconds.step for weight, step in zip(weights, plan.steps))
+
+
+def _idle(step: Step) -> float:
+    return step.seconds.step - step.seconds.computing
 
 
 def _mend(plan: Plan) -> str:
-    for words, config, gpus in _alternatives(plan.config, plan.gpus):
-        try:
-            memory = fullest_moment(config, gpus, plan.gpu)
-        except UserError:  # these sizes do not divide
+    """The first change that fits; of each group the last, which needs the least memory, shows whether any may."""
+    for group in _leaner_changes(plan):
+        if not group or not _fits_after(plan, group[-1]):
             continue
-        if fits(memory, plan.gpu):
-            return f"{' '.join(words)} would, with {memory.total / 1e9:.1f} GB"
+        for change in group:
+            memory = _memory_after(plan, change)
+            if memory is not None and fits(memory, plan.card):
+                return f"{_in_words(plan, change)} would, with {memory.total / 1e9:.1f} GB"
     return "neither recompute nor smaller microbatches nor more shards would"
 
 
-def _alternatives(config: RunConfig, gpus: int) -> Iterator[tuple[list[str], RunConfig, int]]:
-    """Changes that save memory, those that cost least first: words, the changed config, the GPUs it is for."""
-    for words, changed in _leaner(config):
-        yield words, changed, gpus
-    leanest = _leaner(config)[-1:]
-    for before, start in [([], config), *leanest]:
-        for factor in (2, 4, 8):
-            shard = config.parallel.shard * factor
-            if config.parallel.shard > 0 and config.parallel.replicate == -1:
-                parallel = replace(config.parallel, shard=shard)
-                yield [*before, f"parallel.shard={shard}"], replace(start, parallel=parallel), gpus
-        for more in [number for number in gpus_that_run(config) if number > gpus][:3]:
-            if config.parallel.shard == -1:
-                yield [*before, f"--gpus {more}"], start, more
+def _fits_after(plan: Plan, change: Change) -> bool:
+    memory = _memory_after(plan, change)
+    return memory is not None and fits(memory, plan.card)
+
+
+def _waiting(plan: Plan) -> str:
+    """What links cost, and the best of the changes that help."""
+    now = _time(plan)
+    faster = []
+    for change in _faster_changes(plan):
+        changed = _plan_after(plan, change)
+        if changed is not None and changed.fits and _time(changed) <= HELPS * now:
+            faster.append((_time(changed), change))
+    said = (
+        f"GPUs wait for links during {waiting(plan):.0%} of the time: a step of {plan.main.stretch.sequences:,} "
+        f"sequences takes {plan.main.seconds.step:.3g} s and its computing {plan.main.seconds.computing:.3g} s"
+    )
+    if not faster:
+        return f"{said}; no mesh or microbatch that was tried is faster"
+    best, change = min(faster, key=lambda entry: entry[0])
+    return f"{said}; {_in_words(plan, change)} would take {best / now:.0%} of the time"
+
+
+def _time(plan: Plan) -> float:
+    return plan.total_seconds or plan.main.seconds.step
+
+
+def _in_words(plan: Plan, change: Change) -> str:
+    """Everything to add to the command: the mesh that was picked is part of it."""
+    words = {word.partition("=")[0]: word for word in [*plan.picked, *change.words]}
+    count = [f"{change.gpus} GPUs (tools/plan.py --gpus {change.gpus})"] if change.gpus != plan.gpus else []
+    return " with ".join([*([" ".join(words.values())] if words else []), *count])
+
+
+def _memory_after(plan: Plan, change: Change) -> Memory | None:
+    """The fullest moment after a change; None where the run would be refused."""
+    try:
+        check_run(change.config)
+        return fullest_moment(change.config, change.gpus, plan.card, plan.measured)
+    except UserError:
+        return None
+
+
+def _plan_after(plan: Plan, change: Change) -> Plan | None:
+    """The plan after a change; None where the run would be refused."""
+    try:
+        check_run(change.config)
+        return replanned(plan, change.config, change.gpus)
+    except UserError:
+        return None
+
+
+def _leaner_changes(plan: Plan) -> Iterator[list[Change]]:
+    """Groups of changes that save memory, in both orders those that cost least first: recompute and microbatches, more
+    shards, more GPUs."""
+    config, gpus = plan.config, plan.gpus
+    leaner = _leaner(config)
+    yield [Change(words, changed, gpus) for words, changed in leaner]
+    starts = [([], config), *leaner[-1:]]
+    shards = sorted({shard for _, shard, _ in meshes(config.model, gpus) if shard > plan.sizes.shard})
+    for sizes in ([(gpus, shard) for shard in shards], [(gpus * factor, gpus * factor) for factor in (2, 4, 8)]):
+        yield [_resharded(plan, before, start, *size) for before, start in starts for size in sizes]
+
+
+def _faster_changes(plan: Plan) -> Iterator[Change]:
+    """Changes that send less: the whole share of a step at once, gradients once a step, other meshes."""
+    config, gpus = plan.config, plan.gpus
+    rows = max(step.load.rows for step in plan.steps)
+    if any(step.load.microbatches > 1 for step in plan.steps):
+        yield Change([f"batch.microbatch={rows}"], replace(config, batch=replace(config.batch, microbatch=rows)), gpus)
+        parallel = replace(config.parallel, defer_reduce="on")
+        yield Change(["parallel.defer_reduce=on"], replace(config, parallel=parallel), gpus)
+    near = sorted(
+        (mesh for mesh in meshes(config.model, gpus) if mesh[1:] != (plan.sizes.shard, plan.sizes.expert)),
+        key=lambda mesh: (abs(mesh[1].bit_length() - plan.sizes.shard.bit_length()), mesh[2] > plan.card.per_node),
+    )
+    for mesh in near[:TRIED]:
+        words = mesh_words(config.parallel, *mesh)
+        yield Change(words, with_mesh(config, words), gpus)
+
+
+def _resharded(plan: Plan, before: list[str], start: RunConfig, gpus: int, shard: int) -> Change:
+    """Other shards, with as many ranks that split the experts as before where those divide, else the nearest number."""
+    experts = [number for _, size, number in meshes(start.model, gpus) if size == shard] or [plan.sizes.expert]
+    nearest = min(experts, key=lambda number: abs(number - plan.sizes.expert))
+    words = mesh_words(start.parallel, gpus // shard, shard, nearest)
+    return Change([*before, *words], with_mesh(start, words), gpus)
 
 
 def _leaner(config: RunConfig) -> list[tuple[list[str], RunConfig]]:
-    """More recompute, then smaller microbatches with it."""
+    """More recompute, then smaller microbatches with it; what is compiled cannot be computed again."""
     kinds = ["none", "selective", "block"]
     stronger = kinds[kinds.index(config.recompute) + 1 :]
-    found = [([f"recompute={kind}"], replace(config, recompute=kind)) for kind in stronger]
-    words, most = ([f"recompute={kinds[-1]}"] if stronger else []), config.batch.microbatch
+    plain = ["compile=none"] if config.compile != "none" and stronger else []
+    found = [
+        ([f"recompute={kind}", *plain], replace(config, recompute=kind, compile="none" if plain else config.compile))
+        for kind in stronger
+    ]
+    words, most = ([f"recompute={kinds[-1]}", *plain] if stronger else []), config.batch.microbatch
     while most > 1:
         most //= 2
         batch = replace(config.batch, microbatch=most)
-        found.append(([*words, f"batch.microbatch={most}"], replace(config, recompute=kinds[-1], batch=batch)))
+        leanest = found[len(stronger) - 1][1] if stronger else config
+        found.append(([*words, f"batch.microbatch={most}"], replace(leanest, batch=batch)))
     return found

@@ -14,14 +14,14 @@ goes (n − 1)/n of that in groups of n, twice for an all-reduce. A group with k
 from typing import NamedTuple
 
 from trinity.config.run import RunConfig
+from trinity.hardware import GPU
 from trinity.optim.exchange import pays
 from trinity.optim.layout import Batch
 from trinity.optim.muon import Muon
 from trinity.parallel.mesh import Sizes
 from trinity.parallel.traffic import Traffic
-from trinity.planning.length import Load
 from trinity.planning.sharded import Group, Sharded
-from trinity.training.hardware import GPU, GPUS_PER_NODE
+from trinity.planning.stretches import Load
 
 
 class Flow(NamedTuple):
@@ -77,12 +77,12 @@ def seconds(flow: Flow, gpu: GPU, achieved: float) -> float:
     Args:
         achieved: share of the links' rates.
     """
-    near = max(1, min(flow.ranks, GPUS_PER_NODE // flow.stride))
+    near = max(1, min(flow.ranks, gpu.per_node // flow.stride))
     if flow.kind == "all_to_all":
         to_each = flow.bytes / flow.ranks
-        return max((near - 1) * to_each / gpu.nvlink, (flow.ranks - near) * to_each / gpu.network) / achieved
+        return max((near - 1) * to_each / gpu.node_link, (flow.ranks - near) * to_each / gpu.network) / achieved
     wire = flow.bytes * (flow.ranks - 1) / flow.ranks * (2 if flow.kind == "all_reduce" else 1)
-    rate = gpu.nvlink if near == flow.ranks else min(gpu.nvlink, near * gpu.network)
+    rate = gpu.node_link if near == flow.ranks else min(gpu.node_link, near * gpu.network)
     return wire / rate / achieved
 
 

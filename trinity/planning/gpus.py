@@ -1,11 +1,14 @@
-"""The numbers of GPUs on which a config runs: its fixed sizes, and all that is dealt over them evenly."""
+"""The mesh of a plan: that of the config, or where it cannot be laid over the GPUs, the fastest found that fits."""
 
 import math
+from dataclasses import replace
 
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
-from trinity.parallel.mesh import Sizes, check_parallel
-from trinity.training.setup import check_batches
+from trinity.hardware import GPU
+from trinity.models.accounting import parameter_counts
+from trinity.parallel.mesh import Sizes, mesh_words, meshes
+from trinity.training.setup import check_batches, check_mesh
 
 
 def gpus_needed(config: RunConfig) -> int:
@@ -15,38 +18,51 @@ def gpus_needed(config: RunConfig) -> int:
 
 
 def check_gpus(config: RunConfig, gpus: int) -> Sizes:
-    """The mesh on so many GPUs.
+    """The mesh on a number of GPUs.
 
     Raises:
-        UserError: the mesh, a global batch or the streams do not divide; names numbers that do.
+        UserError: the mesh, a global batch or the streams do not divide; says what does.
+    """
+    check_count(gpus)
+    sizes = check_mesh(config, gpus)
+    check_batches(config, gpus)
+    return sizes
+
+
+def check_count(gpus: int) -> None:
+    """Refuse fewer than one.
+
+    Raises:
+        UserError: for less.
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
-    try:
-        return _divided(config, gpus)
-    except UserError as error:
-        runs = ", ".join(map(str, gpus_that_run(config))) or "no number of GPUs as it stands"
-        raise UserError(f"{error} (this config runs on: {runs})") from None
 
 
-def gpus_that_run(config: RunConfig) -> list[int]:
-    """Every number of GPUs that the mesh's sizes, all global batches and the streams divide by, smallest first."""
-    batches = [config.batch.sequences, *(entry.sequences for entry in config.batch.ramp)]
-    most = math.gcd(config.data.streams, *batches)
-    return [gpus for gpus in range(1, most + 1) if most % gpus == 0 and _runs(config, gpus)]
+def mesh_candidates(config: RunConfig, gpus: int, card: GPU) -> dict[int, list[tuple[list[str], RunConfig]]]:
+    """Meshes worth an estimate by number of shards, smallest first: settings, with the changed config.
+
+    Experts are split as the config asks, not at all, and among as many GPUs of a node as can be.
+    """
+    experts_by_shard: dict[int, list[int]] = {}
+    for _, shard, expert in meshes(config.model, gpus):
+        experts_by_shard.setdefault(shard, []).append(expert)
+    found = {}
+    for shard, experts in experts_by_shard.items():
+        within = max((expert for expert in experts if expert <= card.per_node), default=1)
+        chosen = sorted({1, config.parallel.expert, within} & {*experts})
+        tried = [mesh_words(config.parallel, gpus // shard, shard, expert) for expert in chosen or experts[:1]]
+        found[shard] = [(words, with_mesh(config, words)) for words in tried]
+    return found
 
 
-def _runs(config: RunConfig, gpus: int) -> bool:
-    try:
-        _divided(config, gpus)
-    except UserError:
-        return False
-    return True
+def with_mesh(config: RunConfig, words: list[str]) -> RunConfig:
+    """The config with settings of parallel, as mesh_words gives them."""
+    values = dict(word.removeprefix("parallel.").split("=") for word in words)
+    return replace(config, parallel=replace(config.parallel, **{name: int(value) for name, value in values.items()}))
 
 
-def _divided(config: RunConfig, gpus: int) -> Sizes:
-    sizes = check_parallel(config.parallel, config.model, gpus)
-    check_batches(config, gpus)
-    if config.data.streams % gpus:
-        raise UserError(f"data.streams={config.data.streams} does not divide by {gpus} data ranks")
-    return sizes
+def least_state(config: RunConfig) -> float:
+    """Bytes that parameters and momentum take at least, over all shards."""
+    size = 8 if config.precision.compute == "float64" else 4
+    return 2 * size * parameter_counts(config.model)["total"]

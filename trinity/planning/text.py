@@ -1,15 +1,15 @@
-"""A plan as tables to read, and as values for a program."""
+"""A plan as text, the verdict first and then tables, and as values for a program."""
 
 from textwrap import fill
 from typing import Any
 
 from trinity.config.run import RunConfig
-from trinity.planning.advice import USABLE, warnings
+from trinity.hardware import GPU
+from trinity.planning.advice import warnings
 from trinity.planning.communication import seconds
-from trinity.planning.gpus import gpus_that_run
-from trinity.planning.plan import Plan, Step, make_plan
+from trinity.planning.plan import USABLE, Plan, Step, make_plan
 from trinity.planning.work import ACHIEVED, PASSES, UPDATE_PASSES
-from trinity.training.hardware import GPUS_PER_NODE
+from trinity.training.setup import process_counts
 
 GB = 1e9
 """Bytes are shown in units of 10⁹, as vendors count a GPU's memory."""
@@ -17,19 +17,18 @@ GB = 1e9
 Rows = list[tuple[str, ...]]
 
 
-def describe(config: RunConfig, gpus: int | None = None, gpu: str = "h200") -> str:
+def describe(config: RunConfig, gpus: int | None = None, gpu: str | GPU = "h200", pick: bool = False) -> str:
     """What a run costs, as text: make_plan's arguments."""
-    return as_text(make_plan(config, gpus, gpu))
+    return as_text(make_plan(config, gpus, gpu, pick))
 
 
 def as_text(plan: Plan) -> str:
-    """Aligned tables, the assumptions behind them, and what is wrong."""
-    first = plan.steps[0]
-    tables = [_parameter_rows(plan), _flop_rows(plan), _length_rows(plan), _memory_rows(plan), _time_rows(plan, first)]
-    if first.flows:
-        tables.insert(-1, _traffic_rows(plan, first))
-    found = [f"warning: {sentence}" for sentence in warnings(plan)]
-    return "\n\n".join([_mesh(plan), *map(table, tables), _assumptions(plan), *found])
+    """The verdict and what to change; then aligned tables, and the assumptions behind them."""
+    tables = [_parameter_rows(plan), _flop_rows(plan), _length_rows(plan), _memory_rows(plan)]
+    if plan.main.flows:
+        tables.append(_traffic_rows(plan, plan.main))
+    tables.append(_time_rows(plan, plan.main))
+    return "\n\n".join([_verdict(plan, warnings(plan)), _mesh(plan), *map(table, tables), _assumptions(plan)])
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
@@ -37,12 +36,16 @@ def as_values(plan: Plan) -> dict[str, Any]:
     return {
         "gpus": plan.gpus,
         "gpu": plan.gpu,
+        "fits": plan.fits,
+        "picked": plan.picked,
+        "seconds": plan.total_seconds,
+        "gpu_hours": _gpu_hours(plan),
         "mesh": plan.sizes._asdict(),
-        "runs_on": gpus_that_run(plan.config),
+        "runs_on": process_counts(plan.config),
         "parameters": plan.parameters,
-        "flops_per_token": plan.flops,
+        "flops_per_token": plan.steps[0].flops,
         "state": plan.state,
-        "memory": {"moment": plan.memory.moment, "parts": plan.memory.parts, "total": plan.memory.total},
+        "memory": _memory_values(plan.worst),
         "steps": [_step_values(plan, step) for step in plan.steps],
         "warnings": warnings(plan),
     }
@@ -59,9 +62,11 @@ def _step_values(plan: Plan, step: Step) -> dict[str, Any]:
     took = step.seconds
     derived = {name: getattr(took, name) for name in ("compute", "update", "traffic", "step")}
     return {
+        **step.load._asdict(),  # "tokens" are a rank's in one step, the stretch's are steps × sequences × length
         **step.stretch._asdict(),
-        **step.load._asdict(),
+        "flops_per_token": step.flops,
         "deferred": step.deferred,
+        "memory": _memory_values(step),
         "work": step.work._asdict(),
         "traffic": [flow._asdict() | {"seconds": _seconds(plan, flow)} for flow in step.flows],
         "seconds": took._asdict() | derived,
@@ -70,14 +75,41 @@ def _step_values(plan: Plan, step: Step) -> dict[str, Any]:
     }
 
 
+def _memory_values(step: Step) -> dict[str, Any]:
+    return {"moment": step.memory.moment, "parts": step.memory.parts, "total": step.memory.total}
+
+
 def _seconds(plan: Plan, flow: Any) -> float:
     return seconds(flow, plan.card, ACHIEVED["links"])
+
+
+def _verdict(plan: Plan, found: list[str]) -> str:
+    """What a reader wants to know, in a few lines, with everything to change."""
+    most = USABLE * plan.card.memory
+    seen = sum(step.stretch.tokens for step in plan.steps)
+    took, hours = _long(plan, plan.total_seconds)
+    one = "process" if plan.gpu == "cpu" else "GPU"
+    each = plan.tokens_per_second(plan.main)
+    lines = [
+        f"{plan.config.run.name} on {plan.gpus} × {plan.gpu}",
+        f"{'fits' if plan.fits else 'DOES NOT FIT':<14} {plan.memory.total / GB:.1f} of {most / GB:.1f} GB a {one}",
+        f"speed          {each:,.0f} tokens/s a {one}, {each * plan.gpus:,.0f} in all, MFU {plan.mfu(plan.main):.0%}",
+        f"the run        {seen:,} tokens, {took}, {hours} {one}-hours",
+    ]
+    if plan.picked:
+        lines.append(
+            f"mesh picked    the config's does not make {plan.gpus} processes; planned with: {' '.join(plan.picked)}"
+        )
+    return "\n".join([*lines, *(f"warning: {sentence}" for sentence in found)])
+
+
+def _gpu_hours(plan: Plan) -> float:
+    return plan.gpus * plan.total_seconds / 3600
 
 
 def _mesh(plan: Plan) -> str:
     sizes, model = plan.sizes, plan.config.model
     lines = [
-        f"{plan.config.run.name} on {plan.gpus} × {plan.gpu}",
         f"mesh, dense    replicate {sizes.replicate} × shard {sizes.shard}",
         f"mesh, experts  replicate {sizes.replicate} × expert_shard {sizes.expert_shard} × expert {sizes.expert}",
     ]
@@ -85,7 +117,7 @@ def _mesh(plan: Plan) -> str:
         share = model.experts // sizes.expert
         cut = "split" if sizes.experts_by == "experts" else "each cut by its width"
         lines[-1] += f": {share} of {model.experts} experts a rank of expert, {cut} over expert_shard"
-    numbers = ", ".join(map(str, gpus_that_run(plan.config)))
+    numbers = ", ".join(map(str, process_counts(plan.config)))
     return "\n".join([*lines, f"runs on        {numbers} GPUs: mesh, batches and streams divide"])
 
 
@@ -96,25 +128,46 @@ def _parameter_rows(plan: Plan) -> Rows:
 
 
 def _flop_rows(plan: Plan) -> Rows:
-    rows = [(name, f"{value / 1e9:,.3f}", f"{value / plan.flops['total']:.0%}") for name, value in plan.flops.items()]
-    return [(f"GFLOP per token, rows of {plan.config.data.sequence_length}", "", "of total"), *rows]
+    """A pair of columns for each sequence length of the run."""
+    by_length = {step.stretch.sequence_length: step.flops for step in plan.steps}
+    head = [cell for length in by_length for cell in (f"rows of {length:,}", "of total")]
+    rows: Rows = [("GFLOP per token", *head)]
+    for name in plan.steps[0].flops:
+        values = [(flops[name], flops[name] / flops["total"]) for flops in by_length.values()]
+        rows.append((name, *(cell for value, share in values for cell in (f"{value / 1e9:,.3f}", f"{share:.0%}"))))
+    return rows
 
 
 def _length_rows(plan: Plan) -> Rows:
-    rows: Rows = [
-        ("the run", "steps", "sequences", "rows a GPU", "tokens", "s a step", "MFU", "tokens/s a GPU", "days")
-    ]
-    steps = tokens = days = 0.0
+    """One row for each batch size × sequence length, and their sum."""
+    columns = ("steps", "sequences", "length", "rows a GPU", "tokens", "GB", "s a step", "MFU", "tokens/s a GPU")
+    rows: Rows = [("the run", *columns, "time", "GPU-hours")]
     for step in plan.steps:
         stretch, load = step.stretch, step.load
-        seen = stretch.steps * stretch.sequences * plan.config.data.sequence_length
-        took = stretch.steps * step.seconds.step / 86400
-        rows_of_one = f"{load.microbatches} × {load.microbatch}"
-        cells = (f"{stretch.steps:,}", f"{stretch.sequences:,}", rows_of_one, f"{seen:,}")
-        speed = (f"{step.seconds.step:.3g}", f"{plan.mfu(step):.0%}", f"{plan.tokens_per_second(step):,.0f}")
-        rows.append((f"from step {stretch.step:,}", *cells, *speed, f"{took:,.3g}"))
-        steps, tokens, days = steps + stretch.steps, tokens + seen, days + took
-    return [*rows, ("in all", f"{steps:,.0f}", "", "", f"{tokens:,.0f}", "", "", "", f"{days:,.3g}")]
+        rows.append((
+            f"from step {stretch.step:,}", f"{stretch.steps:,}", f"{stretch.sequences:,}",
+            f"{stretch.sequence_length:,}", f"{load.microbatches} × {load.microbatch}", f"{stretch.tokens:,}",
+            f"{step.memory.total / GB:,.1f}", f"{step.seconds.step:.3g}", f"{plan.mfu(step):.0%}",
+            f"{plan.tokens_per_second(step):,.0f}", *_long(plan, step.total_seconds),
+        ))  # fmt: skip
+    steps, tokens = (sum(column) for column in zip(*((s.stretch.steps, s.stretch.tokens) for s in plan.steps)))
+    most = f"{plan.memory.total / GB:,.1f}"
+    total = (f"{steps:,}", "", "", "", f"{tokens:,}", most, "", "", "", *_long(plan, plan.total_seconds))
+    return [*rows, ("in all", *total)]
+
+
+def _long(plan: Plan, took: float) -> tuple[str, str]:
+    """Seconds as a time to read, and as hours of all GPUs."""
+    return _duration(took), _number(plan.gpus * took / 3600)
+
+
+def _duration(seconds: float) -> str:
+    unit, size = next((u, s) for u, s in (("days", 86400), ("h", 3600), ("min", 60), ("s", 0)) if seconds >= 2 * s)
+    return f"{_number(seconds / (size or 1))} {unit}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory_rows(plan: Plan) -> Rows:
@@ -123,11 +176,15 @@ def _memory_rows(plan: Plan) -> Rows:
     parts = {**dict.fromkeys(plan.state), **memory.parts}
     rows = [(name, _gigabytes(plan.state.get(name)), _gigabytes(memory.parts.get(name))) for name in parts]
     return [
-        ("GB on rank 0", "state", f"in {memory.moment}"),
+        (f"GB on rank 0, {_of(plan.worst)}", "state", f"in {memory.moment}"),
         *rows,
         ("in all", _gigabytes(sum(plan.state.values())), _gigabytes(memory.total)),
         (f"for tensors on a {plan.gpu} of {card.memory / GB:.0f}", "", _gigabytes(USABLE * card.memory)),
     ]
+
+
+def _of(step: Step) -> str:
+    return f"{step.stretch.sequences} sequences of {step.stretch.sequence_length}"
 
 
 def _gigabytes(size: float | None) -> str:
@@ -151,7 +208,7 @@ def _size(size: float) -> str:
 def _time_rows(plan: Plan, step: Step) -> Rows:
     took, work = step.seconds, step.work
     return [
-        (f"rank 0 does in a step of {step.stretch.sequences} sequences", "TFLOP", "s"),
+        (f"rank 0 does in a step of {_of(step)}", "TFLOP", "s"),
         ("the model, as MFU counts it", _tera(work.model), ""),
         ("matrix products, with what recompute repeats", _tera(work.products), f"{took.products:.3f}"),
         ("attention's core", _tera(work.attention), f"{took.attention:.3f}"),
@@ -169,13 +226,17 @@ def _tera(flops: float) -> str:
     return f"{flops / 1e12:,.2f}"
 
 
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:,.4g}"
+
+
 def _assumptions(plan: Plan) -> str:
     card = plan.card
     shares = ", ".join(f"{name} {share:.0%}" for name, share in ACHIEVED.items())
     sheet = (
-        f"{plan.gpu} by its data sheet: {card.bf16 / 1e12:,.0f} TFLOP/s in bf16, {card.fp32 / 1e12:,.0f} in fp32, "
-        f"memory {card.bandwidth / 1e12:.2f} TB/s; in each direction NVLink {card.nvlink / GB:.0f} and network "
-        f"{card.network / GB:.0f} GB/s; {GPUS_PER_NODE} in a node. "
+        f"{plan.gpu} {card.origin}: {_rate(card.bf16)} TFLOP/s in bf16, {_rate(card.fp32)} in fp32, "
+        f"memory {card.bandwidth / 1e12:.2g} TB/s; in each direction {card.node_link / GB:.3g} GB/s to the "
+        f"{card.per_node} of a node and {card.network / GB:.3g} to others. "
     )
     ours = (
         f"Assumed and not measured: of these rates, {shares} are reached; {PASSES} passes over activations (2 more "

@@ -14,12 +14,12 @@ Beyond the model's products, what recompute does again is done, and flash attent
 from typing import NamedTuple
 
 from trinity.config.run import RunConfig
+from trinity.hardware import GPU
 from trinity.models.accounting import flops_per_token
 from trinity.optim.muon import Muon
 from trinity.optim.newton_schulz import newton_schulz_flops
 from trinity.planning.communication import Flow, orthogonalized, seconds
-from trinity.planning.length import Load
-from trinity.training.hardware import GPU
+from trinity.planning.stretches import Load
 
 ACHIEVED = {"products": 0.6, "attention": 0.45, "memory": 0.8, "links": 0.8}
 """Share of the data sheet's rate that is reached. Ours, none measured: large kernels on a large GPU come near them."""

@@ -24,6 +24,7 @@ from trinity.data.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.evaluation.samples import Sampler
 from trinity.evaluation.validation import evaluate
+from trinity.hardware import memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
 from trinity.models.accounting import flops_per_token
 from trinity.optim.groups import ownership_table
@@ -32,7 +33,6 @@ from trinity.parallel.agree import any_of, on_first, reraise, together
 from trinity.parallel.mesh import Ranks
 from trinity.training import checkpoint
 from trinity.training.events import Events
-from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.lr_schedule import rates_at, schedule_notes
 from trinity.training.metrics import JsonLines, Sink, open_sinks
 from trinity.training.norms import Norms
@@ -46,6 +46,7 @@ from trinity.training.setup import (
     batch_plan,
     build_model,
     check_batches,
+    check_mesh,
     make_optimizers,
     microbatch_notes,
     microbatch_size,
@@ -69,7 +70,7 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     Raises:
         UserError: what the user must mend.
     """
-    mesh.check_parallel(config.parallel, config.model, mesh.world_size())
+    check_mesh(config, mesh.world_size())
     stop_request = StopRequest()
     directory = training = None
     try:

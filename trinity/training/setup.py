@@ -1,5 +1,7 @@
 """From a config to the things it describes: model, optimizers, batches. Each function builds one; data: run_data."""
 
+import math
+import shlex
 from dataclasses import fields
 
 import torch
@@ -13,7 +15,7 @@ from trinity.models.roles import parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.groups import Optimizers, build_optimizers
 from trinity.parallel.compilation import compile_blocks
-from trinity.parallel.mesh import Ranks
+from trinity.parallel.mesh import Ranks, Sizes, divisors, mesh_sizes, nearest_mesh
 from trinity.parallel.recompute import recompute_blocks
 from trinity.parallel.sharding import master_dtype, shard_model
 from trinity_kernels.expert_engines import ENGINES, check_engine
@@ -105,16 +107,74 @@ def microbatch_notes(config: RunConfig, data_ranks: int) -> list[str]:
     return notes
 
 
-def check_batches(config: RunConfig, data_ranks: int) -> None:
-    """Refuse global batches that do not divide by the ranks that hold different tokens.
+def check_mesh(config: RunConfig, world: int) -> Sizes:
+    """The mesh of a run on this many processes.
 
     Raises:
-        UserError: naming the nearest batch that does.
+        UserError: naming the settings that make mesh, batches and streams divide, and numbers of processes that do.
     """
-    for key, sequences in _batch_sizes(config).items():
-        if sequences % data_ranks:
-            nearest = max(data_ranks, round(sequences / data_ranks) * data_ranks)
-            raise UserError(f"{key}={sequences} does not divide by {data_ranks} data ranks; use {nearest}")
+    try:
+        return mesh_sizes(config.parallel, config.model, world)
+    except UserError as error:
+        words = [*nearest_mesh(config.parallel, config.model, world), *batch_words(config, world)]
+        raise UserError(f"{error}; use {' '.join(words)}{_or_processes(config, world)}") from None
+
+
+def check_batches(config: RunConfig, data_ranks: int) -> None:
+    """Refuse global batches and streams that do not divide by the ranks that hold different tokens.
+
+    Raises:
+        UserError: naming the first, the settings that mend all of them, and numbers of processes that need no mending.
+    """
+    for key, number in _divided(config).items():
+        if number % data_ranks:
+            words = " ".join(batch_words(config, data_ranks))
+            raise UserError(
+                f"{key}={number} does not divide by {data_ranks} data ranks; use {words}"
+                f"{_or_processes(config, data_ranks)}"
+            )
+
+
+def batch_words(config: RunConfig, data_ranks: int) -> list[str]:
+    """The settings, quoted for a shell, that make global batches and streams the nearest multiples of the ranks."""
+    batch, streams, words = config.batch, config.data.streams, []
+    if batch.sequences % data_ranks:
+        words.append(f"batch.sequences={_nearest(batch.sequences, data_ranks)}")
+    if any(entry.sequences % data_ranks for entry in batch.ramp):
+        entries = [f"{{tokens: {e.tokens}, sequences: {_nearest(e.sequences, data_ranks)}}}" for e in batch.ramp]
+        words.append(shlex.quote(f"batch.ramp=[{', '.join(entries)}]"))
+    if streams % data_ranks:
+        words.append(f"data.streams={_nearest(streams, data_ranks)}")
+    return words
+
+
+def process_counts(config: RunConfig) -> list[int]:
+    """Every number of processes that the mesh's sizes, all global batches and the streams divide by, smallest first."""
+    return [count for count in divisors(math.gcd(*_divided(config).values())) if _runs_on(config, count)]
+
+
+def _divided(config: RunConfig) -> dict[str, int]:
+    """What is dealt over the ranks in equal parts, by key."""
+    return _batch_sizes(config) | {"data.streams": config.data.streams}
+
+
+def _nearest(number: int, divisor: int) -> int:
+    """The nearest multiple of a divisor, at least one of it."""
+    return max(divisor, round(number / divisor) * divisor)
+
+
+def _or_processes(config: RunConfig, asked: int) -> str:
+    """The nearest few numbers of processes on which the config runs as it is, as the end of a sentence."""
+    counts = sorted(sorted(process_counts(config), key=lambda count: abs(count - asked))[:6])
+    return f", or start {' or '.join(map(str, counts))} process{'es' * (counts[-1] > 1)}" if counts else ""
+
+
+def _runs_on(config: RunConfig, world: int) -> bool:
+    try:
+        mesh_sizes(config.parallel, config.model, world)
+    except UserError:
+        return False
+    return True
 
 
 def _batch_sizes(config: RunConfig) -> dict[str, int]:

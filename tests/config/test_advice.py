@@ -1,0 +1,96 @@
+"""What a refusal says to write instead is accepted: by the check that refused, and by those after it."""
+
+import re
+import shlex
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+from trinity.config import RunConfig, load_config
+from trinity.config.check import BOUNDS, check_run
+from trinity.config.run import Run
+from trinity.errors import UserError
+from trinity.training.setup import check_batches, check_mesh, process_counts
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def refusal(config: str, words: list[str]) -> str:
+    """The sentence with which a config with these words is refused."""
+    with pytest.raises(UserError) as refused:
+        load_config(CONFIGS / f"{config}.yaml", words)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "advised"),
+    [
+        (["model.heads=6", "model.kv_heads=4"], [f"model.kv_heads={n}" for n in (1, 2, 3, 6)]),
+        (["model.active_experts=17"], ["model.active_experts=16"]),
+        (["model.head_dim=63"], ["model.head_dim=64"]),
+        (["compile=block", "recompute=block"], ["compile=none", "recompute=none"]),
+        (["precision.compute=float64", "optim.muon.dtype=bfloat16"], ["optim.muon.dtype=float64"]),
+        (["precision.compute=float32", "precision.fp8=torchao"], ["precision.compute=bfloat16", "precision.fp8=none"]),
+    ],
+)
+def test_named_settings(words: list[str], advised: list[str]) -> None:
+    """Each of the settings that the sentence names is enough by itself."""
+    sentence = refusal("smoke", words).rpartition("use ")[2]
+    first, *others = re.split(" or (?!less)", sentence.removesuffix(" or less"))
+    key = first.partition("=")[0]
+    found = [first, *(other if "=" in other else f"{key}={other}" for other in others)]
+    assert found == advised
+    for word in found:
+        load_config(CONFIGS / "smoke.yaml", [*words, word])
+
+
+@pytest.mark.parametrize("key", list(BOUNDS))
+def test_bounds(key: str) -> None:
+    """The bound that a refusal names is accepted."""
+    least, most = BOUNDS[key]
+    for beyond, bound in ((least - 1, least), *([(most + 1, most)] if most is not None else [])):
+        config = RunConfig(run=Run(tokens=5) if key == "run.tokens" else Run(steps=1))
+        *sections, name = key.split(".")
+        setattr(reduce(getattr, sections, config), name, beyond)
+        with pytest.raises(UserError) as refused:
+            check_run(config)
+        assert str(refused.value) == f"{key}={beyond} must be at {'least' if bound == least else 'most'} {bound}"
+        setattr(reduce(getattr, sections, config), name, bound)
+        check_run(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "worlds"),
+    [
+        ("nano", [], (1, 48, 64, 200)),
+        ("large", ["batch.sequences=1000", "data.streams=96"], (7, 8, 64, 100)),
+        ("smoke", ["batch.ramp=[{tokens: 5000, sequences: 10}, {tokens: 9000, sequences: 15}]"], (1, 2, 3, 5, 32)),
+        ("smoke", ["parallel.shard=4", "parallel.expert=3"], (2, 4, 6)),
+        ("nano_1gpu", ["parallel.replicate=3", "batch.sequences=20"], (1, 5, 8, 12)),
+    ],
+)
+def test_mesh_and_batches(config: str, words: list[str], worlds: tuple[int, ...]) -> None:
+    """The settings that are named, added to the command line, pass both checks; so do the numbers of processes."""
+    path = CONFIGS / f"{config}.yaml"
+    before = load_config(path, words)
+    counts = process_counts(before)
+    for count in counts:
+        check_mesh(before, count)
+        check_batches(before, count)
+    refused = 0
+    for world in worlds:
+        try:
+            check_mesh(before, world)
+            check_batches(before, world)
+        except UserError as error:
+            advice, _, processes = str(error).rpartition("; use ")[2].partition(", or start ")
+            after = load_config(path, [*words, *shlex.split(advice)])
+            sizes = check_mesh(after, world)
+            check_batches(after, world)
+            assert sizes.replicate * sizes.shard == world
+            named = [int(number) for number in re.findall(r"\d+", processes)]
+            assert set(named) <= set(counts)
+            assert bool(named) == bool(counts)
+            refused += 1
+    assert refused == len(set(worlds) - set(counts)) > 0
