@@ -6,8 +6,8 @@ python tools/plan.py configs/nano_1gpu.yaml recompute=none batch.microbatch=4 --
 
 import argparse
 import json
-from pathlib import Path
 
+from trinity.command_line import local_path
 from trinity.errors import run_main
 
 
@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
     parser.add_argument("--gpus", type=int, help="how many; by default what the mesh's fixed sizes make")
     parser.add_argument("--gpu", choices=list(GPUS), default="h200", help="which (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as values")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the plan as values")
     return parser.parse_intermixed_args()
 
 
