@@ -115,9 +115,7 @@ def test_text_beside_data_is_left_out_and_named(tmp_path: Path, notes: Callable,
         "2 text (README.md, x.csv), 2 hidden (.git, .gitignore)"
     ]
     assert names(expand_inputs([f"{tmp_path}/**/*"], "data.train.mine"), tmp_path) == taken
-    assert notes()[0].startswith(
-        f"note: data.train.mine {tmp_path}/**/*: files that are read: 2; left out: 1 "
-    )
+    assert notes()[0].startswith(f"note: data.train.mine {tmp_path}/**/*: files that are read: 2; left out: 1 ")
     assert names(expand_inputs([tmp_path], kind="text"), tmp_path) == ["README.md", "x.csv"]
     assert names(expand_inputs([tmp_path], kind="all"), tmp_path) == sorted(["README.md", "x.csv", *taken])
     assert len(notes()) == 2
