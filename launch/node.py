@@ -22,6 +22,7 @@ import sys
 import threading
 from pathlib import Path
 
+from trinity.command_line import local_path
 from trinity.errors import FAILURE, USER_MISTAKE, UserError, run_main
 
 FINISHED, TOO_MANY_BAD_STEPS, SAVED = 0, 3, 75
@@ -31,7 +32,7 @@ def parse() -> argparse.Namespace:
     """The command line; SLURM and Kubernetes say in the environment which node this is."""
     here = os.environ.get("SLURM_NODEID") or os.environ.get("JOB_COMPLETION_INDEX") or "0"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run's folder, the same as run.dir")
+    parser.add_argument("--run-dir", type=local_path, required=True, help="the run's folder, the same as run.dir")
     parser.add_argument("--nodes", type=int, default=1, help="nodes of the run (1)")
     parser.add_argument(
         "--node", type=int, default=int(here), help="this one among them, from 0 (as the scheduler says)"

@@ -9,9 +9,9 @@ python tools/bench.py --list
 import argparse
 import json
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
+from trinity.command_line import local_path
 from trinity.errors import UserError, run_main
 
 SUITES = ("step", "experts", "attention", "head", "norms", "routing", "muon", "mesh", "data", "prepare", "overhead")
@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("suite", nargs="?", choices=[*SUITES, "tune"], help="what to measure; tune: an op's tiles")
     parser.add_argument("op", nargs="?", help="with tune: which op's; see benchmarks/tune.py")
     parser.add_argument("--list", action="store_true", help="list the suites")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--quick", action="store_true", help="few repetitions, few peers: to see that it works")
     arguments = parser.parse_args()
     if not arguments.list and arguments.suite is None:

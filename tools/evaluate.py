@@ -1,7 +1,7 @@
 """Measures a Hugging Face folder of an AfMoE model: perplexity and multiple choice of files, and tasks of lm-eval.
 
 Files need no network and no other package: the folder is read by trinity itself, which computes as in training.
-  --text      perplexity and bits per byte of texts (.txt, .jsonl, .parquet, folders of them) or of token shards
+  --text      perplexity and bits per byte of texts (files as for prepare_data.py) or of token shards
   --choices   JSONL lines {"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}
   --tasks     names of lm-evaluation-harness, which runs transformers: pip install "trinity-moe[evaluation]"
 With --packed, --window is the length of packed rows: the figure is then the validation loss of a run on the same rows.
@@ -12,10 +12,16 @@ Example: python tools/evaluate.py runs/smoke/hf/final --text data/smoke/corpus/c
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from trinity.command_line import local_path, place
+from trinity.data.file_kinds import CHOICES
+from trinity.data.find_files import say
+from trinity.data.shards import TokenSource
+from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError, run_main
 from trinity.evaluation.choices import accuracies, choice_scores, read_items
@@ -61,10 +67,9 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
     byte_lengths_V = token_byte_lengths(load_tokenizer(options.folder))
     sliding = Window(window, min(options.stride or max(1, window // 2), window))
     results: Results = {}
-    for place in options.text:
-        source = open_documents(place, options.folder, options.field, model.config.vocab_size)
+    for given, source in text_sources(model.config.vocab_size, options):
         if options.packed:
-            results[f"packed {place}"] = packed_perplexity(
+            results[f"packed {given}"] = packed_perplexity(
                 model,
                 source,
                 window,
@@ -75,7 +80,7 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
                 batch_tokens=options.batch_tokens,
             )
         else:
-            results[f"perplexity {place}"] = perplexity(
+            results[f"perplexity {given}"] = perplexity(
                 model,
                 source,
                 sliding,
@@ -86,10 +91,23 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
     return results
 
 
+def text_sources(vocab_size: int, options: argparse.Namespace) -> Iterator[tuple[str, TokenSource | TextSource]]:
+    """Each --text and its documents; of several that name the same files the first alone."""
+    measured: list[set[Path]] = []
+    for given in options.text:
+        source = open_documents(given, options.folder, options.field, vocab_size, options.kind)
+        files = {path.resolve() for path in (source.files if isinstance(source, TextSource) else [source.directory])}
+        if files in measured:
+            say(f"--text {given} names the same files as one before it, so it is not measured again")
+            continue
+        measured.append(files)
+        yield given, source
+
+
 def choice_results(model: Trinity, window: int, options: argparse.Namespace) -> Results:
     """Accuracy of each --choices."""
     results: Results = {}
-    for path in options.choices:
+    for path in {path.resolve(): path for path in options.choices}.values():
         items = read_items(path, options.limit)
         bos = special_ids(options.folder, model.config.vocab_size).bos
         scores = choice_scores(
@@ -129,12 +147,15 @@ def check(options: argparse.Namespace) -> None:
 def parse() -> argparse.Namespace:
     """The command line's words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="where the model and its tokenizer are")
-    parser.add_argument("--text", nargs="+", default=[], metavar="FILES", help="texts, or folders of token shards")
+    parser.add_argument("folder", type=local_path, metavar="HF_DIR", help="where the model and its tokenizer are")
+    parser.add_argument("--text", nargs="+", type=place, default=[], metavar="FILES", help="texts, or token shards")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
-    parser.add_argument("--choices", nargs="+", type=Path, default=[], metavar="FILE", help="multiple choice, JSONL")
+    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
+    parser.add_argument(
+        "--choices", nargs="+", type=local_path, default=[], metavar="FILE", help="multiple choice, JSONL"
+    )
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval")
-    parser.add_argument("--task-folder", type=Path, metavar="DIR", help="YAML files of further tasks for lm-eval")
+    parser.add_argument("--task-folder", type=local_path, metavar="DIR", help="YAML files of further tasks for lm-eval")
     parser.add_argument("--limit", type=int, metavar="N", help="documents, packed rows or items of each, at most")
     parser.add_argument("--window", type=int, help=f"tokens that the model sees; {WINDOW}, or its positions if fewer")
     parser.add_argument("--stride", type=int, help="how far the window moves on; half of it by default")
@@ -148,7 +169,7 @@ def parse() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices (%(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as values")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures as values")
     return parser.parse_args()
 
 

@@ -8,8 +8,8 @@ python tools/plan.py configs/smoke.yaml --gpu name=mygpu,tflops=100,gib=24,gbs=1
 
 import argparse
 import json
-from pathlib import Path
 
+from trinity.command_line import local_path
 from trinity.errors import run_main
 
 
@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
         help=f"which: {', '.join(GPUS)}; cpu (this machine's); or name=…,tflops=…,gib=…,gbs=… (bf16 TFLOP/s, GiB and "
         "GB/s of memory; also fp32= in TFLOP/s, link= and network= in GB/s, per_node=) (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as values")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the plan as values")
     return parser.parse_intermixed_args()
 
 

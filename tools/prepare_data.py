@@ -4,15 +4,18 @@ python tools/prepare_data.py --input corpus/*.jsonl --tokenizer tokenizer --out 
 python tools/prepare_data.py --input corpus 'more/**/*.parquet' s3://bucket/web --tokenizer tokenizer --out shards
 python tools/prepare_data.py --dataset allenai/c4 --config en --tokenizer tokenizer --out shards --deduplicate
 
-An input is a file (text, .jsonl, .jsonl.gz, .jsonl.zst, .parquet), a folder (all such files in it and below), a pattern
-in quotes, or the URL of one of them. The result does not depend on --workers.
+An input is a file (text; lines of JSON as .jsonl, .ndjson, .jsonl.gz, .json.gz, .json.zst; .parquet), a folder (all
+files of one kind in it and below), a pattern in quotes, or the URL of one of them. Of a folder that holds several kinds
+Parquet files or lines are read, and text beside them is not; --kind chooses, and what is left out is named on stderr.
+The result does not depend on --workers.
 """
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from trinity.command_line import local_path, place
+from trinity.data.file_kinds import CHOICES
 from trinity.data.inputs import Dataset
 from trinity.data.prepare import SHARD_TOKENS, prepare_data
 from trinity.errors import run_main
@@ -25,20 +28,27 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="INPUT", help="files, folders, patterns, URLs: in this order")
-    source.add_argument("--dataset", metavar="NAME", help="a data set of the Hugging Face hub, or its folder; streamed")
+    source.add_argument(
+        "--input", nargs="+", type=place, metavar="INPUT", help="files, folders, patterns, URLs: in this order"
+    )
+    source.add_argument(
+        "--dataset", type=place, metavar="NAME", help="a data set of the Hugging Face hub, or its folder; streamed"
+    )
     parser.add_argument("--config", help="with --dataset: which configuration of it")
     parser.add_argument("--split", help="with --dataset: which part of it (train)")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards, on a local disk")
+    parser.add_argument("--tokenizer", type=local_path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--out", type=local_path, required=True, help="folder for the shards, on a local disk")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens of a full shard (%(default)s)")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
+    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
     parser.add_argument("--skip-bad-lines", action="store_true", help="leave out and count what cannot be read")
     parser.add_argument("--deduplicate", action="store_true", help="of equal texts keep the first, count the others")
     parser.add_argument("--workers", type=int, default=CORES, help="processes that encode (one a core: %(default)s)")
     arguments = parser.parse_args()
     if arguments.dataset is None and (arguments.config or arguments.split):
         parser.error("--config and --split say which part of a --dataset to read; --input has none")
+    if arguments.dataset is not None and arguments.kind:
+        parser.error("--kind says which files of --input to read; --dataset has none")
     return arguments
 
 
@@ -56,6 +66,7 @@ def main() -> int | None:
             arguments.out,
             shard_tokens=arguments.shard_tokens,
             field=arguments.field,
+            kind=arguments.kind,
             skip_bad_lines=arguments.skip_bad_lines,
             deduplicate=arguments.deduplicate,
             workers=arguments.workers,

@@ -7,16 +7,18 @@ Several runs are drawn over each other, and the settings in which they differ ar
 """
 
 import argparse
-from pathlib import Path
 
+from trinity.command_line import local_path
 from trinity.errors import run_main
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML file (report.html in the first RUN_DIR)")
+    parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN_DIR", help="run directory")
+    parser.add_argument(
+        "--out", type=local_path, metavar="FILE", help="the HTML file (report.html in the first RUN_DIR)"
+    )
     return parser.parse_args()
 
 

@@ -7,8 +7,9 @@ A ratio above 1: the tokenizer needs fewer tokens for that text than the other o
 
 import argparse
 import json
-from pathlib import Path
 
+from trinity.command_line import local_path, place
+from trinity.data.file_kinds import CHOICES
 from trinity.data.tokenizer_report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
 
@@ -17,23 +18,25 @@ def main() -> None:
     """Parse, count, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", nargs="+", metavar="FILES", help="files, folders, patterns, URLs: text, .jsonl(.gz, .zst), .parquet"
+        "files", nargs="+", type=place, metavar="FILES", help="files, folders, patterns, URLs, as for prepare_data.py"
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
+    parser.add_argument("--tokenizer", type=local_path, required=True, help="folder with tokenizer.json")
     parser.add_argument(
         "--against",
-        type=Path,
+        type=local_path,
         action="append",
         default=[],
         metavar="FOLDER",
         help="another folder with tokenizer.json; may be given several times",
     )
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
+    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
     parser.add_argument("--group-by", metavar="FIELD", help="a row for each value of this field, not for each file")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as values")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the rows as values")
     arguments = parser.parse_args()
     folders = [arguments.tokenizer, *arguments.against]
-    rows = tokenizer_report(folders, arguments.files, field=arguments.field, group_by=arguments.group_by, progress=True)
+    chosen = {"field": arguments.field, "kind": arguments.kind, "group_by": arguments.group_by}
+    rows = tokenizer_report(folders, arguments.files, **chosen, progress=True)
     names = [str(folder) for folder in folders]
     print(as_text(rows, names))
     if arguments.json:

@@ -5,9 +5,10 @@ The size of the real ones, from a sample: --vocab-size 200000 --pad-to-multiple 
 """
 
 import argparse
-from pathlib import Path
 
-from trinity.data.tokenizer import load_tokenizer
+from trinity.command_line import local_path, place
+from trinity.data.file_kinds import CHOICES
+from trinity.data.tokenizer import load_tokenizer, vocabulary_size
 from trinity.data.train_tokenizer import train_from_files
 from trinity.errors import run_main
 
@@ -16,13 +17,14 @@ def main() -> None:
     """Parse, train, print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", nargs="+", required=True, help="files, folders, patterns, URLs: text, .jsonl(.gz, .zst), .parquet"
+        "--input", nargs="+", type=place, required=True, help="files, folders, patterns, URLs, as for prepare_data.py"
     )
     parser.add_argument(
         "--vocab-size", type=int, required=True, help="ids before padding: 259 of them are bytes and special"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
+    parser.add_argument("--out", type=local_path, required=True, help="folder for the tokenizer")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
+    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
     parser.add_argument(
         "--sample-bytes",
         type=count,
@@ -43,13 +45,14 @@ def main() -> None:
         arguments.vocab_size,
         arguments.out,
         field=arguments.field,
+        kind=arguments.kind,
         sample_bytes=arguments.sample_bytes,
         seed=arguments.seed,
         pad_to_multiple=arguments.pad_to_multiple,
         force=arguments.force,
         progress=True,
     )
-    ids = load_tokenizer(arguments.out).get_vocab_size()
+    ids = vocabulary_size(load_tokenizer(arguments.out))
     print(f"{arguments.out}: {ids:,} ids{'' if made else ', already there'}")
 
 

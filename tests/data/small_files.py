@@ -20,6 +20,16 @@ def zstd(raw: bytes) -> bytes:
     return pyarrow.compress(raw, codec="zstd", asbytes=True)
 
 
+def tokenizer_with_gap(tokenizer: Path, folder: Path, largest: int) -> Path:
+    """A tokenizer with one more token, <|gap|>, whose id leaves a gap behind the others."""
+    folder.mkdir()
+    value = json.loads((tokenizer / "tokenizer.json").read_text())
+    value["model"]["vocab"]["<|gap|>"] = largest
+    value["added_tokens"].append(value["added_tokens"][0] | {"id": largest, "content": "<|gap|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    return folder
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

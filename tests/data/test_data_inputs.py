@@ -52,10 +52,10 @@ def names(found: list[Path | str], folder: Path | str) -> list[str]:
 
 def test_folders_and_patterns(folder: Path) -> None:
     every = ["a.jsonl", "b/a.jsonl.gz", "b/deep/x.txt", "b/z.jsonl.zst", "c.parquet"]
-    assert names(expand_inputs([folder]), folder) == every
-    assert names(expand_inputs([f"file://{folder}"]), folder) == every
+    assert names(expand_inputs([folder], kind="all"), folder) == every
+    assert names(expand_inputs([f"file://{folder}"], kind="all"), folder) == every
     assert names(expand_inputs([f"{folder}/*.jsonl", f"{folder}/b/*.jsonl*"]), folder) == [
-        "a.jsonl", "b/a.jsonl.gz", "b/part.jsonl.tmp", "b/z.jsonl.zst"
+        "a.jsonl", "b/a.jsonl.gz", "b/z.jsonl.zst"
     ]  # fmt: skip
     assert names(expand_inputs([f"{folder}/**/*.txt"]), folder) == ["b/deep/x.txt"]
     (folder / "[a].txt").write_text("a name like a pattern")
@@ -63,8 +63,9 @@ def test_folders_and_patterns(folder: Path) -> None:
 
 
 def test_a_folder_is_its_files(folder: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
-    index, _ = prepare_data([folder], tokenizer_dir, tmp_path / "folder_out")
-    prepare_data([f"file://{folder}/*.jsonl", *expand_inputs([folder])[1:]], tokenizer_dir, tmp_path / "files_out")
+    index, _ = prepare_data([folder], tokenizer_dir, tmp_path / "folder_out", kind="all")
+    files = [f"file://{folder}/*.jsonl", *expand_inputs([folder], kind="all")[1:]]
+    prepare_data(files, tokenizer_dir, tmp_path / "files_out")
     assert content(tmp_path / "folder_out") == content(tmp_path / "files_out")
     assert decoded(tmp_path / "folder_out", tokenizer_dir) == TEXTS
     assert index["input_documents"] == [10, 10, 1, 9, 20]
@@ -74,14 +75,14 @@ def test_urls_give_the_same_shards(
     folder: Path, tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem
 ) -> None:
     memory.put(f"{folder}/", "/web", recursive=True)
-    expected = prepare_data([folder], tokenizer_dir, tmp_path / "local")[0]["shards"]
-    urls = names(expand_inputs(["memory://web"]), "memory:///web")
+    expected = prepare_data([folder], tokenizer_dir, tmp_path / "local", kind="all")[0]["shards"]
+    urls = names(expand_inputs(["memory://web"], kind="all"), "memory:///web")
     assert urls == ["a.jsonl", "b/a.jsonl.gz", "b/deep/x.txt", "b/z.jsonl.zst", "c.parquet"]
     for number, inputs in enumerate((["memory://web"], [f"memory://web/{name}" for name in urls])):
         for workers in (0, 2):
             out = tmp_path / f"out{number}{workers}"
-            assert prepare_data(inputs, tokenizer_dir, out, workers=workers)[0]["shards"] == expected
-    assert expand_inputs(["memory://web/b/*.gz"]) == ["memory:///web/b/a.jsonl.gz", "memory:///web/b/z.gz"]
+            assert prepare_data(inputs, tokenizer_dir, out, workers=workers, kind="all")[0]["shards"] == expected
+    assert expand_inputs(["memory://web/b/*.gz"]) == ["memory:///web/b/a.jsonl.gz"]
 
 
 def test_a_url_that_changed_is_noticed(tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem) -> None:
@@ -121,7 +122,7 @@ def test_urls_that_cannot_be_read(
 @pytest.mark.parametrize("start", [(0, 0), (0, 9), (1, 0), (1, 4), (2, 0), (3, 5), (4, 19), (5, 0)])
 def test_reading_begins_anywhere(folder: Path, start: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of the same documents, offsets too, whatever the size of a batch."""
-    inputs = expand_inputs([folder])
+    inputs = expand_inputs([folder], kind="all")
     every = list(read_documents(inputs))
     assert [document.text for document in every] == TEXTS
     for size in (1, 100, 1 << 18):
@@ -137,7 +138,7 @@ def without_progress(document: Document) -> tuple:
 
 def test_offsets_are_where_documents_begin(folder: Path) -> None:
     """A line read alone at its offset is the document; a row's offset is its number."""
-    inputs = expand_inputs([folder])
+    inputs = expand_inputs([folder], kind="all")
     plain = inputs[0].read_bytes()
     packed = gzip.decompress(inputs[1].read_bytes())
     for document in read_documents(inputs):

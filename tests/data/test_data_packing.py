@@ -175,6 +175,22 @@ def test_long_documents_come_more_often() -> None:
         assert taken[size] / 20_000 == pytest.approx(chance, abs=0.018)
 
 
+@pytest.mark.parametrize("bias", [None, LengthBias(30, 0.1, 0.9)])
+def test_tokens_read_are_those_dealt_out(bias: LengthBias | None) -> None:
+    """By any number of ranks, and after a stop: not those of documents opened, nor of documents left out."""
+    lengths = list(range(1, 401))
+    phase = Phase((1.0,), rsdb_size=20, bias=bias)
+    alone = make_stream(lengths, 16, phase)
+    for turn in range(1, 4):
+        alone.pass_over(2 * V)
+        assert alone.tokens_read().tolist() == [turn * 2 * V * 16]
+    ranks = [make_stream(lengths, 16, phase, rank, 3) for rank in range(3)]
+    for stream in ranks:
+        stream.load_state_dict(alone.state_dict())
+        stream.pass_over(V // 3)
+    assert sum(stream.tokens_read() for stream in ranks).tolist() == [7 * V * 16]
+
+
 def test_a_bias_draws_anew_every_epoch() -> None:
     stream = make_stream([5] * 960, 5, Phase((1.0,), bias=LengthBias(10, 0.2, 0.2)))
     rows = stream.pass_over(10 * V)

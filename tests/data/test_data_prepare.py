@@ -10,12 +10,15 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_files import content, decoded, jsonl, zstd
+from small_files import content, decoded, jsonl, tokenizer_with_gap, zstd
 
 from trinity.data import documents, encoding, files, prepare, shard_writer
+from trinity.data.compressed import zstd as zstd_library
 from trinity.data.prepare import prepare_data
 from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import BOS
+from trinity.data.text_source import TextSource
+from trinity.data.tokenizer import BOS, load_tokenizer, token_byte_lengths
+from trinity.data.train_tokenizer import _texts
 from trinity.errors import UserError
 
 TEXTS = [f"Document {number}: " + "some words of text, 日本語, 12345. " * (number % 7) for number in range(60)]
@@ -254,6 +257,74 @@ def test_missing_things_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
     with pytest.raises(UserError, match="--out s3://bucket/a is a URL; give a local folder"):
         prepare_data([good], tokenizer_dir, "s3://bucket/a")
     assert not (tmp_path / "out").exists()
+
+
+MARK = b"\xef\xbb\xbf"
+MARKED = {
+    "a.txt": (MARK + "é\ufeff".encode(), ["é\ufeff"]),
+    "a.jsonl": (MARK + GOOD + MARK + GOOD, ["good", "good"]),  # one of two files that were put together
+    "a.jsonl.gz": (gzip.compress(MARK + GOOD), ["good"]),
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
+    """In shards, in text that a run reads, and in what a tokenizer learns from; later in a text it is text."""
+    raw, wanted = MARKED[name]
+    (tmp_path / name).write_bytes(raw)
+    prepare_data([tmp_path / name], tokenizer_dir, tmp_path / "out")
+    assert decoded(tmp_path / "out", tokenizer_dir) == wanted
+    source = TextSource([tmp_path / name], tokenizer_dir, cache=tmp_path / "cache")
+    assert [source._text(document) for document in range(source.documents)] == wanted
+    assert list(_texts([tmp_path / name], "text", None, 0, False)) == wanted
+    assert list(_texts([tmp_path / name], "text", 1000, 0, False)) == wanted
+
+
+def long_zstd(raw: bytes, window_log: int) -> bytes:
+    """As `zstd --long=WINDOW_LOG` packs what it reads from a pipe, whose size it does not know."""
+    options = {
+        zstd_library.CompressionParameter.window_log: window_log,
+        zstd_library.CompressionParameter.enable_long_distance_matching: 1,
+        # small tables: the window alone is what whoever unpacks it must have
+        zstd_library.CompressionParameter.hash_log: 10,
+        zstd_library.CompressionParameter.chain_log: 10,
+        zstd_library.CompressionParameter.ldm_hash_log: 10,
+    }
+    packer = zstd_library.ZstdCompressor(options=options)
+    return packer.compress(raw) + packer.flush()
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zstd_with_a_long_window(tmp_path: Path, tokenizer_dir: Path, window_log: int) -> None:
+    """Two frames, one after the other."""
+    parts = [jsonl(tmp_path / "part", texts).read_bytes() for texts in (TEXTS[:20], TEXTS[20:])]
+    packed = long_zstd(parts[0], window_log) + long_zstd(parts[1], window_log)
+    assert packed[5] >> 3 == window_log - 10  # the window's size, in the frame's header (RFC 8878, 3.1.1.1.2)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed)
+    prepare_data([path], tokenizer_dir, tmp_path / "out")
+    assert decoded(tmp_path / "out", tokenizer_dir) == TEXTS
+    path.write_bytes(packed[:-3])
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst is not a whole zstd file"):
+        prepare_data([path], tokenizer_dir, tmp_path / "cut")
+
+
+def test_one_file_without_the_column(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Named, of a whole folder; nothing of it is left out in silence."""
+    for name, column in (("a", "text"), ("b", "body"), ("c", "text")):
+        pyarrow.parquet.write_table(pyarrow.table({column: ["x"]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet has no column text; set --field to one of: body"):
+        prepare_data([tmp_path], tokenizer_dir, tmp_path / "out" / "shards")
+
+
+def test_ids_with_gaps(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """701 ids, of which the largest is 70,000: shards of four bytes an id that hold it."""
+    gap = tokenizer_with_gap(tokenizer_dir, tmp_path / "gap", 70_000)
+    assert load_tokenizer(gap).get_vocab_size() == 701
+    index, _ = prepare_data([jsonl(tmp_path / "a.jsonl", ["a <|gap|> b"])], gap, tmp_path / "out")
+    assert (index["vocab_size"], index["dtype"]) == (70_001, "<u4")
+    assert TextSource([tmp_path / "a.jsonl"], gap, cache=tmp_path / "cache").vocab_size == 70_001
+    assert len(token_byte_lengths(load_tokenizer(gap))) == 70_001
 
 
 def test_skipping_bad_lines_counts_them(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -50,6 +50,26 @@ def test_files(
     assert len(lines) == 1 + sum(map(len, results.values()))
 
 
+def test_what_is_named_twice_is_measured_once(
+    finished: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A file, a link to it, its folder and a pattern; a question file and a link to it."""
+    folder, out = tmp_path / "folder", tmp_path / "figures.json"
+    folder.mkdir()
+    (folder / "a.txt").write_text("def train(a, b):")
+    items = tmp_path / "items.jsonl"
+    items.write_bytes(b'\xef\xbb\xbf{"prompt": "def", "choices": [" train", " xyz"], "answer": 0}\n')
+    for link, target in (("link.txt", folder / "a.txt"), ("link.jsonl", items)):
+        (tmp_path / link).symlink_to(target)
+    texts = [folder / "a.txt", tmp_path / "link.txt", folder, folder / "*.txt"]
+    choices = ["--choices", items, tmp_path / "link.jsonl"]
+    assert call(finished.folder, "--text", *texts, *choices, "--window", 16, "--json", out) == 0
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 2
+    assert results[f"perplexity {texts[0]}"]["documents"] == 1
+    assert capsys.readouterr().err.count("names the same files as one before it, so it is not measured again") == 3
+
+
 def test_packed(finished: SimpleNamespace, tmp_path: Path) -> None:
     """The words that make it the run's own figure."""
     place, out = finished.config.data.validation["held_out"], tmp_path / "figures.json"

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trinity.config.run import Precision
 from trinity.errors import UserError
+from trinity.evaluation.harness import _check_tokenizer
+from trinity.evaluation.samples import Sampler
 from trinity.interop import export_hf
 from trinity.interop.names import correspondence
 from trinity.interop.verify import largest_logit_difference
@@ -116,8 +118,29 @@ def test_tokenizer_goes_along(model: Trinity, tmp_path: Path, tokenizer_folder: 
     assert generation.eos_token_id == [1, 0], "the next document's beginning ends a text too"
 
 
+def test_an_id_beyond_the_models(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """281 tokens fit 300 rows, the largest id, 300, does not; 301 rows hold it. Sampling and lm-eval refuse it too."""
+    value = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    value["model"]["vocab"]["<|gap|>"] = 300
+    value["added_tokens"].append(value["added_tokens"][0] | {"id": 300, "content": "<|gap|>"})
+    gap = tmp_path / "gap"
+    gap.mkdir()
+    (gap / "tokenizer.json").write_text(json.dumps(value))
+    words = r"token ids up to 300, but model\.vocab_size is 300"
+    with pytest.raises(UserError, match=words):
+        export_hf(make_model(vocab_size=300), tmp_path / "out", gap)
+    with pytest.raises(UserError, match=words):
+        Sampler(["a"], 1, gap, 300)
+    export_hf(make_model(vocab_size=301), tmp_path / "out", gap)
+    _check_tokenizer(tmp_path / "out")
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 300}))
+    with pytest.raises(UserError, match=words):
+        _check_tokenizer(tmp_path / "out")
+
+
 def test_tokenizer_that_does_not_fit(tmp_path: Path, tokenizer_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"280 tokens, but the model knows 270"):
+    with pytest.raises(UserError, match=r"ids up to 279, but model\.vocab_size is 270"):
         export_hf(make_model(vocab_size=270), tmp_path / "out", tokenizer_folder)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         export_hf(make_model(), tmp_path / "out", tmp_path)

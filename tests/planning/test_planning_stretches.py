@@ -51,7 +51,8 @@ def cases() -> list[RunConfig]:
 @pytest.mark.parametrize("config", cases())
 def test_is_the_runs_schedule(config: RunConfig) -> None:
     """Every step has the batch and length that BatchPlan gives it; steps and tokens in all are the run's."""
-    plan, total = batch_plan(config), total_steps(config)
+    plan = batch_plan(config)
+    total = total_steps(config, plan)
     found = stretches(config)
     for stretch in found:
         for step in range(stretch.step, stretch.step + stretch.steps):

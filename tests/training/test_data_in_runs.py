@@ -8,6 +8,7 @@ import torch
 from run_files import metrics, refuse, status, train
 
 from trinity.config.load import OmegaConf, build_config
+from trinity.data.shards import TokenSource
 from trinity.models import Trinity
 from trinity.training.run_data import open_stream
 
@@ -47,6 +48,11 @@ def test_a_phase_of_longer_rows(settings: dict) -> None:
     lines = metrics(Path(settings["run"]["dir"]))
     assert [line["tokens"] for line in lines] == [144, 288, 432, 672, 912, 1152]
     assert all(line["source_tokens.code"] + line["source_tokens.prose"] == line["tokens"] for line in lines)
+    for name, folder in settings["data"]["train"].items():
+        tokens = TokenSource(folder).tokens
+        assert [line[f"epoch.{name}"] * tokens for line in lines] == pytest.approx(
+            [line[f"source_tokens.{name}"] for line in lines], rel=1e-12
+        )
 
 
 def test_a_later_phase_may_be_edited_and_one_that_has_begun_may_not(settings: dict) -> None:

@@ -83,7 +83,7 @@ class Data:
 
     train: dict[str, str] = field(default_factory=dict)
     """Source name → folder of token shards made by tools/prepare_data.py, or a URL of one; or text that is tokenised
-    while the run reads it: a file, a folder or a pattern of .txt, .jsonl and .parquet."""
+    while the run reads it: a file, a folder or a pattern, as tools/prepare_data.py takes."""
     validation: dict[str, str] = field(default_factory=dict)
     """Validation set name → folder of token shards, or a URL of one, or text."""
     text_field: str = "text"

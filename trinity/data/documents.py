@@ -1,6 +1,6 @@
 """Input files as documents, one after the other, from any point on.
 
-A text file is one document; a line of .jsonl, .jsonl.gz or .jsonl.zst and a row of .parquet are one each. A document's
+A text file is one document; a line of .jsonl and a row of .parquet are one each (file_kinds.py). A document's
 place is (file, item): the number of the file, and of the line or row in it. Reading can start at any place, which is
 all that a preparation that was killed has to remember. What stands before it in its file is read past, not parsed.
 
@@ -8,26 +8,22 @@ Reading and parsing are apart: read_batches yields raw items, some hundred kilob
 them, maybe in another process. read_documents does both.
 """
 
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
+from trinity.data.compressed import unpacked, whole
+from trinity.data.file_kinds import readable_kind
 from trinity.data.remote import open_input, size_of
 from trinity.errors import UserError
 
 BATCH_BYTES = 1 << 18
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-NOT_TEXT = (".json", ".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".pdf")
-READ = "plain text, .jsonl, .jsonl.gz, .jsonl.zst or .parquet"
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class Place(NamedTuple):
@@ -135,7 +131,7 @@ def texts(batch: Batch, field: str, skip_bad: bool) -> Iterator[str | None]:
     Raises:
         UserError: an item that cannot be read, unless `skip_bad`.
     """
-    parse = {"text": _parse_text, "line": _parse_line, "value": _checked}[batch.kind]
+    parse = {"text": parse_text, "line": parse_line, "value": _checked}[batch.kind]
     for number, (item, offset) in enumerate(zip(batch.items, batch.offsets()), batch.place.item + 1):
         try:
             text = parse(item, batch.name, number, offset, field)
@@ -157,14 +153,7 @@ def _from(batch: Batch, start: Place) -> Batch:
 
 def _kind(path: Path | str) -> tuple[str, Any]:
     """(kind of the items, what reads a file's items in batches, each with the bytes read), by the file's name."""
-    name = str(path)
-    if name.endswith(LINES):
-        return "line", _lines
-    if name.endswith(".parquet"):
-        return "value", _rows
-    if name.endswith(NOT_TEXT):
-        raise UserError(f"{path} is of a kind that is not read; give {READ}")
-    return "text", _whole
+    return {"text": ("text", _whole), "jsonl": ("line", _lines), "parquet": ("value", _rows)}[readable_kind(path).name]
 
 
 def _whole(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
@@ -174,24 +163,15 @@ def _whole(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
 
 
 def _lines(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
-    packing = {".gz": "gzip", ".zst": "zstd"}.get(Path(str(path)).suffix)
-    with open_input(path) as file, _unbroken(path, packing):
-        lines = _unpacked(file, packing)
+    packing = readable_kind(path).packing
+    with open_input(path) as file, whole(path, packing):
+        lines = unpacked(file, packing)
         while items := lines.readlines(BATCH_BYTES):
             yield items, file.tell()
 
 
-def _unpacked(file: BinaryIO, packing: str | None) -> BinaryIO:
-    if packing == "gzip":
-        return gzip.open(file)
-    if packing == "zstd":
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
-        return io.BufferedReader(stream, BATCH_BYTES)
-    return file
-
-
 def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
-    with open_input(path) as raw, _unbroken(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
+    with open_input(path) as raw, whole(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
         names = file.schema_arrow.names
         if field not in names:
             raise UserError(f"{path} has no column {field}; set --field to one of: {', '.join(names)}")
@@ -227,27 +207,30 @@ def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, field: str) -> int:
     return int(min(max(BATCH_BYTES / max(widest, 1), 1), 1024))
 
 
-@contextmanager
-def _unbroken(path: Path | str, packing: str | None) -> Iterator[None]:
-    """Says of a packed file that is cut or damaged what is wrong with it."""
-    try:
-        yield
-    except (EOFError, zlib.error, pyarrow.ArrowException, OSError) as error:
-        if packing is None or getattr(error, "errno", None):  # the disk's error, not the file's
-            raise
-        raise UserError(f"{path} is not a whole {packing} file ({error}); copy it again") from None
+def parse_text(item: bytes, name: str, number: int, offset: int, field: str) -> str:
+    """The text of a text file, without a byte order mark, which says how the file is encoded.
 
-
-def _parse_text(item: bytes, name: str, number: int, offset: int, field: str) -> str:
+    Args:
+        item: the file's content.
+        name: the file, as messages call it.
+        number, offset, field: for lines and rows: number from 1, place, and name of the text.
+    Raises:
+        UserError: it is not UTF-8.
+    """
     try:
-        return item.decode()
+        return item.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         at = offset + error.start
         raise UserError(f"{name} is not valid UTF-8 at byte {at}; convert it, or leave it out") from None
 
 
-def _parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> str:
-    text = _parse_text(item, name, number, offset, field)
+def parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> str:
+    """The text in a line of JSON, empty where the line is; see parse_text.
+
+    Raises:
+        UserError: the line is no object with a text of that name.
+    """
+    text = parse_text(item, name, number, offset, field)
     if not text.strip():
         return ""
     try:

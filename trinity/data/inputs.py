@@ -4,17 +4,16 @@ Both kinds answer the same five questions for prepare_data: what they are (for t
 on, how much there is and in which unit (for the progress bar), and where they end.
 """
 
-import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trinity.data.documents import NOT_TEXT, READ, Batch, Files, Place, read_batches
-from trinity.data.files import SUFFIX, check_inputs, identity
-from trinity.data.remote import filesystem, located, mark_of, reached, size_of
+from trinity.data.documents import Batch, Files, Place, read_batches
+from trinity.data.file_kinds import READ, file_kind
+from trinity.data.files import check_inputs, identity
+from trinity.data.find_files import MAGIC, Listing, choose, counted, list_folder, list_pattern, names, say
+from trinity.data.remote import cached_folder, filesystem, located, mark_of, reached, size_of
 from trinity.errors import UserError
-
-GLOB = set("*?[")
 
 
 class FileInputs:
@@ -95,62 +94,125 @@ class DatasetInput:
         return f"--dataset {self.dataset.name}{config} --split {self.dataset.split}"
 
 
-def expand_inputs(inputs: list[Path | str], option: str = "--input") -> Files:
-    """The files that paths, folders, glob patterns and URLs of them name.
+def expand_inputs(inputs: list[Path | str], option: str = "--input", kind: str | None = None) -> Files:
+    """The files that paths, folders, glob patterns and URLs of them name, each once, in the order of its first mention.
 
-    A folder gives all files in it and below whose kind is read, but no hidden ones; folders and patterns in the order
-    of the names.
+    A folder gives the files in it and below, a pattern those that match, both in the order of their names and of one
+    kind (see choose). What is left out of them is named on stderr, as is a file that is named twice.
 
+    Args:
+        inputs: what is named.
+        option: what messages call them.
+        kind: of files in folders and of patterns: text, jsonl, parquet, or all; None: the one there is.
     Raises:
-        UserError: a file that does not exist, a folder without a file, a pattern that matches nothing.
+        UserError: a file that does not exist or a link to none, a folder without a file, a pattern that matches
+            nothing, or one that holds two kinds of data.
     """
     files: Files = []
     for given in map(located, inputs):
-        files += _local(given, option) if isinstance(given, Path) else _elsewhere(given, option)
-    return files
+        files += _local(given, option, kind) if isinstance(given, Path) else _elsewhere(given, option, kind)
+    return _each_once(files, option)
 
 
-def _local(path: Path, option: str) -> list[Path]:
+def holds_text(given: Path | str) -> bool:
+    """Whether a source is files of text, in the sense of expand_inputs; otherwise it is, or is to be, token shards."""
+    place = located(given)
+    if isinstance(place, str):
+        return _text_elsewhere(place)
+    if place.is_dir():
+        return not _begins_shards(place) and any(map(file_kind, list_folder(place).files))
+    return place.is_file() or _names_text(place)
+
+
+def _begins_shards(folder: Path) -> bool:
+    indexes = [folder / name for name in ("index.json", "progress.json")]
+    return any(folder.glob("shard_*.*")) or any(b'"shards"' in path.read_bytes() for path in indexes if path.is_file())
+
+
+def _names_text(place: Path | str) -> bool:
+    """Whether a name alone says that it is text, wherever it is and whether it is there."""
+    kind = file_kind(place)
+    data = kind is not None and kind.name != "text"
+    return data or bool(MAGIC & set(str(place))) or str(place).lower().endswith(".txt")
+
+
+def _text_elsewhere(url: str) -> bool:
+    if _names_text(url):
+        return True
+    if url.startswith("http") or (cached_folder(url) / "index.json").exists():
+        return False  # whether a page is a folder means to load it; and shards that are here need no network
+    files, name = filesystem(url)
+    with reached(url):
+        return files.isfile(name) or (files.isdir(name) and not files.exists(f"{name.rstrip('/')}/index.json"))
+
+
+def _local(path: Path, option: str, kind: str | None) -> list[Path]:
+    where = f"{option} {path}"
     if path.is_dir():
-        below = sorted(file for file in path.rglob("*") if file.is_file() and _wanted(str(file.relative_to(path))))
-        return _some(below, f"{option} {path} holds no file that is read; give {READ}")
-    if not path.exists() and GLOB & set(str(path)):
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        return _some(found, f"{option} {path} matches no file; check the pattern")
+        return _chosen(list_folder(path), kind, where, f"holds no file that is read; give {READ}", str(path))
+    if not path.exists() and MAGIC & set(str(path)):
+        return _chosen(list_pattern(str(path)), kind, where, "matches no file; check the pattern")
     check_inputs([path], option)
     return [path]
 
 
-def _elsewhere(url: str, option: str) -> list[str]:
+def _elsewhere(url: str, option: str, kind: str | None) -> list[str]:
     files, name = filesystem(url)
     protocol = url.partition("://")[0]
     with reached(url):
         # An address with ? is one file for a web server.
-        if GLOB & set(name) and not protocol.startswith("http"):
-            found = sorted(path for path in files.glob(name) if files.isfile(path))
-            found = _some(found, f"{option} {url} matches no file; check the pattern")
+        if MAGIC & set(name) and not protocol.startswith("http"):
+            listing = Listing(sorted(path for path in files.glob(name) if files.isfile(path)), [], [])
+            found = _chosen(listing, kind, f"{option} {url}", "matches no file; check the pattern")
         elif files.isfile(name):  # asked first: of a web server, whether a page is a folder means to load it
             return [url]
         elif files.isdir(name):
-            inside = files.find(name)
-            found = sorted(path for path in inside if _wanted(path.removeprefix(name).strip("/")))
-            found = _some(found, f"{option} {url} holds no file that is read; give {READ}")
+            listing = _remote_listing(files.find(name), name)
+            found = _chosen(listing, kind, f"{option} {url}", f"holds no file that is read; give {READ}", name)
         else:
             raise UserError(f"{option} {url} does not exist; check the address")
         return [path if "://" in path else f"{protocol}://{path}" for path in found]
 
 
-def _wanted(name: str) -> bool:
-    """Whether a file in a folder is taken, by its path in it."""
-    hidden = any(part.startswith(".") for part in Path(name).parts)
-    read = name.endswith((".jsonl.gz", ".jsonl.zst")) or not name.endswith((*NOT_TEXT, SUFFIX))
-    return read and not hidden
+def _remote_listing(paths: list[str], folder: str) -> Listing:
+    hidden = [path for path in paths if "/." in "/" + path.removeprefix(folder).strip("/")]
+    return Listing(sorted(set(paths) - set(hidden)), sorted(hidden), [])
 
 
-def _some(files: list, otherwise: str) -> list:
-    if not files:
-        raise UserError(otherwise)
-    return files
+def _chosen(listing: Listing, kind: str | None, where: str, otherwise: str, folder: str = "") -> list:
+    """The files of one kind; says what is left out.
+
+    Raises:
+        UserError: none is left, with the words of `otherwise`; one that is taken is a link to nothing.
+    """
+    taken, left = choose(listing.files, kind, where)
+    left |= {"hidden": listing.hidden, "pipe or device": listing.other}
+    if not taken:
+        found = counted(left, folder)
+        raise UserError(f"{where} {otherwise}" + (f" (found {found})" if found else ""))
+    for path in taken:
+        if isinstance(path, Path) and not path.exists():
+            raise UserError(f"{where}: {path} is a link to a file that does not exist; mend the link, or remove it")
+    if any(left.values()):
+        say(f"{where}: files that are read: {len(taken):,}; left out: {counted(left, folder)}")
+    return taken
+
+
+def _each_once(files: Files, option: str) -> Files:
+    first: dict[Path | str, Path | str] = {}
+    twice = []
+    for path in files:
+        if first.setdefault(_resolved(path), path) is not path:
+            twice.append(path)
+    if twice:
+        say(f"{option}: named more than once and read once: {len(twice):,} ({names(twice)})")
+    return list(first.values())
+
+
+def _resolved(path: Path | str) -> Path | str:
+    if isinstance(path, Path):
+        return path.resolve()
+    return path.partition("://")[0] + "://" + filesystem(path)[1].lstrip("/")
 
 
 def _identity(path: Path | str) -> dict[str, str | int]:

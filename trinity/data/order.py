@@ -19,13 +19,14 @@ class Source(Protocol):
     """Documents as token ids: prepared (shards.TokenSource) or tokenised when asked for (text_source.TextSource).
 
     Attributes:
-        documents: how many.
+        documents, tokens: how many; BOS counts as a token.
         lookahead: documents whose lengths are asked for at once.
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer.
         fingerprint: hash of the content.
     """
 
     documents: int
+    tokens: int
     lookahead: int
     vocab_size: int
     bos_id: int

@@ -22,6 +22,7 @@ from trinity.data.duplicates import SeenHashes
 from trinity.data.encoding import Encoder
 from trinity.data.files import SUFFIX, locked, read_json
 from trinity.data.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
+from trinity.data.progress import say_empty_files
 from trinity.data.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
 from trinity.data.shards import HASHES, KINDS, VERSION, damage, shard_path, small_enough, token_dtype
 from trinity.data.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
@@ -40,6 +41,7 @@ def prepare_data(
     *,
     shard_tokens: int = SHARD_TOKENS,
     field: str = "text",
+    kind: str | None = None,
     skip_bad_lines: bool = False,
     deduplicate: bool = False,
     workers: int = 0,
@@ -53,6 +55,7 @@ def prepare_data(
         out: folder for the shards; new, empty, or of an earlier run with the same inputs and tokenizer.
         shard_tokens: tokens at which a shard is full (512 MiB of uint16 by default).
         field: name of the text in a JSON line or a row.
+        kind: of files in folders and of patterns, if they are mixed: text, jsonl, parquet or all (see expand_inputs).
         skip_bad_lines: leave out what cannot be read, and count it.
         deduplicate: of equal texts keep the first alone, and count the others.
         workers: processes that encode, beside this one; 0: this one does, with the threads of the tokenizers library.
@@ -71,7 +74,7 @@ def prepare_data(
         raise UserError(f"--out {out} is a URL; give a local folder, and copy the finished folder there")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs))
+    source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs, kind=kind))
     tok = load_text_encoder(tokenizer)
     header = _header(source, tokenizer, tok, shard_tokens, field, deduplicate)
     _check_folder(out, header)
@@ -102,7 +105,10 @@ def _prepare(
         _write(writer, encoded, seen, bar)
     if writer.tokens == 0:
         raise UserError(f"{source} holds no document with text; give a file that does")
-    return writer.finish(source.end), False
+    index = writer.finish(source.end)
+    if isinstance(source, FileInputs):
+        say_empty_files(source.files, index["input_documents"])
+    return index, False
 
 
 def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | None, bar: tqdm) -> None:

@@ -156,10 +156,9 @@ class SequenceStream:
             other._own[number].restore(stream.state())
         return other
 
-    def counts(self) -> np.ndarray:
-        """[2, sources] int64: tokens read of each source and documents taken, by this rank since the run began."""
-        parts = [(stream.read, stream.taken) for stream in self._own.values()]
-        return np.array(parts, np.int64).sum(axis=0)
+    def tokens_read(self) -> np.ndarray:
+        """[sources] int64: tokens read of each source by this rank since the run began."""
+        return np.array([stream.read for stream in self._own.values()], np.int64).sum(axis=0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream stands, after the last sequence that was taken.

@@ -3,7 +3,7 @@
 Made once by reading all inputs, and kept in a cache folder, where the next start maps it into memory: no cost for
 10⁷ documents, and no Python object a document. It depends on the files and the field alone, not on the tokenizer.
 
-    index.json   format, hash of the content, number of documents, checksums of both arrays; written last
+    index.json   format, hash of the content, documents and bytes of text, checksums of both arrays; written last
     offsets      int64 [documents]: where each document begins: byte in a file, row in a Parquet file
     first        int64 [files + 1]: the first document of each file, then the number of documents
 
@@ -30,13 +30,13 @@ from trinity.data.files import (
     temporary,
     write_atomically,
 )
-from trinity.data.progress import read_with_bar
+from trinity.data.progress import noting_empty_files, read_with_bar
 from trinity.data.shards import AUTO_VERIFY_BYTES
 from trinity.errors import UserError
 
-VERSION = 1
+VERSION = 2
 OFFSET = np.dtype("<i8")
-KEYS = {"version", "documents", "content", "checksums"}
+KEYS = {"version", "documents", "text_bytes", "content", "checksums"}
 ARRAYS = ("offsets", "first")
 
 
@@ -47,13 +47,15 @@ class TextIndex:
         files: in the order of their documents.
         stamps: size and time of each when it was indexed (see stamp).
         documents: how many have text.
+        text_bytes: of it, in UTF-8.
         content: hash of the files' identities and the field, wherever the files lie.
     """
 
     def __init__(self, folder: Path, files: list[Path], stamps: list[tuple[int, int]], header: dict) -> None:
         """What open_index makes of a folder that is whole."""
         self.folder, self.files, self.stamps = folder, files, stamps
-        self.documents, self.content = header["documents"], header["content"]
+        self.documents, self.text_bytes = header["documents"], header["text_bytes"]
+        self.content = header["content"]
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -123,7 +125,9 @@ def _whole(folder: Path, files: int) -> dict | None:
 
 def _make(folder: Path, files: list[Path], stamps: list[tuple[int, int]], field: str, progress: bool) -> dict:
     (folder / "index.json").unlink(missing_ok=True)
-    offsets, first = _scan(read_with_bar(files, field, "indexing text", progress), len(files))
+    offsets, first, text_bytes = _scan(
+        noting_empty_files(read_with_bar(files, field, "indexing text", progress), files), len(files)
+    )
     if not offsets:
         raise UserError(f"{', '.join(map(str, files))}: no document with text; give a file that holds one")
     content = _hash([field, [identity(path) for path in files]])
@@ -133,6 +137,7 @@ def _make(folder: Path, files: list[Path], stamps: list[tuple[int, int]], field:
     header = {
         "version": VERSION,
         "documents": len(offsets),
+        "text_bytes": text_bytes,
         "content": content,
         "checksums": {name: _write(folder / name, values) for name, values in zip(ARRAYS, (offsets, first))},
     }
@@ -140,15 +145,16 @@ def _make(folder: Path, files: list[Path], stamps: list[tuple[int, int]], field:
     return header
 
 
-def _scan(documents: Iterator[Document], files: int) -> tuple[array, array]:
-    """(offsets, first) of the documents with text."""
-    offsets = array("q")
+def _scan(documents: Iterator[Document], files: int) -> tuple[array, array, int]:
+    """(offsets, first, bytes of text) of the documents with text."""
+    offsets, text_bytes = array("q"), 0
     counts = np.zeros(files, np.int64)
     for document in documents:
         if document.text:
             offsets.append(document.offset)
+            text_bytes += len(document.text.encode())
             counts[document.place.file] += 1
-    return offsets, array("q", [0, *np.cumsum(counts).tolist()])
+    return offsets, array("q", [0, *np.cumsum(counts).tolist()]), text_bytes
 
 
 def _write(path: Path, values: array) -> str:

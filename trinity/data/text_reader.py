@@ -4,7 +4,6 @@ Text and .jsonl files are mapped into memory; of Parquet files a few row groups 
 read without its group. A file is looked at before each read: one that has changed since it was indexed is refused.
 """
 
-import json
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Hashable
@@ -15,10 +14,11 @@ from typing import Generic, TypeVar
 import pyarrow
 import pyarrow.parquet
 
+from trinity.data.documents import parse_line, parse_text
+from trinity.data.file_kinds import readable_kind
 from trinity.data.text_index import stamp
 from trinity.errors import UserError
 
-PACKED = (".gz", ".zst")
 OPEN_FILES = 64
 ROW_GROUP_BYTES = 256 << 20
 
@@ -58,7 +58,7 @@ class TextReader:
         """Open nothing yet.
 
         Args:
-            files: text, .jsonl and .parquet files.
+            files: of any kind that is read, and not packed.
             stamps: of the files when they were indexed.
             field: name of the text in a JSON line or Parquet row.
         """
@@ -77,14 +77,15 @@ class TextReader:
         """
         path = self._files[file]
         self._check(file)
-        if path.suffix == ".parquet":
+        kind = readable_kind(path).name
+        if kind == "parquet":
             return self._row(file, place)
         content = self._opened(file, _mapped)
-        if not path.name.endswith(".jsonl"):
-            return content[:].decode()
+        if kind == "text":
+            return parse_text(content[:], str(path), 1, 0, self._field)
         end = content.find(b"\n", place)
         line = content[place:] if end < 0 else content[place:end]
-        return json.loads(line.decode())[self._field]
+        return parse_line(line, str(path), 1, place, self._field)
 
     def _check(self, file: int) -> None:
         path = self._files[file]

@@ -6,29 +6,37 @@ are remembered, and their ids as long as they fit, since a document is read in s
 
 What it costs against shards: each document is tokenised anew in every epoch and after each start, and BPE makes about a
 million tokens a second on a core. A Parquet row costs its whole row group: groups of a thousand rows are well, of a
-hundred thousand are not. Packed files (.gz, .zst) cannot be read at any place and have to be prepared.
+hundred thousand are not. Packed files (.gz, .zst) cannot be read at any place, so they are unpacked into the cache.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from trinity.data.documents import BEGINNING, Batch, Files
+from trinity.data.compressed import unpack
+from trinity.data.documents import BEGINNING, Batch
 from trinity.data.encoding import Encoder
-from trinity.data.files import new_hash
+from trinity.data.file_kinds import file_name, readable_kind
+from trinity.data.files import locked, new_hash, read_json, write_atomically
 from trinity.data.inputs import expand_inputs
 from trinity.data.remote import cache_folder, fetch, mark_of
 from trinity.data.shards import token_dtype
-from trinity.data.text_index import open_index
-from trinity.data.text_reader import PACKED, Recent, TextReader
+from trinity.data.text_index import open_index, stamp
+from trinity.data.text_reader import Recent, TextReader
 from trinity.data.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.errors import UserError
 
 BATCH_CHARACTERS = 1 << 20
 CACHE_BYTES = 512 << 20
+COUNTED_BYTES = 8 << 20
+"""Text whose tokens are counted beforehand, to know how many a source has; of more a sample of about this size."""
+COUNTED_CHARACTERS = 1 << 20
+"""Of one document, at most."""
 
 
 class TextSource:
@@ -38,6 +46,7 @@ class TextSource:
         files: in the order of their documents.
         directory: the folder that all of them are in, however deep.
         documents: how many have text.
+        tokens: of all documents; asking for it may tokenise a sample of them.
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer.
         fingerprint: hash of the files' identities, the field and the tokenizer, wherever the files lie.
         lookahead: documents whose lengths are best asked for at once: few, for each one is tokenised for it.
@@ -52,6 +61,7 @@ class TextSource:
         *,
         field: str = "text",
         cache: Path | None = None,
+        kind: str | None = None,
         cache_bytes: int = CACHE_BYTES,
         option: str = "data.train",
         progress: bool = False,
@@ -59,19 +69,20 @@ class TextSource:
         """Open the files, and index them where that was not done before.
 
         Args:
-            inputs: text, .jsonl and .parquet files, folders, patterns and URLs, in this order (see expand_inputs).
+            inputs: files, folders, patterns and URLs, in this order (see expand_inputs).
             tokenizer: folder with tokenizer.json.
             field: name of the text in a JSON line or Parquet row.
-            cache: folder for indexes and copies of what lies elsewhere; by default $TRINITY_CACHE, or ~/.cache/trinity.
+            cache: folder for indexes, unpacked files and copies of what lies elsewhere; by default $TRINITY_CACHE, or
+                ~/.cache/trinity.
+            kind: of files in folders and of patterns, if they are mixed (see expand_inputs).
             cache_bytes: of token ids to keep, in each process.
             option: what messages about the inputs call them.
             progress: draw a bar on stderr while files are indexed.
         Raises:
-            UserError: bad inputs (see read_documents), packed ones, no document with text, or an unfit tokenizer.
+            UserError: bad inputs (see read_documents), no document with text, or an unfit tokenizer.
         """
         cache = cache or cache_folder()
-        files = expand_inputs([*inputs], option)
-        _check_unpacked(files)
+        files = expand_inputs([*inputs], option, kind)
         self.files = [path if isinstance(path, Path) else _copied(path, cache) for path in files]
         self.directory = Path(os.path.commonpath([path.resolve().parent for path in self.files]))
         self._tokenizer, self._field, self._cache_bytes = Path(tokenizer), field, cache_bytes
@@ -80,10 +91,37 @@ class TextSource:
         self.tokenizer_fingerprint = fingerprint(self._tokenizer)
         self._index = open_index(self.files, field, cache, progress)
         self.documents = self._index.documents
+        places = [_unpacked(*indexed, cache) for indexed in zip(self.files, self._index.stamps)]
+        self._places, self._stamps = places, [stamp(path) for path in places]
         content = new_hash()
         content.update(f"{self._index.content} {self.tokenizer_fingerprint}".encode())
         self.fingerprint = content.hexdigest()
         self._begin(tok)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all documents, BOS counted: exact for up to COUNTED_BYTES of text.
+
+        Of more text about COUNTED_BYTES, spread evenly over the documents, are counted, and the rest is taken to have
+        as many tokens a byte. The number is kept in the cache, so all processes have the same.
+        """
+        path = self._index.folder / f"tokens.{self.tokenizer_fingerprint}.json"
+        with locked(self._index.folder / "lock"):
+            try:
+                return int(read_json(path)["tokens"])
+            except (UserError, TypeError, KeyError, ValueError):  # not there, or damaged
+                tokens = self._count_tokens()
+                write_atomically(path, [json.dumps({"tokens": tokens}), "\n"])
+                return tokens
+
+    def _count_tokens(self) -> int:
+        every = -(-self._index.text_bytes // COUNTED_BYTES)
+        tokens = text_bytes = 0
+        for batch in self._batches([*range(0, self.documents, every)]):
+            texts = [text[:COUNTED_CHARACTERS] for text in batch.values()]
+            tokens += sum(len(ids) - 1 for ids in _encode(self._encoder, texts))
+            text_bytes += sum(len(text.encode()) for text in texts)
+        return self.documents + tokens * self._index.text_bytes // text_bytes
 
     def length(self, document: int) -> int:
         """Tokens of a document, BOS counted."""
@@ -142,7 +180,7 @@ class TextSource:
         # 0 is unknown, for a document has BOS at least. Memory that is never touched is never taken.
         self._lengths = np.zeros(self.documents, np.uint32)
         self._recent: Recent[int, np.ndarray] = Recent(self._cache_bytes)
-        self._reader = TextReader(self.files, self._index.stamps, self._field)
+        self._reader = TextReader(self._places, self._stamps, self._field)
 
     def __getstate__(self) -> dict:
         own = ("_lengths", "_recent", "_reader", "_encoder")
@@ -159,19 +197,28 @@ def _copied(url: str, cache: Path) -> Path:
     """A copy of a file from elsewhere, made once; a new one when it has changed there."""
     name = new_hash()
     name.update(f"{url} {mark_of(url)}".encode())
-    path = cache / "copies" / name.hexdigest() / url.rpartition("/")[2]
+    path = cache / "copies" / name.hexdigest() / file_name(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     fetch(url, path)
     return path
 
 
-def _check_unpacked(files: Files) -> None:
-    for path in files:
-        if str(path).endswith(PACKED):
-            raise UserError(
-                f"{path} is packed and can only be read from its beginning; unpack it, "
-                "or make token shards of it with tools/prepare_data.py"
-            )
+def _unpacked(path: Path, indexed: tuple[int, int], cache: Path) -> Path:
+    """The file itself, or where its packed lines were written out, once.
+
+    Raises:
+        UserError: it has changed since it was indexed.
+    """
+    packing = readable_kind(path).packing
+    if packing is None:
+        return path
+    name = new_hash()
+    name.update(f"{path.resolve()} {indexed}".encode())
+    target = cache / "unpacked" / name.hexdigest() / (path.name.partition(".")[0] + ".jsonl")
+    unpack(path, packing, target)
+    if stamp(path) != indexed:
+        raise UserError(f"{path} was written to while it was read; start again when it is finished")
+    return target
 
 
 def _encode(encoder: Encoder, texts: list[str]) -> list[np.ndarray]:

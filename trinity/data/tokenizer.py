@@ -84,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tok.train_from_iterator(texts, trainer)
-    reached = tok.get_vocab_size()
+    reached = vocabulary_size(tok)
     if reached != vocab_size:
         raise UserError(
             f"--vocab-size {vocab_size} is more than the text gives: it ran out of pairs at {reached}; "
@@ -106,7 +106,7 @@ def pad_vocabulary(tok: Tokenizer, multiple: int) -> None:
         tok: its ids are 0 … V − 1.
         multiple: V is rounded up to a multiple of it, which is at least 1.
     """
-    missing = -tok.get_vocab_size() % multiple
+    missing = -vocabulary_size(tok) % multiple
     texts = [RESERVED.format(number) for number in range(missing)]
     tok.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
 
@@ -194,7 +194,7 @@ def token_byte_lengths(tok: Tokenizer) -> Tensor:
     added = tok.get_added_tokens_decoder()
     vocabulary = tok.get_vocab(with_added_tokens=True)
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    lengths_V = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
+    lengths_V = torch.zeros(vocabulary_size(tok), dtype=torch.int64)
     for token, index in vocabulary.items():
         if index in added:
             lengths_V[index] = 0 if added[index].special else len(token.encode())

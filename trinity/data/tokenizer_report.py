@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from trinity.data.documents import LINES, Files, read_documents
+from trinity.data.documents import Document, Files, read_documents
+from trinity.data.file_kinds import readable_kind
 from trinity.data.inputs import expand_inputs
-from trinity.data.progress import read_with_bar
+from trinity.data.progress import noting_empty_files, read_with_bar
 from trinity.data.tokenizer import load_text_encoder
 from trinity.errors import UserError
 
@@ -51,6 +52,7 @@ def tokenizer_report(
     inputs: Sequence[Path | str],
     *,
     field: str = "text",
+    kind: str | None = None,
     group_by: str | None = None,
     progress: bool = False,
 ) -> list[Row]:
@@ -60,6 +62,7 @@ def tokenizer_report(
         tokenizers: folders with tokenizer.json, the reported one first.
         inputs: files, folders, patterns and URLs, as for prepare_data.
         field: name of the text in a JSON line or Parquet row.
+        kind: of files in folders and of patterns, if they are mixed (see expand_inputs).
         group_by: name of the field to group by; None groups by file name. A text file goes by its name always.
         progress: draw a bar on stderr.
     Returns:
@@ -67,7 +70,7 @@ def tokenizer_report(
     Raises:
         UserError: bad files (see read_documents), a document without `group_by`, or a tokenizer that cannot be read.
     """
-    files = expand_inputs([*inputs], "FILES")
+    files = expand_inputs([*inputs], "FILES", kind)
     toks = [load_text_encoder(folder) for folder in tokenizers]
     documents: Counter[str] = Counter()
     text_bytes: Counter[str] = Counter()
@@ -118,16 +121,20 @@ def _labelled(files: Files, field: str, group_by: str | None, progress: bool) ->
     if len(set(names)) < len(names):
         names = [str(path) for path in files]
     labels = iter(()) if group_by is None else _values(files, group_by)
-    for document, label in zip_longest(read_with_bar(files, field, "counting", progress), labels):
+    for document, label in zip_longest(_counted(files, field, progress), labels):
         if document.text:
             yield label or names[document.place.file], document.text
+
+
+def _counted(files: Files, field: str, progress: bool) -> Iterator[Document]:
+    return noting_empty_files(read_with_bar(files, field, "counting", progress), files)
 
 
 def _values(files: Files, group_by: str) -> Iterator[str | None]:
     """What each document holds in another field; None in a text file, which has no fields."""
     try:
         for document in read_documents(files, group_by):
-            has_fields = str(files[document.place.file]).endswith((*LINES, ".parquet"))
+            has_fields = readable_kind(files[document.place.file]).name != "text"
             yield document.text if has_fields else None
     except UserError as error:
         raise UserError(f"--group-by {group_by}: {error}") from None

@@ -16,7 +16,7 @@ import numpy as np
 from trinity.data.documents import Document, Files, Place
 from trinity.data.files import read_json, write_atomically
 from trinity.data.inputs import FileInputs, expand_inputs
-from trinity.data.progress import read_with_bar
+from trinity.data.progress import noting_empty_files, read_with_bar
 from trinity.data.tokenizer import pad_vocabulary, save_tokenizer, train_tokenizer
 from trinity.errors import UserError
 
@@ -31,6 +31,7 @@ def train_from_files(
     out: Path,
     *,
     field: str = "text",
+    kind: str | None = None,
     sample_bytes: int | None = None,
     seed: int = 0,
     pad_to_multiple: int | None = None,
@@ -44,6 +45,7 @@ def train_from_files(
         vocab_size: ids, exactly, before padding.
         out: folder for the tokenizer; new, empty, or that of an equal command.
         field: name of the text in a JSON line or Parquet row.
+        kind: of files in folders and of patterns, if they are mixed (see expand_inputs).
         sample_bytes: learn from a sample of documents with about so many bytes of text in all; None: from all.
         seed: of the sample.
         pad_to_multiple: fill up with unused special tokens to a multiple of this (see pad_vocabulary).
@@ -60,7 +62,7 @@ def train_from_files(
         raise UserError(f"--pad-to-multiple {pad_to_multiple} must be at least 1")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
-    files = expand_inputs([*inputs])
+    files = expand_inputs([*inputs], kind=kind)
     settings = {
         **FileInputs(files).header,
         "vocab_size": vocab_size,
@@ -90,10 +92,10 @@ def _given(settings: dict) -> dict:
 
 def _texts(files: Files, field: str, sample_bytes: int | None, seed: int, progress: bool) -> Iterator[str]:
     if sample_bytes is None:
-        for document in read_with_bar(files, field, "reading", progress):
+        for document in noting_empty_files(read_with_bar(files, field, "reading", progress), files):
             yield document.text
         return
-    end = _sample_end(read_with_bar(files, field, "measuring", progress), sample_bytes, seed)
+    end = _sample_end(noting_empty_files(read_with_bar(files, field, "measuring", progress), files), sample_bytes, seed)
     for document in read_with_bar(files, field, "reading the sample", progress):
         if _bucket(document.place, seed) < end:
             yield document.text

@@ -38,7 +38,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
     """
     items = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 in a text ends no line
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give a JSONL file") from None
     for number, line in enumerate(lines, start=1):

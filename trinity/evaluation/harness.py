@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trinity.errors import Failure, UserError
+from trinity.interop.tokenizer_files import special_ids
+from trinity.json_files import read_json
 
 INSTALL = '--tasks needs lm-eval; install it: pip install "trinity-moe[evaluation]"'
 
@@ -34,7 +36,7 @@ def run_tasks(
         device: where to compute.
         task_folder: YAML files of tasks of one's own.
     Raises:
-        UserError: lm-eval is not installed, or does not know a task.
+        UserError: lm-eval is not installed, or does not know a task; the tokenizer has ids that the model does not.
         Failure: a data set that cannot be fetched.
     """
     try:
@@ -46,6 +48,7 @@ def run_tasks(
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise UserError(f"--tasks {unknown[0]} is not known to lm-eval; `lm-eval ls tasks` lists what is")
+    _check_tokenizer(folder)
     arguments = {"pretrained": str(folder), "dtype": dtype, "add_bos_token": True, "local_files_only": True}
     if window is not None:
         arguments["max_length"] = window
@@ -65,6 +68,17 @@ def run_tasks(
     except (ConnectionError, OSError) as error:
         raise Failure(f"lm-eval could not get what its tasks need ({' '.join(str(error).split())})") from error
     return {task: _figures(values) for task, values in found["results"].items()}
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raises UserError for a tokenizer that does not fit the model, where transformers would fail at the first such id.
+
+    A folder that lacks one of the files is left to transformers.
+    """
+    if (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
+        rows = read_json(folder / "config.json").get("vocab_size")
+        if isinstance(rows, int):
+            special_ids(folder, rows)
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:

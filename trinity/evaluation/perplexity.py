@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from trinity.data.inputs import holds_text
 from trinity.data.order import Source
+from trinity.data.remote import located
 from trinity.data.shards import TokenSource
 from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import fingerprint
@@ -38,7 +40,9 @@ class Window(NamedTuple):
     stride: int
 
 
-def open_documents(place: str, tokenizer: Path, field: str, vocab_size: int) -> Source:
+def open_documents(
+    place: str, tokenizer: Path, field: str, vocab_size: int, kind: str | None = None
+) -> TokenSource | TextSource:
     """Documents to measure: a folder of token shards, or text, which is tokenised.
 
     Args:
@@ -46,11 +50,15 @@ def open_documents(place: str, tokenizer: Path, field: str, vocab_size: int) -> 
         tokenizer: folder of the model's tokenizer.
         field: name of the text in a JSON line or Parquet row.
         vocab_size: V of the model.
+        kind: of files in folders and of patterns, if they are mixed (see expand_inputs).
     Raises:
         UserError: nothing to read there, or shards of another tokenizer.
     """
-    if not (Path(place) / "index.json").is_file() and "://" not in place:
-        source: Source = TextSource([place], tokenizer, field=field, option="--text", progress=True)
+    source: TokenSource | TextSource
+    where = located(place)
+    missing = isinstance(where, Path) and not where.exists()  # said so by whoever opens texts
+    if missing or holds_text(place):
+        source = TextSource([place], tokenizer, field=field, kind=kind, option="--text", progress=True)
     else:
         source = TokenSource(place)
     if source.tokenizer_fingerprint != fingerprint(tokenizer):

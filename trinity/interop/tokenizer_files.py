@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trinity.data.tokenizer import load_tokenizer
+from trinity.data.tokenizer import load_tokenizer, vocabulary_size
 from trinity.errors import UserError
 from trinity.json_files import read_json
 
@@ -39,12 +39,12 @@ def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
         folder: of the tokenizer.
         vocab_size: rows of the model's embedding.
     Raises:
-        UserError: there is no tokenizer, it has more tokens than the model, or it names one that it does not have.
+        UserError: there is no tokenizer, it has an id beyond the model's, or it names one that it does not have.
     """
     tokenizer = load_tokenizer(folder)
-    if tokenizer.get_vocab_size() > vocab_size:
+    if vocabulary_size(tokenizer) > vocab_size:
         raise UserError(
-            f"{folder} has {tokenizer.get_vocab_size()} tokens, but the model knows {vocab_size} (model.vocab_size); "
+            f"{folder} has token ids up to {vocabulary_size(tokenizer) - 1}, but model.vocab_size is {vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}

@@ -327,7 +327,7 @@ class Training:
         waited = time.perf_counter() - began
         batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
         rate = rates_at(self.config, self.step, plan.tokens)
-        counts = torch.from_numpy(self.data.loader.stream.counts())
+        counts = torch.from_numpy(self.data.loader.stream.tokens_read())
         watch = self.watcher.of_step(self.model, self.step)
         every = self.config.log.norms_every
         if every and (self.step + 1) % every == 0:
@@ -394,13 +394,11 @@ class Training:
         self.watcher.note("rollback", f"from step {spiked} to the checkpoint of step {self.step}, past its data")
         return True
 
-    def _named_counts(self, counts: list[list[float]]) -> dict[str, float]:
-        """Tokens read of each source since the run began, and how often its documents have been gone through."""
-        read, taken = counts
+    def _named_counts(self, read: list[float]) -> dict[str, float]:
+        """Tokens read of each source since the run began, and as a share of the tokens that the source has."""
         sources = self.data.loader.stream.sources
         found = {f"source_tokens.{name}": int(tokens) for name, tokens in zip(sources, read)}
-        epochs = zip(sources.items(), taken)
-        return found | {f"epoch.{name}": documents / source.documents for (name, source), documents in epochs}
+        return found | {f"epoch.{name}": tokens / sources[name].tokens for name, tokens in zip(sources, read)}
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0

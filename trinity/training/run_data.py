@@ -1,7 +1,6 @@
 """What a run reads: its training rows and its validation sets, opened and checked against model and tokenizer."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from trinity.config.paths import run_directory, tokenizer_folder
 from trinity.config.phases import WholePhase, whole_phases
 from trinity.config.run import RunConfig
 from trinity.data.batches import BatchPlan
+from trinity.data.inputs import holds_text
 from trinity.data.loader import Loader
 from trinity.data.mixture import LengthBias, Phase, normalised
 from trinity.data.order import Source
@@ -26,7 +26,6 @@ from trinity.training.setup import batch_plan
 
 STEPS_AHEAD = 2
 LEARNING = ["batch", "optim", "balancing", "loss", "precision"]  # what may have changed without changing the data
-TEXT = (".txt", ".jsonl", ".parquet")
 
 
 @dataclass
@@ -56,6 +55,8 @@ def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan, step: int) -> Ru
         UserError: no training data, a damaged source, another tokenizer, a vocabulary larger than the model's.
     """
     stream = open_stream(config, ranks.rank, ranks.data_ranks, plan)
+    for source in stream.sources.values():
+        _ = source.tokens  # of text they are counted here, and not within the first step
     ahead = STEPS_AHEAD * plan.at(step).sequences // ranks.data_ranks
     loader = Loader(stream, config.data.workers, ahead, pin=ranks.device.type == "cuda")
     validation = _open_sources("validation", config.data.validation, config)
@@ -130,19 +131,12 @@ def _open_sources(kind: str, places: dict[str, str], config: RunConfig) -> dict[
 
 def _open_source(label: str, place: str, config: RunConfig) -> Source:
     """Shards, from a folder that holds them or is to; or text, tokenised as it is read."""
-    if not _is_text(place):
+    if not holds_text(place):
         return TokenSource(place, config.data.verify)
     folder = tokenizer_folder(config)
     if folder is None:
         raise UserError(f"{label}={place} is text, and data.tokenizer is not given; set it to a tokenizer's folder")
     return TextSource([place], folder, field=config.data.text_field, option=label, progress=True)
-
-
-def _is_text(place: str) -> bool:
-    path = Path(place)
-    if path.is_dir():
-        return not (path / "index.json").exists() and any(found.suffix in TEXT for found in path.iterdir())
-    return path.is_file() or place.endswith(TEXT) or "*" in place
 
 
 def _check_source(label: str, source: TokenSource, config: RunConfig) -> None:

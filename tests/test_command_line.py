@@ -1,0 +1,56 @@
+"""Paths on a command line: a home folder that no shell has expanded, in every program."""
+
+import argparse
+import os
+import pwd
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from trinity.command_line import local_path, place
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = sorted(path for folder in ("tools", "launch") for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only at the beginning; a URL and an ordinary path stay what they are."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert local_path("~/a/~b") == Path("/home/somebody/a/~b")
+    assert place("~/x/**/*.txt") == "/home/somebody/x/**/*.txt"
+    assert place("~") == "/home/somebody"
+    user = pwd.getpwuid(os.getuid())
+    assert place(f"~{user.pw_name}/a") == f"{user.pw_dir}/a"
+    for text in ("a/~/b", "./~", "s3://bucket/~/a", "/x"):
+        assert place(text) == text
+        assert str(local_path("b/~")) == "b/~"
+    with pytest.raises(argparse.ArgumentTypeError, match=r"~no-such-user is no user's home .* write \./~no-such"):
+        local_path("~no-such-user/a")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_no_program_takes_a_path_as_it_is(program: Path) -> None:
+    assert "type=Path" not in program.read_text()
+
+
+def test_a_tool_writes_into_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """--input, --tokenizer and --out of the tools that prepare."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    (home / "a.txt").write_text("some words and some more words " * 20)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    words = {
+        "train_tokenizer": ["--input", "~/a.txt", "--vocab-size", "262", "--out=~/tokenizer"],
+        "prepare_data": ["--input", "~/*.txt", "--tokenizer=~/tokenizer", "--out=~/shards", "--workers", "0"],
+    }
+    for tool, given in words.items():
+        monkeypatch.setattr(sys, "argv", [tool, *given])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+        assert end.value.code == 0
+    assert sorted(path.name for path in home.iterdir()) == ["a.txt", "shards", "tokenizer"]
+    assert not list(here.iterdir())
