@@ -23,8 +23,8 @@ from trinity.parallel.mesh import check_parallel
 from trinity.parallel.traffic import count_collectives
 from trinity.planning.activations import block_activations
 from trinity.planning.communication import flows
-from trinity.planning.stretches import load_of, stretches
 from trinity.planning.sharded import sharded, state_bytes
+from trinity.planning.stretches import load_of, stretches
 from trinity.training.setup import build_model, make_optimizers
 from trinity.training.trainer import Batch, train_step
 
