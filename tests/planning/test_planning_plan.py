@@ -1,7 +1,10 @@
 """The plan as a user meets it: the command, its tables and values, and advice that holds."""
 
+import ast
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +56,26 @@ def test_command(tmp_path: Path) -> None:
     assert values["mesh"] == {"replicate": 1, "shard": 2, "expert": 1, "expert_shard": 2, "experts_by": "experts"}
     assert values["runs_on"] == [1, 2, 4, 8, 16]
     assert f"{values['memory']['total'] / 1e9:,.2f}" in done.stdout
+
+
+def examples() -> list[str]:
+    """The command lines that --help shows."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "tools/plan.py").read_text(encoding="utf-8")))
+    return [line for line in docstring.splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", examples())
+def test_examples_of_the_help(line: str, tmp_path: Path) -> None:
+    """As printed, in a folder where --json may write."""
+    for name in ("tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    words = [sys.executable, *shlex.split(line)[1:]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"[\w-]+ on \d+ × [\w-]+\n(fits|DOES NOT FIT) ", done.stdout)
+    assert ("--json" in line) == (tmp_path / "plan.json").exists()
 
 
 def test_text_and_values_agree() -> None:
