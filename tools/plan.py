@@ -5,7 +5,6 @@ python tools/plan.py configs/nano_1gpu.yaml recompute=none batch.microbatch=4 --
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from trinity.errors import run_main
@@ -28,13 +27,14 @@ def main() -> None:
     """Plan and print."""
     arguments = parse()
     from trinity.config import load_config
+    from trinity.io.json_files import write_json
     from trinity.planning.plan import make_plan
     from trinity.planning.text import as_text, as_values
 
     plan = make_plan(load_config(arguments.config, arguments.settings), arguments.gpus, arguments.gpu)
     print(as_text(plan))
     if arguments.json:
-        arguments.json.write_text(json.dumps(as_values(plan), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, as_values(plan))
 
 
 if __name__ == "__main__":

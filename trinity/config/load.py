@@ -17,6 +17,7 @@ from trinity.config.check import check_run
 from trinity.config.model import ZOO
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
+from trinity.io.local import write_atomically
 
 COMMAND_LINE = "the command line"
 SWITCHES = ("parallel.defer_reduce", "optim.muon.share")
@@ -75,9 +76,7 @@ def _defaults(name: str) -> DictConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config))
-    temporary.replace(path)
+    write_atomically(path, to_yaml(config))
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trinity.data.documents import NOT_TEXT, READ, Batch, Files, Place, read_batches
-from trinity.data.files import SUFFIX, check_inputs, identity
+from trinity.data.files import check_inputs
 from trinity.data.remote import filesystem, located, mark_of, reached, size_of
 from trinity.errors import UserError
+from trinity.io.checksum import identity
+from trinity.io.local import SUFFIX
 
 GLOB = set("*?[")
 

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 
 from trinity.data.documents import BEGINNING, Batch, Files
 from trinity.data.encoding import Encoder
-from trinity.data.files import new_hash
 from trinity.data.inputs import expand_inputs
 from trinity.data.remote import cache_folder, fetch, mark_of
 from trinity.data.shards import token_dtype
@@ -26,6 +25,7 @@ from trinity.data.text_index import open_index
 from trinity.data.text_reader import PACKED, Recent, TextReader
 from trinity.data.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.errors import UserError
+from trinity.io.checksum import new_hash
 
 BATCH_CHARACTERS = 1 << 20
 CACHE_BYTES = 512 << 20

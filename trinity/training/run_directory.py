@@ -1,14 +1,11 @@
 """A run directory: who holds it, what state the run is in, and what makes restarts stop.
 
-lock: flock, so that a crash leaves none behind. status.json and config files: written beside, then renamed, so that a
-reader never sees half of one. STOP: written after a user's mistake or too many bad steps; restarts honour it until it
+lock: flock, so that a crash leaves none behind. status.json, config files and STOP are whole or absent, also after a
+power cut (trinity/io/local.py). STOP: written after a user's mistake or too many bad steps; restarts honour it until it
 is removed, because a launcher that restarts by itself must not repeat a mistake.
 """
 
 import errno
-import fcntl
-import json
-import os
 import socket
 import time
 from pathlib import Path
@@ -17,6 +14,8 @@ from typing import IO
 from trinity.config.load import load_config, save_config
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
+from trinity.io.json_files import write_json
+from trinity.io.local import make_folder, try_lock, write_atomically
 
 
 class RunDirectory:
@@ -44,7 +43,7 @@ class RunDirectory:
         if saved.exists() and not saved.is_dir():
             raise UserError(f"{saved} is no folder, and checkpoints are to go there; move it away, or set run.dir")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             return self._take()
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -53,13 +52,9 @@ class RunDirectory:
 
     def _take(self) -> IO[str]:
         lock = open(self.path / "lock", "a+")  # noqa: SIM115 (held until the process ends)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(lock.fileno()):
             lock.seek(0)
-            raise UserError(
-                f"{self.path} is in use by another run ({lock.read().strip()}); wait for it or set run.dir"
-            ) from None
+            raise UserError(f"{self.path} is in use by another run ({lock.read().strip()}); wait for it or set run.dir")
         lock.truncate(0)
         lock.write(f"host {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
@@ -77,12 +72,12 @@ class RunDirectory:
         """Write status.json; state is running, finished, saved or stopped."""
         if self._first:
             status = {"state": state, "code": code, "step": step, "reason": reason}
-            write_whole(self.path / "status.json", json.dumps(status) + "\n")
+            write_json(self.path / "status.json", status, indent=None)
 
     def forbid_restart(self, reason: str) -> None:
         """Write STOP."""
         if self._first:
-            write_whole(self.path / "STOP", reason + "\n")
+            write_atomically(self.path / "STOP", reason + "\n")
 
     def take_save_request(self) -> bool:
         """Whether somebody touched SAVE ("save now and go on"); takes the request away."""
@@ -119,13 +114,3 @@ def _configs(run: Path) -> dict[int, Path]:
         if number.isdecimal():
             found[int(number)] = path
     return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old text or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
