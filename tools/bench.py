@@ -7,12 +7,12 @@ python tools/bench.py --list
 """
 
 import argparse
-import json
 from importlib import import_module
 from types import ModuleType
 
 from trinity.command_line import local_path
 from trinity.errors import UserError, run_main
+from trinity.io.json_files import write_json
 
 SUITES = ("step", "experts", "attention", "head", "norms", "routing", "muon", "mesh", "data", "prepare", "overhead")
 """Modules of tools/benchmarks, each with run(quick) and table(results)."""
@@ -46,7 +46,7 @@ def main() -> None:
     results = suite.run(quick=arguments.quick, **words)
     print(suite.table(results))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(arguments.json, results)
 
 
 def _module(name: str) -> ModuleType:

@@ -11,7 +11,6 @@ Example: python tools/evaluate.py runs/smoke/hf/final --text data/smoke/corpus/c
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from trinity.evaluation.harness import run_tasks
 from trinity.evaluation.perplexity import Window, open_documents, packed_perplexity, perplexity
 from trinity.interop import load_hf
 from trinity.interop.tokenizer_files import special_ids
+from trinity.io.json_files import write_json
 from trinity.models.trinity import Trinity
 
 Results = dict[str, dict[str, float]]
@@ -57,7 +57,7 @@ def main() -> None:
         )
     print(table(results))
     if options.json:
-        options.json.write_text(json.dumps({"folder": str(options.folder), "results": results}, indent=1) + "\n")
+        write_json(options.json, {"folder": str(options.folder), "results": results})
 
 
 def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Results:

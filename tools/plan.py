@@ -7,7 +7,6 @@ python tools/plan.py configs/smoke.yaml --gpu name=mygpu,tflops=100,gib=24,gbs=1
 """
 
 import argparse
-import json
 
 from trinity.command_line import local_path
 from trinity.errors import run_main
@@ -41,6 +40,7 @@ def main() -> None:
     arguments = parse()
     from trinity.config import load_config
     from trinity.hardware import find_gpu
+    from trinity.io.json_files import write_json
     from trinity.planning.plan import make_plan
     from trinity.planning.text import as_text, as_values
 
@@ -49,7 +49,7 @@ def main() -> None:
     plan = make_plan(config, arguments.gpus, gpu, pick=arguments.gpus is not None)
     print(as_text(plan))
     if arguments.json:
-        arguments.json.write_text(json.dumps(as_values(plan), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, as_values(plan))
 
 
 if __name__ == "__main__":

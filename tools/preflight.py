@@ -6,10 +6,10 @@ python tools/preflight.py --quick
 """
 
 import argparse
-import json
 
 from trinity.command_line import local_path
 from trinity.errors import UserError, run_main
+from trinity.io.json_files import write_json
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +62,7 @@ def main() -> int:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             found = {"effort": effort._asdict(), "threshold": arguments.threshold / 100, "ranks": reports}
             found |= {"odd": [one._asdict() for one in odd], "mismatches": differing}
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(arguments.json, found)
     return 1 if odd or differing else 0
 
 

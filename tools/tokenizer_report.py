@@ -6,12 +6,12 @@ A ratio above 1: the tokenizer needs fewer tokens for that text than the other o
 """
 
 import argparse
-import json
 
 from trinity.command_line import local_path, place
 from trinity.data.file_kinds import CHOICES
 from trinity.data.tokenizer_report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
+from trinity.io.json_files import write_json
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
     names = [str(folder) for folder in folders]
     print(as_text(rows, names))
     if arguments.json:
-        arguments.json.write_text(json.dumps(as_values(rows, names), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, as_values(rows, names))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import pyarrow.parquet
 import pytest
 from small_files import content, decoded, jsonl, zstd
 
-from trinity.data import files, shard_writer
+from trinity.data import shard_writer
 from trinity.data.documents import BEGINNING, Document, Place, read_batches, read_documents
 from trinity.data.inputs import Dataset, DatasetInput, expand_inputs
 from trinity.data.prepare import prepare_data
 from trinity.errors import Failure, UserError
+from trinity.io import local
 
 TEXTS = [f"Text number {number}, " + "日本 and more. " * (number % 5) for number in range(50)]
 
@@ -191,15 +192,15 @@ def test_a_data_set_gives_the_shards_of_its_file(
 
 def die_at(patch: pytest.MonkeyPatch, moment: int) -> None:
     moves: Iterator[int] = iter(range(moment))
-    real = files.move_into_place
+    real = local.publish
 
     def move(path: Path) -> None:
         if next(moves, None) is None:
             raise KeyboardInterrupt
         real(path)
 
-    patch.setattr(files, "move_into_place", move)
-    patch.setattr(shard_writer, "move_into_place", move)
+    patch.setattr(local, "publish", move)
+    patch.setattr(shard_writer, "publish", move)
 
 
 def test_data_sets_that_do_not_fit(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from small_files import content, decoded, jsonl, tokenizer_with_gap, zstd
 
-from trinity.data import documents, encoding, files, prepare, shard_writer
+from trinity.data import documents, encoding, prepare, shard_writer
 from trinity.data.compressed import zstd as zstd_library
 from trinity.data.prepare import prepare_data
 from trinity.data.shards import TokenSource
@@ -20,6 +20,7 @@ from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import BOS, load_tokenizer, token_byte_lengths
 from trinity.data.train_tokenizer import _texts
 from trinity.errors import UserError
+from trinity.io import checksum, local
 
 TEXTS = [f"Document {number}: " + "some words of text, 日本語, 12345. " * (number % 7) for number in range(60)]
 
@@ -76,9 +77,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
             raise Killed
         real(path)
 
-    real = files.move_into_place
-    monkeypatch.setattr(files, "move_into_place", move)
-    monkeypatch.setattr(shard_writer, "move_into_place", move)
+    real = local.publish
+    monkeypatch.setattr(local, "publish", move)
+    monkeypatch.setattr(shard_writer, "publish", move)
 
 
 def test_killed_at_any_moment_and_started_again(
@@ -177,11 +178,11 @@ def test_identity_sees_all_of_small_files_and_all_over_large_ones(tmp_path: Path
     """9,900,000 lies in the last of 64 blocks of 65,536 bytes, which begins at 63/64 of the file."""
     path = tmp_path / "a"
     path.write_bytes(bytes(size))
-    before = files.identity(path)
+    before = checksum.identity(path)
     for place in places:
         path.write_bytes(bytes(place) + b"x" + bytes(size - place - 1))
-        assert files.identity(path)["bytes"] == before["bytes"]
-        assert files.identity(path)["sample"] != before["sample"]
+        assert checksum.identity(path)["bytes"] == before["bytes"]
+        assert checksum.identity(path)["sample"] != before["sample"]
 
 
 GOOD = b'{"text": "good"}\n'

@@ -126,7 +126,7 @@ def test_folders_without_an_index(make_source: Callable, tmp_path: Path) -> None
     index = source.directory / "index.json"
     content = index.read_text()
     index.write_text(content[:50])
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is not JSON"):
         TokenSource(source.directory)
     index.write_text(content.replace('"version": 1', '"version": 9'))
     with pytest.raises(UserError, match="shard format 9"):

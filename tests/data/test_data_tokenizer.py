@@ -315,7 +315,7 @@ def test_a_kill_while_writing_over_leaves_no_wrong_label(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "write_atomically", killed)
+        patched.setattr(training, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             train_from_files([source], 260, out, force=True)
     assert load_tokenizer(out).get_vocab_size() == 260

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from trinity.data.corpus import write_corpus
-from trinity.data.files import temporary
 from trinity.data.shards import TokenSource
 from trinity.data.tokenizer import load_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
+from trinity.io.local import temporary
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -38,7 +38,7 @@ MOMENTS = {
     "forward": (lambda: asked_before(Trinity, "forward", 5), 2),
     "backward": (lambda: asked_before(torch.Tensor, "backward", 5), 2),
     "writing a checkpoint": (lambda: asked_before(filesystem, "_write_item", 30), 4),
-    "publishing a checkpoint": (lambda: asked_before(checkpoint_folder, "write_whole", 1), 4),
+    "publishing a checkpoint": (lambda: asked_before(checkpoint_folder, "write_atomically", 1), 4),
     "evaluating": (lambda: asked_before(Trinity, "forward", 14), 4),
     "exporting": (lambda: asked_before(export, "save_file", 1), 6),
 }

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from url_stores import register
 
 from trinity.errors import UserError
+from trinity.io import checksum
 from trinity.training import checkpoint_folder
 from trinity.training.checkpoint import (
     Home,
@@ -296,6 +297,6 @@ def test_the_sums_are_those_of_the_files(run: Path, home: Home, group: None, tmp
     for name in (".metadata", "__0_0.distcp"):
         content = (step_folder(run, 6) / name).read_bytes()
         assert listed[name] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
-    content = random.Random(1).randbytes(2 * checkpoint_folder.BLOCK + 5)
+    content = random.Random(1).randbytes(2 * checksum.BLOCK + 5)
     (tmp_path / "large").write_bytes(content)
     assert checkpoint_folder.sum_of(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")

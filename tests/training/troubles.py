@@ -27,7 +27,7 @@ def in_the_files(times: int) -> mock._patch:
 
 def in_the_publish(name: str, times: int, after: bool = False) -> mock._patch:
     """When COMPLETE or latest is written for the n-th time: between content and name, or just after."""
-    write = checkpoint_folder.write_whole
+    write = checkpoint_folder.write_atomically
 
     def write_and_die(path: Path, text: str) -> None:
         path.with_name(path.name + ".tmp").write_text(text)
@@ -36,7 +36,7 @@ def in_the_publish(name: str, times: int, after: bool = False) -> mock._patch:
         kill()
 
     matching = nth(times, write, lambda path, text: path.name == name, write_and_die)
-    return mock.patch.object(checkpoint_folder, "write_whole", matching)
+    return mock.patch.object(checkpoint_folder, "write_atomically", matching)
 
 
 def in_the_deletion(name: str) -> mock._patch:

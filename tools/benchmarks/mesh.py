@@ -17,6 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trinity.io.json_files import to_json
+
 ROWS, LENGTH = 8, 256
 MESHES = {
     "1 process": (1, []),
@@ -103,7 +105,7 @@ def _measure(steps: int, words: list[str]) -> dict[str, list[float]]:
         for name, clock in clocks.items():
             found[name].append(clock[0] - before[name])
     if ranks.is_first:
-        print(json.dumps({name: values[1:] for name, values in found.items()}))
+        print(to_json({name: values[1:] for name, values in found.items()}))
     mesh.stop()
     return found
 

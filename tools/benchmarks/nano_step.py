@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trinity.io.json_files import to_json
+
 CONFIG = "configs/nano_1gpu.yaml"
 TOKENS = (65_536, 524_288)
 """Tokens of the steps that are measured."""
@@ -113,7 +115,7 @@ def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[st
         median = statistics.median(seconds)
         mfu = None if peak is None else flops * tokens / median / peak
         row = {"what": what, "tokens": tokens, "seconds": median, "mfu": mfu, "memory_gib": memory_gib(ranks.device)}
-        print(json.dumps(row), flush=True)
+        print(to_json(row), flush=True)
 
     def gradient(batch: Batch) -> None:
         losses = model(batch.tokens_BS, targets_BS=batch.targets_BS)

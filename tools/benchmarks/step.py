@@ -23,6 +23,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trinity.io.json_files import to_json
+
 ROWS, LENGTH = 8, 256
 THEIRS = ("eager", "batched_mm", "grouped_mm")
 DTYPES = ("float32", "bfloat16")
@@ -258,6 +260,6 @@ if __name__ == "__main__":
     contender, precision, repetitions, export = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     engine = contender.removeprefix("transformers ")
     if contender == "trinity":
-        print(json.dumps(_ours(precision, repetitions)))
+        print(to_json(_ours(precision, repetitions)))
     else:
-        print(json.dumps(_theirs(engine, precision, repetitions, export)))
+        print(to_json(_theirs(engine, precision, repetitions, export)))

@@ -5,7 +5,6 @@ docstrings with pydoc's chapters are one of prose. A domain's text is cut, at en
 Whole modules are held out of every domain, and their docstrings of the prose.
 """
 
-import json
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from trinity.data.corpus import docstrings, held_out, read_modules, topics
-from trinity.data.files import write_atomically
 from trinity.data.permutation import random_key
 from trinity.data.prepare import prepare_data
 from trinity.data.shards import TokenSource
 from trinity.data.train_tokenizer import train_from_files
+from trinity.io.json_files import to_json
+from trinity.io.local import write_atomically
 
 PACKAGES = 12
 HELD_OUT = 0.04
@@ -62,7 +62,7 @@ def make_corpus(out: Path, vocab_size: int, every: int = 1, library: Path | None
     domains = read_domains(modules)
     for name, domain in domains.items():
         for side, text in zip(SIDES, domain):
-            lines = (json.dumps({"text": document}) + "\n" for document in cut(text, f"{name}.{side}"))
+            lines = (to_json({"text": document}) + "\n" for document in cut(text, f"{name}.{side}"))
             write_atomically(documents / f"{name}.{side}.jsonl", lines)
     tokenizer = out / "tokenizer"
     train_from_files([documents / f"{name}.train.jsonl" for name in domains], vocab_size, tokenizer)

@@ -86,7 +86,7 @@ def experiment(out: Path, seeds: int, steps: int, quick: bool) -> tuple[dict[str
     from domains import describe, make_corpus
     from rsdb_arms import ARMS, QUICK, SETTINGS, arm_config
 
-    from trinity.data.files import locked
+    from trinity.io.local import locked
 
     out.mkdir(parents=True, exist_ok=True)
     words = QUICK if quick else []
@@ -113,7 +113,7 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
     from rsdb_arms import train_arm
     from tqdm import tqdm
 
-    from trinity.data.files import read_json, write_atomically
+    from trinity.io.json_files import read_json, write_json
 
     folder.mkdir(exist_ok=True)
     places = {(arm, seed): folder / f"{arm}-{seed}.json" for arm, seed in configs}
@@ -128,16 +128,17 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
         for key, config in configs.items():
             if found[key] is None:
                 found[key] = {"settings": settings_of(config)} | train_arm(config, bar.update)
-                write_atomically(places[key], [json.dumps(found[key])])
+                write_json(places[key], found[key], indent=None)
     return found
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """What a run is a function of, as JSON gives it back: every setting but where files lie."""
     from trinity.config.load import flatten
+    from trinity.io.json_files import to_json
 
     values = {key: value for key, value in flatten(config).items() if key not in PLACES}
-    return json.loads(json.dumps(values))
+    return json.loads(to_json(values))
 
 
 if __name__ == "__main__":

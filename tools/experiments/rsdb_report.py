@@ -1,7 +1,6 @@
 """What the runs of the RSDB experiment say: measures of each, a table beside the report's figures, and a plot."""
 
 import io
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 from rsdb_arms import ARMS, CURVES
 
-from trinity.data.files import write_atomically
 from trinity.errors import UserError
+from trinity.io.json_files import to_json
+from trinity.io.local import write_atomically
 
 FEWEST_STEPS = 8
 """Half of them are enough for a parabola and something left over."""
@@ -93,14 +93,14 @@ def write_results(path: Path, about: dict[str, Any], runs: dict[str, list[dict[s
 
 
 def _lines(about: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    head = json.dumps(about, indent=1, ensure_ascii=False)
+    head = to_json(about, indent=1, ensure_ascii=False)
     yield head.removesuffix("\n}") + ',\n "runs": [\n'
     lines = []
     for arm, of_arm in runs.items():
         for seed, run in enumerate(of_arm):
             curves = {name: [float(f"{value:.5g}") for value in values] for name, values in run["curves"].items()}
             line = {"arm": arm, "seed": seed, "measures": measures(run), "validation": run["validation"]}
-            lines.append("  " + json.dumps(line | {"curves": curves}))
+            lines.append("  " + to_json(line | {"curves": curves}))
     yield ",\n".join(lines) + "\n ]\n}\n"
 
 

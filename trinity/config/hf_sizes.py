@@ -10,7 +10,7 @@ from typing import Any
 
 from trinity.config.model import ZOO, ModelConfig
 from trinity.errors import UserError
-from trinity.json_files import read_json
+from trinity.io.json_files import read_json
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
@@ -62,7 +62,12 @@ def hf_sizes(folder: Path) -> ModelConfig:
     Raises:
         UserError: it has no config.json, or one of another model.
     """
-    return model_config(read_json(folder / "config.json"))
+    raw = read_json(folder / "config.json", "fetch or export it again")
+    if raw is None:
+        raise UserError(
+            f"{folder / 'config.json'} does not exist; give a folder written by transformers or by tools/export_hf.py"
+        )
+    return model_config(raw)
 
 
 def model_config(raw: dict[str, Any]) -> ModelConfig:

@@ -29,6 +29,7 @@ from trinity.config.scalars import fields_of, read_word, read_yaml, typed
 from trinity.config.start import starting_model
 from trinity.config.suggest import about_key, all_keys, nearest_keys
 from trinity.errors import UserError
+from trinity.io.local import write_atomically
 
 COMMAND_LINE = "the command line"
 SWITCHES = ("parallel.defer_reduce", "optim.muon.share")
@@ -86,9 +87,7 @@ def _defaults(model: ModelConfig) -> DictConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, to_yaml(config))
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import lzma
-import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from trinity.data.files import locked, move_into_place, temporary
 from trinity.data.remote import open_input
 from trinity.errors import UserError
+from trinity.io.local import atomic_file, locked
 
 BLOCK = 1 << 18
 # zstd --long=31 looks back over 2 GiB, and so must whoever unpacks it; the library allows 128 MiB unless it is told.
@@ -73,10 +72,7 @@ def unpack(path: Path, packing: str, target: Path) -> None:
     with locked(target.with_name(target.name + ".lock")):
         if target.exists():
             return
-        with open_input(path) as file, whole(path, packing), open(temporary(target), "wb") as copy:
+        with open_input(path) as file, whole(path, packing), atomic_file(target) as copy:
             content = unpacked(file, packing)
             while block := content.read(BLOCK):
                 copy.write(block)
-            copy.flush()
-            os.fsync(copy.fileno())
-        move_into_place(target)

@@ -7,7 +7,6 @@ in the code too, so a module is held out from both sources or from neither: its 
 import ast
 import hashlib
 import io
-import json
 import sysconfig
 import tokenize
 import warnings
@@ -15,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trinity.data.files import write_atomically
+from trinity.io.json_files import to_json
+from trinity.io.local import make_folder, write_atomically
 
 HELD_OUT = 0.03
 SHORTEST_DOCSTRING = 40
@@ -48,7 +48,7 @@ def write_corpus(out: Path, library: Path | None = None) -> list[CorpusFile]:
             *((f"topic:{topic}", f"topic:{topic}", text) for topic, text in topics()),
         ],
     }
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     files = []
     for source, documents in sources.items():
         for side, held in (("train", False), ("validation", True)):
@@ -120,4 +120,4 @@ def _encodable(text: str) -> bool:
 
 
 def _line(name: str, text: str) -> str:
-    return json.dumps({"text": text, "name": name}, ensure_ascii=False) + "\n"
+    return to_json({"text": text, "name": name}, ensure_ascii=False) + "\n"

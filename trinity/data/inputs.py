@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from trinity.data.documents import Batch, Files, Place, read_batches
 from trinity.data.file_kinds import READ, file_kind
-from trinity.data.files import check_inputs, identity
+from trinity.data.files import check_inputs
 from trinity.data.find_files import MAGIC, Listing, choose, counted, list_folder, list_pattern, names, say
 from trinity.data.remote import cached_folder, filesystem, located, mark_of, reached, size_of
 from trinity.errors import UserError
+from trinity.io.checksum import identity
 
 
 class FileInputs:

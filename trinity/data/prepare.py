@@ -20,7 +20,6 @@ from tqdm import tqdm
 from trinity.data.documents import BATCH_BYTES, BEGINNING, Batch, Place
 from trinity.data.duplicates import SeenHashes
 from trinity.data.encoding import Encoder
-from trinity.data.files import SUFFIX, locked, read_json
 from trinity.data.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
 from trinity.data.progress import say_empty_files
 from trinity.data.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
@@ -28,6 +27,8 @@ from trinity.data.shards import HASHES, KINDS, VERSION, damage, shard_path, smal
 from trinity.data.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.data.workers import in_processes
 from trinity.errors import UserError
+from trinity.io.json_files import read_json
+from trinity.io.local import SUFFIX, locked
 
 SHARD_TOKENS = 1 << 28
 PATIENCE = 5

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from trinity.data.files import checksum, locked, move_into_place, temporary
 from trinity.errors import Failure, UserError
+from trinity.io.checksum import new_hash
+from trinity.io.local import atomic_file, locked, make_folder
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -111,7 +112,7 @@ def cache_folder() -> Path:
 def cached_folder(url: str) -> Path:
     """The local folder for what is fetched from a folder elsewhere; made if it is not there."""
     folder = cache_folder() / "shards" / hashlib.blake2b(url.rstrip("/").encode(), digest_size=16).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return folder
 
 
@@ -121,7 +122,7 @@ def fetch(url: str, path: Path, size: int | None = None, digest: str | None = No
     Args:
         url: the file.
         path: where to; the folder exists.
-        size, digest: bytes and checksum (see files.checksum) that it must have.
+        size, digest: bytes and checksum (see content_hash) that it must have.
     Raises:
         UserError: there is no such file, or it is another than size and digest say.
         Failure: it cannot be reached.
@@ -131,23 +132,19 @@ def fetch(url: str, path: Path, size: int | None = None, digest: str | None = No
     with locked(path.with_name(path.name + ".lock")):
         if path.exists():
             return
-        part = temporary(path)
-        with open_input(url) as source, open(part, "wb") as copy:
+        with open_input(url) as source, atomic_file(path) as copy:
+            found = new_hash()
             while block := source.read(BLOCK):
                 copy.write(block)
-            copy.flush()
-            os.fsync(copy.fileno())
-        found = part.stat().st_size
-        wrong = f"{found} bytes of {size}" if size not in (None, found) else None
-        if wrong is None and digest not in (None, checksum(part)):
-            wrong = "its checksum is another"
-        if wrong:
-            part.unlink()
-            raise UserError(
-                f"{url} is not what {path.parent / 'index.json'} names ({wrong}); mend it there, "
-                f"or remove {path.parent} if the folder was made anew"
-            )
-        move_into_place(path)
+                found.update(block)
+            wrong = f"{copy.tell()} bytes of {size}" if size not in (None, copy.tell()) else None
+            if wrong is None and digest not in (None, found.hexdigest()):
+                wrong = "its checksum is another"
+            if wrong:
+                raise UserError(
+                    f"{url} is not what {path.parent / 'index.json'} names ({wrong}); mend it there, "
+                    f"or remove {path.parent} if the folder was made anew"
+                )
 
 
 def _raw(url: str, files: "AbstractFileSystem", name: str) -> BinaryIO:

@@ -7,8 +7,6 @@ in progress.json or index.json does not exist for a reader and is written over.
 Shapes: n items of the input, m of them documents that are kept, T tokens of these.
 """
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -18,8 +16,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from trinity.data.documents import Place
-from trinity.data.files import move_into_place, new_hash, temporary, write_atomically
 from trinity.data.shards import HASHES, KINDS, OFFSET, shard_path, token_dtype
+from trinity.io.checksum import new_hash
+from trinity.io.json_files import to_json
+from trinity.io.local import make_folder, publish, sync, temporary, write_atomically
 
 KEPT, EMPTY, UNREADABLE, DUPLICATE = range(4)
 REASONS = ("kept", "empty", "unreadable", "duplicate")
@@ -71,7 +71,7 @@ class ShardWriter:
         self._kinds = (*KINDS, HASHES) if header.get("deduplicate") else KINDS
         self._skipped = np.zeros(len(REASONS), np.int64)
         self._open: _OpenShard | None = None
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         self._save_progress()
 
     def add(self, ids: np.ndarray, text_bytes: int, place: Place) -> None:
@@ -149,14 +149,14 @@ class ShardWriter:
 
     def _save(self, name: str, content: dict) -> None:
         """Write JSON with a line for each key, and one for each shard: short to make, and to look at."""
-        lines = [f"{json.dumps(key)}: {_listed(key, value)}" for key, value in content.items()]
+        lines = [f"{to_json(key)}: {_listed(key, value)}" for key, value in content.items()]
         write_atomically(self.directory / name, ["{\n", ",\n".join(lines), "\n}\n"])
 
 
 def _listed(key: str, value: object) -> str:
     if key not in ("shards", "inputs"):
-        return json.dumps(value)
-    return "[\n" + ",\n".join(json.dumps(entry) for entry in value) + "\n]"
+        return to_json(value)
+    return "[\n" + ",\n".join(to_json(entry) for entry in value) + "\n]"
 
 
 def _added(histograms: Iterable[list[int]]) -> list[int]:
@@ -200,7 +200,7 @@ class _OpenShard:
         for kind, file in self._files.items():
             entry[kind + "_bytes"], entry[kind + "_checksum"] = file.close()
         for path in self._paths.values():
-            move_into_place(path)
+            publish(path)
         return entry
 
 
@@ -222,6 +222,5 @@ class _HashedFile:
 
     def close(self) -> tuple[int, str]:
         with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            sync(self._file)
             return self._file.tell(), self._hash.hexdigest()

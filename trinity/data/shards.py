@@ -23,9 +23,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from trinity.data.files import checksum, new_hash, read_json
 from trinity.data.remote import cached_folder, fetch, located
 from trinity.errors import UserError
+from trinity.io.checksum import content_hash, new_hash
+from trinity.io.json_files import read_json
 
 VERSION = 1
 AUTO_VERIFY_BYTES = 256 << 20
@@ -67,7 +68,7 @@ def damage(
             return f"{path} is missing"
         if found != size:
             return f"{path} is {'cut short' if found < size else 'too long'} ({found} bytes of {size})"
-        if checksums and checksum(path) != entry[kind + "_checksum"]:
+        if checksums and content_hash(path) != entry[kind + "_checksum"]:
             return f"{path} has changed (its checksum is another)"
     return None
 

@@ -10,8 +10,6 @@ Made once by reading all inputs, and kept in a cache folder, where the next star
 Documents without text are left out, as they are in shards: document i here is document i there.
 """
 
-import json
-import os
 from array import array
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,19 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from trinity.data.documents import Document
-from trinity.data.files import (
-    checksum,
-    identity,
-    locked,
-    move_into_place,
-    new_hash,
-    read_json,
-    temporary,
-    write_atomically,
-)
 from trinity.data.progress import noting_empty_files, read_with_bar
 from trinity.data.shards import AUTO_VERIFY_BYTES
 from trinity.errors import UserError
+from trinity.io.checksum import content_hash, identity, new_hash
+from trinity.io.json_files import read_json, to_json, write_json
+from trinity.io.local import atomic_file, locked, make_folder
 
 VERSION = 2
 OFFSET = np.dtype("<i8")
@@ -94,7 +85,7 @@ def open_index(files: list[Path], field: str, cache: Path, progress: bool = Fals
     folder = cache / "text" / _hash([VERSION, field, names, stamps])
     header = _whole(folder, len(files))
     if header is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with locked(folder / "lock"):
             header = _whole(folder, len(files)) or _make(folder, files, stamps, field, progress)
     return TextIndex(folder, files, stamps, header)
@@ -118,7 +109,7 @@ def _whole(folder: Path, files: int) -> dict | None:
     if any((folder / name).stat().st_size != sizes[name] for name in ARRAYS):
         return None
     small = sum(sizes.values()) < AUTO_VERIFY_BYTES
-    if small and any(checksum(folder / name) != header["checksums"].get(name) for name in ARRAYS):
+    if small and any(content_hash(folder / name) != header["checksums"].get(name) for name in ARRAYS):
         return None
     return header
 
@@ -141,7 +132,7 @@ def _make(folder: Path, files: list[Path], stamps: list[tuple[int, int]], field:
         "content": content,
         "checksums": {name: _write(folder / name, values) for name, values in zip(ARRAYS, (offsets, first))},
     }
-    write_atomically(folder / "index.json", [json.dumps(header, indent=1), "\n"])
+    write_json(folder / "index.json", header)
     return header
 
 
@@ -159,15 +150,12 @@ def _scan(documents: Iterator[Document], files: int) -> tuple[array, array, int]
 
 def _write(path: Path, values: array) -> str:
     """Write an array as a whole file; returns its checksum."""
-    with open(temporary(path), "wb") as file:
+    with atomic_file(path) as file:
         file.write(np.frombuffer(values, np.int64).astype(OFFSET, copy=False))
-        file.flush()
-        os.fsync(file.fileno())
-    move_into_place(path)
-    return checksum(path)
+    return content_hash(path)
 
 
 def _hash(value: object) -> str:
     digest = new_hash()
-    digest.update(json.dumps(value).encode())
+    digest.update(to_json(value).encode())
     return digest.hexdigest()

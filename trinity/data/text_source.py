@@ -9,7 +9,6 @@ million tokens a second on a core. A Parquet row costs its whole row group: grou
 hundred thousand are not. Packed files (.gz, .zst) cannot be read at any place, so they are unpacked into the cache.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -22,7 +21,6 @@ from trinity.data.compressed import unpack
 from trinity.data.documents import BEGINNING, Batch
 from trinity.data.encoding import Encoder
 from trinity.data.file_kinds import file_name, readable_kind
-from trinity.data.files import locked, new_hash, read_json, write_atomically
 from trinity.data.inputs import expand_inputs
 from trinity.data.remote import cache_folder, fetch, mark_of
 from trinity.data.shards import token_dtype
@@ -30,6 +28,9 @@ from trinity.data.text_index import open_index, stamp
 from trinity.data.text_reader import Recent, TextReader
 from trinity.data.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.errors import UserError
+from trinity.io.checksum import new_hash
+from trinity.io.json_files import read_json, write_json
+from trinity.io.local import locked
 
 BATCH_CHARACTERS = 1 << 20
 CACHE_BYTES = 512 << 20
@@ -111,7 +112,7 @@ class TextSource:
                 return int(read_json(path)["tokens"])
             except (UserError, TypeError, KeyError, ValueError):  # not there, or damaged
                 tokens = self._count_tokens()
-                write_atomically(path, [json.dumps({"tokens": tokens}), "\n"])
+                write_json(path, {"tokens": tokens})
                 return tokens
 
     def _count_tokens(self) -> int:

@@ -12,7 +12,6 @@ default) gets that BOS; prepare_data encodes without special tokens and puts BOS
 Shapes: V vocabulary.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,8 +19,10 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from trinity.data.files import checksum, write_atomically
 from trinity.errors import UserError
+from trinity.io.checksum import content_hash
+from trinity.io.json_files import write_json
+from trinity.io.local import make_folder, write_atomically
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 RESERVED = "<|reserved_{}|>"
@@ -113,15 +114,15 @@ def pad_vocabulary(tok: Tokenizer, multiple: int) -> None:
 
 def save_tokenizer(tok: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as AutoTokenizer reads them."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    write_atomically(directory / "special_tokens_map.json", [json.dumps(special, indent=2), "\n"])
-    write_atomically(directory / "tokenizer_config.json", [json.dumps(config, indent=2), "\n"])
+    write_json(directory / "special_tokens_map.json", special, indent=2)
+    write_json(directory / "tokenizer_config.json", config, indent=2)
     write_atomically(directory / "tokenizer.json", [tok.to_str(pretty=True), "\n"])
 
 
@@ -180,7 +181,7 @@ def fingerprint(directory: Path) -> str:
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{directory} holds no tokenizer.json; make a tokenizer with tools/train_tokenizer.py")
-    return checksum(path)
+    return content_hash(path)
 
 
 def token_byte_lengths(tok: Tokenizer) -> Tensor:

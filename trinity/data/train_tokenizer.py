@@ -7,18 +7,17 @@ megabytes of counts, and what the trainer holds, its table of distinct words, is
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from trinity.data.documents import Document, Files, Place
-from trinity.data.files import read_json, write_atomically
 from trinity.data.inputs import FileInputs, expand_inputs
 from trinity.data.progress import noting_empty_files, read_with_bar
 from trinity.data.tokenizer import pad_vocabulary, save_tokenizer, train_tokenizer
 from trinity.errors import UserError
+from trinity.io.json_files import read_json, write_json
 
 MADE_FROM = "made_from.json"
 # A sample is whole buckets of documents, so it misses what was asked by up to a millionth of the text, or a document.
@@ -81,7 +80,7 @@ def train_from_files(
         pad_vocabulary(tok, pad_to_multiple)
     (out / MADE_FROM).unlink(missing_ok=True)  # a kill between the files must not leave another tokenizer's
     save_tokenizer(tok, out)
-    write_atomically(out / MADE_FROM, [json.dumps(made_from, indent=1), "\n"])
+    write_json(out / MADE_FROM, made_from)
     return True
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from trinity.errors import Failure, UserError
 from trinity.interop.tokenizer_files import special_ids
-from trinity.json_files import read_json
+from trinity.io.json_files import read_json
 
 INSTALL = '--tasks needs lm-eval; install it: pip install "trinity-moe[evaluation]"'
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ from trinity.interop.hf_config import hf_config
 from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
-from trinity.json_files import read_json, write_json
+from trinity.io.json_files import read_json, write_json
+from trinity.io.local import atomic_path, make_folder, sync_folder
 from trinity.models.trinity import Trinity
 from trinity.parallel.agree import on_first, together
 
@@ -68,7 +70,7 @@ def export_hf(
         _refuse_to_replace(directory, overwrite)
         ids = SpecialIds() if tokenizer is None else special_ids(Path(tokenizer), model.config.vocab_size)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that died
-        partial.mkdir(parents=True)
+        make_folder(partial)
         _write_configs(model.config, ids, dtype, partial)
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), partial)
@@ -148,7 +150,8 @@ def _saving(tensors: dict[str, Tensor], path: Path) -> Callable[[], None]:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        with atomic_path(path) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -158,10 +161,15 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, folder: Path) -> None:
     written = hf_config(config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
-    write_json(written, folder / "config.json")
+    _write_json(folder / "config.json", written)
     tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.stop or None, "pad_token_id": ids.pad}
     generation = {key: value for key, value in tokens.items() if value is not None}
-    write_json({"_from_model_config": True, **generation}, folder / "generation_config.json")
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """As transformers writes it: keys in their own order, characters as they are."""
+    write_json(path, content, indent=2, ensure_ascii=False)
 
 
 def _write_index(files: dict[str, list[_Part]], folder: Path) -> None:
@@ -174,7 +182,7 @@ def _write_index(files: dict[str, list[_Part]], folder: Path) -> None:
     }
     weight_map = {part.name: file for file, parts in files.items() for part in parts}
     index = {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(index, folder / "model.safetensors.index.json")
+    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
@@ -192,9 +200,11 @@ def _is_export(directory: Path) -> bool:
     """An AfMoE config, and files only: a folder in it was put there by somebody else."""
     try:
         raw = read_json(directory / "config.json")
-    except UserError:
+    except (UserError, OSError):
         return False
-    return raw.get("model_type") == "afmoe" and all(entry.is_file() for entry in directory.iterdir())
+    return (
+        raw is not None and raw.get("model_type") == "afmoe" and all(entry.is_file() for entry in directory.iterdir())
+    )
 
 
 def _move(partial: Path, directory: Path) -> None:
@@ -204,4 +214,5 @@ def _move(partial: Path, directory: Path) -> None:
     if directory.exists():
         directory.rename(old)
     partial.rename(directory)
+    sync_folder(directory.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -19,7 +19,7 @@ from trinity.errors import UserError
 from trinity.interop.hf_config import architecture, model_config
 from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, owned_part, part_shape
-from trinity.json_files import read_json
+from trinity.io.json_files import read_json
 from trinity.models.trinity import Trinity
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -44,7 +44,7 @@ def load_hf(directory: str | Path, into: Trinity | None = None, dtype: torch.dty
             model (`into`).
     """
     directory = Path(directory)
-    config = model_config(read_json(directory / "config.json"))
+    config = model_config(_read_json(directory / "config.json"))
     if into is not None:
         _refuse_other_model(directory, architecture(config), architecture(into.config))
     with ExitStack() as open_files:
@@ -57,6 +57,12 @@ def load_hf(directory: str | Path, into: Trinity | None = None, dtype: torch.dty
         model = _materialize(empty, dtype) if into is None else into
         _fill(model, sources)
     return model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a folder written by transformers or by tools/export_hf.py")
+    return read_json(path, "fetch or export it again") or {}
 
 
 def _refuse_other_model(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -88,7 +94,7 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"{directory} has neither {_SINGLE} nor {_INDEX}; pickled weights are not read: "
                 "load such a folder with transformers and save_pretrained it"
             )
-        weight_map = read_json(directory / _INDEX).get("weight_map")
+        weight_map = _read_json(directory / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{directory / _INDEX} has no weight_map; fetch or export it again")
         names = set(map(str, weight_map.values()))

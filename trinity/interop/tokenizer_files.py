@@ -1,6 +1,5 @@
 """The tokenizer's part of a Hugging Face folder: which files it is, and which ids its special tokens have."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,8 @@ from tokenizers import Tokenizer
 
 from trinity.data.tokenizer import load_tokenizer, vocabulary_size
 from trinity.errors import UserError
-from trinity.json_files import read_json
+from trinity.io.json_files import read_json
+from trinity.io.local import copy_atomically
 
 CONFIG = "tokenizer_config.json"
 FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "chat_template.jinja")
@@ -47,7 +47,7 @@ def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
             f"{folder} has token ids up to {vocabulary_size(tokenizer) - 1}, but model.vocab_size is {vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
-    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    config = read_json(folder / CONFIG, "fetch the folder or make the tokenizer again") or {}
     return SpecialIds(*(_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad")))
 
 
@@ -65,4 +65,4 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files into a folder."""
     for name in FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            copy_atomically(source / name, target / name)

@@ -16,6 +16,8 @@ from html import escape
 from pathlib import Path
 
 from trinity.errors import UserError
+from trinity.io.json_files import to_json
+from trinity.io.local import make_folder, write_atomically
 from trinity.reporting import tables
 from trinity.reporting.run import Run, read_run
 from trinity.reporting.template import PAGE, SCRIPT, STYLE, fill
@@ -52,16 +54,14 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
         UserError: not a run directory, no step yet, a directory named twice, `out` is something else than a report,
             or plotly is not installed.
     """
-    from trinity.training.run_directory import write_whole
-
     out = out or directories[0] / "report.html"
     _check_out(out)
     doubled = [str(path) for path, times in Counter(path.resolve() for path in directories).items() if times > 1]
     if doubled:
         raise UserError(f"{doubled[0]} is given twice; name each run directory once")
     page = report_page([read_run(path) for path in directories])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, page)
+    make_folder(out.parent)
+    write_atomically(out, page)
     return out
 
 
@@ -84,7 +84,7 @@ def report_page(runs: list[Run]) -> str:
         "WHEN": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "STYLE": STYLE,
         "BODY": _ascii(body),
-        "FIGURES": json.dumps(figures).replace("<", "\\u003c"),
+        "FIGURES": to_json(figures).replace("<", "\\u003c"),
         "PLOTLY": _packed(get_plotlyjs()),
         "SCRIPT": SCRIPT,
     }

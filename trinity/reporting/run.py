@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from trinity.errors import UserError
+from trinity.io.json_files import to_json
 from trinity.reporting.lines import Columns, read_objects, whole_step
 
 ROUTER_FIELDS = ("max_violation", "dead", "entropy", "bias_range", "bias_step_norm")
@@ -176,7 +177,7 @@ def _read_events(path: Path, notes: list[str]) -> list[Event]:
         known = {"time", "step", "kind", "rank", "message"}
         rest = {name: value for name, value in record.items() if name not in known}
         time, rank, message = (str(record.get(name, "")) for name in ("time", "rank", "message"))
-        figures = json.dumps(rest, ensure_ascii=False) if rest else ""
+        figures = to_json(rest, ensure_ascii=False) if rest else ""
         events.append(Event(time, whole_step(record), record["kind"], rank, message, figures))
     _note_broken(path, broken, notes)
     return events

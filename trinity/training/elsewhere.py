@@ -9,31 +9,24 @@ and find do that.
 import errno
 import io
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from trinity.data.remote import filesystem, located, open_input, refused
 from trinity.errors import Failure, UserError
+from trinity.io.checksum import FileSum, RunningSum
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 PART = 1 << 24
 """Bytes that go out at once. S3 takes 10,000 parts a file: 160 GiB from one rank."""
-
-
-class FileSum(NamedTuple):
-    """A file as it was written: its size in bytes, and crc32 as 8 hexadecimal digits."""
-
-    bytes: int
-    crc32: str
 
 
 @dataclass(frozen=True)
@@ -165,13 +158,13 @@ class Outgoing(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, url: str) -> None:
         self._file, self._url = file, url
-        self._bytes, self._crc = 0, 0
+        self._sum = RunningSum()
         self.failure: Failure | None = None
 
     @property
     def sum(self) -> FileSum:
         """Of what has gone out so far."""
-        return FileSum(self._bytes, f"{self._crc:08x}")
+        return self._sum.value()
 
     def writable(self) -> bool:
         """Yes, and nothing else."""
@@ -179,13 +172,13 @@ class Outgoing(io.RawIOBase):
 
     def tell(self) -> int:
         """Bytes so far."""
-        return self._bytes
+        return self._sum.bytes
 
     def write(self, data: Any) -> int:
         """All of the data."""
         with self._told():
             self._file.write(data)
-        self._bytes, self._crc = self._bytes + memoryview(data).nbytes, zlib.crc32(data, self._crc)
+        self._sum.update(data)
         return memoryview(data).nbytes
 
     def close(self) -> None:

@@ -3,12 +3,12 @@
 Any rank may note something. Lines are appended in one write each, so that several processes do not mix theirs.
 """
 
-import json
-import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from trinity.io.json_files import append_json_line
 
 QUIET = {"start", "resume", "checkpoint", "finish", "evaluation", "profile"}
 """Kinds that the console does not need to see."""
@@ -40,25 +40,8 @@ class Events:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         event = {"time": now, "step": self.step, "kind": kind, "rank": self.rank, "message": message, **more}
         try:
-            append_line(self.path, event)
+            append_json_line(self.path, event)
         except OSError as error:
             self.failure = error
         if kind not in QUIET:
             print(f"rank {self.rank}, step {self.step}: {kind}: {message}", file=sys.stderr, flush=True)
-
-
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append a JSON object as one line, in one write.
-
-    Raises:
-        OSError: the file cannot be written, or not whole: the half line is ended by whoever appends next.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        cut_off = size and os.pread(descriptor, 1, size - 1) != b"\n"
-        line = ("\n" * bool(cut_off) + json.dumps(value) + "\n").encode()
-        while line:  # a disk with room for a part takes that, and says what is wrong when asked to take the rest
-            line = line[os.write(descriptor, line) :]
-    finally:
-        os.close(descriptor)

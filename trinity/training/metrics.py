@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
-from trinity.training.run_directory import write_whole
+from trinity.io.json_files import to_json
+from trinity.io.local import write_atomically
 
 Record = dict[str, Any]
 
@@ -46,7 +47,7 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         """Append one line and flush it."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
 
     def go_back(self, step: int) -> None:
@@ -62,7 +63,7 @@ class JsonLines:
 
 def _cut_back(path: Path, step: int) -> None:
     kept, tail = [], []
-    for line in path.read_text(errors="surrogateescape").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         try:
             later = json.loads(line)["step"] > step or not step  # a run that begins anew makes step 0 anew too
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -72,10 +73,8 @@ def _cut_back(path: Path, step: int) -> None:
         return
     number = 1 + len(list(path.parent.glob(f"{path.stem}.tail.*.jsonl")))
     aside = path.parent / f"{path.stem}.tail.{number}.jsonl"
-    aside.write_text("".join(f"{line}\n" for line in tail), errors="surrogateescape")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), errors="surrogateescape")
-    temporary.replace(path)
+    write_atomically(aside, (f"{line}\n" for line in tail))
+    write_atomically(path, (f"{line}\n" for line in kept))
 
 
 class Console:
@@ -163,7 +162,7 @@ def _wandb_id(directory: Path) -> str:
     """The id of the run, made at its first start, so that later ones go on with the same curves."""
     path = directory / "wandb_id"
     if not path.exists():
-        write_whole(path, uuid.uuid4().hex[:16])
+        write_atomically(path, uuid.uuid4().hex[:16])
     return path.read_text()
 
 

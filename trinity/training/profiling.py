@@ -19,6 +19,7 @@ from tqdm import tqdm
 from trinity.config.profiled import check_last_step, profiled_steps
 from trinity.config.run import Profile
 from trinity.errors import UserError
+from trinity.io.local import write_atomically
 from trinity.parallel.mesh import Ranks
 from trinity.training.events import Events
 
@@ -79,7 +80,7 @@ class Profiler:
         seen.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
         self._beat()
         table = costliest(seen, self._device)
-        (self._folder / f"{name}.txt").write_text(table, encoding="utf-8")
+        write_atomically(self._folder / f"{name}.txt", table)
         if snapshot:
             torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
         self._beat()

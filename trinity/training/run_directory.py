@@ -1,14 +1,12 @@
 """A run directory: who holds it, what state the run is in, and what makes restarts stop.
 
-lock: flock, so that a crash leaves none behind. status.json and config files: written beside, then renamed, so that a
-reader never sees half of one. STOP: written after a user's mistake or too many bad steps; restarts honour it until it
+lock: flock, so that a crash leaves none behind. status.json, config files and STOP are whole or absent, also after a
+power cut (trinity/io/local.py). STOP: written after a user's mistake or too many bad steps; restarts honour it until it
 is removed, because a launcher that restarts by itself must not repeat a mistake.
 """
 
 import errno
-import fcntl
 import json
-import os
 import socket
 import time
 from pathlib import Path
@@ -18,6 +16,8 @@ from trinity.config.load import load_config, save_config
 from trinity.config.paths import config_files
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
+from trinity.io.json_files import write_json
+from trinity.io.local import make_folder, try_lock, write_atomically
 
 
 class RunDirectory:
@@ -45,7 +45,7 @@ class RunDirectory:
         if saved.exists() and not saved.is_dir():
             raise UserError(f"{saved} is no folder, and checkpoints are to go there; move it away, or set run.dir")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             return self._take()
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -54,13 +54,9 @@ class RunDirectory:
 
     def _take(self) -> IO[str]:
         lock = open(self.path / "lock", "a+")  # noqa: SIM115 (held until the process ends)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(lock.fileno()):
             lock.seek(0)
-            raise UserError(
-                f"{self.path} is in use by another run ({lock.read().strip()}); wait for it or set run.dir"
-            ) from None
+            raise UserError(f"{self.path} is in use by another run ({lock.read().strip()}); wait for it or set run.dir")
         lock.truncate(0)
         lock.write(f"host {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
@@ -78,12 +74,12 @@ class RunDirectory:
         """Write status.json; state is running, finished, saved or stopped."""
         if self._first:
             status = {"state": state, "code": code, "step": step, "reason": reason}
-            write_whole(self.path / "status.json", json.dumps(status) + "\n")
+            write_json(self.path / "status.json", status, indent=None)
 
     def forbid_restart(self, reason: str) -> None:
         """Write STOP."""
         if self._first:
-            write_whole(self.path / "STOP", reason + "\n")
+            write_atomically(self.path / "STOP", reason + "\n")
 
     def take_save_request(self) -> bool:
         """Whether somebody touched SAVE ("save now and go on"); takes the request away."""
@@ -129,16 +125,6 @@ def _started(run: Path) -> str:
     try:
         with open(run / "events.jsonl", encoding="utf-8") as file:
             return json.loads(file.readline())["time"][:16].replace("T", " ") + " UTC"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         changed = min(path.stat().st_mtime for path in config_files(run).values())
         return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(changed))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old text or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

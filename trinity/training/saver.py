@@ -34,6 +34,8 @@ from torch.futures import Future
 
 from trinity.config.run import Checkpoint
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
+from trinity.io.checksum import FileSum, sum_of
+from trinity.io.local import make_folder
 from trinity.parallel.agree import on_first
 from trinity.training.checkpoint_folder import (
     METADATA,
@@ -47,10 +49,9 @@ from trinity.training.checkpoint_folder import (
     retain,
     size_of,
     step_folder,
-    sum_of,
     warn,
 )
-from trinity.training.elsewhere import Elsewhere, Files, FileSum
+from trinity.training.elsewhere import Elsewhere, Files
 
 State = dict[str, Tensor]
 Written = tuple[list[WriteResult], dict[str, FileSum]]
@@ -217,7 +218,10 @@ class Writer(dcp.FileSystemWriter):
         """On the first rank, before anyone writes: a folder without what an earlier attempt left in it."""
         if self.path.exists():
             remove(self.path)
-        self.path.mkdir(parents=True)
+        if isinstance(self.path, Path):
+            make_folder(self.path)
+        else:
+            self.path.mkdir()
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Written]:
