@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from trinity.command_line import HelpFormatter
 from trinity.data.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError, run_main
 from trinity.evaluation.choices import accuracies, choice_scores, read_items
@@ -128,7 +129,7 @@ def check(options: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line's words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="where the model and its tokenizer are")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILES", help="texts, or folders of token shards")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
@@ -136,7 +137,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval")
     parser.add_argument("--task-folder", type=Path, metavar="DIR", help="YAML files of further tasks for lm-eval")
     parser.add_argument("--limit", type=int, metavar="N", help="documents, packed rows or items of each, at most")
-    parser.add_argument("--window", type=int, help=f"tokens that the model sees; {WINDOW}, or its positions if fewer")
+    parser.add_argument(
+        "--window", type=int, help=f"context in tokens; by default {WINDOW}, or its positions if fewer"
+    )
     parser.add_argument("--stride", type=int, help="how far the window moves on; half of it by default")
     parser.add_argument("--packed", action="store_true", help="pack documents into rows, as validation in a run does")
     parser.add_argument("--document-mask", action="store_true", help="--packed: attention never crosses a document")

@@ -8,6 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
+from trinity.command_line import HelpFormatter
 from trinity.errors import run_main
 
 
@@ -15,7 +16,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     from trinity.training.hardware import GPUS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
     parser.add_argument("--gpus", type=int, help="how many; by default what the mesh's fixed sizes make")

@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from trinity.command_line import HelpFormatter
 from trinity.data.inputs import Dataset
 from trinity.data.prepare import SHARD_TOKENS, prepare_data
 from trinity.errors import run_main
@@ -23,7 +24,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="INPUT", help="files, folders, patterns, URLs: in this order")
     source.add_argument("--dataset", metavar="NAME", help="a data set of the Hugging Face hub, or its folder; streamed")

@@ -8,6 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
+from trinity.command_line import HelpFormatter
 from trinity.errors import UserError, run_main
 
 PROMPT = "def main("
@@ -15,7 +16,7 @@ PROMPT = "def main("
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--out", type=Path, required=True, help="folder of the export")
     return parser.parse_args()

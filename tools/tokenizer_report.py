@@ -9,13 +9,14 @@ import argparse
 import json
 from pathlib import Path
 
+from trinity.command_line import HelpFormatter
 from trinity.data.tokenizer_report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
 
 
 def main() -> None:
     """Parse, count, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "files", nargs="+", metavar="FILES", help="files, folders, patterns, URLs: text, .jsonl(.gz, .zst), .parquet"
     )

@@ -7,6 +7,7 @@ The size of the real ones, from a sample: --vocab-size 200000 --pad-to-multiple 
 import argparse
 from pathlib import Path
 
+from trinity.command_line import HelpFormatter
 from trinity.data.tokenizer import load_tokenizer
 from trinity.data.train_tokenizer import train_from_files
 from trinity.errors import run_main
@@ -14,7 +15,7 @@ from trinity.errors import run_main
 
 def main() -> None:
     """Parse, train, print one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True, help="files, folders, patterns, URLs: text, .jsonl(.gz, .zst), .parquet"
     )
