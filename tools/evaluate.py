@@ -137,9 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval")
     parser.add_argument("--task-folder", type=Path, metavar="DIR", help="YAML files of further tasks for lm-eval")
     parser.add_argument("--limit", type=int, metavar="N", help="documents, packed rows or items of each, at most")
-    parser.add_argument(
-        "--window", type=int, help=f"context in tokens; by default {WINDOW}, or its positions if fewer"
-    )
+    parser.add_argument("--window", type=int, help=f"context in tokens; by default {WINDOW}, or its positions if fewer")
     parser.add_argument("--stride", type=int, help="how far the window moves on; half of it by default")
     parser.add_argument("--packed", action="store_true", help="pack documents into rows, as validation in a run does")
     parser.add_argument("--document-mask", action="store_true", help="--packed: attention never crosses a document")

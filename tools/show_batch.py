@@ -29,10 +29,12 @@ def main() -> None:
     if arguments.step < 1:
         raise UserError(f"--step {arguments.step} must be at least 1")
     from trinity.config import load_config, tokenizer_folder
+    from trinity.config.paths import check_paths
     from trinity.data.tokenizer import load_tokenizer
     from trinity.training.run_data import go_near, open_stream
 
     config = load_config(arguments.config, arguments.settings)
+    check_paths(config, fresh=False)  # fresh would ask for init too, which a batch does not need
     folder = tokenizer_folder(config)
     if folder is None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")

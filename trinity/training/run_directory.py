@@ -129,7 +129,7 @@ def _started(run: Path) -> str:
     try:
         with open(run / "events.jsonl", encoding="utf-8") as file:
             return json.loads(file.readline())["time"][:16].replace("T", " ") + " UTC"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         changed = min(path.stat().st_mtime for path in config_files(run).values())
         return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(changed))
 
