@@ -15,10 +15,10 @@ SETS := code/train code/validation prose/train prose/validation
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: smoke test test-slow lint venv data clean help
+.PHONY: smoke test test-slow lint docs venv data clean help
 
 help:
-	@echo "make smoke | test | test-slow | lint | venv | data | clean"
+	@echo "make smoke | test | test-slow | lint | docs | venv | data | clean"
 
 venv: $(VENV)/ready
 
@@ -48,6 +48,10 @@ test-slow: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: venv
+	$(BIN)/python -m trinity.config.reference > docs/config.md.new
+	mv docs/config.md.new docs/config.md
 
 clean:
 	rm -rf $(VENV) $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache

@@ -22,7 +22,7 @@ import sys
 import threading
 from pathlib import Path
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import FAILURE, USER_MISTAKE, UserError, run_main
 
 FINISHED, TOO_MANY_BAD_STEPS, SAVED = 0, 3, 75
@@ -31,19 +31,19 @@ FINISHED, TOO_MANY_BAD_STEPS, SAVED = 0, 3, 75
 def parse() -> argparse.Namespace:
     """The command line; SLURM and Kubernetes say in the environment which node this is."""
     here = os.environ.get("SLURM_NODEID") or os.environ.get("JOB_COMPLETION_INDEX") or "0"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--run-dir", type=local_path, required=True, help="the run's folder, the same as run.dir")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of the run (1)")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the run")
     parser.add_argument(
         "--node", type=int, default=int(here), help="this one among them, from 0 (as the scheduler says)"
     )
-    parser.add_argument("--head", default="localhost", help="host of node 0, where the nodes meet (localhost)")
-    parser.add_argument("--port", type=int, default=29400, help="port there (29400)")
-    parser.add_argument("--processes", default="8", help="processes of a node: a number, or gpu for one each GPU (8)")
+    parser.add_argument("--head", default="localhost", help="host of node 0, where the nodes meet")
+    parser.add_argument("--port", type=int, default=29400, help="port there")
+    parser.add_argument("--processes", default="8", help="processes of a node: a number, or gpu for one each GPU")
     parser.add_argument(
         "--id", default="trinity", help="name of this start; another one each time keeps stragglers out"
     )
-    parser.add_argument("--join-seconds", type=int, default=600, help="how long the nodes wait for each other (600)")
+    parser.add_argument("--join-seconds", type=int, default=600, help="how long the nodes wait for each other")
     parser.add_argument("script", help="what to run, such as launch/pretrain.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return parser.parse_args()

@@ -10,7 +10,7 @@ import argparse
 from importlib import import_module
 from types import ModuleType
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
 
@@ -20,7 +20,7 @@ SUITES = ("step", "experts", "attention", "head", "norms", "routing", "muon", "m
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("suite", nargs="?", choices=[*SUITES, "tune"], help="what to measure; tune: an op's tiles")
     parser.add_argument("op", nargs="?", help="with tune: which op's; see benchmarks/tune.py")
     parser.add_argument("--list", action="store_true", help="list the suites")

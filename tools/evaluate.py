@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from trinity.command_line import local_path, place
+from trinity.command_line import HelpFormatter, local_path, place
 from trinity.data.file_kinds import CHOICES
 from trinity.data.find_files import say
 from trinity.data.shards import TokenSource
@@ -146,7 +146,7 @@ def check(options: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line's words."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=local_path, metavar="HF_DIR", help="where the model and its tokenizer are")
     parser.add_argument("--text", nargs="+", type=place, default=[], metavar="FILES", help="texts, or token shards")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
@@ -157,7 +157,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval")
     parser.add_argument("--task-folder", type=local_path, metavar="DIR", help="YAML files of further tasks for lm-eval")
     parser.add_argument("--limit", type=int, metavar="N", help="documents, packed rows or items of each, at most")
-    parser.add_argument("--window", type=int, help=f"tokens that the model sees; {WINDOW}, or its positions if fewer")
+    parser.add_argument("--window", type=int, help=f"context in tokens; by default {WINDOW}, or its positions if fewer")
     parser.add_argument("--stride", type=int, help="how far the window moves on; half of it by default")
     parser.add_argument("--packed", action="store_true", help="pack documents into rows, as validation in a run does")
     parser.add_argument("--document-mask", action="store_true", help="--packed: attention never crosses a document")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.config import tokenizer_folder
 from trinity.config.model import ModelConfig
 from trinity.errors import FAILURE, run_main
@@ -55,7 +55,7 @@ def verify(folder: Path, config: ModelConfig) -> int:
 def parse() -> argparse.Namespace:
     """The command line's words."""
     summary, example = __doc__.strip().split("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=example)
+    parser = argparse.ArgumentParser(description=summary, epilog=example, formatter_class=HelpFormatter)
     parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR", help="directory of a run with a checkpoint")
     parser.add_argument("out_dir", type=local_path, metavar="OUT_DIR", help="folder to make")
     parser.add_argument("--step", type=int, help="which checkpoint; the newest complete one by default")

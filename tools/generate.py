@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.config import tokenizer_folder
 from trinity.data.tokenizer import load_tokenizer
 from trinity.errors import UserError, run_main
@@ -59,7 +59,7 @@ def prompt_tokens(tokenizer: Tokenizer, ids: SpecialIds, prompt: str) -> list[in
 def parse() -> argparse.Namespace:
     """The command line's words."""
     summary, _, example = __doc__.strip().rpartition("\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=example)
+    parser = argparse.ArgumentParser(description=summary, epilog=example, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=local_path, metavar="HF_DIR_OR_RUN_DIR", help="where the model is")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens that follow, at most")

@@ -8,7 +8,7 @@ python tools/plan.py configs/smoke.yaml --gpu name=mygpu,tflops=100,gib=24,gbs=1
 
 import argparse
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
 
 
@@ -16,7 +16,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     from trinity.hardware import GPUS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
     parser.add_argument(

@@ -7,7 +7,7 @@ python tools/preflight.py --quick
 
 import argparse
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
 
@@ -19,9 +19,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\n{odd_ones.__doc__}",
         epilog="Exit code 1 if a rank or node is slow, or versions differ (torchrun adds lines of its own); 0 else.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--threshold", type=float, default=10, metavar="PERCENT", help="slow: so far below median (10)")
+    parser.add_argument("--threshold", type=float, default=10, metavar="PERCENT", help="slow: this far below median")
     parser.add_argument("--seconds", type=float, help="of each measurement (3; CPU 1)")
     parser.add_argument("--gemm", type=int, metavar="N", help="side of the matrices (8192; CPU 1024)")
     parser.add_argument("--copy-mib", type=int, metavar="MIB", help="size of the copied tensor (1024; CPU 128)")

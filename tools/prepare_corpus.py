@@ -5,14 +5,14 @@ Example: python tools/prepare_corpus.py --out data/smoke/corpus
 
 import argparse
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.data.corpus import write_corpus
 from trinity.errors import run_main
 
 
 def main() -> None:
     """Parse, write, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--out", type=local_path, required=True, help="folder for the four .jsonl files")
     arguments = parser.parse_args()
     print(f"{'file':<26}{'documents':>10}{'bytes':>14}")

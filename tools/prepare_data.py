@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 
-from trinity.command_line import local_path, place
+from trinity.command_line import HelpFormatter, local_path, place
 from trinity.data.file_kinds import CHOICES
 from trinity.data.inputs import Dataset
 from trinity.data.prepare import SHARD_TOKENS, prepare_data
@@ -26,7 +26,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", type=place, metavar="INPUT", help="files, folders, patterns, URLs: in this order"

@@ -8,13 +8,13 @@ Several runs are drawn over each other, and the settings in which they differ ar
 
 import argparse
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN_DIR", help="run directory")
     parser.add_argument(
         "--out", type=local_path, metavar="FILE", help="the HTML file (report.html in the first RUN_DIR)"

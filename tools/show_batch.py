@@ -9,16 +9,17 @@ step, or from the beginning; no weights are needed.
 
 import argparse
 
+from trinity.command_line import HelpFormatter
 from trinity.errors import UserError, run_main
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
     parser.add_argument("--step", type=int, required=True, help="which step, from 1")
-    parser.add_argument("--rows", type=int, help="show only so many of its rows")
+    parser.add_argument("--rows", type=int, help="show only this many of its rows (all by default)")
     return parser.parse_intermixed_args()
 
 
@@ -28,10 +29,12 @@ def main() -> None:
     if arguments.step < 1:
         raise UserError(f"--step {arguments.step} must be at least 1")
     from trinity.config import load_config, tokenizer_folder
+    from trinity.config.paths import check_paths
     from trinity.data.tokenizer import load_tokenizer
     from trinity.training.run_data import go_near, open_stream
 
     config = load_config(arguments.config, arguments.settings)
+    check_paths(config, fresh=False)  # fresh would ask for init too, which a batch does not need
     folder = tokenizer_folder(config)
     if folder is None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")

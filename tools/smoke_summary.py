@@ -8,7 +8,7 @@ import json
 import statistics
 from pathlib import Path
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
 
 PROMPT = "def main("
@@ -16,7 +16,7 @@ PROMPT = "def main("
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=local_path, help="run directory")
     parser.add_argument("--out", type=local_path, required=True, help="folder of the export")
     return parser.parse_args()

@@ -7,7 +7,7 @@ A ratio above 1: the tokenizer needs fewer tokens for that text than the other o
 
 import argparse
 
-from trinity.command_line import local_path, place
+from trinity.command_line import HelpFormatter, local_path, place
 from trinity.data.file_kinds import CHOICES
 from trinity.data.tokenizer_report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
@@ -16,7 +16,7 @@ from trinity.io.json_files import write_json
 
 def main() -> None:
     """Parse, count, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "files", nargs="+", type=place, metavar="FILES", help="files, folders, patterns, URLs, as for prepare_data.py"
     )

@@ -6,7 +6,7 @@ The size of the real ones, from a sample: --vocab-size 200000 --pad-to-multiple 
 
 import argparse
 
-from trinity.command_line import local_path, place
+from trinity.command_line import HelpFormatter, local_path, place
 from trinity.data.file_kinds import CHOICES
 from trinity.data.tokenizer import load_tokenizer, vocabulary_size
 from trinity.data.train_tokenizer import train_from_files
@@ -15,7 +15,7 @@ from trinity.errors import run_main
 
 def main() -> None:
     """Parse, train, print one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input", nargs="+", type=place, required=True, help="files, folders, patterns, URLs, as for prepare_data.py"
     )

@@ -96,7 +96,7 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 TRICKY = st.text(alphabet="$\\{}x.:#'\" 01e-~\n\t?!&*[]", min_size=1)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(texts=st.lists((TEXT | TRICKY | st.sampled_from(TYPED + BARE)).filter(lambda text: text != "???"), min_size=30))
 def test_texts_survive_saving(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever a text holds, the saved config loads to the same; ??? alone is OmegaConf's word for a missing value."""

@@ -333,15 +333,15 @@ def test_one_place_is_for_one_run(one: Path, settings: dict) -> None:
 
 
 def test_urls_that_nothing_opens(settings: dict) -> None:
-    """Said before the run begins."""
+    """Said before the run's directory is made."""
     fsspec.register_implementation(
         "lacking", "no_such_module.FileSystem", errtxt="install no_such_module", clobber=True
     )
     assert "needs a package that is not installed here" in refuse(settings, "checkpoint.url=lacking://bucket/run")
     sentence = refuse(settings, "checkpoint.url=nosuch://bucket/run")
-    assert sentence.startswith("nosuch://bucket/run cannot be opened (")
+    assert sentence.startswith("checkpoint.url: nosuch://bucket/run cannot be opened (")
     assert sentence.endswith("use a path or a protocol such as file, s3, gs, http, https, hf")
-    assert not (Path(settings["run"]["dir"]) / "metrics.jsonl").exists()
+    assert not Path(settings["run"]["dir"]).exists()
 
 
 def test_malice_is_not_read(tmp_path: Path, group: None) -> None:

@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trinity.command_line import local_path
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
 
 STEPS, QUICK_STEPS = 600, 8
@@ -46,7 +46,7 @@ PLACES = ("data.train", "data.validation", "data.tokenizer")
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (%(default)s)")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of a run ({STEPS}; with --quick {QUICK_STEPS})")
     parser.add_argument("--out", type=local_path, default=Path("runs/rsdb"), help="folder for all of it (%(default)s)")

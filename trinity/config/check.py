@@ -59,8 +59,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "health.dead_steps": (0, None),
     "health.slow_factor": (0, None),
 }
-"""Key → the smallest and the largest value; None: no largest. NaN is neither. The largest ones are ours, and far above
-what anybody runs: a slip of the keyboard would take all memory, or never end."""
+"""Key → the smallest and the largest value; None: no largest. NaN is neither. The largest ones are far above
+what anybody runs, and refuse a slip of the keyboard that would take all memory, or never end."""
 
 
 def check_run(config: RunConfig) -> None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from trinity.errors import UserError
 
 MOST = 1 << 16
-"""Layers, heads and features of a head at most. Ours: a thousand times the report's, and still quick to build."""
+"""Most layers, heads and features of a head: a thousand times the report's, and still quick to build."""
 LARGEST = 1 << 44
-"""Numbers of one tensor at most. Ours: thousands of times those of the report's largest."""
+"""Most elements of one tensor: thousands of times those of the report's largest."""
 
 
 @dataclass(frozen=True)
@@ -19,43 +19,43 @@ class ModelConfig:
     """Architecture of one model. Widths are numbers of features, never bytes."""
 
     name: str = "smoke"
-    """Which of the zoo's models the other fields start from."""
+    """Model whose sizes the other fields start from: smoke, nano, mini or large. init.hf and init.run win over it."""
     vocab_size: int = 8192
-    """V: rows of the embedding and of the head."""
+    """V: vocabulary size, the rows of the embedding and of the LM head."""
     width: int = 256
-    """d: model width."""
+    """d: model width (hidden size)."""
     layers: int = 5
-    """L: blocks, dense ones included."""
+    """L: number of transformer blocks, dense ones included."""
     dense_layers: int = 1
-    """How many of the first blocks have a dense FFN in place of an MoE."""
+    """Number of first blocks with a dense FFN in place of an MoE layer."""
     dense_width: int = 768
-    """Width of the dense FFN."""
+    """Width of the dense FFN (intermediate size)."""
     heads: int = 4
-    """h_q: query heads."""
+    """h_q: number of query heads."""
     kv_heads: int = 2
-    """h_kv: key and value heads."""
+    """h_kv: number of key and value heads; divides h_q."""
     head_dim: int = 64
-    """d_h: width of one head; h_q·d_h need not be d."""
+    """d_h: width of one head, even; h_q·d_h need not be d."""
     window: int = 128
-    """w: tokens that a local layer sees, the token itself included."""
+    """w: sliding window of local layers, in tokens, the token itself included."""
     global_every: int = 4
     """Layer i is global where (i + 1) mod global_every = 0, else local."""
     experts: int = 16
-    """N_r: routed experts per MoE layer."""
+    """N_r: number of routed experts per MoE layer."""
     active_experts: int = 4
-    """K_r: routed experts per token."""
+    """K_r: routed experts per token (top-k)."""
     shared_experts: int = 1
-    """Experts that see every token, held as one FFN of this many expert widths."""
+    """Number of shared experts, which see every token; held as one FFN of this many expert widths."""
     expert_width: int = 96
-    """Width of one expert."""
+    """Width of one expert (intermediate size)."""
     route_scale: float = 2.826
-    """Factor on the normalised gates (eq. 18; it comes after normalising)."""
+    """Factor on the gates after they are normalised, eq. 18."""
     rope_theta: float = 10_000.0
-    """RoPE's base, local layers only."""
+    """Base of RoPE, which local layers alone have."""
     norm_eps: float = 1e-5
     """ε of every RMSNorm."""
     max_positions: int = 2048
-    """Positions promised in the exported config; nothing in the model depends on it."""
+    """Context length stated in exported configs, in tokens; nothing in the model depends on it."""
 
     def __post_init__(self) -> None:
         check_model(self)

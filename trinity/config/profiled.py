@@ -5,7 +5,7 @@ from typing import Any
 from trinity.errors import UserError
 
 MOST = 1000
-"""Steps of one range: each makes a trace of megabytes, so more are a slip of the keyboard. Ours."""
+"""Steps of one range: each makes a trace of megabytes, so more are a slip of the keyboard."""
 
 
 def profiled_steps(value: Any) -> list[int]:

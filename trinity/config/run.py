@@ -1,7 +1,8 @@
-"""One run as values: every word a config file may hold, with its unit and its default.
+"""The settings of a run: every key that a config file may hold, with its type, default and meaning.
 
-What the report gives is named by its equation or section; a default that the report does not give says "ours".
-Token counts may be written 17e12. Fields are checked together in trinity.config.check.
+docs/config.md is made of these docstrings (trinity.config.reference). A default that is the report's says "From the
+report", with the equation or model; one of the recipe's that the report does not give says "Not from the report" and
+why. Token counts may be written 17e12. Fields are checked together in trinity.config.check.
 """
 
 from dataclasses import dataclass, field
@@ -12,405 +13,433 @@ from trinity.config.model import ModelConfig
 
 @dataclass
 class Run:
-    """What this run is and how long it goes."""
+    """Name, directory, seed and length of the run."""
 
     name: str = "trinity"
-    """Name shown in logs; also the run's folder under runs/ where `dir` is not given."""
+    """Name in logs and reports; also the run directory, runs/NAME, where run.dir is not given."""
     dir: str | None = None
-    """Run directory; runs/<name> by default."""
+    """Run directory: configs, metrics, checkpoints, exports. Default: runs/NAME of run.name."""
     seed: int = 0
-    """Initial weights and the order of data are functions of it."""
+    """Random seed of the initial weights and of the order of the data."""
     steps: int | None = None
-    """Optimizer steps in all; give this or tokens."""
+    """Length of the run in optimizer steps. Give this or run.tokens."""
     tokens: int | None = None
-    """Tokens in all: the run ends at the first step that reaches them; give this or steps."""
+    """Length of the run in tokens: it ends after the first step that reaches them. Give this or run.steps."""
     deterministic: bool = False
-    """Refuse operations that do not give the same bits twice (CUDA; on a CPU all are)."""
+    """Use deterministic operations only, and fail where there is none (CUDA; on a CPU all are deterministic)."""
     threads: int | None = None
-    """CPU threads per process; the cores divided by the processes on this machine by default."""
+    """CPU threads per process. Default: the machine's cores divided by its processes."""
 
 
 @dataclass
 class Init:
-    """Where the weights come from when the run starts; freshly initialised by default."""
+    """Initial weights of the run: random by default, or those of a Hugging Face folder or of another run.
+
+    The model's sizes then come from there as well, whatever model.name says; a size given under `model` must be equal.
+    The first evaluation is made before the first step.
+    """
 
     hf: str | None = None
-    """A Hugging Face folder of an AfMoE model."""
+    """Hugging Face folder of an AfMoE model: config.json, safetensors, and a tokenizer unless data.tokenizer is
+    given."""
     run: str | None = None
-    """Another run's directory."""
+    """Directory of another run."""
     step: int | None = None
-    """Which checkpoint of that run; the newest complete one by default."""
+    """Step of the checkpoint of init.run. Default: the newest complete one."""
     keep: Literal["weights", "optimizer", "all"] = "weights"
-    """What to take from that run: weights (with balancing state), also the optimizer, also data and step."""
+    """What to take from init.run. weights: with the balancing state; optimizer: also its state; all: also data and
+    step."""
 
 
 @dataclass
 class LengthBias:
-    """Longer documents are taken more often: of n tokens, with probability floor + (ceiling − floor)·min(1, n/tokens).
+    """Sample long documents more often: one of n tokens with probability floor + (ceiling − floor)·min(1, n/tokens).
 
-    The report, for context extension: 1 % to 90 % at 128k tokens. By default every document is taken.
+    The report uses 1 % to 90 % at 128k tokens for context extension. By default every document is used.
     """
 
     tokens: int = 131072
-    """Length from which on a document is taken with probability `ceiling`."""
+    """Document length, in tokens, from which on the probability is `ceiling`. From the report: 128k."""
     floor: float = 1.0
-    """Probability of the shortest; above 0."""
+    """Probability of the shortest documents, above 0; the report's context extension has 0.01."""
     ceiling: float = 1.0
-    """Probability of the longest."""
+    """Probability of the longest documents; the report's context extension has 0.9."""
 
 
 @dataclass
 class DataPhase:
-    """From `tokens` seen on, other data; what is not given stays as in the phase before."""
+    """A later phase of the data. A field that is not given stays as in the phase before."""
 
     tokens: int
-    """Tokens seen before the first step of this phase."""
+    """Start of the phase, in tokens seen before its first step."""
     mixture: dict[str, float] = field(default_factory=dict)
-    """Source name → weight; a source that is not named has none."""
+    """Source name → sampling weight, by tokens. A source that is not named is not read in this phase."""
     sequence_length: int | None = None
-    """Tokens of one packed row."""
+    """Sequence length, in tokens."""
     packing: Literal["sequential", "rsdb"] | None = None
-    """How documents fill rows; those that are open are read on with."""
+    """Packing of documents into sequences. Documents that are open at the start of the phase are continued."""
     rsdb_size: int | None = None
-    """Documents a stream's buffer is asked to hold."""
+    """Documents in the RSDB buffer of each stream."""
     length_bias: LengthBias | None = None
-    """Which documents are taken."""
+    """Sampling of documents by length."""
 
 
 @dataclass
 class Data:
-    """What is read, in which order, and how it becomes sequences."""
+    """Training and validation data, tokenizer, and how documents become sequences."""
 
     train: dict[str, str] = field(default_factory=dict)
-    """Source name → folder of token shards made by tools/prepare_data.py, or a URL of one; or text that is tokenised
-    while the run reads it: a file, a folder or a pattern, as tools/prepare_data.py takes."""
+    """Source name → folder or URL of token shards made by tools/prepare_data.py; or text that is tokenised while the
+    run reads it: a file, a folder or a pattern, as tools/prepare_data.py takes."""
     validation: dict[str, str] = field(default_factory=dict)
-    """Validation set name → folder of token shards, or a URL of one, or text."""
+    """Validation set name → folder or URL of token shards, or text."""
     text_field: str = "text"
-    """Name of the text in a JSON line or Parquet row, where text is read."""
+    """Field of a JSON line, or column of a Parquet file, that holds the text."""
     tokenizer: str | None = None
-    """Tokenizer folder; copied into exports, and its byte lengths give bits per byte."""
+    """Tokenizer folder. It is copied into exports, and its byte lengths give bits per byte. Default: that of
+    init.hf."""
     sequence_length: int = 2048
-    """Tokens of one packed row."""
+    """Sequence length, in tokens. The report has 4096 for Nano and Mini, 8192 for Large."""
     packing: Literal["sequential", "rsdb"] = "sequential"
-    """How documents fill rows. sequential: the rest of a document goes on into its stream's next row. rsdb: each row
-    from documents picked at random among those that the stream has open (Random Sequential Document Buffer)."""
+    """Packing of documents into sequences. sequential: the rest of a document begins its stream's next sequence. rsdb:
+    each sequence from documents picked at random among those that the stream has open (Random Sequential Document
+    Buffer). From the report: sequential, and rsdb in Large's last phase."""
     rsdb_size: int = 1024
-    """Documents that each stream's buffer is asked to hold; it holds up to twice as many."""
+    """Documents in the RSDB buffer of each stream; it holds up to twice as many. Not from the report per stream: 1024
+    in each of Large's 8192 streams are 4096 for each GPU."""
     document_mask: bool = False
-    """Attention never crosses a document (report: Large yes, Nano and Mini no)."""
+    """Mask attention between documents. From the report: off for Nano and Mini, on for Large."""
     loss_on_document_start: bool = True
-    """Whether the beginning-of-text token that follows a document is a valid target. Ours."""
+    """Whether the beginning-of-text token after a document is a target of the loss. Not from the report."""
     streams: int = 48
-    """V: logical streams the data is dealt into; fixed for a run's life, a multiple of any number of data ranks."""
+    """V: logical streams that the data is split into; fixed for the run, and a multiple of any number of data ranks.
+    Not from the report: they make the order of the data independent of the number of processes."""
     mixture: dict[str, float] = field(default_factory=dict)
-    """Source name → weight, by tokens; equal weights by default."""
+    """Source name → sampling weight, by tokens. Default: equal weights."""
     length_bias: LengthBias = field(default_factory=LengthBias)
-    """Which documents are taken; all of them by default."""
+    """Sampling of documents by length; all are used by default."""
     phases: list[DataPhase] = field(default_factory=list)
-    """Later parts of the run that read other data, each from a token count on."""
+    """Later phases of the data, each from a number of tokens on."""
     exhausted: Literal["repeat", "end"] = "repeat"
-    """What happens when a stream has taken all of its documents of a source: they begin anew in another order, or the
-    run ends with the last whole step. Ours."""
+    """At the end of a stream's documents of a source. repeat: read them again in another order; end: end the run with
+    the last whole step. Not from the report."""
     workers: int = 1
-    """Processes of each rank that make its rows ahead of training; 0: rows are made when they are needed. Ours."""
+    """Data loader processes per rank; 0: the training process makes each batch when it needs it."""
     verify: Literal["auto", "always", "never"] = "auto"
-    """Whether checksums of shards are checked at the start: auto does so below 256 MiB. Sizes always are."""
+    """Check the checksums of shards at the start; auto: of shards below 256 MiB. Sizes are always checked."""
 
 
 @dataclass
 class RampEntry:
-    """From `tokens` seen on, a global batch of `sequences`."""
+    """A later global batch size."""
 
     tokens: int
-    """Tokens seen before the first step of this size."""
+    """Start, in tokens seen before the first step of this size."""
     sequences: int
     """Global batch from there on, in sequences."""
 
 
 @dataclass
 class Batch:
-    """How many sequences make a step."""
+    """Global batch and microbatch."""
 
     sequences: int = 8
-    """Global batch, in sequences."""
+    """Global batch of one optimizer step, in sequences. The report has 4096 for Nano and Mini, 12288 for Large."""
     microbatch: int = 8
-    """The most sequences one rank takes at once: the largest divisor of its share that is no larger is used."""
+    """Largest number of sequences in one forward pass of a rank; the largest divisor of its share of the batch that is
+    not larger is used."""
     ramp: list[RampEntry] = field(default_factory=list)
-    """Later, larger global batches, each from a token count on."""
+    """Later global batches, each from a number of tokens on. The report has 8192 for Nano and Mini, 16384 for Large
+    from 4.9e12 tokens on."""
 
 
 @dataclass
 class Muon:
-    """Muon, for hidden matrices. The report gives the rates; the rest are the Dion repository's defaults, ours here."""
+    """Muon, for the hidden matrices.
+
+    The report gives the learning rates, and says that it built on the Dion repository; that repository's defaults stand
+    for what the report does not give.
+    """
 
     lr: float = 1e-3
-    """Peak learning rate, before the factor √max(1, fan_out/fan_in) of eq. 41."""
+    """Peak learning rate, before the factor √max(1, fan_out/fan_in) of eq. 41. From the report: Nano and Mini; 8e-4 for
+    Large."""
     momentum: float = 0.95
-    """μ: the share of the momentum that is kept."""
+    """μ: momentum. Not from the report: Dion's default."""
     nesterov: bool = True
-    """Look ahead by one momentum step."""
+    """Nesterov momentum. Not from the report: Dion's default."""
     weight_decay: float = 0.01
-    """Decoupled, on the unadjusted rate."""
+    """Decoupled weight decay, multiplied by the learning rate before eq. 41's factor. Not from the report: Dion's
+    default."""
     coefficients: Literal["dion", "keller", "polar_express"] = "dion"
-    """Named set of Newton-Schulz coefficients."""
+    """Set of Newton-Schulz coefficients. Not from the report: Dion's default."""
     steps: int = 5
-    """Newton-Schulz iterations."""
+    """Newton-Schulz iterations. Not from the report: Dion's default."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Newton-Schulz's arithmetic."""
+    """Data type of the Newton-Schulz iteration. Not from the report: Dion's default."""
     starved: Literal["decay", "full"] = "decay"
-    """An expert without a token this step: its update dies away, or is a full step along its old momentum. Ours."""
+    """Update of an expert that had no token in this step. decay: shrinks with its momentum; full: a full step along its
+    old momentum. Not from the report: it does not say; decay keeps an unused expert from drifting at full speed."""
     wire: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
-    """Number format in which matrices travel to the rank that orthogonalises them and back, and results among replicas;
-    auto: that of `dtype`. Ours."""
+    """Data type in which matrices are sent to the rank that orthogonalises them, and results back and among replicas;
+    auto: optim.muon.dtype. Not from the report."""
     share: Literal["auto", "on", "off"] = "auto"
-    """Whether replicas share the work of orthogonalising; auto: where that saves more time than it takes. Ours."""
+    """Split the orthogonalisation among replicas; auto: where that saves more time than it takes. Not from the
+    report."""
 
 
 @dataclass
 class AdamW:
-    """AdamW, for embedding, head and gains (and the router where optim.router says so)."""
+    """AdamW, for the embedding, the LM head and the norms' gains (and the router, where optim.router says so)."""
 
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate. From the report: Nano; 2e-4 for Mini and Large."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Ours."""
+    """β₁ and β₂: decay of the first and second moment. Not from the report: the usual values of language models."""
     eps: float = 1e-8
-    """Ours."""
+    """ε: added to the root of the second moment. Not from the report: the usual value."""
     weight_decay: float = 0.01
-    """Decoupled; gains have none. Ours."""
+    """Decoupled weight decay; the norms' gains have none. Not from the report: the same as Muon's."""
 
 
 @dataclass
 class Schedule:
-    """Fraction of the peak rates: warm-up, constant, decay, then `final`."""
+    """Learning rate schedule, as a fraction of the peak rates: linear warm-up, constant, decay, then `final`."""
 
     warmup_steps: int = 2000
-    """Steps of linear warm-up; 0 for none."""
+    """Linear warm-up, in optimizer steps; 0: none. From the report."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """Shape of the way from the peak to `final`."""
+    """Shape of the decay from the peak to `final`. The report has linear for Nano and Mini, cosine for Large."""
     decay_start_tokens: int | None = None
-    """Where decay begins, in tokens seen; or in steps with decay_start_steps."""
+    """Start of the decay, in tokens seen. Give this or decay_start_steps."""
     decay_start_steps: int | None = None
-    """Where decay begins, in optimizer steps."""
+    """Start of the decay, in optimizer steps."""
     decay_tokens: int | None = None
-    """How long decay takes; to the end of the run by default."""
+    """Length of the decay, in tokens. Default: to the end of the run."""
     decay_steps: int | None = None
-    """How long decay takes, in optimizer steps."""
+    """Length of the decay, in optimizer steps. Default: to the end of the run."""
     final: float = 0.0
-    """Fraction of the peak at the end of decay and after it."""
+    """Fraction of the peak rate at the end of the decay and after it. From the report: Nano and Mini; 0.1 for Large."""
 
 
 @dataclass
 class Optim:
-    """Optimizers, their rates and clipping."""
+    """Optimizers, learning rate schedule and gradient clipping."""
 
     muon: Muon = field(default_factory=Muon)
     adamw: AdamW = field(default_factory=AdamW)
     router: Literal["muon", "adamw"] = "muon"
-    """Who owns the router; muon by the report's words ("hidden layers")."""
+    """Optimizer of the router. From the report, as far as it says: Muon for "hidden layers"."""
     schedule: Schedule = field(default_factory=Schedule)
     clip_norm: float = 1.0
-    """Largest global gradient norm; 0 does not clip. Ours."""
+    """Clip gradients to this global norm; 0: no clipping. Not from the report: the usual value."""
 
 
 @dataclass
 class Balancing:
-    """Expert balancing, once per optimizer step on counts of the whole global batch."""
+    """Load balancing of the experts: once per optimizer step, by the token counts of the whole global batch."""
 
     kind: Literal["smebu", "sign", "none"] = "smebu"
-    """smebu: eq. 23-28 (Large); sign: aux-loss-free with re-centring, eq. 19-22 (Nano, Mini)."""
+    """smebu: eq. 23-28; sign: auxiliary-loss-free with re-centring, eq. 19-22. From the report: smebu for Large, sign
+    for Nano and Mini."""
     rate: float = 5e-4
-    """λ of SMEBU."""
+    """λ of SMEBU: step size of the expert bias. From the report: Large."""
     kappa: float = 2.0
-    """κ of SMEBU."""
+    """κ of SMEBU: slope of the tanh. From the report: Large."""
     beta: float = 0.5
-    """β of SMEBU."""
+    """β of SMEBU: momentum. From the report: Large."""
     gamma: float = 1e-3
-    """γ of sign. The report does not give it; this is DeepSeek-V3's."""
+    """γ of sign: step size of the expert bias. Not from the report: DeepSeek-V3's value."""
     sequence_loss: float = 0.0
-    """α of the sequence-wise loss (eq. 29-32)."""
+    """α: coefficient of the sequence-wise balance loss, eq. 29-32; 0: none. The report has 1e-4 for Large."""
 
 
 @dataclass
 class Loss:
-    """Terms beside cross-entropy."""
+    """Terms of the loss beside cross-entropy."""
 
     z: float = 0.0
-    """Coefficient of lse² on the head's logits."""
+    """z-loss: coefficient of lse² of the LM head's logits; 0: none. The report has 1e-6 for Large."""
 
 
 @dataclass
 class Parallel:
-    """Mesh sizes: processes = replicate · shard · context; expert divides shard · context."""
+    """Mesh: processes = replicate · shard · context; `expert` divides shard · context."""
 
     replicate: int = 1
-    """Copies of the model; −1: what is left."""
+    """HSDP replicas: copies of the model; −1: what is left of the processes."""
     shard: int = -1
-    """Ranks that one copy is sharded over; −1: what is left."""
+    """FSDP: ranks that one copy is sharded over; −1: what is left of the processes. The report has 128."""
     expert: int = 1
-    """Neighbouring ranks that split the experts among them."""
+    """Expert parallelism: neighbouring ranks that split the experts among them. The report has 8 for Large."""
     context: int = 1
-    """Ranks that split a sequence; 1 until that is built."""
+    """Context parallelism: ranks that split a sequence. Not built yet: 1 is the only value."""
     exchange: Literal["auto", "all_to_all", "deep_ep"] = "auto"
-    """How tokens travel to experts on other ranks; auto: all_to_all, of torch.distributed. deep_ep is a package."""
+    """How tokens are sent to experts on other ranks; auto: all_to_all, of torch.distributed. deep_ep needs that
+    package."""
     defer_reduce: Literal["auto", "on", "off"] = "auto"
-    """Gradients stay whole on each rank until the step's last microbatch, which saves traffic and costs memory; auto:
-    where they take at most a quarter of the device."""
+    """Reduce gradients after the step's last microbatch only, which saves traffic and costs memory for whole gradients;
+    auto: where these take at most a quarter of the device's memory."""
 
 
 @dataclass
 class Kernels:
-    """Which implementation of each operation; auto takes the best that is there."""
+    """Implementation of each operation; auto: the fastest that is installed and runs on the device."""
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
-    """Engine of softmax attention (trinity.models.backends); auto: flash4, flash2 or varlen on a GPU, else sdpa."""
+    """Softmax attention. auto: flash4, flash2 (packages) or varlen (torch) on a GPU in 16 bits, else sdpa."""
     experts: Literal["auto", "triton", "reference", "grouped_mm", "megablocks", "transformer_engine"] = "auto"
-    """The routed experts; the last three are other packages' (trinity_kernels.expert_engines), to measure against. Here
-    and below, auto: Triton on a GPU where it takes such sizes, else torch."""
+    """Routed experts. The last three are other packages', to measure against. Here and below, auto: triton on a GPU,
+    for the sizes that it takes, else reference (torch)."""
     experts_recompute: bool = False
-    """Triton makes the experts' pre-activations again in backward: 4·F bytes a row less to keep, a ninth more work."""
+    """Recompute the experts' pre-activations in backward (triton): 4·F bytes per row less memory, a ninth more
+    arithmetic. F: expert width."""
     routing: Literal["auto", "triton", "reference"] = "auto"
-    """Scores, choice of experts and gates."""
+    """Router: scores, top-k and gates."""
     head: Literal["auto", "triton", "reference"] = "auto"
-    """The LM head with its loss."""
+    """LM head with the cross-entropy loss."""
     norms: Literal["auto", "triton", "reference"] = "auto"
-    """RMSNorm, alone and with the residual."""
+    """RMSNorm, alone and fused with the residual."""
     qk_norm: Literal["auto", "triton", "reference"] = "auto"
-    """RMSNorm of queries and keys with RoPE."""
+    """RMSNorm of queries and keys, fused with RoPE."""
     gate: Literal["auto", "triton", "reference"] = "auto"
-    """What stands between projections: the sigmoid gate on attention's output, and SwiGLU."""
+    """Sigmoid gate of the attention output, and SwiGLU."""
     newton_schulz: Literal["auto", "triton", "reference"] = "auto"
-    """Muon's orthogonalisation."""
+    """Newton-Schulz iteration of Muon."""
 
 
 AUTOMATIC = Kernels()
-"""The best of each that is there; nobody writes to it."""
+"""The defaults, shared; nobody writes to it."""
 
 
 @dataclass
 class Precision:
-    """Number formats. Parameters and optimizer state are fp32, or float64 where compute is."""
+    """Data types. Parameters and optimizer state are float32, or float64 where precision.compute is."""
 
     compute: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Matrix products and the residual stream; router, norms and losses are fp32 in any case."""
+    """Matrix products and the residual stream; router, norms and losses are float32 at least. From the report:
+    bfloat16."""
     reduce: Literal["bfloat16", "float32", "float64"] = "float32"
-    """Gradients between ranks."""
+    """Gradient reduction between ranks."""
     fp8: Literal["none", "torchao", "transformer_engine"] = "none"
-    """Whose 8-bit products the projections of attention, dense FFN and shared experts use (trinity.models.fp8). None:
-    the report turned MXFP8 off in Large's run, back to bf16, as one of six changes for stability."""
+    """Library of the 8-bit products of attention, dense FFN and shared experts (trinity.models.fp8). From the report:
+    none; it turned MXFP8 off in Large's run, as one of six changes for stability."""
 
 
 @dataclass
 class Checkpoint:
-    """Saving the state of the run."""
+    """Checkpoints: the whole state of the run."""
 
     every: int = 500
-    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    """Optimizer steps between checkpoints; 0: only at the end and when asked to stop."""
     keep: int = 2
-    """How many of the newest complete ones stay."""
+    """Newest complete checkpoints that are kept."""
     keep_every: int = 0
-    """Those of every so many steps stay for ever; 0: none."""
+    """Keep every checkpoint whose step is a multiple of this, for ever; 0: none."""
     asynchronous: bool = True
-    """Training goes on while a copy of its state, in host memory, is being written."""
+    """Write in the background, from a copy of the state in host memory, while training goes on."""
     url: str | None = None
-    """Where the step_… folders go: a folder, or a URL of any kind that fsspec writes, such as s3://bucket/run; none:
-    checkpoints/ of the run directory. One place is for one run."""
+    """Folder, or URL that fsspec can write such as s3://bucket/run, for this run's checkpoints alone. Default:
+    checkpoints/ of the run directory."""
 
 
 @dataclass
 class Export:
-    """Writing Hugging Face folders."""
+    """Export to Hugging Face folders during the run."""
 
     every: int = 0
-    """Steps between exports into hf/; 0: only by tools/export_hf.py."""
+    """Optimizer steps between exports into hf/ of the run directory; 0: only by tools/export_hf.py."""
 
 
 @dataclass
 class Evaluation:
-    """Validation loss in the loop."""
+    """Validation loss and samples during the run."""
 
     every: int = 0
-    """Steps between evaluations; 0: none. The last step is evaluated where it is not 0."""
+    """Optimizer steps between evaluations; 0: none. Otherwise the last step is evaluated as well, and a model that init
+    continues before its first step."""
     sequences: int = 64
-    """At most this many rows of each validation set."""
+    """Most sequences of each validation set that are read."""
     prompts: list[str] = field(default_factory=list)
-    """Texts that every evaluation continues, always by the likeliest token, into samples.jsonl; needs a tokenizer."""
+    """Prompts that every evaluation continues greedily, into samples.jsonl; needs a tokenizer."""
     sample_tokens: int = 64
-    """Tokens that are made for each prompt; the text ends earlier where a document ends."""
+    """Most tokens generated for each prompt; fewer where the document ends."""
 
 
 @dataclass
 class Profile:
-    """A close look at some steps with torch's profiler, into profile/ of the run directory. All ours."""
+    """torch.profiler on some steps, into profile/ of the run directory."""
 
     steps: Any = None
-    """Which steps: 10, 10-12 (first to last), or a list of either; none by default."""
+    """Steps to profile: 10, 10-12 (first to last), or a list of either. Default: none."""
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Processes that are looked at."""
+    """Ranks that are profiled."""
     memory: bool = False
-    """Also who takes memory: a column of the table and, on a GPU, a snapshot for pytorch.org/memory_viz."""
+    """Also profile memory: a column of the table and, on a GPU, a snapshot for pytorch.org/memory_viz."""
 
 
 @dataclass
 class Log:
-    """What is shown and where."""
+    """Console, experiment trackers, and how often costlier figures are taken."""
 
     every: int = 1
-    """Steps between lines on the console; metrics.jsonl has every step."""
+    """Optimizer steps between lines on the console; metrics.jsonl has every step."""
     wandb: str | None = None
-    """Weights & Biases project; offline where there is no key."""
+    """Weights & Biases project; offline where there is no API key. Default: off."""
     tensorboard: bool = False
-    """Also write TensorBoard events into the run directory."""
+    """Write TensorBoard events into tensorboard/ of the run directory."""
     router_every: int = 50
-    """Steps between lines of router.jsonl: load and bias of every expert; 0: none."""
+    """Optimizer steps between lines of router.jsonl: load and bias of every expert; 0: none."""
     norms_every: int = 100
-    """Steps between figures of weight and update norms by group, for which a copy of the rank's weights lies in host
-    memory during the step; 0: none."""
+    """Optimizer steps between weight and update norms by parameter group; 0: none. Takes a copy of the rank's weights
+    in host memory during the step."""
     probe_every: int = 100
-    """Steps between probes, for which one row of each rank goes through the model once more: the largest attention
-    logit (sampled), and how far the ranks' speeds differ; 0: none."""
+    """Optimizer steps between probes: the largest attention logit (sampled), and how far the ranks' speeds differ; 0:
+    none. Takes one more forward pass of one sequence per rank."""
     het_sequences: int = 1
-    """Sequences in a group of BatchHet (eq. 40), in stream order, so that it does not depend on the microbatch."""
+    """Group size of BatchHet (eq. 40), in sequences in stream order, so that it does not depend on the microbatch. Not
+    from the report."""
 
 
 @dataclass
 class Spike:
-    """What is done about a step whose loss or gradient norm stands far above the last ones (OLMo's rule)."""
+    """Loss spikes: a step whose loss or gradient norm is far above those of the last steps (OLMo's rule)."""
 
     action: Literal["none", "warn", "skip", "rollback"] = "warn"
-    """warn: note it; skip: change nothing in that step; rollback: load the last checkpoint, and on past its data."""
+    """warn: log an event; skip: skip the update; rollback: load the last checkpoint, and go on past the data since
+    then. Not from the report: OLMo's rule."""
     sigma: float = 6.0
-    """Standard deviations above the mean from which on it is a spike. OLMo's."""
+    """Standard deviations above the mean that make a spike. Not from the report: OLMo's value."""
     window: int = 128
-    """Ordinary steps that mean and deviation are taken over; at most 1024. OLMo's."""
+    """Ordinary steps that mean and deviation are taken over. Not from the report: OLMo's value."""
 
 
 @dataclass
 class Health:
-    """When a run warns, goes back or ends by itself."""
+    """When the run warns, rolls back or stops by itself."""
 
     bad_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite before the run stops with exit code 3."""
+    """Consecutive steps with a loss or gradient that is not finite, after which the run stops with exit code 3. Not
+    from the report."""
     heartbeat_seconds: float = 180
-    """A process that makes no progress for so long ends with code 1 (report: alarm after 3 minutes), ten times as long
-    until the first step is done; 0 never."""
+    """Watchdog: seconds without progress after which a process ends with code 1, ten times as long until the first step
+    is done; 0: never. From the report: an alarm after 3 minutes."""
     spike: Spike = field(default_factory=Spike)
-    """Loss spikes."""
+    """Reaction to loss spikes."""
     rollbacks: int = 10
-    """How often a run goes back after spikes before it stops with exit code 3. Ours."""
+    """Most rollbacks after spikes; then the run stops with exit code 3. Not from the report."""
     violation_factor: float = 3.0
-    """Warn of a layer whose MaxVio has climbed to so many times its lowest, and above 1; 0 never. Ours."""
+    """Warn of a layer whose MaxVio is this many times its lowest so far, and above 1; 0: never. Not from the report."""
     dead_steps: int = 200
-    """Warn of a layer where an expert had no token for so many steps in a row; 0 never. Ours."""
+    """Warn of an expert without a token for this many consecutive steps; 0: never. Not from the report."""
     slow_factor: float = 1.5
-    """Warn of a rank on which attention took so many times as long as on the median one, in three probes in a row
-    (log.probe_every); 0 never. Ours."""
+    """Straggler detection: warn of a rank whose attention takes this many times as long as the median rank's, in three
+    consecutive probes (log.probe_every); 0: never. Not from the report."""
 
 
 @dataclass
 class RunConfig:
-    """Everything."""
+    """All settings of a run."""
 
     run: Run = field(default_factory=Run)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -424,10 +453,10 @@ class RunConfig:
     kernels: Kernels = field(default_factory=Kernels)
     precision: Precision = field(default_factory=Precision)
     recompute: Literal["none", "block", "selective"] = "none"
-    """What backward computes again instead of keeping: nothing; each block but for its routing; or what is cheap in it,
-    keeping attention, experts and exchanges."""
+    """Activation checkpointing. block: recompute each block in backward, but for its routing; selective: recompute what
+    is cheap, and keep attention, experts and exchanges."""
     compile: Literal["none", "block"] = "none"
-    """torch.compile of each block, which the expert path passes unseen. Ours."""
+    """torch.compile of each block, without the routed experts."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     export: Export = field(default_factory=Export)
     evaluation: Evaluation = field(default_factory=Evaluation)

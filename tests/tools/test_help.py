@@ -1,0 +1,59 @@
+"""Every command line says its defaults in --help."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from trinity.command_line import HelpFormatter
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("launch", "tools")
+    for path in (ROOT / folder).rglob("*.py")
+    if "ArgumentParser(" in path.read_text(encoding="utf-8")
+)
+
+
+class Parsed(Exception):
+    """The parser, just before it would read the command line."""
+
+
+def parser_of(script: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """What a script makes in its parse, or in its main."""
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise Parsed(parser)
+
+    for name in ("parse_args", "parse_intermixed_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stop)
+    spec = importlib.util.spec_from_file_location(f"words_of_{script.stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    spec.loader.exec_module(module)
+    with pytest.raises(Parsed) as made:
+        getattr(module, "parse", getattr(module, "main", None))()
+    return made.value.args[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_shows_every_default(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each option that takes a value: its default, or in words what holds without it."""
+    parser = parser_of(script, monkeypatch)
+    assert parser.formatter_class is HelpFormatter
+    for action in parser._actions:
+        if not action.option_strings or action.required or action.nargs == 0:
+            continue
+        told = parser._get_formatter()._expand_help(action)
+        if action.default in (None, []):
+            assert "default" in told or told.endswith(")"), action.option_strings
+        else:
+            assert f"{action.default})" in told[told.rindex("(") :], action.option_strings
+
+
+def test_all_scripts_are_found() -> None:
+    assert {"launch/pretrain.py", "tools/plan.py", "tools/prepare_data.py"} <= {str(script) for script in SCRIPTS}
+    assert len(SCRIPTS) >= 16
