@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.config.model import ZOO, ModelConfig
-from trinity.models import Losses, Trinity, parameter_roles
+from trinity.models import Losses, Trinity, next_tokens, parameter_roles
 from trinity.models.attention import rotation_of
 from trinity.models.backends import Visibility
-from trinity.models.trinity import next_tokens
 
 B, S = 2, 24
 
