@@ -11,10 +11,14 @@ from small_model import make_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from trinity.config.load import save_config
+from trinity.config.run import Run, RunConfig
 from trinity.errors import UserError
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity, parameter_roles
+from trinity.models import trinity as trinity_module
 from trinity.parallel.mesh import Ranks
+from trinity.training.checkpoint import load_model, model_state, save
 
 
 def expected_state(model: Trinity) -> dict[str, torch.Tensor]:
@@ -45,6 +49,17 @@ def test_bf16_comes_back_rounded_once(model: Trinity, tmp_path: Path) -> None:
     in_bf16 = exact | {name: exact[name].bfloat16() for name in rounded}
     assert_equal(load_hf(folder, dtype=torch.bfloat16).state_dict(), in_bf16)
     assert_equal(load_hf(folder).state_dict(), {name: tensor.float() for name, tensor in in_bf16.items()})
+
+
+def test_a_model_that_is_loaded_is_not_initialised(
+    model: Trinity, exported: Path, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder and of a run's checkpoint: a large model would pay a minute for each billion parameters."""
+    save_config(RunConfig(run=Run(steps=1), model=model.config), tmp_path / "config.yaml")
+    save(model_state(model), tmp_path, 1, keep=1)
+    monkeypatch.setattr(trinity_module, "initialize", lambda *_: pytest.fail("initialised, to be loaded next"))
+    assert_equal(load_hf(exported).state_dict(), expected_state(model))
+    assert_equal(load_model(tmp_path)[0].state_dict(), dict(model.state_dict()))
 
 
 def test_into_a_model_that_is_there(model: Trinity, exported: Path) -> None:

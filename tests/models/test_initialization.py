@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trinity.config.model import ModelConfig
 from trinity.models import Trinity, initialization, parameter_roles
+from trinity.models import trinity as trinity_module
 from trinity.models.initialization import _fill, _signed, _splitmix64, truncated_normal
 
 TAIL = 0.5 * math.erfc(3 / math.sqrt(2))  # of a normal distribution, beyond 3 on one side
@@ -64,6 +65,27 @@ def test_gains_and_buffers(tiny: ModelConfig) -> None:
     ]
     for buffer in buffers.values():
         assert torch.equal(buffer, torch.zeros(6, dtype=torch.float32))
+
+
+def test_a_new_model_is_initialised_with_seed_0(tiny: ModelConfig) -> None:
+    """Over fresh memory that holds NaN: the bits of init_weights(0)."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        new, again = Trinity(tiny), Trinity(tiny)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    again.init_weights(seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), again.state_dict().values()))
+    assert new(torch.arange(12).view(1, 12)).isfinite().all()
+
+
+def test_nothing_is_computed_on_the_meta_device(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of any size costs nothing there, and takes its values later."""
+    monkeypatch.setattr(trinity_module, "initialize", lambda *_: pytest.fail("initialised on the meta device"))
+    with torch.device("meta"):
+        model = Trinity(tiny)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
 def test_a_function_of_the_seed_and_nothing_else(tiny: ModelConfig) -> None:

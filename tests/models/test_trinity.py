@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.config.model import ZOO, ModelConfig
-from trinity.models import Losses, Trinity, parameter_roles
+from trinity.models import Losses, Trinity, next_tokens, parameter_roles
 from trinity.models.attention import rotation_of
 from trinity.models.backends import Visibility
 
@@ -91,6 +91,32 @@ def test_losses_are_those_of_the_logits(model: Trinity) -> None:
     assert losses.counts_ME.sum(dim=1).tolist() == [B * S * 2] * 4
     assert torch.equal(losses.sequence_loss_B, sum(routing.sequence_loss_B for routing in routings[:4]))
     assert losses.entropy_M.tolist() == [routing.entropy_sum.item() for routing in routings[:4]]
+
+
+def test_loss_is_the_mean_over_the_next_tokens(model: Trinity) -> None:
+    """Against cross_entropy on shifted logits, and on given targets with z·lse² added; 1e-12 in float64."""
+    tokens_BS, targets_BS = batch()
+    logits_BSV = model(tokens_BS)
+    expected = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+    assert model.loss(tokens_BS).item() == pytest.approx(expected.item(), abs=1e-12)
+    lse_BS = logits_BSV.logsumexp(dim=-1)[targets_BS != -100]
+    expected = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten()) + 0.01 * lse_BS.square().mean()
+    assert model.loss(tokens_BS, targets_BS, z=0.01).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert model.loss(tokens_BS, torch.full_like(targets_BS, -100)).item() == 0.0
+
+
+def test_loss_does_not_cross_a_document(model: Trinity) -> None:
+    """Two documents in one row: the mean over both of each document alone, at its positions of the row."""
+    tokens_BS = batch()[0][:1]
+    first = torch.arange(S) < 10
+    losses = [
+        F.cross_entropy(model(tokens_BS[:, part], positions_BS=torch.arange(S)[part].view(1, -1))[0, :-1],
+                        tokens_BS[0, part][1:], reduction="sum")
+        for part in (first, ~first)
+    ]  # fmt: skip
+    assert next_tokens(tokens_BS, (~first).long().view(1, S))[0, [9, S - 1]].tolist() == [-100, -100]
+    got = model.loss(tokens_BS, document_ids_BS=(~first).long().view(1, S)).item()
+    assert got == pytest.approx(sum(losses).item() / (S - 2), abs=1e-12)
 
 
 def test_microbatches_add_up(model: Trinity) -> None:

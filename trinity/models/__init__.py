@@ -2,6 +2,6 @@
 
 from trinity.config.model import ZOO, ModelConfig
 from trinity.models.roles import Role, parameter_roles
-from trinity.models.trinity import Losses, Trinity
+from trinity.models.trinity import Losses, Trinity, next_tokens
 
-__all__ = ["ZOO", "Losses", "ModelConfig", "Role", "Trinity", "parameter_roles"]
+__all__ = ["ZOO", "Losses", "ModelConfig", "Role", "Trinity", "next_tokens", "parameter_roles"]

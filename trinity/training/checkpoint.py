@@ -175,9 +175,11 @@ def load_model(run_dir: Path, step: int | None = None, note: Note = warn) -> tup
     config = newest_config(Path(run_dir))
     home = home_of(config.checkpoint.url, Path(run_dir))
     chosen = pick_intact(home, step, note)
-    model = Trinity(config.model)
+    with torch.device("meta"):  # every value comes from the checkpoint
+        model = Trinity(config.model)
     if config.precision.compute == "float64":
         model.double()
+    model.to_empty(device="cpu")
     load(model_state(model), home, chosen)
     return model, config, chosen
 

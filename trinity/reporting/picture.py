@@ -1,0 +1,83 @@
+"""One small picture of a run, for a README or a note: loss and MaxVio over tokens, as an SVG or PNG file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trinity.errors import UserError
+from trinity.reporting.lines import Columns
+from trinity.reporting.run import read_run
+from trinity.reporting.thinning import smooth, thin
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".svg", ".png")
+VALIDATION = "validation_loss."
+_LOOKS = {"svg.fonttype": "none", "svg.hashsalt": "trinity"}  # text stays text; the same run gives the same bytes
+
+
+def save_picture(run_dir: Path, out: Path) -> Path:
+    """Draw a run into a file.
+
+    Args:
+        run_dir: a run directory with at least one step.
+        out: an .svg or .png file; its folder must exist.
+    Returns:
+        `out`.
+    Raises:
+        UserError: not a run directory, another file format, or matplotlib is not installed.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out={out} is not an image that can be written; end its name in {' or '.join(FORMATS)}")
+    run = read_run(run_dir)
+    figure = draw(run.name, run.metrics)
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if out.suffix.lower() == ".svg" else None
+    with rc_context(_LOOKS):
+        figure.savefig(out, dpi=120, metadata=metadata)
+    return out
+
+
+def draw(name: str, metrics: Columns) -> "Figure":
+    """Two charts side by side: training and validation loss, and expert imbalance (MaxVio), over tokens.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except ImportError:
+        raise UserError('the picture needs matplotlib; install it: pip install "trinity-moe[experiments]"') from None
+    figure = Figure(figsize=(8.5, 3), layout="constrained")
+    loss, violation = figure.subplots(1, 2)
+    tokens = metrics["tokens"]
+    _curve(loss, tokens, metrics["loss"], "training", faint=True)
+    _curve(loss, tokens, smooth(metrics["loss"])[0], "training, smoothed")
+    for field in metrics.names(VALIDATION):
+        _points(loss, tokens, metrics[field], f"validation {field.removeprefix(VALIDATION)}")
+    loss.set(title=f"{name}: loss", xlabel="tokens", ylabel="nats per token")
+    _curve(violation, tokens, metrics["max_violation"], "worst layer")
+    _curve(violation, tokens, metrics["max_violation_mean"], "mean over layers")
+    violation.set(title="expert imbalance (MaxVio)", xlabel="tokens", ylim=(0, None))
+    for axes in (loss, violation):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _curve(axes: "Axes", x_N: np.ndarray, y_N: np.ndarray, label: str, faint: bool = False) -> None:
+    kept = thin(y_N)
+    if len(kept):
+        axes.plot(x_N[kept], y_N[kept], label=label, linewidth=0.8 if faint else 1.5, alpha=0.4 if faint else 1.0)
+
+
+def _points(axes: "Axes", x_N: np.ndarray, y_N: np.ndarray, label: str) -> None:
+    kept = thin(y_N)
+    axes.plot(x_N[kept], y_N[kept], "o", label=label, markersize=5)
