@@ -13,7 +13,6 @@ it reads, and rank r of R checks the files r, r + R, …: as much as it wrote it
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from trinity.errors import Failure, UserError
 from trinity.parallel.agree import on_first, together
+from trinity.terminal import say
 from trinity.training.elsewhere import Elsewhere, FileSum, Place, place
 from trinity.training.run_directory import write_whole
 
@@ -220,7 +220,7 @@ def _wrong_content(path: Place, known: FileSum) -> str:
 
 def warn(kind: str, message: str, **more: Any) -> None:
     """The plain Note: one line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}")
 
 
 def newest_intact(home: Home, note: Note = warn, before: int | None = None) -> int:

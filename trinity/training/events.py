@@ -5,13 +5,14 @@ Any rank may note something. Lines are appended in one write each, so that sever
 
 import json
 import os
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-QUIET = {"start", "resume", "checkpoint", "finish", "evaluation", "profile"}
-"""Kinds that the console does not need to see."""
+from trinity.terminal import say
+
+QUIET = {"start", "resume", "checkpoint", "stop", "finish", "evaluation", "profile"}
+"""Kinds that the console does not need to see, or is told of in other words."""
 
 
 class Events:
@@ -44,7 +45,7 @@ class Events:
         except OSError as error:
             self.failure = error
         if kind not in QUIET:
-            print(f"rank {self.rank}, step {self.step}: {kind}: {message}", file=sys.stderr, flush=True)
+            say(f"rank {self.rank}, step {self.step}: {kind}: {message}")
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ UserError (2) through the command line.
 """
 
 import os
-import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -30,7 +29,9 @@ from trinity.optim.groups import ownership_table
 from trinity.parallel import mesh
 from trinity.parallel.agree import any_of, on_first, reraise, together
 from trinity.parallel.mesh import Ranks
+from trinity.terminal import say
 from trinity.training import checkpoint
+from trinity.training.console import closing
 from trinity.training.events import Events
 from trinity.training.hardware import memory_gib, peak_flops
 from trinity.training.metrics import JsonLines, Sink, open_sinks
@@ -78,6 +79,7 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         code = training.run(stop_request)
         training.saver.wait()
         dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
+        training.say_closing(code)
         return code
     except BaseException as error:
         if directory is not None:
@@ -110,7 +112,7 @@ def _check_config(config: RunConfig, accepted: list[str], path: Path, home: chec
     seen = batch_plan(before).at(done[-1] - 1).tokens
     changed = check_changes(before, config, seen, accepted, str(path))
     if changed:
-        print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+        say(f"resuming with other settings: {', '.join(changed)}")
 
 
 def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
@@ -153,6 +155,8 @@ class Training:
         self.norms = Norms(self.optimizers, ranks.copy_group)
         self.step, self.bad_steps, self.rollbacks = step, 0, 0
         self._stalled: float | None = None  # by the last save, until a record has it
+        self._last_record: dict[str, Any] = {}
+        self._stopped_by = ""  # the signal's name
         self.watcher = Watcher(config, directory, ranks.rank, step)
         beat = self.watcher.heartbeat.beat
         self.home = checkpoint.home_of(config.checkpoint.url, directory.path)
@@ -209,8 +213,9 @@ class Training:
             if self._due(self.config.export.every):
                 self._export()
             if stop and not ending:
-                self.watcher.note("stop", f"asked to stop by {Signals(stop).name}")
-                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {Signals(stop).name}")
+                self._stopped_by = Signals(stop).name
+                self.watcher.note("stop", f"asked to stop by {self._stopped_by}")
+                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {self._stopped_by}")
                 return SAVED
         reason = "" if self.step >= self.total else "a source has no more documents (data.exhausted is end)"
         self.watcher.note("finish", reason or "all steps are made")
@@ -356,6 +361,7 @@ class Training:
     def log(self, record: dict[str, Any]) -> None:
         """Hand the record of a step to all sinks, and add a line to router.jsonl where it is time for one."""
         line = self.watcher.routers(record["step"], record["tokens"], self.model)
+        self._last_record = record
         try:
             for sink in self.sinks:
                 sink.write(record)
@@ -445,7 +451,7 @@ class Training:
 
     def _give_up(self, reason: str) -> int:
         if self.ranks.is_first:
-            print(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}", file=sys.stderr)
+            say(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}")
         self.directory.set_status("stopped", TOO_MANY_BAD_STEPS, self.step, reason)
         self.directory.forbid_restart(reason)
         return TOO_MANY_BAD_STEPS
@@ -455,14 +461,21 @@ class Training:
             return
         if self.step >= self.total:
             done = f"{self.directory.path} has made {self.step} steps of {self.total}; nothing is left to do"
-            print(f"{done} (a larger run.steps or run.tokens goes on)", file=sys.stderr)
+            say(f"{done} (a larger run.steps or run.tokens goes on)")
             return
-        print(ownership_table(self.optimizers), file=sys.stderr)
+        say(ownership_table(self.optimizers))
         share = self._share()
         micro = microbatch_size(share, self.config.batch.microbatch)
         start = f"resuming after step {self.step}" if self.step else "starting"
-        print(
+        say(
             f"{start}: {self.total} steps on {self.ranks.world} × {self.ranks.device.type}, {share} rows a rank in "
-            f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}",
-            file=sys.stderr,
+            f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}"
         )
+
+    def say_closing(self, code: int) -> None:
+        """Say on the first rank how the run ended and where its files are; nothing after bad steps."""
+        if not self.ranks.is_first or code == TOO_MANY_BAD_STEPS:
+            return
+        seconds, saved = time.monotonic() - STARTED, checkpoint.step_folder(self.home, self.step)
+        path, record = self.directory.path, self._last_record
+        say(closing(self.config, path, saved, record, self.step, self.total, seconds, self._stopped_by))
