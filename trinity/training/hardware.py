@@ -1,7 +1,11 @@
 """What the machine under a run can do and has used."""
 
+import os
+import platform
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,6 +45,17 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((gpu.bf16 for key, gpu in GPUS.items() if key.upper() in name), None)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the machine's CPU with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [platform.processor(), platform.machine()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")] + names
+    return f"{next(filter(None, names), 'CPU')}, {os.cpu_count()} cores"
 
 
 def memory_gib(device: torch.device) -> float:

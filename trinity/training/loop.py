@@ -33,7 +33,7 @@ from trinity.terminal import say
 from trinity.training import checkpoint
 from trinity.training.console import closing
 from trinity.training.events import Events
-from trinity.training.hardware import memory_gib, peak_flops
+from trinity.training.hardware import device_name, memory_gib, peak_flops
 from trinity.training.metrics import JsonLines, Sink, open_sinks
 from trinity.training.norms import Norms
 from trinity.training.probe import probe
@@ -182,7 +182,8 @@ class Training:
         self.profiler = together(lambda: Profiler(config.profile, events, ranks, self.total, beat))
         seconds = time.monotonic() - STARTED
         told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
-        self.watcher.note("resume" if step else "start", told, total=self.total, seconds=seconds)
+        machine = {"device": device_name(ranks.device), "processes": ranks.world}
+        self.watcher.note("resume" if step else "start", told, total=self.total, seconds=seconds, **machine)
         together(lambda: reraise(self.watcher.events.failure))
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
