@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from threading import RLock
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -21,6 +22,8 @@ LINE_SECONDS = 30
 CLEAR_LINE = "\r\x1b[K"
 
 Item = TypeVar("Item")
+
+tqdm.set_lock(RLock())  # of this process alone: tqdm's own one takes a semaphore of the system, and helpers with it
 
 
 def say(text: str) -> None:
