@@ -18,7 +18,7 @@ import torch
 
 from trinity.command_line import HelpFormatter, local_path, place
 from trinity.data.file_kinds import CHOICES
-from trinity.data.find_files import say
+from trinity.data.find_files import note
 from trinity.data.shards import TokenSource
 from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
@@ -98,7 +98,7 @@ def text_sources(vocab_size: int, options: argparse.Namespace) -> Iterator[tuple
         source = open_documents(given, options.folder, options.field, vocab_size, options.kind)
         files = {path.resolve() for path in (source.files if isinstance(source, TextSource) else [source.directory])}
         if files in measured:
-            say(f"--text {given} names the same files as one before it, so it is not measured again")
+            note(f"--text {given} names the same files as one before it, so it is not measured again")
             continue
         measured.append(files)
         yield given, source

@@ -31,7 +31,7 @@ def main() -> int:
     load = load_sharded_model if world_size() > 1 else load_model
     model, config, step = load(options.run_dir, options.step)
     dtype = DTYPES[options.dtype]
-    export_hf(model, options.out_dir, tokenizer_folder(config), dtype, overwrite=options.overwrite)
+    export_hf(model, options.out_dir, tokenizer_folder(config), dtype, overwrite=options.overwrite, progress=True)
     first = world_size() == 1 or dist.get_rank() == 0
     stop()
     if not first:

@@ -23,11 +23,12 @@ def parse() -> argparse.Namespace:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The run's metrics, a dictionary a step; without the validation before the first."""
+    """The metrics of the run's steps, without records that are no step's (a validation before the first)."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; run launch/pretrain.py first")
-    return [record for record in map(json.loads, path.read_text().splitlines()) if record["step"]]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for record in records if "loss" in record]
 
 
 def main() -> None:
@@ -65,9 +66,11 @@ def main() -> None:
         f"({records[-1][f'validation_bits_per_byte.{name}']:.3f} bits/byte; unigram entropy {entropy[name]:.3f})"
         for name in held_out
     )
+    losses = [record["loss"] for record in records if record["loss"] is not None]  # null: not finite
+    first_loss, last_loss = losses[0], losses[-1]
     speed = statistics.median(record["tokens_per_second"] for record in records)
     print(
-        f"smoke: loss {records[0]['loss']:.3f} → {records[-1]['loss']:.3f} | validation {validation} | "
+        f"smoke: loss {first_loss:.3f} → {last_loss:.3f} | validation {validation} | "
         f"{speed:,.0f} tokens/s | export {arguments.out} | "
         f"largest logit difference to transformers {difference:.1e} (of logits up to {largest:.1f})"
     )

@@ -1,6 +1,7 @@
 """How a mistake reaches the user: one sentence on stderr and a code, never a traceback.
 
-Codes (the public contract): 2 the user's mistake, 1 anything else that went wrong outside our code (a full disk).
+Codes (the public contract): 2 the user's mistake, 1 anything else that went wrong outside our code (a full disk);
+130 Ctrl-C in a tool or before a run begins.
 Our own mistakes are not caught here: they are assertions, and their traceback is what we want to see.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 
 USER_MISTAKE = 2
 FAILURE = 1
+INTERRUPTED = 130
+"""128 + SIGINT, as shells count; a run in progress does not come here: it saves and ends with 75."""
 
 
 class UserError(ValueError):
@@ -60,6 +63,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # whoever read our output has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = INTERRUPTED
     except Exception as error:
         explained = explain(error)
         if explained is None:

@@ -5,9 +5,11 @@ Memory is counted in bytes. A data sheet's GB is taken as 10⁹ bytes; drivers r
 
 import math
 import os
+import platform
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,3 +223,14 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the machine's CPU with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [platform.processor(), platform.machine()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(": ")[2] for line in lines if line.startswith("model name")] + names
+    return f"{next(filter(None, names), 'CPU')}, {os.cpu_count()} cores"

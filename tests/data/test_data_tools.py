@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trinity import terminal
 from trinity.data.corpus import write_corpus
 from trinity.data.shards import TokenSource
 from trinity.data.tokenizer import load_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
@@ -19,7 +20,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """(name, arguments) → exit code, stdout, stderr of a tool, run in this process."""
+    """(name, arguments) → exit code, stdout, stderr of a tool, run in this process; every bit of progress is a line."""
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -37,8 +39,9 @@ def process(name: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def sentences(stderr: str) -> list[str]:
-    """The lines of stderr that are no progress bar."""
-    return [line for line in stderr.replace("\r", "\n").splitlines() if line and "B/s" not in line]
+    """The lines of stderr that are no progress; in a pipe there is no bar."""
+    assert "\r" not in stderr
+    return [line for line in stderr.splitlines() if " left" not in line]
 
 
 def lines(path: Path, count: int) -> Path:

@@ -22,6 +22,7 @@ from trinity.interop.verify import largest_logit_difference
 from trinity.models import Trinity
 from trinity.parallel.mesh import Ranks
 from trinity.parallel.sharding import shard_model
+from trinity.terminal import Progress
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
@@ -54,6 +55,16 @@ def test_transformers_computes_the_same(model: Trinity, tmp_path: Path, tokens: 
     with torch.no_grad():
         expected = model(tokens).abs().max().item()
     assert agreement.largest == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_progress_counts_every_byte(model: Trinity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One amount a tensor, up to the bytes that the files hold beside their headers."""
+    seen: list[float] = []
+    update = Progress.update_to
+    monkeypatch.setattr(Progress, "update_to", lambda self, done: (seen.append(done), update(self, done)))
+    tensors = tensors_in(export_hf(model, tmp_path / "out", dtype=torch.float32, progress=True))
+    assert len(seen) == len(tensors)
+    assert seen[-1] == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_several_files_and_one_hold_the_same(model: Trinity, exported: Path, tmp_path: Path, tokens: Tensor) -> None:

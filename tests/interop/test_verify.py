@@ -8,6 +8,7 @@ import torch
 from small_model import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import enable_progress_bar
 
 from trinity.errors import UserError
 from trinity.interop import export_hf
@@ -25,6 +26,13 @@ def test_differences_are_seen(model: Trinity, exported: Path, tokens: Tensor, tm
     assert agreement.largest == theirs.abs().max().item()
     assert agreement.difference == pytest.approx(agreement.largest, rel=1e-4)
     assert largest_logit_difference(make_model(), exported, tokens).difference < 1e-4 * agreement.largest
+
+
+def test_no_bar_in_a_pipe(exported: Path, tokens: Tensor, capsys: pytest.CaptureFixture) -> None:
+    """transformers draws one of its own as it loads, unless it is told where it is."""
+    enable_progress_bar()
+    largest_logit_difference(exported, exported, tokens)
+    assert capsys.readouterr().err == ""
 
 
 def test_says_what_to_install(exported: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -17,12 +18,15 @@ import yaml
 from trinity.config.load import load_config
 from trinity.errors import UserError
 from trinity.models.accounting import parameter_counts
-from trinity.reporting import write_report
-from trinity.reporting.routing import moments
+from trinity.reporting import axes, unigram, write_report
+from trinity.reporting.curves import mode
+from trinity.reporting.lines import Columns
 from trinity.reporting.tables import _count
-from trinity.reporting.thinning import smooth, thin
+from trinity.reporting.thinning import moments, smooth, thin
 
 LAYERS, EXPERTS, STEPS = 3, 4, 12
+DENSE = 1
+"""Layers of the smoke model before the first MoE layer."""
 EVIL = "</script><script>alert('%%BODY%%')</script><img src=x onerror=alert(1)>&amp; \ud800"
 CHARTS = {
     "Loss": {"training": "loss", "validation held_out": "validation_loss.held_out"},
@@ -184,6 +188,8 @@ def test_marks_stand_on_the_curves(run: Path) -> None:
     drawn = page.curves("Loss")
     for words, step in {"spike": 7, "rollback": 7, "restart": 4, "update skipped": 5}.items():
         assert drawn[words] == ([100 * step], [loss[step]])
+    assert page.curves("Learning rates")["restart"] == ([400], [records()[3]["lr_muon"]])
+    assert page.curves("Learning rates")["rollback"] == ([700], [records()[6]["lr_muon"]])
     assert page.curves("MaxVio")["router warning"] == ([900], [records()[8]["max_violation"]])
     assert page.curves("Gradient norm before clipping")["update skipped"] == ([500], [records()[4]["grad_norm"]])
 
@@ -200,9 +206,12 @@ def test_routers_by_layer(run: Path) -> None:
     assert [step["args"][0]["visible"].index(True) for step in slider] == list(range(len(entries())))
     heat = page.figures["MaxVio by layer"]["data"][0]
     assert array(heat["z"]) == np.array([entry["max_violation"] for entry in entries()]).T.tolist()
+    assert array(heat["x"]) == [0, *(entry["tokens"] for entry in entries())]
+    for one in (heat, *load, page.figures[f"Expert bias after step {STEPS}"]["data"][0]):
+        assert array(one["y"]) == [DENSE, DENSE + 1, DENSE + 2]
     paths = page.curves("Expert bias by layer: largest − smallest")
     for layer in range(LAYERS):
-        assert paths[f"layer {layer}"][1] == [entry["bias_range"][layer] for entry in entries()]
+        assert paths[f"layer {DENSE + layer}"][1] == [entry["bias_range"][layer] for entry in entries()]
     bias = page.figures[f"Expert bias after step {STEPS}"]["data"][0]
     assert array(bias["z"]) == np.array(entries()[-1]["bias"], np.float32).tolist()
 
@@ -210,7 +219,7 @@ def test_routers_by_layer(run: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 9, 10, 1001])
 def test_moments(count: int) -> None:
     """First, middle and last are among them."""
-    shown = moments(count)
+    shown = moments(count, 9)
     assert {0, count - 1} <= set(shown)
     assert min(abs(entry - (count - 1) / 2) for entry in shown) <= 0.5
     assert len(shown) == min(count, 9)
@@ -229,6 +238,9 @@ def test_tables(run: Path) -> None:
         "parameters": f"{_count(counts['total'])} ({_count(counts['active'])} active)",
         "loss, last step": f"{loss[-1]:.4g}",
         "loss, lowest step": f"{min(loss):.4g} (step {loss.index(min(loss)) + 1})",
+        "bits per byte held_out, last": f"{records()[-1]['validation_bits_per_byte.held_out']:.4g}",
+        "wall time": "0:00:00",
+        "device": "–",
         "goodput, all starts": "–",
         "goodput, last start": f"{records()[-1]['goodput']:.1%}",
         "MFU, median": f"{np.median([record['mfu'] for record in records()]):.1%}",
@@ -253,11 +265,16 @@ def test_goodput_over_all_starts(run: Path) -> None:
     lines(run / "events.jsonl", told)
     steps = [{"step": n, "tokens": n, "loss": 1.0, "step_seconds": 3.0, "skipped": n == 5} for n in range(1, 11)]
     lines(run / "metrics.jsonl", steps)
-    assert Page(write_report([run])).row("goodput, all starts") == [f"{8 * 3 / 40:.1%}"]
+    told[2] |= {"device": "NVIDIA H200", "processes": 8}
+    lines(run / "events.jsonl", told)
+    page = Page(write_report([run]))
+    assert page.row("goodput, all starts") == [f"{8 * 3 / 40:.1%}"]
+    assert page.row("wall time") == ["0:00:40"]
+    assert page.row("device") == ["8 × NVIDIA H200"]
 
 
 def test_a_real_run(uninterrupted: Path, tmp_path: Path) -> None:
-    """Whatever it recorded is drawn; what it did not is named."""
+    """Whatever it recorded is drawn; what it did not, or was always 0, is named."""
     page = Page(write_report([uninterrupted], tmp_path / "new" / "report.html"))
     recorded = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     tokens = [record["tokens"] for record in recorded]
@@ -265,10 +282,18 @@ def test_a_real_run(uninterrupted: Path, tmp_path: Path) -> None:
     held_out = [(r["tokens"], r["validation_loss.held_out"]) for r in recorded if "validation_loss.held_out" in r]
     assert list(zip(*page.curves("Loss")["validation held_out"])) == held_out
     for title, curves in CHARTS.items():
-        has = any(field in record for record in recorded for field in curves.values())
+        has = any(record.get(field) for record in recorded for field in curves.values())
         assert (title in page.figures) == has
         assert has or title in page.text
     assert page.row("state") == ["finished"]
+    assert page.row("device")[0].startswith("1 × ")
+    (tokens_file,) = Path(load_config(uninterrupted / "config.yaml").data.validation["held_out"]).glob("*.tokens")
+    counts = np.unique(np.fromfile(tokens_file, "<u2"), return_counts=True)[1]
+    entropy = math.log(counts.sum()) - (counts * np.log(counts)).sum() / counts.sum()
+    drawn = page.curves("Loss")["unigram entropy, validation held_out"]
+    assert drawn[0] == [0, tokens[-1]]
+    assert drawn[1] == [pytest.approx(entropy, rel=1e-12)] * 2
+    assert "unigram entropy, training" not in page.curves("Loss")  # its phases change the mixture
 
 
 def test_only_metrics(run: Path) -> None:
@@ -305,7 +330,7 @@ def test_files_in_a_bad_state(run: Path) -> None:
     drawn = page.curves("Loss")["training"]
     assert drawn[1] == [*(record["loss"] for record in finite), 7]
     assert drawn[0][:-1] == [record["tokens"] for record in finite]
-    assert "2 values are not finite numbers and are not drawn: grad_norm, loss" in page.text
+    assert "3 values are not finite numbers and are not drawn: grad_norm, loss, mfu" in page.text
     assert "4 lines of metrics.jsonl cannot be read" in page.text
     assert "5 lines of router.jsonl cannot be read" in page.text
     assert "2 lines of events.jsonl cannot be read" in page.text
@@ -314,7 +339,7 @@ def test_files_in_a_bad_state(run: Path) -> None:
     assert [trace["name"] for trace in page.figures["Load of each expert"]["data"]] == [
         f"step {entry['step']}" for entry in routed
     ]
-    assert page.curves("Expert bias by layer: largest − smallest")["layer 0"][0] == [200, 600, 800, 1000, 1200]
+    assert page.curves("Expert bias by layer: largest − smallest")[f"layer {DENSE}"][0] == [200, 600, 800, 1000, 1200]
 
 
 def test_text_is_never_markup(run: Path) -> None:
@@ -344,7 +369,7 @@ def test_nothing_is_fetched(run: Path) -> None:
     """No tag, no style and no script of ours names another place."""
     page = Page(write_report([run]))
     places = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href", "srcset")]
-    assert places == ["data:,"]
+    assert [place for place in places if not place.startswith("#")] == ["data:,"]
     assert not re.search(r"url\(|@import", page.source[: page.source.index("</style>")])
     assert "fetch(" not in page.scripts[""]
     assert "import(" not in page.scripts[""]
@@ -359,7 +384,9 @@ def test_several_runs(run: Path, tmp_path: Path) -> None:
     page = Page(write_report([run, other], tmp_path / "both.html"))
     names = [f"mine ({folder})" for folder in (run, other)]
     drawn = page.curves("Learning rates")
-    assert list(drawn) == [f"{name} · {words}" for name in names for words in ("Muon", "AdamW")]
+    assert [name for name in drawn if not name.endswith(("restart", "rollback"))] == [
+        f"{name} · {words}" for name in names for words in ("Muon", "AdamW")
+    ]
     assert len(drawn[f"{names[1]} · Muon"][0]) == 7
     assert page.row("steps") == ["12", "7"]
     assert [row for row in page.rows if row and row[0] == "optim.muon.lr"] == [
@@ -370,6 +397,122 @@ def test_several_runs(run: Path, tmp_path: Path) -> None:
     assert f"Routers by layer: {names[0]}" in page.text
     assert "Left out, no data: router.jsonl" in page.text
     assert not (run / "report.html").exists()
+
+
+def test_contents(run: Path, tmp_path: Path) -> None:
+    """A link to each section, in its order; names are told apart where titles are alike."""
+    other = full_run(tmp_path / "other", name="mine!")
+    page = Page(write_report([run, other]))
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert links == ["#" + attrs["id"] for tag, attrs in page.tags if tag == "section"]
+    assert len(set(links)) == len(links)
+    assert links[:2] == ["#summary", "#loss"]
+    assert [link for link in links if "routers" in link] == ["#routers-by-layer-mine", "#routers-by-layer-mine-7"]
+
+
+def test_steps_stand_above_tokens(run: Path, tmp_path: Path) -> None:
+    """At the tokens of each; left out where two runs come to a step at other tokens."""
+    above = Page(write_report([run])).figures["Loss"]["layout"]["xaxis2"]
+    assert (above["tickvals"], above["ticktext"]) == ([500, 1000], ["5", "10"])
+    other = full_run(tmp_path / "other")
+    assert "xaxis2" in Page(write_report([run, other], tmp_path / "r.html")).figures["Loss"]["layout"]
+    lines(other / "metrics.jsonl", [record | {"tokens": 99 * record["step"]} for record in records()])
+    assert "xaxis2" not in Page(write_report([run, other], tmp_path / "r.html")).figures["Loss"]["layout"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels"),
+    [
+        (range(1, 2), ["1"]),
+        (range(1, 4), ["1", "2", "3"]),
+        (range(1, 61), ["20", "40", "60"]),
+        (range(0, 5001), ["0", "1,000", "2,000", "3,000", "4,000", "5,000"]),
+        (range(990, 1004), ["990", "995", "1,000"]),
+    ],
+)
+def test_ticks_of_the_step_axis(steps: range, labels: list[str]) -> None:
+    """Few round steps, each at its tokens: 3 a step, and 7 from the step 1000 on."""
+    columns = Columns()
+    for step in steps:
+        columns.add(step, {"tokens": 3 * step + 4 * max(0, step - 1000)})
+    ticks = axes.step_axis([columns])
+    assert [label for _, label in ticks] == labels
+    for place, label in ticks:
+        step = int(label.replace(",", ""))
+        assert place == 3 * step + 4 * max(0, step - 1000)
+
+
+def test_records_without_tokens() -> None:
+    """A validation before the first step is at 0; another stands between its neighbours."""
+    columns = Columns()
+    for step, tokens in ((0, None), (1, 10), (2, None), (4, 70)):
+        columns.add(step, {"loss": 1.0} if tokens is None else {"loss": 1.0, "tokens": tokens})
+    assert axes.positions(columns).tolist() == [0, 10, 30, 70]
+
+
+def test_a_step_before_the_first(run: Path) -> None:
+    """A record of a continued model that holds its validation alone."""
+    lines(run / "metrics.jsonl", [{"step": 0, "validation_loss.held_out": 3.5}, *records()])
+    page = Page(write_report([run]))
+    drawn = page.curves("Loss")
+    assert [axis[0] for axis in drawn["validation held_out"]] == [0, 3.5]
+    assert drawn["training"][0][0] == 100
+    assert page.row("loss, last step") == [f"{records()[-1]['loss']:.4g}"]
+
+
+def test_few_points_are_points(run: Path) -> None:
+    """Up to 10 without a line, up to 60 with both."""
+    assert [mode(points) for points in (1, 10, 11, 60, 61)] == [
+        "markers", "markers", "lines+markers", "lines+markers", "lines",
+    ]  # fmt: skip
+    lines(run / "metrics.jsonl", records()[:1])
+    figure = Page(write_report([run])).figures["Loss"]
+    assert [trace["mode"] for trace in figure["data"] if trace["meta"] == "training"] == ["markers"]
+
+
+def test_charts_without_information(run: Path) -> None:
+    """What was 0 in every step and layer is named, and not drawn."""
+    none = {"dead_experts": 0.0, "z_loss": 0.0, "sequence_loss": 0, "checkpoint_seconds": 0.0}
+    lines(run / "metrics.jsonl", [record | none for record in records()])
+    lines(
+        run / "router.jsonl",
+        [entry | {"dead": [0.0] * LAYERS, "bias": [[0] * EXPERTS] * LAYERS} for entry in entries()],
+    )
+    page = Page(write_report([run]))
+    titles = ["Other losses", "Experts without a token", "Share of experts without a token, by layer"]
+    titles.append(f"Expert bias after step {STEPS}")
+    for title in titles:
+        assert title not in page.figures
+    assert "Left out, always 0: Other losses." in page.text
+    assert f"Left out, always 0: {titles[2]}, {titles[3]}." in page.text
+    assert list(page.curves("Waiting")) == ["for data", "for a checkpoint"]
+
+
+def test_samples(run: Path) -> None:
+    """Every prompt after some of the steps, the newest first; a broken line is counted."""
+    made = [
+        {"step": step, "tokens": step, "prompt": f"p{n}", "text": f" {step}\n{n}"}
+        for step in range(1, 12)
+        for n in (1, 2)
+    ]
+    lines(run / "samples.jsonl", [*made, {"step": 3, "prompt": 4, "text": ""}])
+    page = Page(write_report([run]))
+    assert [row for row in page.rows if len(row) == 3 and row[1] in ("p1", "p2")] == [
+        [str(step), f"p{n}", f" {step}\n{n}"] for step in (11, 9, 7, 5, 3, 1) for n in (1, 2)
+    ]
+    assert "6 of 11 steps" in page.text
+    assert "1 line of samples.jsonl cannot be read" in page.text
+
+
+def test_entropy_of_what_cannot_be_counted(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, URLs and large sets have none; the training mixture has one where no phase changes it."""
+    config = load_config(uninterrupted / "config.yaml")
+    config.data.phases = []
+    assert set(unigram.unigram_entropies(config)) == {"training", "validation held_out"}
+    monkeypatch.setattr(unigram, "MOST_TOKENS", 1)
+    assert unigram.unigram_entropies(config) == {}
+    config.data.train, config.data.validation = {"a": "s3://bucket/shards"}, {"b": "mine.txt"}
+    assert unigram.unigram_entropies(config) == {}
 
 
 def test_long_runs_are_thinned(run: Path) -> None:
@@ -455,6 +598,7 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
     if browser is None:
         pytest.skip("no Chromium")
+    lines(run / "metrics.jsonl", [{**one, "lr_muon": 1e-5 * one["step"], "lr_adamw": 1e-5} for one in records()])
     report = write_report([run])
     told = subprocess.run(
         [
@@ -467,5 +611,8 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
     page = Page(report)
     assert len(page.figures) == len(CHARTS) + 5
     assert told.count('class="figure js-plotly-plot"') == len(page.figures)
+    assert ">1e−4<" in told  # a tick
+    assert "µ</text>" not in told
+    assert told.count('<g class="x2tick">') >= 2 * 20  # two ticks of the step axis in each chart
     assert re.search(r"<button><svg[^>]*>.*?</svg>validation held_out</button>", told)
     assert re.search(r"<button><span[^>]*>▲ </span>spike</button>", told)

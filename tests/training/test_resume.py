@@ -67,6 +67,9 @@ def test_asked_to_stop(
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 75, errors
     stopped = status(run)
+    assert errors.count("asked to stop: the step is finished and saved first") == 1
+    assert f"\nsaved at step {stopped['step']} of {LAST} in 0:00:" in errors
+    assert f", stopped by {number.name}; the same command resumes\n" in errors
     assert (stopped["state"], stopped["code"]) == ("saved", 75)
     assert number.name in stopped["reason"]
     assert 2 <= stopped["step"] < LAST

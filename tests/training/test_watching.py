@@ -90,6 +90,12 @@ def test_dead_experts_are_named() -> None:
     assert found[6][0][0] == "MoE layer 1 has 2 experts without a token for 3 steps: [1, 2]"
 
 
+def test_layers_have_their_number_in_the_model() -> None:
+    """Two dense layers come first: the second router is that of layer 3."""
+    found = Collapse(0, dead_steps=1, first_layer=2).look(torch.tensor([[1, 1], [2, 0]]))
+    assert found == [("MoE layer 3 has 1 experts without a token for 1 steps: [1]", {"layer": 3, "dead": 1})]
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[int]]:
     """poisoned({k, …}): these steps, counted from 0 as they are made, get a gradient norm a thousand times as large."""

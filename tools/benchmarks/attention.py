@@ -61,7 +61,7 @@ def run(quick: bool) -> dict[str, Any]:
     from benchmarks.step import machine
 
     results: dict[str, Any] = {"on": machine(), "unit": "TF" if torch.cuda.is_available() else "GF", "cases": {}}
-    for name, case in tqdm(cases().items(), unit="case", file=sys.stderr):
+    for name, case in tqdm(cases().items(), unit="case", file=sys.stderr, disable=None):
         try:
             results["cases"][name] = _measure(case, rounds=2 if quick else 5)
         except Exception as error:  # a device that an engine has broken: what was measured before stays

@@ -80,7 +80,7 @@ def run(quick: bool) -> dict[str, Any]:
     turns = [(name, routing) for routing in ("balanced", "Zipf") for name in cases]
     unit = "TF" if torch.cuda.is_available() else "GF"
     results: dict[str, Any] = {"on": machine(), "zipf": ZIPF, "unit": unit, "cases": {}}
-    for name, routing in tqdm(turns, unit="case", file=sys.stderr):
+    for name, routing in tqdm(turns, unit="case", file=sys.stderr, disable=None):
         case = results["cases"][f"{name}, {routing}"] = {"sizes": cases[name]._asdict(), "contenders": {}}
         try:
             _measure(case, cases[name], routing, rounds=2 if quick else 7)

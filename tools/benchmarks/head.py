@@ -43,7 +43,7 @@ def run(quick: bool) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = ("smoke",) if device == "cpu" else ("nano",) if quick else ("nano", "mini", "large")
     found = {}
-    for name in tqdm(models, unit="width", file=sys.stderr):
+    for name in tqdm(models, unit="width", file=sys.stderr, disable=None):
         inputs = _inputs(ZOO[name].vocab_size, ZOO[name].width, device)
         flops = 6 * TOKENS[device] * ZOO[name].vocab_size * ZOO[name].width
         measure = _on_gpu if device == "cuda" else _on_cpu

@@ -35,7 +35,7 @@ def run(quick: bool) -> dict[str, Any]:
     rounds, steps = (1, 2) if quick else (3, 6)
     meshes = {name: mesh for name, mesh in MESHES.items() if mesh[0] <= _devices()}
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in meshes}
-    for name in tqdm([name for _ in range(rounds) for name in meshes], unit="run", file=sys.stderr):
+    for name in tqdm([name for _ in range(rounds) for name in meshes], unit="run", file=sys.stderr, disable=None):
         samples[name].append(_launch(*meshes[name], steps))
     medians = {
         name: {key: statistics.median(value for sample in found for value in sample[key]) for key in found[0]}

@@ -58,7 +58,7 @@ def run(quick: bool) -> dict[str, Any]:
         contenders["dense, bfloat16: ours"] = Muon(parts["dense"], lr=RATE).step
     contenders["dense, bfloat16: torch.optim.Muon"] = _of_torch(parts["dense"])
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in tqdm(range(2 if quick else 8), unit="round", file=sys.stderr):
+    for _ in tqdm(range(2 if quick else 8), unit="round", file=sys.stderr, disable=None):
         for name, step in contenders.items():
             seconds[name].append(_seconds(step, device))
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up

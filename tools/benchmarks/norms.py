@@ -53,7 +53,7 @@ def run(quick: bool) -> dict[str, Any]:
     """Measure every contender; returns the figures and what they were measured on."""
     where = device().type
     found = []
-    for model in tqdm(MODELS[where][: 1 if quick else None], unit="model", file=sys.stderr):
+    for model in tqdm(MODELS[where][: 1 if quick else None], unit="model", file=sys.stderr, disable=None):
         for case in _cases(ZOO[model], where):
             size = DTYPES[where].itemsize
             found.append({

@@ -36,7 +36,7 @@ def run(quick: bool) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
-    for model in tqdm(MODELS[device], unit="model", file=sys.stderr):
+    for model in tqdm(MODELS[device], unit="model", file=sys.stderr, disable=None):
         for skew, most in SKEWS.items():
             for op, bytes_, calls in _ops(model, most, device):
                 seconds = {kernel: _seconds(call, device, quick) for kernel, call in calls.items()}

@@ -47,7 +47,7 @@ def run(quick: bool) -> dict[str, Any]:
     turns = [contender for _ in range(rounds) for contender in contenders]
     with tempfile.TemporaryDirectory() as folder:
         _export(Path(folder) / "export")
-        for name, dtype in tqdm(turns, unit="run", file=sys.stderr):
+        for name, dtype in tqdm(turns, unit="run", file=sys.stderr, disable=None):
             earlier = samples.setdefault(f"{name} {dtype}", [])
             if out_of_time():
                 earlier[:] = earlier or [{"failed": "not measured: the suite's time was up"}]

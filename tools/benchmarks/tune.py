@@ -45,7 +45,7 @@ def run(quick: bool, op: str) -> dict[str, Any]:
     from benchmarks.step import machine
 
     found = {}
-    for name, tunable in tqdm(tunables(op).items(), unit="kernel", file=sys.stderr):
+    for name, tunable in tqdm(tunables(op).items(), unit="kernel", file=sys.stderr, disable=None):
         found[name] = measure(tunable, rounds=2 if quick else 7)
     return {"on": machine(), "op": op, "kernels": found}
 

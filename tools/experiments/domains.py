@@ -67,7 +67,7 @@ def make_corpus(out: Path, vocab_size: int, every: int = 1, library: Path | None
     tokenizer = out / "tokenizer"
     train_from_files([documents / f"{name}.train.jsonl" for name in domains], vocab_size, tokenizer)
     folders: dict[str, dict[str, Path]] = {side: {} for side in SIDES}
-    with tqdm(desc="preparing", total=len(SIDES) * len(domains), unit="source") as bar:
+    with tqdm(desc="preparing", total=len(SIDES) * len(domains), unit="source", disable=None) as bar:
         for side in SIDES:
             for name in domains:
                 folders[side][name] = out / "shards" / name / side

@@ -111,9 +111,9 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
         UserError: a result there is one of other settings.
     """
     from rsdb_arms import train_arm
-    from tqdm import tqdm
 
     from trinity.io.json_files import read_json, write_json
+    from trinity.terminal import Progress
 
     folder.mkdir(exist_ok=True)
     places = {(arm, seed): folder / f"{arm}-{seed}.json" for arm, seed in configs}
@@ -123,8 +123,8 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
             raise UserError(f"{places[key]} is a run of other settings; give another --out, or remove {folder}")
     total = sum(config.run.steps for config in configs.values())
     done = sum(configs[key].run.steps for key, run in found.items() if run)
-    every = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(desc="training", total=total, initial=done, unit="step", mininterval=every) as bar:
+    with Progress("training", total, "step") as bar:
+        bar.skip_to(done)
         for key, config in configs.items():
             if found[key] is None:
                 found[key] = {"settings": settings_of(config)} | train_arm(config, bar.update)

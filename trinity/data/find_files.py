@@ -5,7 +5,6 @@ above it ends. Hidden files and folders are left out.
 """
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import dropwhile
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from trinity.data.file_kinds import ALL, KINDS, file_kind
 from trinity.errors import UserError
+from trinity.terminal import say
 
 MAGIC = set("*?[")
 SHOWN = 3
@@ -146,7 +146,7 @@ def names(paths: Iterable[Path | str], folder: str = "") -> str:
     return ", ".join([*short[:SHOWN], *["…"][: len(short) > SHOWN]])
 
 
-def say(sentence: str) -> None:
-    """A note on stderr, by one of a run's processes."""
+def note(sentence: str) -> None:
+    """Print a note on stderr, by one of a run's processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {sentence}", file=sys.stderr, flush=True)
+        say(f"note: {sentence}")

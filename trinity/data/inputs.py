@@ -11,7 +11,7 @@ from typing import NamedTuple
 from trinity.data.documents import Batch, Files, Place, read_batches
 from trinity.data.file_kinds import READ, file_kind
 from trinity.data.files import check_inputs
-from trinity.data.find_files import MAGIC, Listing, choose, counted, list_folder, list_pattern, names, say
+from trinity.data.find_files import MAGIC, Listing, choose, counted, list_folder, list_pattern, names, note
 from trinity.data.remote import cached_folder, filesystem, located, mark_of, reached, size_of
 from trinity.errors import UserError
 from trinity.io.checksum import identity
@@ -195,7 +195,7 @@ def _chosen(listing: Listing, kind: str | None, where: str, otherwise: str, fold
         if isinstance(path, Path) and not path.exists():
             raise UserError(f"{where}: {path} is a link to a file that does not exist; mend the link, or remove it")
     if any(left.values()):
-        say(f"{where}: files that are read: {len(taken):,}; left out: {counted(left, folder)}")
+        note(f"{where}: files that are read: {len(taken):,}; left out: {counted(left, folder)}")
     return taken
 
 
@@ -206,7 +206,7 @@ def _each_once(files: Files, option: str) -> Files:
         if first.setdefault(_resolved(path), path) is not path:
             twice.append(path)
     if twice:
-        say(f"{option}: named more than once and read once: {len(twice):,} ({names(twice)})")
+        note(f"{option}: named more than once and read once: {len(twice):,} ({names(twice)})")
     return list(first.values())
 
 

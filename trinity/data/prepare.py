@@ -7,7 +7,6 @@ that was killed and started again leaves the same bytes as one that was not.
 
 import errno
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import takewhile
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from trinity.data.documents import BATCH_BYTES, BEGINNING, Batch, Place
 from trinity.data.duplicates import SeenHashes
@@ -29,6 +27,7 @@ from trinity.data.workers import in_processes
 from trinity.errors import UserError
 from trinity.io.json_files import read_json
 from trinity.io.local import SUFFIX, locked
+from trinity.terminal import Progress
 
 SHARD_TOKENS = 1 << 28
 PATIENCE = 5
@@ -112,16 +111,14 @@ def _prepare(
     return index, False
 
 
-def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | None, bar: tqdm) -> None:
+def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | None, bar: Progress) -> None:
     earlier = writer.tokens
     for part in encoded:
         if earlier and not bar.n:
-            bar.initial = part.done  # what an earlier run did is no part of this one's speed
+            bar.skip_to(part.done)  # what an earlier run did is no part of this one's speed
         writer.write(part if seen is None else _without_duplicates(part, seen))
-        elapsed = bar.format_dict["elapsed"]
-        if elapsed > 0:
-            bar.set_postfix_str(f"{(writer.tokens - earlier) / elapsed:,.0f} tokens/s", refresh=False)
-        bar.update(part.done - bar.n)
+        bar.describe(f"{(writer.tokens - earlier) / max(bar.seconds, 1e-9):,.0f} tokens/s")
+        bar.update_to(part.done)
 
 
 def _encode(groups: Iterator[list[Batch]], encoder: Encoder, workers: int) -> Iterator[Encoded]:
@@ -222,7 +219,6 @@ def _whole_shards(out: Path, found: dict | None, deduplicate: bool) -> list[dict
     return [entry for _, entry in whole]
 
 
-def _bar(source: FileInputs | DatasetInput, show: bool) -> tqdm:
-    """A bar of what is read of the input, with the time left."""
-    every = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=source.total, unit=source.unit, unit_scale=True, mininterval=every, disable=not show)
+def _bar(source: FileInputs | DatasetInput, show: bool) -> Progress:
+    """Progress of what is read of the input, with the time left."""
+    return Progress("preparing", source.total, source.unit.removesuffix("s"), show, scaled=source.unit == "B")

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from trinity.errors import UserError
 from trinity.evaluation.scoring import Span, log_likelihoods
 from trinity.models.trinity import Trinity
+from trinity.terminal import Progress
 
 
 class Item(NamedTuple):
@@ -71,8 +71,8 @@ def choice_scores(
     """
     spans = [span for number, item in enumerate(items) for span in _spans(item, number, tokenizer, begin, window)]
     scores = [0.0] * len(spans)
-    shown = log_likelihoods(model, spans, batch_tokens)
-    for place, score in tqdm(shown, total=len(spans), unit="choice", desc="choices", disable=None):
+    shown = Progress("choices", len(spans), "choice").over(log_likelihoods(model, spans, batch_tokens))
+    for place, score in shown:
         scores[place] = score
     found = iter(scores)
     return [[next(found) for _ in item.choices] for item in items]

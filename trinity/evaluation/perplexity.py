@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from trinity.data.inputs import holds_text
 from trinity.data.order import Source
@@ -28,6 +27,7 @@ from trinity.errors import UserError
 from trinity.evaluation.scoring import Span, log_likelihoods
 from trinity.evaluation.validation import evaluate
 from trinity.models.trinity import Trinity
+from trinity.terminal import Progress
 
 GROUP_TOKENS = 1 << 20
 """Tokens that are sorted by length and batched together: enough to fill batches, few enough to hold."""
@@ -91,15 +91,20 @@ def perplexity(
         "bytes": all of the text, since nothing of it is left unscored.
     """
     wanted = min(source.documents, source.documents if documents is None else documents)
-    nats, tokens, text_bytes = 0.0, 0, 0
-    with tqdm(total=wanted, unit="document", desc="perplexity", disable=None) as bar:
+    nats, tokens, text_bytes, measured = 0.0, 0, 0, 0
+    with Progress("perplexity", wanted, "document") as progress:
         for group in _groups(source, wanted):
             spans = [span for ids in group for span in windows(ids.tolist(), window)]
-            nats -= math.fsum(score for _, score in log_likelihoods(model, spans, batch_tokens))
+            scores = []
+            for _, score in log_likelihoods(model, spans, batch_tokens):
+                scores.append(score)
+                progress.update_to(measured + len(group) * len(scores) // len(spans))
+            nats -= math.fsum(scores)
             tokens += sum(len(span.tokens) - span.start for span in spans)
             if byte_lengths_V is not None:
                 text_bytes += sum(int(byte_lengths_V[ids[1:]].sum()) for ids in group)
-            bar.update(len(group))
+            measured += len(group)
+            progress.update_to(measured)
     figures = {"loss": nats / max(tokens, 1), "tokens": tokens, "documents": wanted}
     return _whole(figures, nats, text_bytes if byte_lengths_V is not None else None)
 
@@ -127,7 +132,7 @@ def packed_perplexity(
     sequences = validation_sequences(
         source, sequence_length, sys.maxsize if rows is None else rows, loss_on_document_start
     )
-    shown = tqdm(sequences, unit="row", desc="perplexity", disable=None)
+    shown = Progress("perplexity", rows, "row").over(sequences)
     microbatch = max(1, batch_tokens // sequence_length)
     figures = evaluate(model, shown, microbatch, document_mask, byte_lengths_V, model.embed.weight.device)
     return figures | {"perplexity": _exp(figures["loss"])}

@@ -31,6 +31,7 @@ from trinity.io.json_files import read_json, write_json
 from trinity.io.local import atomic_path, make_folder, sync_folder
 from trinity.models.trinity import Trinity
 from trinity.parallel.agree import on_first, together
+from trinity.terminal import Progress
 
 SHARD_BYTES = 5 * 10**9
 """The most that one file holds by default."""
@@ -44,6 +45,7 @@ def export_hf(
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     beat: Callable[[], None] = lambda: None,
+    progress: bool = False,
 ) -> Path:
     """Write a model as a folder that transformers, vLLM and llama.cpp read.
 
@@ -57,6 +59,7 @@ def export_hf(
         max_shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
         overwrite: replace an earlier export in `directory`.
         beat: called when a file is done.
+        progress: show on stderr how many bytes are gathered.
     Returns:
         directory.
     Raises:
@@ -85,7 +88,9 @@ def export_hf(
         # ones
         state = model.state_dict()
         files = _plan(model, state, dtype, max_shard_bytes)
-        _write_tensors(state, files, partial if first else None, beat)
+        total = sum(part.bytes for parts in files.values() for part in parts)
+        with Progress("exporting", total, "B", progress and first, scaled=True) as gathered:
+            _write_tensors(state, files, partial if first else None, beat, gathered)
         on_first(end)
     except BaseException:
         if first:
@@ -129,7 +134,11 @@ def _plan(model: Trinity, state: dict[str, Tensor], dtype: torch.dtype, max_shar
 
 
 def _write_tensors(
-    state: dict[str, Tensor], files: dict[str, list[_Part]], folder: Path | None, beat: Callable[[], None]
+    state: dict[str, Tensor],
+    files: dict[str, list[_Part]],
+    folder: Path | None,
+    beat: Callable[[], None],
+    gathered: Progress,
 ) -> None:
     """Gather every part in turn, and write the files into `folder`; None on the ranks that only help to gather."""
     for name, parts in files.items():
@@ -139,6 +148,7 @@ def _write_tensors(
             if folder is not None:
                 # a copy even where nothing changes: safetensors wants every tensor in memory of its own
                 tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
+            gathered.update(part.bytes)
         together(_saving(tensors, folder / name) if folder is not None else lambda: None)
         beat()
 

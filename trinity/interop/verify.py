@@ -14,6 +14,7 @@ from torch import Tensor
 from trinity.errors import UserError
 from trinity.interop.load import load_hf
 from trinity.models.trinity import Trinity
+from trinity.terminal import width
 
 
 class Agreement(NamedTuple):
@@ -49,6 +50,9 @@ def largest_logit_difference(model: Trinity | str | Path, hf_dir: str | Path, to
 def _transformers_model(directory: Path) -> torch.nn.Module:
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise UserError('comparing needs transformers; run `pip install "trinity-moe[hf]"`') from None
+    if not width():
+        disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)

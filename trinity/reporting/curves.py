@@ -9,13 +9,17 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from trinity.reporting import axes
 from trinity.reporting.run import Run
 from trinity.reporting.thinning import MOST_POINTS, smooth, thin
+from trinity.reporting.unigram import unigram_entropies
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
 """Okabe and Ito's, for colour-blind people; not their black and yellow, which one of the two backgrounds swallows."""
 THINNED = f"Thinned to {MOST_POINTS} points a curve."
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
+FEW, SOME = 10, 60
+"""Points that are drawn without a line between them, and with markers on a line. Not from the report."""
 MARK_COLOUR = "#CC3311"
 MARKS = {
     "skipped": ("x", "update skipped"),
@@ -35,6 +39,7 @@ class Chart(NamedTuple):
     fields: of metrics.jsonl, with their words in the legend; a field that ends in "." stands for all that begin so.
     smoothed: the field that is drawn raw and smoothed, "" for none.
     marks: event kinds marked on the first field.
+    unigram: draw the unigram entropy of what the run reads.
     """
 
     title: str
@@ -43,6 +48,7 @@ class Chart(NamedTuple):
     log: bool = False
     smoothed: str = ""
     marks: tuple[str, ...] = ()
+    unigram: bool = False
 
 
 class Picture(NamedTuple):
@@ -61,13 +67,13 @@ class Picture(NamedTuple):
 LOSS = [
     Chart(
         "Loss", "nats per token", {"loss": "training", "validation_loss.": "validation "}, smoothed="loss",
-        marks=("resume", "rollback", "spike", "skipped"),
+        marks=("resume", "rollback", "spike", "skipped"), unigram=True,
     ),
     Chart("Validation by bytes", "bits per byte", {"validation_bits_per_byte.": ""}),
     Chart("Other losses", "nats per token", {"z_loss": "z-loss", "sequence_loss": "sequence loss"}, log=True),
 ]  # fmt: skip
 OPTIMIZER = [
-    Chart("Learning rates", "rate", {"lr_muon": "Muon", "lr_adamw": "AdamW"}),
+    Chart("Learning rates", "rate", {"lr_muon": "Muon", "lr_adamw": "AdamW"}, marks=("resume", "rollback")),
     Chart("Gradient norm before clipping", "norm", {"grad_norm": "norm"}, log=True, marks=("skipped", "spike")),
     Chart("Weight norms", "norm", {"weight_norm.": ""}, log=True),
     Chart("Update norms", "norm", {"update_norm.": ""}, log=True),
@@ -104,20 +110,28 @@ ROUTING = [
 ]  # fmt: skip
 
 
-def pictures(charts: list[Chart], runs: list[Run]) -> tuple[list[Picture], list[str]]:
-    """Draw what there is data for.
+class Drawn(NamedTuple):
+    """The charts of a section: those that are drawn, and the titles of those without data or with zeros alone."""
 
-    Returns:
-        the pictures, and the titles of the charts that no run has data for.
-    """
-    drawn, missing = [], []
+    pictures: list[Picture]
+    missing: list[str]
+    zero: list[str]
+
+
+def pictures(charts: list[Chart], runs: list[Run]) -> Drawn:
+    """Draw what there is data for."""
+    drawn = Drawn([], [], [])
     for chart in charts:
-        picture = draw(chart, runs)
-        if picture is None:
-            missing.append(chart.title)
-        else:
-            drawn.append(picture)
-    return drawn, missing
+        values = [run.metrics[field] for run in runs for field, _ in _fields(chart, run)]
+        if not values:
+            drawn.missing.append(chart.title)
+        elif not any(np.nan_to_num(y_N).any() for y_N in values):
+            drawn.zero.append(chart.title)
+        elif (picture := draw(chart, runs)) is not None:
+            drawn.pictures.append(picture)
+        else:  # negative values on a logarithmic axis
+            drawn.missing.append(chart.title)
+    return drawn
 
 
 def draw(chart: Chart, runs: list[Run]) -> Picture | None:
@@ -132,21 +146,23 @@ def draw(chart: Chart, runs: list[Run]) -> Picture | None:
             colour = COLOURS[(place if alone else number) % len(COLOURS)]
             line = {"color": colour, "dash": "solid" if alone else DASHES[place % len(DASHES)], "width": 2}
             notes += _add_curves(figure, run, field, prefix + words, line, chart)
+        if chart.unigram:
+            _add_unigram(figure, run, prefix)
         _add_marks(figure, run, chart, prefix, MARK_COLOUR if alone else COLOURS[number % len(COLOURS)])
     if not figure.data:
         return None
-    figure.update_layout(yaxis={"type": "log"} if chart.log else {"rangemode": "nonnegative"})
-    return Picture(chart.title, f"{chart.unit}, by {axis_words(runs)}", figure, " ".join(dict.fromkeys(notes)))
+    vertical = {"type": "log"} if chart.log else {"rangemode": "nonnegative"}
+    columns = [run.metrics for run in runs]
+    counted = {"exponentformat": "B"} if chart.unit.startswith("tokens") else {}
+    figure.update_layout(yaxis=vertical | counted, **axes.layout(columns))
+    return Picture(chart.title, f"{chart.unit}, by {axes.words(columns)}", figure, " ".join(dict.fromkeys(notes)))
 
 
-def axis(run: Run) -> np.ndarray:
-    """[N] tokens seen by the end of each step, or the steps where tokens are not recorded."""
-    return run.metrics["tokens"] if "tokens" in run.metrics else np.array(run.metrics.steps, dtype=np.float64)
-
-
-def axis_words(runs: list[Run]) -> str:
-    """What the horizontal axis counts."""
-    return "tokens" if all("tokens" in run.metrics for run in runs) else "tokens, or steps of a run without them"
+def mode(points: int) -> str:
+    """How plotly draws a curve of so few or many points."""
+    if points <= FEW:
+        return "markers"
+    return "lines+markers" if points <= SOME else "lines"
 
 
 def plain(text: object, most: int = 200) -> str:
@@ -171,11 +187,8 @@ def _add_curves(figure: go.Figure, run: Run, field: str, name: str, line: dict, 
     y_N = run.metrics[field]
     if chart.log:
         y_N = np.where(y_N > 0, y_N, np.nan)
-    if field != chart.smoothed:
-        sparse = np.isfinite(y_N).sum() <= 60
-        return _add_line(figure, run, y_N, name, line, mode="lines+markers" if sparse else "lines")
     smoothed_N, span = smooth(y_N)
-    if span <= 1:
+    if field != chart.smoothed or span <= 1:
         return _add_line(figure, run, y_N, name, line)
     notes = _add_line(figure, run, y_N, f"{name}, each step", line | {"width": 1}, opacity=0.35)
     _add_line(figure, run, smoothed_N, name, line)
@@ -187,10 +200,23 @@ def _add_line(figure: go.Figure, run: Run, y_N: np.ndarray, name: str, line: dic
     if not len(drawn):
         return []
     figure.add_scatter(
-        x=axis(run)[drawn], y=y_N[drawn], customdata=np.array(run.metrics.steps)[drawn], name=plain(name, 60),
-        meta=name, line=line, hovertemplate="step %{customdata}<br>%{x:.4s}: %{y:.6g}", **{"mode": "lines", **options},
+        x=axes.positions(run.metrics)[drawn], y=y_N[drawn], customdata=np.array(run.metrics.steps)[drawn],
+        name=plain(name, 60), meta=name, line=line, mode=mode(len(drawn)),
+        hovertemplate="step %{customdata}<br>%{x:,}: %{y:.6g}", **options,
     )  # fmt: skip
     return [THINNED] if len(drawn) < np.isfinite(y_N).sum() else []
+
+
+def _add_unigram(figure: go.Figure, run: Run, prefix: str) -> None:
+    """A level line for each set whose tokens can be counted."""
+    entropies = unigram_entropies(run.config) if run.config else {}
+    for number, (name, entropy) in enumerate(entropies.items()):
+        words = f"{prefix}unigram entropy, {name}"
+        line = {"color": COLOURS[number % len(COLOURS)], "dash": "dot", "width": 1.5}
+        figure.add_scatter(
+            x=[0, axes.positions(run.metrics)[-1]], y=[entropy, entropy], mode="lines", line=line,
+            name=plain(words, 60), meta=words, hovertemplate="%{y:.6g}",
+        )  # fmt: skip
 
 
 def _add_marks(figure: go.Figure, run: Run, chart: Chart, prefix: str, colour: str) -> None:
@@ -210,7 +236,8 @@ def _add_marks(figure: go.Figure, run: Run, chart: Chart, prefix: str, colour: s
         at = [run.nearest(step) for step, _ in found]
         line = {"width": 2, "color": colour}
         figure.add_scatter(
-            x=axis(run)[at], y=y_N[at], mode="markers", name=plain(prefix + words, 60), meta=prefix + words,
+            x=axes.positions(run.metrics)[at], y=y_N[at], mode="markers",
+            name=plain(prefix + words, 60), meta=prefix + words,
             marker={"symbol": symbol, "size": 12, "color": MARK_COLOUR, "line": line},
             text=[plain(message) for _, message in found], customdata=[step for step, _ in found],
             hovertemplate="step %{customdata}<br>%{text}",

@@ -53,7 +53,7 @@ class Columns:
         self._columns: dict[str, array] = {}
 
     def add(self, step: int, record: dict[str, Any]) -> int:
-        """Take the numbers of one record; what is not a number is passed over.
+        """Take the numbers of one record; null is a number that is not finite, and what is no number is passed over.
 
         Returns:
             how many steps are kept from before: those below `step`.
@@ -65,7 +65,7 @@ class Columns:
                 del column[kept:]
         self.steps.append(step)
         for name, value in record.items():
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float | None):
                 continue
             column = self._columns.setdefault(name, array("d"))
             column.extend([NAN] * (kept - len(column)))
@@ -95,7 +95,9 @@ def whole_step(record: dict[str, Any] | None) -> int | None:
     return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 53 else None
 
 
-def _finite(value: float) -> float:
+def _finite(value: float | None) -> float:
+    if value is None:
+        return NAN
     try:
         number = float(value)
     except OverflowError:  # an integer above 10³⁰⁸

@@ -8,12 +8,14 @@ HTML and in figures, and no "<" stands in the JSON.
 import base64
 import gzip
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trinity.errors import UserError
 from trinity.io.json_files import to_json
@@ -21,6 +23,9 @@ from trinity.io.local import make_folder, write_atomically
 from trinity.reporting import tables
 from trinity.reporting.run import Run, read_run
 from trinity.reporting.template import PAGE, SCRIPT, STYLE, fill
+
+if TYPE_CHECKING:  # plotly may not be installed
+    from trinity.reporting.curves import Drawn
 
 MARKER = "<!-- a report of trinity runs -->"
 """In the first line: only such a file may be overwritten."""
@@ -34,12 +39,14 @@ class Section:
         pictures: drawn charts.
         html: a table, already escaped.
         missing: what had no data.
+        zero: what was 0 in every step.
     """
 
     title: str
     pictures: list = field(default_factory=list)
     html: str = ""
     missing: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)
 
 
 def write_report(directories: list[Path], out: Path | None = None) -> Path:
@@ -77,7 +84,11 @@ def report_page(runs: list[Run]) -> str:
         raise UserError('the report needs plotly; install it: pip install "trinity-moe[report]"') from None
     _distinguish(runs)
     figures: list[dict] = []
-    body = "".join(_section_html(section, figures) for section in sections(runs))
+    shown = sections(runs)
+    marks = _anchors([section.title for section in shown])
+    body = _contents(shown, marks) + "".join(
+        _section_html(section, mark, figures) for section, mark in zip(shown, marks)
+    )
     parts = {
         "MARKER": MARKER,
         "TITLE": _ascii(escape(", ".join(run.name for run in runs))),
@@ -97,8 +108,7 @@ def sections(runs: list[Run]) -> list[Section]:
     from trinity.reporting.routing import router_pictures
 
     def charts(title: str, some: list) -> Section:
-        drawn, missing = curves.pictures(some, runs)
-        return Section(title, drawn, missing=missing)
+        return _drawn(title, curves.pictures(some, runs))
 
     found = [
         Section("Summary", html=tables.summary(runs)),
@@ -109,9 +119,10 @@ def sections(runs: list[Run]) -> list[Section]:
         charts("Routing", curves.ROUTING),
     ]
     for run in runs:
-        drawn = router_pictures(run)
         title = "Routers by layer" if len(runs) == 1 else f"Routers by layer: {run.name}"
-        found.append(Section(title, drawn, missing=[] if drawn else ["router.jsonl"]))
+        found.append(_drawn(title, router_pictures(run)))
+    if any(run.samples for run in runs):
+        found.append(Section("Samples", html=tables.samples(runs)))
     for title, html, file in (
         ("Events and restarts", tables.events(runs), "events.jsonl"),
         ("Settings", tables.settings(runs), "config.yaml"),
@@ -123,9 +134,27 @@ def sections(runs: list[Run]) -> list[Section]:
     return found
 
 
-def _section_html(section: Section, figures: list[dict]) -> str:
+def _drawn(title: str, drawn: "Drawn") -> Section:
+    return Section(title, drawn.pictures, missing=drawn.missing, zero=drawn.zero)
+
+
+def _anchors(titles: list[str]) -> list[str]:
+    """A name for each section that links can end with: its title's letters, and a number where two are alike."""
+    found: list[str] = []
+    for title in titles:
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        found.append(name if name not in found else f"{name}-{len(found)}")
+    return found
+
+
+def _contents(shown: list[Section], marks: list[str]) -> str:
+    links = (f"<a href=#{mark}>{escape(section.title)}</a>" for section, mark in zip(shown, marks))
+    return f"<nav>{''.join(links)}</nav>"
+
+
+def _section_html(section: Section, mark: str, figures: list[dict]) -> str:
     """A section's HTML; its figures are added to the page's list, and each has its place by number."""
-    parts = [f"<section><h2>{escape(section.title)}</h2>", section.html]
+    parts = [f"<section id={mark}><h2>{escape(section.title)}</h2>", section.html]
     for picture in section.pictures:
         spec = json.loads(picture.figure.to_json(engine="json"))  # numbers as base64, exactly
         spec["layout"].pop("template", None)
@@ -135,6 +164,8 @@ def _section_html(section: Section, figures: list[dict]) -> str:
         figures.append({"title": picture.title, **spec})
     if section.missing:
         parts.append(f"<p class=note>Left out, no data: {escape(', '.join(section.missing))}.</p>")
+    if section.zero:
+        parts.append(f"<p class=note>Left out, always 0: {escape(', '.join(section.zero))}.</p>")
     return "".join(parts) + "</section>"
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from trinity.config.load import load_config
+from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.io.json_files import to_json
 from trinity.reporting.lines import Columns, read_objects, whole_step
@@ -34,18 +36,28 @@ class Event(NamedTuple):
     figures: str
 
 
+class Sample(NamedTuple):
+    """A line of samples.jsonl: a prompt, and how the model went on after a step."""
+
+    step: int
+    prompt: str
+    text: str
+
+
 @dataclass
 class Router:
     """router.jsonl: the numbers by layer in memory, the matrices of layers and experts where they lie.
 
     Attributes:
-        columns: N entries; field `max_violation.3` is that of MoE layer 3.
+        columns: N entries; field `max_violation.3` is that of the fourth MoE layer.
         layers: M.
+        first: the first MoE layer's number in the model, where dense ones may come before it.
     """
 
     path: Path
     columns: Columns = field(default_factory=Columns)
     layers: int = 0
+    first: int = 0
     offsets: list[int] = field(default_factory=list)
 
     def by_layer(self, name: str) -> np.ndarray:
@@ -69,6 +81,7 @@ class Run:
         status: status.json; empty where there is none.
         configs: (file name, settings) of each start, the first one first.
         config_text: the newest config as it stands in its file.
+        config: the same, checked; None where this version cannot load it.
         router: None without router.jsonl.
         notes: what could not be read, as sentences.
     """
@@ -79,7 +92,9 @@ class Run:
     status: dict[str, Any]
     configs: list[tuple[str, dict]]
     config_text: str
+    config: RunConfig | None
     events: list[Event]
+    samples: list[Sample]
     router: Router | None
     notes: list[str]
 
@@ -106,6 +121,10 @@ def read_run(path: Path) -> Run:
     metrics = _read_metrics(path / "metrics.jsonl", notes)
     section = configs[-1][1].get("run") if configs else None
     name = section.get("name") if isinstance(section, dict) else None
+    config = _load(path / configs[-1][0]) if configs else None
+    router = _read_router(path / "router.jsonl", notes)
+    if router is not None and config is not None:
+        router.first = config.model.dense_layers
     return Run(
         name=str(name or path.resolve().name),
         path=path,
@@ -113,8 +132,10 @@ def read_run(path: Path) -> Run:
         status=_read_status(path / "status.json", notes),
         configs=configs,
         config_text=text,
+        config=config,
         events=_read_events(path / "events.jsonl", notes),
-        router=_read_router(path / "router.jsonl", notes),
+        samples=_read_samples(path / "samples.jsonl", notes),
+        router=router,
         notes=notes,
     )
 
@@ -181,6 +202,28 @@ def _read_events(path: Path, notes: list[str]) -> list[Event]:
         events.append(Event(time, whole_step(record), record["kind"], rank, message, figures))
     _note_broken(path, broken, notes)
     return events
+
+
+def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
+    if not path.is_file():
+        return []
+    samples: list[Sample] = []
+    broken = 0
+    for _, record in read_objects(path):
+        step = whole_step(record)
+        if step is None or not all(isinstance(record.get(name), str) for name in ("prompt", "text")):
+            broken += 1
+        else:
+            samples.append(Sample(step, record["prompt"], record["text"]))
+    _note_broken(path, broken, notes)
+    return samples
+
+
+def _load(path: Path) -> RunConfig | None:
+    try:
+        return load_config(path)
+    except UserError:
+        return None
 
 
 def _read_status(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """The tables of a report as HTML: summary, events, settings and how they differ. Everything from files is escaped."""
 
+import json
 import math
 from collections import Counter
 from datetime import datetime
 from html import escape
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trinity.errors import UserError
 from trinity.reporting.run import Event, Run, last_finite
+from trinity.reporting.thinning import moments
+from trinity.terminal import clock
 
 MOST_EVENTS = 300
 """Rows of the table of events. Ours."""
+SAMPLED_STEPS = 6
+"""Steps in the table of samples, evenly over the run, the last among them. Not from the report."""
 ROUTINE = ("checkpoint", "evaluation", "profile")
 """Kinds that are counted but fill no rows."""
 ABSENT = "–"
@@ -57,6 +60,25 @@ def events(runs: list[Run]) -> str:
     if len(runs) > 1:
         head, body = ["run", *head], [[name, *cells] for (name, _), cells in zip(shown, body)]
     return f"<div id=events><p>{escape(note)}</p>{table(head, body) if body else ''}</div>"
+
+
+def samples(runs: list[Run]) -> str:
+    """How each run went on from the prompts after some of its steps, the newest first."""
+    head, body, notes = ["step", "prompt", "continuation"], [], []
+    for run in runs:
+        steps = sorted({sample.step for sample in run.samples}, reverse=True)
+        shown = [steps[place] for place in moments(len(steps), SAMPLED_STEPS)] if steps else []
+        if len(shown) < len(steps):
+            notes.append(f"{len(shown)} of {len(steps)} steps; all are in {run.path / 'samples.jsonl'}.")
+        for step in shown:
+            found = [sample for sample in run.samples if sample.step == step]
+            body += [[f"{step:,}", sample.prompt, sample.text, run.name] for sample in found]
+    if len(runs) == 1:
+        rows = [row[:3] for row in body]
+    else:
+        head, rows = ["run", *head], [[row[3], *row[:3]] for row in body]
+    note = "".join(f"<p class=note>{escape(note)}</p>" for note in notes)
+    return f"<div id=sampled>{note}{table(head, rows)}</div>"
 
 
 def settings(runs: list[Run]) -> str:
@@ -127,14 +149,30 @@ def goodput(run: Run) -> float:
     A step that was made again counts once, and the time between two starts is time in which none was made. NaN where
     the events do not tell.
     """
-    try:
-        times = [datetime.fromisoformat(event.time) for event in run.events]
-        seconds = (times[-1] - times[0]).total_seconds()
-    except (ValueError, TypeError, IndexError):
+    seconds = wall_seconds(run)
+    if math.isnan(seconds):
         return math.nan
     made = np.array(run.metrics.steps) <= (run.events[-1].step or 0)  # what came after it has no time yet
     useful = np.nansum(run.metrics["step_seconds"][made & (run.metrics["skipped"] != 1)])
     return float(useful) / seconds if seconds > 0 else math.nan
+
+
+def wall_seconds(run: Run) -> float:
+    """From the first start to the last event, the time between starts included; NaN where the events do not tell."""
+    try:
+        times = [datetime.fromisoformat(event.time) for event in run.events]
+        return (times[-1] - times[0]).total_seconds()
+    except (ValueError, TypeError, IndexError):
+        return math.nan
+
+
+def device(run: Run) -> str:
+    """What the newest start ran on, such as "8 × NVIDIA H200"."""
+    for event in reversed(run.events):
+        more = json.loads(event.figures) if event.kind in ("start", "resume") and event.figures else {}
+        if "device" in more:
+            return f"{more.get('processes', 1)} × {more['device']}"
+    return ABSENT
 
 
 def _summary_of(run: Run) -> dict[str, str]:
@@ -150,7 +188,12 @@ def _summary_of(run: Run) -> dict[str, str]:
     for name in metrics.names("validation_loss."):
         found[f"validation {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
         found[f"validation {name.partition('.')[2]}, lowest"] = _lowest(run, name)
+    for name in metrics.names("validation_bits_per_byte."):
+        found[f"bits per byte {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
+    seconds = wall_seconds(run)
     return found | {
+        "wall time": ABSENT if math.isnan(seconds) else clock(seconds),
+        "device": device(run),
         "tokens/s, median": _count(_median(metrics["tokens_per_second"])),
         "MFU, median": _percent(_median(metrics["mfu"])),
         "goodput, all starts": _percent(goodput(run)),
@@ -175,16 +218,12 @@ def _state(run: Run) -> str:
 
 
 def _parameters(run: Run) -> str:
-    """Of the model in the newest config: all, and those that one token uses; absent where the config is not ours."""
-    if not run.configs:
+    """Of the model in the newest config: all, and those that one token uses; absent where it cannot be loaded."""
+    if run.config is None:
         return ABSENT
-    from trinity.config.load import load_config
     from trinity.models.accounting import parameter_counts
 
-    try:
-        counts = parameter_counts(load_config(Path(run.path) / run.configs[-1][0]).model)
-    except UserError:
-        return ABSENT
+    counts = parameter_counts(run.config.model)
     return f"{_count(counts['total'])} ({_count(counts['active'])} active)"
 
 

@@ -49,6 +49,9 @@ th, td { text-align: left; vertical-align: top; padding: 0.3rem 1rem 0.3rem 0; b
 tbody th { font-weight: normal; color: var(--quiet); }
 td, th { overflow-wrap: break-word; max-width: 30rem; }
 #events td:nth-last-child(2) { min-width: 16rem; }
+#sampled td { white-space: pre-wrap; }
+nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1.2rem; margin: 1rem 0; }
+nav a { color: inherit; }
 summary { cursor: pointer; padding: 0.5rem 0; }
 pre { overflow-x: auto; font-size: 16px; }
 """
@@ -73,12 +76,12 @@ SCRIPT = """
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)").matches;
   const lines = () => ({
-    gridcolor: dark.matches ? "#3a3f45" : "#e3e5e8", zeroline: false, automargin: true, exponentformat: "SI",
+    gridcolor: dark.matches ? "#3a3f45" : "#e3e5e8", zeroline: false, automargin: true, exponentformat: "e",
   });
-  const titled = axis => ({ ...axis, ...lines() });
+  const titled = axis => ({ ...lines(), ...axis });
   const layout = own => ({
     ...own,
-    xaxis: titled(own.xaxis), yaxis: titled(own.yaxis),
+    xaxis: titled(own.xaxis), yaxis: titled(own.yaxis), ...(own.xaxis2 && { xaxis2: titled(own.xaxis2) }),
     font: { size: 16, color: dark.matches ? "#e6e6e6" : "#1c1c1e" },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 10, r: 10, t: 10, b: 10 },
@@ -93,8 +96,8 @@ SCRIPT = """
   const swatch = trace => {
     if (trace.mode === "markers") {
       const mark = document.createElement("span");
-      mark.style.color = trace.marker.color;
-      mark.textContent = symbols[trace.marker.symbol] + " ";
+      mark.style.color = (trace.marker || trace.line).color;
+      mark.textContent = (trace.marker ? symbols[trace.marker.symbol] : "\\u25cf") + " ";
       return mark;
     }
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -122,7 +125,9 @@ SCRIPT = """
   const draw = place => {
     const { data, layout: own } = figures[place.dataset.figure];
     if (!place.data) legend(place, data);
-    return Plotly.react(place, data, layout(own), config);
+    // plotly draws an axis only for a curve: one without points
+    const upper = own.xaxis2 ? [{ x: [null], y: [null], xaxis: "x2", showlegend: false, hoverinfo: "skip" }] : [];
+    return Plotly.react(place, [...data, ...upper], layout(own), config);
   };
 
   const near = new IntersectionObserver(entries => {

@@ -30,6 +30,11 @@ def thin(y_N: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
     return np.unique(np.array(extremes))
 
 
+def moments(count: int, most: int) -> list[int]:
+    """Places in a list of `count`, ascending: at most `most`, evenly spaced, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(most, count)).tolist()})
+
+
 def smooth(y_N: np.ndarray) -> tuple[np.ndarray, float]:
     """An exponential mean: m ← m + (y − m)/span, with a span in steps that grows to N/SMOOTHED_SHARE.
 

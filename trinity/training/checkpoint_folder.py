@@ -11,7 +11,6 @@ r + R, …: as much as it wrote itself, however many ranks there are.
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from trinity.io.checksum import FileSum, sum_of
 from trinity.io.json_files import to_json
 from trinity.io.local import sync_folder, write_atomically
 from trinity.parallel.agree import on_first, together
+from trinity.terminal import say
 from trinity.training.elsewhere import Elsewhere, Place, place
 
 Note = Callable[..., None]
@@ -203,7 +203,7 @@ def _wrong_content(path: Place, known: FileSum) -> str:
 
 def warn(kind: str, message: str, **more: Any) -> None:
     """The plain Note: one line on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    say(f"warning: {message}")
 
 
 def newest_intact(home: Home, note: Note = warn, before: int | None = None) -> int:

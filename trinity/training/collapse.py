@@ -16,10 +16,11 @@ class Collapse:
         factor: a layer is warned of when its mean MaxVio over the last steps is so many times its lowest such mean, and
             above 1 (some expert has twice its share); 0 warns of none.
         dead_steps: and when an expert had no token for so many steps in a row; 0 warns of none.
+        first_layer: the first MoE layer's number in the model: what is said of a layer names it as the model does.
     """
 
-    def __init__(self, factor: float, dead_steps: int) -> None:
-        self.factor, self.dead_steps = factor, dead_steps
+    def __init__(self, factor: float, dead_steps: int, first_layer: int = 0) -> None:
+        self.factor, self.dead_steps, self.first_layer = factor, dead_steps, first_layer
         self._recent: list[Tensor] = []
         self._lowest_M: Tensor | None = None
         self._empty_ME: Tensor | None = None
@@ -43,7 +44,7 @@ class Collapse:
         now_M = sum(self._recent) / WINDOW
         self._lowest_M = now_M if self._lowest_M is None else self._lowest_M.minimum(now_M)
         found = []
-        for layer, (now, lowest) in enumerate(zip(now_M.tolist(), self._lowest_M.tolist())):
+        for layer, (now, lowest) in enumerate(zip(now_M.tolist(), self._lowest_M.tolist()), self.first_layer):
             climbing = bool(self.factor) and now > 1 and now > self.factor * lowest
             if self._is_new("climbing", layer, climbing):
                 text = f"MaxVio of MoE layer {layer} has climbed to {now:.2f} from {lowest:.2f}, over {WINDOW} steps"
@@ -55,7 +56,7 @@ class Collapse:
         before_ME = 0 if self._empty_ME is None else self._empty_ME
         self._empty_ME = (before_ME + empty_ME.int()) * empty_ME
         found = []
-        for layer, empty_E in enumerate(self._empty_ME):
+        for layer, empty_E in enumerate(self._empty_ME, self.first_layer):
             experts = (empty_E >= self.dead_steps).nonzero().flatten().tolist() if self.dead_steps else []
             if self._is_new("dead", layer, bool(experts)):
                 text = f"MoE layer {layer} has {len(experts)} experts without a token for {self.dead_steps} steps"

@@ -3,15 +3,15 @@
 Any rank may note something. Lines are appended in one write each, so that several processes do not mix theirs.
 """
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from trinity.io.json_files import append_json_line
+from trinity.terminal import say
 
-QUIET = {"start", "resume", "checkpoint", "finish", "evaluation", "profile"}
-"""Kinds that the console does not need to see."""
+QUIET = {"start", "resume", "checkpoint", "stop", "finish", "evaluation", "profile"}
+"""Kinds that the console does not need to see, or is told of in other words."""
 
 
 class Events:
@@ -44,4 +44,4 @@ class Events:
         except OSError as error:
             self.failure = error
         if kind not in QUIET:
-            print(f"rank {self.rank}, step {self.step}: {kind}: {message}", file=sys.stderr, flush=True)
+            say(f"rank {self.rank}, step {self.step}: {kind}: {message}")

@@ -7,13 +7,13 @@ and ends the process with code 1. The other ranks wait for this one, so their ow
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 
 import torch
 
+from trinity.terminal import say
 from trinity.training.events import Events
 
 FIRST_STEP = 10
@@ -75,7 +75,7 @@ class Heartbeat:
             _write_flight_record(self._directory / f"nccl.rank{rank}.pickle")
             self._events.note("heartbeat", message, seconds=limit)
         except OSError as error:  # a full disk must not keep a hanging process alive
-            print(f"rank {rank}: heartbeat: {message} ({error})", file=sys.stderr, flush=True)
+            say(f"rank {rank}: heartbeat: {message} ({error})")
         finally:
             time.sleep(min(LAST_LOOK, limit))
             os._exit(1)

@@ -5,7 +5,6 @@ UserError (2) through the command line.
 """
 
 import os
-import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -24,14 +23,16 @@ from trinity.data.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.evaluation.samples import Sampler
 from trinity.evaluation.validation import evaluate
-from trinity.hardware import memory_gib, peak_flops
+from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
 from trinity.models.accounting import flops_per_token
 from trinity.optim.groups import ownership_table
 from trinity.parallel import mesh
 from trinity.parallel.agree import any_of, on_first, reraise, together
 from trinity.parallel.mesh import Ranks
+from trinity.terminal import say
 from trinity.training import checkpoint
+from trinity.training.console import closing
 from trinity.training.events import Events
 from trinity.training.lr_schedule import rates_at, schedule_notes
 from trinity.training.metrics import JsonLines, Sink, open_sinks
@@ -88,6 +89,7 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         code = training.run(stop_request)
         training.saver.wait()
         dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
+        training.say_closing(code)
         return code
     except BaseException as error:
         if directory is not None:
@@ -152,6 +154,8 @@ class Training:
         self.norms = Norms(self.optimizers, ranks.copy_group)
         self.step, self.bad_steps, self.rollbacks = origin.step, 0, 0
         self._stalled: float | None = None  # by the last save, until a record has it
+        self._last_record: dict[str, Any] = {}
+        self._stopped_by = ""  # the signal's name
         self.watcher = Watcher(config, directory, ranks.rank, origin.step)
         beat = self.watcher.heartbeat.beat
         self.home = checkpoint.home_of(config.checkpoint.url, directory.path)
@@ -177,7 +181,9 @@ class Training:
         self.profiler = together(lambda: Profiler(config.profile, events, ranks, self.total, beat))
         seconds = time.monotonic() - STARTED
         told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
-        self.watcher.note("resume" if origin.step and origin.own else "start", told, total=self.total, seconds=seconds)
+        machine = {"device": device_name(ranks.device), "processes": ranks.world}
+        kind = "resume" if origin.step and origin.own else "start"
+        self.watcher.note(kind, told, total=self.total, seconds=seconds, **machine)
         together(lambda: reraise(self.watcher.events.failure))
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
@@ -209,8 +215,9 @@ class Training:
             if self._due(self.config.export.every):
                 self._export()
             if stop and not ending:
-                self.watcher.note("stop", f"asked to stop by {Signals(stop).name}")
-                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {Signals(stop).name}")
+                self._stopped_by = Signals(stop).name
+                self.watcher.note("stop", f"asked to stop by {self._stopped_by}")
+                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {self._stopped_by}")
                 return SAVED
         reason = "" if self.step >= self.total else "a source has no more documents (data.exhausted is end)"
         self.watcher.note("finish", reason or "all steps are made")
@@ -363,6 +370,7 @@ class Training:
     def log(self, record: dict[str, Any]) -> None:
         """Hand the record of a step to all sinks, and add a line to router.jsonl where it is time for one."""
         line = self.watcher.routers(record["step"], record["tokens"], self.model)
+        self._last_record = record
         try:
             for sink in self.sinks:
                 sink.write(record)
@@ -459,7 +467,7 @@ class Training:
 
     def _give_up(self, reason: str) -> int:
         if self.ranks.is_first:
-            print(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}", file=sys.stderr)
+            say(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}")
         self.directory.set_status("stopped", TOO_MANY_BAD_STEPS, self.step, reason)
         self.directory.forbid_restart(reason)
         return TOO_MANY_BAD_STEPS
@@ -469,18 +477,25 @@ class Training:
             return
         if self.step >= self.total:
             done = f"{self.directory.path} has made {self.step} steps of {self.total}; nothing is left to do"
-            print(f"{done} (a larger run.steps or run.tokens goes on)", file=sys.stderr)
+            say(f"{done} (a larger run.steps or run.tokens goes on)")
             return
         for note in schedule_notes(self.config, self.total, self.plan):
-            print(f"note: {note}", file=sys.stderr)
-        print(ownership_table(self.optimizers), file=sys.stderr)
+            say(f"note: {note}")
+        say(ownership_table(self.optimizers))
         share = self._share()
         micro = microbatch_size(share, self.config.batch.microbatch)
         start = f"resuming after step {self.step}" if self.step else "starting"
-        print(
+        say(
             f"{start}: {self.total} steps on {self.ranks.world} × {self.ranks.device.type}, {share} rows a rank in "
-            f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}",
-            file=sys.stderr,
+            f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}"
         )
         for note in microbatch_notes(self.config, self.ranks.data_ranks):
-            print(note, file=sys.stderr)
+            say(note)
+
+    def say_closing(self, code: int) -> None:
+        """Say on the first rank how the run ended and where its files are; nothing after bad steps."""
+        if not self.ranks.is_first or code == TOO_MANY_BAD_STEPS:
+            return
+        seconds, saved = time.monotonic() - STARTED, checkpoint.step_folder(self.home, self.step)
+        path, record = self.directory.path, self._last_record
+        say(closing(self.config, path, saved, record, self.step, self.total, seconds, self._stopped_by))

@@ -6,19 +6,16 @@ is kept aside, so that no step is missing or doubled. Numbers are written in ful
 
 import json
 import os
-import sys
-import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically
+from trinity.training.console import Console
 
 Record = dict[str, Any]
 
@@ -75,55 +72,6 @@ def _cut_back(path: Path, step: int) -> None:
     aside = path.parent / f"{path.stem}.tail.{number}.jsonl"
     write_atomically(aside, (f"{line}\n" for line in tail))
     write_atomically(path, (f"{line}\n" for line in kept))
-
-
-class Console:
-    """Progress: a bar on a terminal, one line every so many steps elsewhere.
-
-    Args:
-        first, total: the step the run starts after, and its last one.
-        every: steps between lines.
-    """
-
-    def __init__(self, first: int, total: int, every: int) -> None:
-        self._every, self._total, self._first, self._began = every, total, first, time.monotonic()
-        self._bar = tqdm(total=total, initial=first, unit="step", file=sys.stderr) if sys.stderr.isatty() else None
-
-    def write(self, record: Record) -> None:
-        """Show one step, or the validation before the first."""
-        validation = {name: value for name, value in record.items() if name.startswith("validation_loss.")}
-        validated = "".join(f"  {name.removeprefix('validation_')} {value:.4f}" for name, value in validation.items())
-        if "loss" not in record:
-            print(f"step {record['step']}/{self._total}{validated}", file=sys.stderr, flush=True)
-            return
-        text = (
-            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
-            + (f"  mfu {record['mfu']:.1%}" if "mfu" in record else "")
-            + f"  vio {record.get('max_violation', 0.0):.2f}"
-            + ("  SKIPPED" if record["skipped"] else "")
-        )
-        text += validated
-        step = record["step"]
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(text)
-        elif step % self._every == 0 or step == self._total or validation:
-            left = (time.monotonic() - self._began) / (step - self._first) * (self._total - step)
-            print(f"step {step}/{self._total}  {text}  ETA {_clock(left)}", file=sys.stderr, flush=True)
-
-    def go_back(self, step: int) -> None:
-        """The bar goes back with the next step."""
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 class WandB:

@@ -8,19 +8,18 @@ work, so its step_seconds says little; afterwards the other ranks wait for the f
 hundred thousand operations.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from trinity.config.profiled import check_last_step, profiled_steps
 from trinity.config.run import Profile
 from trinity.errors import UserError
 from trinity.io.local import write_atomically
 from trinity.parallel.mesh import Ranks
+from trinity.terminal import say
 from trinity.training.events import Events
 
 COSTLIEST = 20
@@ -86,7 +85,7 @@ class Profiler:
         self._beat()
         self._events.note("profile", f"profile/{name}.json.gz is written")
         if self._speaks:
-            tqdm.write(f"step {step} on rank {self._rank}, costliest operations:\n{table}", file=sys.stderr)
+            say(f"step {step} on rank {self._rank}, costliest operations:\n{table}")
 
 
 def costliest(seen: profile, device: torch.device) -> str:

@@ -4,7 +4,6 @@ The config is compared with that of the run that made the checkpoint, and the st
 checkpoint: a new batch, ramp or phase holds from there on.
 """
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from trinity.data.batches import BatchHistory
 from trinity.data.stream import position_of
 from trinity.errors import UserError
 from trinity.parallel.agree import on_first, together
+from trinity.terminal import say
 from trinity.training import checkpoint
 from trinity.training.lr_schedule import check_decay
 from trinity.training.run_directory import newest_config, whose_run
@@ -118,5 +118,5 @@ def _check_against(
     changed = check_changes(before, config, seen, accepted, whose_run(path, before, step), *instead)
     changed += check_decay(before, config, step, history.tokens, accepted, str(path))
     if changed:
-        print(f"resuming with other settings: {', '.join(changed)}", file=sys.stderr)
+        say(f"resuming with other settings: {', '.join(changed)}")
     return history

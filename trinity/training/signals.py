@@ -10,7 +10,11 @@ import signal
 import threading
 from types import FrameType
 
+from trinity.terminal import say
+
 SAVED = 75
+NOTHING_TO_SAVE = "stopped before a step was made; the same command starts again"
+SAVING = "asked to stop: the step is finished and saved first (a second Ctrl-C ends at once, without saving)"
 
 
 class StopRequest:
@@ -48,7 +52,12 @@ class StopRequest:
 
     def _listen(self) -> None:
         """The interpreter writes each signal's number as it arrives, whatever the main thread is doing."""
+        told = os.environ.get("RANK", "0") != "0"  # one process of the run says it
         while numbers := os.read(self._heard, 16):
-            if self._starting and {signal.SIGTERM, signal.SIGINT} & set(numbers):
+            asked = {signal.SIGTERM, signal.SIGINT} & set(numbers)
+            if asked and not told:
+                say(NOTHING_TO_SAVE if self._starting else SAVING)
+                told = True
+            if asked and self._starting:
                 os._exit(SAVED)  # the newest checkpoint is all there is
         os.close(self._heard)

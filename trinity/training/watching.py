@@ -42,7 +42,7 @@ class Watcher:
         self.heartbeat = Heartbeat(health.heartbeat_seconds, self.events, directory.path)
         self.spikes = Spikes(health.spike.window, health.spike.sigma)
         self.spiked: str | None = None
-        self._collapse = Collapse(health.violation_factor, health.dead_steps)
+        self._collapse = Collapse(health.violation_factor, health.dead_steps, config.model.dense_layers)
         self._slow = SlowRanks(health.slow_factor)
         self._counts_ME: Tensor | None = None
         self._entropy_M: Tensor | None = None

@@ -1,0 +1,121 @@
+"""Messages and progress: a bar on a terminal, plain lines elsewhere, and Ctrl-C without a traceback."""
+
+import io
+import sys
+
+import pytest
+from screen import Terminal, shown
+
+from trinity import terminal
+from trinity.errors import run_main
+from trinity.terminal import Progress, clock, say
+
+
+class Clock:
+    """time.monotonic, by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(terminal.time, "monotonic", lambda: self.now)
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays when it is done, and a message stands above it."""
+    with Terminal(60, monkeypatch) as screen:
+        with Progress("reading", 4, "file") as progress:
+            progress.update()
+            say("a message")
+            message, bar = screen.lines()
+            assert message == "a message"
+            assert bar.startswith("reading:")
+            progress.update_to(4)
+        assert screen.lines()[0] == "a message"
+        assert "4/4" in screen.lines()[1]
+
+
+def test_progress_is_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One every 30 s, in a pipe and on a terminal of no width; no control characters."""
+    expected = [
+        "reading: 8%, 300 of 4,000 documents, 0:06:10 left",
+        "reading: 15%, 600 of 4,000 documents, 0:05:40 left",
+    ]
+    now = Clock(monkeypatch)
+
+    def read() -> None:
+        now.now = 0
+        with Progress("reading", 4000, "document") as progress:
+            for second in range(1, 66):
+                now.now = second
+                progress.update(10)
+
+    with Terminal(0, monkeypatch) as screen:
+        read()
+        assert screen.lines() == expected
+        assert screen.raw == "".join(f"{line}\r\n" for line in expected)
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    read()
+    assert pipe.getvalue() == "".join(f"{line}\n" for line in expected)
+
+
+def test_progress_of_a_resumed_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What an earlier process did is done, and is no part of the speed: 1 GB in 40 s leaves 2 GB for 80 s."""
+    now = Clock(monkeypatch)
+    with Progress("preparing", 5e9, "B", scaled=True) as progress:
+        progress.skip_to(2e9)
+        progress.describe("5 tokens/s")
+        now.now = 40
+        progress.update_to(3e9)
+    assert capsys.readouterr().err == "preparing: 60%, 3.00GB of 5.00GB, 0:01:20 left, 5 tokens/s\n"
+
+
+def test_progress_of_unknown_length(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """It counts; and says nothing where it is not to show."""
+    now = Clock(monkeypatch)
+    for show in (True, False):
+        now.now = 0
+        with Progress("perplexity", None, "row", show) as progress:
+            now.now = 40
+            assert list(progress.over("ab")) == ["a", "b"]
+            assert progress.n == 2
+    assert capsys.readouterr().err == "perplexity: 1 rows\n"
+
+
+def test_another_rank_clears_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rank's bar stands where its message goes."""
+    with Terminal(60, monkeypatch) as screen:
+        screen.echo("step 3/9 |####     |")
+        say("rank 3: lost")
+        assert screen.lines() == ["rank 3: lost"]
+
+
+def test_a_console_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose output nobody reads goes on."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    say("nobody hears this")
+
+
+def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
+    """One word, and the code of shells."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_main(interrupted)
+    assert (end.value.code, capsys.readouterr().err) == (130, "stopped\n")
+
+
+def test_clock() -> None:
+    """Hours, minutes, seconds; rounded, not cut."""
+    assert [clock(0.4), clock(59.6), clock(3725), clock(360_000)] == ["0:00:00", "0:01:00", "1:02:05", "100:00:00"]
+
+
+def test_the_screen_of_these_tests() -> None:
+    """What is written over is gone, and the rest stays."""
+    assert shown("one\r\nabcdef\rxy\r\n12345\r\x1b[Kz") == ["one", "xycdef", "z"]

@@ -1,0 +1,33 @@
+"""The unigram entropy of what a run reads: the loss of a model that knows only how often each token occurs."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from trinity.config.run import RunConfig
+from trinity.data.shards import TokenSource
+from trinity.data.statistics import unigram_entropy
+from trinity.errors import UserError
+
+MOST_TOKENS = 1 << 28
+"""Of a set that is counted for a report: about a second. Not from the report."""
+
+
+def unigram_entropies(config: RunConfig) -> dict[str, float]:
+    """Nats per token by "training" and "validation NAME", of token shards that are here and not too large to count.
+
+    The training mixture has none where phases change it.
+    """
+    data = config.data
+    found = {} if data.phases else {"training": _entropy(data.train, data.mixture)}
+    found |= {f"validation {name}": _entropy({name: place}, {}) for name, place in data.validation.items()}
+    return {name: entropy for name, entropy in found.items() if entropy is not None}
+
+
+def _entropy(places: dict[str, str], mixture: dict[str, float]) -> float | None:
+    if not places or not all((Path(place) / "index.json").is_file() for place in places.values()):
+        return None
+    with suppress(UserError, OSError):  # damaged, or prepared anew by another version
+        sources = {name: TokenSource(place, verify="never") for name, place in places.items()}
+        if sum(source.tokens for source in sources.values()) <= MOST_TOKENS:
+            return unigram_entropy(sources, mixture)
+    return None
