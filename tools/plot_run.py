@@ -6,16 +6,18 @@ The report (tools/report.py) has all of it, and more; this is a file to put into
 """
 
 import argparse
-from pathlib import Path
 
+from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="run directory")
-    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="the picture: an .svg or .png file")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run", type=local_path, metavar="RUN_DIR", help="run directory")
+    parser.add_argument(
+        "--out", type=local_path, metavar="FILE", required=True, help="the picture: an .svg or .png file"
+    )
     return parser.parse_args()
 
 
