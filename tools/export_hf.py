@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trinity.config import tokenizer_folder
 from trinity.config.model import ModelConfig
 from trinity.errors import FAILURE, run_main
 from trinity.interop import export_hf
 from trinity.interop.verify import largest_logit_difference
 from trinity.parallel.mesh import stop, world_size
 from trinity.training.checkpoint import load_model, load_sharded_model
+from trinity.training.run_tokenizer import run_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 VERIFY_BOUND = 1e-4
@@ -30,7 +30,7 @@ def main() -> int:
     load = load_sharded_model if world_size() > 1 else load_model
     model, config, step = load(options.run_dir, options.step)
     dtype = DTYPES[options.dtype]
-    export_hf(model, options.out_dir, tokenizer_folder(config), dtype, overwrite=options.overwrite)
+    export_hf(model, options.out_dir, run_tokenizer(options.run_dir, config), dtype, overwrite=options.overwrite)
     first = world_size() == 1 or dist.get_rank() == 0
     stop()
     if not first:

@@ -89,7 +89,7 @@ class Data:
     text_field: str = "text"
     """Name of the text in a JSON line or Parquet row, where text is read."""
     tokenizer: str | None = None
-    """Tokenizer folder; copied into exports, and its byte lengths give bits per byte."""
+    """Tokenizer folder; copied into the run directory and into exports, and its byte lengths give bits per byte."""
     sequence_length: int = 2048
     """Tokens of one packed row."""
     packing: Literal["sequential", "rsdb"] = "sequential"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from trinity import STARTED
 from trinity.config.changes import check_changes
-from trinity.config.paths import run_directory, tokenizer_folder
+from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, Failure, UserError
@@ -39,6 +39,7 @@ from trinity.training.probe import probe
 from trinity.training.profiling import Profiler
 from trinity.training.run_data import open_data
 from trinity.training.run_directory import RunDirectory, newest_config
+from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.setup import (
     batch_plan,
     build_model,
@@ -74,7 +75,8 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         stop_request.started()
         directory = together(lambda: RunDirectory(run_directory(config), ranks.is_first))
         done = _step_to_resume(config, accepted, directory.path, Events(directory.path, ranks.rank).note)
-        training = Training(config, ranks, directory, done)
+        tokenizer = on_first(lambda: tokenizer_at_start(config, directory.path, resumes=done > 0))
+        training = Training(config, ranks, directory, done, on_this_node(tokenizer, config))
         code = training.run(stop_request)
         training.saver.wait()
         dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
@@ -140,14 +142,17 @@ class Training:
         ranks: the mesh.
         directory: its folder, held by the first rank.
         step: the newest complete checkpoint there, 0 for none.
+        tokenizer: folder of its tokenizer (run_tokenizer.py); None without one.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, directory: RunDirectory, step: int) -> None:
-        self.config, self.ranks, self.directory = config, ranks, directory
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, directory: RunDirectory, step: int, tokenizer: Path | None = None
+    ) -> None:
+        self.config, self.ranks, self.directory, self.tokenizer = config, ranks, directory, tokenizer
         torch.manual_seed(config.run.seed)  # nothing here draws from it; a library might
         check_batches(config, self.ranks.data_ranks)
         self.plan, self.total = batch_plan(config), total_steps(config)
-        self.data = together(lambda: open_data(config, ranks))
+        self.data = together(lambda: open_data(with_tokenizer(config, tokenizer), ranks))
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
         self.norms = Norms(self.optimizers, ranks.copy_group)
@@ -170,7 +175,7 @@ class Training:
             self._load(self.home, step)
         else:
             self._begin()
-        together(lambda: directory.add_config(config))
+        together(lambda: self._keep_config(anew=not step))
         self.sinks: list[Sink] = together(self._open_sinks)
         self.routers = together(lambda: JsonLines(directory.path / "router.jsonl", step) if ranks.is_first else None)
         self.sampler, self.samples = together(self._open_samples)
@@ -182,6 +187,15 @@ class Training:
         together(lambda: reraise(self.watcher.events.failure))
         self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
+
+    def _keep_config(self, anew: bool) -> None:
+        """Copy the tokenizer into the run directory, then write this start's config, which names one in any case."""
+        if not self.ranks.is_first:
+            return
+        if self.tokenizer is not None:
+            self.tokenizer = keep_tokenizer(self.tokenizer, self.directory.path, anew)
+        named = self.config.data.tokenizer
+        self.directory.add_config(self.config if named else with_tokenizer(self.config, self.tokenizer))
 
     def run(self, stop_request: StopRequest) -> int:
         """Step until the end, a stop request, or too many bad steps."""
@@ -246,7 +260,7 @@ class Training:
 
     def _open_samples(self) -> tuple[Sampler | None, JsonLines | None]:
         """What makes samples, on every rank, and the file they go to, on the first."""
-        wanted, folder = self.config.evaluation, tokenizer_folder(self.config)
+        wanted, folder = self.config.evaluation, self.tokenizer
         path = self.directory.path / "samples.jsonl"
         kept = self.ranks.is_first and (wanted.prompts or path.exists())  # an old file is cut back in any case
         file = JsonLines(path, self.step) if kept else None
@@ -441,7 +455,7 @@ class Training:
         self.watcher.heartbeat.begin_long("exporting")
         folder = self.directory.path / "hf" / checkpoint.step_folder(self.directory.path, self.step).name
         beat = partial(self.watcher.heartbeat.beat, "exporting")
-        export_hf(self.model, folder, tokenizer_folder(self.config), overwrite=True, beat=beat)
+        export_hf(self.model, folder, self.tokenizer, overwrite=True, beat=beat)
 
     def _give_up(self, reason: str) -> int:
         if self.ranks.is_first:
