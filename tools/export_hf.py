@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from trinity.command_line import HelpFormatter, local_path
-from trinity.config import tokenizer_folder
 from trinity.config.model import ModelConfig
 from trinity.errors import FAILURE, run_main
 from trinity.interop import export_hf
 from trinity.interop.verify import largest_logit_difference
 from trinity.parallel.mesh import stop, world_size
 from trinity.training.checkpoint import load_model, load_sharded_model
+from trinity.training.run_tokenizer import run_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 VERIFY_BOUND = 1e-4
@@ -31,7 +31,8 @@ def main() -> int:
     load = load_sharded_model if world_size() > 1 else load_model
     model, config, step = load(options.run_dir, options.step)
     dtype = DTYPES[options.dtype]
-    export_hf(model, options.out_dir, tokenizer_folder(config), dtype, overwrite=options.overwrite, progress=True)
+    tokenizer = run_tokenizer(options.run_dir, config)
+    export_hf(model, options.out_dir, tokenizer, dtype, overwrite=options.overwrite, progress=True)
     first = world_size() == 1 or dist.get_rank() == 0
     stop()
     if not first:

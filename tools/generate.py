@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from trinity.command_line import HelpFormatter, local_path
-from trinity.config import tokenizer_folder
 from trinity.data.tokenizer import load_tokenizer
 from trinity.errors import UserError, run_main
 from trinity.evaluation.generate import stream
@@ -19,6 +18,7 @@ from trinity.interop import load_hf
 from trinity.interop.tokenizer_files import SpecialIds, special_ids
 from trinity.models import Trinity
 from trinity.training.checkpoint import load_model
+from trinity.training.run_tokenizer import run_tokenizer
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def load(folder: Path) -> tuple[Trinity, Path]:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has neither a config.json nor a config.yaml; give a Hugging Face folder or a run's")
     model, config, _ = load_model(folder)
-    tokenizer = tokenizer_folder(config)
+    tokenizer = run_tokenizer(folder, config)
     if tokenizer is None:
         raise UserError(f"{folder} is of a run without data.tokenizer, so its tokens have no text")
     return model, tokenizer

@@ -8,6 +8,7 @@ step, or from the beginning; no weights are needed.
 """
 
 import argparse
+from pathlib import Path
 
 from trinity.command_line import HelpFormatter
 from trinity.errors import UserError, run_main
@@ -28,16 +29,18 @@ def main() -> None:
     arguments = parse()
     if arguments.step < 1:
         raise UserError(f"--step {arguments.step} must be at least 1")
-    from trinity.config import load_config, tokenizer_folder
+    from trinity.config import load_config
     from trinity.config.paths import check_paths
     from trinity.data.tokenizer import load_tokenizer
     from trinity.training.run_data import go_near, open_stream
+    from trinity.training.run_tokenizer import tokenizer_to_read, with_tokenizer
 
     config = load_config(arguments.config, arguments.settings)
     check_paths(config, fresh=False)  # fresh would ask for init too, which a batch does not need
-    folder = tokenizer_folder(config)
+    folder = tokenizer_to_read(config, Path(arguments.config).parent)
     if folder is None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")
+    config = with_tokenizer(config, folder)
     tokenizer, stream = load_tokenizer(folder), open_stream(config, rank=0, ranks=1)
     go_near(stream, config, arguments.step - 1)
     first, sequences = stream.first_of(arguments.step - 1), stream.plan.at(arguments.step - 1).sequences

@@ -44,17 +44,19 @@ def main() -> None:
     from trinity.interop import export_hf
     from trinity.interop.verify import largest_logit_difference
     from trinity.training.checkpoint import load_model
+    from trinity.training.run_tokenizer import run_tokenizer
 
     records = read_metrics(arguments.run)
     model, config, _ = load_model(arguments.run)
-    export_hf(model, arguments.out, Path(config.data.tokenizer), dtype=torch.float32, overwrite=True)
+    folder = run_tokenizer(arguments.run, config)
+    export_hf(model, arguments.out, folder, dtype=torch.float32, overwrite=True)
 
     held_out = {name: TokenSource(folder) for name, folder in config.data.validation.items()}
     first = next(iter(held_out.values()))
     rows = list(validation_sequences(first, config.data.sequence_length, 2))
     difference, largest = largest_logit_difference(model, arguments.out, torch.stack([row.tokens for row in rows]))
 
-    tokenizer = load_tokenizer(Path(config.data.tokenizer))
+    tokenizer = load_tokenizer(folder)
     prompt = [bos_id(tokenizer), *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
     stop = [bos_id(tokenizer)]
     sample = generate(model, prompt, max_new_tokens=60, temperature=0.8, top_p=0.95, seed=0, stop_ids=stop)

@@ -1,5 +1,7 @@
 """What a resumed run may change: a rule for every setting, and refusals that name the settings."""
 
+from pathlib import Path
+
 import pytest
 
 from trinity.config import ZOO, RunConfig
@@ -18,7 +20,7 @@ def refusal(before: RunConfig, now: RunConfig, accepted: list[str], seen: int = 
 def test_every_setting_has_a_rule() -> None:
     """And every rule is about a setting that exists."""
     keys = list(flatten(RunConfig()))
-    assert {rule_of(key) for key in keys} == {"free", "accept", "fixed"}
+    assert {rule_of(key) for key in keys} == {"free", "accept", "fixed", "content"}
     for prefix in RULES:
         assert any(key == prefix or key.startswith(f"{prefix}.") for key in keys), prefix
 
@@ -27,7 +29,7 @@ def test_every_setting_has_a_rule() -> None:
     ("key", "rule"),
     [
         ("run.steps", "free"), ("run.tokens", "free"), ("run.seed", "fixed"), ("model.width", "fixed"),
-        ("data.streams", "fixed"), ("data.tokenizer", "fixed"), ("data.train", "free"), ("data.validation", "free"),
+        ("data.streams", "fixed"), ("data.tokenizer", "content"), ("data.train", "free"), ("data.validation", "free"),
         ("batch.sequences", "accept"), ("batch.microbatch", "free"), ("optim.muon.lr", "accept"),
         ("optim.schedule.final", "accept"), ("balancing.kind", "accept"), ("loss.z", "accept"),
         ("parallel.shard", "free"), ("kernels.attention", "free"), ("kernels.experts", "free"),
@@ -104,3 +106,15 @@ def test_accepting_a_key_accepts_nothing_that_only_begins_alike() -> None:
     before, now = RunConfig(), RunConfig()
     now.optim.muon.lr = 2e-3
     assert "optim.muon.lr" in refusal(before, now, ["optim.muon.l", "optim.mu"])
+
+
+def test_a_path_is_the_same_relative_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder where it is, a file, a pattern and a folder; from another one they are others. URLs stay."""
+    before, now = RunConfig(), RunConfig()
+    for config, start in ((before, f"{tmp_path}/"), (now, "")):
+        config.run.dir, config.init.hf, config.checkpoint.url = f"{start}run", f"{start}hf", "s3://bucket/run"
+        config.data.train, config.data.validation = {"a": f"{start}a/*.txt"}, {"b": f"{start}b"}
+    monkeypatch.chdir(tmp_path)
+    assert check_changes(before, now, 0, [], "runs/mine") == []
+    monkeypatch.chdir("/")
+    assert check_changes(before, now, 0, [], "runs/mine") == ["run.dir", "init.hf", "data.train", "data.validation"]

@@ -137,7 +137,7 @@ def test_offsets_that_cut_nothing(shards: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_in_a_run(settings: dict, shards: Path, workers: int) -> None:
+def test_in_a_run(settings: dict, corpus: SimpleNamespace, shards: Path, workers: int) -> None:
     """Found in training's own process or in one that makes its rows: the same sentence, and nothing trained."""
     path, run = shards / "shard_00000.documents", Path(settings["run"]["dir"])
     OFFSETS["backwards"](np.fromfile(path, "<i8")).astype("<i8").tofile(path)
@@ -145,7 +145,8 @@ def test_in_a_run(settings: dict, shards: Path, workers: int) -> None:
     settings["data"]["train"]["prose"] = str(shards)
     settings["data"]["workers"] = workers
     run.mkdir()
-    begun = {"config.yaml", "events.jsonl", "metrics.jsonl", "router.jsonl"}
+    copy = {"tokenizer", *(f"tokenizer/{path.name}" for path in corpus.tokenizer.iterdir())}
+    begun = copy | {"config.yaml", "events.jsonl", "metrics.jsonl", "router.jsonl"}
     assert f"{path} does not cut" in refusal(lambda: train(settings), shards, run, gains=REFUSED_START | begun)
     assert (run / "metrics.jsonl").read_text() == ""
 

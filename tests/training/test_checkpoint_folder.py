@@ -3,7 +3,9 @@
 The same files are looked at as a folder and through a URL, and the answers must be the same.
 """
 
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -14,11 +16,12 @@ import torch
 import torch.distributed as dist
 from url_stores import register
 
-from trinity.errors import UserError
+from trinity.errors import Failure, UserError
 from trinity.io import checksum
-from trinity.training import checkpoint_folder
+from trinity.training import checkpoint_folder, saver
 from trinity.training.checkpoint import (
     Home,
+    complete_steps,
     home_of,
     load,
     newest_intact,
@@ -300,3 +303,28 @@ def test_the_sums_are_those_of_the_files(run: Path, home: Home, group: None, tmp
     content = random.Random(1).randbytes(2 * checksum.BLOCK + 5)
     (tmp_path / "large").write_bytes(content)
     assert checkpoint_folder.sum_of(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")
+
+
+def test_a_disk_that_fills_up_anywhere(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in the files it is: a sentence about the disk, and no mistake of torch's zip writer that follows."""
+    state = {f"model.{name}": torch.arange(3000.0) for name in "abc"}
+    save(state, tmp_path, 1, keep=5)
+    sizes = {path.name: path.stat().st_size for path in step_folder(tmp_path, 1).iterdir()}
+    write = saver._Remembered.write
+
+    def limited(file: saver._Remembered, data: object) -> int:
+        if file.tell() + memoryview(data).nbytes > room[0]:
+            room[0] = room[1]
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    monkeypatch.setattr(saver._Remembered, "write", limited)
+    size, whole = sizes["__0_0.distcp"], max(sizes.values())
+    for again in (0, whole):  # the disk stays full, or somebody removes a file just then
+        for first in (*range(0, size, 3000), size - 1):
+            room = [first, again]
+            with pytest.raises(Failure, match="the disk is full"):
+                save(state, tmp_path, 2, keep=5)
+    room = [whole, whole]
+    save(state, tmp_path, 2, keep=5)
+    assert complete_steps(tmp_path) == [1, 2]

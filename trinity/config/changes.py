@@ -1,18 +1,20 @@
 """What may differ when a run is resumed with a changed config.
 
 free: how the run is done (meshes, kernels, logs), and its length. accept: how it learns; needs --accept-change KEY.
-fixed: what the run is. A key obeys the longest rule that it begins with.
+fixed: what the run is. content: compared by what the files hold when they are opened, not by their path. A key obeys
+the longest rule that it begins with. Paths are compared absolute.
 """
 
 from itertools import zip_longest
 from typing import Literal
 
 from trinity.config.load import flatten
+from trinity.config.paths import absolute_paths
 from trinity.config.phases import whole_phases
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 
-Rule = Literal["free", "accept", "fixed"]
+Rule = Literal["free", "accept", "fixed", "content"]
 
 RULES: dict[str, Rule] = {
     "run": "free",
@@ -21,6 +23,7 @@ RULES: dict[str, Rule] = {
     "model": "fixed",
     "data": "fixed",
     "data.train": "free",  # the state of the data knows the content of every source, wherever it lies
+    "data.tokenizer": "content",  # trinity.training.run_tokenizer
     "data.mixture": "free",  # compared by phase, as data.phases
     "data.phases": "free",
     "data.length_bias": "free",
@@ -78,8 +81,8 @@ def check_changes(
     Raises:
         UserError: naming every key that is fixed or not accepted.
     """
-    old, new = flatten(before), flatten(now)
-    changed = [key for key in new if old.get(key) != new[key]]
+    old, new = flatten(absolute_paths(before)), flatten(absolute_paths(now))
+    changed = [key for key in new if old.get(key) != new[key] and rule_of(key) != "content"]
     fixed = [key for key in changed if rule_of(key) == "fixed"]
     if fixed:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in fixed)

@@ -4,7 +4,7 @@ import math
 from functools import reduce
 
 from trinity.config.model import check_size
-from trinity.config.paths import tokenizer_folder
+from trinity.config.paths import kept_tokenizer, run_directory, tokenizer_folder
 from trinity.config.profiled import check_last_step, profiled_steps
 from trinity.config.run import LengthBias, RunConfig
 from trinity.errors import UserError
@@ -207,7 +207,9 @@ def _check_data(config: RunConfig) -> None:
 
 
 def _check_prompts(config: RunConfig) -> None:
-    if config.evaluation.prompts and tokenizer_folder(config) is None:
+    # the tokenizer of init.run is looked up at the start
+    known = tokenizer_folder(config) or config.init.run or kept_tokenizer(run_directory(config))
+    if config.evaluation.prompts and not known:
         raise UserError("evaluation.prompts are texts and there is no tokenizer; set data.tokenizer, or leave them out")
 
 

@@ -1,7 +1,8 @@
-"""Folders that a config names or that follow from it: ~ expanded, and missing ones said with the nearest name."""
+"""Folders that a config names or that follow from it: ~ expanded, absolute, and the nearest one to a missing one."""
 
 import difflib
 import os
+from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
 
@@ -22,6 +23,30 @@ def tokenizer_folder(config: RunConfig) -> Path | None:
     """data.tokenizer, else the Hugging Face folder that the run started from; None where the config names neither."""
     folder = config.data.tokenizer or config.init.hf
     return Path(folder) if folder else None
+
+
+def kept_tokenizer(run: Path) -> Path | None:
+    """The copy of its tokenizer that a run directory holds; None without one."""
+    folder = run / "tokenizer"
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """The same config with every local path absolute, so that it can be read from any working directory."""
+    data, init = config.data, config.init
+    train, validation = ({name: _absolute(place) for name, place in of.items()} for of in (data.train, data.validation))
+    return replace(
+        config,
+        run=replace(config.run, dir=_absolute(config.run.dir)),
+        init=replace(init, hf=_absolute(init.hf), run=_absolute(init.run)),
+        data=replace(data, train=train, validation=validation, tokenizer=_absolute(data.tokenizer)),
+        checkpoint=replace(config.checkpoint, url=_absolute(config.checkpoint.url)),
+    )
+
+
+def _absolute(place: str | None) -> str | None:
+    """A path or pattern from the root on; a URL as it is."""
+    return os.path.abspath(place) if place and "://" not in place else place
 
 
 def config_files(run: Path) -> dict[int, Path]:

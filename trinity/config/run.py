@@ -96,8 +96,8 @@ class Data:
     text_field: str = "text"
     """Field of a JSON line, or column of a Parquet file, that holds the text."""
     tokenizer: str | None = None
-    """Tokenizer folder. It is copied into exports, and its byte lengths give bits per byte. Default: that of
-    init.hf."""
+    """Tokenizer folder. It is copied into the run directory and into exports, and its byte lengths give bits per byte.
+    Default: that of init.hf."""
     sequence_length: int = 2048
     """Sequence length, in tokens. The report has 4096 for Nano and Mini, 8192 for Large."""
     packing: Literal["sequential", "rsdb"] = "sequential"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trinity import STARTED
-from trinity.config.paths import run_directory, tokenizer_folder
+from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.batches import BatchHistory
 from trinity.data.validation import validation_sequences
@@ -43,6 +43,7 @@ from trinity.training.profiling import Profiler
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_data import open_data
 from trinity.training.run_directory import RunDirectory
+from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.setup import (
     batch_plan,
     build_model,
@@ -85,7 +86,8 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         origin = find_origin(config, accepted, path, Events(path, ranks.rank).note)
         if keeps_refusals:
             together(lambda: check_prerequisites(config, ranks))
-        training = Training(config, ranks, directory, origin)
+        tokenizer = on_first(lambda: tokenizer_at_start(config, path, resumes=origin.step > 0 and origin.own))
+        training = Training(config, ranks, directory, origin, on_this_node(tokenizer, config))
         code = training.run(stop_request)
         training.saver.wait()
         dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
@@ -141,14 +143,17 @@ class Training:
         ranks: the mesh.
         directory: its folder, held by the first rank.
         origin: the checkpoint to go on from.
+        tokenizer: folder of its tokenizer (run_tokenizer.py); None without one.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, directory: RunDirectory, origin: Origin) -> None:
-        self.config, self.ranks, self.directory = config, ranks, directory
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, directory: RunDirectory, origin: Origin, tokenizer: Path | None = None
+    ) -> None:
+        self.config, self.ranks, self.directory, self.tokenizer = config, ranks, directory, tokenizer
         torch.manual_seed(config.run.seed)  # nothing here draws from it; a library might
         check_batches(config, self.ranks.data_ranks)
         self._set_plan(origin.history)
-        self.data = together(lambda: open_data(config, ranks, self.plan, origin.step))
+        self.data = together(lambda: open_data(with_tokenizer(config, tokenizer), ranks, self.plan, origin.step))
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
         self.norms = Norms(self.optimizers, ranks.copy_group)
@@ -168,12 +173,13 @@ class Training:
 
     def _open(self, origin: Origin) -> None:
         """Load or begin, and open what figures are written to."""
-        config, ranks, directory = self.config, self.ranks, self.directory
+        config, ranks = self.config, self.ranks
+        resumes = origin.step > 0 and origin.own
         if origin.step:
             self._load(origin.home, origin.step)
         else:
             self._begin()
-        together(lambda: directory.add_config(config))
+        together(lambda: self._keep_config(anew=not resumes))
         self.sinks: list[Sink] = together(self._open_sinks)
         self.routers = together(self._open_routers)
         self.sampler, self.samples = together(self._open_samples)
@@ -182,11 +188,18 @@ class Training:
         seconds = time.monotonic() - STARTED
         told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
         machine = {"device": device_name(ranks.device), "processes": ranks.world}
-        kind = "resume" if origin.step and origin.own else "start"
-        self.watcher.note(kind, told, total=self.total, seconds=seconds, **machine)
+        self.watcher.note("resume" if resumes else "start", told, total=self.total, seconds=seconds, **machine)
         together(lambda: reraise(self.watcher.events.failure))
-        self._flops = {length: flops_per_token(config.model, length)["training"] for length in self.plan.lengths()}
         self._announce()
+
+    def _keep_config(self, anew: bool) -> None:
+        """Copy the tokenizer into the run directory, then write this start's config, which names one in any case."""
+        if not self.ranks.is_first:
+            return
+        if self.tokenizer is not None:
+            self.tokenizer = keep_tokenizer(self.tokenizer, self.directory.path, anew)
+        named = self.config.data.tokenizer
+        self.directory.add_config(self.config if named else with_tokenizer(self.config, self.tokenizer))
 
     def run(self, stop_request: StopRequest) -> int:
         """Step until the end, a stop request, or too many bad steps."""
@@ -256,7 +269,7 @@ class Training:
 
     def _open_samples(self) -> tuple[Sampler | None, JsonLines | None]:
         """What makes samples, on every rank, and the file they go to, on the first."""
-        wanted, folder = self.config.evaluation, tokenizer_folder(self.config)
+        wanted, folder = self.config.evaluation, self.tokenizer
         path = self.directory.path / "samples.jsonl"
         kept = self.ranks.is_first and (wanted.prompts or path.exists())  # an old file is cut back in any case
         file = JsonLines(path, self.step) if kept else None
@@ -289,6 +302,8 @@ class Training:
         """Let the config's batches begin where the steps made so far end."""
         self.plan = batch_plan(self.config, history)
         self.total = total_steps(self.config, self.plan)
+        model, lengths = self.config.model, self.plan.lengths()
+        self._flops = {length: flops_per_token(model, length)["training"] for length in lengths}
 
     def _load(self, home: checkpoint.Home, step: int, with_data: bool = True) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
@@ -463,7 +478,7 @@ class Training:
         self.watcher.heartbeat.begin_long("exporting")
         folder = self.directory.path / "hf" / checkpoint.step_folder(self.directory.path, self.step).name
         beat = partial(self.watcher.heartbeat.beat, "exporting")
-        export_hf(self.model, folder, tokenizer_folder(self.config), overwrite=True, beat=beat)
+        export_hf(self.model, folder, self.tokenizer, overwrite=True, beat=beat)
 
     def _give_up(self, reason: str) -> int:
         if self.ranks.is_first:

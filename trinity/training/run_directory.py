@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from trinity.config.load import load_config, save_config
-from trinity.config.paths import config_files
+from trinity.config.paths import absolute_paths, config_files
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.io.json_files import write_json
@@ -63,12 +63,12 @@ class RunDirectory:
         return lock
 
     def add_config(self, config: RunConfig) -> None:
-        """Keep the resolved config of this start: config.yaml the first time, then config.N.yaml."""
+        """Keep the resolved config of this start, paths absolute: config.yaml the first time, then config.N.yaml."""
         if not self._first:
             return
         numbered = config_files(self.path)
         number = max(numbered) + 1 if numbered else 0
-        save_config(config, self.path / (f"config.{number}.yaml" if number else "config.yaml"))
+        save_config(absolute_paths(config), self.path / (f"config.{number}.yaml" if number else "config.yaml"))
 
     def set_status(self, state: str, code: int | None, step: int, reason: str = "") -> None:
         """Write status.json; state is running, finished, saved or stopped."""

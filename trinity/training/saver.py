@@ -14,18 +14,21 @@ Memory: a copy of this rank's part of the state stays on the host for the life o
 because memory that has been used before is filled several times faster than new memory.
 """
 
+import io
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -192,6 +195,38 @@ def told(error: dcp.CheckpointException) -> BaseException:
     return kind(f"rank {rank}: {sentence}" if rank else sentence)
 
 
+class _Remembered(io.FileIO):
+    """A file that keeps the first error of a write."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
+
+
+class LocalFiles(FileSystem):
+    """The library's local file system, but a write that fails raises what the system said, such as a full disk.
+
+    torch.save, whose zip writer goes on after such an error, would raise a RuntimeError of its own.
+    """
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:
+        """A file to be read or written."""
+        raw = _Remembered(path, mode)
+        try:
+            with io.BufferedWriter(raw) if mode == "wb" else io.BufferedReader(raw) as stream:
+                yield stream
+        except Exception:
+            if raw.failure is not None:
+                raise raw.failure from None
+            raise
+
+
 class Writer(dcp.FileSystemWriter):
     """The library's writer of one file a rank, which also sums what it wrote and decides what a checkpoint is."""
 
@@ -200,8 +235,7 @@ class Writer(dcp.FileSystemWriter):
         local = isinstance(folder, Path)
         super().__init__(str(folder), single_file_per_rank=True, sync_files=local)
         self.path = folder
-        if not local:
-            self.fs = Files()
+        self.fs = LocalFiles() if local else Files()
         self.step = step
         self._home, self._keep, self._keep_every = home, keep, keep_every
 
