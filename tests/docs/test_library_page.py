@@ -13,7 +13,7 @@ from trinity.models import Trinity
 def test_the_program_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """All blocks in one namespace. An untrained model's loss is near ln(8192); four steps on one batch lower it by 1."""
+    """All blocks in one namespace. Untrained, the loss is near ln(8192); four steps on a batch lower it by 1."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict = {}
