@@ -15,10 +15,11 @@ SETS := code/train code/validation prose/train prose/validation
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: smoke test test-slow lint docs venv data clean help
+.PHONY: smoke quick test test-slow lint docs venv data clean help
 
 help:
 	@echo "make smoke | test | test-slow | lint | docs | venv | data | clean"
+	@echo "make quick    the core's tests in under two minutes, while working; test runs all but the slow ones"
 
 venv: $(VENV)/ready
 
@@ -38,6 +39,14 @@ data: venv
 smoke: data
 	$(BIN)/python launch/pretrain.py configs/smoke.yaml run.dir=$(RUN)
 	$(BIN)/python tools/smoke_summary.py $(RUN) --out $(RUN)/hf/final
+
+# Model, balancing, optimizers, data, config, interop, evaluation, one training step, and the pages of docs/: 70 s of CPU.
+# Not here: kernels in Triton's interpreter (90 s), plans, and runs, launchers and meshes, which start processes.
+QUICK := $(addprefix tests/,test_balancing.py test_transformers_equality.py models optim data config interop evaluation \
+	kernels docs training/test_train_step.py)
+
+quick: venv
+	$(BIN)/python -m pytest $(QUICK) --ignore-glob='*_triton.py' -m "not slow and not processes"
 
 test: venv
 	$(BIN)/python -m pytest -m "not slow"

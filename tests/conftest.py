@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from starts_processes import starts_processes
 
 from trinity.data.prepare import prepare_data
 from trinity.data.train_tokenizer import train_from_files
@@ -21,6 +22,13 @@ ROOT = Path(__file__).parents[1]
 # Before anything imports Triton: without a GPU its kernels run interpreted. `auto` picks none of them all the same.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes: `make quick` leaves them out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and starts_processes(item):
+            item.add_marker("processes")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,140 @@
+"""What the pages name is there: files, links, make targets, flags of tools, config keys; and configs load as typed."""
+
+import io
+import json
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from markdown_pages import DOCS, PAGES, ROOT, fenced, inline
+
+from trinity.config import ZOO, RunConfig, load_config, save_config
+from trinity.config.load import NAMED_MAPS, flatten
+from trinity.interop.hf_config import hf_config
+
+CHECKED = [ROOT / "README.md", *PAGES]
+UNKNOWN_YET = "add_balancing_rule.md"
+"""Its config word is new: test_balancing_page.py loads it with the page's changes."""
+SHELL = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|torchrun|sbatch|kubectl|bash|make|pip|touch|\.) .*", re.DOTALL)
+SECTIONS = set(RunConfig.__dataclass_fields__)
+KEYS = set(flatten(RunConfig()))
+LINK = re.compile(r"\]\(([^)#\s]+)\)")
+PLACE = re.compile(r"(?:tools|launch|configs|trinity|tests|docs|kernels)/[\w./-]*")
+WORD = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)(?:=(.*))?", re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command in shell blocks and in inline code, without environment variables."""
+    for line in "\n".join(fenced(page, "sh") + inline(page)).replace("\\\n", " ").splitlines():
+        if SHELL.fullmatch(line):
+            words = shlex.split(line, comments=True)
+            yield words[next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word)) :]
+
+
+def script(words: list[str]) -> tuple[str, list[str]] | None:
+    """The file of this project that a command runs, and its arguments."""
+    for place, word in enumerate(words[1:], 1):
+        if re.fullmatch(r"(?:tools|launch)/\S+\.(?:py|sh)", word):
+            return word, words[place + 1 :]
+    return None
+
+
+@cache
+def help_of(tool: str) -> str:
+    """What a tool prints for --help, in this process."""
+    before, sys.argv = sys.argv, [tool, "--help"]
+    try:
+        with redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / tool), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert ended.value.code == 0
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
+def test_commands(page: Path) -> None:
+    """Scripts exist and know their flags; make knows its targets; pip's extras are in pyproject.toml."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for words in commands(page):
+        if words[0] == "make":
+            assert set(words[1:]) <= targets, words
+        if words[0] == "pip":
+            assert set(re.findall(r"\[(\w+)\]", words[-1])) <= set(extras), words
+        if words[0] == "kubectl":
+            assert (ROOT / words[-1]).is_file(), words
+        if (found := script(words)) is None:
+            continue
+        tool, arguments = found
+        assert (ROOT / tool).is_file(), tool
+        flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+        inner = script(["", *arguments])  # node.py starts another one
+        if tool.endswith(".py"):
+            known = help_of(tool) + (help_of(inner[0]) if inner else "")
+            assert {flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", known)} == set(), words
+        assert {word for word in arguments if word.startswith("configs/") and not (ROOT / word).is_file()} == set()
+
+
+@pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
+def test_links_and_files(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    named = [code for code in inline(page) if PLACE.fullmatch(code)]
+    missing = {link for link in links if not (page.parent / link).exists()}
+    assert missing - {"config.md", "docs/config.md"} == set(), "config.md is generated, and checked where it is"
+    assert {place for place in named if not (ROOT / place).exists()} == set()
+
+
+@pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
+def test_config_keys(page: Path) -> None:
+    """In inline code: `parallel.shard`, `recompute=block`."""
+    for code in inline(page):
+        for word in code.split():
+            match = WORD.fullmatch(word)
+            if match and match[1].split(".")[0] in SECTIONS and ("." in match[1] or match[2] is not None):
+                assert is_key(match[1]), f"{word} in {page.name}"
+
+
+def is_key(key: str) -> bool:
+    """Whether this is a field, a section, or an entry of a map of names."""
+    parent = key.rpartition(".")[0]
+    return key in KEYS or parent in NAMED_MAPS or any(known.startswith(f"{key}.") for known in KEYS)
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders that a reader has made by then, seen from the repository: here, only what a config load reads."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for run in ("mine", "smoke", "laws"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        save_config(load_config("configs/smoke.yaml"), tmp_path / "runs" / run / "config.yaml")
+    (tmp_path / "mine-hf").mkdir()
+    model = hf_config(ZOO["smoke"], bos_id=0, eos_id=0, pad_id=None, dtype=torch.bfloat16)
+    (tmp_path / "mine-hf" / "config.json").write_text(json.dumps(model))
+
+
+@pytest.mark.usefixtures("newcomer")
+@pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
+def test_configs_load(page: Path) -> None:
+    """Each pretrain, plan and show_batch command's config with its words, as typed."""
+    for words in commands(page):
+        found = script(words)
+        if found is None or page.name == UNKNOWN_YET:
+            continue
+        config = next((word for word in found[1] if word.endswith(".yaml")), None)
+        if config and "/" in config:
+            load_config(config, [word for word in found[1] if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)])
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert {page.name for page in PAGES if page.name != "README.md"} <= set(LINK.findall(index))
