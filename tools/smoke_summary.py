@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 from trinity.errors import UserError, run_main
+from trinity.io.json_files import number
 
 PROMPT = "def main("
 
@@ -22,11 +23,12 @@ def parse() -> argparse.Namespace:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The run's metrics, a dictionary a step."""
+    """The run's metrics, a dictionary a step; NaN where a number was not finite."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; run launch/pretrain.py first")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: number(value) for name, value in record.items()} for record in records]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Where the figures of each step go: metrics.jsonl, the console, and W&B and TensorBoard by one word.
 
 metrics.jsonl is the record: one object a step, flushed; on resume it is cut back to the checkpoint's step and the tail
-is kept aside, so that no step is missing or doubled. Numbers are written in full precision.
+is kept aside, so that no step is missing or doubled. Numbers are written in full precision, null where they are not finite.
 """
 
 import json
