@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
+from trinity.io.json_files import number
 
 PROMPT = "def main("
 
@@ -23,12 +24,13 @@ def parse() -> argparse.Namespace:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The metrics of the run's steps, without records that are no step's (a validation before the first)."""
+    """The metrics of each step, NaN where a number was not finite; without the validation before the first step."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; run launch/pretrain.py first")
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [record for record in records if "loss" in record]
+    steps = [record for record in records if "loss" in record]
+    return [{name: number(value) for name, value in record.items()} for record in steps]
 
 
 def main() -> None:

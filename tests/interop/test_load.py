@@ -1,6 +1,7 @@
 """What is read is what was written, bit for bit, on any sharding; and a folder that lies is refused by name."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,8 +187,48 @@ def test_links_out_of_the_folder(exported: Path) -> None:
     first = sorted(exported.glob("*.safetensors"))[0]
     first.rename(exported.parent / first.name)
     first.symlink_to(exported.parent / first.name)
-    with pytest.raises(UserError, match="is a link out of the folder"):
+    with pytest.raises(UserError, match="is a link out of the folder") as refused:
         load_hf(exported)
+    advice = str(refused.value).partition("in its place: ")[2]
+    subprocess.run(advice, shell=True, check=True)
+    load_hf(exported)
+    assert not first.is_symlink()
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, through_a_link: bool) -> None:
+    """snapshots/REVISION/NAME → ../../blobs/HASH; the same numbers, by whatever path the snapshot is named."""
+    expected = {name: tensor.clone() for name, tensor in load_hf(exported).state_dict().items()}
+    snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
+    if through_a_link:
+        (tmp_path / "short").symlink_to(snapshot)
+    found = load_hf(tmp_path / "short" if through_a_link else snapshot).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("to", ["../../../models--another/blobs", "../../refs", "../other", "../../blobs/below"])
+def test_links_to_elsewhere_in_the_cache(exported: Path, tmp_path: Path, to: str) -> None:
+    """Another model's blobs, another folder of this one's, another revision, a folder below the blobs."""
+    snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
+    file = sorted(snapshot.glob("*.safetensors"))[0]
+    there = (snapshot / to).resolve()
+    there.mkdir(parents=True)
+    moved = file.resolve().rename(there / "hash")
+    file.unlink()
+    file.symlink_to(moved)
+    with pytest.raises(UserError, match="is a link out of the folder"):
+        load_hf(snapshot)
+
+
+def in_cache(folder: Path, model: Path) -> Path:
+    """Move a folder into a cache as huggingface_hub lays it out; returns the snapshot."""
+    snapshot, blobs = model / "snapshots/0123abcd", model / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+    return snapshot
 
 
 def test_a_file_that_is_missing(exported: Path) -> None:

@@ -241,3 +241,29 @@ def test_json_that_every_parser_reads(tmp_path: Path) -> None:
     old = read_json(tmp_path / "old.json")
     assert old["a"] != old["a"]
     assert old["b"] == float("inf")
+
+
+def test_every_log_is_json(tmp_path: Path) -> None:
+    """What a run writes of a step whose loss is not finite, read by a parser that knows no NaN."""
+    from trinity.training.events import Events
+
+    log = JsonLines(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr_muon": 0.1})
+    log.close()
+    Events(tmp_path, 0, 1).note("evaluation", "a sentence", loss=-float("inf"), layers=[float("nan"), 1.5])
+    RunDirectory(tmp_path / "run").set_status("stopped", 3, 1, "NaN")
+    read = [json.loads(path.read_text(), parse_constant=pytest.fail) for path in sorted(tmp_path.rglob("*.json*"))]
+    (event, record, status) = read
+    assert record == {"step": 1, "loss": None, "grad_norm": None, "lr_muon": 0.1}
+    assert (event["loss"], event["layers"]) == (None, [None, 1.5])
+    assert status["reason"] == "NaN"
+
+
+def test_numbers_come_back() -> None:
+    from trinity.io.json_files import number, to_json
+
+    values = [1.5, float("nan"), -float("inf"), 2]
+    back = [number(value) for value in json.loads(to_json(values))]
+    assert [back[0], back[3]] == [1.5, 2]
+    assert back[1] != back[1]
+    assert back[2] != back[2]

@@ -103,7 +103,7 @@ def compare(found: SimpleNamespace, expected: SimpleNamespace) -> None:
                 assert abs(line[key] - value) <= BOUND * max(1.0, abs(value)), f"{key} of step {wanted['step']}"
             else:
                 assert line[key] == value, key
-    exact = [name for name in expected.state if name.startswith(("data.", "run.step", "run.bad"))]
+    exact = [name for name in expected.state if name.startswith(("data.", "run.step", "run.bad", "run.collapse."))]
     assert sum(name.startswith("data.stream.") for name in exact) == 12
     for name in exact:
         assert torch.equal(found.state[name], expected.state[name]), name

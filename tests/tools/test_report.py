@@ -311,7 +311,7 @@ def test_only_metrics(run: Path) -> None:
 def test_files_in_a_bad_state(run: Path) -> None:
     """Steps that were done again count once, a tail that was kept aside not at all; the half-written line may come."""
     before, again = records()[:9], [record | {"loss": record["loss"] + 1} for record in records()[4:10]]
-    again[2] |= {"loss": float("nan"), "grad_norm": float("inf"), "mfu": None, "lr_muon": "fast", "tokens": 700}
+    again[2] |= {"loss": None, "grad_norm": float("inf"), "mfu": float("nan"), "lr_muon": "fast", "tokens": 700}
     broken = [*before, {"no": "step"}, {"step": True}, {"step": -1}, {"step": 1 << 70}, *again]
     lines(run / "metrics.jsonl", broken, tail='{"step": 11, "loss": 7}\n{"step": 12, "lo')
     with open(run / "metrics.jsonl", "ab") as file:
@@ -326,7 +326,7 @@ def test_files_in_a_bad_state(run: Path) -> None:
     (run / "config.2.yaml").write_text("a: [")
     page = Page(write_report([run]))
     kept = [*before[:4], *again, {"step": 11, "loss": 7}]
-    finite = [record for record in kept if record["loss"] == record["loss"] and "tokens" in record]
+    finite = [record for record in kept if record["loss"] is not None and "tokens" in record]
     drawn = page.curves("Loss")["training"]
     assert drawn[1] == [*(record["loss"] for record in finite), 7]
     assert drawn[0][:-1] == [record["tokens"] for record in finite]

@@ -22,6 +22,7 @@ from trinity.training import loop, trainer
 from trinity.training.collapse import WINDOW, Collapse
 from trinity.training.heartbeat import Heartbeat
 from trinity.training.spikes import CAPACITY, Spikes
+from trinity.training.watching import Watcher
 
 
 def events(run: Path, kind: str | None = None) -> list[dict]:
@@ -79,6 +80,54 @@ def test_a_climbing_layer_is_warned_of_once() -> None:
     for _ in range(3 * WINDOW):
         assert collapse.look(even) == []
     assert len([warning for _ in range(WINDOW) for warning in collapse.look(skewed)]) == 1
+
+
+def test_a_watch_that_is_restored_says_the_same() -> None:
+    """Saved and restored after every single step, through all of its warnings, against one that never was."""
+    generator = torch.Generator().manual_seed(2)
+    whole, warned = Collapse(factor=1.5, dead_steps=4, first_layer=2), 0
+    parts = Collapse(factor=1.5, dead_steps=4, first_layer=2)
+    for step in range(120):
+        counts_ME = torch.randint(0, 40 + step * (step % 50 > 25), (3, 5), generator=generator)
+        counts_ME[1] *= torch.tensor([step % 11 < 5, 1, 1, 1, 1])
+        state = parts.state(3, 5)
+        parts = Collapse(factor=1.5, dead_steps=4, first_layer=2)
+        parts.restore(state)
+        said = whole.look(counts_ME)
+        assert parts.look(counts_ME) == said
+        warned += len(said)
+    assert warned > 5
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in Collapse(2, 1).state(3, 5).items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in parts.state(3, 5).items()
+    }
+
+
+def test_a_stop_does_not_silence_a_watch(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An expert of the first layer gets no token: a run that was stopped after two steps says so after four.
+
+    A checkpoint from before the watch was in it can be loaded, and the watch begins anew.
+    """
+    look = Collapse.look
+
+    def without_the_first(collapse: Collapse, counts_ME: torch.Tensor) -> list:
+        return look(collapse, counts_ME.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(0)))
+
+    def spikes_alone(watcher: Watcher) -> dict[str, torch.Tensor]:
+        return {"spikes": watcher.spikes.state()}
+
+    monkeypatch.setattr(Collapse, "look", without_the_first)
+    settings["data"]["workers"] = 0
+    words = ["health.dead_steps=4", "evaluation.every=0", "checkpoint.every=0"]
+    assert train(settings, *words, "run.steps=2") == 0
+    assert train(settings, *words, "run.steps=4") == 0
+    found = [(event["step"], event["message"]) for event in events(Path(settings["run"]["dir"]), "collapse")]
+    assert found == [(4, "MoE layer 0 has 1 experts without a token for 4 steps: [0]")]
+    settings["run"]["dir"] = str(tmp_path / "old")
+    with monkeypatch.context() as before:
+        before.setattr(Watcher, "state", spikes_alone)
+        assert train(settings, *words, "run.steps=1") == 0
+    assert train(settings, *words, "run.steps=4") == 0
+    assert events(tmp_path / "old", "collapse") == []
 
 
 def test_dead_experts_are_named() -> None:

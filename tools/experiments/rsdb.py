@@ -38,6 +38,7 @@ from typing import Any
 
 from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
+from trinity.io.json_files import number, read_json
 
 STEPS, QUICK_STEPS = 600, 8
 STOPPED = 130
@@ -112,12 +113,12 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
     """
     from rsdb_arms import train_arm
 
-    from trinity.io.json_files import read_json, write_json
+    from trinity.io.json_files import write_json
     from trinity.terminal import Progress
 
     folder.mkdir(exist_ok=True)
     places = {(arm, seed): folder / f"{arm}-{seed}.json" for arm, seed in configs}
-    found = {key: read_json(place) for key, place in places.items()}
+    found = {key: _with_numbers(read_json(place)) for key, place in places.items()}
     for key, run in found.items():
         if run is not None and run["settings"] != settings_of(configs[key]):
             raise UserError(f"{places[key]} is a run of other settings; give another --out, or remove {folder}")
@@ -130,6 +131,14 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
                 found[key] = {"settings": settings_of(config)} | train_arm(config, bar.update)
                 write_json(places[key], found[key], indent=None)
     return found
+
+
+def _with_numbers(run: dict | None) -> dict | None:
+    """A result as it was before it went into JSON: NaN where a number was not finite."""
+    if run is None:
+        return None
+    curves = {name: [number(value) for value in values] for name, values in run["curves"].items()}
+    return run | {"curves": curves, "validation": {name: number(value) for name, value in run["validation"].items()}}
 
 
 def settings_of(config: Any) -> dict[str, Any]:

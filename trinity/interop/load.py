@@ -1,13 +1,14 @@
 """Reads a Hugging Face AfMoE folder into our model, trusting nothing in it.
 
-Only safetensors are read, never a pickle; only files in the folder itself; and all names and shapes are compared with
-the config's before memory is taken or a number is read. Then tensors are streamed, and a rank of a sharded model reads
-just the rows that it owns.
+Only safetensors are read, never a pickle; only files in the folder itself, or in the blobs of the Hugging Face cache
+that it is part of; and all names and shapes are compared with the config's before memory is taken or a number is read.
+Then tensors are streamed, and a rank of a sharded model reads just the rows that it owns.
 """
 
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -107,9 +108,17 @@ def _inside(directory: Path, name: str) -> Path:
         raise UserError(f"{directory / _INDEX} names {name!r}; only names of safetensors files in the folder are read")
     if not path.is_file():
         raise UserError(f"{path} is missing or no file, though the folder must have it; fetch or export it again")
-    if path.resolve().parent != directory.resolve():
-        raise UserError(f"{path} is a link out of the folder; copy the file itself into it")
+    target = path.resolve()
+    if target.parent not in (directory.resolve(), _blobs(directory)):
+        copy = f"cp --remove-destination {quote(str(target))} {quote(str(path))}"
+        raise UserError(f"{path} is a link out of the folder; put the file itself in its place: {copy}")
     return path
+
+
+def _blobs(directory: Path) -> Path | None:
+    """Where the cache of huggingface_hub keeps the files of MODEL/snapshots/REVISION: MODEL/blobs. None elsewhere."""
+    snapshots = directory.resolve().parent
+    return snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
 
 
 def _refuse_other_names(directory: Path, sources: _Sources, config: ModelConfig) -> None:

@@ -29,6 +29,11 @@ def to_json(value: Any, **options: Any) -> str:
         return json.dumps(_finite(value), allow_nan=False, **options)
 
 
+def number(value: float | None) -> float:
+    """A number that to_json wrote: NaN for null."""
+    return math.nan if value is None else value
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None

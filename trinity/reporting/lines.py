@@ -53,7 +53,7 @@ class Columns:
         self._columns: dict[str, array] = {}
 
     def add(self, step: int, record: dict[str, Any]) -> int:
-        """Take the numbers of one record; null is a number that is not finite, and what is no number is passed over.
+        """Take the numbers of one record; null is one that is not finite, and what is no number is passed over.
 
         Returns:
             how many steps are kept from before: those below `step`.
@@ -69,7 +69,7 @@ class Columns:
                 continue
             column = self._columns.setdefault(name, array("d"))
             column.extend([NAN] * (kept - len(column)))
-            column.append(_finite(value))
+            column.append(NAN if value is None else _finite(value))  # to_json writes null for NaN
             self.not_finite[name] += column[-1] != column[-1]
         return kept
 

@@ -141,9 +141,12 @@ def _read(state: State, folder: Place, reader: Reader, alone: bool) -> None:
         raise UserError(f"{folder} does not fit this run's config: {reason}") from None
 
 
-def tensors_of(folder: Place, prefix: str) -> State:
-    """Empty tensors of the names that begin so in a checkpoint, shaped as they were saved, to be filled by load.
+def tensors_of(folder: Place, prefix: str | tuple[str, ...]) -> State:
+    """Empty tensors of the names in a checkpoint that begin with a prefix, shaped as they were saved, for load to fill.
 
+    Args:
+        folder: of the checkpoint.
+        prefix: one, or several.
     Raises:
         UserError: its .metadata is damaged, or names something else than tensors and files.
     """

@@ -3,10 +3,14 @@
 Shapes: M MoE layers, E experts.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 WINDOW = 20
 """Steps that a mean is taken over. Ours."""
+KINDS = ("climbing", "dead")
 
 
 class Collapse:
@@ -36,6 +40,36 @@ class Collapse:
         """
         return [*self._climbing(counts_ME), *self._dead(counts_ME)]
 
+    def state(self, layers: int, experts: int) -> dict[str, Tensor]:
+        """What the watch remembers, in tensors of shapes that do not change during a run.
+
+        Args:
+            layers, experts: M and E of the model.
+        Returns:
+            recent [WINDOW, M] float64, newest last, and lowest [M] float64, ∞ where there is none; empty [M, E] int64,
+            steps in a row without a token; warned [2, M] bool, of KINDS.
+        """
+        recent = torch.full((WINDOW, layers), math.inf, dtype=torch.float64)
+        if self._recent:
+            recent[-len(self._recent) :] = torch.stack(self._recent)
+        lowest_M, empty_ME = self._lowest_M, self._empty_ME
+        numbers = range(self.first_layer, self.first_layer + layers)
+        warned = [[(kind, layer) in self._warned for layer in numbers] for kind in KINDS]
+        return {
+            "recent": recent,
+            "lowest": torch.full((layers,), math.inf, dtype=torch.float64) if lowest_M is None else lowest_M.clone(),
+            "empty": torch.zeros(layers, experts, dtype=torch.int64) if empty_ME is None else empty_ME.long(),
+            "warned": torch.tensor(warned, dtype=torch.bool),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Remember what state() held."""
+        self._recent = [row_M.clone() for row_M in state["recent"] if row_M.isfinite().all()]
+        self._lowest_M = state["lowest"].clone() if state["lowest"].isfinite().all() else None
+        self._empty_ME = state["empty"].clone()
+        marked = state["warned"].nonzero().tolist()
+        self._warned = {(KINDS[kind], self.first_layer + layer) for kind, layer in marked}
+
     def _climbing(self, counts_ME: Tensor) -> list[tuple[str, dict]]:
         mean_M = counts_ME.double().mean(dim=1).clamp_min(1e-9)
         self._recent = [*self._recent, counts_ME.double().amax(dim=1) / mean_M - 1][-WINDOW:]
@@ -54,7 +88,7 @@ class Collapse:
     def _dead(self, counts_ME: Tensor) -> list[tuple[str, dict]]:
         empty_ME = counts_ME == 0
         before_ME = 0 if self._empty_ME is None else self._empty_ME
-        self._empty_ME = (before_ME + empty_ME.int()) * empty_ME
+        self._empty_ME = (before_ME + empty_ME.long()) * empty_ME
         found = []
         for layer, empty_E in enumerate(self._empty_ME, self.first_layer):
             experts = (empty_E >= self.dead_steps).nonzero().flatten().tolist() if self.dead_steps else []

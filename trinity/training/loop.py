@@ -56,7 +56,7 @@ from trinity.training.setup import (
 )
 from trinity.training.signals import SAVED, StopRequest
 from trinity.training.trainer import Batch, train_step
-from trinity.training.watching import Watcher
+from trinity.training.watching import COLLAPSE, Watcher
 
 FINISHED, FAILED, TOO_MANY_BAD_STEPS = 0, 1, 3
 
@@ -294,7 +294,7 @@ class Training:
         state[HISTORY] = history_tensor(self.plan.history(self.step))
         state["run.bad_steps"] = torch.tensor(self.bad_steps)
         state["run.rollbacks"] = torch.tensor(self.rollbacks)
-        state["run.spikes"] = self.watcher.spikes.state()
+        state |= {f"run.{key}": value for key, value in self.watcher.state().items()}
         state["run.random"] = torch.get_rng_state()
         return state
 
@@ -307,10 +307,10 @@ class Training:
 
     def _load(self, home: checkpoint.Home, step: int, with_data: bool = True) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
-        # their sizes differ from save to save, and older versions lack the history
-        own = {key for key in state if key.startswith("data.")} | {HISTORY}
-        folder = checkpoint.step_folder(home, step)
-        saved = together(lambda: checkpoint.tensors_of(folder, "data.") | checkpoint.tensors_of(folder, HISTORY))
+        # their sizes differ from save to save, and older checkpoints lack some
+        varies = ("data.", HISTORY, f"run.{COLLAPSE}")
+        saved = together(lambda: checkpoint.tensors_of(checkpoint.step_folder(home, step), varies))
+        own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
         checkpoint.load(state, home, step)
@@ -322,7 +322,7 @@ class Training:
             self.data.loader.load_state_dict(data)
         self.step, self.bad_steps = int(state["run.step"]), int(state["run.bad_steps"])
         self.rollbacks = int(state["run.rollbacks"])
-        self.watcher.spikes.restore(state["run.spikes"])
+        self.watcher.restore({key.removeprefix("run."): tensor for key, tensor in state.items()})
         torch.set_rng_state(state["run.random"])
 
     def _begin(self) -> None:

@@ -1,7 +1,8 @@
 """Where the figures of each step go: metrics.jsonl, the console, and W&B and TensorBoard by one word.
 
 metrics.jsonl is the record: one object a step, flushed; on resume it is cut back to the checkpoint's step and the tail
-is kept aside, so that no step is missing or doubled. Numbers are written in full precision.
+is kept aside, so that no step is missing or doubled. Numbers are written in full precision, null where they are not
+finite.
 """
 
 import json
@@ -120,25 +121,29 @@ def _netrc_knows_wandb() -> bool:
 
 
 class TensorBoard:
-    """TensorBoard event files in the run directory."""
+    """TensorBoard event files in the run directory, continued after `step`: what is shown of later steps is dropped."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, step: int) -> None:
+        self._directory, self._writer = directory / "tensorboard", None
+        self.go_back(step)
+
+    def go_back(self, step: int) -> None:
+        """Begin another file, which tells TensorBoard to forget the steps after `step`."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 'log.tensorboard needs tensorboard; install it: pip install "trinity-moe[tensorboard]"'
             ) from None
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = SummaryWriter(str(self._directory), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
         """Add every number of one step."""
         for name, value in record.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, record["step"])
-
-    def go_back(self, step: int) -> None:
-        """TensorBoard shows both ways."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -151,5 +156,5 @@ def open_sinks(config: RunConfig, directory: Path, step: int, total: int) -> lis
     if config.log.wandb:
         sinks.append(WandB(config, directory))
     if config.log.tensorboard:
-        sinks.append(TensorBoard(directory))
+        sinks.append(TensorBoard(directory, step))
     return sinks

@@ -1,4 +1,7 @@
-"""Which rank is slow, by the seconds that attention takes on each (probe.py)."""
+"""Which rank is slow, by the seconds that attention takes on each (probe.py).
+
+What it has counted is in no checkpoint: after a restart a rank may be on another machine.
+"""
 
 import statistics
 

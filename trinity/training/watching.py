@@ -24,6 +24,9 @@ from trinity.training.slow import SlowRanks
 from trinity.training.spikes import Spikes
 from trinity.training.trainer import Watch, moe_layers
 
+COLLAPSE = "collapse."
+"""How the names of that watch's state begin."""
+
 
 class Watcher:
     """Watches one process of a run.
@@ -108,6 +111,22 @@ class Watcher:
         """Note what all ranks see alike: the first does."""
         if self._first:
             self.events.note(kind, message, **more)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the watches remember, equal on every rank and every mesh, by name; without what belongs to one start."""
+        model = self.config.model
+        found = {"spikes": self.spikes.state()}
+        if model.moe_layers:
+            collapse = self._collapse.state(model.moe_layers, model.experts)
+            found |= {f"{COLLAPSE}{name}": tensor for name, tensor in collapse.items()}
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Remember what state() held; a watch that an older checkpoint does not know begins anew."""
+        self.spikes.restore(state["spikes"])
+        collapse = {key.removeprefix(COLLAPSE): value for key, value in state.items() if key.startswith(COLLAPSE)}
+        if collapse:
+            self._collapse.restore(collapse)
 
     def close(self) -> None:
         """Watch no more."""
