@@ -9,6 +9,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+    sed -n '2,9s/^# \?//p' tools/gpu_check.sh
+    exit 0
+fi
 cpu=0
 if [ "${1:-}" = --cpu ]; then
     cpu=1

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -133,6 +134,15 @@ def test_configs_load(page: Path) -> None:
         config = next((word for word in found[1] if word.endswith(".yaml")), None)
         if config and "/" in config:
             load_config(config, [word for word in found[1] if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)])
+
+
+def test_the_script_for_gpus_has_help(tmp_path: Path) -> None:
+    """It makes the folder OUT, so --help must not be taken for one."""
+    done = subprocess.run(
+        ["bash", ROOT / "tools" / "gpu_check.sh", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gpu_check.sh [--cpu] OUT" in done.stdout
 
 
 def test_every_page_is_in_the_index() -> None:
