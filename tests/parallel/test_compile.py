@@ -1,12 +1,19 @@
 """Compiled blocks compute what uncompiled ones do, on a mesh with split experts too."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from mesh_runs import alone, assert_same, run_steps
 from torch._dynamo.utils import counters
+
+from trinity.parallel import compilation
+from trinity.parallel.compilation import compile_blocks
 
 # The same sums in another order, rounded to fp32: as another mesh (test_every_mesh.FP32_BOUND).
 BOUND = 1e-5
@@ -28,3 +35,50 @@ def test_compiled_blocks(recipe: Callable, processes: Callable, tmp_path: Path) 
     runs = processes(2).run(compiled_steps, settings, words, 2)
     assert all(run["graphs"] for run in runs)
     assert_same(runs, alone(settings, WORDS, 2), BOUND)
+
+
+class Toy(torch.nn.Module):
+    """A block for compile_blocks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], int]]:
+    """compiled(shapes): rows of so many lengths go through compiled toys; returns how many graphs that made."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    monkeypatch.setattr(logger, "filters", [])
+
+    def run(shapes: int) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        model = SimpleNamespace(blocks=[Toy(), Toy()])
+        compile_blocks(model)
+        for length in range(2, 2 + shapes):
+            for block in model.blocks:
+                assert torch.equal(block(torch.ones(length)), torch.full((length,), 2.0))
+        return counters["stats"]["unique_graphs"]
+
+    with torch._dynamo.config.patch(recompile_limit=3):  # put back in the end
+        yield run
+    torch._dynamo.reset()
+
+
+def test_a_phase_with_validation_stays_compiled(compiled: Callable, capfd: pytest.CaptureFixture) -> None:
+    """More shapes than torch's own limit of 8: a graph for each."""
+    assert compiled(20) == 20
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_a_fallback_is_said_once(
+    compiled: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(compilation, "LIMIT", 3)
+    assert compiled(3) == 3
+    assert "warning: compile=block" not in capfd.readouterr().err
+    assert compiled(6) == 3
+    said = capfd.readouterr().err
+    assert said.count("warning: compile=block: 'forward' (") == 1
+    assert "was compiled 3 times" in said
