@@ -1,6 +1,7 @@
 """The summary reads what a run may write beside its steps."""
 
 import json
+import math
 from pathlib import Path
 
 from smoke_summary import read_metrics
@@ -11,4 +12,6 @@ def test_only_steps_are_read(tmp_path: Path) -> None:
     step = {"step": 1, "loss": None, "tokens_per_second": 2.0}
     lines = [{"step": 0, "validation_loss.a": 1.0}, step]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_metrics(tmp_path) == [step]
+    (read,) = read_metrics(tmp_path)
+    assert math.isnan(read.pop("loss"))
+    assert read == {"step": 1, "tokens_per_second": 2.0}

@@ -121,7 +121,7 @@ def test_a_stop_does_not_silence_a_watch(settings: dict, monkeypatch: pytest.Mon
     assert train(settings, *words, "run.steps=2") == 0
     assert train(settings, *words, "run.steps=4") == 0
     found = [(event["step"], event["message"]) for event in events(Path(settings["run"]["dir"]), "collapse")]
-    assert found == [(4, "MoE layer 0 has 1 experts without a token for 4 steps: [0]")]
+    assert found == [(4, "MoE layer 1 has 1 experts without a token for 4 steps: [0]")]
     settings["run"]["dir"] = str(tmp_path / "old")
     with monkeypatch.context() as before:
         before.setattr(Watcher, "state", spikes_alone)
