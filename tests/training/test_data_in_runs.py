@@ -10,7 +10,7 @@ from run_files import metrics, refuse, status, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.shards import TokenSource
 from trinity.models import Trinity
-from trinity.training.run_data import open_stream
+from trinity.training.run_data import document_notes, open_stream
 
 
 def config_of(settings: dict, *words: str) -> object:
@@ -115,3 +115,17 @@ def test_changed_data_are_refused(settings: dict, corpus: object, tmp_path: Path
 def test_text_needs_a_tokenizer(settings: dict, corpus: object) -> None:
     settings["data"] |= {"train": {"code": str(corpus.texts["code"])}, "mixture": {}, "phases": [], "tokenizer": None}
     assert "is text, and data.tokenizer is not given" in refuse(settings)
+
+
+def test_few_documents_for_many_streams_are_said(settings: dict) -> None:
+    """What the note advises has none; with fewer documents than ranks only more documents help."""
+    assert document_notes(open_stream(config_of(settings), 0, 1)) == []
+    documents = TokenSource(settings["data"]["train"]["prose"]).documents
+    many = 1000 * (documents + 1)
+    told = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, 1))[-1]
+    assert f"data.train.prose has {documents} documents for data.streams={many}" in told
+    assert told.endswith(f"or start afresh with data.streams={documents}")
+    assert not any(".prose" in note for note in document_notes(
+        open_stream(config_of(settings, f"data.streams={documents}"), 0, 1)))  # fmt: skip
+    alone = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, many))[-1]
+    assert alone.endswith("split its texts into more documents")

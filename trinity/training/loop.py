@@ -41,7 +41,7 @@ from trinity.training.prerequisites import check_prerequisites
 from trinity.training.probe import probe
 from trinity.training.profiling import Profiler
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
-from trinity.training.run_data import open_data
+from trinity.training.run_data import document_notes, open_data
 from trinity.training.run_directory import RunDirectory
 from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.setup import (
@@ -495,7 +495,7 @@ class Training:
             say(f"{done} (a larger run.steps or run.tokens goes on)")
             return
         for note in schedule_notes(self.config, self.total, self.plan):
-            say(f"note: {note}")
+            say(note)
         say(ownership_table(self.optimizers))
         share = self._share()
         micro = microbatch_size(share, self.config.batch.microbatch)
@@ -504,7 +504,10 @@ class Training:
             f"{start}: {self.total} steps on {self.ranks.world} × {self.ranks.device.type}, {share} rows a rank in "
             f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}"
         )
-        for note in microbatch_notes(self.config, self.ranks.data_ranks):
+        for note in [
+            *microbatch_notes(self.config, self.ranks.data_ranks),
+            *document_notes(self.data.loader.stream),
+        ]:
             say(note)
 
     def say_closing(self, code: int) -> None:

@@ -50,23 +50,23 @@ def rates_at(config: RunConfig, step: int, tokens: int) -> float:
 
 
 def schedule_notes(config: RunConfig, total: int, plan: BatchPlan) -> list[str]:
-    """What is odd about the schedule of a run of `total` steps, one sentence each, for the start of the run."""
+    """Notes for the start of a run of `total` steps: warm-up or decay that does not fit into it."""
     notes, schedule, decay = [], config.optim.schedule, decay_of(config)
     if schedule.warmup_steps > total:
         reached = rates_at(config, total - 1, plan.at(total - 1).tokens)
         notes.append(
-            f"optim.schedule.warmup_steps={schedule.warmup_steps} is more than the run's {total} steps: the learning "
-            f"rate only reaches {reached:.3g} of its peak"
+            f"note: optim.schedule.warmup_steps={schedule.warmup_steps} is more than the run's {total} steps: the "
+            f"learning rate only reaches {reached:.3g} of its peak"
         )
     end = {"steps": total, "tokens": plan.at(total).tokens}
     if decay is not None and decay.start >= end[decay.unit]:
         notes.append(
-            f"optim.schedule.decay_start_{decay.unit}={decay.start} is not before the end of the run at "
+            f"note: optim.schedule.decay_start_{decay.unit}={decay.start} is not before the end of the run at "
             f"{end[decay.unit]} {decay.unit}: the learning rate does not decay"
         )
     elif decay is not None and decay.unit == "steps" and decay.start < schedule.warmup_steps:
         notes.append(
-            f"optim.schedule.decay_start_steps={decay.start} is before the end of the warm-up at step "
+            f"note: optim.schedule.decay_start_steps={decay.start} is before the end of the warm-up at step "
             f"{schedule.warmup_steps}: the learning rate never reaches its peak"
         )
     return notes

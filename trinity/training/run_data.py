@@ -84,6 +84,20 @@ def open_stream(config: RunConfig, rank: int, ranks: int, plan: BatchPlan | None
     )
 
 
+def document_notes(stream: SequenceStream) -> list[str]:
+    """A sentence for each source with fewer documents than streams, which several streams then read side by side."""
+    notes = []
+    for name, source in stream.sources.items():
+        if source.documents < stream.streams:
+            fewer = source.documents // stream.ranks * stream.ranks
+            words = f", or start afresh with data.streams={fewer}" if fewer else ""
+            notes.append(
+                f"note: data.train.{name} has {source.documents} documents for data.streams={stream.streams}, so rows "
+                f"of one step repeat each other's text; split its texts into more documents{words}"
+            )
+    return notes
+
+
 def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
     """Put a stream to where the run's nearest checkpoint before a step has it, so that less is to be replayed.
 
