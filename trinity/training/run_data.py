@@ -42,13 +42,13 @@ class RunData:
     byte_lengths_V: Tensor | None
 
 
-def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan, step: int) -> RunData:
+def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan | None = None, step: int = 0) -> RunData:
     """Open every source and check that it fits the model and the tokenizer.
 
     Args:
         config: the run.
         ranks: the mesh.
-        plan: the sequences of each step.
+        plan: the sequences of each step; None: those of a run that begins.
         step: the steps made so far.
 
     Raises:
@@ -57,7 +57,7 @@ def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan, step: int) -> Ru
     stream = open_stream(config, ranks.rank, ranks.data_ranks, plan)
     for source in stream.sources.values():
         _ = source.tokens  # of text they are counted here, and not within the first step
-    ahead = STEPS_AHEAD * plan.at(step).sequences // ranks.data_ranks
+    ahead = STEPS_AHEAD * stream.plan.at(step).sequences // ranks.data_ranks
     loader = Loader(stream, config.data.workers, ahead, pin=ranks.device.type == "cuda")
     validation = _open_sources("validation", config.data.validation, config)
     folder = tokenizer_folder(config)
