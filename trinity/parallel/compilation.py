@@ -10,11 +10,11 @@ then runs it uncompiled; here it may LIMIT times, and what is beyond is said.
 
 import logging
 import os
-import sys
 
 import torch
 
 from trinity.models.trinity import Trinity
+from trinity.terminal import say
 
 LIMIT = 256
 """How often torch may compile one function: its own bound for all objects together."""
@@ -45,10 +45,9 @@ class _Fallback(logging.Filter):
             self.said = True
             _, limit, function, *_ = record.args
             if os.environ.get("RANK", "0") == "0":
-                print(
+                say(
                     f"warning: compile=block: {function} was compiled {limit} times, for as many shapes, and runs "
                     "uncompiled and slower in others; use fewer lengths in data.phases and sizes in batch.ramp, or "
-                    "compile=none",
-                    file=sys.stderr,
+                    "compile=none"
                 )
         return True

@@ -4,7 +4,6 @@ From then on the copy is the run's tokenizer, whatever becomes of the folder tha
 and tools use it. Run directories without a copy use the folder that their config names, and get one at the next start.
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from trinity.data.tokenizer import fingerprint
 from trinity.errors import UserError
 from trinity.interop.tokenizer_files import FILES, copy_tokenizer
 from trinity.io.local import make_folder
+from trinity.terminal import say
 from trinity.training.run_directory import newest_config
 
 
@@ -67,7 +67,7 @@ def _of_resumed(config: RunConfig, run: Path) -> Path | None:
     if asked is None:
         return own
     if not asked.exists():
-        print(f"data.tokenizer={asked} does not exist; the run goes on with its copy in {own}", file=sys.stderr)
+        say(f"note: data.tokenizer={asked} does not exist; the run goes on with its copy in {own}")
     elif fingerprint(asked) != fingerprint(own):
         raise UserError(
             f"{run} was begun with another tokenizer than data.tokenizer={asked}; leave data.tokenizer out to go on "
