@@ -13,6 +13,7 @@ import os
 import sys
 
 import torch
+from torch._dynamo import config as dynamo
 
 from trinity.models.trinity import Trinity
 
@@ -22,9 +23,7 @@ LIMIT = 256
 
 def compile_blocks(model: Trinity) -> None:
     """Compile every block's forward; apply before sharding."""
-    from torch._dynamo import config  # a second to import, for nobody who does not compile
-
-    config.recompile_limit = max(config.recompile_limit, LIMIT)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, LIMIT)
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if not any(isinstance(known, _Fallback) for known in logger.filters):
         logger.addFilter(_Fallback())
