@@ -8,12 +8,15 @@ Our own mistakes are not caught here: they are assertions, and their traceback i
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 
 USER_MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
 """128 + SIGINT, as shells count; a run in progress does not come here: it saves and ends with 75."""
+FIRST_RANK_SECONDS = 10
+"""How long the other processes of a launch wait before they end by a mistake, so that the first can print it."""
 
 
 class UserError(ValueError):
@@ -56,7 +59,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command line's main and leave the process with its code (None is 0).
 
-    Of several processes, which all fail by the same mistake, the first alone prints.
+    Of several processes, which all fail by the same mistake, the first alone prints; the others leave it time to.
     """
     try:
         code = main()
@@ -73,4 +76,6 @@ def run_main(main: Callable[[], int | None]) -> None:
         code, sentence = explained
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {sentence}", file=sys.stderr)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(FIRST_RANK_SECONDS)  # torchrun ends all processes once one has ended
     sys.exit(code or 0)

@@ -101,9 +101,10 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
 
 @pytest.mark.parametrize("what", ["gradient", "loss"])
 def test_a_nan_on_one_rank_skips_the_step(recipe: Callable, processes: Callable, tmp_path: Path, what: str) -> None:
-    """Nothing changes on any rank but the counters of steps and of sequences read."""
+    """Nothing changes on any rank but the counters of steps and of sequences read, and the watch for collapses."""
     found = processes(2).run(damaged_step, recipe(tmp_path / "run"), what)
-    assert found == [(False, True, 2, ["run.bad_steps", "run.batch_history", "run.step"])] * 2
+    changed = ["run.bad_steps", "run.batch_history", "run.collapse.recent", "run.step"]
+    assert found == [(False, True, 2, changed)] * 2
 
 
 def torchrun(world: int, *words: object) -> subprocess.CompletedProcess:

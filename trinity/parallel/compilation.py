@@ -12,6 +12,7 @@ import logging
 import os
 
 import torch
+from torch._dynamo import config as dynamo
 
 from trinity.models.trinity import Trinity
 from trinity.terminal import say
@@ -22,9 +23,7 @@ LIMIT = 256
 
 def compile_blocks(model: Trinity) -> None:
     """Compile every block's forward; apply before sharding."""
-    from torch._dynamo import config  # a second to import, for nobody who does not compile
-
-    config.recompile_limit = max(config.recompile_limit, LIMIT)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, LIMIT)
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if not any(isinstance(known, _Fallback) for known in logger.filters):
         logger.addFilter(_Fallback())
