@@ -92,7 +92,7 @@ def test_learning_changes_need_a_word_each() -> None:
     now.optim.muon.lr, now.loss.z, now.batch.ramp = 2e-3, 1e-6, [RampEntry(5, 8)]
     changed = ["batch.ramp", "optim.muon.lr", "loss.z"]
     sentence = refusal(before, now, [])
-    assert "resuming runs/mine would change how it learns (batch.ramp was [] and is [{'tokens': 5" in sentence
+    assert "going on from runs/mine would change how it learns (batch.ramp was [] and is [{'tokens': 5" in sentence
     assert "optim.muon.lr was 0.001 and is 0.002" in sentence
     words = "--accept-change batch.ramp --accept-change optim.muon.lr --accept-change loss.z"
     assert sentence.endswith(f"say {words} if that is meant")

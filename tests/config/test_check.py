@@ -117,7 +117,7 @@ COMBINATIONS = [
         ["run.steps=9", "optim.schedule.decay=linear", "optim.schedule.decay_start_tokens=5"],
         "optim.schedule gives no length of decay and the run's length is in another unit; set decay_tokens or",
     ),
-    (["run.steps=1", "data.mixture.a=1"], "data.mixture names a, which data.train does not; known: []"),
+    (["run.steps=1", "data.mixture.a=1"], "data.mixture names a, which data.train does not (known: [])"),
     (
         ["run.steps=1", "data.train.a=x", "data.mixture.a=-1"],
         "data.mixture={'a': -1.0} must hold weights of at least 0",
@@ -133,7 +133,7 @@ COMBINATIONS = [
     (["run.steps=1", "data.phases=[{tokens: 0}]"], "data.phases[0].tokens=0 does not come after 0"),
     (
         ["run.steps=1", "data.train.a=x", "data.phases=[{tokens: 7, mixture: {b: 1}}]"],
-        "data.phases[0].mixture names b, which data.train does not; known: ['a']",
+        "data.phases[0].mixture names b, which data.train does not (known: ['a']); write mixture: {a: 1}",
     ),
     (
         ["run.steps=1", "data.phases=[{tokens: 7, length_bias: {floor: 0}}]"],

@@ -106,6 +106,21 @@ def test_show_batch_knows_the_history(settings: dict, planned: Path) -> None:
         assert stream.batch(step).pieces == replayed.batch(step).pieces
 
 
+def test_show_batch_of_a_fork_that_has_not_begun(settings: dict, uninterrupted: Path) -> None:
+    """init.keep=all: the first batch is the one that the other run would have read next, at any step of it."""
+    words = [f"init.run={uninterrupted}", "init.keep=all"]
+    for step in (6, 8):
+        config = config_with(settings, *words, f"init.step={step}")
+        stream, replayed = open_stream(config, 0, 1), open_stream(config_with(settings), 0, 1)
+        go_near(stream, config, step)
+        assert stream.k == replayed.plan.at(step).first  # from the other run's checkpoint, not replayed
+        assert stream.batch(step).pieces == replayed.batch(step).pieces
+    changed = config_with(settings, *words, "batch.sequences=24", "batch.ramp=[]")
+    stream = open_stream(changed, 0, 1)
+    go_near(stream, changed, 8)
+    assert stream.plan.at(8)[:2] == (72, 24)
+
+
 def test_a_fork_keeps_what_is_fixed(settings: dict, uninterrupted: Path) -> None:
     """init.keep=all goes on with data and steps, so it may change no more than a resume may."""
     words = [f"init.run={uninterrupted}", "init.keep=all"]
@@ -154,7 +169,13 @@ def test_a_longer_run_does_not_raise_a_decayed_rate(settings: dict, capsys: pyte
     assert [line["lr_muon"] for line in metrics(run)[4:]] == pytest.approx([0.02, 0.01625, 0.0125, 0.00875, 0.005])
     assert train(settings, *words, "run.steps=10", accept=("optim.schedule",)) == 0
     assert metrics(run)[9]["lr_muon"] == pytest.approx(0.02 * (0.25 + 0.75 / 6))
-    assert "optim.schedule.decay_steps" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "optim.schedule.decay_steps" in told
+    train(settings, *words, "run.steps=10")
+    assert "with --accept-change optim.schedule, since the decay ends with the run" in capsys.readouterr().err
+    later = [*words, "run.steps=12", "optim.schedule.decay_start_steps=11"]
+    assert "--accept-change optim.schedule.decay_start_steps if" in refuse(settings, *later)
+    assert train(settings, *later, accept=("optim.schedule.decay_start_steps",)) == 0
 
 
 def test_a_run_that_ended_before_its_decay_may_become_longer(settings: dict) -> None:

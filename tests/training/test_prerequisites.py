@@ -119,7 +119,7 @@ def test_whose_run_it_is(settings: dict) -> None:
         f"{whose} holds a run of another config (run.seed was 3 and is 9); give it back, or start afresh with another "
         "run.dir"
     )
-    assert refuse(settings, "loss.z=1").startswith(f"resuming {whose} would change how it learns (loss.z was")
+    assert refuse(settings, "loss.z=1").startswith(f"going on from {whose} would change how it learns (loss.z was")
     (run / "events.jsonl").unlink()
     assert whose_run(run, newest_config(run), 1)[:-30] == whose[:-30]
 

@@ -92,7 +92,7 @@ def check_changes(
     if asking:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in asking)
         words = " ".join(f"--accept-change {key}" for key in asking)
-        raise UserError(f"resuming {where} would change how it learns ({shown}); say {words} if that is meant")
+        raise UserError(f"going on from {where} would change how it learns ({shown}); say {words} if that is meant")
     return changed
 
 

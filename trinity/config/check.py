@@ -224,7 +224,10 @@ def _check_profile(config: RunConfig) -> None:
 def _check_mixture(key: str, mixture: dict[str, float], train: dict[str, str]) -> None:
     unknown = sorted(set(mixture) - set(train))
     if unknown:
-        raise UserError(f"{key} names {unknown[0]}, which data.train does not; known: {sorted(train)}")
+        weights = f"{{{', '.join(f'{name}: 1' for name in sorted(train))}}}"
+        words = f"mixture: {weights}" if "[" in key else f"'{key}={weights}'"  # an entry of a list, or a setting
+        mend = f"; write {words}" if train else ""
+        raise UserError(f"{key} names {unknown[0]}, which data.train does not (known: {sorted(train)}){mend}")
     weights = mixture.values()
     if any(not 0 <= weight < math.inf for weight in weights) or (weights and not 0 < sum(weights) < math.inf):
         raise UserError(f"{key}={dict(mixture)} must hold weights of at least 0, one of them above 0")

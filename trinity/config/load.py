@@ -148,6 +148,8 @@ def _read_words(words: list[str]) -> DictConfig:
         key, equals, _ = word.partition("=")
         if not equals or not all(key.split(".")) or "[" in key:
             hint = ", and a whole list as a.b=[…]" if "[" in key else ""
+            if word.endswith(("}", "]")):  # the end of a value that a shell has cut at its spaces
+                hint += "; a value with spaces needs quotes, as in 'data.train={mine: data/mine/train}'"
             raise UserError(f"{word} is not a setting; write a.b=value{hint}")
     raw = OmegaConf.create()
     for word in words:
@@ -209,7 +211,15 @@ def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
             # of a list's entry omegaconf names the last word alone
             inside = "" if narrow.startswith(named) or named.startswith(narrow) else f"{named} of "
             key = named if named.startswith(narrow) else f"{inside}{narrow}"
-            raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}{_about_entry(error)}") from None
+            about = _about_entry(error) or _about_map(key)
+            raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}{about}") from None
+
+
+def _about_map(key: str) -> str:
+    """How a map of names is written."""
+    of = next((known for known in NAMED_MAPS if key == known or key.startswith(f"{known}.")), "")
+    value = "WEIGHT" if of == "data.mixture" else "PATH"
+    return f"; write '{of}={{NAME: {value}}}', in quotes and with a space after the colon" if of else ""
 
 
 def _about_entry(error: OmegaConfBaseException) -> str:

@@ -2,11 +2,22 @@
 
 import os
 
+from trinity.config.paths import check_paths
 from trinity.config.run import RunConfig
+from trinity.errors import UserError
 from trinity.hardware import this_machine
 from trinity.parallel.mesh import world_size
 from trinity.planning.gpus import gpus_needed
 from trinity.planning.text import describe
+
+
+def _missing(config: RunConfig) -> list[str]:
+    """A line where data, tokenizer or init are not on this machine, which is no mistake: a plan needs none of them."""
+    try:
+        check_paths(config, fresh=True)
+    except UserError as error:
+        return [f"note           not here, and needed to train: {error}"]
+    return []
 
 
 def dry_run(config: RunConfig, text: str) -> None:
@@ -27,6 +38,7 @@ def dry_run(config: RunConfig, text: str) -> None:
     lines = [*verdict.splitlines(), f"this machine   {machine.name}, {machine.origin}"]
     if gpus != world:
         lines.append(f"note           the mesh needs {gpus} processes and one was started: planned for {gpus} like it")
+    lines += _missing(config)
     print("\n".join(f"# {line}" for line in lines))
     print(text)
     print(details)

@@ -34,7 +34,7 @@ from trinity.terminal import say
 from trinity.training import checkpoint
 from trinity.training.console import closing
 from trinity.training.events import Events
-from trinity.training.lr_schedule import rates_at, schedule_notes
+from trinity.training.lr_schedule import decay_follows_length, rates_at, schedule_notes
 from trinity.training.metrics import JsonLines, Sink, open_sinks
 from trinity.training.norms import Norms
 from trinity.training.prerequisites import check_prerequisites
@@ -492,7 +492,9 @@ class Training:
             return
         if self.step >= self.total:
             done = f"{self.directory.path} has made {self.step} steps of {self.total}; nothing is left to do"
-            say(f"{done} (a larger run.steps or run.tokens goes on)")
+            stretches = decay_follows_length(self.config)
+            accept = " with --accept-change optim.schedule, since the decay ends with the run" * stretches
+            say(f"{done} (a larger run.steps or run.tokens goes on{accept})")
             return
         for note in schedule_notes(self.config, self.total, self.plan):
             say(note)

@@ -34,6 +34,14 @@ def decay_of(config: RunConfig) -> Decay | None:
     return Decay(unit, start, length)
 
 
+def decay_follows_length(config: RunConfig) -> bool:
+    """Whether the decay has no length of its own, so that a longer run would stretch it."""
+    decay = decay_of(config)
+    if decay is None or decay.length is None:
+        return False
+    return getattr(config.optim.schedule, f"decay_{decay.unit}") is None
+
+
 def rates_at(config: RunConfig, step: int, tokens: int) -> float:
     """Fraction of the peak learning rates for the step that begins after `step` steps and `tokens` tokens."""
     schedule, decay = config.optim.schedule, decay_of(config)
@@ -77,7 +85,8 @@ def check_decay(
 ) -> list[str]:
     """Refuse another length of the decay, given or following from the run's, unless it is accepted.
 
-    A run that ended before its decay began had no length that could change.
+    A run that ended before its decay began had no length that could change. A decay that begins elsewhere is a change
+    of its own, accepted by its own key, which the length that follows from it needs no other for.
 
     Args:
         before, now: config of the run so far, and the one asked for.
@@ -93,7 +102,8 @@ def check_decay(
     if old is None or new is None or old.unit != new.unit or old.length in (None, new.length):
         return []
     key = f"optim.schedule.decay_{old.unit}"
-    if accepts(accepted, key):
+    follows = old.start != new.start and getattr(now.optim.schedule, f"decay_{new.unit}") is None
+    if accepts(accepted, key) or follows:
         return [key]
     rates = [rates_at(config, step, tokens) for config in (before, now)]
     peak = now.optim.muon.lr
@@ -105,7 +115,7 @@ def check_decay(
             f"in place of {rates[0]:.3g} ({rates[0] * peak:.3g})"
         )
     raise UserError(
-        f"resuming {where} would change the decay of the learning rate from {old.length} {old.unit} to {became}: "
+        f"going on from {where} would change the decay of the learning rate from {old.length} {old.unit} to {became}: "
         f"{effect}; say --accept-change optim.schedule if that is meant, or set {key}={old.length} to keep the decay "
         "as it is, after which the rate stays at optim.schedule.final"
     )

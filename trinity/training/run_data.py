@@ -1,11 +1,12 @@
 """What a run reads: its training rows and its validation sets, opened and checked against model and tokenizer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from trinity.config.changes import check_changes
-from trinity.config.paths import run_directory, tokenizer_folder
+from trinity.config.paths import config_files, run_directory, tokenizer_folder
 from trinity.config.phases import WholePhase, whole_phases
 from trinity.config.run import RunConfig
 from trinity.data.batches import BatchPlan
@@ -103,13 +104,12 @@ def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
 
     Its plan becomes that of the run: the steps of its newest checkpoint's history, then those of the config. A run of
     other data, or none, in the config's directory leaves the stream where it is, as does a store that cannot be
-    reached.
+    reached. Before the first checkpoint of a run with init.keep=all, those of the run that it goes on from count.
     """
-    path = run_directory(config)
     try:
+        path, complete = _checkpoints_before(config)
         before = newest_config(path)
         home = checkpoint.home_of(before.checkpoint.url, path)
-        complete = checkpoint.complete_steps(home)
         if not complete:
             return
         history = history_of(home, complete[-1], before)
@@ -124,6 +124,20 @@ def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
         stream.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})
     except (UserError, Failure):
         return
+
+
+def _checkpoints_before(config: RunConfig) -> tuple[Path, list[int]]:
+    """The run directory that a config's run goes on from, its own where it has checkpoints, and their steps."""
+    own, init = run_directory(config), config.init
+    steps = _complete_steps(own)
+    if steps or not init.run or init.keep != "all":
+        return own, steps
+    other = Path(init.run)
+    return other, [step for step in _complete_steps(other) if init.step in (None, step)]
+
+
+def _complete_steps(run: Path) -> list[int]:
+    return checkpoint.complete_steps(checkpoint.home_of_run(run)) if config_files(run) else []
 
 
 def _phase(phase: WholePhase, names: list[str]) -> Phase:
@@ -161,4 +175,7 @@ def _check_source(label: str, source: TokenSource, config: RunConfig) -> None:
         )
     folder = tokenizer_folder(config)
     if folder is not None and fingerprint(folder) != source.tokenizer_fingerprint:
-        raise UserError(f"{label} was made with another tokenizer than {folder}; prepare it again with that one")
+        raise UserError(
+            f"{label} was made with another tokenizer than {folder}; set data.tokenizer to the folder it was made "
+            "with, or prepare it again with this one"
+        )
