@@ -264,6 +264,7 @@ MARK = b"\xef\xbb\xbf"
 MARKED = {
     "a.txt": (MARK + "é\ufeff".encode(), ["é\ufeff"]),
     "a.jsonl": (MARK + GOOD + MARK + GOOD, ["good", "good"]),  # one of two files that were put together
+    "b.jsonl": (b'{"text": "\\ufeffa\\ufeff"}\n', ["a\ufeff"]),  # of the file that the text once was
     "a.jsonl.gz": (gzip.compress(MARK + GOOD), ["good"]),
 }
 

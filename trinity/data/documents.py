@@ -253,4 +253,4 @@ def _checked(value: Any, name: str, number: int, offset: int, field: str) -> str
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
         raise UserError(f"{name}:{number} holds half a surrogate pair at character {error.start}; mend it") from None
-    return value
+    return value.removeprefix(BYTE_ORDER_MARK)  # of the file that the text once was
