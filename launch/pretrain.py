@@ -17,10 +17,10 @@ class HelpConfig(argparse.Action):
     """Print the reference of config keys and exit, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        """Print the keys below the prefix `values`, or all."""
+        """Print the keys below the prefixes `values`, or all."""
         from trinity.config.reference import reference
 
-        print(reference(values or ""), end="")
+        print(reference(*values), end="")
         parser.exit()
 
 
@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
         "--accept-change", action="append", default=[], metavar="a.b", help="on resume, this setting may differ"
     )
     parser.add_argument(
-        "--help-config", nargs="?", action=HelpConfig, metavar="PREFIX",
+        "--help-config", nargs="*", action=HelpConfig, metavar="PREFIX",
         help="explain the config keys that begin so, such as optim.muon, and exit (default: all)",
     )  # fmt: skip
     return parser.parse_intermixed_args()

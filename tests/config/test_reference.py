@@ -63,8 +63,14 @@ def test_a_prefix() -> None:
     assert reference("batch.ramp").count("- `") == 3
     assert reference("recompute").count("- `") == 1
     assert reference() in page()
+    for key in ("data.train", "data.validation", "data.mixture", "data.phases[].mixture"):
+        assert reference(key).count("- `") == 1
+    for key in ("data.train", "data.validation", "data.mixture"):
+        assert reference(f"{key}.mine") == reference(key)
     for prefix, instead in {
         "optim.mun": "did you mean optim.muon?", "muon": "did you mean optim.muon?",
+        "run.step": "did you mean run.steps or init.step?", "batch.size": "did you mean batch.sequences?",
+        "run.steps.x": "", "data.train.a.b": "",
         "learning_rate": "did you mean optim.muon.lr or optim.adamw.lr?", "zzz": "the sections are run, model, init,",
     }.items():  # fmt: skip
         with pytest.raises(UserError) as caught:
@@ -72,17 +78,29 @@ def test_a_prefix() -> None:
         assert str(caught.value).startswith(f"no config key begins with {prefix}; {instead}")
 
 
+def test_several_prefixes() -> None:
+    """Each key once, in the order of the page; one that nothing begins with is refused."""
+    text = reference("recompute", "loss.z", "run.seed", "run", "data.train.mine")
+    keys = [line.split("`")[1] for line in text.splitlines() if line.startswith("- `")]
+    run = [line.split("`")[1] for line in reference("run").splitlines() if line.startswith("- `")]
+    assert keys == [*run, "data.train", "loss.z", "recompute"]
+    with pytest.raises(
+        UserError, match=r"^no config key begins with run\.step; did you mean run\.steps or init\.step\?$"
+    ):
+        reference("loss.z", "run.step")
+
+
 def test_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Without a config, and in place of a run."""
     path = ROOT / "launch/pretrain.py"
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("pretrain_words", path))
     spec.loader.exec_module(module)
-    for words, prefix in ((["--help-config"], ""), (["--help-config", "optim.muon"], "optim.muon")):
-        monkeypatch.setattr("sys.argv", [str(path), *words])
+    for prefixes in ([], ["optim.muon"], ["loss.z", "run.steps", "data.train.mine"]):
+        monkeypatch.setattr("sys.argv", [str(path), "--help-config", *prefixes])
         with pytest.raises(SystemExit) as ended:
             module.main()
         assert ended.value.code == 0
-        assert capsys.readouterr().out == reference(prefix)
+        assert capsys.readouterr().out == reference(*prefixes)
     monkeypatch.setattr("sys.argv", [str(path), "configs/smoke.yaml", "--help-config", "nonsense"])
     with pytest.raises(UserError, match="no config key begins with nonsense"):
         module.main()

@@ -50,6 +50,14 @@ def test_every_synonym_finds_its_key_at_every_level() -> None:
         ("muon", "optim.muon"), ("schedule", "optim.schedule"), ("optim.steps", "optim.muon.steps"),
         ("learning_rte", "optim.muon.lr or optim.adamw.lr"), ("rum", "run"), ("run.sede", "run.seed"),
         ("data.num_experts_per_tok", "model.active_experts"), ("optim.muon.betas", "optim.adamw.betas"),
+        ("run.step", "run.steps or init.step"), ("profile.step", "profile.steps or init.step"),
+        ("model.expert", "model.experts or parallel.expert"), ("init.steps", "init.step or run.steps"),
+        ("parallel.experts", "parallel.expert or model.experts or kernels.experts"),
+        ("optim.adamw.ep", "optim.adamw.eps or parallel.expert"), ("optim.muon.step", "optim.muon.steps or init.step"),
+        ("batch.size", "batch.sequences"), ("checkpoint.interval", "checkpoint.every"),
+        ("evaluation.interval", "evaluation.every"), ("eval.steps", "evaluation.every"), ("data.path", "data.train"),
+        ("model.size", "model.name"), ("batch.accumulation", "batch.microbatch"),
+        ("gradient_accumulation_steps", "batch.microbatch"), ("batch.gradient_accumulation", "batch.microbatch"),
     ],
 )  # fmt: skip
 def test_what_was_meant(key: str, expected: str) -> None:

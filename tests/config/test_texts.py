@@ -47,6 +47,21 @@ def test_a_text_on_the_command_line(write: Write, text: str) -> None:
         assert config.data.validation == {"b": text}
 
 
+@pytest.mark.parametrize("text", ["<<", "="])
+def test_the_signs_of_keys_as_values(write: Write, tmp_path: Path, text: str) -> None:
+    """What YAML gives a meaning as a key is a text as a value; `<<: *a` still merges, in a file and in a word."""
+    content = f"run: {{steps: 1, name: {text}}}\nevaluation: {{prompts: [{text}, a]}}\n"
+    content += f"data: {{tokenizer: x, train: {{a: {text}}}}}\n"
+    words = [f"evaluation.prompts=[{text}, a]", f"data.train={{a: {text}}}", f"run.name={text}", "data.tokenizer=x"]
+    for config in (load_config(write(content)), load_config(write("run: {steps: 1}"), words)):
+        assert (config.run.name, config.evaluation.prompts, config.data.train) == (text, [text, "a"], {"a": text})
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(tmp_path / "saved.yaml") == config
+    merged = load_config(write("run: {steps: 1}\ndata:\n  train: &x {a: b}\n  validation: {<<: *x, c: d}\n"))
+    assert merged.data.validation == {"a": "b", "c": "d"}
+    assert load_config(write("run: {steps: 1}"), ["data.train={<<: {a: b}, c: d}"]).data.train == {"a": "b", "c": "d"}
+
+
 def test_quotes_and_null(write: Write) -> None:
     """Quotes are YAML's; null leaves an optional text out, and is refused where there must be one."""
     path = write("run: {steps: 1, name: '0010'}\nlog: {wandb: p}\ninit: {run: ~}\n")

@@ -20,6 +20,7 @@ from omegaconf.errors import (
     InterpolationResolutionError,
     OmegaConfBaseException,
 )
+from omegaconf.omegaconf import get_yaml_loader
 
 from trinity.config.check import check_run
 from trinity.config.model import ModelConfig
@@ -127,20 +128,32 @@ def _read_file(path: Path) -> DictConfig:
         hint = f"did you mean {near}?" if near else "give a YAML file such as configs/smoke.yaml"
         raise UserError(f"the config {path} does not exist; {hint}")
     try:
-        checked = OmegaConf.load(path)  # refuses what is unsafe: recursion, aliases that explode, a key named twice
+        checked = _checked(path)
         raw = read_yaml(path.read_text(encoding="utf-8")) if OmegaConf.is_dict(checked) else None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: !!int abc, 5000 digits
         raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        checked = None  # omegaconf's way to say that the file holds a lone number
     if not OmegaConf.is_dict(checked):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
     content = raw if isinstance(raw, dict) else OmegaConf.to_container(checked)  # an empty file, or a lone word
     return _plain(typed(content, RunConfig, "", str(path)), str(path))
+
+
+def _checked(path: Path) -> Any:
+    """The file as OmegaConf.load reads it; None where it holds a lone number.
+
+    Its loader refuses what is unsafe: recursion, aliases that explode, a key named twice. It would refuse << and = as
+    values too, which are texts.
+    """
+    loader = get_yaml_loader()
+    for sign in ("merge", "value"):
+        loader.add_constructor(f"tag:yaml.org,2002:{sign}", loader.construct_yaml_str)
+    with path.absolute().open(encoding="utf-8") as file:
+        content = yaml.load(file, Loader=loader)
+    if content is None:
+        return OmegaConf.create()
+    return OmegaConf.create(content) if isinstance(content, list | dict | str) else None
 
 
 def _read_words(words: list[str]) -> DictConfig:

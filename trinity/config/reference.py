@@ -21,7 +21,7 @@ from trinity.config.changes import rule_of
 from trinity.config.check import BOUNDS
 from trinity.config.model import ZOO, ModelConfig
 from trinity.config.run import RunConfig
-from trinity.config.scalars import fields_of
+from trinity.config.scalars import fields_of, kind_of
 from trinity.config.suggest import nearest_keys
 from trinity.errors import UserError
 
@@ -30,7 +30,7 @@ HEAD = """\
 # Config keys
 
 Made from the docstrings in `trinity/config/run.py` and `model.py` by `make docs`; do not edit it here. The same text is
-printed by `python launch/pretrain.py --help-config [PREFIX]`, for example `--help-config optim.muon`.
+printed by `python launch/pretrain.py --help-config [PREFIX …]`, for example `--help-config optim.muon`.
 
 In a YAML file keys nest (`optim: {muon: {lr: 1e-3}}`); on the command line they are dotted (`optim.muon.lr=1e-3`) and
 win over the file. Numbers may be written 17e12. A text is taken as it is typed; `null` leaves an optional one out. A
@@ -48,21 +48,25 @@ def page() -> str:
     return f"{HEAD}\n{reference()}"
 
 
-def reference(prefix: str = "") -> str:
-    """The keys that begin with a prefix, by section, as Markdown.
+def reference(*prefixes: str) -> str:
+    """The keys that begin with one of the prefixes, or all, by section, as Markdown.
 
+    Args:
+        prefixes: sections, keys, or entries of maps such as data.train.mine, which show their map.
     Raises:
-        UserError: no key begins so; naming the nearest ones.
+        UserError: no key begins with one of them; naming the nearest ones.
     """
-    wanted = prefix.strip(".")
+    wanted = [_without_entry(prefix.strip(".")) for prefix in prefixes] or [""]
+    keys = [_joined(section, name) for section, kind in sections() for name in fields_of(kind)]
+    for prefix, known in zip(prefixes, wanted, strict=False):
+        if not any(_begins(key, known) for key in keys):
+            raise UserError(f"no config key begins with {prefix}; {_instead(known)}")
     parts = []
     for section, kind in sections():
         entries = [key for key in fields_of(kind) if not is_dataclass(fields_of(kind)[key])]
-        shown = [name for name in entries if _begins(_joined(section, name), wanted)]
+        shown = [name for name in entries if any(_begins(_joined(section, name), prefix) for prefix in wanted)]
         if shown:
             parts.append("\n".join([*_heading(section, kind), *(_entry(section, kind, name) for name in shown)]))
-    if not parts:
-        raise UserError(f"no config key begins with {prefix}; {_instead(wanted)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -157,6 +161,12 @@ def _instead(prefix: str) -> str:
     keys = [_joined(name, key) for name, kind in sections() for key in fields_of(kind)]
     near = nearest_keys(prefix, list(dict.fromkeys(names + keys)))
     return f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(names)}"
+
+
+def _without_entry(key: str) -> str:
+    """The map that an entry such as data.train.mine belongs to; another key as it is."""
+    parent, _, name = key.rpartition(".")
+    return parent if parent and name and typing.get_origin(kind_of(parent, RunConfig)) is dict else key
 
 
 def _begins(key: str, prefix: str) -> bool:

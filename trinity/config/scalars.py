@@ -68,6 +68,8 @@ def _bool(loader: ScalarLoader, node: yaml.ScalarNode) -> Scalar:
 ScalarLoader.add_constructor(f"{_TAG}int", _int)
 ScalarLoader.add_constructor(f"{_TAG}float", _float)
 ScalarLoader.add_constructor(f"{_TAG}bool", _bool)
+for _sign in ("merge", "value"):  # << and =, which mean something as keys alone; elsewhere they are texts
+    ScalarLoader.add_constructor(f"{_TAG}{_sign}", ScalarLoader.construct_yaml_str)
 ScalarLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (f"{_TAG}timestamp", f"{_TAG}float")]
     for first, resolvers in ScalarLoader.yaml_implicit_resolvers.items()

@@ -80,8 +80,9 @@ SYNONYMS: dict[tuple[str, ...], tuple[str, ...]] = {
      "num_sequences"): ("batch.sequences",),
     ("micro_batch_size", "per_device_batch_size", "per_device_train_batch_size", "device_batch_size", "mbs",
      "microbatch_size", "micro_batch", "local_batch_size", "rank_microbatch_size"): ("batch.microbatch",),
-    ("gradient_accumulation_steps", "grad_accum", "grad_accum_steps", "accumulation_steps",
-     "accumulate_grad_batches"): ("batch.microbatch", "batch.sequences"),
+    ("gradient_accumulation_steps", "gradient_accumulation", "grad_accumulation_steps", "grad_accumulation",
+     "grad_accum", "grad_accum_steps", "grad_acc_steps", "accumulation_steps", "accumulation", "accumulate",
+     "accumulate_grad_batches"): ("batch.microbatch",),
     ("rampup_batch_size", "batch_ramp", "batch_size_rampup", "batch_warmup", "batch_size_warmup"): ("batch.ramp",),
     # optimizer
     ("lr", "learning_rate", "max_lr", "peak_lr", "base_lr"): _RATES,
@@ -143,6 +144,7 @@ SYNONYMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("save_total_limit", "keep_last", "keep_checkpoints", "max_checkpoints", "keep_latest_k"): ("checkpoint.keep",),
     ("async_save", "async_checkpoint", "async_mode"): ("checkpoint.asynchronous",),
     ("checkpoint_dir", "ckpt_dir", "checkpoint_path", "remote_save_folder", "save"): ("checkpoint.url", "run.dir"),
+    ("interval", "frequency", "freq"): ("checkpoint.every", "evaluation.every", "log.every"),
     ("export_every", "hf_export", "export_interval"): ("export.every",),
     ("eval_steps", "eval_interval", "eval_every", "val_check_interval", "eval_freq", "validation_interval",
      "evaluation_strategy"): ("evaluation.every",),
@@ -160,8 +162,9 @@ SYNONYMS: dict[tuple[str, ...], tuple[str, ...]] = {
 """The field's names for a setting, as other frameworks have them → its keys here."""
 
 _BY_WORD = {word: keys for words, keys in SYNONYMS.items() for word in words}
-_ALIKE, _ALIKE_ANYWHERE, _MOST = 0.65, 0.84, 3
-"""Least similarity (difflib's ratio) in the section itself and elsewhere, and how many keys are suggested at most."""
+_ALIKE, _SLIP, _ALIKE_ANYWHERE, _MOST = 0.65, 0.8, 0.84, 3
+"""Least similarity (difflib's ratio) in the section itself, there to come before the same name in another section,
+and elsewhere; and how many keys are suggested at most."""
 
 
 def all_keys(section: type = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -184,12 +187,17 @@ def nearest_keys(key: str, known: list[str]) -> list[str]:
     here = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
     if name in here:
         return [here[name]]
+    if whole := _BY_WORD.get(f"{section.rpartition('.')[2].lower()}_{name}"):  # batch.size is batch_size
+        return list(whole)
     meant = list(_BY_WORD.get(name, ()))
     elsewhere = [other for other in known if f".{other}".endswith(f".{name}")]
-    if near := _closest(section, dict.fromkeys(meant + elsewhere)):
-        return near[:_MOST]
-    if meant or len(elsewhere) in range(1, _MOST + 1):
-        return meant or elsewhere
+    likely = _closest(section, dict.fromkeys(meant + elsewhere)) or meant
+    likely = likely or (elsewhere if len(elsewhere) <= _MOST else [])
+    if section and not set(likely) & set(here.values()):  # a slip in the right section before a right name elsewhere
+        slips = difflib.get_close_matches(name, here, n=1, cutoff=_SLIP)
+        likely = list(dict.fromkeys([here[slip] for slip in slips] + likely))
+    if likely:
+        return likely if likely == meant else likely[:_MOST]
     if alike := difflib.get_close_matches(name, here, n=1, cutoff=_ALIKE):
         return [here[alike[0]]]
     names: dict[str, list[str]] = {}
