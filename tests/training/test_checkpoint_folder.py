@@ -310,7 +310,7 @@ def test_a_disk_that_fills_up_anywhere(group: None, tmp_path: Path, monkeypatch:
     state = {f"model.{name}": torch.arange(3000.0) for name in "abc"}
     save(state, tmp_path, 1, keep=5)
     sizes = {path.name: path.stat().st_size for path in step_folder(tmp_path, 1).iterdir()}
-    write = saver._Remembered.write
+    write = saver._Remembered._write
 
     def limited(file: saver._Remembered, data: object) -> int:
         if file.tell() + memoryview(data).nbytes > room[0]:
@@ -318,7 +318,7 @@ def test_a_disk_that_fills_up_anywhere(group: None, tmp_path: Path, monkeypatch:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data)
 
-    monkeypatch.setattr(saver._Remembered, "write", limited)
+    monkeypatch.setattr(saver._Remembered, "_write", limited)
     size, whole = sizes["__0_0.distcp"], max(sizes.values())
     for again in (0, whole):  # the disk stays full, or somebody removes a file just then
         for first in (*range(0, size, 3000), size - 1):

@@ -199,10 +199,11 @@ class _Remembered(io.FileIO):
     """A file that keeps the first error of a write."""
 
     failure: OSError | None = None
+    _write = io.FileIO.write
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            return self._write(data)
         except OSError as error:
             self.failure = self.failure or error
             raise
