@@ -143,7 +143,41 @@ def test_advice_holds(words: list[str], expected: str, monkeypatch: pytest.Monke
 def test_no_advice_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that is tried would fit in a megabyte."""
     monkeypatch.setitem(GPUS, "h200", GPUS["h200"]._replace(memory=1e6))
-    assert "neither recompute" in advice.warnings(make_plan(config_of("batch.sequences=2")))[0]
+    (warning,) = advice.warnings(make_plan(config_of("batch.sequences=2")))
+    assert warning.endswith("nor more shards nor more GPUs would; batches and streams divide by 2 at most")
+    (warning,) = advice.warnings(make_plan(config_of("batch.sequences=1")))
+    assert warning.endswith("nor more shards would, and batches and streams divide by no larger number of GPUs than 1")
+
+
+def test_the_fewest_gpus_are_named() -> None:
+    """On cards too small for 8 GPUs' share and large enough for that of 16: 16 are named, with words that fit."""
+    words = ["batch.microbatch=1", "recompute=block", "parallel.replicate=1", "parallel.shard=1"]
+    words += ["model.experts=64", "model.expert_width=1024", "data.sequence_length=16", "parallel.defer_reduce=off"]
+    config, card = config_of(*words), GPUS["h200"]
+    needed = [fullest_moment(config_of(*words, f"parallel.shard={n}"), n, card).total for n in (8, 16)]
+    tight = card._replace(memory=sum(needed) / 2 / USABLE)
+    (warning,) = advice.warnings(make_plan(config, 1, tight))
+    expected = "16 GPUs (tools/plan.py --gpus 16 parallel.shard=16)"
+    assert warning.endswith(f"; {expected} would, with {needed[1] / 1e9:.1f} GB")
+    assert make_plan(reload(config, "parallel.shard=16"), 16, tight).fits
+
+
+@pytest.mark.parametrize(("gpus", "advised"), [(7, "4 or 8"), (3, "2 or 4"), (5000, "4096")])
+def test_counts_for_a_mesh_that_may_be_picked(gpus: int, advised: str) -> None:
+    """The nearest below and above that batches and streams divide by come first, although nano's mesh needs 128."""
+    config = load_config(ROOT / "configs/nano.yaml")
+    with pytest.raises(UserError) as refused:
+        make_plan(config, gpus, "h100", pick=True)
+    reason = f"batch.sequences=4096 does not divide by {gpus} data ranks"
+    assert str(refused.value).startswith(f"{reason}; use --gpus {advised}, or with {gpus} GPUs batch.sequences=")
+
+
+def test_why_a_mesh_is_replaced() -> None:
+    """Words that were given are refused for a reason of their own, which is said."""
+    plan = make_plan(config_of("parallel.shard=4", "parallel.expert=3"), 4, pick=True)
+    reason = "parallel.expert=3 does not divide shard × context = 4"
+    assert as_values(plan)["refusal"] == reason
+    assert f"mesh picked    {reason}; planned with: {' '.join(plan.picked)}\n" in as_text(plan)
 
 
 def reload(config: RunConfig, *words: str) -> RunConfig:
@@ -201,22 +235,23 @@ def test_a_mesh_is_picked(name: str, gpus: int, gpu: str, short: float) -> None:
     words = ["model.layers=2", "model.dense_layers=1", "model.vocab_size=4096", "batch.ramp=[]"]
     path = ROOT / f"configs/{name}.yaml"
     config = load_config(path, words)
-    with pytest.raises(UserError, match=f"does not make {gpus} processes; use "):
+    with pytest.raises(UserError, match=f"does not make {gpus} processes; use ") as refused:
         make_plan(config, gpus, gpu)
+    reason = str(refused.value).partition("; use ")[0]
     card = GPUS[gpu]
     plan = make_plan(config, gpus, card, pick=True)
     if short < 1:
         card = card._replace(memory=short * plan.memory.total / USABLE)
         plan = make_plan(config, gpus, card, pick=True)
     text = as_text(plan)
-    assert f"the config's does not make {gpus} processes; planned with: {' '.join(plan.picked)}\n" in text
+    assert f"mesh picked    {reason}; planned with: {' '.join(plan.picked)}\n" in text
     again = make_plan(load_config(path, [*words, *plan.picked]), gpus, card)
     assert (again.sizes, again.memory, again.total_seconds) == (plan.sizes, plan.memory, plan.total_seconds)
     found = re.findall(r"; (.*) would, with ([\d.]+) GB", text)
     assert len(found) == (not plan.fits)
     for advised, needed in found:
         more = int((re.findall(r"--gpus (\d+)", advised) or [gpus])[0])
-        settings = [word for word in advised.split() if "=" in word]
+        settings = [word.removesuffix(")") for word in advised.split() if "=" in word]
         mended = make_plan(load_config(path, [*words, *settings]), more, card)
         assert mended.fits
         assert f"{mended.memory.total / 1e9:.1f}" == needed

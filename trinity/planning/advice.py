@@ -11,9 +11,10 @@ from trinity.config.check import check_run
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.parallel.mesh import mesh_words, meshes
-from trinity.planning.gpus import with_mesh
+from trinity.planning.gpus import least_state, with_mesh
 from trinity.planning.memory import Memory
 from trinity.planning.plan import USABLE, Plan, Step, fits, fullest_moment, replanned
+from trinity.training.setup import dealt_counts
 
 WAITING = 0.15
 """Share of the run's time that computing waits for links, from which on that is said."""
@@ -62,7 +63,33 @@ def _mend(plan: Plan) -> str:
             memory = _memory_after(plan, change)
             if memory is not None and fits(memory, plan.card):
                 return f"{_in_words(plan, change)} would, with {memory.total / 1e9:.1f} GB"
-    return "neither recompute nor smaller microbatches nor more shards would"
+    return _mend_with_more_gpus(plan)
+
+
+def _mend_with_more_gpus(plan: Plan) -> str:
+    """The fewest GPUs tried on which the plan fits; a plan of thousands takes seconds, so fewest come first."""
+    config, counts = plan.config, _more_gpus(plan)
+    neither = "neither recompute nor smaller microbatches nor more shards"
+    if not counts:
+        return f"{neither} would, and batches and streams divide by no larger number of GPUs than {plan.gpus}"
+    starts = [([], config), *_leaner(config)[-1:]]
+    for gpus in counts:
+        if least_state(config) / gpus > USABLE * plan.card.memory:
+            continue
+        leanest_first = [_most_sharded(plan, *start, gpus) for start in reversed(starts)]
+        if _fits_after(plan, leanest_first[0]):
+            change = next(change for change in reversed(leanest_first) if _fits_after(plan, change))
+            return f"{_in_words(plan, change)} would, with {_memory_after(plan, change).total / 1e9:.1f} GB"
+    return f"{neither} nor more GPUs would; batches and streams divide by {counts[-1]} at most"
+
+
+def _more_gpus(plan: Plan) -> list[int]:
+    """Numbers that batches and streams divide by, each at least twice the one before it; and the largest of them."""
+    every, counts = dealt_counts(plan.config), [plan.gpus]
+    for count in every:
+        if count >= 2 * counts[-1] or (count == every[-1] > counts[-1]):
+            counts.append(count)
+    return counts[1:]
 
 
 def _fits_after(plan: Plan, change: Change) -> bool:
@@ -95,8 +122,9 @@ def _time(plan: Plan) -> float:
 def _in_words(plan: Plan, change: Change) -> str:
     """Everything to add to the command: the mesh that was picked is part of it."""
     words = {word.partition("=")[0]: word for word in [*plan.picked, *change.words]}
-    count = [f"{change.gpus} GPUs (tools/plan.py --gpus {change.gpus})"] if change.gpus != plan.gpus else []
-    return " with ".join([*([" ".join(words.values())] if words else []), *count])
+    if change.gpus == plan.gpus:
+        return " ".join(words.values())
+    return f"{change.gpus} GPUs (tools/plan.py {' '.join([f'--gpus {change.gpus}', *words.values()])})"
 
 
 def _memory_after(plan: Plan, change: Change) -> Memory | None:
@@ -118,15 +146,14 @@ def _plan_after(plan: Plan, change: Change) -> Plan | None:
 
 
 def _leaner_changes(plan: Plan) -> Iterator[list[Change]]:
-    """Groups of changes that save memory, in both orders those that cost least first: recompute and microbatches, more
-    shards, more GPUs."""
+    """Groups of changes that save memory on as many GPUs, in both orders those that cost least first: recompute and
+    microbatches, more shards."""
     config, gpus = plan.config, plan.gpus
     leaner = _leaner(config)
     yield [Change(words, changed, gpus) for words, changed in leaner]
     starts = [([], config), *leaner[-1:]]
     shards = sorted({shard for _, shard, _ in meshes(config.model, gpus) if shard > plan.sizes.shard})
-    for sizes in ([(gpus, shard) for shard in shards], [(gpus * factor, gpus * factor) for factor in (2, 4, 8)]):
-        yield [_resharded(plan, before, start, *size) for before, start in starts for size in sizes]
+    yield [_resharded(plan, before, start, gpus, shard) for before, start in starts for shard in shards]
 
 
 def _faster_changes(plan: Plan) -> Iterator[Change]:
@@ -144,6 +171,11 @@ def _faster_changes(plan: Plan) -> Iterator[Change]:
     for mesh in near[:TRIED]:
         words = mesh_words(config.parallel, *mesh)
         yield Change(words, with_mesh(config, words), gpus)
+
+
+def _most_sharded(plan: Plan, before: list[str], start: RunConfig, gpus: int) -> Change:
+    """The largest number of shards on a number of GPUs, which needs the least memory."""
+    return _resharded(plan, before, start, gpus, max(shard for _, shard, _ in meshes(start.model, gpus)))
 
 
 def _resharded(plan: Plan, before: list[str], start: RunConfig, gpus: int, shard: int) -> Change:

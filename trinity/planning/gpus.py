@@ -8,7 +8,7 @@ from trinity.errors import UserError
 from trinity.hardware import GPU
 from trinity.models.accounting import parameter_counts
 from trinity.parallel.mesh import Sizes, mesh_words, meshes
-from trinity.training.setup import check_batches, check_mesh
+from trinity.training.setup import batch_words, check_batches, check_mesh, dealt_counts, first_undivided
 
 
 def gpus_needed(config: RunConfig) -> int:
@@ -27,6 +27,21 @@ def check_gpus(config: RunConfig, gpus: int) -> Sizes:
     sizes = check_mesh(config, gpus)
     check_batches(config, gpus)
     return sizes
+
+
+def check_batches_for_any_mesh(config: RunConfig, gpus: int) -> None:
+    """Refuse global batches and streams that do not divide by the GPUs, where their mesh may be picked.
+
+    Raises:
+        UserError: naming the nearest numbers of GPUs below and above that need no mending; then settings for this one.
+    """
+    undivided = first_undivided(config, gpus)
+    if undivided:
+        counts = dealt_counts(config)
+        below = [count for count in counts if count < gpus][-1:]
+        nearest = [*below, *[count for count in counts if count > gpus][:1]]
+        words = " ".join(batch_words(config, gpus))
+        raise UserError(f"{undivided}; use --gpus {' or '.join(map(str, nearest))}, or with {gpus} GPUs {words}")
 
 
 def check_count(gpus: int) -> None:

@@ -13,12 +13,18 @@ from trinity.models.accounting import flops_per_token, parameter_counts
 from trinity.parallel.mesh import Sizes, mesh_sizes
 from trinity.planning.activations import Activations, block_activations, embedding_activations, head_activations
 from trinity.planning.communication import Flow, flows
-from trinity.planning.gpus import check_count, check_gpus, gpus_needed, least_state, mesh_candidates
+from trinity.planning.gpus import (
+    check_batches_for_any_mesh,
+    check_count,
+    check_gpus,
+    gpus_needed,
+    least_state,
+    mesh_candidates,
+)
 from trinity.planning.memory import Memory, fullest, unreduced_gradients
 from trinity.planning.sharded import Sharded, sharded, state_bytes
 from trinity.planning.stretches import Load, Stretch, load_of, stretches
 from trinity.planning.work import Seconds, Work, seconds_of, work_of
-from trinity.training.setup import check_batches
 
 USABLE = 0.92
 """Share of a GPU's memory that tensors may take; the rest is the allocator's gaps, CUDA's and NCCL's. Not from the
@@ -59,8 +65,8 @@ class Plan:
     """A run on a number of GPUs of a kind.
 
     config: with the mesh that is planned. picked: the settings that changed its mesh, where it could not be laid over
-    the GPUs. parameters: as trinity.models.accounting has them. state: bytes of rank 0, whatever the batch.
-    steps: one for each batch size and sequence length, in order.
+    the GPUs. refusal: why it could not. parameters: as trinity.models.accounting has them. state: bytes of rank 0,
+    whatever the batch. steps: one for each batch size and sequence length, in order.
     """
 
     config: RunConfig
@@ -71,6 +77,7 @@ class Plan:
     state: dict[str, int]
     steps: list[Step]
     picked: list[str] = field(default_factory=list)
+    refusal: str = ""
     measured: Measured = field(default_factory=dict, repr=False)
 
     @property
@@ -131,11 +138,11 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu: str | GPU = "h200
     gpus = gpus_needed(config) if gpus is None else gpus
     check_count(gpus)
     if pick:
-        check_batches(config, gpus)
+        check_batches_for_any_mesh(config, gpus)
         try:
             mesh_sizes(config.parallel, config.model, gpus)
-        except UserError:
-            return _picked(config, gpus, card)
+        except UserError as error:
+            return replace(_picked(config, gpus, card), refusal=str(error))
     return _planned(config, gpus, card, {})
 
 

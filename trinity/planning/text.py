@@ -38,6 +38,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "gpu": plan.gpu,
         "fits": plan.fits,
         "picked": plan.picked,
+        "refusal": plan.refusal,
         "seconds": plan.total_seconds,
         "gpu_hours": _gpu_hours(plan),
         "mesh": plan.sizes._asdict(),
@@ -97,9 +98,7 @@ def _verdict(plan: Plan, found: list[str]) -> str:
         f"the run        {seen:,} tokens, {took}, {hours} {one}-hours",
     ]
     if plan.picked:
-        lines.append(
-            f"mesh picked    the config's does not make {plan.gpus} processes; planned with: {' '.join(plan.picked)}"
-        )
+        lines.append(f"mesh picked    {plan.refusal}; planned with: {' '.join(plan.picked)}")
     return "\n".join([*lines, *(f"warning: {sentence}" for sentence in found)])
 
 

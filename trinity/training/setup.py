@@ -126,13 +126,18 @@ def check_batches(config: RunConfig, data_ranks: int) -> None:
     Raises:
         UserError: naming the first, the settings that mend all of them, and numbers of processes that need no mending.
     """
+    undivided = first_undivided(config, data_ranks)
+    if undivided:
+        words = " ".join(batch_words(config, data_ranks))
+        raise UserError(f"{undivided}; use {words}{_or_processes(config, data_ranks)}")
+
+
+def first_undivided(config: RunConfig, data_ranks: int) -> str | None:
+    """The first global batch or number of streams that does not divide by the ranks, in words; None where all do."""
     for key, number in _divided(config).items():
         if number % data_ranks:
-            words = " ".join(batch_words(config, data_ranks))
-            raise UserError(
-                f"{key}={number} does not divide by {data_ranks} data ranks; use {words}"
-                f"{_or_processes(config, data_ranks)}"
-            )
+            return f"{key}={number} does not divide by {data_ranks} data ranks"
+    return None
 
 
 def batch_words(config: RunConfig, data_ranks: int) -> list[str]:
@@ -150,7 +155,15 @@ def batch_words(config: RunConfig, data_ranks: int) -> list[str]:
 
 def process_counts(config: RunConfig) -> list[int]:
     """Every number of processes that the mesh's sizes, all global batches and the streams divide by, smallest first."""
-    return [count for count in divisors(math.gcd(*_divided(config).values())) if _runs_on(config, count)]
+    return [count for count in dealt_counts(config) if _runs_on(config, count)]
+
+
+def dealt_counts(config: RunConfig) -> list[int]:
+    """Every number of processes that all global batches and the streams divide by, smallest first, whatever the mesh.
+
+    Each of them has a mesh: copies of the model on all.
+    """
+    return divisors(math.gcd(*_divided(config).values()))
 
 
 def _divided(config: RunConfig) -> dict[str, int]:
