@@ -118,8 +118,8 @@ def test_length_of_nano_on_one_gpu() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["batch.microbatch=8"], "recompute=selective"),
-        (["recompute=selective"], "recompute=block"),
+        (["batch.microbatch=1"], "recompute=selective"),
+        (["batch.microbatch=1", "recompute=selective"], "recompute=block"),
         (["recompute=block"], "batch.microbatch=4"),
         (["recompute=block", "batch.microbatch=1"], "2 GPUs (tools/plan.py --gpus 2)"),
         (["recompute=block", "batch.microbatch=1", "parallel.shard=1", "parallel.replicate=-1"], "parallel.shard=2"),
@@ -138,6 +138,21 @@ def test_advice_holds(words: list[str], expected: str, monkeypatch: pytest.Monke
     found = [warning for warning in advice.warnings(make_plan(config, gpus)) if "does not fit" in warning]
     assert len(found) == 1
     assert f"; {expected} would, with {needed[1] / 1e9:.1f} GB" in found[0]
+
+
+def test_the_advised_run_is_the_shorter_one() -> None:
+    """Where more recompute and smaller microbatches both fit, by the time that their own plans say."""
+    words = ["batch.microbatch=8", "run.steps=10"]
+    now = fullest_moment(config_of(*words), 1, GPUS["h200"]).total
+    tight = GPUS["h200"]._replace(memory=(now - 1) / USABLE)
+    seconds = {}
+    for word in ("recompute=selective", "batch.microbatch=4"):
+        plan = make_plan(config_of(*words, word), 1, tight)
+        assert plan.fits
+        seconds[word] = plan.total_seconds
+    assert len(set(seconds.values())) == 2
+    (warning,) = [found for found in advice.warnings(make_plan(config_of(*words), 1, tight)) if "fit" in found]
+    assert f"; {min(seconds, key=seconds.get)} would, with" in warning
 
 
 def test_no_advice_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +298,11 @@ def test_verdict_comes_first() -> None:
 
 def test_what_is_compiled_is_not_told_to_recompute() -> None:
     """recompute beside compile=block is refused by trinity.config.check, so the advice turns compile off too."""
-    config = config_of("compile=block")
-    least = [fullest_moment(config_of(f"recompute={kind}"), 1, GPUS["h200"]).total for kind in ("selective", "block")]
+    config = config_of("compile=block", "batch.microbatch=1")
+    least = [
+        fullest_moment(config_of("batch.microbatch=1", f"recompute={kind}"), 1, GPUS["h200"]).total
+        for kind in ("selective", "block")
+    ]
     (warning,) = advice.warnings(make_plan(config, 1, GPUS["h200"]._replace(memory=sum(least) / 2 / USABLE)))
     assert "; recompute=block compile=none would, with" in warning
     assert reload(config, "recompute=block", "compile=none").compile == "none"

@@ -55,15 +55,37 @@ def _idle(step: Step) -> float:
 
 
 def _mend(plan: Plan) -> str:
-    """The first change that fits; of each group the last, which needs the least memory, shows whether any may."""
+    """A change that fits: the first of a group, or smaller microbatches alone where the run is then shorter.
+
+    Of each group the last, which needs the least memory, shows whether any may fit.
+    """
     for group in _leaner_changes(plan):
         if not group or not _fits_after(plan, group[-1]):
             continue
-        for change in group:
-            memory = _memory_after(plan, change)
-            if memory is not None and fits(memory, plan.card):
-                return f"{_in_words(plan, change)} would, with {memory.total / 1e9:.1f} GB"
+        first = next((change for change in group if _fits_after(plan, change)), None)
+        if first is not None:
+            change = _shorter(plan, [first, *_smaller_microbatches(plan)])
+            return f"{_in_words(plan, change)} would, with {_memory_after(plan, change).total / 1e9:.1f} GB"
     return _mend_with_more_gpus(plan)
+
+
+def _smaller_microbatches(plan: Plan) -> list[Change]:
+    """The largest microbatch that fits with the recompute that the config has; none where no microbatch does."""
+    batch, most = plan.config.batch, plan.config.batch.microbatch
+    while most > 1:
+        most //= 2
+        config = replace(plan.config, batch=replace(batch, microbatch=most))
+        change = Change([f"batch.microbatch={most}"], config, plan.gpus)
+        if _fits_after(plan, change):
+            return [change]
+    return []
+
+
+def _shorter(plan: Plan, changes: list[Change]) -> Change:
+    """The change with which the run takes the least time."""
+    if len(changes) == 1:
+        return changes[0]
+    return min(changes, key=lambda change: _time(_plan_after(plan, change)))
 
 
 def _mend_with_more_gpus(plan: Plan) -> str:
