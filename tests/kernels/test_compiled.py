@@ -1,7 +1,7 @@
 """Every kernel with every tile of its table compiles for Hopper, without spills and within its shared memory.
 
-One process per module of cases, since there kernels must not be interpreted. Norms and Newton-Schulz, which come in
-most sizes, take two thirds of the time, and are compiled among the slow tests.
+One process per module of cases, since there kernels must not be interpreted. Norms, Newton-Schulz and experts, which
+come in most sizes, take most of the time, and are compiled among the slow tests.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 MODULES = sorted(path.stem for path in HERE.glob("cases_*.py"))
-MOST_SIZES = ("cases_norm", "cases_newton_schulz")
+MOST_SIZES = ("cases_norm", "cases_newton_schulz", "cases_experts")
 SHARED = 227 * 1024
 """Bytes of shared memory that one block may have on sm_90."""
 
