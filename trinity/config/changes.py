@@ -35,8 +35,6 @@ RULES: dict[str, Rule] = {
     "batch.microbatch": "free",
     "optim": "accept",
     "optim.muon.share": "free",
-    "optim.schedule.decay_steps": "free",  # trinity.training.lr_schedule compares the length that is in force
-    "optim.schedule.decay_tokens": "free",
     "balancing": "accept",
     "loss": "accept",
     "precision": "accept",
@@ -51,6 +49,9 @@ RULES: dict[str, Rule] = {
     "log": "free",
     "health": "free",
 }
+
+DECAY_LENGTHS = ("optim.schedule.decay_steps", "optim.schedule.decay_tokens")
+"""Compared by trinity.training.lr_schedule, which knows the length that follows from the run's where none is given."""
 
 
 def rule_of(key: str) -> Rule:
@@ -68,7 +69,7 @@ def check_changes(
     where: str,
     instead: str = "start afresh with another run.dir",
 ) -> list[str]:
-    """Refuse changes that a resumed run must not make.
+    """Refuse changes that a resumed run must not make; the length of a decay is not looked at (DECAY_LENGTHS).
 
     Args:
         before, now: config of the run so far, and the one asked for.
@@ -83,6 +84,7 @@ def check_changes(
     """
     old, new = flatten(absolute_paths(before)), flatten(absolute_paths(now))
     changed = [key for key in new if old.get(key) != new[key] and rule_of(key) != "content"]
+    changed = [key for key in changed if key not in DECAY_LENGTHS]
     fixed = [key for key in changed if rule_of(key) == "fixed"]
     if fixed:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in fixed)
