@@ -1,6 +1,6 @@
 """What version 0.1 wrote, before its modules moved: a run directory with a checkpoint, and a Hugging Face folder.
 
-Both were made at commit 2c6ed28 from the shards and the tokenizer beside them; OLD stands for the folder that they lie in.
+Both were made at commit 2c6ed28 from the shards and the tokenizer beside them. OLD stands for their folder.
 """
 
 import json

@@ -8,10 +8,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from trinity.data import remote
-from trinity.data.remote import cached_folder
 from trinity.data.shards import TokenSource
 from trinity.errors import UserError
+from trinity.io import remote
+from trinity.io.remote import cached_folder
 
 FORK = multiprocessing.get_context("fork")
 

@@ -17,10 +17,10 @@ from mesh_runs import config_of, whole
 
 from trinity.errors import UserError
 from trinity.parallel import mesh
+from trinity.run_directory import RunDirectory
 from trinity.training import loop, trainer
 from trinity.training.loop import Training, pretrain
 from trinity.training.resume import Origin
-from trinity.training.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["batch.sequences=4", "batch.ramp=[]", "parallel.expert=2", "run.steps=4", "evaluation.every=0"]

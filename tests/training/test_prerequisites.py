@@ -109,7 +109,7 @@ def test_the_note_is_printed(settings: dict, capsys: pytest.CaptureFixture) -> N
 
 def test_whose_run_it_is(settings: dict) -> None:
     """Name, model, first start and step come before what differs; without events the config's time is the start."""
-    from trinity.training.run_directory import newest_config, whose_run
+    from trinity.run_directory import newest_config, whose_run
 
     run = Path(settings["run"]["dir"])
     assert train(settings, "run.steps=1", "run.name=first") == 0

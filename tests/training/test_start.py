@@ -16,10 +16,10 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.errors import UserError
 from trinity.interop import export_hf
 from trinity.parallel import mesh
+from trinity.run_directory import RunDirectory, newest_config
 from trinity.training.checkpoint import load_model
 from trinity.training.loop import Training
 from trinity.training.resume import find_origin
-from trinity.training.run_directory import RunDirectory, newest_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,9 +22,9 @@ import numpy as np
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import Checkpoint, Log
 from trinity.parallel import mesh
+from trinity.run_directory import RunDirectory
 from trinity.training.loop import Training
 from trinity.training.resume import Origin
-from trinity.training.run_directory import RunDirectory
 
 MODELS = {
     "smoke": {"name": "smoke"},

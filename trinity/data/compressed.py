@@ -18,9 +18,9 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-from trinity.data.remote import open_input
 from trinity.errors import UserError
 from trinity.io.local import atomic_file, locked
+from trinity.io.remote import open_input
 
 BLOCK = 1 << 18
 # zstd --long=31 looks back over 2 GiB, and so must whoever unpacks it; the library allows 128 MiB unless it is told.

@@ -19,8 +19,8 @@ import pyarrow.parquet
 
 from trinity.data.compressed import unpacked, whole
 from trinity.data.file_kinds import readable_kind
-from trinity.data.remote import open_input, size_of
 from trinity.errors import UserError
+from trinity.io.remote import open_input, size_of
 
 BATCH_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"

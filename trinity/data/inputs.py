@@ -12,9 +12,9 @@ from trinity.data.documents import Batch, Files, Place, read_batches
 from trinity.data.file_kinds import READ, file_kind
 from trinity.data.files import check_inputs
 from trinity.data.find_files import MAGIC, Listing, choose, counted, list_folder, list_pattern, names, note
-from trinity.data.remote import cached_folder, filesystem, located, mark_of, reached, size_of
 from trinity.errors import UserError
 from trinity.io.checksum import identity
+from trinity.io.remote import cached_folder, filesystem, located, mark_of, reached, size_of
 
 
 class FileInputs:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from trinity.data.documents import Document, Files, read_documents
 from trinity.data.find_files import names, note
-from trinity.data.remote import size_of
+from trinity.io.remote import size_of
 from trinity.terminal import Progress
 
 

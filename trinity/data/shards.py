@@ -23,10 +23,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from trinity.data.remote import cached_folder, fetch, located
 from trinity.errors import UserError
 from trinity.io.checksum import content_hash, new_hash
 from trinity.io.json_files import read_json
+from trinity.io.remote import cached_folder, fetch, located
 
 VERSION = 1
 AUTO_VERIFY_BYTES = 256 << 20

@@ -22,7 +22,6 @@ from trinity.data.documents import BEGINNING, Batch
 from trinity.data.encoding import Encoder
 from trinity.data.file_kinds import file_name, readable_kind
 from trinity.data.inputs import expand_inputs
-from trinity.data.remote import cache_folder, fetch, mark_of
 from trinity.data.shards import token_dtype
 from trinity.data.text_index import open_index, stamp
 from trinity.data.text_reader import Recent, TextReader
@@ -31,6 +30,7 @@ from trinity.errors import UserError
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import read_json, write_json
 from trinity.io.local import locked
+from trinity.io.remote import cache_folder, fetch, mark_of
 
 BATCH_CHARACTERS = 1 << 20
 CACHE_BYTES = 512 << 20

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from trinity.data.inputs import holds_text
 from trinity.data.order import Source
-from trinity.data.remote import located
 from trinity.data.shards import TokenSource
 from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import fingerprint
@@ -26,6 +25,7 @@ from trinity.data.validation import validation_sequences
 from trinity.errors import UserError
 from trinity.evaluation.scoring import Span, log_likelihoods
 from trinity.evaluation.validation import evaluate
+from trinity.io.remote import located
 from trinity.models.trinity import Trinity
 from trinity.terminal import Progress
 

@@ -17,9 +17,11 @@ import torch.distributed.checkpoint as dcp
 
 from trinity.config.run import Kernels, Parallel, RunConfig
 from trinity.errors import Failure, UserError
+from trinity.io.remote_path import Place
 from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
 from trinity.parallel.agree import together
+from trinity.run_directory import newest_config
 from trinity.training.checkpoint_folder import (
     Home,
     Note,
@@ -33,8 +35,6 @@ from trinity.training.checkpoint_folder import (
     step_folder,
     warn,
 )
-from trinity.training.elsewhere import Place
-from trinity.training.run_directory import newest_config
 from trinity.training.saver import Saver, State, told, write
 from trinity.training.setup import build_model
 from trinity.training.stored import Reader

@@ -21,9 +21,9 @@ from trinity.errors import Failure, UserError
 from trinity.io.checksum import FileSum, sum_of
 from trinity.io.json_files import to_json
 from trinity.io.local import sync_folder, write_atomically
+from trinity.io.remote_path import Elsewhere, Place, place
 from trinity.parallel.agree import on_first, together
 from trinity.terminal import say
-from trinity.training.elsewhere import Elsewhere, Place, place
 
 Note = Callable[..., None]
 """Takes the kind of an event, one sentence, and figures by name: how it reaches people and events.jsonl."""

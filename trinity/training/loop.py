@@ -30,6 +30,7 @@ from trinity.optim.groups import ownership_table
 from trinity.parallel import mesh
 from trinity.parallel.agree import any_of, on_first, reraise, together
 from trinity.parallel.mesh import Ranks
+from trinity.run_directory import RunDirectory
 from trinity.terminal import say
 from trinity.training import checkpoint
 from trinity.training.console import closing
@@ -42,7 +43,6 @@ from trinity.training.probe import probe
 from trinity.training.profiling import Profiler
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_data import document_notes, open_data
-from trinity.training.run_directory import RunDirectory
 from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.setup import (
     batch_plan,

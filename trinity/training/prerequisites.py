@@ -6,8 +6,8 @@ import torch
 
 from trinity.config.paths import check_paths, run_directory
 from trinity.config.run import RunConfig
-from trinity.data.remote import filesystem
 from trinity.errors import UserError
+from trinity.io.remote import filesystem
 from trinity.models.backends import pick_engine
 from trinity.models.fp8 import use_fp8
 from trinity.models.trinity import Trinity

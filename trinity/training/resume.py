@@ -16,10 +16,10 @@ from trinity.data.batches import BatchHistory
 from trinity.data.stream import position_of
 from trinity.errors import UserError
 from trinity.parallel.agree import on_first, together
+from trinity.run_directory import newest_config, whose_run
 from trinity.terminal import say
 from trinity.training import checkpoint
 from trinity.training.lr_schedule import check_decay
-from trinity.training.run_directory import newest_config, whose_run
 from trinity.training.setup import batch_plan
 
 HISTORY = "run.batch_history"

@@ -20,9 +20,9 @@ from trinity.data.text_source import TextSource
 from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from trinity.errors import Failure, UserError
 from trinity.parallel.mesh import Ranks
+from trinity.run_directory import newest_config
 from trinity.training import checkpoint
 from trinity.training.resume import history_of
-from trinity.training.run_directory import newest_config
 from trinity.training.setup import batch_plan
 
 STEPS_AHEAD = 2

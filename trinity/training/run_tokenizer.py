@@ -13,8 +13,8 @@ from trinity.data.tokenizer import fingerprint
 from trinity.errors import UserError
 from trinity.interop.tokenizer_files import FILES, copy_tokenizer
 from trinity.io.local import make_folder
+from trinity.run_directory import newest_config
 from trinity.terminal import say
-from trinity.training.run_directory import newest_config
 
 
 def run_tokenizer(run: Path, config: RunConfig) -> Path | None:

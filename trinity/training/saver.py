@@ -39,6 +39,7 @@ from trinity.config.run import Checkpoint
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
 from trinity.io.checksum import FileSum, sum_of
 from trinity.io.local import make_folder
+from trinity.io.remote_path import Elsewhere, Files
 from trinity.parallel.agree import on_first
 from trinity.training.checkpoint_folder import (
     METADATA,
@@ -54,7 +55,6 @@ from trinity.training.checkpoint_folder import (
     step_folder,
     warn,
 )
-from trinity.training.elsewhere import Elsewhere, Files
 
 State = dict[str, Tensor]
 Written = tuple[list[WriteResult], dict[str, FileSum]]

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from trinity.errors import Failure, UserError
-from trinity.training.elsewhere import Files, Place
+from trinity.io.remote_path import Files, Place
 
 METADATA_CLASSES = {
     "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",

@@ -15,11 +15,11 @@ from torch import Tensor
 from trinity import balancing
 from trinity.config.run import RunConfig
 from trinity.models.trinity import Trinity
+from trinity.run_directory import RunDirectory
 from trinity.training.collapse import Collapse
 from trinity.training.events import Events
 from trinity.training.heartbeat import Heartbeat
 from trinity.training.probe import Found
-from trinity.training.run_directory import RunDirectory
 from trinity.training.slow import SlowRanks
 from trinity.training.spikes import Spikes
 from trinity.training.trainer import Watch, moe_layers

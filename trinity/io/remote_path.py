@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from trinity.data.remote import filesystem, located, open_input, refused
 from trinity.errors import Failure, UserError
 from trinity.io.checksum import FileSum, RunningSum
+from trinity.io.remote import filesystem, located, open_input, refused
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

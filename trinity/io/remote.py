@@ -1,7 +1,7 @@
 """Files that may lie elsewhere: any fsspec URL can be read, and is kept in a local cache where it is read often.
 
 A local file is a Path everywhere, and so is file://…; what lies elsewhere stays a URL, a str. Nothing is written there
-by this file; trinity/training/elsewhere.py writes checkpoints.
+by this file; trinity/io/remote_path.py writes checkpoints.
 
     $TRINITY_CACHE (~/.cache/trinity)
         shards/<hash of the URL>/     files as they are named there, each whole or absent; *.lock while one is fetched
