@@ -14,9 +14,11 @@ import torch.distributed.checkpoint as dcp
 from run_files import metrics
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
+from trinity.checkpoint.directory import step_folder
+from trinity.checkpoint.load import load, tensors_of
 from trinity.config import load_config
 from trinity.interop import export_hf, load_hf
-from trinity.training.checkpoint import load, load_model, step_folder, tensors_of
+from trinity.training.load_run import load_model
 from trinity.training.loop import pretrain
 
 SAVED = Path(__file__).parent / "data" / "run_of_version_0_1"

@@ -17,7 +17,7 @@ from trinity.errors import FAILURE, run_main
 from trinity.interop import export_hf
 from trinity.interop.verify import largest_logit_difference
 from trinity.parallel.mesh import stop, world_size
-from trinity.training.checkpoint import load_model, load_sharded_model
+from trinity.training.load_run import load_model, load_sharded_model
 from trinity.training.run_tokenizer import run_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

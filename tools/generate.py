@@ -17,7 +17,7 @@ from trinity.evaluation.generate import stream
 from trinity.interop import load_hf
 from trinity.interop.tokenizer_files import SpecialIds, special_ids
 from trinity.models import Trinity
-from trinity.training.checkpoint import load_model
+from trinity.training.load_run import load_model
 from trinity.training.run_tokenizer import run_tokenizer
 
 

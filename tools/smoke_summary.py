@@ -45,7 +45,7 @@ def main() -> None:
     from trinity.evaluation.generate import generate
     from trinity.interop import export_hf
     from trinity.interop.verify import largest_logit_difference
-    from trinity.training.checkpoint import load_model
+    from trinity.training.load_run import load_model
     from trinity.training.run_tokenizer import run_tokenizer
 
     records = read_metrics(arguments.run)

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 
+from trinity.checkpoint.load import tensors_of
 from trinity.data import BatchPlan, SequenceStream, TokenSource
 from trinity.data.mixture import Phase, normalised
 from trinity.data.permutation import permutation_keys, permute
 from trinity.errors import UserError
-from trinity.training.checkpoint import tensors_of
 
 S, V, SEED = 16, 12, 5
 # One that is never read, one with fewer documents than streams, and one with more.

@@ -11,7 +11,7 @@ import torch
 from trinity.config import RunConfig
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity
-from trinity.training.checkpoint import load_model
+from trinity.training.load_run import load_model
 
 
 @pytest.fixture(autouse=True)

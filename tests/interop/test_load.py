@@ -12,6 +12,8 @@ from small_model import make_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from trinity.checkpoint.load import model_state
+from trinity.checkpoint.save import save
 from trinity.config.load import save_config
 from trinity.config.run import Run, RunConfig
 from trinity.errors import UserError
@@ -19,7 +21,7 @@ from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity, parameter_roles
 from trinity.models import trinity as trinity_module
 from trinity.parallel.mesh import Ranks
-from trinity.training.checkpoint import load_model, model_state, save
+from trinity.training.load_run import load_model
 
 
 def expected_state(model: Trinity) -> dict[str, torch.Tensor]:

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from small_model import CONFIG, make_model
 from tokenizers import Tokenizer
 
+from trinity.checkpoint.load import model_state
+from trinity.checkpoint.save import save
 from trinity.config.load import save_config
 from trinity.config.run import Data, Run, RunConfig
 from trinity.evaluation.generate import generate
 from trinity.interop import export_hf, load_hf
-from trinity.training.checkpoint import model_state, save
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TEXT = "the rain"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trinity.checkpoint.directory import mark_complete
 from trinity.config.run import RunConfig
 from trinity.data.shards import TokenSource
 from trinity.data.text_index import open_index
@@ -22,7 +23,6 @@ from trinity.io.json_files import append_json_line, write_json
 from trinity.io.local import atomic_path, copy_atomically, make_folder, temporary, write_atomically
 from trinity.models import ModelConfig, Trinity
 from trinity.run_directory import RunDirectory
-from trinity.training.checkpoint_folder import mark_complete
 from trinity.training.metrics import JsonLines, _wandb_id
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_a_file_system_that_syncs_no_folders(
 
 
 NOT_ATOMIC = {"write_text", "write_bytes", "mkstemp", "NamedTemporaryFile", "copyfile", "dump"}
-ALLOWED = {("trinity/io/remote_path.py", "write_bytes"), ("trinity/training/checkpoint_folder.py", "write_bytes"),
+ALLOWED = {("trinity/io/remote_path.py", "write_bytes"), ("trinity/checkpoint/directory.py", "write_bytes"),
            ("trinity/training/heartbeat.py", "write_bytes")}  # fmt: skip
 """An object store's put, and NCCL's record in the last second of a process that hangs."""
 

@@ -12,7 +12,7 @@ import torch
 from refusals import DAMAGE_FOUND, REFUSED_START, refusal, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from trinity.training.checkpoint import load_model
+from trinity.training.load_run import load_model
 from trinity.training.metrics import JsonLines
 
 STEPS = (3, 6)

@@ -14,12 +14,14 @@ import pytest
 import torch
 from mesh_runs import config_of
 
+from trinity.checkpoint import save as saver
+from trinity.checkpoint.directory import complete_steps, newest_intact, step_folder
+from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.save import Writer
 from trinity.errors import Failure
 from trinity.parallel import mesh
-from trinity.training import loop, saver, trainer
-from trinity.training.checkpoint import complete_steps, load, newest_intact, step_folder, tensors_of
+from trinity.training import loop, trainer
 from trinity.training.loop import pretrain
-from trinity.training.saver import Writer
 
 WORDS = [
     "batch.sequences=4",

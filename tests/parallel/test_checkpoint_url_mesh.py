@@ -8,9 +8,10 @@ import torch.distributed as dist
 from test_checkpoint_mesh import MESH, WORDS, contents, plain_run, slow_run
 from url_stores import failing, register
 
+from trinity.checkpoint.directory import complete_steps, home_of_run, newest_intact, step_folder
+from trinity.checkpoint.load import load, tensors_of
 from trinity.errors import Failure
 from trinity.parallel import mesh
-from trinity.training.checkpoint import complete_steps, home_of_run, load, newest_intact, step_folder, tensors_of
 
 TWO = [*WORDS, *MESH[2]]
 register()

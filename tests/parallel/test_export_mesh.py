@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from test_mesh_sizes import sizes
 from torch import Tensor
 
+from trinity.checkpoint.load import model_state
+from trinity.checkpoint.save import save
 from trinity.config.load import save_config
 from trinity.config.model import ModelConfig
 from trinity.config.run import Precision, Run, RunConfig
@@ -18,7 +20,7 @@ from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity
 from trinity.parallel.mesh import join_meshes
 from trinity.parallel.sharding import shard_model
-from trinity.training.checkpoint import load_sharded_model, model_state, save
+from trinity.training.load_run import load_sharded_model
 
 # 4 ranks: rows of some matrices do not divide by them, and gains of 6 leave the last rank none
 SIZES = {

@@ -8,9 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
+from trinity.checkpoint.directory import Home, step_folder
+from trinity.checkpoint.load import load, tensors_of
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import UserError
-from trinity.training.checkpoint import Home, load, step_folder, tensors_of
 from trinity.training.loop import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.

@@ -12,10 +12,11 @@ from run_files import metrics, state, status, train
 from torch.distributed.checkpoint import filesystem
 from troubles import nth
 
+from trinity.checkpoint import directory
 from trinity.data.loader import _Worker
 from trinity.interop import export
 from trinity.models import Trinity
-from trinity.training import checkpoint_folder, loop
+from trinity.training import loop
 
 LAST = 8
 
@@ -38,7 +39,7 @@ MOMENTS = {
     "forward": (lambda: asked_before(Trinity, "forward", 5), 2),
     "backward": (lambda: asked_before(torch.Tensor, "backward", 5), 2),
     "writing a checkpoint": (lambda: asked_before(filesystem, "_write_item", 30), 4),
-    "publishing a checkpoint": (lambda: asked_before(checkpoint_folder, "write_atomically", 1), 4),
+    "publishing a checkpoint": (lambda: asked_before(directory, "write_atomically", 1), 4),
     "evaluating": (lambda: asked_before(Trinity, "forward", 14), 4),
     "exporting": (lambda: asked_before(export, "save_file", 1), 6),
 }

@@ -9,8 +9,8 @@ from forked_ranks import run
 from run_files import bits, metrics, refuse, status, train
 from troubles import MOMENTS, QUICK, WORDS
 
-from trinity.training import saver
-from trinity.training.checkpoint import complete_steps, step_folder
+from trinity.checkpoint import save as saver
+from trinity.checkpoint.directory import complete_steps, step_folder
 from trinity.training.loop import Training
 
 LAST = 8

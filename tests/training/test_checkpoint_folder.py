@@ -16,21 +16,21 @@ import torch
 import torch.distributed as dist
 from url_stores import register
 
-from trinity.errors import Failure, UserError
-from trinity.io import checksum
-from trinity.training import checkpoint_folder, saver
-from trinity.training.checkpoint import (
+from trinity.checkpoint import directory
+from trinity.checkpoint import save as saver
+from trinity.checkpoint.directory import (
     Home,
     complete_steps,
     home_of,
-    load,
     newest_intact,
     pick_intact,
     pick_step,
-    save,
     step_folder,
-    tensors_of,
 )
+from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.save import save
+from trinity.errors import Failure, UserError
+from trinity.io import checksum
 
 register()
 
@@ -216,7 +216,7 @@ def test_a_disk_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) 
     def broken(path: Path) -> None:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(checkpoint_folder, "sum_of", broken)
+    monkeypatch.setattr(directory, "sum_of", broken)
     with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
         newest_intact(run, ignore)
 
@@ -236,7 +236,7 @@ def test_retention(home: Home, tmp_path: Path, group: None, keep: int, keep_ever
     """Which of steps 1 to 9 are there at the end, and that nothing but checkpoints is."""
     for step in range(1, 10):
         save(state_of(step), home, step, keep, keep_every)
-    assert checkpoint_folder.complete_steps(home) == left
+    assert directory.complete_steps(home) == left
     names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
     assert names == {step_folder(home, step).name for step in left} | {"latest"}
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000009\n"
@@ -251,7 +251,7 @@ def test_what_is_superfluous_and_what_is_not(run: Path, home: Home, group: None)
     save(state_of(5), home, 5, keep=1)
     names = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert names == ["step_00000004", "step_00000005", "step_00000006"]
-    assert checkpoint_folder.complete_steps(run) == [5, 6]
+    assert directory.complete_steps(run) == [5, 6]
 
 
 def test_over_what_an_earlier_attempt_left(run: Path, home: Home, group: None) -> None:
@@ -279,12 +279,12 @@ def test_a_deletion_that_is_cut_off(run: Path, group: None, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "unlink", unlink_and_stop)
-    monkeypatch.setattr(checkpoint_folder.shutil, "rmtree", stop)
+    monkeypatch.setattr(directory.shutil, "rmtree", stop)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint_folder.remove(step_folder(run, 3))
+        directory.remove(step_folder(run, 3))
     monkeypatch.undo()
     assert rmtree is shutil.rmtree
-    assert checkpoint_folder.complete_steps(run) == [6]
+    assert directory.complete_steps(run) == [6]
     save(state_of(7), run, 7, keep=2)
     left = {path.name for path in (run / "checkpoints").glob("step_*")}
     assert left - {"step_00000003"} == {"step_00000006", "step_00000007"}
@@ -302,7 +302,7 @@ def test_the_sums_are_those_of_the_files(run: Path, home: Home, group: None, tmp
         assert listed[name] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
     content = random.Random(1).randbytes(2 * checksum.BLOCK + 5)
     (tmp_path / "large").write_bytes(content)
-    assert checkpoint_folder.sum_of(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")
+    assert directory.sum_of(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")
 
 
 def test_a_disk_that_fills_up_anywhere(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,21 +15,21 @@ import torch.distributed as dist
 from run_files import bits, metrics, refuse, status, train
 from url_stores import failing, register
 
-from trinity.config.load import OmegaConf, build_config
-from trinity.errors import Failure, UserError
-from trinity.training import saver, watching
-from trinity.training.checkpoint import (
+from trinity.checkpoint import save as saver
+from trinity.checkpoint.directory import (
     Home,
     complete_steps,
     folder_of,
     home_of,
     home_of_run,
-    load,
     newest_intact,
-    save,
     step_folder,
-    tensors_of,
 )
+from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.save import save
+from trinity.config.load import OmegaConf, build_config
+from trinity.errors import Failure, UserError
+from trinity.training import watching
 from trinity.training.run_data import go_near, open_stream
 
 register()

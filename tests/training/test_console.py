@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from screen import Terminal
 
+from trinity.checkpoint.directory import warn
 from trinity.config.load import load_config
 from trinity.config.run import RunConfig
 from trinity.training import console
-from trinity.training.checkpoint_folder import warn
 from trinity.training.console import Console, closing
 from trinity.training.events import Events
 

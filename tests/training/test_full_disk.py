@@ -12,7 +12,7 @@ from file_systems import resize, small_disk
 from forked_ranks import run
 from run_files import metrics, status
 
-from trinity.training.checkpoint import complete_steps, newest_intact
+from trinity.checkpoint.directory import complete_steps, newest_intact
 
 # a disk that each record outgrows after the first checkpoint, what it begins with, and settings that make it longer
 RECORDS = {

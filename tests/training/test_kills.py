@@ -20,7 +20,7 @@ from run_files import metrics, state
 from soak import lines_of
 from troubles import in_the_deletion, in_the_files, in_the_publish, in_the_removal
 
-from trinity.training.checkpoint import complete_steps
+from trinity.checkpoint.directory import complete_steps
 
 pytestmark = pytest.mark.slow
 

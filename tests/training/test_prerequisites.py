@@ -132,7 +132,7 @@ def test_a_continued_model_is_evaluated_first(
     origin = uninterrupted
     if key == "hf":
         from trinity.interop import export_hf
-        from trinity.training.checkpoint import load_model
+        from trinity.training.load_run import load_model
 
         model, config, _ = load_model(uninterrupted)
         origin = tmp_path / "hf"

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from run_files import refuse, train
 
+from trinity.checkpoint.directory import complete_steps
 from trinity.config import RunConfig, load_config, save_config
 from trinity.data.tokenizer import fingerprint, load_tokenizer
 from trinity.errors import UserError
-from trinity.training.checkpoint import complete_steps
 from trinity.training.run_tokenizer import (
     keep_tokenizer,
     on_this_node,

@@ -8,7 +8,7 @@ from run_files import metrics, refuse, train
 
 from trinity.data.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
-from trinity.training.checkpoint import load_model
+from trinity.training.load_run import load_model
 
 PROMPTS = ["def train", "Raises:\n    User"]
 

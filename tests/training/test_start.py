@@ -17,7 +17,7 @@ from trinity.errors import UserError
 from trinity.interop import export_hf
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory, newest_config
-from trinity.training.checkpoint import load_model
+from trinity.training.load_run import load_model
 from trinity.training.loop import Training
 from trinity.training.resume import find_origin
 

@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from trinity.checkpoint.directory import step_folder
+from trinity.checkpoint.load import Reader, load, read_metadata, tensors_of
+from trinity.checkpoint.save import save
 from trinity.errors import UserError
-from trinity.training.checkpoint import load, save, step_folder, tensors_of
-from trinity.training.stored import Reader, read_metadata
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 

@@ -30,13 +30,13 @@ PART = 1 << 24
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class RemotePath:
     """A file or folder at a URL."""
 
     url: str
 
-    def __truediv__(self, name: str) -> "Elsewhere":
-        return Elsewhere(f"{self.url}/{name}")
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.url}/{name}")
 
     def __str__(self) -> str:
         return self.url
@@ -47,9 +47,9 @@ class Elsewhere:
         return self.url.rpartition("/")[2]
 
     @property
-    def parent(self) -> "Elsewhere":
+    def parent(self) -> "RemotePath":
         """The folder it is in."""
-        return Elsewhere(self.url.rpartition("/")[0])
+        return RemotePath(self.url.rpartition("/")[0])
 
     def exists(self) -> bool:
         """Whether it is there; a folder of an object store is where something in it is."""
@@ -69,7 +69,7 @@ class Elsewhere:
             return {}
         return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] or 0 for entry in found}
 
-    def glob(self, pattern: str) -> list["Elsewhere"]:
+    def glob(self, pattern: str) -> list["RemotePath"]:
         """What is in this folder under a name like that."""
         return [self / name for name in self.sizes() if fnmatch(name, pattern)]
 
@@ -90,11 +90,11 @@ class Elsewhere:
             files.pipe_file(name, content)
 
     @contextmanager
-    def create(self) -> Iterator["Outgoing"]:
+    def create(self) -> Iterator["RemoteWriter"]:
         """A large file, in parts. One that breaks off may leave a part of itself."""
         with _asked(self.url, "written") as (files, name):
             file = files.open(name, "wb", block_size=PART)
-        stream = Outgoing(file, self.url)
+        stream = RemoteWriter(file, self.url)
         try:
             yield stream
             stream.close()
@@ -122,10 +122,10 @@ class Elsewhere:
             files.rm(name, recursive=True)
 
 
-Place = Path | Elsewhere
+AnyPath = Path | RemotePath
 
 
-def place(url: str) -> Place:
+def any_path(url: str) -> AnyPath:
     """Where a path or URL leads: a local one is a Path.
 
     Raises:
@@ -135,7 +135,7 @@ def place(url: str) -> Place:
     if isinstance(found, Path):
         return found
     filesystem(found)
-    return Elsewhere(found.rstrip("/"))
+    return RemotePath(found.rstrip("/"))
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _asked(url: str, verb: str = "read") -> Iterator[tuple["AbstractFileSystem",
         raise refused(url, verb, error) from error
 
 
-class Outgoing(io.RawIOBase):
+class RemoteWriter(io.RawIOBase):
     """What is written to a file elsewhere, summed as it goes out; the store's errors are sentences."""
 
     def __init__(self, file: BinaryIO, url: str) -> None:
@@ -197,7 +197,7 @@ class Outgoing(io.RawIOBase):
             raise self.failure from error
 
 
-class Files(FileSystemBase):
+class RemoteFileSystem(FileSystemBase):
     """What torch.distributed.checkpoint asks of a file system, of one elsewhere; paths are Elsewhere.
 
     sums: of the files written through this, by name.
@@ -207,7 +207,7 @@ class Files(FileSystemBase):
         self.sums: dict[str, FileSum] = {}
 
     @contextmanager
-    def create_stream(self, path: Elsewhere, mode: str) -> Iterator[BinaryIO]:
+    def create_stream(self, path: RemotePath, mode: str) -> Iterator[BinaryIO]:
         """A file to be read or written."""
         if mode == "rb":
             with path.open() as stream:
@@ -217,21 +217,21 @@ class Files(FileSystemBase):
             yield stream
         self.sums[path.name] = stream.sum
 
-    def concat_path(self, path: Elsewhere, suffix: str) -> Elsewhere:
+    def concat_path(self, path: RemotePath, suffix: str) -> RemotePath:
         """A name in a folder."""
         return path / suffix
 
-    def rename(self, path: Elsewhere, new_path: Elsewhere) -> None:
+    def rename(self, path: RemotePath, new_path: RemotePath) -> None:
         """Without a rename: only the library's .metadata comes this way, and without COMPLETE it counts for nothing."""
         new_path.write_bytes(path.read_bytes())
         path.unlink()
         self.sums[new_path.name] = self.sums.pop(path.name)
 
-    def init_path(self, path: Elsewhere) -> Elsewhere:
+    def init_path(self, path: RemotePath) -> RemotePath:
         """The same."""
         return path
 
-    def mkdir(self, path: Elsewhere) -> None:
+    def mkdir(self, path: RemotePath) -> None:
         """Make a folder."""
         path.mkdir()
 
@@ -240,10 +240,10 @@ class Files(FileSystemBase):
         """Never asked: readers and writers are made here by hand."""
         return False
 
-    def exists(self, path: Elsewhere) -> bool:
+    def exists(self, path: RemotePath) -> bool:
         """Whether it is there."""
         return path.exists()
 
-    def rm_file(self, path: Elsewhere) -> None:
+    def rm_file(self, path: RemotePath) -> None:
         """Delete a file."""
         path.unlink()

@@ -14,10 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trinity.checkpoint.directory import step_folder
 from trinity.config.paths import tokenizer_folder
 from trinity.config.run import RunConfig
+from trinity.io.remote_path import AnyPath
 from trinity.terminal import clock, messages_above_bar, say, width
-from trinity.training import checkpoint
 
 BAR = "{desc} |{bar}| {percentage:.0f}%"
 MARGIN = 4
@@ -98,7 +99,7 @@ def _step_figures(record: dict[str, Any]) -> list[str]:
 def closing(
     config: RunConfig,
     path: Path,
-    saved: checkpoint.Place,
+    saved: AnyPath,
     record: dict[str, Any],
     step: int,
     total: int,
@@ -136,7 +137,7 @@ def next_commands(config: RunConfig, path: Path, step: int) -> list[str]:
     if tokenizer_folder(config) is not None:
         prompt = next(filter(None, config.evaluation.prompts), "Once")
         found.append(_command("generate.py", path, "--prompt", prompt))
-    export = path / "hf" / checkpoint.step_folder(path, step).name
+    export = path / "hf" / step_folder(path, step).name
     if not export.exists():
         found.append(_command("export_hf.py", path, export))
     if find_spec("plotly"):

@@ -16,6 +16,17 @@ import torch
 import torch.distributed as dist
 
 from trinity import STARTED
+from trinity.checkpoint.directory import (
+    Home,
+    complete_steps,
+    home_of,
+    home_of_run,
+    newest_intact,
+    pick_intact,
+    step_folder,
+)
+from trinity.checkpoint.load import load, model_state, tensors_of
+from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.batches import BatchHistory
@@ -32,7 +43,6 @@ from trinity.parallel.agree import any_of, on_first, reraise, together
 from trinity.parallel.mesh import Ranks
 from trinity.run_directory import RunDirectory
 from trinity.terminal import say
-from trinity.training import checkpoint
 from trinity.training.console import closing
 from trinity.training.events import Events
 from trinity.training.lr_schedule import decay_follows_length, rates_at, schedule_notes
@@ -131,7 +141,7 @@ def _note_end(error: BaseException, directory: RunDirectory, training: "Training
 def _newest(path: Path) -> int:
     """The newest complete checkpoint as far as one can see, 0 for none; what went wrong before is what counts."""
     with suppress(UserError, Failure, OSError):
-        return max(checkpoint.complete_steps(checkpoint.home_of_run(path)), default=0)
+        return max(complete_steps(home_of_run(path)), default=0)
     return 0
 
 
@@ -163,8 +173,8 @@ class Training:
         self._stopped_by = ""  # the signal's name
         self.watcher = Watcher(config, directory, ranks.rank, origin.step)
         beat = self.watcher.heartbeat.beat
-        self.home = checkpoint.home_of(config.checkpoint.url, directory.path)
-        self.saver = checkpoint.Saver(self.home, config.checkpoint, self.watcher.note, beat)
+        self.home = home_of(config.checkpoint.url, directory.path)
+        self.saver = Saver(self.home, config.checkpoint, self.watcher.note, beat)
         try:
             self._open(origin)
         except BaseException:
@@ -285,9 +295,9 @@ class Training:
         for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:
             sink.close()
 
-    def state(self) -> checkpoint.State:
+    def state(self) -> State:
         """Everything that a resumed run needs, as one flat dictionary of tensors."""
-        state = checkpoint.model_state(self.model)
+        state = model_state(self.model)
         state |= {f"optim.{key}": value for key, value in self.optimizers.state_dict().items()}
         state |= {f"data.{key}": value for key, value in self.data.loader.state_dict().items()}
         state["run.step"] = torch.tensor(self.step)
@@ -305,15 +315,15 @@ class Training:
         model, lengths = self.config.model, self.plan.lengths()
         self._flops = {length: flops_per_token(model, length)["training"] for length in lengths}
 
-    def _load(self, home: checkpoint.Home, step: int, with_data: bool = True) -> None:
+    def _load(self, home: Home, step: int, with_data: bool = True) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
         # their sizes differ from save to save, and older checkpoints lack some
         varies = ("data.", HISTORY, f"run.{COLLAPSE}")
-        saved = together(lambda: checkpoint.tensors_of(checkpoint.step_folder(home, step), varies))
+        saved = together(lambda: tensors_of(step_folder(home, step), varies))
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
-        checkpoint.load(state, home, step)
+        load(state, home, step)
         if HISTORY in state:
             self._set_plan(BatchHistory.from_rows(state[HISTORY].tolist()))
         self.data.loader.stream.plan = self.plan
@@ -336,10 +346,10 @@ class Training:
 
     def _fork(self, path: Path) -> None:
         """Weights, and the optimizer's state where init.keep says so, of another run."""
-        home = on_first(lambda: checkpoint.home_of_run(path))
-        step = checkpoint.pick_intact(home, self.config.init.step, self.watcher.note)
+        home = on_first(lambda: home_of_run(path))
+        step = pick_intact(home, self.config.init.step, self.watcher.note)
         kept = ("model.",) if self.config.init.keep == "weights" else ("model.", "optim.")
-        checkpoint.load({key: value for key, value in self.state().items() if key.startswith(kept)}, home, step)
+        load({key: value for key, value in self.state().items() if key.startswith(kept)}, home, step)
 
     def one_step(self) -> dict[str, Any]:
         """Make the next step; returns its record."""
@@ -405,7 +415,7 @@ class Training:
         if self.rollbacks >= self.config.health.rollbacks:
             return False
         self.watcher.heartbeat.begin_long("going back")
-        step = checkpoint.newest_intact(self.home, self.watcher.note, before=spiked)
+        step = newest_intact(self.home, self.watcher.note, before=spiked)
         if not step:
             return False
         rollbacks = self.rollbacks
@@ -476,7 +486,7 @@ class Training:
 
     def _export(self) -> None:
         self.watcher.heartbeat.begin_long("exporting")
-        folder = self.directory.path / "hf" / checkpoint.step_folder(self.directory.path, self.step).name
+        folder = self.directory.path / "hf" / step_folder(self.directory.path, self.step).name
         beat = partial(self.watcher.heartbeat.beat, "exporting")
         export_hf(self.model, folder, self.tokenizer, overwrite=True, beat=beat)
 
@@ -516,6 +526,6 @@ class Training:
         """Say on the first rank how the run ended and where its files are; nothing after bad steps."""
         if not self.ranks.is_first or code == TOO_MANY_BAD_STEPS:
             return
-        seconds, saved = time.monotonic() - STARTED, checkpoint.step_folder(self.home, self.step)
+        seconds, saved = time.monotonic() - STARTED, step_folder(self.home, self.step)
         path, record = self.directory.path, self._last_record
         say(closing(self.config, path, saved, record, self.step, self.total, seconds, self._stopped_by))

@@ -9,6 +9,18 @@ from typing import NamedTuple
 
 import torch
 
+from trinity.checkpoint.directory import (
+    Home,
+    Note,
+    check_home,
+    complete_steps,
+    home_of,
+    home_of_run,
+    newest_intact,
+    pick_intact,
+    step_folder,
+)
+from trinity.checkpoint.load import read_alone
 from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
@@ -18,7 +30,6 @@ from trinity.errors import UserError
 from trinity.parallel.agree import on_first, together
 from trinity.run_directory import newest_config, whose_run
 from trinity.terminal import say
-from trinity.training import checkpoint
 from trinity.training.lr_schedule import check_decay
 from trinity.training.setup import batch_plan
 
@@ -35,13 +46,13 @@ class Origin(NamedTuple):
     own: whether it is this run's, and not another's.
     """
 
-    home: checkpoint.Home
+    home: Home
     step: int = 0
     history: BatchHistory = BatchHistory()
     own: bool = True
 
 
-def find_origin(config: RunConfig, accepted: list[str], path: Path, note: checkpoint.Note) -> Origin:
+def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) -> Origin:
     """The newest checkpoint that is not damaged, if the config may go on from it; every rank calls this.
 
     Args:
@@ -52,20 +63,20 @@ def find_origin(config: RunConfig, accepted: list[str], path: Path, note: checkp
     Raises:
         UserError: the config differs in what must not change, or there is no such checkpoint.
     """
-    home = together(lambda: checkpoint.home_of(config.checkpoint.url, path))
+    home = together(lambda: home_of(config.checkpoint.url, path))
     on_first(lambda: _check_own(config, accepted, path, home))
-    step = checkpoint.newest_intact(home, note)
+    step = newest_intact(home, note)
     if step:
         return Origin(home, step, on_first(lambda: history_of(home, step, newest_config(path))))
     if not config.init.run or config.init.keep != "all":
         return Origin(home)
     other = Path(config.init.run)
-    home = on_first(lambda: checkpoint.home_of_run(other))
-    step = checkpoint.pick_intact(home, config.init.step, note)
+    home = on_first(lambda: home_of_run(other))
+    step = pick_intact(home, config.init.step, note)
     return Origin(home, step, on_first(lambda: _check_against(config, accepted, other, home, step)), own=False)
 
 
-def history_of(home: checkpoint.Home, step: int, before: RunConfig) -> BatchHistory:
+def history_of(home: Home, step: int, before: RunConfig) -> BatchHistory:
     """The steps that a checkpoint's run made, read by this process alone.
 
     A checkpoint of an older version does not hold them. They are then taken to be those of the run's last config;
@@ -75,12 +86,12 @@ def history_of(home: checkpoint.Home, step: int, before: RunConfig) -> BatchHist
         home, step: which checkpoint.
         before: config of its run.
     """
-    folder = checkpoint.step_folder(home, step)
-    stored = checkpoint.read_alone(folder, HISTORY)
+    folder = step_folder(home, step)
+    stored = read_alone(folder, HISTORY)
     if stored:
         return BatchHistory.from_rows(stored[HISTORY].tolist())
     assumed = batch_plan(before).history(step)
-    data = checkpoint.read_alone(folder, "data.k") | checkpoint.read_alone(folder, "data.jumped")
+    data = read_alone(folder, "data.k") | read_alone(folder, "data.jumped")
     if len(data) < 2:  # damaged; loading says so
         return assumed
     read = position_of(int(data["data.k"]), data["data.jumped"].tolist())
@@ -94,11 +105,11 @@ def history_tensor(history: BatchHistory) -> torch.Tensor:
     return torch.tensor(history.rows())
 
 
-def _check_own(config: RunConfig, accepted: list[str], path: Path, home: checkpoint.Home) -> None:
+def _check_own(config: RunConfig, accepted: list[str], path: Path, home: Home) -> None:
     """Refuse what may not change after the newest checkpoint that can be read."""
     before = newest_config(path) if (path / "config.yaml").is_file() else None
-    checkpoint.check_home(home, before, path)
-    for step in reversed(checkpoint.complete_steps(home)):
+    check_home(home, before, path)
+    for step in reversed(complete_steps(home)):
         try:
             history_of(home, step, before)
         except UserError:  # damaged; newest_intact says so
@@ -107,9 +118,7 @@ def _check_own(config: RunConfig, accepted: list[str], path: Path, home: checkpo
         return
 
 
-def _check_against(
-    config: RunConfig, accepted: list[str], path: Path, home: checkpoint.Home, step: int
-) -> BatchHistory:
+def _check_against(config: RunConfig, accepted: list[str], path: Path, home: Home, step: int) -> BatchHistory:
     """Refuse what may not differ from the run in `path`, whose checkpoint of `step` is gone on from."""
     before = newest_config(path)
     history = history_of(home, step, before)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trinity.checkpoint.directory import complete_steps, home_of, home_of_run, step_folder
+from trinity.checkpoint.load import load, tensors_of
 from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory, tokenizer_folder
 from trinity.config.phases import WholePhase, whole_phases
@@ -21,7 +23,6 @@ from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengt
 from trinity.errors import Failure, UserError
 from trinity.parallel.mesh import Ranks
 from trinity.run_directory import newest_config
-from trinity.training import checkpoint
 from trinity.training.resume import history_of
 from trinity.training.setup import batch_plan
 
@@ -109,7 +110,7 @@ def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
     try:
         path, complete = _checkpoints_before(config)
         before = newest_config(path)
-        home = checkpoint.home_of(before.checkpoint.url, path)
+        home = home_of(before.checkpoint.url, path)
         if not complete:
             return
         history = history_of(home, complete[-1], before)
@@ -119,8 +120,8 @@ def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
         done = [number for number in complete if number <= step]
         if not done:
             return
-        state = checkpoint.tensors_of(checkpoint.step_folder(home, done[-1]), "data.")
-        checkpoint.load(state, home, done[-1])
+        state = tensors_of(step_folder(home, done[-1]), "data.")
+        load(state, home, done[-1])
         stream.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})
     except (UserError, Failure):
         return
@@ -137,7 +138,7 @@ def _checkpoints_before(config: RunConfig) -> tuple[Path, list[int]]:
 
 
 def _complete_steps(run: Path) -> list[int]:
-    return checkpoint.complete_steps(checkpoint.home_of_run(run)) if config_files(run) else []
+    return complete_steps(home_of_run(run)) if config_files(run) else []
 
 
 def _phase(phase: WholePhase, names: list[str]) -> Phase:

@@ -6,15 +6,21 @@ here by an unpickler that knows the few classes which describe tensors and files
 
 import math
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from trinity.checkpoint.directory import Home, step_folder
+from trinity.checkpoint.save import State, told
 from trinity.errors import Failure, UserError
-from trinity.io.remote_path import Files, Place
+from trinity.io.remote_path import AnyPath, RemoteFileSystem
+from trinity.models.trinity import Trinity
+from trinity.parallel.agree import together
 
 METADATA_CLASSES = {
     "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -37,11 +43,11 @@ class Reader(dcp.FileSystemReader):
         UserError: .metadata is missing, damaged, or names something else than tensors and files.
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         super().__init__(str(folder))
         self.path = folder
         if not isinstance(folder, Path):
-            self.fs = Files()
+            self.fs = RemoteFileSystem()
         self._metadata = read_metadata(folder / ".metadata")
 
     def read_metadata(self) -> Metadata:  # the library would also offer a file by rank, which we never write
@@ -52,7 +58,7 @@ class Reader(dcp.FileSystemReader):
         return self._metadata
 
 
-def read_metadata(path: Place) -> Metadata:
+def read_metadata(path: AnyPath) -> Metadata:
     """The description of a checkpoint.
 
     Raises:
@@ -69,7 +75,7 @@ def read_metadata(path: Place) -> Metadata:
     return found
 
 
-def _check(found: Any, path: Place) -> None:
+def _check(found: Any, path: AnyPath) -> None:
     parts = isinstance(found, Metadata) and (found.storage_data, found.state_dict_metadata)
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path} does not describe a checkpoint; use another one")
@@ -84,7 +90,7 @@ def _whole(stored: TensorStorageMetadata) -> bool:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, path: Place) -> None:
+    def __init__(self, file: BinaryIO, path: AnyPath) -> None:
         super().__init__(file)
         self._path = path
 
@@ -95,3 +101,70 @@ class _Unpickler(pickle.Unpickler):
             named = f"{module}.{name}"
             raise UserError(f"{self._path} names {named!r}, which no checkpoint needs; do not trust this folder")
         return super().find_class(module, name)
+
+
+def load(state: State, home: Home, step: int) -> None:
+    """Fill the given tensors in place, whatever mesh they were saved on; every rank calls this.
+
+    Checksums are not looked at: pick_intact and newest_intact did, once for all that is loaded.
+
+    Raises:
+        UserError: the checkpoint lacks a tensor, holds it in another shape, or cannot be read.
+        Failure: it lies elsewhere, and cannot be reached.
+    """
+    folder = step_folder(home, step)
+    _read(state, folder, together(lambda: Reader(folder)), alone=not dist.is_initialized())
+
+
+def read_alone(folder: AnyPath, prefix: str) -> State:
+    """The small tensors whose names begin so in a checkpoint, read by this process without the others.
+
+    Raises:
+        UserError: it cannot be read.
+        Failure: it lies elsewhere, and cannot be reached.
+    """
+    state = tensors_of(folder, prefix)
+    if state:
+        _read(state, folder, Reader(folder), alone=True)
+    return state
+
+
+def _read(state: State, folder: AnyPath, reader: Reader, alone: bool) -> None:
+    # a copy: the library wants to write its own references into the dictionary
+    wanted = dict(state)
+    try:
+        with warnings.catch_warnings():
+            # a tool that reads a run alone means to: torch warns of it
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(wanted, storage_reader=reader, no_dist=alone)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        if isinstance(error, dcp.CheckpointException):  # its text is the traceback of every rank
+            if isinstance(failure := told(error), Failure):
+                raise failure from None
+            error = next(iter(error.failures.values()))[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose text is advice to trust the file
+            raise UserError(f"{folder} is damaged (a tensor in it cannot be read); use another checkpoint") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{folder} does not fit this run's config: {reason}") from None
+
+
+def tensors_of(folder: AnyPath, prefix: str | tuple[str, ...]) -> State:
+    """Empty tensors of the names in a checkpoint that begin with a prefix, shaped as they were saved, for load to fill.
+
+    Args:
+        folder: of the checkpoint.
+        prefix: one, or several.
+    Raises:
+        UserError: its .metadata is damaged, or names something else than tensors and files.
+    """
+    metadata = Reader(folder).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in metadata.items()
+        if name.startswith(prefix)
+    }
+
+
+def model_state(model: Trinity) -> State:
+    """Parameters and balancing state, by name."""
+    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from trinity.config.run import RunConfig
 from trinity.errors import Failure, UserError
 from trinity.io.checksum import FileSum, sum_of
 from trinity.io.json_files import to_json
 from trinity.io.local import sync_folder, write_atomically
-from trinity.io.remote_path import Elsewhere, Place, place
+from trinity.io.remote_path import AnyPath, RemotePath, any_path
 from trinity.parallel.agree import on_first, together
+from trinity.run_directory import newest_config
 from trinity.terminal import say
 
 Note = Callable[..., None]
@@ -34,7 +36,7 @@ METADATA = ".metadata"
 class Shelf(NamedTuple):
     """A folder of step_… folders that is not in their run's directory."""
 
-    folder: Place
+    folder: AnyPath
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -49,20 +51,20 @@ def home_of(url: str | None, run_directory: Path) -> Home:
     Raises:
         UserError: an unknown protocol, or one whose package is not installed.
     """
-    return Shelf(place(url)) if url else run_directory
+    return Shelf(any_path(url)) if url else run_directory
 
 
-def folder_of(home: Home) -> Place:
+def folder_of(home: Home) -> AnyPath:
     """The folder that holds step_…"""
     return home.folder if isinstance(home, Shelf) else home / "checkpoints"
 
 
-def step_folder(home: Home, step: int) -> Place:
+def step_folder(home: Home, step: int) -> AnyPath:
     """Where the checkpoint after `step` steps lives."""
     return folder_of(home) / f"step_{step:08d}"
 
 
-def mark_complete(folder: Place, sums: dict[str, FileSum]) -> None:
+def mark_complete(folder: AnyPath, sums: dict[str, FileSum]) -> None:
     """Write COMPLETE, once every file is on the disk, or in the store, under its name."""
     _sync(folder)
     _sync(folder.parent)
@@ -71,26 +73,26 @@ def mark_complete(folder: Place, sums: dict[str, FileSum]) -> None:
     _write(folder.parent / "latest", folder.name + "\n")
 
 
-def _write(path: Place, text: str) -> None:
-    if isinstance(path, Elsewhere):
+def _write(path: AnyPath, text: str) -> None:
+    if isinstance(path, RemotePath):
         path.write_bytes(text.encode())
     else:
         write_atomically(path, text)
 
 
-def _sync(folder: Place) -> None:
-    if not isinstance(folder, Elsewhere):
+def _sync(folder: AnyPath) -> None:
+    if not isinstance(folder, RemotePath):
         sync_folder(folder)
 
 
-def remove(folder: Place) -> None:
+def remove(folder: AnyPath) -> None:
     """Delete a checkpoint, or what is left of one, so that a deletion that is cut off leaves nothing that looks whole.
 
     COMPLETE goes first; without .metadata the rest cannot be read, and `retain` knows it for rubbish.
     """
     for name in ("COMPLETE", METADATA):
         (folder / name).unlink(missing_ok=True)
-    if isinstance(folder, Elsewhere):
+    if isinstance(folder, RemotePath):
         folder.rmtree()
     else:
         shutil.rmtree(folder)
@@ -124,18 +126,18 @@ def _steps(home: Home) -> list[int]:
     return [step for step in steps if step_folder(home, step).name in names]  # step_7 is none of ours
 
 
-def is_complete(folder: Place) -> bool:
+def is_complete(folder: AnyPath) -> bool:
     """Whether COMPLETE is there and every file that it lists has its size."""
     sums = _listed(folder)
     return sums is not None and not _wrong_size(folder, sums)
 
 
-def size_of(folder: Place) -> int:
+def size_of(folder: AnyPath) -> int:
     """Bytes of a checkpoint as COMPLETE lists them, 0 without it."""
     return sum(known.bytes for known in (_listed(folder) or {}).values())
 
 
-def _listed(folder: Place) -> dict[str, FileSum] | None:
+def _listed(folder: AnyPath) -> dict[str, FileSum] | None:
     try:
         files = json.loads((folder / "COMPLETE").read_bytes())["files"]
         sums = {name: FileSum(int(known["bytes"]), str(known["crc32"])) for name, known in files.items()}
@@ -144,9 +146,9 @@ def _listed(folder: Place) -> dict[str, FileSum] | None:
     return sums if METADATA in sums else None
 
 
-def _wrong_size(folder: Place, sums: dict[str, FileSum]) -> str:
+def _wrong_size(folder: AnyPath, sums: dict[str, FileSum]) -> str:
     """What is wrong with the first file that has not its size, "" for nothing."""
-    sizes = folder.sizes() if isinstance(folder, Elsewhere) else None  # a request for each would take minutes
+    sizes = folder.sizes() if isinstance(folder, RemotePath) else None  # a request for each would take minutes
     for name, known in sums.items():
         try:
             size = (folder / name).stat().st_size if sizes is None else sizes[name]
@@ -159,7 +161,7 @@ def _wrong_size(folder: Place, sums: dict[str, FileSum]) -> str:
     return ""
 
 
-def check_sizes(folder: Place, sums: dict[str, FileSum]) -> None:
+def check_sizes(folder: AnyPath, sums: dict[str, FileSum]) -> None:
     """Whether all that was written is there, before COMPLETE says so.
 
     Raises:
@@ -170,7 +172,7 @@ def check_sizes(folder: Place, sums: dict[str, FileSum]) -> None:
         raise Failure(f"{folder} was written and is not there as it was ({wrong}); run the same command again")
 
 
-def damage(folder: Place) -> str:
+def damage(folder: AnyPath) -> str:
     """What is wrong with a complete checkpoint, "" for nothing; every rank calls this, and all get the same answer."""
     sums, wrong = on_first(lambda: _check_list(folder))
     if wrong:
@@ -187,14 +189,14 @@ def damage(folder: Place) -> str:
     return next(filter(None, answers), "")
 
 
-def _check_list(folder: Place) -> tuple[dict[str, FileSum], str]:
+def _check_list(folder: AnyPath) -> tuple[dict[str, FileSum], str]:
     sums = _listed(folder)
     if sums is None:
         return {}, "its COMPLETE is missing or cannot be read"
     return sums, _wrong_size(folder, sums)
 
 
-def _wrong_content(path: Place, known: FileSum) -> str:
+def _wrong_content(path: AnyPath, known: FileSum) -> str:
     try:
         return "" if sum_of(path) == known else f"{path.name} has changed since it was written"
     except OSError as error:
@@ -280,3 +282,40 @@ def pick_intact(home: Home, step: int | None, note: Note = warn) -> int:
         others = [other for other in on_first(lambda: complete_steps(home)) if other != step]
         raise UserError(f"{step_folder(home, step)} is damaged ({wrong}); take another of {others}")
     return step
+
+
+def home_of_run(run_directory: Path) -> Home:
+    """Whose checkpoints those of a run are, by the config of its last start.
+
+    Raises:
+        UserError: not a run directory, or a URL that nothing here can open.
+    """
+    return home_of(newest_config(run_directory).checkpoint.url, run_directory)
+
+
+def check_home(home: Home, before: RunConfig | None, run_directory: Path) -> None:
+    """Refuse to begin anew, or to go back, because checkpoint.url is another one, and to go on with another run's.
+
+    Args:
+        home: where the checkpoints of this start are and will be.
+        before: config of the run's last start; None where the run directory has none.
+    Raises:
+        UserError: naming the places.
+    """
+    done = complete_steps(home)
+    if before is None:
+        if done:
+            raise UserError(
+                f"{folder_of(home)} holds checkpoints, and {run_directory} has no config.yaml that says of which run; "
+                "put that file back, or give another run.dir or checkpoint.url"
+            )
+        return
+    left = home_of(before.checkpoint.url, run_directory)
+    if folder_of(left) == folder_of(home):
+        return
+    here, there = max(done, default=0), max(complete_steps(left), default=0)
+    if here < there:
+        raise UserError(
+            f"the checkpoints of {run_directory} are in {folder_of(left)} up to step {there}, and in "
+            f"{folder_of(home)} up to step {here}; copy them there or give the old checkpoint.url back"
+        )

@@ -35,13 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from trinity.config.run import Checkpoint
-from trinity.errors import USER_MISTAKE, Failure, UserError, explain
-from trinity.io.checksum import FileSum, sum_of
-from trinity.io.local import make_folder
-from trinity.io.remote_path import Elsewhere, Files
-from trinity.parallel.agree import on_first
-from trinity.training.checkpoint_folder import (
+from trinity.checkpoint.directory import (
     METADATA,
     Home,
     Note,
@@ -55,6 +49,12 @@ from trinity.training.checkpoint_folder import (
     step_folder,
     warn,
 )
+from trinity.config.run import Checkpoint
+from trinity.errors import USER_MISTAKE, Failure, UserError, explain
+from trinity.io.checksum import FileSum, sum_of
+from trinity.io.local import make_folder
+from trinity.io.remote_path import AnyPath, RemoteFileSystem, RemotePath
+from trinity.parallel.agree import on_first
 
 State = dict[str, Tensor]
 Written = tuple[list[WriteResult], dict[str, FileSum]]
@@ -157,7 +157,7 @@ class Saver:
     def _check_space(self) -> None:
         """Say so where two checkpoints like the last one do not fit: the next one may, what comes after it may not."""
         folder = folder_of(self._home)
-        steps = [] if isinstance(folder, Elsewhere) else complete_steps(self._home)
+        steps = [] if isinstance(folder, RemotePath) else complete_steps(self._home)
         if not steps:
             return
         size, free = size_of(step_folder(self._home, steps[-1])), shutil.disk_usage(folder).free
@@ -236,7 +236,7 @@ class Writer(dcp.FileSystemWriter):
         local = isinstance(folder, Path)
         super().__init__(str(folder), single_file_per_rank=True, sync_files=local)
         self.path = folder
-        self.fs = LocalFiles() if local else Files()
+        self.fs = LocalFiles() if local else RemoteFileSystem()
         self.step = step
         self._home, self._keep, self._keep_every = home, keep, keep_every
 
@@ -268,7 +268,7 @@ class Writer(dcp.FileSystemWriter):
         return done
 
     def _sum(self, name: str) -> FileSum:
-        return self.fs.sums[name] if isinstance(self.fs, Files) else sum_of(self.path / name)
+        return self.fs.sums[name] if isinstance(self.fs, RemoteFileSystem) else sum_of(self.path / name)
 
     def finish(self, metadata: Metadata, results: list[Written]) -> None:
         """On the first rank, once every rank has written."""
@@ -276,7 +276,7 @@ class Writer(dcp.FileSystemWriter):
         sums = {METADATA: self._sum(METADATA)}
         for _, found in results:
             sums |= found
-        if isinstance(self.fs, Files):
+        if isinstance(self.fs, RemoteFileSystem):
             check_sizes(self.path, sums)
         mark_complete(self.path, sums)
         retain(self._home, self.step, self._keep, self._keep_every)
@@ -308,3 +308,16 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def save(state: State, home: Home, step: int, keep: int, keep_every: int = 0) -> AnyPath:
+    """Write a checkpoint and wait for it, then remove all but the newest `keep` complete ones; every rank calls this.
+
+    An older checkpoint is removed only once the new one is complete, and never where its step is a multiple of
+    `keep_every`.
+
+    Raises:
+        Failure, UserError: it could not be written on some rank; the older ones are as they were.
+    """
+    write(state, home, step, keep, keep_every, group=None)
+    return step_folder(home, step)
