@@ -51,7 +51,7 @@ def main() -> int:
 
         dry_run(config, to_yaml(config))
         return 0
-    from trinity.training.loop import pretrain
+    from trinity.training.trainer import pretrain
 
     return pretrain(config, arguments.accept_change)
 

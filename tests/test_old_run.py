@@ -19,7 +19,7 @@ from trinity.checkpoint.load import load, tensors_of
 from trinity.config import load_config
 from trinity.interop import export_hf, load_hf
 from trinity.training.load_run import load_model
-from trinity.training.loop import pretrain
+from trinity.training.trainer import pretrain
 
 SAVED = Path(__file__).parent / "data" / "run_of_version_0_1"
 STEP = 3

@@ -32,7 +32,7 @@ def main() -> None:
     from trinity.config import load_config
     from trinity.config.paths import check_paths
     from trinity.data.tokenizer import load_tokenizer
-    from trinity.training.run_data import go_near, open_stream
+    from trinity.training.build_data import go_near, open_stream
     from trinity.training.run_tokenizer import tokenizer_to_read, with_tokenizer
 
     config = load_config(arguments.config, arguments.settings)

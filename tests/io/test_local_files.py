@@ -22,8 +22,8 @@ from trinity.io import local
 from trinity.io.json_files import append_json_line, write_json
 from trinity.io.local import atomic_path, copy_atomically, make_folder, temporary, write_atomically
 from trinity.models import ModelConfig, Trinity
+from trinity.monitor.loggers import JsonLines, _wandb_id
 from trinity.run_directory import RunDirectory
-from trinity.training.metrics import JsonLines, _wandb_id
 
 ROOT = Path(__file__).parents[2]
 SMALL = ModelConfig(
@@ -209,7 +209,7 @@ def test_a_file_system_that_syncs_no_folders(
 
 NOT_ATOMIC = {"write_text", "write_bytes", "mkstemp", "NamedTemporaryFile", "copyfile", "dump"}
 ALLOWED = {("trinity/io/remote_path.py", "write_bytes"), ("trinity/checkpoint/directory.py", "write_bytes"),
-           ("trinity/training/heartbeat.py", "write_bytes")}  # fmt: skip
+           ("trinity/monitor/heartbeat.py", "write_bytes")}  # fmt: skip
 """An object store's put, and NCCL's record in the last second of a process that hangs."""
 
 
@@ -245,7 +245,7 @@ def test_json_that_every_parser_reads(tmp_path: Path) -> None:
 
 def test_every_log_is_json(tmp_path: Path) -> None:
     """What a run writes of a step whose loss is not finite, read by a parser that knows no NaN."""
-    from trinity.training.events import Events
+    from trinity.monitor.events import Events
 
     log = JsonLines(tmp_path / "metrics.jsonl", 0)
     log.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr_muon": 0.1})

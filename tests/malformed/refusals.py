@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import USER_MISTAKE, explain
-from trinity.training.loop import pretrain
+from trinity.training.trainer import pretrain
 
 REFUSED_START = {"lock", "status.json"}
 """What a refused start leaves in its run directory (trinity/training/README.md)."""

@@ -12,8 +12,8 @@ import torch
 from refusals import DAMAGE_FOUND, REFUSED_START, refusal, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from trinity.monitor.loggers import JsonLines
 from trinity.training.load_run import load_model
-from trinity.training.metrics import JsonLines
 
 STEPS = (3, 6)
 MEASURED = {"step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu"}

@@ -20,10 +20,10 @@ from trinity.models.moe import MoE
 from trinity.optim import Muon, orthogonalize, rate_factor
 from trinity.optim.layout import Batch as MuonBatch
 from trinity.parallel import mesh
-from trinity.training import trainer
-from trinity.training.run_data import open_stream
-from trinity.training.setup import build_model, make_optimizers
-from trinity.training.trainer import Batch, train_step
+from trinity.training import train_step as step_module
+from trinity.training.build import build_model, make_optimizers
+from trinity.training.build_data import open_stream
+from trinity.training.train_step import Batch, train_step
 
 BOUND = 1e-10
 
@@ -89,7 +89,7 @@ def uneven(rows: Any, first: bool) -> Batch:
 def watched(model: torch.nn.Module, seen: dict[str, list], rows: int, forced: Tensor | None = None) -> Iterator[None]:
     """Note the raw gradients, the counts and the routes of one step; forced: this rank's routes, [M, rows, S, K]."""
     routes: list[Tensor] = []
-    clip, route, counts_of = trainer.clip_, trinity_kernels.route, trainer.total_counts
+    clip, route, counts_of = step_module.clip_, trinity_kernels.route, step_module.total_counts
 
     def clip_after_a_look(gradients: list[Tensor], norm: Tensor, most: float) -> None:
         named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -113,9 +113,9 @@ def watched(model: torch.nn.Module, seen: dict[str, list], rows: int, forced: Te
         return counts
 
     with (
-        mock.patch.object(trainer, "clip_", clip_after_a_look),
+        mock.patch.object(step_module, "clip_", clip_after_a_look),
         mock.patch.object(trinity_kernels, "route", noted_route),
-        mock.patch.object(trainer, "total_counts", noted_counts),
+        mock.patch.object(step_module, "total_counts", noted_counts),
     ):
         yield
     layers = sum(isinstance(module, MoE) for module in model.modules())
@@ -180,26 +180,26 @@ def _scaled_expert_gradients(model: torch.nn.Module) -> Iterator[None]:
 def _counts_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
     """Each rank balances by its own counts."""
     own = lambda parts: torch.stack([part.counts_ME for part in parts]).sum(dim=0)  # noqa: E731
-    with mock.patch.object(trainer, "total_counts", own):
+    with mock.patch.object(step_module, "total_counts", own):
         yield
 
 
 @contextmanager
 def _norm_twice(model: torch.nn.Module) -> Iterator[None]:
     """Experts' gradients counted twice in the norm."""
-    norm = trainer.global_norm
+    norm = step_module.global_norm
 
     def doubled(gradients: list[Tensor], group: dist.ProcessGroup) -> Tensor:
         return norm([*gradients, *(p.grad for name, p in model.named_parameters() if ".experts." in name)], group)
 
-    with mock.patch.object(trainer, "global_norm", doubled):
+    with mock.patch.object(step_module, "global_norm", doubled):
         yield
 
 
 @contextmanager
 def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
     """Each rank divides its loss by its own valid targets (times the ranks)."""
-    with mock.patch.object(trainer, "_over_all_ranks", lambda count: int(count) * dist.get_world_size()):
+    with mock.patch.object(step_module, "_over_all_ranks", lambda count: int(count) * dist.get_world_size()):
         yield
 
 

@@ -20,8 +20,8 @@ from trinity.checkpoint.load import load, tensors_of
 from trinity.checkpoint.save import Writer
 from trinity.errors import Failure
 from trinity.parallel import mesh
-from trinity.training import loop, trainer
-from trinity.training.loop import pretrain
+from trinity.training import train_step, trainer
+from trinity.training.trainer import pretrain
 
 WORDS = [
     "batch.sequences=4",
@@ -40,7 +40,7 @@ def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
     made: list[int] = []
 
     def step(*args: Any) -> dict:
-        figures = trainer.train_step(*args)
+        figures = train_step.train_step(*args)
         made.append(1)
         return figures
 
@@ -48,7 +48,7 @@ def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
     with (
         slow_writes(lambda writer: len(made) >= min(writer.step + 2, LAST)),
         mock.patch.object(mesh, "stop"),
-        mock.patch.object(loop, "train_step", step),
+        mock.patch.object(trainer, "train_step", step),
         mock.patch.object(saver, "on_host", copy),
     ):
         return pretrain(config_of(settings, words), [])
@@ -129,7 +129,7 @@ def step_after_the_save(*args: Any) -> dict:
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
-    return trainer.train_step(*args)
+    return train_step.train_step(*args)
 
 
 def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
@@ -144,7 +144,7 @@ def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
     with (
         mock.patch.object(Writer, "write_data", write),
         mock.patch.object(mesh, "stop"),
-        mock.patch.object(loop, "train_step", step_after_the_save),
+        mock.patch.object(trainer, "train_step", step_after_the_save),
     ):
         try:
             pretrain(config_of(settings, words), [])

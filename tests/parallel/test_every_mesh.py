@@ -21,9 +21,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from trinity.models import Trinity
 from trinity.parallel import mesh, sharding
 from trinity.parallel.traffic import count_collectives
-from trinity.training.run_data import open_stream
-from trinity.training.setup import build_model, make_optimizers
-from trinity.training.trainer import train_step
+from trinity.training.build import build_model, make_optimizers
+from trinity.training.build_data import open_stream
+from trinity.training.train_step import train_step
 
 STEPS = 5
 FLOAT64 = ["precision.compute=float64", "optim.muon.dtype=float64"]

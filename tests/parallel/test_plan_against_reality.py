@@ -25,8 +25,8 @@ from trinity.planning.activations import block_activations
 from trinity.planning.communication import flows
 from trinity.planning.sharded import sharded, state_bytes
 from trinity.planning.stretches import load_of, stretches
-from trinity.training.setup import build_model, make_optimizers
-from trinity.training.trainer import Batch, train_step
+from trinity.training.build import build_model, make_optimizers
+from trinity.training.train_step import Batch, train_step
 
 MODEL = {
     "vocab_size": 50, "width": 24, "layers": 3, "dense_layers": 1, "dense_width": 36, "heads": 2, "kv_heads": 1,

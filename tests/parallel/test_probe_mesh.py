@@ -12,7 +12,7 @@ from mesh_runs import config_of
 
 from trinity.models.attention import Attention
 from trinity.parallel import mesh
-from trinity.training.loop import pretrain
+from trinity.training.trainer import pretrain
 
 WORDS = [
     "batch.sequences=4", "batch.ramp=[]", "run.steps=3", "evaluation.every=0", "log.probe_every=1",

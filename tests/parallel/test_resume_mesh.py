@@ -16,7 +16,7 @@ from mesh_runs import BOUND, assert_tensors, config_of
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
 from trinity.parallel import mesh
-from trinity.training.loop import pretrain
+from trinity.training.trainer import pretrain
 
 MEASURED = {
     "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",

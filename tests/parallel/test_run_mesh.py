@@ -18,9 +18,9 @@ from mesh_runs import config_of, whole
 from trinity.errors import UserError
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory
-from trinity.training import loop, trainer
-from trinity.training.loop import Training, pretrain
+from trinity.training import train_step, trainer
 from trinity.training.resume import Origin
+from trinity.training.trainer import Training, pretrain
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["batch.sequences=4", "batch.ramp=[]", "parallel.expert=2", "run.steps=4", "evaluation.every=0"]
@@ -39,9 +39,9 @@ def stopped_run(settings: dict) -> int:
         steps.append(1)
         if dist.get_rank() == 1 and len(steps) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return trainer.train_step(*args)
+        return train_step.train_step(*args)
 
-    with mock.patch.object(mesh, "stop"), mock.patch.object(loop, "train_step", step):
+    with mock.patch.object(mesh, "stop"), mock.patch.object(trainer, "train_step", step):
         return pretrain(config_of(settings, WORDS), [])
 
 
@@ -80,7 +80,7 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
     training = Training(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), Origin(Path(config.run.dir)))
     good = training.one_step()
     before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
-    backward = trainer._forward_and_backward
+    backward = train_step._forward_and_backward
 
     def poisoned(model: torch.nn.Module, *args: object) -> list:
         parts = backward(model, *args)
@@ -90,7 +90,7 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
             parts[0].ce_BS[0, 0] = float("nan")
         return parts
 
-    with mock.patch.object(trainer, "_forward_and_backward", poisoned):
+    with mock.patch.object(train_step, "_forward_and_backward", poisoned):
         bad = training.one_step()
     after = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     training.close()

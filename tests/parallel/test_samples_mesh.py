@@ -8,7 +8,7 @@ from unittest import mock
 from mesh_runs import config_of
 
 from trinity.parallel import mesh
-from trinity.training.loop import pretrain
+from trinity.training.trainer import pretrain
 
 WORDS = [
     "batch.sequences=4", "batch.ramp=[]", "run.steps=1", "evaluation.every=1", "evaluation.sequences=3",

@@ -12,7 +12,7 @@ from trinity.models.accounting import flops_per_token
 from trinity.planning.plan import make_plan
 from trinity.planning.stretches import Load, Stretch, load_of, stretches
 from trinity.planning.text import as_text, as_values
-from trinity.training.setup import batch_plan, total_steps
+from trinity.training.build import batch_plan, total_steps
 
 
 def run(

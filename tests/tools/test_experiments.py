@@ -23,7 +23,7 @@ from rsdb_arms import ARMS, QUICK, arm_config, take_by_stream  # noqa: E402
 from trinity.data.shards import TokenSource  # noqa: E402
 from trinity.errors import UserError  # noqa: E402
 from trinity.models import Trinity  # noqa: E402
-from trinity.training.run_data import open_stream  # noqa: E402
+from trinity.training.build_data import open_stream  # noqa: E402
 
 STEPS = 8
 WORDS = ("--quick", "--seeds", 1, "--steps", STEPS)

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import run_main
-from trinity.training.loop import pretrain
+from trinity.training.trainer import pretrain
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["trinity.training.loop", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+SERVER.set_forkserver_preload(["trinity.training.trainer", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
 SECONDS = 60
 """How long a run may take to end once something has happened to it. A rank hears at once that a neighbour's connection

@@ -12,7 +12,7 @@ from trinity.checkpoint.directory import Home, step_folder
 from trinity.checkpoint.load import load, tensors_of
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import UserError
-from trinity.training.loop import pretrain
+from trinity.training.trainer import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.
 MEASURED = {

@@ -16,7 +16,7 @@ from trinity.checkpoint import directory
 from trinity.data.loader import _Worker
 from trinity.interop import export
 from trinity.models import Trinity
-from trinity.training import loop
+from trinity.training import trainer
 
 LAST = 8
 
@@ -54,7 +54,7 @@ def test_asked_to_stop(settings: dict, uninterrupted: Path, moment: str) -> None
     run, (interruption, saved) = Path(settings["run"]["dir"]), MOMENTS[moment]
     words = ["export.every=5"] if moment == "exporting" else []
     with interruption():
-        assert train(settings, "checkpoint.asynchronous=false", *words) == loop.SAVED
+        assert train(settings, "checkpoint.asynchronous=false", *words) == trainer.SAVED
     assert status(run) == {"state": "saved", "code": 75, "step": saved, "reason": "asked to stop by SIGTERM"}
     assert [line["step"] for line in metrics(run)] == list(range(1, saved + 1))
     assert train(settings) == 0

@@ -11,9 +11,9 @@ from run_files import metrics, refuse, state, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import Run, RunConfig
 from trinity.errors import UserError
-from trinity.training import trainer
+from trinity.training import train_step
+from trinity.training.build_data import go_near, open_stream
 from trinity.training.lr_schedule import check_decay
-from trinity.training.run_data import go_near, open_stream
 
 S = 24
 PHASES = "data.phases=[{tokens: 800, mixture: {prose: 2, code: 1}, packing: sequential, sequence_length: 16}]"
@@ -73,14 +73,14 @@ def test_a_changed_batch_and_the_way_back(settings: dict, monkeypatch: pytest.Mo
     """A spike after the change leads back before it; the batch asked for now holds from there, and no data twice."""
     words = ["batch.ramp=[]", "data.phases=[]", "checkpoint.every=2", "checkpoint.keep=1"]
     assert train(settings, *words, "run.steps=2") == 0
-    calls, norm = [], trainer.global_norm
+    calls, norm = [], train_step.global_norm
 
     def enlarged(*arguments: object) -> torch.Tensor:
         calls.append(1)
         return norm(*arguments) * (1000 if len(calls) == 5 else 1)
 
     assert train(settings, *words, "run.steps=4", "checkpoint.every=0") == 0
-    monkeypatch.setattr(trainer, "global_norm", enlarged)
+    monkeypatch.setattr(train_step, "global_norm", enlarged)
     spike = ["health.spike.action=rollback", "health.spike.window=6", "health.spike.sigma=20"]
     more = [*words, *spike, "batch.sequences=12", "run.steps=11", "checkpoint.every=20"]
     assert train(settings, *more, accept=ACCEPT) == 0
@@ -136,15 +136,15 @@ def test_a_fork_keeps_what_is_fixed(settings: dict, uninterrupted: Path) -> None
 
 def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.MonkeyPatch, planned: Path) -> None:
     """Those of an older version: the steps are taken to be those of the config, and checked against the data."""
-    from trinity.training import loop
+    from trinity.training import trainer
 
-    full = loop.Training.state
+    full = trainer.Training.state
 
-    def older(self: loop.Training) -> dict:
+    def older(self: trainer.Training) -> dict:
         return {key: value for key, value in full(self).items() if key != "run.batch_history"}
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Training, "state", older)
+        patched.setattr(trainer.Training, "state", older)
         assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
     run = Path(settings["run"]["dir"])
     assert "run.batch_history" not in state(run, 3)

@@ -11,7 +11,7 @@ from troubles import MOMENTS, QUICK, WORDS
 
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import complete_steps, step_folder
-from trinity.training.loop import Training
+from trinity.training.trainer import Training
 
 LAST = 8
 

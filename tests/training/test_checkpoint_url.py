@@ -29,8 +29,8 @@ from trinity.checkpoint.load import load, tensors_of
 from trinity.checkpoint.save import save
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import Failure, UserError
-from trinity.training import watching
-from trinity.training.run_data import go_near, open_stream
+from trinity.monitor import monitor
+from trinity.training.build_data import go_near, open_stream
 
 register()
 URL = "memory://bucket/runs/one"
@@ -128,15 +128,15 @@ def test_another_run_begins_with_it(one: Path, uninterrupted: Path, recipe: Call
 
 def test_a_way_back(recipe: Callable, tmp_path: Path) -> None:
     """A spike at step 5 sends a run back to its checkpoint, wherever that lies, with the same figures afterwards."""
-    judge = watching.Spikes.judge
+    judge = monitor.Spikes.judge
     for name, words in (("here", []), ("there", [f"checkpoint.url={URL}/back"])):
         losses: list[float] = []
 
-        def fifth(spikes: watching.Spikes, loss: float, norm: float, losses: list[float] = losses) -> str | None:
+        def fifth(spikes: monitor.Spikes, loss: float, norm: float, losses: list[float] = losses) -> str | None:
             losses.append(loss)
             return "a spike" if len(losses) == 5 else judge(spikes, loss, norm)
 
-        with mock.patch.object(watching.Spikes, "judge", fifth):
+        with mock.patch.object(monitor.Spikes, "judge", fifth):
             assert train(recipe(tmp_path / name), "health.spike.action=rollback", *words) == 0
     assert [line["attempt"] for line in metrics(tmp_path / "here")] == [0] * 3 + [1] * 5
     assert metrics(tmp_path / "there") == metrics(tmp_path / "here")

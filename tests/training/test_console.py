@@ -15,9 +15,10 @@ from screen import Terminal
 from trinity.checkpoint.directory import warn
 from trinity.config.load import load_config
 from trinity.config.run import RunConfig
-from trinity.training import console
-from trinity.training.console import Console, closing
-from trinity.training.events import Events
+from trinity.monitor import console
+from trinity.monitor.console import Console
+from trinity.monitor.events import Events
+from trinity.training.run_summary import closing, next_commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,7 +185,7 @@ def test_the_next_commands_work_as_printed(
 ) -> None:
     """Each ends with 0 and makes what it says; from another folder the paths are whole ones."""
     config, path = finished
-    commands = [shlex.split(command) for command in console.next_commands(config, path, 8)]
+    commands = [shlex.split(command) for command in next_commands(config, path, 8)]
     assert [words[1] for words in commands] == ["tools/generate.py", "tools/export_hf.py", "tools/report.py"]
     for _, tool, *words in commands:
         monkeypatch.setattr(sys, "argv", [tool, *words])
@@ -193,8 +194,8 @@ def test_the_next_commands_work_as_printed(
         assert end.value.code == 0, capsys.readouterr().err
     assert (path / "hf" / "step_00000008" / "config.json").is_file()
     assert (path / "report.html").is_file()
-    assert len(console.next_commands(config, path, 8)) == 2  # it is exported now
+    assert len(next_commands(config, path, 8)) == 2  # it is exported now
     config.data.tokenizer = None
     monkeypatch.chdir(path)
-    report = shlex.split(*console.next_commands(config, path, 8))
+    report = shlex.split(*next_commands(config, path, 8))
     assert report[1:] == [str(ROOT / "tools" / "report.py"), str(path)]

@@ -10,7 +10,7 @@ from run_files import metrics, refuse, status, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.shards import TokenSource
 from trinity.models import Trinity
-from trinity.training.run_data import document_notes, open_stream
+from trinity.training.build_data import document_notes, open_stream
 
 
 def config_of(settings: dict, *words: str) -> object:

@@ -15,9 +15,9 @@ from run_files import metrics, state, status, train
 from troubles import kill, nth
 
 from trinity.models import Trinity
-from trinity.training import loop
-from trinity.training.heartbeat import Heartbeat
-from trinity.training.trainer import Batch, train_step
+from trinity.monitor.heartbeat import Heartbeat
+from trinity.training import trainer
+from trinity.training.train_step import Batch, train_step
 
 
 def waits_for_ever(*_: object, **__: object) -> None:
@@ -109,7 +109,7 @@ def poisoned(step: int, rows: slice) -> Iterator[None]:
             batch.targets_BS[rows] = 511
         return train_step(model, optimizers, batch, *args)
 
-    with mock.patch.object(loop, "train_step", train_poisoned):
+    with mock.patch.object(trainer, "train_step", train_poisoned):
         yield
 
 

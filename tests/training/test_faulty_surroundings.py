@@ -18,8 +18,9 @@ from forked_ranks import run
 from run_files import MEASURED, metrics, refuse, status, train
 from troubles import nth
 
-from trinity.training import events, loop
-from trinity.training.trainer import train_step
+from trinity.monitor import events
+from trinity.training import trainer
+from trinity.training.train_step import train_step
 
 
 def test_a_run_directory_that_is_read_only(settings: dict, tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def read_only_from(folder: Path, step: int) -> Iterator[None]:
         make_read_only(folder)
         return train_step(*args)
 
-    with mock.patch.object(loop, "train_step", nth(step, train_step, instead=shut_and_step)):
+    with mock.patch.object(trainer, "train_step", nth(step, train_step, instead=shut_and_step)):
         yield
 
 

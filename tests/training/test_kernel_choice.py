@@ -14,7 +14,7 @@ from trinity.config.run import Kernels
 from trinity.errors import UserError
 from trinity.parallel.mesh import Sizes
 from trinity.planning.sharded import sharded
-from trinity.training.setup import check_kernels
+from trinity.training.build import check_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WITH_TRITON = [field.name for field in fields(Kernels) if "triton" in str(field.type)]

@@ -72,7 +72,7 @@ def test_a_damaged_shard(settings: dict, corpus: SimpleNamespace, tmp_path: Path
 
 def test_batches_must_divide(settings: dict) -> None:
     """By hand: 7 sequences for 2 data ranks; the nearest that does is named, and it is accepted."""
-    from trinity.training.setup import check_batches
+    from trinity.training.build import check_batches
 
     config = build_config([("test", OmegaConf.create(settings | {"batch": {"sequences": 7}}))])
     with pytest.raises(
@@ -219,7 +219,7 @@ def test_dry_run(run_command: Callable) -> None:
 
 def test_show_batch_is_what_the_run_read(settings: dict, config_file: Callable, run_command: Callable) -> None:
     """The replayed batch of a step has the pieces that iterating to it gives."""
-    from trinity.training.run_data import open_stream
+    from trinity.training.build_data import open_stream
 
     path = config_file(settings)
     done = run_command("tools/show_batch.py", path, "--step", 3)
@@ -233,7 +233,7 @@ def test_show_batch_is_what_the_run_read(settings: dict, config_file: Callable, 
 
 def test_show_batch_starts_from_the_nearest_checkpoint(settings: dict, config_file: Callable) -> None:
     """Of those before the step; one of a run of other data is no help, and no harm."""
-    from trinity.training.run_data import go_near, open_stream
+    from trinity.training.build_data import go_near, open_stream
 
     assert train(settings, "run.steps=7", "checkpoint.keep=9") == 0  # 6 sequences a step, from the fifth on 12
     for step, k in ((0, 0), (2, 0), (3, 18), (5, 18), (6, 48), (7, 60)):

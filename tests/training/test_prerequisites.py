@@ -10,11 +10,11 @@ from run_files import metrics, refuse, state, status, train
 from trinity.config import RunConfig
 from trinity.config.run import RampEntry
 from trinity.errors import UserError
+from trinity.monitor.loggers import JsonLines
 from trinity.parallel import deep_ep
 from trinity.training import prerequisites
-from trinity.training.metrics import JsonLines
+from trinity.training.build import microbatch_notes
 from trinity.training.prerequisites import check_engines
-from trinity.training.setup import microbatch_notes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

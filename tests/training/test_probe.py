@@ -17,12 +17,12 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import Parallel
 from trinity.models import ZOO, attention
 from trinity.models.backends import Visibility, attend
+from trinity.monitor.attention_probe import QUERIES, largest_logit, probe
+from trinity.monitor.straggler import TIMES, SlowRanks
 from trinity.parallel import mesh
-from trinity.training.probe import QUERIES, largest_logit, probe
-from trinity.training.reading import Reading
-from trinity.training.run_data import open_data
-from trinity.training.setup import build_model
-from trinity.training.slow import TIMES, SlowRanks
+from trinity.training.build import build_model
+from trinity.training.build_data import open_data
+from trinity.training.host_copy import Reading
 
 
 @pytest.fixture

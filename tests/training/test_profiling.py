@@ -12,8 +12,8 @@ from run_files import metrics, refuse, train
 from trinity.config.profiled import profiled_steps
 from trinity.config.run import Profile
 from trinity.errors import UserError
-from trinity.training.events import Events
-from trinity.training.profiling import Profiler
+from trinity.monitor.events import Events
+from trinity.monitor.profiler import Profiler
 
 
 def test_a_chosen_step_leaves_a_trace(settings: dict, uninterrupted: Path, capfd: pytest.CaptureFixture) -> None:

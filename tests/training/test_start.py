@@ -18,8 +18,8 @@ from trinity.interop import export_hf
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory, newest_config
 from trinity.training.load_run import load_model
-from trinity.training.loop import Training
 from trinity.training.resume import find_origin
+from trinity.training.trainer import Training
 
 ROOT = Path(__file__).parents[2]
 

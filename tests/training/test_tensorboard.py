@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trinity.training.metrics import TensorBoard
+from trinity.monitor.loggers import TensorBoard
 
 
 def shown(run: Path) -> dict[int, float]:

@@ -16,12 +16,13 @@ from trinity import balancing
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
 from trinity.models import ZOO, Trinity
+from trinity.models.trinity import moe_layers
 from trinity.optim.clip import global_norm
 from trinity.parallel import mesh
-from trinity.training.figures import batch_heterogeneity
-from trinity.training.run_data import open_data
-from trinity.training.setup import build_model, make_optimizers, microbatch_size
-from trinity.training.trainer import Batch, moe_layers, train_step
+from trinity.training.build import build_model, make_optimizers, microbatch_size
+from trinity.training.build_data import open_data
+from trinity.training.step_metrics import batch_heterogeneity
+from trinity.training.train_step import Batch, train_step
 
 BOUND = 1e-12
 

@@ -18,11 +18,11 @@ from run_files import metrics, refuse, state, status, train
 from trinity.data.stream import SequenceStream
 from trinity.models import ModelConfig, Trinity
 from trinity.models.roles import parameter_roles
-from trinity.training import loop, trainer
-from trinity.training.collapse import WINDOW, Collapse
-from trinity.training.heartbeat import Heartbeat
-from trinity.training.spikes import CAPACITY, Spikes
-from trinity.training.watching import Watcher
+from trinity.monitor.heartbeat import Heartbeat
+from trinity.monitor.loss_spikes import CAPACITY, Spikes
+from trinity.monitor.monitor import Watcher
+from trinity.monitor.router_health import WINDOW, Collapse
+from trinity.training import train_step, trainer
 
 
 def events(run: Path, kind: str | None = None) -> list[dict]:
@@ -151,13 +151,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[int]]
 
     def poison(calls: set[int]) -> list[int]:
         made: list[int] = []
-        norm = trainer.global_norm
+        norm = train_step.global_norm
 
         def enlarged(*args: object) -> torch.Tensor:
             made.append(len(made))
             return norm(*args) * (1000 if made[-1] in calls else 1)
 
-        monkeypatch.setattr(trainer, "global_norm", enlarged)
+        monkeypatch.setattr(train_step, "global_norm", enlarged)
         return made
 
     return poison
@@ -235,7 +235,7 @@ def test_a_run_that_cannot_go_back_ends(settings: dict, poisoned: Callable) -> N
     """No checkpoint before the spike: code 3, and STOP."""
     poisoned({6})
     words = [*WORDS, "health.spike.action=rollback", "checkpoint.every=0"]
-    assert train(settings, *words) == loop.TOO_MANY_BAD_STEPS
+    assert train(settings, *words) == trainer.TOO_MANY_BAD_STEPS
     run = Path(settings["run"]["dir"])
     assert status(run)["code"] == 3
     assert "spikes come again" in (run / "STOP").read_text()

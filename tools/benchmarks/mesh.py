@@ -82,8 +82,8 @@ def _measure(steps: int, words: list[str]) -> dict[str, list[float]]:
 
     from trinity.config.load import load_config
     from trinity.parallel import mesh
-    from trinity.training.setup import build_model, make_optimizers
-    from trinity.training.trainer import Batch, train_step
+    from trinity.training.build import build_model, make_optimizers
+    from trinity.training.train_step import Batch, train_step
 
     config = load_config("configs/smoke.yaml", [f"batch.sequences={ROWS}", *words])
     ranks = mesh.start(config.parallel, config.model, None, False)

@@ -94,8 +94,8 @@ def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[st
     from trinity.hardware import memory_gib, peak_flops
     from trinity.models.accounting import flops_per_token
     from trinity.parallel import mesh
-    from trinity.training.setup import build_model, make_optimizers
-    from trinity.training.trainer import Batch, train_step
+    from trinity.training.build import build_model, make_optimizers
+    from trinity.training.train_step import Batch, train_step
 
     config = load_config(path, words)
     ranks = mesh.start(config.parallel, config.model, None, False)

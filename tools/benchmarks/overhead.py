@@ -23,8 +23,8 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import Checkpoint, Log
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory
-from trinity.training.loop import Training
 from trinity.training.resume import Origin
+from trinity.training.trainer import Training
 
 MODELS = {
     "smoke": {"name": "smoke"},

@@ -195,7 +195,7 @@ def _ours(dtype: str, steps: int) -> dict[str, Any]:
     from trinity.config.load import load_config
     from trinity.optim.clip import clip_, global_norm
     from trinity.parallel import mesh
-    from trinity.training.setup import build_model, make_optimizers
+    from trinity.training.build import build_model, make_optimizers
 
     held = _held()
     config = load_config("configs/smoke.yaml", [f"precision.compute={dtype}"])

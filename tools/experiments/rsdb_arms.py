@@ -18,10 +18,10 @@ from trinity.data.validation import validation_sequences
 from trinity.evaluation.validation import evaluate
 from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
+from trinity.training.build import build_model, make_optimizers
+from trinity.training.build_data import open_stream
 from trinity.training.lr_schedule import rates_at
-from trinity.training.run_data import open_stream
-from trinity.training.setup import build_model, make_optimizers
-from trinity.training.trainer import Batch, train_step
+from trinity.training.train_step import Batch, train_step
 
 CURVES = ("loss", "batch_het", "grad_norm")
 

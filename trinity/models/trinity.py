@@ -186,3 +186,8 @@ def _collect(head: tuple[Tensor, ...], routings: list[Routing], rows: torch.Size
         counts_ME=torch.stack([routing.counts_E for routing in routings]),
         entropy_M=torch.stack([routing.entropy_sum for routing in routings]),
     )
+
+
+def moe_layers(model: Trinity) -> list[MoE]:
+    """The sparse layers, first to last."""
+    return [block.ffn for block in model.blocks if block.sparse]

@@ -14,7 +14,7 @@ from trinity.parallel.mesh import mesh_words, meshes
 from trinity.planning.gpus import least_state, with_mesh
 from trinity.planning.memory import Memory
 from trinity.planning.plan import USABLE, Plan, Step, fits, fullest_moment, replanned
-from trinity.training.setup import dealt_counts
+from trinity.training.build import dealt_counts
 
 WAITING = 0.15
 """Share of the run's time that computing waits for links, from which on that is said."""

@@ -8,7 +8,7 @@ from trinity.errors import UserError
 from trinity.hardware import GPU
 from trinity.models.accounting import parameter_counts
 from trinity.parallel.mesh import Sizes, mesh_words, meshes
-from trinity.training.setup import batch_words, check_batches, check_mesh, dealt_counts, first_undivided
+from trinity.training.build import batch_words, check_batches, check_mesh, dealt_counts, first_undivided
 
 
 def gpus_needed(config: RunConfig) -> int:

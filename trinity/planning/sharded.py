@@ -20,7 +20,7 @@ from trinity.models.trinity import Trinity
 from trinity.optim.groups import Optimizers
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 from trinity.parallel.sharding import sharded_modules
-from trinity.training.setup import build_model, make_optimizers
+from trinity.training.build import build_model, make_optimizers
 
 
 class Group(NamedTuple):

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from trinity.config.run import RunConfig
-from trinity.training.setup import batch_plan, microbatch_size, total_steps
+from trinity.training.build import batch_plan, microbatch_size, total_steps
 
 
 class Stretch(NamedTuple):

@@ -11,7 +11,7 @@ from trinity.config.run import Kernels, Parallel, RunConfig
 from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
 from trinity.run_directory import newest_config
-from trinity.training.setup import build_model
+from trinity.training.build import build_model
 
 
 def load_model(run_dir: Path, step: int | None = None, note: Note = warn) -> tuple[Trinity, RunConfig, int]:

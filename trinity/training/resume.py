@@ -30,8 +30,8 @@ from trinity.errors import UserError
 from trinity.parallel.agree import on_first, together
 from trinity.run_directory import newest_config, whose_run
 from trinity.terminal import say
+from trinity.training.build import batch_plan
 from trinity.training.lr_schedule import check_decay
-from trinity.training.setup import batch_plan
 
 HISTORY = "run.batch_history"
 """Key of the batch history in a checkpoint."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from trinity.monitor.events import Events
 from trinity.terminal import say
-from trinity.training.events import Events
 
 FIRST_STEP = 10
 """So many times the limit until the first step is done: loading, compiling, first allocations. Ours."""

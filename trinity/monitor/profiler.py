@@ -18,9 +18,9 @@ from trinity.config.profiled import check_last_step, profiled_steps
 from trinity.config.run import Profile
 from trinity.errors import UserError
 from trinity.io.local import write_atomically
+from trinity.monitor.events import Events
 from trinity.parallel.mesh import Ranks
 from trinity.terminal import say
-from trinity.training.events import Events
 
 COSTLIEST = 20
 """Rows of the table."""

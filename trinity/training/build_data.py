@@ -23,8 +23,8 @@ from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengt
 from trinity.errors import Failure, UserError
 from trinity.parallel.mesh import Ranks
 from trinity.run_directory import newest_config
+from trinity.training.build import batch_plan
 from trinity.training.resume import history_of
-from trinity.training.setup import batch_plan
 
 STEPS_AHEAD = 2
 LEARNING = ["batch", "optim", "balancing", "loss", "precision"]  # what may have changed without changing the data

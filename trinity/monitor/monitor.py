@@ -14,15 +14,15 @@ from torch import Tensor
 
 from trinity import balancing
 from trinity.config.run import RunConfig
-from trinity.models.trinity import Trinity
+from trinity.models.trinity import Trinity, moe_layers
+from trinity.monitor.attention_probe import Found
+from trinity.monitor.events import Events
+from trinity.monitor.heartbeat import Heartbeat
+from trinity.monitor.hooks import StepHooks
+from trinity.monitor.loss_spikes import Spikes
+from trinity.monitor.router_health import Collapse
+from trinity.monitor.straggler import SlowRanks
 from trinity.run_directory import RunDirectory
-from trinity.training.collapse import Collapse
-from trinity.training.events import Events
-from trinity.training.heartbeat import Heartbeat
-from trinity.training.probe import Found
-from trinity.training.slow import SlowRanks
-from trinity.training.spikes import Spikes
-from trinity.training.trainer import Watch, moe_layers
 
 COLLAPSE = "collapse."
 """How the names of that watch's state begin."""
@@ -52,12 +52,12 @@ class Watcher:
         self._bias_before_ME: Tensor | None = None
         self._began, self._useful = time.monotonic(), 0.0
 
-    def of_step(self, model: Trinity, step: int) -> Watch:
+    def of_step(self, model: Trinity, step: int) -> StepHooks:
         """What train_step is to tell of the step that comes after `step`, and to ask."""
         self.events.step, self.spiked, self._counts_ME = step + 1, None, None
         self._bias_before_ME = _biases(model) if self._logs_routers(step + 1) and moe_layers(model) else None
         action = self.config.health.spike.action
-        return Watch(
+        return StepHooks(
             beat=self.heartbeat.beat,
             judge=None if action == "none" else self._judge,
             skips=action in ("skip", "rollback"),

@@ -3,27 +3,18 @@
 Only the first rank prints. Where no bar can be drawn (a pipe, a terminal without a width) the lines stand alone.
 """
 
-import shlex
-import shutil
 import sys
 import time
 from contextlib import ExitStack
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from trinity.checkpoint.directory import step_folder
-from trinity.config.paths import tokenizer_folder
-from trinity.config.run import RunConfig
-from trinity.io.remote_path import AnyPath
 from trinity.terminal import clock, messages_above_bar, say, width
 
 BAR = "{desc} |{bar}| {percentage:.0f}%"
 MARGIN = 4
 """Columns right of the bar, where the terminal writes ^C: on the next line it would push the bar up."""
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 class Console:
@@ -43,7 +34,7 @@ class Console:
 
     def write(self, record: dict[str, Any]) -> None:
         """Show one step."""
-        step, validation = record["step"], figures(record, "validation_loss.")
+        step, validation = record["step"], prefixed(record, "validation_loss.")
         head = f"step {step}/{self._total}"
         if "loss" not in record:  # the validation of a continued model before its first step
             say("  ".join([head, *validation]))
@@ -51,7 +42,7 @@ class Console:
         self._made += 1
         left = (time.monotonic() - self._began) / self._made * (self._total - step)
         if width():
-            self._draw(step, f"{head}  {_loss(record)}  ETA {clock(left)}")
+            self._draw(step, f"{head}  {loss_text(record)}  ETA {clock(left)}")
         if step % self._every == 0 or step == self._total or validation:
             say("  ".join([head, *_step_figures(record), *validation, f"ETA {clock(left)}"]))
 
@@ -73,13 +64,13 @@ class Console:
         self._open.close()
 
 
-def figures(record: dict[str, Any], prefix: str) -> list[str]:
+def prefixed(record: dict[str, Any], prefix: str) -> list[str]:
     """["loss.code 4.8371", …] of the fields that begin with `prefix`, such as validation_loss."""
     found = {name: value for name, value in record.items() if name.startswith(prefix) and value is not None}
     return [f"{name.removeprefix('validation_')} {value:.4f}" for name, value in found.items()]
 
 
-def _loss(record: dict[str, Any]) -> str:
+def loss_text(record: dict[str, Any]) -> str:
     loss = record["loss"]
     return "loss nan" if loss is None else f"loss {loss:.4f}"
 
@@ -87,73 +78,10 @@ def _loss(record: dict[str, Any]) -> str:
 def _step_figures(record: dict[str, Any]) -> list[str]:
     grad_norm = record["grad_norm"]
     return [
-        _loss(record),
+        loss_text(record),
         "grad nan" if grad_norm is None else f"grad {grad_norm:.3f}",
         f"{record['tokens_per_second']:,.0f} tok/s",
         *([f"mfu {record['mfu']:.1%}"] if "mfu" in record else []),
         *([f"vio {record['max_violation']:.2f}"] if "max_violation" in record else []),
         *(["SKIPPED"] if record["skipped"] else []),
     ]
-
-
-def closing(
-    config: RunConfig,
-    path: Path,
-    saved: AnyPath,
-    record: dict[str, Any],
-    step: int,
-    total: int,
-    seconds: float,
-    saved_by: str = "",
-) -> str:
-    """What the end of a run says: how far it is, where its files are, and commands that work as printed.
-
-    Args:
-        config: the run.
-        path: its directory.
-        saved: the checkpoint of `step`.
-        record: the last step's; empty where this start made none.
-        step, total: how many steps are made, and the run's last one.
-        seconds: since the process started.
-        saved_by: the signal that stopped it; "" for a run that is finished.
-    """
-    done = f"saved at step {step} of {total}" if saved_by else f"finished: {step} steps"
-    known = [_loss(record), *figures(record, "validation_loss.")] if "loss" in record else []
-    head = [f"{done} in {clock(seconds)}", *known]
-    if saved_by:
-        head.append(f"stopped by {saved_by}; the same command resumes")
-    export = _newest_export(path)
-    places = {"run": path, "checkpoint": saved, "export": export}
-    lines = [", ".join(head), *(f"  {name:<10}  {place}" for name, place in places.items() if place is not None)]
-    following = [] if saved_by else next_commands(config, path, step)
-    return "\n".join([*lines, *(["next:"] if following else []), *(f"  {command}" for command in following)])
-
-
-def next_commands(config: RunConfig, path: Path, step: int) -> list[str]:
-    """Commands for a run with a checkpoint, without those that its files or installed packages do not allow."""
-    if not TOOLS.is_dir():
-        return []
-    found = []
-    if tokenizer_folder(config) is not None:
-        prompt = next(filter(None, config.evaluation.prompts), "Once")
-        found.append(_command("generate.py", path, "--prompt", prompt))
-    export = path / "hf" / step_folder(path, step).name
-    if not export.exists():
-        found.append(_command("export_hf.py", path, export))
-    if find_spec("plotly"):
-        found.append(_command("report.py", path))
-    return found
-
-
-def _command(tool: str, *words: object) -> str:
-    """A command line for this shell: relative paths in the project's folder, whole ones elsewhere."""
-    place = TOOLS / tool
-    if Path.cwd() == TOOLS.parent:
-        place = place.relative_to(TOOLS.parent)
-    on_path = shutil.which("python")
-    python = "python" if on_path and Path(on_path).parent == Path(sys.executable).parent else sys.executable
-    return shlex.join([python, str(place), *map(str, words)])
-
-
-def _newest_export(path: Path) -> Path | None:
-    return max((folder.parent for folder in path.glob("hf/step_*/config.json")), default=None)

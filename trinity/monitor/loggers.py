@@ -16,7 +16,7 @@ from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically
-from trinity.training.console import Console
+from trinity.monitor.console import Console
 
 Record = dict[str, Any]
 
