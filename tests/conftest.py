@@ -14,8 +14,8 @@ import torch
 import yaml
 from starts_processes import starts_processes
 
-from trinity.data.prepare import prepare_data
-from trinity.data.train_tokenizer import train_from_files
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.tokenizer.train import train_from_files
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from trinity.interop.names import correspondence
+from trinity.interop.weight_map import correspondence
 from trinity.models import ModelConfig, Trinity
 
 BOUND = 3e-5

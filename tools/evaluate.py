@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from trinity.command_line import HelpFormatter, local_path, place
-from trinity.data.file_kinds import CHOICES
-from trinity.data.find_files import note
-from trinity.data.shards import TokenSource
-from trinity.data.text_source import TextSource
-from trinity.data.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
+from trinity.data.sources.file_kinds import CHOICES
+from trinity.data.sources.find_files import note
+from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.text import TextSource
+from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError, run_main
-from trinity.evaluation.choices import accuracies, choice_scores, read_items
-from trinity.evaluation.harness import run_tasks
+from trinity.evaluation.lm_eval import run_tasks
+from trinity.evaluation.multiple_choice import accuracies, choice_scores, read_items
 from trinity.evaluation.perplexity import Window, open_documents, packed_perplexity, perplexity
 from trinity.interop import load_hf
 from trinity.interop.tokenizer_files import special_ids

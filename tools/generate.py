@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from trinity.command_line import HelpFormatter, local_path
-from trinity.data.tokenizer import load_tokenizer
+from trinity.data.tokenizer.tokenizer import load_tokenizer
 from trinity.errors import UserError, run_main
 from trinity.evaluation.generate import stream
 from trinity.interop import load_hf

@@ -42,7 +42,7 @@ def main() -> None:
     from trinity.hardware import find_gpu
     from trinity.io.json_files import write_json
     from trinity.planning.plan import make_plan
-    from trinity.planning.text import as_text, as_values
+    from trinity.planning.tables import as_text, as_values
 
     gpu = find_gpu(arguments.gpu)
     config = load_config(arguments.config, arguments.settings)

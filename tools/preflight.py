@@ -14,10 +14,9 @@ from trinity.io.json_files import write_json
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    from trinity.parallel import odd_ones
 
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n{odd_ones.__doc__}",
+        description=f"{__doc__}\n{preflight_report.__doc__}",
         epilog="Exit code 1 if a rank or node is slow, or versions differ (torchrun adds lines of its own); 0 else.",
         formatter_class=HelpFormatter,
     )
@@ -44,7 +43,7 @@ def main() -> int:
     import torch.distributed as dist
 
     from trinity.parallel import preflight
-    from trinity.parallel.odd_ones import mismatches, odd_ones, sentence, table
+    from trinity.parallel.preflight_report import find_outliers, mismatches, sentence, table
 
     device = preflight.join()
     effort = preflight.usual_effort(device.type == "cuda", arguments.quick)
@@ -53,7 +52,7 @@ def main() -> int:
     reports = preflight.examine(effort, device)
     rank = dist.get_rank()
     dist.destroy_process_group()
-    odd = odd_ones(reports, arguments.threshold / 100)
+    odd = find_outliers(reports, arguments.threshold / 100)
     differing = mismatches(reports)
     if rank == 0:
         print(table(reports))

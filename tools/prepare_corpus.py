@@ -6,7 +6,7 @@ Example: python tools/prepare_corpus.py --out data/smoke/corpus
 import argparse
 
 from trinity.command_line import HelpFormatter, local_path
-from trinity.data.corpus import write_corpus
+from trinity.data.prepare.corpus import write_corpus
 from trinity.errors import run_main
 
 

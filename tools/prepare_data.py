@@ -15,9 +15,9 @@ import os
 import sys
 
 from trinity.command_line import HelpFormatter, local_path, place
-from trinity.data.file_kinds import CHOICES
-from trinity.data.inputs import Dataset
-from trinity.data.prepare import SHARD_TOKENS, prepare_data
+from trinity.data.prepare.prepare import SHARD_TOKENS, prepare_data
+from trinity.data.sources.file_kinds import CHOICES
+from trinity.data.sources.inputs import Dataset
 from trinity.errors import run_main
 
 STOPPED = 130

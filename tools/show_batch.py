@@ -31,7 +31,7 @@ def main() -> None:
         raise UserError(f"--step {arguments.step} must be at least 1")
     from trinity.config import load_config
     from trinity.config.paths import check_paths
-    from trinity.data.tokenizer import load_tokenizer
+    from trinity.data.tokenizer.tokenizer import load_tokenizer
     from trinity.training.build_data import go_near, open_stream
     from trinity.training.run_tokenizer import tokenizer_to_read, with_tokenizer
 

@@ -38,13 +38,13 @@ def main() -> None:
     arguments = parse()
     import torch
 
-    from trinity.data.shards import TokenSource
-    from trinity.data.statistics import unigram_entropy
-    from trinity.data.tokenizer import bos_id, load_tokenizer
-    from trinity.data.validation import validation_sequences
+    from trinity.data.sources.shards import TokenSource
+    from trinity.data.stream.validation import validation_sequences
+    from trinity.data.tokenizer.tokenizer import bos_id, load_tokenizer
     from trinity.evaluation.generate import generate
     from trinity.interop import export_hf
     from trinity.interop.verify import largest_logit_difference
+    from trinity.reporting.unigram import unigram_entropy
     from trinity.training.load_run import load_model
     from trinity.training.run_tokenizer import run_tokenizer
 

@@ -12,7 +12,7 @@ from trinity.config import ZOO, load_config, save_config
 from trinity.config.load import flatten
 from trinity.config.phases import whole_phases
 from trinity.planning.plan import make_plan
-from trinity.planning.text import as_text
+from trinity.planning.tables import as_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trinity.data.documents import Place
-from trinity.data.shard_writer import ShardWriter
-from trinity.data.shards import VERSION, TokenSource, token_dtype
-from trinity.data.tokenizer import save_tokenizer, train_tokenizer
+from trinity.data.prepare.shard_writer import ShardWriter
+from trinity.data.sources.documents import Place
+from trinity.data.sources.shards import VERSION, TokenSource, token_dtype
+from trinity.data.tokenizer.tokenizer import save_tokenizer, train_tokenizer
 
 BOS_ID = 0
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pyarrow
 
-from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import bos_id, load_tokenizer
+from trinity.data.sources.shards import TokenSource
+from trinity.data.tokenizer.tokenizer import bos_id, load_tokenizer
 
 
 def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.data.batches import BatchHistory, BatchPlan
+from trinity.data.stream.batch_schedule import BatchHistory, BatchPlan
 from trinity.errors import UserError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trinity.data.corpus import docstrings, held_out, write_corpus
+from trinity.data.prepare.corpus import docstrings, held_out, write_corpus
 
 MODULE = '''"""A module's docstring, which is long enough to be taken."""
 class Outer:

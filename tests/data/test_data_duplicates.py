@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_files import content, decoded, jsonl
 
-from trinity.data.duplicates import SeenHashes
-from trinity.data.encoding import text_hashes
-from trinity.data.prepare import prepare_data
-from trinity.data.shards import TokenSource
+from trinity.data.prepare.dedup import SeenHashes
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.prepare.tokenize import text_hashes
+from trinity.data.sources.shards import TokenSource
 from trinity.errors import UserError
 
 TEXTS = ["one", "two", "one", "", "three", "two ", "one", "three", "four"]

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from trinity.data import encoding
-from trinity.data.documents import BEGINNING, Batch
-from trinity.data.encoding import Encoder, cut
-from trinity.data.prepare import prepare_data
-from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import BOS, bos_id, load_tokenizer
+from trinity.data.prepare import tokenize
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.prepare.tokenize import Encoder, cut
+from trinity.data.sources.documents import BEGINNING, Batch
+from trinity.data.sources.shards import TokenSource
+from trinity.data.tokenizer.tokenizer import BOS, bos_id, load_tokenizer
 
 CHARACTERS = st.sampled_from("ab Z\n\t 12,.'。日本ไ한́_\r")
 
@@ -33,15 +33,15 @@ def ids(tok: Tokenizer, text: str) -> list[int]:
 @given(text=st.text(CHARACTERS, max_size=80), size=st.integers(1, 20), context=st.sampled_from([3, 16]))
 def test_pieces_have_the_ids_of_the_whole(tok: Tokenizer, text: str, size: int, context: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "PIECE_CHARACTERS", size)
-        patch.setattr(encoding, "CUT_CONTEXT", context)
+        patch.setattr(tokenize, "PIECE_CHARACTERS", size)
+        patch.setattr(tokenize, "CUT_CONTEXT", context)
         pieces = list(cut(text, tok))
     assert "".join(pieces) == text
     assert [token for piece in pieces for token in ids(tok, piece)] == ids(tok, text)
 
 
 def test_real_text_is_cut(tok: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 1000)
     text = "".join(texts)
     pieces = list(cut(text, tok))
     assert max(map(len, pieces)) < 1500
@@ -69,7 +69,7 @@ def without_cuts() -> dict[str, Tokenizer]:
 
 @pytest.mark.parametrize("kind", without_cuts())
 def test_other_tokenizers_get_the_text_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 10)
     assert list(cut("some words " * 20, without_cuts()[kind])) == ["some words " * 20]
 
 

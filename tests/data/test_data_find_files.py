@@ -15,11 +15,11 @@ import pyarrow.parquet
 import pytest
 from small_files import decoded, jsonl, zstd
 
-from trinity.data import find_files
-from trinity.data.file_kinds import FileKind, file_kind
-from trinity.data.inputs import expand_inputs, holds_text
-from trinity.data.prepare import prepare_data
-from trinity.data.text_source import TextSource
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.sources import find_files
+from trinity.data.sources.file_kinds import FileKind, file_kind
+from trinity.data.sources.inputs import expand_inputs, holds_text
+from trinity.data.sources.text import TextSource
 from trinity.errors import UserError, explain
 
 

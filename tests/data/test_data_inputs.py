@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 from small_files import content, decoded, jsonl, zstd
 
-from trinity.data import shard_writer
-from trinity.data.documents import BEGINNING, Document, Place, read_batches, read_documents
-from trinity.data.inputs import Dataset, DatasetInput, expand_inputs
-from trinity.data.prepare import prepare_data
+from trinity.data.prepare import shard_writer
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.sources.documents import BEGINNING, Document, Place, read_batches, read_documents
+from trinity.data.sources.inputs import Dataset, DatasetInput, expand_inputs
 from trinity.errors import Failure, UserError
 from trinity.io import local
 
@@ -127,7 +127,7 @@ def test_reading_begins_anywhere(folder: Path, start: tuple[int, int], monkeypat
     every = list(read_documents(inputs))
     assert [document.text for document in every] == TEXTS
     for size in (1, 100, 1 << 18):
-        monkeypatch.setattr("trinity.data.documents.BATCH_BYTES", size)
+        monkeypatch.setattr("trinity.data.sources.documents.BATCH_BYTES", size)
         found = list(read_documents(inputs, start=Place(*start)))
         assert [without_progress(d) for d in found] == [without_progress(d) for d in every if d.place >= start]
         assert [d.bytes_read for d in found] == sorted(d.bytes_read for d in found)

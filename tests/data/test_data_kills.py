@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from small_files import content, jsonl
 
-from trinity.data import documents, prepare
-from trinity.data.prepare import prepare_data
-from trinity.data.shards import TokenSource
+from trinity.data.prepare import prepare
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.sources import documents
+from trinity.data.sources.shards import TokenSource
 
 FORK = multiprocessing.get_context("fork")
 KILLS = 12

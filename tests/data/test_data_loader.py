@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from trinity.data import BatchPlan, SequenceStream, TokenSource
-from trinity.data.loader import Loader
-from trinity.data.mixture import Phase
+from trinity.data.stream.loader import Loader
+from trinity.data.stream.mixture import Phase
 from trinity.errors import Failure, UserError
 
 S, V = 16, 48

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity.data import BatchPlan, SequenceStream
-from trinity.data.mixture import LengthBias, Phase
-from trinity.data.packing import LogicalStream, OutOfDocuments
-from trinity.data.permutation import permutation_keys, permute, random_bits, random_key
+from trinity.data.stream.mixture import LengthBias, Phase
+from trinity.data.stream.packing import LogicalStream, OutOfDocuments
+from trinity.data.stream.permutation import permutation_keys, permute, random_bits, random_key
 
 V, SEED = 48, 11
 

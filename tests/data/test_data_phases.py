@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from trinity.data import BatchPlan, SequenceStream, TokenSource
-from trinity.data.mixture import LengthBias, Phase
+from trinity.data.stream.mixture import LengthBias, Phase
 
 S, V, SEED = 16, 12, 5
 SWITCH = 3 * V * S  # tokens: after three rows of every stream

@@ -12,13 +12,14 @@ import pyarrow.parquet
 import pytest
 from small_files import content, decoded, jsonl, tokenizer_with_gap, zstd
 
-from trinity.data import documents, encoding, prepare, shard_writer
-from trinity.data.compressed import zstd as zstd_library
-from trinity.data.prepare import prepare_data
-from trinity.data.shards import TokenSource
-from trinity.data.text_source import TextSource
-from trinity.data.tokenizer import BOS, load_tokenizer, token_byte_lengths
-from trinity.data.train_tokenizer import _texts
+from trinity.data.prepare import prepare, shard_writer, tokenize
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.sources import documents
+from trinity.data.sources.compressed import zstd as zstd_library
+from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.text import TextSource
+from trinity.data.tokenizer.tokenizer import BOS, load_tokenizer, token_byte_lengths
+from trinity.data.tokenizer.train import _texts
 from trinity.errors import UserError
 from trinity.io import checksum, local
 
@@ -58,8 +59,8 @@ def test_batches_leave_no_trace(tmp_path: Path, tokenizer_dir: Path, monkeypatch
     monkeypatch.setattr(prepare, "BATCH_BYTES", 300)
     prepare_data(inputs, tokenizer_dir, tmp_path / "small", shard_tokens=500)
     assert content(tmp_path / "large") == content(tmp_path / "small")
-    monkeypatch.setattr(encoding, "GROUP_CHARACTERS", 100)
-    monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 40)
+    monkeypatch.setattr(tokenize, "GROUP_CHARACTERS", 100)
+    monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 40)
     prepare_data(inputs, tokenizer_dir, tmp_path / "pieces", shard_tokens=500)
     assert content(tmp_path / "large") == content(tmp_path / "pieces")
 

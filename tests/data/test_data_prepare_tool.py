@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from small_files import content, decoded, jsonl
 
-from trinity.data import prepare
-from trinity.data.encoding import Encoder
-from trinity.data.prepare import prepare_data
+from trinity.data.prepare import prepare
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.prepare.tokenize import Encoder
 from trinity.errors import UserError
 
 TEXTS = [f"Text number {number} " * 5 for number in range(200)]
@@ -99,7 +99,7 @@ def test_a_killed_worker_costs_one_shard(
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "__call__", killed)
         patch.setattr(prepare, "BATCH_BYTES", 2000)
-        patch.setattr("trinity.data.documents.BATCH_BYTES", 2000)
+        patch.setattr("trinity.data.sources.documents.BATCH_BYTES", 2000)
         code, _, error = tool(out, "--input", path, "--shard-tokens", 700, "--workers", 2)
     assert code == 1
     assert error.startswith("error: a worker process was killed by signal 9, perhaps for want of memory; run the same")

@@ -8,7 +8,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from trinity.data.shards import TokenSource
+from trinity.data.sources.shards import TokenSource
 from trinity.errors import UserError
 from trinity.io import remote
 from trinity.io.remote import cached_folder

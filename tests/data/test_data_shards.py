@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trinity.data import shards
-from trinity.data.shards import TokenSource
+from trinity.data.sources import shards
+from trinity.data.sources.shards import TokenSource
 from trinity.errors import UserError
 
 

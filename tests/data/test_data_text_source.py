@@ -16,14 +16,16 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from trinity.data import BatchPlan, SequenceStream, text_index, text_source
-from trinity.data.loader import Loader
-from trinity.data.mixture import Phase
-from trinity.data.prepare import prepare_data
-from trinity.data.shards import TokenSource
-from trinity.data.text_reader import Recent
-from trinity.data.text_source import TextSource
-from trinity.data.tokenizer import BOS, EOS
+from trinity.data import BatchPlan, SequenceStream
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.sources import text as text_source
+from trinity.data.sources import text_index
+from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.text import TextSource
+from trinity.data.sources.text_reader import Recent
+from trinity.data.stream.loader import Loader
+from trinity.data.stream.mixture import Phase
+from trinity.data.tokenizer.tokenizer import BOS, EOS
 from trinity.errors import UserError
 
 TEXTS = [
@@ -322,7 +324,7 @@ def test_folders_patterns_and_addresses(
     assert source.fingerprint == TextSource(mix, tokenizer_dir, cache=cache).fingerprint
     copies = {path: path.stat().st_ino for path in source.files}
     assert {path: path.stat().st_ino for path in TextSource(urls, tokenizer_dir, cache=cache).files} == copies
-    elsewhere.pipe("/text_source/c.txt", b"another text, and a longer one")
+    elsewhere.pipe("/text/c.txt", b"another text, and a longer one")
     changed = TextSource(urls, tokenizer_dir, cache=cache)
     assert changed.fingerprint != source.fingerprint
     assert len(set(changed.files) & set(copies)) == len(mix) - 1

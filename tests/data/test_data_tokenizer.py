@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from trinity.data import train_tokenizer as training
-from trinity.data.tokenizer import (
+from trinity.data.tokenizer import train as training
+from trinity.data.tokenizer.tokenizer import (
     BOS,
     EOS,
     PAD,
@@ -31,7 +31,7 @@ from trinity.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from trinity.data.train_tokenizer import train_from_files
+from trinity.data.tokenizer.train import train_from_files
 from trinity.errors import UserError
 
 # Any text that UTF-8 can hold, with digits, scripts without spaces and white space more often than by chance.

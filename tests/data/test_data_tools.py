@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from trinity import terminal
-from trinity.data.corpus import write_corpus
-from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import load_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
+from trinity.data.prepare.corpus import write_corpus
+from trinity.data.sources.shards import TokenSource
+from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
 from trinity.io.local import temporary
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -217,7 +217,7 @@ def test_prepare_corpus(tool: Callable, tmp_path: Path, monkeypatch: pytest.Monk
     library.mkdir()
     (library / "a.py").write_text("a = 1\n")
     (library / "b.py").write_text("b = 1\n")
-    monkeypatch.setattr("trinity.data.corpus.write_corpus", lambda out: write_corpus(out, library))
+    monkeypatch.setattr("trinity.data.prepare.corpus.write_corpus", lambda out: write_corpus(out, library))
     code, printed, error = tool("prepare_corpus", "--out", tmp_path / "out")
     assert (code, error) == (0, "")
     rows = [row.split() for row in printed.splitlines()]

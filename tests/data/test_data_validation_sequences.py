@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from trinity.data.statistics import unigram_entropy
-from trinity.data.validation import validation_sequences
+from trinity.data.stream.validation import validation_sequences
 from trinity.errors import UserError
+from trinity.reporting.unigram import unigram_entropy
 
 S = 16
 

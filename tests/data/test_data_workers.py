@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trinity.data.workers import AHEAD, in_processes
+from trinity.data.prepare.worker_pool import AHEAD, in_processes
 from trinity.errors import Failure, UserError
 
 FORK = multiprocessing.get_context("fork")

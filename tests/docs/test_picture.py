@@ -7,7 +7,7 @@ import pytest
 
 from trinity.errors import UserError
 from trinity.reporting.picture import draw, save_picture
-from trinity.reporting.run import read_run
+from trinity.reporting.run_log import read_run
 
 pytest.importorskip("matplotlib")
 LOSSES = [9.0, 7.0, 8.0, 6.0]

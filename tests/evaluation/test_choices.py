@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from trinity.config import RunConfig
-from trinity.data.tokenizer import bos_id, load_text_encoder
+from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.errors import UserError
-from trinity.evaluation.choices import Item, accuracies, choice_scores, read_items
+from trinity.evaluation.multiple_choice import Item, accuracies, choice_scores, read_items
 from trinity.models import Trinity
 
 ITEMS = [

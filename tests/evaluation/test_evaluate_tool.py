@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import load_tokenizer, token_byte_lengths
+from trinity.data.sources.shards import TokenSource
+from trinity.data.tokenizer.tokenizer import load_tokenizer, token_byte_lengths
 from trinity.evaluation.perplexity import Window, perplexity
 from trinity.interop import load_hf
 

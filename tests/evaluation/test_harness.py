@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from trinity.errors import Failure, UserError
-from trinity.evaluation.harness import run_tasks
+from trinity.evaluation.lm_eval import run_tasks
 
 ANSWER = {"results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.25, "acc_stderr,none": 0.04, "em,strict": 1}}}
 

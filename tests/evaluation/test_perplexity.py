@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from trinity.config import RunConfig
-from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
+from trinity.data.sources.shards import TokenSource
+from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError
 from trinity.evaluation.perplexity import Window, open_documents, packed_perplexity, perplexity, windows
 from trinity.interop import load_hf

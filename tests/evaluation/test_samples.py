@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trinity.config import RunConfig
-from trinity.data.tokenizer import bos_id, load_text_encoder
+from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
 from trinity.evaluation.samples import Sampler, greedy
 from trinity.models import Trinity

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from trinity.config import RunConfig
-from trinity.data.shards import TokenSource
-from trinity.data.tokenizer import load_tokenizer, token_byte_lengths
-from trinity.data.validation import validation_sequences
+from trinity.data.sources.shards import TokenSource
+from trinity.data.stream.validation import validation_sequences
+from trinity.data.tokenizer.tokenizer import load_tokenizer, token_byte_lengths
 from trinity.evaluation.perplexity import open_documents
-from trinity.evaluation.validation import evaluate
+from trinity.evaluation.validation_loss import evaluate
 from trinity.models import Trinity
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from small_model import CONFIG, make_model
 
-from trinity.data.tokenizer import save_tokenizer, train_tokenizer
+from trinity.data.tokenizer.tokenizer import save_tokenizer, train_tokenizer
 from trinity.interop import export_hf
 from trinity.models import Trinity
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes

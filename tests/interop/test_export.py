@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trinity.config.run import Precision
 from trinity.errors import UserError
-from trinity.evaluation.harness import _check_tokenizer
+from trinity.evaluation.lm_eval import _check_tokenizer
 from trinity.evaluation.samples import Sampler
 from trinity.interop import export_hf
-from trinity.interop.names import correspondence
 from trinity.interop.verify import largest_logit_difference
+from trinity.interop.weight_map import correspondence
 from trinity.models import Trinity
+from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Ranks
-from trinity.parallel.sharding import shard_model
 from trinity.terminal import Progress
 
 

@@ -14,9 +14,9 @@ import torch
 
 from trinity.checkpoint.directory import mark_complete
 from trinity.config.run import RunConfig
-from trinity.data.shards import TokenSource
-from trinity.data.text_index import open_index
-from trinity.data.tokenizer import load_tokenizer, save_tokenizer
+from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.text_index import open_index
+from trinity.data.tokenizer.tokenizer import load_tokenizer, save_tokenizer
 from trinity.interop import export_hf
 from trinity.io import local
 from trinity.io.json_files import append_json_line, write_json
@@ -85,7 +85,7 @@ def metrics(folder: Path, corpus: SimpleNamespace) -> list[Path]:
 
 
 def shards(folder: Path, corpus: SimpleNamespace) -> list[Path]:
-    from trinity.data.prepare import prepare_data
+    from trinity.data.prepare.prepare import prepare_data
 
     (folder / "text.txt").write_text("some text")
     prepare_data([folder / "text.txt"], corpus.tokenizer, folder / "shards", workers=0)

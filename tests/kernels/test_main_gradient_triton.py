@@ -12,9 +12,9 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import Kernels, Parallel, Precision
 from trinity.models import Trinity
 from trinity.parallel import mesh
-from trinity.parallel.accumulation import set_reduction
+from trinity.parallel.fsdp import shard_model
+from trinity.parallel.grad_accumulation import set_reduction
 from trinity.parallel.mesh import Ranks
-from trinity.parallel.sharding import shard_model
 
 CONFIG = ModelConfig(
     vocab_size=128, width=32, layers=2, dense_layers=1, dense_width=48, heads=4, kv_heads=2, head_dim=8, window=5,

@@ -11,8 +11,8 @@ import pytest
 from launch_fakes import ROOT
 from local_nodes import free_port, start
 
-from trinity.parallel.odd_ones import MUST_AGREE, Odd, Report, mismatches, odd_ones, sentence, table
 from trinity.parallel.preflight import neighbours
+from trinity.parallel.preflight_report import MUST_AGREE, Outlier, Report, find_outliers, mismatches, sentence, table
 
 
 def report(rank: int, **different: Any) -> Report:
@@ -39,41 +39,41 @@ def ranks(**different: dict[int, Any]) -> list[Report]:
     ("different", "odd"),
     [
         ({}, []),
-        ({"gemm": {5: 629.0}}, [Odd("host1", 1, "gemm", 629.0, 700.0)]),
+        ({"gemm": {5: 629.0}}, [Outlier("host1", 1, "gemm", 629.0, 700.0)]),
         ({"gemm": {5: 631.0}}, []),  # within a tenth
         ({"gemm": {5: 900.0}}, []),  # fast is not odd
         (
             {"gemm": {2: 600.0, 3: 500.0}, "copy": {0: 1.0}},
             [
-                Odd("host0", 3, "gemm", 500.0, 700.0),
-                Odd("host0", 2, "gemm", 600.0, 700.0),
-                Odd("host0", 0, "copy", 1.0, 4000.0),
+                Outlier("host0", 3, "gemm", 500.0, 700.0),
+                Outlier("host0", 2, "gemm", 600.0, 700.0),
+                Outlier("host0", 0, "copy", 1.0, 4000.0),
             ],
         ),
         # all ranks of a node have its bandwidth; the node is named once; the median of 400 and 300 is 350
-        ({"node_bus": dict.fromkeys(range(4, 8), 300.0)}, [Odd("host1", None, "node_bus", 300.0, 350.0)]),
+        ({"node_bus": dict.fromkeys(range(4, 8), 300.0)}, [Outlier("host1", None, "node_bus", 300.0, 350.0)]),
         ({"node_bus": dict.fromkeys(range(8)), "pair_bus": dict.fromkeys(range(8))}, []),  # None: one rank, one node
         ({"all_bus": {7: 1.0}}, []),  # belongs to everybody
     ],
 )
-def test_odd_ones(different: dict, odd: list[Odd]) -> None:
+def test_odd_ones(different: dict, odd: list[Outlier]) -> None:
     """More than 10 % below the median of a figure."""
-    assert odd_ones(ranks(**different), 0.1) == odd
+    assert find_outliers(ranks(**different), 0.1) == odd
 
 
 def test_threshold() -> None:
     """It is a fraction of the median, and at 1 nothing is odd."""
     slow = ranks(gemm={1: 350.0})
-    assert [one.local_rank for one in odd_ones(slow, 0.49)] == [1]
-    assert odd_ones(slow, 0.51) == odd_ones(ranks(gemm={1: 0.0}), 1.0) == []
+    assert [one.local_rank for one in find_outliers(slow, 0.49)] == [1]
+    assert find_outliers(slow, 0.51) == find_outliers(ranks(gemm={1: 0.0}), 1.0) == []
 
 
 def test_sentences() -> None:
     """Host, local rank, figure, unit, how far below."""
-    assert sentence(Odd("a", 3, "gemm", 560.0, 700.0)) == (
+    assert sentence(Outlier("a", 3, "gemm", 560.0, 700.0)) == (
         "slow: a local rank 3: gemm 560 TFLOP/s, 20% below the median 700"
     )
-    assert sentence(Odd("b", None, "pair_bus", 45.0, 90.0)) == "slow: b: pair_bus 45 GB/s, 50% below the median 90"
+    assert sentence(Outlier("b", None, "pair_bus", 45.0, 90.0)) == "slow: b: pair_bus 45 GB/s, 50% below the median 90"
 
 
 @pytest.mark.parametrize("fact", ["python", "torch", "triton", "cuda", "nccl", "driver", "device"])

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from refusals import REFUSED_START, become_dangling, become_folder, become_loop, refusal, train
 
-from trinity.data.prepare import prepare_data
-from trinity.data.shards import TokenSource
-from trinity.data.text_source import TextSource
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.text import TextSource
 
 TOTALS = ["documents", "tokens", "text_bytes"]
 READ = ["dtype", "vocab_size", "bos_id", "tokenizer", "shards", *TOTALS]

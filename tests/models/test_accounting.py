@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trinity.config.model import ZOO, ModelConfig
 from trinity.config.run import Kernels
 from trinity.models import Trinity
-from trinity.models.accounting import flops_per_token, parameter_counts
+from trinity.models.flops import flops_per_token, parameter_counts
 
 PUBLISHED = {"nano": 6_120_003_328, "mini": 26_123_974_400, "large": 398_635_286_016}
 REPORTED_ACTIVE = {"nano": "1B", "mini": "3B", "large": "13B"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trinity.config.model import ModelConfig
 from trinity.models.attention import Attention, rotation_of
-from trinity.models.backends import Visibility
+from trinity.models.attention_backends import Visibility
 from trinity_kernels.qk_norm import rotate
 
 LOCAL, GLOBAL = 0, 3  # layers

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity.models import backends
-from trinity.models.backends import ENGINE_NAMES, Visibility, attend, pick_engine
+from trinity.models import attention_backends
+from trinity.models.attention_backends import ENGINE_NAMES, Visibility, attend, pick_engine
 
 LENGTHS = [37, 1, 90]
 S = sum(LENGTHS)
@@ -134,7 +134,7 @@ def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int 
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The optional packages that are there, as far as pick_engine can tell: a set for the test to fill."""
     packages: set[str] = set()
-    monkeypatch.setattr(backends, "_installed", lambda module: module in packages)
+    monkeypatch.setattr(attention_backends, "_installed", lambda module: module in packages)
     pick_engine.cache_clear()
     yield packages
     pick_engine.cache_clear()
@@ -173,4 +173,4 @@ def test_refusals(asked: str, device: str, dtype: torch.dtype, sentence: str) ->
 
 
 def test_every_name_has_an_engine() -> None:
-    assert set(backends._ENGINES) | {"auto"} == set(ENGINE_NAMES)
+    assert set(attention_backends._ENGINES) | {"auto"} == set(ENGINE_NAMES)

@@ -16,9 +16,9 @@ from trinity.errors import UserError
 from trinity.models import Trinity
 from trinity.models.fp8 import use_fp8
 from trinity.models.layers import Linear
+from trinity.parallel.activation_checkpoint import recompute_blocks
+from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Sizes, join_meshes
-from trinity.parallel.recompute import recompute_blocks
-from trinity.parallel.sharding import shard_model
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(

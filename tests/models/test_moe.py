@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.dispatch import local
 from trinity.models.moe import Experts, MoE, Routing
+from trinity.models.token_dispatcher import local
 
 B, S = 2, 7
 

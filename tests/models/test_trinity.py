@@ -15,7 +15,7 @@ from torch import Tensor
 from trinity.config.model import ZOO, ModelConfig
 from trinity.models import Losses, Trinity, next_tokens, parameter_roles
 from trinity.models.attention import rotation_of
-from trinity.models.backends import Visibility
+from trinity.models.attention_backends import Visibility
 
 B, S = 2, 24
 

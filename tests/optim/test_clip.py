@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from trinity.optim.clip import clip_, global_norm
+from trinity.optim.grad_clip import clip_, global_norm
 
 
 def make_gradients(dtype: torch.dtype = torch.float32) -> list[Tensor | None]:

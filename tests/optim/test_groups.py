@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from trinity.errors import UserError
-from trinity.models.roles import Role
-from trinity.optim.groups import Optimizers, build_optimizers, ownership_table
+from trinity.models.param_roles import Role
+from trinity.optim.build import Optimizers, build_optimizers, ownership_table
 
 FORMS = [
     ("embedding", "embedding", (11, 6), ()),

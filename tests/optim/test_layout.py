@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from trinity.models.roles import Role
-from trinity.optim.layout import Batch, assign_owners, lay_out, windows
+from trinity.models.param_roles import Role
+from trinity.optim.muon_layout import Batch, assign_owners, lay_out, windows
 from trinity.optim.newton_schulz import newton_schulz_flops
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from trinity.errors import UserError
-from trinity.models.roles import Role
+from trinity.models.param_roles import Role
 from trinity.optim import muon as muon_module
 from trinity.optim.muon import Muon, rate_factor
 from trinity.optim.newton_schulz import COEFFICIENTS, orthogonalize

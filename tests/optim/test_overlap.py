@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trinity.optim.exchange import Job, overlap, pays
+from trinity.optim.muon_comm import Job, overlap, pays
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from trinity.errors import UserError
-from trinity.optim.schedule import rate_scale
+from trinity.optim.lr_schedule import rate_scale
 
 
 def plain(step: int, now: int, warmup: int, decay: str, start: int, length: int, final: float) -> float:

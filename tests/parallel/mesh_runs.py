@@ -18,7 +18,7 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
 from trinity.models.moe import MoE
 from trinity.optim import Muon, orthogonalize, rate_factor
-from trinity.optim.layout import Batch as MuonBatch
+from trinity.optim.muon_layout import Batch as MuonBatch
 from trinity.parallel import mesh
 from trinity.training import train_step as step_module
 from trinity.training.build import build_model, make_optimizers

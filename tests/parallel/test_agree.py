@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from trinity.errors import Failure, UserError, explain
-from trinity.parallel.agree import any_of, on_first, together
+from trinity.parallel.collectives import any_of, on_first, together
 
 
 def fail_on(rank: int, error: type[Exception]) -> tuple[str, str]:

@@ -19,8 +19,8 @@ from mesh_runs import MISTAKES, alone, assert_same, config_of, run_steps, uneven
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from trinity.models import Trinity
-from trinity.parallel import mesh, sharding
-from trinity.parallel.traffic import count_collectives
+from trinity.parallel import fsdp, mesh
+from trinity.parallel.comm_counter import count_collectives
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
 from trinity.training.train_step import train_step
@@ -162,14 +162,14 @@ def one_policy(block: Any, kept: Callable, cast: Callable, experts: Callable, po
     shard_block(block, partial(kept, mp_policy=policy), cast, experts, policy)
 
 
-shard_block = sharding._shard_block
+shard_block = fsdp._shard_block
 
 
 def dtypes_inside(settings: dict, words: list[str], wrong: bool) -> dict[str, str]:
     """The format of each parameter and buffer while its module computes, in bf16."""
     config = config_of(settings, [*BATCH, *words, "precision.compute=bfloat16"])
     ranks = mesh.start(config.parallel, config.model, 1, False)
-    one_group = mock.patch.object(sharding, "_shard_block", one_policy)
+    one_group = mock.patch.object(fsdp, "_shard_block", one_policy)
     with one_group if wrong else nullcontext():
         model = build_model(config, ranks)
     model.init_weights(0)

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
-from trinity.models.dispatch import local
 from trinity.models.moe import Experts, MoE
-from trinity.parallel import deep_ep, exchange
-from trinity.parallel.exchange import AllToAll, split_experts
+from trinity.models.token_dispatcher import local
+from trinity.parallel import deep_ep, expert_parallel
+from trinity.parallel.expert_parallel import AllToAll, split_experts
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 
 BOUND = 1e-12
@@ -326,7 +326,7 @@ def test_one_rank_with_all_experts_changes_nothing(processes: Pools) -> None:
 def test_opcheck_of_the_counts(tokens: int) -> None:
     """Schema, fake tensors and tracing, by torch's own checker; nothing is under way here, so nothing is awaited."""
     counts = torch.full((4, 2), tokens)
-    assert torch.equal(exchange.exchanged_counts(counts, counts + 1), torch.stack((counts, counts + 1)))
+    assert torch.equal(expert_parallel.exchanged_counts(counts, counts + 1), torch.stack((counts, counts + 1)))
     torch.library.opcheck(torch.ops.trinity.exchanged_counts.default, (counts, counts + 1))
 
 
@@ -348,9 +348,9 @@ class PlayedBuffer:
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
-            return exchange.wait(handle.send(x)), None, None, None, None, None
-        trip = exchange.Trip(topk_idx // self.share, dist.get_world_size(), dist.group.WORLD.group_name)
-        x_UD, indices, gates = (exchange.wait(trip.send(rows)) for rows in (x, topk_idx, topk_weights))
+            return expert_parallel.wait(handle.send(x)), None, None, None, None, None
+        trip = expert_parallel.Trip(topk_idx // self.share, dist.get_world_size(), dist.group.WORLD.group_name)
+        x_UD, indices, gates = (expert_parallel.wait(trip.send(rows)) for rows in (x, topk_idx, topk_weights))
         indices -= self.share * dist.get_rank()
         indices = indices.where((indices >= 0) & (indices < self.share), -1)
         received = [(indices == expert).sum().item() for expert in range(self.share)]

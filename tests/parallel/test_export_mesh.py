@@ -18,8 +18,8 @@ from trinity.config.run import Precision, Run, RunConfig
 from trinity.errors import UserError
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity
+from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import join_meshes
-from trinity.parallel.sharding import shard_model
 from trinity.training.load_run import load_sharded_model
 
 # 4 ranks: rows of some matrices do not divide by them, and gains of 6 leave the last rank none

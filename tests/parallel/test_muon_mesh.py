@@ -1,6 +1,6 @@
 """Muon and clipping on meshes of 2 and 4 equal one process, in float64; what travels is counted, not believed.
 
-Parameters are sharded by FSDP2 itself, as in trinity/parallel/sharding.py. Newton-Schulz amplifies rounding of 2⁻⁵³ by
+Parameters are sharded by FSDP2 itself, as in trinity/parallel/fsdp.py. Newton-Schulz amplifies rounding of 2⁻⁵³ by
 less than 1e3 a step, on weights of order 1: hence 1e-10.
 """
 
@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trinity.models.roles import Role
+from trinity.models.param_roles import Role
 from trinity.optim import muon as muon_module
-from trinity.optim.clip import clip_, global_norm
-from trinity.optim.groups import Optimizers, build_optimizers, ownership_table
+from trinity.optim.build import Optimizers, build_optimizers, ownership_table
+from trinity.optim.grad_clip import clip_, global_norm
 from trinity.optim.muon import Muon
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 

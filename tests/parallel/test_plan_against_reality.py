@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trinity.config.run import RunConfig
 from trinity.parallel import mesh
-from trinity.parallel.agree import all_gather_single
+from trinity.parallel.collectives import all_gather_single
+from trinity.parallel.comm_counter import count_collectives
 from trinity.parallel.mesh import check_parallel
-from trinity.parallel.traffic import count_collectives
 from trinity.planning.activations import block_activations
 from trinity.planning.communication import flows
-from trinity.planning.sharded import sharded, state_bytes
+from trinity.planning.fake_rank import sharded, state_bytes
 from trinity.planning.stretches import load_of, stretches
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.train_step import Batch, train_step

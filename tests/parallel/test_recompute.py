@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trinity.config.model import ModelConfig
 from trinity.config.run import Precision
 from trinity.models import Trinity
+from trinity.parallel.activation_checkpoint import recompute_blocks
+from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Sizes, join_meshes
-from trinity.parallel.recompute import recompute_blocks
-from trinity.parallel.sharding import shard_model
 
 LAYERS, SPARSE = 5, 4
 CONFIG = ModelConfig(

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import Balancing, Data, Parallel, Precision, RunConfig
-from trinity.models import backends
+from trinity.models import attention_backends
 from trinity.models.attention import rotation_of
-from trinity.models.backends import Visibility
+from trinity.models.attention_backends import Visibility
 from trinity.models.trinity import Block
+from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import check_parallel
-from trinity.parallel.traffic import Traffic
 from trinity.planning.activations import Activations, block_activations, destinations, head_activations
-from trinity.planning.live_bytes import LiveBytes
-from trinity.planning.sharded import sharded
+from trinity.planning.fake_rank import sharded
+from trinity.planning.meta_memory import LiveBytes
 from trinity_kernels import linear_cross_entropy
 
 ROWS, LENGTH = 3, 16
@@ -79,7 +79,7 @@ def test_meta_keeps_what_memory_keeps(
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), 0.0, True)[0].transpose(1, 2)
 
-    monkeypatch.setitem(backends._ENGINES, "sdpa", flash)
+    monkeypatch.setitem(attention_backends._ENGINES, "sdpa", flash)
     # a CPU's way out of bf16; the package has an operation of the module's name
     monkeypatch.setattr(sys.modules["trinity_kernels.linear"], "widens", lambda _: False)
     monkeypatch.setattr("trinity.planning.activations._inside_experts", lambda *_: 0)

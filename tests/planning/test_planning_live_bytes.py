@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trinity.planning.live_bytes import LiveBytes
+from trinity.planning.meta_memory import LiveBytes
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])

@@ -8,8 +8,8 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import Parallel, RunConfig
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.activations import Activations
+from trinity.planning.fake_rank import Group, Sharded, sharded, state_bytes
 from trinity.planning.memory import fullest, unreduced_gradients
-from trinity.planning.sharded import Group, Sharded, sharded, state_bytes
 
 NAMES = ["the embedding", "block 0", "block 1", "block 2", "block 3", "the head"]
 PARTS = [["embed"], ["blocks.0"], ["blocks.1"], ["blocks.2"], ["blocks.3"], ["norm", "head"]]

@@ -22,7 +22,7 @@ from trinity.planning import advice
 from trinity.planning.dry_run import dry_run
 from trinity.planning.gpus import with_mesh
 from trinity.planning.plan import USABLE, fullest_moment, make_plan
-from trinity.planning.text import as_text, as_values, describe
+from trinity.planning.tables import as_text, as_values, describe
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

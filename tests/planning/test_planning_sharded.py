@@ -12,10 +12,10 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import Optim, Parallel, Precision, RunConfig
 from trinity.hardware import GPUS
 from trinity.models import Trinity, parameter_roles
+from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import check_parallel
-from trinity.parallel.traffic import Traffic
 from trinity.planning.communication import Flow, flows, seconds
-from trinity.planning.sharded import fsdp_groups, sharded, state_bytes
+from trinity.planning.fake_rank import fsdp_groups, sharded, state_bytes
 from trinity.planning.stretches import load_of, stretches
 
 CONFIGS = Path(__file__).parents[2] / "configs"

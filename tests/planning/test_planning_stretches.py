@@ -8,10 +8,10 @@ import pytest
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import Batch, Data, DataPhase, RampEntry, Run, RunConfig
-from trinity.models.accounting import flops_per_token
+from trinity.models.flops import flops_per_token
 from trinity.planning.plan import make_plan
 from trinity.planning.stretches import Load, Stretch, load_of, stretches
-from trinity.planning.text import as_text, as_values
+from trinity.planning.tables import as_text, as_values
 from trinity.training.build import batch_plan, total_steps
 
 

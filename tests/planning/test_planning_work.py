@@ -8,13 +8,13 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import Data, Muon, Optim, Parallel, Precision, RunConfig
 from trinity.hardware import GPU
 from trinity.models import Trinity, parameter_roles
-from trinity.models.accounting import flops_per_token
+from trinity.models.flops import flops_per_token
 from trinity.optim.newton_schulz import newton_schulz_flops
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.communication import Flow
-from trinity.planning.sharded import sharded
+from trinity.planning.fake_rank import sharded
+from trinity.planning.roofline import ACHIEVED, PASSES, UPDATE_PASSES, Seconds, Work, seconds_of, work_of
 from trinity.planning.stretches import Load
-from trinity.planning.work import ACHIEVED, PASSES, UPDATE_PASSES, Seconds, Work, seconds_of, work_of
 
 CARD = GPU(bf16=1e12, fp32=1e11, memory=1.0, bandwidth=1e10, node_link=1e9, network=1e8)
 LOAD = Load(rows=6, microbatch=2, microbatches=3, tokens=60)

@@ -7,7 +7,7 @@ from benchmarks.experts import Case, balanced_routing, flops, goals, make_inputs
 from torch import Tensor
 
 from trinity.config.model import ZOO
-from trinity.models.accounting import flops_per_token
+from trinity.models.flops import flops_per_token
 
 
 def counts(indices_TK: Tensor, experts: int) -> Tensor:

@@ -13,8 +13,8 @@ from benchmarks.attention import Case, make_documents, pairs_seen
 from benchmarks.timing import medians, one_line, take_turns
 
 from trinity.config.model import ZOO
-from trinity.models.accounting import flops_per_token
-from trinity.models.backends import Visibility
+from trinity.models.attention_backends import Visibility
+from trinity.models.flops import flops_per_token
 from trinity.models.moe import Router
 
 

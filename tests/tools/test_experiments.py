@@ -20,7 +20,7 @@ import rsdb_report  # noqa: E402
 from domains import Corpus, cut, make_corpus, read_domains  # noqa: E402
 from rsdb_arms import ARMS, QUICK, arm_config, take_by_stream  # noqa: E402
 
-from trinity.data.shards import TokenSource  # noqa: E402
+from trinity.data.sources.shards import TokenSource  # noqa: E402
 from trinity.errors import UserError  # noqa: E402
 from trinity.models import Trinity  # noqa: E402
 from trinity.training.build_data import open_stream  # noqa: E402

@@ -17,12 +17,12 @@ import yaml
 
 from trinity.config.load import load_config
 from trinity.errors import UserError
-from trinity.models.accounting import parameter_counts
+from trinity.models.flops import parameter_counts
 from trinity.reporting import axes, unigram, write_report
 from trinity.reporting.curves import mode
-from trinity.reporting.lines import Columns
+from trinity.reporting.downsample import moments, smooth, thin
+from trinity.reporting.jsonl import Columns
 from trinity.reporting.tables import _count
-from trinity.reporting.thinning import moments, smooth, thin
 
 LAYERS, EXPERTS, STEPS = 3, 4, 12
 DENSE = 1

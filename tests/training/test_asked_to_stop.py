@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import filesystem
 from troubles import nth
 
 from trinity.checkpoint import directory
-from trinity.data.loader import _Worker
+from trinity.data.stream.loader import _Worker
 from trinity.interop import export
 from trinity.models import Trinity
 from trinity.training import trainer

@@ -8,7 +8,7 @@ import torch
 from run_files import metrics, refuse, status, train
 
 from trinity.config.load import OmegaConf, build_config
-from trinity.data.shards import TokenSource
+from trinity.data.sources.shards import TokenSource
 from trinity.models import Trinity
 from trinity.training.build_data import document_notes, open_stream
 

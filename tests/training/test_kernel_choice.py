@@ -13,7 +13,7 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import Kernels
 from trinity.errors import UserError
 from trinity.parallel.mesh import Sizes
-from trinity.planning.sharded import sharded
+from trinity.planning.fake_rank import sharded
 from trinity.training.build import check_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -14,7 +14,7 @@ import yaml
 from run_files import metrics, refuse, state, status, train
 
 from trinity.config.load import OmegaConf, build_config
-from trinity.data.train_tokenizer import train_from_files
+from trinity.data.tokenizer.train import train_from_files
 from trinity.errors import UserError, explain
 
 ROOT = Path(__file__).parents[2]

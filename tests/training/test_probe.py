@@ -16,7 +16,7 @@ from run_files import metrics, state, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import Parallel
 from trinity.models import ZOO, attention
-from trinity.models.backends import Visibility, attend
+from trinity.models.attention_backends import Visibility, attend
 from trinity.monitor.attention_probe import QUERIES, largest_logit, probe
 from trinity.monitor.straggler import TIMES, SlowRanks
 from trinity.parallel import mesh

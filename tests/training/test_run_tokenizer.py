@@ -10,7 +10,7 @@ from run_files import refuse, train
 
 from trinity.checkpoint.directory import complete_steps
 from trinity.config import RunConfig, load_config, save_config
-from trinity.data.tokenizer import fingerprint, load_tokenizer
+from trinity.data.tokenizer.tokenizer import fingerprint, load_tokenizer
 from trinity.errors import UserError
 from trinity.training.run_tokenizer import (
     keep_tokenizer,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from run_files import metrics, refuse, train
 
-from trinity.data.tokenizer import bos_id, load_text_encoder
+from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
 from trinity.training.load_run import load_model
 

@@ -17,7 +17,7 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
 from trinity.models import ZOO, Trinity
 from trinity.models.trinity import moe_layers
-from trinity.optim.clip import global_norm
+from trinity.optim.grad_clip import global_norm
 from trinity.parallel import mesh
 from trinity.training.build import build_model, make_optimizers, microbatch_size
 from trinity.training.build_data import open_data

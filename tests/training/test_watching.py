@@ -15,9 +15,9 @@ import pytest
 import torch
 from run_files import metrics, refuse, state, status, train
 
-from trinity.data.stream import SequenceStream
+from trinity.data.stream.stream import SequenceStream
 from trinity.models import ModelConfig, Trinity
-from trinity.models.roles import parameter_roles
+from trinity.models.param_roles import parameter_roles
 from trinity.monitor.heartbeat import Heartbeat
 from trinity.monitor.loss_spikes import CAPACITY, Spikes
 from trinity.monitor.monitor import Watcher

@@ -121,7 +121,7 @@ def make_documents(case: Case) -> Tensor:
 
 
 def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
-    from trinity.models.backends import pick_engine
+    from trinity.models.attention_backends import pick_engine
 
     where, dtype = device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32
     random = torch.Generator(where).manual_seed(0)
@@ -147,7 +147,7 @@ def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def _timed(engine: str, case: Case, qkv: list[Tensor], documents_BS: Tensor, grad: Tensor) -> Callable[[Marks], None]:
-    from trinity.models.backends import Visibility, attend
+    from trinity.models.attention_backends import Visibility, attend
 
     positions = torch.arange(case.S, device=documents_BS.device).unsqueeze(0)
     # as in a model: masks are made once a forward pass and shared by its layers, of which this is not the first

@@ -25,11 +25,11 @@ import torch
 from benchmarks.timing import Marks, medians, take_turns
 
 from trinity.data import BatchPlan, SequenceStream, TokenSource
-from trinity.data.documents import Place
-from trinity.data.loader import Loader
-from trinity.data.mixture import Phase
-from trinity.data.shard_writer import KEPT, Encoded, ShardWriter
-from trinity.data.shards import VERSION, token_dtype
+from trinity.data.prepare.shard_writer import KEPT, Encoded, ShardWriter
+from trinity.data.sources.documents import Place
+from trinity.data.sources.shards import VERSION, token_dtype
+from trinity.data.stream.loader import Loader
+from trinity.data.stream.mixture import Phase
 
 S, V = 4096, 48
 VOCABULARY = 200_000

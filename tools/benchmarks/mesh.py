@@ -124,11 +124,11 @@ def _clock_waits() -> list[float]:
     """
     import torch.distributed as dist
 
-    from trinity.parallel import exchange
+    from trinity.parallel import expert_parallel
 
     seconds = [0.0]
     dist.Work.wait = _timed(dist.Work.wait, seconds)
-    exchange.wait = _timed(exchange.wait, seconds)
+    expert_parallel.wait = _timed(expert_parallel.wait, seconds)
     return seconds
 
 

@@ -92,7 +92,7 @@ def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[st
 
     from trinity.config.load import load_config
     from trinity.hardware import memory_gib, peak_flops
-    from trinity.models.accounting import flops_per_token
+    from trinity.models.flops import flops_per_token
     from trinity.parallel import mesh
     from trinity.training.build import build_model, make_optimizers
     from trinity.training.train_step import Batch, train_step

@@ -18,10 +18,10 @@ from typing import Any
 
 from benchmarks.timing import Marks, take_turns
 
-from trinity.data.corpus import write_corpus
-from trinity.data.prepare import prepare_data
-from trinity.data.tokenizer import load_tokenizer
-from trinity.data.train_tokenizer import train_from_files
+from trinity.data.prepare.corpus import write_corpus
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.tokenizer.tokenizer import load_tokenizer
+from trinity.data.tokenizer.train import train_from_files
 
 VOCABULARY = 8000
 BATCH_CHARACTERS = 1 << 20

@@ -193,7 +193,7 @@ def _ours(dtype: str, steps: int) -> dict[str, Any]:
     import torch
 
     from trinity.config.load import load_config
-    from trinity.optim.clip import clip_, global_norm
+    from trinity.optim.grad_clip import clip_, global_norm
     from trinity.parallel import mesh
     from trinity.training.build import build_model, make_optimizers
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from trinity.data.corpus import docstrings, held_out, read_modules, topics
-from trinity.data.permutation import random_key
-from trinity.data.prepare import prepare_data
-from trinity.data.shards import TokenSource
-from trinity.data.train_tokenizer import train_from_files
+from trinity.data.prepare.corpus import docstrings, held_out, read_modules, topics
+from trinity.data.prepare.prepare import prepare_data
+from trinity.data.sources.shards import TokenSource
+from trinity.data.stream.permutation import random_key
+from trinity.data.tokenizer.train import train_from_files
 from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically
 

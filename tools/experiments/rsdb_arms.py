@@ -12,10 +12,10 @@ from domains import Corpus
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
-from trinity.data.shards import TokenSource
-from trinity.data.stream import SequenceStream
-from trinity.data.validation import validation_sequences
-from trinity.evaluation.validation import evaluate
+from trinity.data.sources.shards import TokenSource
+from trinity.data.stream.stream import SequenceStream
+from trinity.data.stream.validation import validation_sequences
+from trinity.evaluation.validation_loss import evaluate
 from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
 from trinity.training.build import build_model, make_optimizers

@@ -23,7 +23,7 @@ from trinity.io.checksum import FileSum, sum_of
 from trinity.io.json_files import to_json
 from trinity.io.local import sync_folder, write_atomically
 from trinity.io.remote_path import AnyPath, RemotePath, any_path
-from trinity.parallel.agree import on_first, together
+from trinity.parallel.collectives import on_first, together
 from trinity.run_directory import newest_config
 from trinity.terminal import say
 

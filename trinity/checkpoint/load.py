@@ -20,7 +20,7 @@ from trinity.checkpoint.save import State, told
 from trinity.errors import Failure, UserError
 from trinity.io.remote_path import AnyPath, RemoteFileSystem
 from trinity.models.trinity import Trinity
-from trinity.parallel.agree import together
+from trinity.parallel.collectives import together
 
 METADATA_CLASSES = {
     "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",

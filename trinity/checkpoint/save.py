@@ -54,7 +54,7 @@ from trinity.errors import USER_MISTAKE, Failure, UserError, explain
 from trinity.io.checksum import FileSum, sum_of
 from trinity.io.local import make_folder
 from trinity.io.remote_path import AnyPath, RemoteFileSystem, RemotePath
-from trinity.parallel.agree import on_first
+from trinity.parallel.collectives import on_first
 
 State = dict[str, Tensor]
 Written = tuple[list[WriteResult], dict[str, FileSum]]

@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trinity.data.inputs import holds_text
-from trinity.data.order import Source
-from trinity.data.shards import TokenSource
-from trinity.data.text_source import TextSource
-from trinity.data.tokenizer import fingerprint
-from trinity.data.validation import validation_sequences
+from trinity.data.sources.inputs import holds_text
+from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.text import TextSource
+from trinity.data.stream.shuffle import Source
+from trinity.data.stream.validation import validation_sequences
+from trinity.data.tokenizer.tokenizer import fingerprint
 from trinity.errors import UserError
 from trinity.evaluation.scoring import Span, log_likelihoods
-from trinity.evaluation.validation import evaluate
+from trinity.evaluation.validation_loss import evaluate
 from trinity.io.remote import located
 from trinity.models.trinity import Trinity
 from trinity.terminal import Progress

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trinity.data.tokenizer import bos_id, load_text_encoder
+from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.interop.tokenizer_files import special_ids
 
 

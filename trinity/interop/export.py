@@ -24,13 +24,13 @@ from torch import Tensor
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
 from trinity.interop.hf_config import hf_config
-from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
+from trinity.interop.weight_map import Index, correspondence
 from trinity.io.json_files import read_json, write_json
 from trinity.io.local import atomic_path, make_folder, sync_folder
 from trinity.models.trinity import Trinity
-from trinity.parallel.agree import on_first, together
+from trinity.parallel.collectives import on_first, together
 from trinity.terminal import Progress
 
 SHARD_BYTES = 5 * 10**9

@@ -18,8 +18,8 @@ from torch import Tensor
 from trinity.config.model import ModelConfig, check_size
 from trinity.errors import UserError
 from trinity.interop.hf_config import architecture, model_config
-from trinity.interop.names import Index, correspondence
 from trinity.interop.tensors import dtypes_of, owned_part, part_shape
+from trinity.interop.weight_map import Index, correspondence
 from trinity.io.json_files import read_json
 from trinity.models.trinity import Trinity
 

@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trinity.interop.names import Index
-from trinity.models.roles import parameter_roles
+from trinity.interop.weight_map import Index
+from trinity.models.param_roles import parameter_roles
 
 
 def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

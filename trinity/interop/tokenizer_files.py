@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from trinity.data.tokenizer import load_tokenizer, vocabulary_size
+from trinity.data.tokenizer.tokenizer import load_tokenizer, vocabulary_size
 from trinity.errors import UserError
 from trinity.io.json_files import read_json
 from trinity.io.local import copy_atomically

@@ -1,7 +1,7 @@
 """The architecture: one readable model, and the report's sizes of it."""
 
 from trinity.config.model import ZOO, ModelConfig
-from trinity.models.roles import Role, parameter_roles
+from trinity.models.param_roles import Role, parameter_roles
 from trinity.models.trinity import Losses, Trinity, next_tokens
 
 __all__ = ["ZOO", "Losses", "ModelConfig", "Role", "Trinity", "next_tokens", "parameter_roles"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import trinity_kernels
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, Kernels
-from trinity.models.backends import Visibility, attend
+from trinity.models.attention_backends import Visibility, attend
 from trinity.models.layers import Linear, QKNorm
 
 

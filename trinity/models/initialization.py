@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.roles import parameter_roles
+from trinity.models.param_roles import parameter_roles
 
 CUT = 3.0
 """Where the normal distribution is cut, in σ (eq. 38)."""

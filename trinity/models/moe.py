@@ -21,8 +21,8 @@ import trinity_kernels
 from trinity.balancing import sequence_loss
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, Kernels
-from trinity.models.dispatch import Dispatcher, local
 from trinity.models.layers import SwiGLU
+from trinity.models.token_dispatcher import Dispatcher, local
 from trinity_kernels.expert_engines import ENGINES, engine
 from trinity_kernels.norm import wide
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, Kernels
 from trinity.models.attention import Attention, rotation_of
-from trinity.models.backends import Visibility
+from trinity.models.attention_backends import Visibility
 from trinity.models.initialization import initialize
 from trinity.models.layers import Embedding, Head, PostNorm, RMSNorm, Stream, SwiGLU
 from trinity.models.moe import MoE, Routing

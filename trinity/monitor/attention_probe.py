@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trinity.models.attention import Attention
 from trinity.models.trinity import Trinity
-from trinity.parallel.agree import all_gather_single
+from trinity.parallel.collectives import all_gather_single
 from trinity.parallel.mesh import Ranks
 from trinity_kernels.norm import wide
 

@@ -4,9 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trinity.optim.clip import global_norm
-from trinity.optim.groups import Optimizers
-from trinity.optim.local import local
+from trinity.optim.build import Optimizers
+from trinity.optim.dtensor import local
+from trinity.optim.grad_clip import global_norm
 
 
 class Norms:

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity.models.roles import Role
-from trinity.optim.exchange import Job, Transfer, divided, from_owners, on_every_rank, overlap, pays, pieces, to_owners
-from trinity.optim.layout import Batch, lay_out
-from trinity.optim.local import local, spread, zeros_per_matrix
+from trinity.models.param_roles import Role
+from trinity.optim.dtensor import local, spread, zeros_per_matrix
+from trinity.optim.muon_comm import Job, Transfer, divided, from_owners, on_every_rank, overlap, pays, pieces, to_owners
+from trinity.optim.muon_layout import Batch, lay_out
 from trinity.optim.newton_schulz import coefficient_steps, orthogonalize
 
 # The most bytes of matrices (in the momentum's dtype) in one batch on its owner, unless a single matrix is larger. A

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity.models.dispatch import RunExperts
+from trinity.models.token_dispatcher import RunExperts
 
 
 def check_deep_ep(dtype: torch.dtype, device: str) -> None:

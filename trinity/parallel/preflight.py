@@ -1,6 +1,6 @@
 """Measures every rank and every link before a long run, on all ranks at the same time, as a run would load them.
 
-What the figures are, and which rank stands out by them, is in `odd_ones.py`.
+What the figures are, and which rank stands out by them, is in `preflight_report.py`.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from trinity.parallel.odd_ones import Report
+from trinity.parallel.preflight_report import Report
 
 PATIENCE = timedelta(minutes=5)
 """How long a collective may hang before the ranks give up."""

@@ -24,18 +24,18 @@ from torch import Tensor
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import RunConfig
-from trinity.models import backends
+from trinity.models import attention_backends
 from trinity.models.attention import rotation_of
-from trinity.models.backends import Visibility
+from trinity.models.attention_backends import Visibility
 from trinity.models.layers import RMSNorm
 from trinity.models.moe import Router
 from trinity.models.trinity import Block
-from trinity.parallel import exchange
+from trinity.parallel import expert_parallel
+from trinity.parallel.activation_checkpoint import recompute_blocks
+from trinity.parallel.comm_counter import Traffic, count_collectives
+from trinity.parallel.fsdp import master_dtype
 from trinity.parallel.mesh import Ranks
-from trinity.parallel.recompute import recompute_blocks
-from trinity.parallel.sharding import master_dtype
-from trinity.parallel.traffic import Traffic, count_collectives
-from trinity.planning.live_bytes import LiveBytes
+from trinity.planning.meta_memory import LiveBytes
 from trinity_kernels.cross_entropy import chunk_tokens
 
 
@@ -82,7 +82,7 @@ def _measured(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activat
                 part.to(master)
         x_BSD = torch.empty(rows, length, model.width, dtype=compute, requires_grad=True)
         positions = torch.arange(length).unsqueeze(0)
-    exchange.split_experts(block, ranks.experts, config.parallel.exchange)
+    expert_parallel.split_experts(block, ranks.experts, config.parallel.exchange)
     if config.recompute != "none":
         recompute_blocks(SimpleNamespace(blocks=[block]), config.recompute)
     rotation = rotation_of(positions, model.head_dim, model.rope_theta, master)
@@ -107,7 +107,7 @@ def _stand_ins(tokens: int, model: ModelConfig) -> Iterator[None]:
         sent = round(tokens * destinations(model.experts, model.active_experts, ranks) / ranks)
         return torch.tensor([[[sent, tokens * model.active_experts // ranks]] * ranks] * 2)
 
-    with patch.dict(backends._ENGINES, sdpa=_flash), patch.object(exchange, "exchanged_counts", even):
+    with patch.dict(attention_backends._ENGINES, sdpa=_flash), patch.object(expert_parallel, "exchanged_counts", even):
         yield
 
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from trinity.config.run import RunConfig
 from trinity.hardware import GPU
-from trinity.optim.exchange import pays
-from trinity.optim.layout import Batch
 from trinity.optim.muon import Muon
+from trinity.optim.muon_comm import pays
+from trinity.optim.muon_layout import Batch
+from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import Sizes
-from trinity.parallel.traffic import Traffic
-from trinity.planning.sharded import Group, Sharded
+from trinity.planning.fake_rank import Group, Sharded
 from trinity.planning.stretches import Load
 
 

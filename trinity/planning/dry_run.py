@@ -8,7 +8,7 @@ from trinity.errors import UserError
 from trinity.hardware import this_machine
 from trinity.parallel.mesh import world_size
 from trinity.planning.gpus import gpus_needed
-from trinity.planning.text import describe
+from trinity.planning.tables import describe
 
 
 def _missing(config: RunConfig) -> list[str]:

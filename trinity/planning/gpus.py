@@ -6,7 +6,7 @@ from dataclasses import replace
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.hardware import GPU
-from trinity.models.accounting import parameter_counts
+from trinity.models.flops import parameter_counts
 from trinity.parallel.mesh import Sizes, mesh_words, meshes
 from trinity.training.build import batch_words, check_batches, check_mesh, dealt_counts, first_undivided
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from trinity.optim.muon import Muon
-from trinity.parallel.accumulation import SHARE_OF_DEVICE, unreduced_bytes
+from trinity.parallel.grad_accumulation import SHARE_OF_DEVICE, unreduced_bytes
 from trinity.planning.activations import Activations
-from trinity.planning.sharded import Group, Sharded, state_bytes
+from trinity.planning.fake_rank import Group, Sharded, state_bytes
 
 NEWTON_SCHULZ = 6
 """Times the largest batch that an update takes: four while it computes, two for those under way. Ours."""

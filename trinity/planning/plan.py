@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.hardware import GPU, GPUS
-from trinity.models.accounting import flops_per_token, parameter_counts
+from trinity.models.flops import flops_per_token, parameter_counts
 from trinity.parallel.mesh import Sizes, mesh_sizes
 from trinity.planning.activations import Activations, block_activations, embedding_activations, head_activations
 from trinity.planning.communication import Flow, flows
+from trinity.planning.fake_rank import Sharded, sharded, state_bytes
 from trinity.planning.gpus import (
     check_batches_for_any_mesh,
     check_count,
@@ -22,9 +23,8 @@ from trinity.planning.gpus import (
     mesh_candidates,
 )
 from trinity.planning.memory import Memory, fullest, unreduced_gradients
-from trinity.planning.sharded import Sharded, sharded, state_bytes
+from trinity.planning.roofline import Seconds, Work, seconds_of, work_of
 from trinity.planning.stretches import Load, Stretch, load_of, stretches
-from trinity.planning.work import Seconds, Work, seconds_of, work_of
 
 USABLE = 0.92
 """Share of a GPU's memory that tensors may take; the rest is the allocator's gaps, CUDA's and NCCL's. Not from the

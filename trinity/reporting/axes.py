@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from trinity.reporting.lines import Columns
+from trinity.reporting.jsonl import Columns
 
 MOST_TICKS = 5
 """Of the step axis: what a phone has room for. Not from the report."""

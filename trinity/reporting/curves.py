@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from trinity.reporting import axes
-from trinity.reporting.run import Run
-from trinity.reporting.thinning import MOST_POINTS, smooth, thin
+from trinity.reporting.downsample import MOST_POINTS, smooth, thin
+from trinity.reporting.run_log import Run
 from trinity.reporting.unigram import unigram_entropies
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]

@@ -21,7 +21,7 @@ from trinity.errors import UserError
 from trinity.io.json_files import to_json
 from trinity.io.local import make_folder, write_atomically
 from trinity.reporting import tables
-from trinity.reporting.run import Run, read_run
+from trinity.reporting.run_log import Run, read_run
 from trinity.reporting.template import PAGE, SCRIPT, STYLE, fill
 
 if TYPE_CHECKING:  # plotly may not be installed

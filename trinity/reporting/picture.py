@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trinity.errors import UserError
-from trinity.reporting.lines import Columns
-from trinity.reporting.run import read_run
-from trinity.reporting.thinning import smooth, thin
+from trinity.reporting.downsample import smooth, thin
+from trinity.reporting.jsonl import Columns
+from trinity.reporting.run_log import read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

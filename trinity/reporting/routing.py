@@ -11,8 +11,8 @@ from plotly.colors import sample_colorscale
 
 from trinity.reporting import axes
 from trinity.reporting.curves import Drawn, Picture, mode
-from trinity.reporting.run import ROUTER_FIELDS, Router, Run
-from trinity.reporting.thinning import moments, thin
+from trinity.reporting.downsample import moments, thin
+from trinity.reporting.run_log import ROUTER_FIELDS, Router, Run
 
 MOMENTS = 9
 """Entries of the load's slider: the first, the last, and evenly between them, the middle one too. Ours."""

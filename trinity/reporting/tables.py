@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trinity.reporting.run import Event, Run, last_finite
-from trinity.reporting.thinning import moments
+from trinity.reporting.downsample import moments
+from trinity.reporting.run_log import Event, Run, last_finite
 from trinity.terminal import clock
 
 MOST_EVENTS = 300
@@ -221,7 +221,7 @@ def _parameters(run: Run) -> str:
     """Of the model in the newest config: all, and those that one token uses; absent where it cannot be loaded."""
     if run.config is None:
         return ABSENT
-    from trinity.models.accounting import parameter_counts
+    from trinity.models.flops import parameter_counts
 
     counts = parameter_counts(run.config.model)
     return f"{_count(counts['total'])} ({_count(counts['active'])} active)"

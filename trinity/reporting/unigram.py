@@ -1,11 +1,15 @@
 """The unigram entropy of what a run reads: the loss of a model that knows only how often each token occurs."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from trinity.config.run import RunConfig
-from trinity.data.shards import TokenSource
-from trinity.data.statistics import unigram_entropy
+from trinity.data.sources.shards import TokenSource
+from trinity.data.stream.mixture import normalised
+from trinity.data.stream.shuffle import Source
 from trinity.errors import UserError
 
 MOST_TOKENS = 1 << 28
@@ -31,3 +35,25 @@ def _entropy(places: dict[str, str], mixture: dict[str, float]) -> float | None:
         if sum(source.tokens for source in sources.values()) <= MOST_TOKENS:
             return unigram_entropy(sources, mixture)
     return None
+
+
+CHUNK = 1 << 24
+
+
+def unigram_entropy(sources: Mapping[str, Source], mixture: Mapping[str, float]) -> float:
+    """Entropy of the mixture's token frequencies, −Σ p ln p, in nats per token; every token of every source is read.
+
+    Args:
+        sources: name → documents, all of one tokenizer.
+        mixture: name → weight by tokens, one for each source.
+    Raises:
+        UserError: the mixture does not fit the sources.
+    """
+    p_V = np.zeros(max(source.vocab_size for source in sources.values()))
+    for source, weight in zip(sources.values(), normalised(sources, mixture)):
+        counts_V = np.zeros_like(p_V)
+        for ids in source.chunks(CHUNK):
+            counts_V += np.bincount(ids, minlength=len(p_V))
+        p_V += weight * counts_V / counts_V.sum()
+    p_V = p_V[p_V > 0]
+    return float(-(p_V * np.log(p_V)).sum())

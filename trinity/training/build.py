@@ -8,16 +8,16 @@ import torch
 
 from trinity.config.phases import whole_phases
 from trinity.config.run import Kernels, RunConfig
-from trinity.data.batches import BatchHistory, BatchPlan
+from trinity.data.stream.batch_schedule import BatchHistory, BatchPlan
 from trinity.errors import UserError
 from trinity.models.fp8 import use_fp8
-from trinity.models.roles import parameter_roles
+from trinity.models.param_roles import parameter_roles
 from trinity.models.trinity import Trinity
-from trinity.optim.groups import Optimizers, build_optimizers
+from trinity.optim.build import Optimizers, build_optimizers
+from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.compilation import compile_blocks
+from trinity.parallel.fsdp import master_dtype, shard_model
 from trinity.parallel.mesh import Ranks, Sizes, divisors, mesh_sizes, nearest_mesh
-from trinity.parallel.recompute import recompute_blocks
-from trinity.parallel.sharding import master_dtype, shard_model
 from trinity_kernels.expert_engines import ENGINES, check_engine
 from trinity_kernels.op import interpreted
 

@@ -11,15 +11,15 @@ from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory, tokenizer_folder
 from trinity.config.phases import WholePhase, whole_phases
 from trinity.config.run import RunConfig
-from trinity.data.batches import BatchPlan
-from trinity.data.inputs import holds_text
-from trinity.data.loader import Loader
-from trinity.data.mixture import LengthBias, Phase, normalised
-from trinity.data.order import Source
-from trinity.data.shards import TokenSource
-from trinity.data.stream import SequenceStream
-from trinity.data.text_source import TextSource
-from trinity.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
+from trinity.data.sources.inputs import holds_text
+from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.text import TextSource
+from trinity.data.stream.batch_schedule import BatchPlan
+from trinity.data.stream.loader import Loader
+from trinity.data.stream.mixture import LengthBias, Phase, normalised
+from trinity.data.stream.shuffle import Source
+from trinity.data.stream.stream import SequenceStream
+from trinity.data.tokenizer.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from trinity.errors import Failure, UserError
 from trinity.parallel.mesh import Ranks
 from trinity.run_directory import newest_config

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from trinity.config.changes import accepts
 from trinity.config.run import RunConfig
-from trinity.data.batches import BatchPlan
+from trinity.data.stream.batch_schedule import BatchPlan
 from trinity.errors import UserError
-from trinity.optim.schedule import rate_scale
+from trinity.optim.lr_schedule import rate_scale
 
 
 class Decay(NamedTuple):

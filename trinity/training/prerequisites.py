@@ -8,7 +8,7 @@ from trinity.config.paths import check_paths, run_directory
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.io.remote import filesystem
-from trinity.models.backends import pick_engine
+from trinity.models.attention_backends import pick_engine
 from trinity.models.fp8 import use_fp8
 from trinity.models.trinity import Trinity
 from trinity.parallel.deep_ep import check_deep_ep

@@ -24,10 +24,10 @@ from trinity.checkpoint.load import read_alone
 from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
-from trinity.data.batches import BatchHistory
-from trinity.data.stream import position_of
+from trinity.data.stream.batch_schedule import BatchHistory
+from trinity.data.stream.stream import position_of
 from trinity.errors import UserError
-from trinity.parallel.agree import on_first, together
+from trinity.parallel.collectives import on_first, together
 from trinity.run_directory import newest_config, whose_run
 from trinity.terminal import say
 from trinity.training.build import batch_plan

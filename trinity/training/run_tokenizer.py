@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trinity.config.paths import kept_tokenizer, run_directory, tokenizer_folder
 from trinity.config.run import RunConfig
-from trinity.data.tokenizer import fingerprint
+from trinity.data.tokenizer.tokenizer import fingerprint
 from trinity.errors import UserError
 from trinity.interop.tokenizer_files import FILES, copy_tokenizer
 from trinity.io.local import make_folder

@@ -15,7 +15,7 @@ from torch import Tensor
 from trinity import balancing
 from trinity.config.run import RunConfig
 from trinity.models.trinity import Losses
-from trinity.parallel.agree import all_gather_single
+from trinity.parallel.collectives import all_gather_single
 
 
 def total_counts(parts: list[Losses]) -> Tensor | None:

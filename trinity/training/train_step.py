@@ -19,9 +19,9 @@ from trinity import balancing
 from trinity.config.run import Balancing, RunConfig
 from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, StepHooks
-from trinity.optim.clip import clip_, global_norm
-from trinity.optim.groups import Optimizers
-from trinity.parallel.accumulation import defers_reduction, set_reduction
+from trinity.optim.build import Optimizers
+from trinity.optim.grad_clip import clip_, global_norm
+from trinity.parallel.grad_accumulation import defers_reduction, set_reduction
 from trinity.parallel.mesh import Ranks
 from trinity.training.build import microbatch_size
 from trinity.training.host_copy import Reading

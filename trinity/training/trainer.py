@@ -29,23 +29,23 @@ from trinity.checkpoint.load import load, model_state, tensors_of
 from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
-from trinity.data.batches import BatchHistory
-from trinity.data.validation import validation_sequences
+from trinity.data.stream.batch_schedule import BatchHistory
+from trinity.data.stream.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.evaluation.samples import Sampler
-from trinity.evaluation.validation import evaluate
+from trinity.evaluation.validation_loss import evaluate
 from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
-from trinity.models.accounting import flops_per_token
+from trinity.models.flops import flops_per_token
 from trinity.monitor.attention_probe import probe
 from trinity.monitor.events import Events
 from trinity.monitor.loggers import JsonLines, Sink, open_sinks
 from trinity.monitor.monitor import COLLAPSE, Watcher
 from trinity.monitor.param_norms import Norms
 from trinity.monitor.profiler import Profiler
-from trinity.optim.groups import ownership_table
+from trinity.optim.build import ownership_table
 from trinity.parallel import mesh
-from trinity.parallel.agree import any_of, on_first, reraise, together
+from trinity.parallel.collectives import any_of, on_first, reraise, together
 from trinity.parallel.mesh import Ranks
 from trinity.run_directory import RunDirectory
 from trinity.terminal import say

@@ -1,0 +1,224 @@
+"""From documents to token shards: read, encode in worker processes, write, and go on where a killed run stopped.
+
+The main process reads raw items and writes ids; parsing and encoding are the workers'. The shards depend on the inputs,
+the tokenizer, the shard size and on whether duplicates are left out, not on batches, workers or interruptions: a run
+that was killed and started again leaves the same bytes as one that was not.
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from trinity.data.prepare.dedup import SeenHashes
+from trinity.data.prepare.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
+from trinity.data.prepare.tokenize import Encoder
+from trinity.data.prepare.worker_pool import in_processes
+from trinity.data.sources.documents import BATCH_BYTES, BEGINNING, Batch, Place
+from trinity.data.sources.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
+from trinity.data.sources.progress import say_empty_files
+from trinity.data.sources.shards import HASHES, KINDS, VERSION, damage, shard_path, small_enough, token_dtype
+from trinity.data.tokenizer.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
+from trinity.errors import UserError
+from trinity.io.json_files import read_json
+from trinity.io.local import SUFFIX, locked
+from trinity.terminal import Progress
+
+SHARD_TOKENS = 1 << 28
+PATIENCE = 5
+"""Seconds in which the workers of a run that was killed have ended."""
+
+
+def prepare_data(
+    inputs: list[Path | str] | Dataset,
+    tokenizer: Path,
+    out: Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    field: str = "text",
+    kind: str | None = None,
+    skip_bad_lines: bool = False,
+    deduplicate: bool = False,
+    workers: int = 0,
+    progress: bool = False,
+) -> tuple[dict, bool]:
+    """Make the token shards of the inputs in `out`, or finish or mend those that a run with the same arguments began.
+
+    Args:
+        inputs: files, folders, glob patterns and URLs (see expand_inputs), read in this order; or a data set.
+        tokenizer: folder with tokenizer.json.
+        out: folder for the shards; new, empty, or of an earlier run with the same inputs and tokenizer.
+        shard_tokens: tokens at which a shard is full (512 MiB of uint16 by default).
+        field: name of the text in a JSON line or a row.
+        kind: of files in folders and of patterns, if they are mixed: text, jsonl, parquet or all (see expand_inputs).
+        skip_bad_lines: leave out what cannot be read, and count it.
+        deduplicate: of equal texts keep the first alone, and count the others.
+        workers: processes that encode, beside this one; 0: this one does, with the threads of the tokenizers library.
+        progress: draw a progress bar on stderr.
+    Returns:
+        The content of index.json, and whether there was nothing to do.
+    Raises:
+        UserError: bad inputs (see read_documents), none with a document in it, or an `out` that holds something else.
+        Failure: a worker was killed, or a URL cannot be reached.
+    """
+    if shard_tokens < 1:
+        raise UserError(f"--shard-tokens {shard_tokens} must be at least 1")
+    if workers < 0:
+        raise UserError(f"--workers {workers} must be 0 or more")
+    if "://" in str(out):
+        raise UserError(f"--out {out} is a URL; give a local folder, and copy the finished folder there")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs, kind=kind))
+    tok = load_text_encoder(tokenizer)
+    header = _header(source, tokenizer, tok, shard_tokens, field, deduplicate)
+    _check_folder(out, header)
+    _make_folder(out)
+    try:
+        with locked(out, PATIENCE):
+            encoder = Encoder(tok, np.dtype(header["dtype"]), field, skip_bad_lines, hashed=deduplicate)
+            return _prepare(source, encoder, out, header, workers, progress)
+    except BlockingIOError:
+        raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
+
+
+def _prepare(
+    source: FileInputs | DatasetInput, encoder: Encoder, out: Path, header: dict, workers: int, progress: bool
+) -> tuple[dict, bool]:
+    index = read_json(out / "index.json")
+    shards = _whole_shards(out, index or read_json(out / "progress.json"), header["deduplicate"])
+    if index is not None and len(shards) == len(index["shards"]):
+        (out / "progress.json").unlink(missing_ok=True)  # a kill may have come between the two files
+        return index, True
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} cannot be written; check its permissions, or give another folder")
+    seen = _seen(out, shards) if header["deduplicate"] else None
+    writer = ShardWriter(out, header, header["shard_tokens"], shards)
+    start = Place(*shards[-1]["next"]) if shards else BEGINNING
+    groups = _groups(source.batches(encoder.field, start))
+    with closing(_encode(groups, encoder, workers)) as encoded, _bar(source, progress) as bar:
+        _write(writer, encoded, seen, bar)
+    if writer.tokens == 0:
+        raise UserError(f"{source} holds no document with text; give a file that does")
+    index = writer.finish(source.end)
+    if isinstance(source, FileInputs):
+        say_empty_files(source.files, index["input_documents"])
+    return index, False
+
+
+def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | None, bar: Progress) -> None:
+    earlier = writer.tokens
+    for part in encoded:
+        if earlier and not bar.n:
+            bar.skip_to(part.done)  # what an earlier run did is no part of this one's speed
+        writer.write(part if seen is None else _without_duplicates(part, seen))
+        bar.describe(f"{(writer.tokens - earlier) / max(bar.seconds, 1e-9):,.0f} tokens/s")
+        bar.update_to(part.done)
+
+
+def _encode(groups: Iterator[list[Batch]], encoder: Encoder, workers: int) -> Iterator[Encoded]:
+    if workers == 0:
+        return (encoder(group) for group in groups)
+    sized = ((group, sum(batch.size for batch in group)) for group in groups)
+    return in_processes(encoder, sized, workers, BATCH_BYTES)
+
+
+def _groups(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Batches of small files together, so that a worker gets about BATCH_BYTES at once."""
+    group: list[Batch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += batch.size
+        if size >= BATCH_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _without_duplicates(part: Encoded, seen: SeenHashes) -> Encoded:
+    new_m = seen.add(part.hashes)
+    if new_m.all():
+        return part
+    status = part.status.copy()
+    status[np.flatnonzero(status == KEPT)[~new_m]] = DUPLICATE
+    return part._replace(
+        status=status,
+        ids=part.ids[np.repeat(new_m, part.lengths)],
+        lengths=part.lengths[new_m],
+        text_bytes=part.text_bytes[new_m],
+        hashes=part.hashes[new_m],
+    )
+
+
+def _seen(out: Path, shards: list[dict]) -> SeenHashes:
+    """The hashes of all texts in the shards that are done."""
+    seen = SeenHashes(sum(entry["documents"] for entry in shards))
+    for number in range(len(shards)):
+        seen.add(np.fromfile(shard_path(out, number, HASHES), "<u8").reshape(-1, 2))
+    return seen
+
+
+def _header(
+    source: FileInputs | DatasetInput, tokenizer: Path, tok: Tokenizer, shard_tokens: int, field: str, deduplicate: bool
+) -> dict:
+    vocab_size = vocabulary_size(tok)
+    return {
+        "version": VERSION,
+        "dtype": token_dtype(vocab_size).str,
+        "vocab_size": vocab_size,
+        "bos_id": bos_id(tok),
+        "tokenizer": fingerprint(tokenizer),
+        **source.header,
+        "field": field,
+        "shard_tokens": shard_tokens,
+        "deduplicate": deduplicate,
+    }
+
+
+def _check_folder(out: Path, header: dict) -> None:
+    """Raises UserError if `out` holds anything but the beginning of these shards, before anything in it is touched."""
+    found = read_json(out / "index.json") or read_json(out / "progress.json")
+    if found is None:
+        names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+        for name in names:
+            if not name.endswith(SUFFIX):
+                raise UserError(f"--out {out} holds something else ({name}); give a new folder")
+        return
+    found = {"deduplicate": False} | found
+    keys = [*header, *({"inputs", "dataset"} & set(found) - set(header))]
+    differing = [key for key in keys if found.get(key) != header.get(key)]
+    if differing and found["shards"]:
+        raise UserError(
+            f"--out {out} holds shards whose {', '.join(differing)} differ from this command's; "
+            "give a new folder, or remove that one"
+        )
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"--out {out} cannot be made ({error.strerror}); give a folder that can be written") from None
+
+
+def _whole_shards(out: Path, found: dict | None, deduplicate: bool) -> list[dict]:
+    """Entries of the shards in `out` that need not be made again, up to the first that is missing or damaged."""
+    shards = found["shards"] if found else []
+    kinds = (*KINDS, HASHES) if deduplicate else KINDS
+    checksums = small_enough(shards)
+    whole = takewhile(lambda pair: damage(out, *pair, checksums, kinds) is None, enumerate(shards))
+    return [entry for _, entry in whole]
+
+
+def _bar(source: FileInputs | DatasetInput, show: bool) -> Progress:
+    """Progress of what is read of the input, with the time left."""
+    return Progress("preparing", source.total, source.unit.removesuffix("s"), show, scaled=source.unit == "B")

@@ -1,0 +1,226 @@
+"""Writing token shards so that a kill at any moment costs the shard it falls in, and nothing else.
+
+A shard grows in .tmp files. When it is full they are fsynced and take their names, and then progress.json, replaced in
+one move, counts the shard as done and says where in the input the next one begins. index.json comes last. What is not
+in progress.json or index.json does not exist for a reader and is written over.
+
+Shapes: n items of the input, m of them documents that are kept, T tokens of these.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import zip_longest
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from trinity.data.sources.documents import Place
+from trinity.data.sources.shards import HASHES, KINDS, OFFSET, shard_path, token_dtype
+from trinity.io.checksum import new_hash
+from trinity.io.json_files import to_json
+from trinity.io.local import make_folder, publish, sync, temporary, write_atomically
+
+KEPT, EMPTY, UNREADABLE, DUPLICATE = range(4)
+REASONS = ("kept", "empty", "unreadable", "duplicate")
+
+
+class Encoded(NamedTuple):
+    """Items that follow one another in the input, with the ids of those that are kept.
+
+    ids: [T], each document's BOS first.
+    status: [n] uint8: KEPT, or why not.
+    files, items: [n]: the place of each item.
+    lengths, text_bytes: [m] int64: tokens, and bytes of UTF-8, of each document.
+    hashes: [m, 2] uint64: of each document's text, to know it again; None where nobody asks.
+    done: how far the input is read with them (see Batch.done).
+    """
+
+    ids: np.ndarray
+    status: np.ndarray
+    files: np.ndarray
+    items: np.ndarray
+    lengths: np.ndarray
+    text_bytes: np.ndarray
+    hashes: np.ndarray | None
+    done: int
+
+
+class ShardWriter:
+    """Appends documents to the shards of a folder.
+
+    Attributes:
+        shards: entries of index.json of the shards that are done.
+        tokens: tokens written, in done shards and in the present one.
+    """
+
+    def __init__(self, directory: Path, header: dict, shard_tokens: int, shards: list[dict]) -> None:
+        """Go on after `shards`, which are whole.
+
+        Args:
+            directory: made if it is not there.
+            header: what index.json says of all shards; vocab_size decides the type of the ids, and with deduplicate
+                the hashes of each shard's texts are written beside it.
+            shard_tokens: tokens at which a shard is full.
+            shards: entries of the shards that are done.
+        """
+        self.directory, self.header, self.shard_tokens = directory, header, shard_tokens
+        self.shards = list(shards)
+        self.tokens = sum(entry["tokens"] for entry in shards)
+        self._dtype = token_dtype(header["vocab_size"])
+        self._kinds = (*KINDS, HASHES) if header.get("deduplicate") else KINDS
+        self._skipped = np.zeros(len(REASONS), np.int64)
+        self._open: _OpenShard | None = None
+        make_folder(directory)
+        self._save_progress()
+
+    def add(self, ids: np.ndarray, text_bytes: int, place: Place) -> None:
+        """Append one document, beginning with BOS; `place` is where it stands in the input."""
+        status, (file, item) = np.array([KEPT], np.uint8), place
+        rows = [np.array([value]) for value in (file, item, len(ids), text_bytes)]
+        self.write(Encoded(ids, status, *rows, hashes=None, done=0))
+
+    def write(self, encoded: Encoded) -> None:
+        """Append the documents that are kept, and count the others."""
+        rows_m = np.flatnonzero(encoded.status == KEPT)
+        ends_m = np.cumsum(encoded.lengths)
+        counted = document = token = 0
+        while document < len(rows_m):
+            used = self._open.tokens if self._open else 0
+            last = int(np.searchsorted(ends_m, token + self.shard_tokens - used, side="right"))
+            if self._open is None:
+                self._open = _OpenShard(self.directory, len(self.shards), self._dtype, self._kinds)
+                last = max(last, document + 1)  # one that is longer than a shard has a shard to itself
+            if last > document:
+                end = int(ends_m[last - 1])
+                self._open.add(encoded, rows_m, slice(document, last), slice(token, end))
+                self.tokens += end - token
+                document, token = last, end
+            else:
+                # Counted with the shard after whose beginning they were met, so that a resumed run counts the same.
+                row = rows_m[document]
+                self._skip(encoded.status[counted:row])
+                counted = row
+                self._close(Place(int(encoded.files[row]), int(encoded.items[row])))
+        self._skip(encoded.status[counted:])
+
+    def finish(self, end: Place) -> dict:
+        """Close the last shard and write index.json; returns its content."""
+        if self._open is not None:
+            self._close(end)
+        sums = {key: sum(entry[key] for entry in self.shards) for key in ("documents", "tokens", "text_bytes")}
+        skipped: Counter[str] = Counter()
+        for entry in self.shards:
+            skipped.update(entry["skipped"])
+        index = {
+            **self.header,
+            **sums,
+            "skipped": dict(sorted(skipped.items())),
+            "document_lengths": _added(entry["document_lengths"] for entry in self.shards),
+            "input_documents": self._documents_of_inputs(),
+            "shards": self.shards,
+        }
+        self._save("index.json", index)
+        (self.directory / "progress.json").unlink()
+        return index
+
+    def _documents_of_inputs(self) -> list[int]:
+        """Up to the last one with a document in it."""
+        counts: Counter[int] = Counter()
+        for entry in self.shards:
+            counts.update(dict(entry["inputs"]))
+        return [counts[number] for number in range(max(counts) + 1)]
+
+    def _skip(self, status: np.ndarray) -> None:
+        self._skipped += np.bincount(status, minlength=len(REASONS))
+
+    def _close(self, next_place: Place) -> None:
+        entry = self._open.close()
+        skipped = {reason: int(count) for reason, count in zip(REASONS[1:], self._skipped[1:]) if count}
+        entry["skipped"] = dict(sorted(skipped.items()))
+        entry["next"] = list(next_place)
+        self.shards.append(entry)
+        self._open = None
+        self._skipped[:] = 0
+        self._save_progress()
+
+    def _save_progress(self) -> None:
+        self._save("progress.json", {**self.header, "shards": self.shards})
+
+    def _save(self, name: str, content: dict) -> None:
+        """Write JSON with a line for each key, and one for each shard: short to make, and to look at."""
+        lines = [f"{to_json(key)}: {_listed(key, value)}" for key, value in content.items()]
+        write_atomically(self.directory / name, ["{\n", ",\n".join(lines), "\n}\n"])
+
+
+def _listed(key: str, value: object) -> str:
+    if key not in ("shards", "inputs"):
+        return to_json(value)
+    return "[\n" + ",\n".join(to_json(entry) for entry in value) + "\n]"
+
+
+def _added(histograms: Iterable[list[int]]) -> list[int]:
+    return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
+
+
+class _OpenShard:
+    """A shard that is being written."""
+
+    def __init__(self, directory: Path, number: int, dtype: np.dtype, kinds: tuple[str, ...]) -> None:
+        self.tokens = 0
+        self._dtype = dtype
+        self._paths = {kind: shard_path(directory, number, kind) for kind in kinds}
+        self._files = {kind: _HashedFile(path) for kind, path in self._paths.items()}
+        self._lengths: Counter[int] = Counter()
+        self._inputs: Counter[int] = Counter()
+        self._text_bytes = 0
+        self._files["documents"].write(np.zeros(1, OFFSET))
+
+    def add(self, encoded: Encoded, rows_m: np.ndarray, documents: slice, tokens: slice) -> None:
+        """Append some of the documents, which have the items rows_m [m]."""
+        lengths = encoded.lengths[documents]
+        self._files["tokens"].write(encoded.ids[tokens].astype(self._dtype, copy=False))
+        self._files["documents"].write((self.tokens + np.cumsum(lengths)).astype(OFFSET))
+        if HASHES in self._files:
+            self._files[HASHES].write(encoded.hashes[documents])
+        self.tokens += int(lengths.sum())
+        self._text_bytes += int(encoded.text_bytes[documents].sum())
+        _count(self._lengths, np.frexp(lengths)[1] - 1)
+        _count(self._inputs, encoded.files[rows_m[documents]])
+
+    def close(self) -> dict:
+        """Make the files last and give them their names; returns the shard's entry."""
+        entry = {
+            "documents": self._lengths.total(),
+            "tokens": self.tokens,
+            "text_bytes": self._text_bytes,
+            "document_lengths": [self._lengths[power] for power in range(max(self._lengths) + 1)],
+            "inputs": [list(pair) for pair in sorted(self._inputs.items())],
+        }
+        for kind, file in self._files.items():
+            entry[kind + "_bytes"], entry[kind + "_checksum"] = file.close()
+        for path in self._paths.values():
+            publish(path)
+        return entry
+
+
+def _count(counter: Counter[int], values: np.ndarray) -> None:
+    numbers, counts = np.unique(values, return_counts=True)
+    counter.update(dict(zip(numbers.tolist(), counts.tolist())))
+
+
+class _HashedFile:
+    """A temporary file that knows its size and checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = open(temporary(path), "wb")  # noqa: SIM115 (closed by close)
+        self._hash = new_hash()
+
+    def write(self, data: np.ndarray) -> None:
+        self._file.write(data.tobytes())
+        self._hash.update(data.tobytes())
+
+    def close(self) -> tuple[int, str]:
+        with self._file:
+            sync(self._file)
+            return self._file.tell(), self._hash.hexdigest()

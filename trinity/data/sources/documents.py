@@ -1,0 +1,256 @@
+"""Input files as documents, one after the other, from any point on.
+
+A text file is one document; a line of .jsonl and a row of .parquet are one each (file_kinds.py). A document's
+place is (file, item): the number of the file, and of the line or row in it. Reading can start at any place, which is
+all that a preparation that was killed has to remember. What stands before it in its file is read past, not parsed.
+
+Reading and parsing are apart: read_batches yields raw items, some hundred kilobytes at once, and texts makes text of
+them, maybe in another process. read_documents does both.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from trinity.data.sources.compressed import unpacked, whole
+from trinity.data.sources.file_kinds import readable_kind
+from trinity.errors import UserError
+from trinity.io.remote import open_input, size_of
+
+BATCH_BYTES = 1 << 18
+BYTE_ORDER_MARK = "\ufeff"
+
+
+class Place(NamedTuple):
+    """Where a document stands: the number of its file, and of its line or row, both from 0."""
+
+    file: int
+    item: int
+
+
+BEGINNING = Place(0, 0)
+
+
+class Document(NamedTuple):
+    """One document of the input.
+
+    text: its text, maybe empty; None if it cannot be read and bad ones are skipped.
+    place: where it stands.
+    bytes_read: bytes of all input files that were read by then, for progress (packed bytes where they are packed).
+    offset: where it begins in its file: the line's first byte, of the unpacked file where it is packed; the row's
+        number in a Parquet file; 0 in a text file.
+    """
+
+    text: str | None
+    place: Place
+    bytes_read: int
+    offset: int
+
+
+class Batch(NamedTuple):
+    """Raw items that follow one another in one input, not yet parsed.
+
+    name: the input, as messages call it.
+    place: where the first item stands.
+    offset: where the first item begins (see Document.offset).
+    kind: what an item is: a whole text file or a line, as bytes; or a row's value, whatever it is.
+    items: at least one.
+    done: how far all inputs are read with it: bytes of files, or rows of a dataset.
+    """
+
+    name: str
+    place: Place
+    offset: int
+    kind: Literal["text", "line", "value"]
+    items: list[Any]
+    done: int
+
+    @property
+    def size(self) -> int:
+        """Bytes or characters of the items."""
+        return sum(len(item) if isinstance(item, bytes | str) else 1 for item in self.items)
+
+    def offsets(self) -> Iterator[int]:
+        """Where each item begins."""
+        if self.kind == "value":
+            return iter(range(self.offset, self.offset + len(self.items)))
+        return accumulate(map(len, self.items[:-1]), initial=self.offset)
+
+
+Files = list[Path] | list[Path | str]
+"""Local files as Path, others as URL."""
+
+
+def read_documents(
+    files: Files, field: str = "text", start: Place = BEGINNING, skip_bad: bool = False
+) -> Iterator[Document]:
+    """Yield the documents of the files in order, empty ones too.
+
+    Args:
+        files: existing files.
+        field: name of the text in a JSON object or a Parquet row.
+        start: the first document to yield.
+        skip_bad: yield text None for a document that cannot be read, instead of raising.
+    Raises:
+        UserError: a file of unknown kind or broken packing; invalid UTF-8, broken JSON, or no text under `field`.
+    """
+    for batch in read_batches(files, field, start):
+        file, first = batch.place
+        for item, (text, offset) in enumerate(zip(texts(batch, field, skip_bad), batch.offsets()), first):
+            yield Document(text, Place(file, item), batch.done, offset)
+
+
+def read_batches(files: Files, field: str, start: Place = BEGINNING) -> Iterator[Batch]:
+    """Yield the raw items of the files in order, in batches of about BATCH_BYTES.
+
+    Raises:
+        UserError: a file of unknown kind or broken packing, or without a column `field`.
+    """
+    before = 0
+    for number, path in enumerate(files):
+        if number >= start.file:
+            kind, read = _kind(path)
+            item = offset = 0
+            for items, done in read(path, field):
+                batch = Batch(str(path), Place(number, item), offset, kind, items, before + done)
+                item += len(items)
+                offset += len(items) if kind == "value" else sum(map(len, items))
+                if (number, item) > start:
+                    yield _from(batch, start)
+        before += size_of(path)
+
+
+def texts(batch: Batch, field: str, skip_bad: bool) -> Iterator[str | None]:
+    """The text of each item, None for one that cannot be read.
+
+    Raises:
+        UserError: an item that cannot be read, unless `skip_bad`.
+    """
+    parse = {"text": parse_text, "line": parse_line, "value": _checked}[batch.kind]
+    for number, (item, offset) in enumerate(zip(batch.items, batch.offsets()), batch.place.item + 1):
+        try:
+            text = parse(item, batch.name, number, offset, field)
+        except UserError:
+            if not skip_bad:
+                raise
+            text = None
+        yield text
+
+
+def _from(batch: Batch, start: Place) -> Batch:
+    """The batch without what stands before `start`."""
+    late = start.item - batch.place.item if batch.place < start else 0
+    if not late:
+        return batch
+    offset = list(batch.offsets())[late]
+    return batch._replace(place=start, offset=offset, items=batch.items[late:])
+
+
+def _kind(path: Path | str) -> tuple[str, Any]:
+    """(kind of the items, what reads a file's items in batches, each with the bytes read), by the file's name."""
+    return {"text": ("text", _whole), "jsonl": ("line", _lines), "parquet": ("value", _rows)}[readable_kind(path).name]
+
+
+def _whole(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
+    with open_input(path) as file:
+        raw = file.read()
+    yield [raw], len(raw)
+
+
+def _lines(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
+    packing = readable_kind(path).packing
+    with open_input(path) as file, whole(path, packing):
+        lines = unpacked(file, packing)
+        while items := lines.readlines(BATCH_BYTES):
+            yield items, file.tell()
+
+
+def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
+    with open_input(path) as raw, whole(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
+        names = file.schema_arrow.names
+        if field not in names:
+            raise UserError(f"{path} has no column {field}; set --field to one of: {', '.join(names)}")
+        rows, size, done = file.metadata.num_rows, size_of(path), 0
+        for values in file.iter_batches(_rows_at_once(file.metadata, field), columns=[field]):
+            done += len(values)
+            yield _values(values.column(0)), size * done // rows
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    """The rows of a column; one whose text is no UTF-8 stays bytes, which parsing refuses with its number."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(raw) for raw in column.cast(pyarrow.binary()).to_pylist()]
+
+
+def _decoded(raw: bytes | None) -> str | bytes | None:
+    try:
+        return raw.decode() if raw is not None else None
+    except UnicodeDecodeError:
+        return raw
+
+
+def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, field: str) -> int:
+    """About BATCH_BYTES: a thousand rows of a web page each are no matter, a thousand books are."""
+    paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
+    if field not in paths:
+        return 1  # a list or a structure: no text, which parsing says
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    column = paths.index(field)
+    widest = max((g.column(column).total_uncompressed_size / max(g.num_rows, 1) for g in groups), default=1)
+    return int(min(max(BATCH_BYTES / max(widest, 1), 1), 1024))
+
+
+def parse_text(item: bytes, name: str, number: int, offset: int, field: str) -> str:
+    """The text of a text file, without a byte order mark, which says how the file is encoded.
+
+    Args:
+        item: the file's content.
+        name: the file, as messages call it.
+        number, offset, field: for lines and rows: number from 1, place, and name of the text.
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return item.decode().removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise UserError(f"{name} is not valid UTF-8 at byte {at}; convert it, or leave it out") from None
+
+
+def parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> str:
+    """The text in a line of JSON, empty where the line is; see parse_text.
+
+    Raises:
+        UserError: the line is no object with a text of that name.
+    """
+    text = parse_text(item, name, number, offset, field)
+    if not text.strip():
+        return ""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{name}:{number} is not valid JSON ({error}); mend it, or prepare shards with --skip-bad-lines"
+        ) from None
+    if not isinstance(value, dict) or field not in value:
+        known = ", ".join(value) if isinstance(value, dict) else "none, the line is no object"
+        raise UserError(f"{name}:{number} has no field {field} (fields: {known}); set --field to the text's name")
+    return _checked(value[field], name, number, offset, field)
+
+
+def _checked(value: Any, name: str, number: int, offset: int, field: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name}:{number} holds {type(value).__name__} where text should be; mend it, or set --field")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
+        raise UserError(f"{name}:{number} holds half a surrogate pair at character {error.start}; mend it") from None
+    return value.removeprefix(BYTE_ORDER_MARK)  # of the file that the text once was

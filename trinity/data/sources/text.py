@@ -1,0 +1,229 @@
+"""Text files as a source of tokens, without preparing shards: documents are tokenised when they are asked for.
+
+Document i, its length and its ids are those of the shards that prepare_data makes of the same files, so a run reads the
+same batches from either. A first start indexes the files (text_index.py); lengths of documents that were tokenised once
+are remembered, and their ids as long as they fit, since a document is read in several pieces.
+
+What it costs against shards: each document is tokenised anew in every epoch and after each start, and BPE makes about a
+million tokens a second on a core. A Parquet row costs its whole row group: groups of a thousand rows are well, of a
+hundred thousand are not. Packed files (.gz, .zst) cannot be read at any place, so they are unpacked into the cache.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from trinity.data.prepare.tokenize import Encoder
+from trinity.data.sources.compressed import unpack
+from trinity.data.sources.documents import BEGINNING, Batch
+from trinity.data.sources.file_kinds import file_name, readable_kind
+from trinity.data.sources.inputs import expand_inputs
+from trinity.data.sources.shards import token_dtype
+from trinity.data.sources.text_index import open_index, stamp
+from trinity.data.sources.text_reader import Recent, TextReader
+from trinity.data.tokenizer.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
+from trinity.errors import UserError
+from trinity.io.checksum import new_hash
+from trinity.io.json_files import read_json, write_json
+from trinity.io.local import locked
+from trinity.io.remote import cache_folder, fetch, mark_of
+
+BATCH_CHARACTERS = 1 << 20
+CACHE_BYTES = 512 << 20
+COUNTED_BYTES = 8 << 20
+"""Text whose tokens are counted beforehand, to know how many a source has; of more a sample of about this size."""
+COUNTED_CHARACTERS = 1 << 20
+"""Of one document, at most."""
+
+
+class TextSource:
+    """The documents of some text files, as token ids. Pickles, and can be used on after a fork; one thread at a time.
+
+    Attributes:
+        files: in the order of their documents.
+        directory: the folder that all of them are in, however deep.
+        documents: how many have text.
+        tokens: of all documents; asking for it may tokenise a sample of them.
+        vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer.
+        fingerprint: hash of the files' identities, the field and the tokenizer, wherever the files lie.
+        lookahead: documents whose lengths are best asked for at once: few, for each one is tokenised for it.
+    """
+
+    lookahead = 8
+
+    def __init__(
+        self,
+        inputs: Sequence[Path | str],
+        tokenizer: Path | str,
+        *,
+        field: str = "text",
+        cache: Path | None = None,
+        kind: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        option: str = "data.train",
+        progress: bool = False,
+    ) -> None:
+        """Open the files, and index them where that was not done before.
+
+        Args:
+            inputs: files, folders, patterns and URLs, in this order (see expand_inputs).
+            tokenizer: folder with tokenizer.json.
+            field: name of the text in a JSON line or Parquet row.
+            cache: folder for indexes, unpacked files and copies of what lies elsewhere; by default $TRINITY_CACHE, or
+                ~/.cache/trinity.
+            kind: of files in folders and of patterns, if they are mixed (see expand_inputs).
+            cache_bytes: of token ids to keep, in each process.
+            option: what messages about the inputs call them.
+            progress: draw a bar on stderr while files are indexed.
+        Raises:
+            UserError: bad inputs (see read_documents), no document with text, or an unfit tokenizer.
+        """
+        cache = cache or cache_folder()
+        files = expand_inputs([*inputs], option, kind)
+        self.files = [path if isinstance(path, Path) else _copied(path, cache) for path in files]
+        self.directory = Path(os.path.commonpath([path.resolve().parent for path in self.files]))
+        self._tokenizer, self._field, self._cache_bytes = Path(tokenizer), field, cache_bytes
+        tok = load_text_encoder(self._tokenizer)
+        self.vocab_size, self.bos_id = vocabulary_size(tok), bos_id(tok)
+        self.tokenizer_fingerprint = fingerprint(self._tokenizer)
+        self._index = open_index(self.files, field, cache, progress)
+        self.documents = self._index.documents
+        places = [_unpacked(*indexed, cache) for indexed in zip(self.files, self._index.stamps)]
+        self._places, self._stamps = places, [stamp(path) for path in places]
+        content = new_hash()
+        content.update(f"{self._index.content} {self.tokenizer_fingerprint}".encode())
+        self.fingerprint = content.hexdigest()
+        self._begin(tok)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all documents, BOS counted: exact for up to COUNTED_BYTES of text.
+
+        Of more text about COUNTED_BYTES, spread evenly over the documents, are counted, and the rest is taken to have
+        as many tokens a byte. The number is kept in the cache, so all processes have the same.
+        """
+        path = self._index.folder / f"tokens.{self.tokenizer_fingerprint}.json"
+        with locked(self._index.folder / "lock"):
+            try:
+                return int(read_json(path)["tokens"])
+            except (UserError, TypeError, KeyError, ValueError):  # not there, or damaged
+                tokens = self._count_tokens()
+                write_json(path, {"tokens": tokens})
+                return tokens
+
+    def _count_tokens(self) -> int:
+        every = -(-self._index.text_bytes // COUNTED_BYTES)
+        tokens = text_bytes = 0
+        for batch in self._batches([*range(0, self.documents, every)]):
+            texts = [text[:COUNTED_CHARACTERS] for text in batch.values()]
+            tokens += sum(len(ids) - 1 for ids in _encode(self._encoder, texts))
+            text_bytes += sum(len(text.encode()) for text in texts)
+        return self.documents + tokens * self._index.text_bytes // text_bytes
+
+    def length(self, document: int) -> int:
+        """Tokens of a document, BOS counted."""
+        return int(self._lengths[document]) or len(self._ids(document))
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """[n] int64: tokens of each of the documents [n]; those not known yet are tokenised together."""
+        # In the order of the files, so that a Parquet row group is decoded once.
+        unknown = np.unique(documents[self._lengths[documents] == 0])
+        for batch in self._batches(unknown.tolist()):
+            self._tokenise(batch)
+        return self._lengths[documents].astype(np.int64)
+
+    def learn(self, documents: np.ndarray, lengths: np.ndarray) -> None:
+        """Be told lengths [n] of documents [n] that another process has tokenised, so that they need not be here."""
+        self._lengths[documents] = lengths
+
+    def read(self, document: int, start: int, length: int) -> np.ndarray:
+        """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""
+        ids = self._ids(document)
+        assert 0 <= start <= start + length <= len(ids)
+        return ids[start : start + length]
+
+    def _ids(self, document: int) -> np.ndarray:
+        ids = self._recent.get(document)
+        return self._tokenise({document: self._text(document)})[0] if ids is None else ids
+
+    def _text(self, document: int) -> str:
+        return self._reader.text(*self._index.locate(document))
+
+    def _batches(self, documents: list[int]) -> Iterator[dict[int, str]]:
+        """Document → text, a megabyte or so at a time."""
+        batch: dict[int, str] = {}
+        size = 0
+        for document in documents:
+            batch[document] = self._text(document)
+            size += len(batch[document])
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = {}, 0
+        if batch:
+            yield batch
+
+    def _tokenise(self, batch: dict[int, str]) -> list[np.ndarray]:
+        """The ids of documents, which are remembered."""
+        found = _encode(self._encoder, [*batch.values()])
+        for document, ids in zip(batch, found):
+            ids.flags.writeable = False
+            self._lengths[document] = len(ids)
+            self._recent.put(document, ids, ids.nbytes)
+        return found
+
+    def _begin(self, tok: Tokenizer) -> None:
+        """What is not pickled."""
+        self._encoder = Encoder(tok, token_dtype(self.vocab_size), self._field, skip_bad=False, hashed=False)
+        # 0 is unknown, for a document has BOS at least. Memory that is never touched is never taken.
+        self._lengths = np.zeros(self.documents, np.uint32)
+        self._recent: Recent[int, np.ndarray] = Recent(self._cache_bytes)
+        self._reader = TextReader(self._places, self._stamps, self._field)
+
+    def __getstate__(self) -> dict:
+        own = ("_lengths", "_recent", "_reader", "_encoder")
+        return {key: value for key, value in self.__dict__.items() if key not in own}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if fingerprint(self._tokenizer) != self.tokenizer_fingerprint:
+            raise UserError(f"{self._tokenizer} has changed since this run began; put it back, or start again")
+        self._begin(load_text_encoder(self._tokenizer))
+
+
+def _copied(url: str, cache: Path) -> Path:
+    """A copy of a file from elsewhere, made once; a new one when it has changed there."""
+    name = new_hash()
+    name.update(f"{url} {mark_of(url)}".encode())
+    path = cache / "copies" / name.hexdigest() / file_name(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fetch(url, path)
+    return path
+
+
+def _unpacked(path: Path, indexed: tuple[int, int], cache: Path) -> Path:
+    """The file itself, or where its packed lines were written out, once.
+
+    Raises:
+        UserError: it has changed since it was indexed.
+    """
+    packing = readable_kind(path).packing
+    if packing is None:
+        return path
+    name = new_hash()
+    name.update(f"{path.resolve()} {indexed}".encode())
+    target = cache / "unpacked" / name.hexdigest() / (path.name.partition(".")[0] + ".jsonl")
+    unpack(path, packing, target)
+    if stamp(path) != indexed:
+        raise UserError(f"{path} was written to while it was read; start again when it is finished")
+    return target
+
+
+def _encode(encoder: Encoder, texts: list[str]) -> list[np.ndarray]:
+    """The ids of each text, BOS first, by what prepare_data encodes with."""
+    encoded = encoder([Batch("text", BEGINNING, 0, "value", texts, 0)])
+    # Copies, or each would keep the whole batch in memory.
+    return [ids.copy() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]

@@ -1,0 +1,161 @@
+"""Where each document of text files begins, so that any one can be read without those before it.
+
+Made once by reading all inputs, and kept in a cache folder, where the next start maps it into memory: no cost for
+10⁷ documents, and no Python object a document. It depends on the files and the field alone, not on the tokenizer.
+
+    index.json   format, hash of the content, documents and bytes of text, checksums of both arrays; written last
+    offsets      int64 [documents]: where each document begins: byte in a file, row in a Parquet file
+    first        int64 [files + 1]: the first document of each file, then the number of documents
+
+Documents without text are left out, as they are in shards: document i here is document i there.
+"""
+
+from array import array
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from trinity.data.sources.documents import Document
+from trinity.data.sources.progress import noting_empty_files, read_with_bar
+from trinity.data.sources.shards import AUTO_VERIFY_BYTES
+from trinity.errors import UserError
+from trinity.io.checksum import content_hash, identity, new_hash
+from trinity.io.json_files import read_json, to_json, write_json
+from trinity.io.local import atomic_file, locked, make_folder
+
+VERSION = 2
+OFFSET = np.dtype("<i8")
+KEYS = {"version", "documents", "text_bytes", "content", "checksums"}
+ARRAYS = ("offsets", "first")
+
+
+class TextIndex:
+    """The index of some files; arrays are mapped when they are asked for, and again after pickling.
+
+    Attributes:
+        files: in the order of their documents.
+        stamps: size and time of each when it was indexed (see stamp).
+        documents: how many have text.
+        text_bytes: of it, in UTF-8.
+        content: hash of the files' identities and the field, wherever the files lie.
+    """
+
+    def __init__(self, folder: Path, files: list[Path], stamps: list[tuple[int, int]], header: dict) -> None:
+        """What open_index makes of a folder that is whole."""
+        self.folder, self.files, self.stamps = folder, files, stamps
+        self.documents, self.text_bytes = header["documents"], header["text_bytes"]
+        self.content = header["content"]
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """[documents] int64, read-only."""
+        return np.memmap(self.folder / "offsets", OFFSET, mode="r")
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """[files + 1] int64, read-only."""
+        return np.memmap(self.folder / "first", OFFSET, mode="r")
+
+    def locate(self, document: int) -> tuple[int, int]:
+        """(number of the file, where the document begins in it)."""
+        assert 0 <= document < self.documents
+        return int(np.searchsorted(self.first, document, side="right")) - 1, int(self.offsets[document])
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in ARRAYS}
+
+
+def open_index(files: list[Path], field: str, cache: Path, progress: bool = False) -> TextIndex:
+    """The index of the files from the cache folder; it is made first where it is missing or damaged.
+
+    Of several processes that ask at once, one makes it and the others wait.
+
+    Args:
+        files: existing files of kinds that can be read at any place.
+        field: name of the text in a JSON line or Parquet row.
+        cache: folder for indexes of any files, made if it is not there.
+        progress: draw a bar on stderr while it is made.
+    Raises:
+        UserError: bad files (see read_documents), none with a document in it, or one that is being written.
+    """
+    stamps = [stamp(path) for path in files]
+    names = [str(path.resolve()) for path in files]
+    folder = cache / "text" / _hash([VERSION, field, names, stamps])
+    header = _whole(folder, len(files))
+    if header is None:
+        make_folder(folder)
+        with locked(folder / "lock"):
+            header = _whole(folder, len(files)) or _make(folder, files, stamps, field, progress)
+    return TextIndex(folder, files, stamps, header)
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """What a change of a file changes: its size and the time it was last written, in nanoseconds."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _whole(folder: Path, files: int) -> dict | None:
+    """The content of index.json if both arrays are as it says."""
+    try:
+        header = read_json(folder / "index.json")
+    except UserError:
+        return None
+    if header is None or header.keys() != KEYS or any(not (folder / name).is_file() for name in ARRAYS):
+        return None
+    sizes = {"offsets": OFFSET.itemsize * header["documents"], "first": OFFSET.itemsize * (files + 1)}
+    if any((folder / name).stat().st_size != sizes[name] for name in ARRAYS):
+        return None
+    small = sum(sizes.values()) < AUTO_VERIFY_BYTES
+    if small and any(content_hash(folder / name) != header["checksums"].get(name) for name in ARRAYS):
+        return None
+    return header
+
+
+def _make(folder: Path, files: list[Path], stamps: list[tuple[int, int]], field: str, progress: bool) -> dict:
+    (folder / "index.json").unlink(missing_ok=True)
+    offsets, first, text_bytes = _scan(
+        noting_empty_files(read_with_bar(files, field, "indexing text", progress), files), len(files)
+    )
+    if not offsets:
+        raise UserError(f"{', '.join(map(str, files))}: no document with text; give a file that holds one")
+    content = _hash([field, [identity(path) for path in files]])
+    for path, then in zip(files, stamps):
+        if stamp(path) != then:
+            raise UserError(f"{path} was written to while it was read; start again when it is finished")
+    header = {
+        "version": VERSION,
+        "documents": len(offsets),
+        "text_bytes": text_bytes,
+        "content": content,
+        "checksums": {name: _write(folder / name, values) for name, values in zip(ARRAYS, (offsets, first))},
+    }
+    write_json(folder / "index.json", header)
+    return header
+
+
+def _scan(documents: Iterator[Document], files: int) -> tuple[array, array, int]:
+    """(offsets, first, bytes of text) of the documents with text."""
+    offsets, text_bytes = array("q"), 0
+    counts = np.zeros(files, np.int64)
+    for document in documents:
+        if document.text:
+            offsets.append(document.offset)
+            text_bytes += len(document.text.encode())
+            counts[document.place.file] += 1
+    return offsets, array("q", [0, *np.cumsum(counts).tolist()]), text_bytes
+
+
+def _write(path: Path, values: array) -> str:
+    """Write an array as a whole file; returns its checksum."""
+    with atomic_file(path) as file:
+        file.write(np.frombuffer(values, np.int64).astype(OFFSET, copy=False))
+    return content_hash(path)
+
+
+def _hash(value: object) -> str:
+    digest = new_hash()
+    digest.update(to_json(value).encode())
+    return digest.hexdigest()

@@ -1,0 +1,70 @@
+"""Loss on held-out text: nats per token, and bits per byte, which does not depend on the tokenizer."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trinity.data.stream.stream import Sequence
+from trinity.models.trinity import Trinity
+from trinity_kernels.cross_entropy import IGNORE
+
+
+@torch.no_grad()
+def evaluate(
+    model: Trinity,
+    sequences: Iterable[Sequence],
+    microbatch: int,
+    document_mask: bool,
+    byte_lengths_V: Tensor | None,
+    device: torch.device,
+    beat: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: evaluation moves no bias.
+
+    Args:
+        sequences: this rank's packed rows, as many as the other ranks'.
+        microbatch: rows per forward pass.
+        byte_lengths_V: [V] bytes of text per token; without it there are no bits per byte.
+        beat: called when a forward pass is done.
+    Returns:
+        "loss", and "bits_per_byte": Σ CE / ln 2 over the bytes that the targets stand for. The start of the next
+        document is a target of no bytes, so its cost is spread over the text.
+    """
+    ce, valid, text_bytes = 0.0, 0, 0
+    for rows in _grouped(sequences, microbatch):
+        targets_BS = torch.stack([row.targets for row in rows])
+        documents = torch.stack([row.document_ids for row in rows]).to(device) if document_mask else None
+        losses = model(
+            torch.stack([row.tokens for row in rows]).to(device),
+            document_ids_BS=documents,
+            targets_BS=targets_BS.to(device),
+        )
+        ce += losses.ce_BS.double().sum().item()
+        counted = targets_BS[targets_BS != IGNORE]
+        valid += counted.numel()
+        if byte_lengths_V is not None:
+            text_bytes += int(byte_lengths_V[counted].sum())
+        if beat is not None:
+            beat()
+    sums = torch.tensor([ce, valid, text_bytes], dtype=torch.float64)  # integers are exact to 2⁵³
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    ce, valid, text_bytes = sums.tolist()
+    figures = {"loss": ce / max(valid, 1)}
+    if byte_lengths_V is not None:
+        figures["bits_per_byte"] = ce / math.log(2) / max(text_bytes, 1)
+    return figures
+
+
+def _grouped(sequences: Iterable[Sequence], size: int) -> Iterator[list[Sequence]]:
+    group: list[Sequence] = []
+    for sequence in sequences:
+        group.append(sequence)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

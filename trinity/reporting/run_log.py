@@ -1,0 +1,278 @@
+"""A run directory as values, also of a run that is still going or that is from before some file existed.
+
+Only metrics.jsonl must be there. The tails that a resume keeps aside (metrics.tail.N.jsonl) are not read.
+
+Shapes: N entries of router.jsonl, M MoE layers, E experts.
+"""
+
+import bisect
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from trinity.config.load import load_config
+from trinity.config.run import RunConfig
+from trinity.errors import UserError
+from trinity.io.json_files import to_json
+from trinity.reporting.jsonl import Columns, read_objects, whole_step
+
+ROUTER_FIELDS = ("max_violation", "dead", "entropy", "bias_range", "bias_step_norm")
+"""One number a layer in each entry."""
+
+
+class Event(NamedTuple):
+    """A line of events.jsonl. figures: what it says besides, as JSON."""
+
+    time: str
+    step: int | None
+    kind: str
+    rank: str
+    message: str
+    figures: str
+
+
+class Sample(NamedTuple):
+    """A line of samples.jsonl: a prompt, and how the model went on after a step."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass
+class Router:
+    """router.jsonl: the numbers by layer in memory, the matrices of layers and experts where they lie.
+
+    Attributes:
+        columns: N entries; field `max_violation.3` is that of the fourth MoE layer.
+        layers: M.
+        first: the first MoE layer's number in the model, where dense ones may come before it.
+    """
+
+    path: Path
+    columns: Columns = field(default_factory=Columns)
+    layers: int = 0
+    first: int = 0
+    offsets: list[int] = field(default_factory=list)
+
+    def by_layer(self, name: str) -> np.ndarray:
+        """[M, N] of one of ROUTER_FIELDS."""
+        return np.stack([self.columns[f"{name}.{layer}"] for layer in range(self.layers)])
+
+    def matrix(self, entry: int, name: str) -> np.ndarray | None:
+        """[M, E] of `load` or `bias` in one entry, None where it has none."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[entry])
+            return as_matrix(json.loads(file.readline()).get(name))
+
+
+@dataclass
+class Run:
+    """What a run directory holds.
+
+    Attributes:
+        name: what the page calls it.
+        metrics: the columns of metrics.jsonl, at least one step.
+        status: status.json; empty where there is none.
+        configs: (file name, settings) of each start, the first one first.
+        config_text: the newest config as it stands in its file.
+        config: the same, checked; None where this version cannot load it.
+        router: None without router.jsonl.
+        notes: what could not be read, as sentences.
+    """
+
+    name: str
+    path: Path
+    metrics: Columns
+    status: dict[str, Any]
+    configs: list[tuple[str, dict]]
+    config_text: str
+    config: RunConfig | None
+    events: list[Event]
+    samples: list[Sample]
+    router: Router | None
+    notes: list[str]
+
+    def nearest(self, step: int) -> int:
+        """The index of the last recorded step that is not after this one; 0 if all are."""
+        return max(bisect.bisect_right(self.metrics.steps, step) - 1, 0)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        UserError: it is none, or the run has no step yet.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give a run directory, the folder that run.dir names")
+    files = _config_files(path)
+    if not (path / "metrics.jsonl").is_file():
+        if files:
+            raise UserError(f"{path} has no metrics.jsonl yet; report it after the run's first step")
+        raise UserError(f"{path} is not a run directory: it has neither config.yaml nor metrics.jsonl")
+    notes: list[str] = []
+    configs, text = _read_configs(files, notes)
+    metrics = _read_metrics(path / "metrics.jsonl", notes)
+    section = configs[-1][1].get("run") if configs else None
+    name = section.get("name") if isinstance(section, dict) else None
+    config = _load(path / configs[-1][0]) if configs else None
+    router = _read_router(path / "router.jsonl", notes)
+    if router is not None and config is not None:
+        router.first = config.model.dense_layers
+    return Run(
+        name=str(name or path.resolve().name),
+        path=path,
+        metrics=metrics,
+        status=_read_status(path / "status.json", notes),
+        configs=configs,
+        config_text=text,
+        config=config,
+        events=_read_events(path / "events.jsonl", notes),
+        samples=_read_samples(path / "samples.jsonl", notes),
+        router=router,
+        notes=notes,
+    )
+
+
+def as_matrix(value: object) -> np.ndarray | None:
+    """A list of equally long lists of numbers as float64, None if it is something else."""
+    try:
+        matrix = np.array(value, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return matrix if matrix.ndim == 2 and matrix.size else None
+
+
+def _read_metrics(path: Path, notes: list[str]) -> Columns:
+    columns, broken = Columns(), 0
+    for _, record in read_objects(path):
+        step = whole_step(record)
+        if step is None:
+            broken += 1
+        else:
+            columns.add(step, record)
+    if not columns.steps:
+        raise UserError(f"{path} holds no step yet; report the run after its first step")
+    _note_broken(path, broken, notes)
+    if count := columns.not_finite.total():
+        names = ", ".join(sorted(name for name, times in columns.not_finite.items() if times))
+        notes.append(f"{count} values are not finite numbers and are not drawn: {names}")
+    return columns
+
+
+def _read_router(path: Path, notes: list[str]) -> Router | None:
+    if not path.is_file():
+        return None
+    router, broken = Router(path), 0
+    for offset, record in read_objects(path):
+        step = whole_step(record)
+        load = None if step is None else as_matrix(record.get("load"))
+        if load is None or (router.layers and len(load) != router.layers):
+            broken += 1
+            continue
+        router.layers = len(load)
+        values = {"tokens": record.get("tokens")}
+        for name in ROUTER_FIELDS:
+            column = record.get(name)
+            values |= {f"{name}.{layer}": x for layer, x in enumerate(column if isinstance(column, list) else [])}
+        kept = router.columns.add(step, values)
+        router.offsets[kept:] = [offset]
+    _note_broken(path, broken, notes)
+    return router if router.offsets else None
+
+
+def _read_events(path: Path, notes: list[str]) -> list[Event]:
+    if not path.is_file():
+        return []
+    events, broken = [], 0
+    for _, record in read_objects(path):
+        if record is None or not isinstance(record.get("kind"), str):
+            broken += 1
+            continue
+        known = {"time", "step", "kind", "rank", "message"}
+        rest = {name: value for name, value in record.items() if name not in known}
+        time, rank, message = (str(record.get(name, "")) for name in ("time", "rank", "message"))
+        figures = to_json(rest, ensure_ascii=False) if rest else ""
+        events.append(Event(time, whole_step(record), record["kind"], rank, message, figures))
+    _note_broken(path, broken, notes)
+    return events
+
+
+def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
+    if not path.is_file():
+        return []
+    samples: list[Sample] = []
+    broken = 0
+    for _, record in read_objects(path):
+        step = whole_step(record)
+        if step is None or not all(isinstance(record.get(name), str) for name in ("prompt", "text")):
+            broken += 1
+        else:
+            samples.append(Sample(step, record["prompt"], record["text"]))
+    _note_broken(path, broken, notes)
+    return samples
+
+
+def _load(path: Path) -> RunConfig | None:
+    try:
+        return load_config(path)
+    except UserError:
+        return None
+
+
+def _read_status(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        status = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        status = None
+    if isinstance(status, dict):
+        return status
+    notes.append(f"{path.name} cannot be read")
+    return {}
+
+
+def _config_files(path: Path) -> list[Path]:
+    """config.yaml, config.1.yaml, config.2.yaml, …"""
+    numbered = [(int(file.name.split(".")[1]), file) for file in path.glob("config.*.yaml") if _has_number(file)]
+    first = [path / "config.yaml"] if (path / "config.yaml").is_file() else []
+    return first + [file for _, file in sorted(numbered)]
+
+
+def _has_number(file: Path) -> bool:
+    return file.name.split(".")[1].isdecimal() and file.name.count(".") == 2
+
+
+def _read_configs(files: list[Path], notes: list[str]) -> tuple[list[tuple[str, dict]], str]:
+    """(file name, settings) of each that can be read, and the newest one's text."""
+    configs, newest = [], ""
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+            settings = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError):
+            settings = None
+        if isinstance(settings, dict):
+            configs.append((file.name, settings))
+            newest = text
+        else:
+            notes.append(f"{file.name} cannot be read as settings")
+    return configs, newest
+
+
+def _note_broken(path: Path, broken: int, notes: list[str]) -> None:
+    if broken:
+        notes.append(f"{broken} {'line' if broken == 1 else 'lines'} of {path.name} cannot be read and are left out")
+
+
+def last_finite(values: np.ndarray) -> float:
+    """The last value that is a number; NaN if none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else math.nan
