@@ -25,7 +25,7 @@ from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, 
 from trinity.errors import UserError, run_main
 from trinity.evaluation.lm_eval import run_tasks
 from trinity.evaluation.multiple_choice import accuracies, choice_scores, read_items
-from trinity.evaluation.perplexity import Window, open_documents, packed_perplexity, perplexity
+from trinity.evaluation.perplexity import ContextWindow, open_documents, packed_perplexity, perplexity
 from trinity.interop import load_hf
 from trinity.interop.tokenizer_files import special_ids
 from trinity.io.json_files import write_json
@@ -65,7 +65,7 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
     if not options.text:
         return {}
     byte_lengths_V = token_byte_lengths(load_tokenizer(options.folder))
-    sliding = Window(window, min(options.stride or max(1, window // 2), window))
+    sliding = ContextWindow(window, min(options.stride or max(1, window // 2), window))
     results: Results = {}
     for given, source in text_sources(model.config.vocab_size, options):
         if options.packed:

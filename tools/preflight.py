@@ -14,6 +14,7 @@ from trinity.io.json_files import write_json
 
 def parse() -> argparse.Namespace:
     """The command line."""
+    from trinity.parallel import preflight_report
 
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\n{preflight_report.__doc__}",

@@ -9,7 +9,7 @@ import pytest
 
 from trinity.config import RunConfig, load_config
 from trinity.config.check import BOUNDS, check_run
-from trinity.config.run import Run
+from trinity.config.run import RunSection
 from trinity.errors import UserError
 from trinity.training.build import check_batches, check_mesh, process_counts
 
@@ -50,7 +50,7 @@ def test_bounds(key: str) -> None:
     """The bound that a refusal names is accepted."""
     least, most = BOUNDS[key]
     for beyond, bound in ((least - 1, least), *([(most + 1, most)] if most is not None else [])):
-        config = RunConfig(run=Run(tokens=5) if key == "run.tokens" else Run(steps=1))
+        config = RunConfig(run=RunSection(tokens=5) if key == "run.tokens" else RunSection(steps=1))
         *sections, name = key.split(".")
         setattr(reduce(getattr, sections, config), name, beyond)
         with pytest.raises(UserError) as refused:

@@ -7,7 +7,7 @@ import pytest
 from trinity.config import ZOO, RunConfig
 from trinity.config.changes import RULES, check_changes, rule_of
 from trinity.config.load import flatten
-from trinity.config.run import DataPhase, RampEntry
+from trinity.config.run import DataPhaseConfig, RampEntryConfig
 from trinity.errors import UserError
 
 
@@ -71,16 +71,18 @@ def test_a_run_without_the_new_source_is_another_run() -> None:
 
 
 def test_phases_that_have_begun_are_fixed_and_later_ones_free() -> None:
-    def config(*phases: DataPhase) -> RunConfig:
+    def config(*phases: DataPhaseConfig) -> RunConfig:
         made = RunConfig()
         made.data.train, made.data.mixture, made.data.phases = {"a": "x", "b": "y"}, {"a": 1, "b": 1}, list(phases)
         return made
 
-    before = config(DataPhase(1000, {"a": 1}), DataPhase(2000, packing="rsdb"))
-    now = config(DataPhase(1000, {"a": 1}), DataPhase(1500, {"b": 1}))
+    before = config(DataPhaseConfig(1000, {"a": 1}), DataPhaseConfig(2000, packing="rsdb"))
+    now = config(DataPhaseConfig(1000, {"a": 1}), DataPhaseConfig(1500, {"b": 1}))
     assert check_changes(before, now, 1499, [], "runs/mine") == ["data.phases"]
     assert "data phase 2 (there was none)" in refusal(before, now, [], seen=1500)
-    sentence = refusal(before, config(DataPhase(1000, {"b": 1}), DataPhase(2000, packing="rsdb")), [], seen=1000)
+    sentence = refusal(
+        before, config(DataPhaseConfig(1000, {"b": 1}), DataPhaseConfig(2000, packing="rsdb")), [], seen=1000
+    )
     assert "data phase 1 (mixture was {'a': 1.0} and is {'b': 1.0})" in sentence
     assert sentence.endswith("let changes begin after 1000 tokens")
     assert "data phase 1 (there was one, which is gone)" in refusal(before, config(), [], seen=1000)
@@ -89,7 +91,7 @@ def test_phases_that_have_begun_are_fixed_and_later_ones_free() -> None:
 
 def test_learning_changes_need_a_word_each() -> None:
     before, now = RunConfig(), RunConfig()
-    now.optim.muon.lr, now.loss.z, now.batch.ramp = 2e-3, 1e-6, [RampEntry(5, 8)]
+    now.optim.muon.lr, now.loss.z, now.batch.ramp = 2e-3, 1e-6, [RampEntryConfig(5, 8)]
     changed = ["batch.ramp", "optim.muon.lr", "loss.z"]
     sentence = refusal(before, now, [])
     assert "going on from runs/mine would change how it learns (batch.ramp was [] and is [{'tokens': 5" in sentence

@@ -11,7 +11,7 @@ import pytest
 
 from trinity.config import RunConfig, load_config, run_directory
 from trinity.config.check import check_run
-from trinity.config.run import Run
+from trinity.config.run import RunSection
 from trinity.errors import UserError
 
 Write = Callable[[str], Path]
@@ -46,7 +46,7 @@ AT_LEAST = {
 
 def changed(key: str, value: Any) -> RunConfig:
     """A run of one step with one other value."""
-    config = RunConfig(run=Run(steps=1))
+    config = RunConfig(run=RunSection(steps=1))
     *sections, name = key.split(".")
     setattr(reduce(getattr, sections, config), name, value)
     return config

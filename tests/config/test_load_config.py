@@ -8,7 +8,7 @@ import pytest
 
 from trinity.config import ZOO, RunConfig, load_config, save_config
 from trinity.config.load import flatten
-from trinity.config.run import RampEntry
+from trinity.config.run import RampEntryConfig
 from trinity.errors import UserError
 
 Write = Callable[[str], Path]
@@ -46,7 +46,7 @@ def test_words_win_over_the_file(write: Write) -> None:
     assert (config.run.steps, config.run.name) == (9, "mine")
     assert config.optim.muon.lr == 1e-4
     assert config.data.train == {"a": "x", "b": "z"}
-    assert config.batch.ramp == [RampEntry(tokens=5, sequences=8)]
+    assert config.batch.ramp == [RampEntryConfig(tokens=5, sequences=8)]
     assert load_config(path, ["run.steps=null", "run.tokens=100"]).run.tokens == 100
 
 
@@ -190,7 +190,7 @@ def test_flatten_names_every_setting() -> None:
     """Sections open up, named maps and lists are one value each."""
     config = RunConfig()
     config.data.train = {"a": "x"}
-    config.batch.ramp = [RampEntry(5, 8)]
+    config.batch.ramp = [RampEntryConfig(5, 8)]
     flat = flatten(config)
     assert flat["data.train"] == {"a": "x"}
     assert flat["batch.ramp"] == [{"tokens": 5, "sequences": 8}]

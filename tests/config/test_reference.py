@@ -9,7 +9,7 @@ from trinity.config.changes import RULES, rule_of
 from trinity.config.load import flatten
 from trinity.config.model import ZOO
 from trinity.config.reference import docstrings, from_the_report, page, reference, sections
-from trinity.config.run import Kernels, Muon, RunConfig
+from trinity.config.run import KernelsConfig, MuonConfig, RunConfig
 from trinity.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -45,9 +45,9 @@ def test_every_key_has_an_entry() -> None:
 
 def test_what_is_the_reports() -> None:
     """From the docstring; nothing says both, and nothing speaks of "ours"."""
-    assert from_the_report(docstrings(Muon)["lr"])
-    assert not from_the_report(docstrings(Muon)["momentum"])
-    assert docstrings(Kernels)["newton_schulz"] == "Newton-Schulz iteration of Muon."
+    assert from_the_report(docstrings(MuonConfig)["lr"])
+    assert not from_the_report(docstrings(MuonConfig)["momentum"])
+    assert docstrings(KernelsConfig)["newton_schulz"] == "Newton-Schulz iteration of Muon."
     for _, section in sections():
         for name, doc in docstrings(section).items():
             assert not ("From the report" in doc and "Not from the report" in doc), name

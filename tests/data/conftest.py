@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trinity.data.prepare.shard_writer import ShardWriter
-from trinity.data.sources.documents import Place
+from trinity.data.sources.documents import Position
 from trinity.data.sources.shards import VERSION, TokenSource, token_dtype
 from trinity.data.tokenizer.tokenizer import save_tokenizer, train_tokenizer
 
@@ -56,8 +56,8 @@ def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Token
         folder = tmp_path_factory.mktemp(name)
         writer = ShardWriter(folder, values, shard_tokens, [])
         for item, ids in enumerate(documents):
-            writer.add(np.array(ids), 3 * len(ids), Place(0, item))
-        writer.finish(Place(1, 0))
+            writer.add(np.array(ids), 3 * len(ids), Position(0, item))
+        writer.finish(Position(1, 0))
         return TokenSource(folder)
 
     return make

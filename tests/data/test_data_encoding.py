@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from trinity.data.prepare import tokenize
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.prepare.tokenize import Encoder, cut
-from trinity.data.sources.documents import BEGINNING, Batch
+from trinity.data.sources.documents import BEGINNING, RawBatch
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import BOS, bos_id, load_tokenizer
 
@@ -51,7 +51,7 @@ def test_real_text_is_cut(tok: Tokenizer, texts: list[str], monkeypatch: pytest.
 def test_a_pickled_encoder_is_the_same(tokenizer_dir: Path) -> None:
     """As it goes to workers where there is no fork: special tokens in a text are text there too."""
     encoder = Encoder(load_tokenizer(tokenizer_dir), np.dtype("<u2"), "text", skip_bad=False, hashed=True)
-    batch = Batch("a", BEGINNING, 0, "value", [f"a {BOS} b", "", "c"], 3)
+    batch = RawBatch("a", BEGINNING, 0, "value", [f"a {BOS} b", "", "c"], 3)
     ours, theirs = encoder([batch]), pickle.loads(pickle.dumps(encoder))([batch])
     assert ours.ids.tolist().count(encoder.bos) == 2
     for mine, other in zip(ours, theirs):

@@ -13,7 +13,7 @@ from small_files import content, decoded, jsonl, zstd
 
 from trinity.data.prepare import shard_writer
 from trinity.data.prepare.prepare import prepare_data
-from trinity.data.sources.documents import BEGINNING, Document, Place, read_batches, read_documents
+from trinity.data.sources.documents import BEGINNING, Document, Position, read_batches, read_documents
 from trinity.data.sources.inputs import Dataset, DatasetInput, expand_inputs
 from trinity.errors import Failure, UserError
 from trinity.io import local
@@ -128,7 +128,7 @@ def test_reading_begins_anywhere(folder: Path, start: tuple[int, int], monkeypat
     assert [document.text for document in every] == TEXTS
     for size in (1, 100, 1 << 18):
         monkeypatch.setattr("trinity.data.sources.documents.BATCH_BYTES", size)
-        found = list(read_documents(inputs, start=Place(*start)))
+        found = list(read_documents(inputs, start=Position(*start)))
         assert [without_progress(d) for d in found] == [without_progress(d) for d in every if d.place >= start]
         assert [d.bytes_read for d in found] == sorted(d.bytes_read for d in found)
 

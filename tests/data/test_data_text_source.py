@@ -324,7 +324,7 @@ def test_folders_patterns_and_addresses(
     assert source.fingerprint == TextSource(mix, tokenizer_dir, cache=cache).fingerprint
     copies = {path: path.stat().st_ino for path in source.files}
     assert {path: path.stat().st_ino for path in TextSource(urls, tokenizer_dir, cache=cache).files} == copies
-    elsewhere.pipe("/text/c.txt", b"another text, and a longer one")
+    elsewhere.pipe("/text_source/c.txt", b"another text, and a longer one")
     changed = TextSource(urls, tokenizer_dir, cache=cache)
     assert changed.fingerprint != source.fingerprint
     assert len(set(changed.files) & set(copies)) == len(mix) - 1

@@ -10,7 +10,7 @@ import pytest
 
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import load_tokenizer, token_byte_lengths
-from trinity.evaluation.perplexity import Window, perplexity
+from trinity.evaluation.perplexity import ContextWindow, perplexity
 from trinity.interop import load_hf
 
 TOOL = Path(__file__).parents[2] / "tools/evaluate.py"
@@ -40,7 +40,7 @@ def test_files(
     results = json.loads(out.read_text())["results"]
     lengths_V = token_byte_lengths(load_tokenizer(finished.folder))
     expected = perplexity(
-        load_hf(finished.folder), TokenSource(shards), Window(16, 8), byte_lengths_V=lengths_V, documents=3
+        load_hf(finished.folder), TokenSource(shards), ContextWindow(16, 8), byte_lengths_V=lengths_V, documents=3
     )
     assert results[f"perplexity {text}"] == results[f"perplexity {shards}"] == expected
     assert results[f"choices {items}"]["items"] == 1

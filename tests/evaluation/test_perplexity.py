@@ -15,7 +15,7 @@ from trinity.config import RunConfig
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError
-from trinity.evaluation.perplexity import Window, open_documents, packed_perplexity, perplexity, windows
+from trinity.evaluation.perplexity import ContextWindow, open_documents, packed_perplexity, perplexity, windows
 from trinity.interop import load_hf
 from trinity.models import Trinity
 
@@ -23,8 +23,10 @@ DOCUMENTS = 3
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6, 9, 10, 11, 23])
-@pytest.mark.parametrize("window", [Window(4, 4), Window(4, 1), Window(5, 3), Window(50, 20)])
-def test_windows(length: int, window: Window) -> None:
+@pytest.mark.parametrize(
+    "window", [ContextWindow(4, 4), ContextWindow(4, 1), ContextWindow(5, 3), ContextWindow(50, 20)]
+)
+def test_windows(length: int, window: ContextWindow) -> None:
     """Every token but the first is scored once, in order, with W − stride before it or all there is, never over W."""
     tokens, scored = list(range(100, 100 + length)), []
     for span in windows(tokens, window):
@@ -54,7 +56,7 @@ def test_is_the_definition(exact: Trinity, config: RunConfig) -> None:
             tokens += 1
         text += len(load_text_encoder(Path(config.data.tokenizer)).decode(ids[1:]).encode())
     found = perplexity(
-        exact, source, Window(12, 4), byte_lengths_V=byte_lengths_V, documents=DOCUMENTS, batch_tokens=100
+        exact, source, ContextWindow(12, 4), byte_lengths_V=byte_lengths_V, documents=DOCUMENTS, batch_tokens=100
     )
     assert (found["tokens"], found["documents"], found["bytes"]) == (tokens, DOCUMENTS, text)
     assert abs(found["loss"] - nats / tokens) < 1e-10
@@ -87,7 +89,7 @@ def test_whole_documents_are_the_masked_rows(exact: Trinity, config: RunConfig, 
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     tokenizer = Path(config.data.tokenizer)
     source, lengths_V = open_documents(str(path), tokenizer, "text", 512), token_byte_lengths(load_tokenizer(tokenizer))
-    sliding = perplexity(exact, source, Window(64, 32), byte_lengths_V=lengths_V)
+    sliding = perplexity(exact, source, ContextWindow(64, 32), byte_lengths_V=lengths_V)
     packed = packed_perplexity(
         exact, source, 64, byte_lengths_V=lengths_V, document_mask=True, loss_on_document_start=False
     )

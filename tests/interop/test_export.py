@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trinity.config.run import Precision
+from trinity.config.run import PrecisionConfig
 from trinity.errors import UserError
 from trinity.evaluation.lm_eval import _check_tokenizer
 from trinity.evaluation.samples import Sampler
@@ -200,7 +200,7 @@ def test_sharded_model_after_a_forward(ranks: Ranks, exported: Path, tokens: Ten
     """Bit for bit the fp32 weights, though after a forward the model shows the gathered ones in bf16."""
     sharded = make_model()
     if as_in_training:
-        shard_model(sharded, ranks, Precision(compute="bfloat16"))
+        shard_model(sharded, ranks, PrecisionConfig(compute="bfloat16"))
     else:
         fully_shard(sharded, mesh=ranks.dense, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with torch.no_grad():

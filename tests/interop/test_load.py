@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config
-from trinity.config.run import Run, RunConfig
+from trinity.config.run import RunConfig, RunSection
 from trinity.errors import UserError
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity, parameter_roles
@@ -58,7 +58,7 @@ def test_a_model_that_is_loaded_is_not_initialised(
     model: Trinity, exported: Path, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a folder and of a run's checkpoint: a large model would pay a minute for each billion parameters."""
-    save_config(RunConfig(run=Run(steps=1), model=model.config), tmp_path / "config.yaml")
+    save_config(RunConfig(run=RunSection(steps=1), model=model.config), tmp_path / "config.yaml")
     save(model_state(model), tmp_path, 1, keep=1)
     monkeypatch.setattr(trinity_module, "initialize", lambda *_: pytest.fail("initialised, to be loaded next"))
     assert_equal(load_hf(exported).state_dict(), expected_state(model))

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config
-from trinity.config.run import Data, Run, RunConfig
+from trinity.config.run import DataConfig, RunConfig, RunSection
 from trinity.evaluation.generate import generate
 from trinity.interop import export_hf, load_hf
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def run_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A run with checkpoints of steps 3 and 5, the second of another model."""
     folder = tmp_path_factory.mktemp("run")
-    config = RunConfig(run=Run(steps=5), model=CONFIG, data=Data(tokenizer=str(tokenizer_folder)))
+    config = RunConfig(run=RunSection(steps=5), model=CONFIG, data=DataConfig(tokenizer=str(tokenizer_folder)))
     save_config(config, folder / "config.yaml")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for step in (3, 5):

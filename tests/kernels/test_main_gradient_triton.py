@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Kernels, Parallel, Precision
+from trinity.config.run import KernelsConfig, ParallelConfig, PrecisionConfig
 from trinity.models import Trinity
 from trinity.parallel import mesh
 from trinity.parallel.fsdp import shard_model
@@ -26,15 +26,15 @@ MICROBATCHES = 3
 @pytest.fixture(scope="module")
 def ranks() -> Ranks:
     """One process, which leaves its group again."""
-    yield mesh.start(Parallel(), CONFIG, 1, False)
+    yield mesh.start(ParallelConfig(), CONFIG, 1, False)
     mesh.stop()
 
 
 def gradients(ranks: Ranks, compute: str, defer: bool, which: str) -> dict[str, Tensor]:
     """Of three microbatches with sums of losses, by parameter."""
-    model = Trinity(CONFIG, Kernels(experts=which))
+    model = Trinity(CONFIG, KernelsConfig(experts=which))
     model.init_weights(0)
-    shard_model(model, ranks, Precision(compute=compute))
+    shard_model(model, ranks, PrecisionConfig(compute=compute))
     model.to(ranks.device)
     random = torch.Generator().manual_seed(0)
     for index in range(MICROBATCHES):

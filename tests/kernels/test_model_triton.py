@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_case import DEVICE, assert_close
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Kernels
+from trinity.config.run import KernelsConfig
 from trinity.models import Trinity
 from trinity.models.trinity import Losses
 
@@ -22,9 +22,9 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def kernels(which: str) -> Kernels:
+def kernels(which: str) -> KernelsConfig:
     """Every operation but attention, which has no Triton of ours."""
-    return Kernels(**{field.name: which for field in fields(Kernels) if "reference" in str(field.type)})
+    return KernelsConfig(**{field.name: which for field in fields(KernelsConfig) if "reference" in str(field.type)})
 
 
 def run(which: str, config: ModelConfig) -> tuple[Losses, dict[str, Tensor]]:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trinity.config.model import ZOO, ModelConfig
-from trinity.config.run import Kernels
+from trinity.config.run import KernelsConfig
 from trinity.models import Trinity
 from trinity.models.flops import flops_per_token, parameter_counts
 
@@ -51,7 +51,7 @@ def test_visible_tokens(tiny: ModelConfig, sequence: int) -> None:
 
 def test_matrix_products_against_torchs_counter(tiny: ModelConfig) -> None:
     """torch counts plain products; it does not look into our expert op, and attention's core is not a plain product."""
-    model = Trinity(tiny, Kernels(attention="sdpa"))
+    model = Trinity(tiny, KernelsConfig(attention="sdpa"))
     model.init_weights(seed=0)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, 24, dtype=torch.int64))

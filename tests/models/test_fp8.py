@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Precision
+from trinity.config.run import PrecisionConfig
 from trinity.errors import UserError
 from trinity.models import Trinity
 from trinity.models.fp8 import use_fp8
@@ -118,7 +118,7 @@ def test_sharded_with_masters_in_fp32(torchao: None) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         part = model(True)
-        shard_model(part, join_meshes(Sizes(1, 1, 1, 1, "experts"), CPU), Precision(compute="bfloat16"))
+        shard_model(part, join_meshes(Sizes(1, 1, 1, 1, "experts"), CPU), PrecisionConfig(compute="bfloat16"))
         got = gradients(part)
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trinity.models.param_roles import Role
-from trinity.optim.muon_layout import Batch, assign_owners, lay_out, windows
+from trinity.optim.muon_layout import MatrixBatch, assign_owners, lay_out, windows
 from trinity.optim.newton_schulz import newton_schulz_flops
 
 
@@ -107,7 +107,7 @@ def test_ranks_agree_without_a_word(most_bytes: int) -> None:
         assert sum(map(sum, (batch.travel.sent for batch in batches))) == sum(owned) * math.prod(batches[0].shape)
 
 
-def layout_of_rank(rank: int, world: int, most_bytes: int) -> list[Batch]:
+def layout_of_rank(rank: int, world: int, most_bytes: int) -> list[MatrixBatch]:
     """The layout of one rank among others that are not there; every element that it holds is in one run."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from trinity.errors import Failure, UserError, explain
-from trinity.parallel.collectives import any_of, on_first, together
+from trinity.parallel.collectives import all_reduce_max, run_on_all_ranks, run_on_rank0
 
 
 def fail_on(rank: int, error: type[Exception]) -> tuple[str, str]:
@@ -17,7 +17,7 @@ def fail_on(rank: int, error: type[Exception]) -> tuple[str, str]:
             raise error("a=1 is wrong; use 2")
 
     try:
-        together(action)
+        run_on_all_ranks(action)
     except Exception as seen:
         return type(seen).__name__, str(seen)
     return "", ""
@@ -40,7 +40,11 @@ def test_one_ranks_failure_is_everyones(processes: Callable, rank: int, error: t
 def results() -> tuple:
     """Results of the three functions on this rank."""
     rank = dist.get_rank()
-    return together(lambda: rank), on_first(lambda: f"from {dist.get_rank()}"), any_of([rank, 5 - rank, 0])
+    return (
+        run_on_all_ranks(lambda: rank),
+        run_on_rank0(lambda: f"from {dist.get_rank()}"),
+        all_reduce_max([rank, 5 - rank, 0]),
+    )
 
 
 def test_results(processes: Callable) -> None:
@@ -53,7 +57,7 @@ def _broken() -> str:
         if dist.get_rank() == 0:
             raise AssertionError("ours")
 
-    return on_first(action)
+    return run_on_rank0(action)
 
 
 def test_our_own_mistakes_are_not_wrapped(processes: Callable) -> None:

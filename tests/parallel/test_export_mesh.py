@@ -14,7 +14,7 @@ from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config
 from trinity.config.model import ModelConfig
-from trinity.config.run import Precision, Run, RunConfig
+from trinity.config.run import PrecisionConfig, RunConfig, RunSection
 from trinity.errors import UserError
 from trinity.interop import export_hf, load_hf
 from trinity.models import Trinity
@@ -56,7 +56,7 @@ def load_and_export(config: ModelConfig, words: dict, source: Path, target: Path
     ranks = join_meshes(sizes(world, config, **words), torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(config)
-    shard_model(model, ranks, Precision(compute="float32"))
+    shard_model(model, ranks, PrecisionConfig(compute="float32"))
     model.to_empty(device="cpu")
     load_hf(source, into=model)
     export_hf(model, target, dtype=torch.float32)
@@ -86,7 +86,7 @@ def refused(folder: Path) -> str:
     ranks = join_meshes(sizes(dist.get_world_size()), torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(ModelConfig(**SIZES))
-    shard_model(model, ranks, Precision(compute="float32"))
+    shard_model(model, ranks, PrecisionConfig(compute="float32"))
     try:
         export_hf(model, folder)
     except UserError as error:
@@ -112,7 +112,7 @@ def test_the_export_of_a_checkpoint_too_large_for_one_process(processes: Callabl
     """Each of four processes reads a quarter of the checkpoint; the files are those of the whole model."""
     config = ModelConfig(**SIZES)
     model = filled(config)
-    save_config(RunConfig(run=Run(steps=5), model=config), tmp_path / "config.yaml")
+    save_config(RunConfig(run=RunSection(steps=5), model=config), tmp_path / "config.yaml")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     save(model_state(model), tmp_path, 5, keep=1)
     dist.destroy_process_group()

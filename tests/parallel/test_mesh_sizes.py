@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from trinity.config.model import ZOO, ModelConfig
-from trinity.config.run import Parallel
+from trinity.config.run import ParallelConfig
 from trinity.errors import UserError
 from trinity.parallel import mesh
 from trinity.parallel.mesh import Sizes, check_parallel
@@ -16,7 +16,7 @@ from trinity.parallel.mesh import Sizes, check_parallel
 
 def sizes(world: int, model: ModelConfig = ZOO["smoke"], **words: int) -> Sizes:
     """check_parallel of a config's words."""
-    return check_parallel(Parallel(**words), model, world)
+    return check_parallel(ParallelConfig(**words), model, world)
 
 
 def test_large_is_as_the_report_runs_it() -> None:
@@ -111,7 +111,7 @@ def test_advice_is_accepted(model: ModelConfig) -> None:
     for world, replicate, shard, expert, context in product(
         (1, 2, 6, 8, 24, 64, 96), (-1, 0, 1, 3), (-1, 1, 4, 128), (-1, 1, 3, 8), (1, 2)
     ):
-        parallel = Parallel(replicate=replicate, shard=shard, expert=expert, context=context)
+        parallel = ParallelConfig(replicate=replicate, shard=shard, expert=expert, context=context)
         try:
             check_parallel(parallel, model, world)
         except UserError as error:

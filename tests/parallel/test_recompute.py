@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Precision
+from trinity.config.run import PrecisionConfig
 from trinity.models import Trinity
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.fsdp import shard_model
@@ -78,7 +78,7 @@ def sharded(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
         model = Trinity(CONFIG)
     if kind != "none":
         recompute_blocks(model, kind)
-    shard_model(model, ranks, Precision(compute="bfloat16"))
+    shard_model(model, ranks, PrecisionConfig(compute="bfloat16"))
     model.to_empty(device="cpu")
     model.init_weights(0)
     return gradients(model, torch.Generator().manual_seed(ranks.rank), 6 + ranks.rank)

@@ -20,7 +20,7 @@ from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory
 from trinity.training import train_step, trainer
 from trinity.training.resume import Origin
-from trinity.training.trainer import Training, pretrain
+from trinity.training.trainer import Trainer, pretrain
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["batch.sequences=4", "batch.ramp=[]", "parallel.expert=2", "run.steps=4", "evaluation.every=0"]
@@ -77,7 +77,7 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
     """One step in which rank 1's gradient or loss holds a NaN; what it reports, and which tensors changed."""
     config = config_of(settings, WORDS)
     ranks = mesh.start(config.parallel, config.model, 1, False)
-    training = Training(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), Origin(Path(config.run.dir)))
+    training = Trainer(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), Origin(Path(config.run.dir)))
     good = training.one_step()
     before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     backward = train_step._forward_and_backward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Balancing, Data, Parallel, Precision, RunConfig
+from trinity.config.run import BalancingConfig, DataConfig, ParallelConfig, PrecisionConfig, RunConfig
 from trinity.models import attention_backends
 from trinity.models.attention import rotation_of
 from trinity.models.attention_backends import Visibility
@@ -26,13 +26,13 @@ TOKENS = ROWS * LENGTH
 KINDS = ("none", "selective", "block")
 
 
-def config_of(model: ModelConfig, parallel: Parallel | None = None, recompute: str = "none") -> RunConfig:
+def config_of(model: ModelConfig, parallel: ParallelConfig | None = None, recompute: str = "none") -> RunConfig:
     return RunConfig(
         model=model,
-        data=Data(sequence_length=LENGTH),
-        parallel=parallel or Parallel(),
+        data=DataConfig(sequence_length=LENGTH),
+        parallel=parallel or ParallelConfig(),
         recompute=recompute,
-        balancing=Balancing(sequence_loss=1e-4),
+        balancing=BalancingConfig(sequence_loss=1e-4),
     )
 
 
@@ -84,7 +84,7 @@ def test_meta_keeps_what_memory_keeps(
     monkeypatch.setattr(sys.modules["trinity_kernels.linear"], "widens", lambda _: False)
     monkeypatch.setattr("trinity.planning.activations._inside_experts", lambda *_: 0)
     tiny = replace(tiny, kv_heads=tiny.heads)  # the CPU's takes no groups
-    on_meta = measured(replace(config_of(tiny), precision=Precision(compute=compute)))[layer]
+    on_meta = measured(replace(config_of(tiny), precision=PrecisionConfig(compute=compute)))[layer]
     block, x_BSD = Block(tiny, layer).to(getattr(torch, compute)), torch.randn(ROWS, LENGTH, tiny.width)
     x_BSD = x_BSD.to(getattr(torch, compute)).requires_grad_()
     for name, part in block.named_modules():
@@ -124,7 +124,7 @@ def test_exchange_by_hand(tiny: ModelConfig, recompute: str, forwards: int) -> N
 
     Every forward pass has three calls, backward three; counts travel once, two int64 for each rank.
     """
-    config = config_of(tiny, Parallel(shard=3, expert=3), recompute)
+    config = config_of(tiny, ParallelConfig(shard=3, expert=3), recompute)
     sent = round(TOKENS * destinations(6, 2, 3) / 3) * 3
     passes = forwards + 1
     rows, gates = sent * 24 * 2, sent * 2 * 2 * 4
@@ -152,7 +152,7 @@ def test_head(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"trinity_kernels.cross_entropy.{name}", chunk)
     x = torch.randn(TOKENS, 24, requires_grad=True)
     weight, targets = torch.randn(50, 24, requires_grad=True), torch.randint(50, (TOKENS,))
-    expected = head_activations(replace(config_of(tiny), precision=Precision(compute="float32")), ROWS)
+    expected = head_activations(replace(config_of(tiny), precision=PrecisionConfig(compute="float32")), ROWS)
     few = 40 * TOKENS
     with LiveBytes() as live:
         losses = linear_cross_entropy(x, weight, targets, 1e-4)

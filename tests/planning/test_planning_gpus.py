@@ -7,7 +7,7 @@ import pytest
 
 from trinity.config import load_config
 from trinity.config.model import ModelConfig
-from trinity.config.run import Batch, Data, Parallel, RampEntry, RunConfig
+from trinity.config.run import BatchConfig, DataConfig, ParallelConfig, RampEntryConfig, RunConfig
 from trinity.errors import UserError
 from trinity.planning.gpus import check_gpus, gpus_needed
 from trinity.training.build import process_counts
@@ -20,18 +20,18 @@ CONFIGS = Path(__file__).parents[2] / "configs"
     [
         # 24 and 36 sequences and 48 streams divide by 1, 2, 3, 4, 6, 12; six experts of width 10 in one share by
         # 1, 2, 3, 6 and by their width, 1, 2, 5, 10
-        (Parallel(shard=-1), [1, 2, 3, 6]),
-        (Parallel(shard=-1, replicate=2), [2, 4, 6, 12]),
-        (Parallel(shard=2, replicate=-1), [2, 4, 6, 12]),
-        (Parallel(shard=-1, expert=2), [2, 4, 6]),  # three experts in a share: 1, 3, or 2 by width
-        (Parallel(shard=4, expert=2, replicate=3), [12]),
-        (Parallel(shard=5, replicate=1), []),
+        (ParallelConfig(shard=-1), [1, 2, 3, 6]),
+        (ParallelConfig(shard=-1, replicate=2), [2, 4, 6, 12]),
+        (ParallelConfig(shard=2, replicate=-1), [2, 4, 6, 12]),
+        (ParallelConfig(shard=-1, expert=2), [2, 4, 6]),  # three experts in a share: 1, 3, or 2 by width
+        (ParallelConfig(shard=4, expert=2, replicate=3), [12]),
+        (ParallelConfig(shard=5, replicate=1), []),
     ],
 )
-def test_numbers(tiny: ModelConfig, parallel: Parallel, numbers: list[int]) -> None:
+def test_numbers(tiny: ModelConfig, parallel: ParallelConfig, numbers: list[int]) -> None:
     """By hand; each of them is accepted, and any other refused with the list."""
-    batch = Batch(sequences=24, ramp=[RampEntry(tokens=100, sequences=36)])
-    config = RunConfig(model=tiny, parallel=parallel, batch=batch, data=Data(streams=48))
+    batch = BatchConfig(sequences=24, ramp=[RampEntryConfig(tokens=100, sequences=36)])
+    config = RunConfig(model=tiny, parallel=parallel, batch=batch, data=DataConfig(streams=48))
     assert process_counts(config) == numbers
     for gpus in range(1, 14):
         if gpus in numbers:
@@ -47,7 +47,7 @@ def test_numbers(tiny: ModelConfig, parallel: Parallel, numbers: list[int]) -> N
 
 def test_each_reason_is_named(tiny: ModelConfig) -> None:
     """A later batch, the streams, each with what mends all of them."""
-    config = RunConfig(model=tiny, batch=Batch(sequences=12, ramp=[RampEntry(tokens=9, sequences=15)]))
+    config = RunConfig(model=tiny, batch=BatchConfig(sequences=12, ramp=[RampEntryConfig(tokens=9, sequences=15)]))
     with pytest.raises(UserError) as refused:
         check_gpus(config, 2)
     assert str(refused.value) == (
@@ -55,7 +55,7 @@ def test_each_reason_is_named(tiny: ModelConfig) -> None:
         "use 'batch.ramp=[{tokens: 9, sequences: 16}]', or start 1 or 3 processes"
     )
     with pytest.raises(UserError) as refused:
-        check_gpus(replace(config, batch=Batch(sequences=15), parallel=Parallel(shard=5)), 5)
+        check_gpus(replace(config, batch=BatchConfig(sequences=15), parallel=ParallelConfig(shard=5)), 5)
     assert str(refused.value) == "data.streams=48 does not divide by 5 data ranks; use data.streams=50"
     with pytest.raises(UserError, match="--gpus 0 must be at least 1"):
         check_gpus(config, 0)

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Parallel, RunConfig
+from trinity.config.run import ParallelConfig, RunConfig
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.activations import Activations
 from trinity.planning.fake_rank import Group, Sharded, sharded, state_bytes
@@ -25,7 +25,7 @@ def size_of(groups: list[Group], field: str, part: int) -> float:
 
 def test_each_moment(tiny: ModelConfig) -> None:
     """Every part's forward and backward in turn, with one microbatch and with more."""
-    config = RunConfig(model=tiny, parallel=Parallel(shard=2))
+    config = RunConfig(model=tiny, parallel=ParallelConfig(shard=2))
     with sharded(config, check_parallel(config.parallel, tiny, 2)) as rank:
         for part, backward, microbatches in product(range(6), (False, True), (1, 3)):
             check_moment(rank, part, backward, microbatches)
@@ -55,7 +55,7 @@ def check_moment(rank: Sharded, part: int, backward: bool, microbatches: int) ->
 
 def test_alone_nothing_is_freed(tiny: ModelConfig) -> None:
     """On one rank all gathered weights stay."""
-    with sharded(RunConfig(model=tiny), check_parallel(Parallel(), tiny, 1)) as rank:
+    with sharded(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
         found = fullest(rank, [Activations(0, MUCH, 0)] * 6, 1, 0.0)
         assert found.parts["gathered weights"] == sum(group.gathered for group in rank.groups)
 
@@ -65,7 +65,7 @@ def test_update(tiny: ModelConfig) -> None:
 
     That is all gate and up matrices of the experts, 3·2·6, and of the shared ones, 3·2: each [10, 24].
     """
-    with sharded(RunConfig(model=tiny), check_parallel(Parallel(), tiny, 1)) as rank:
+    with sharded(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
         small = rank._replace(groups=[group._replace(gathered=0, reduced=0) for group in rank.groups])
         small = small._replace(groups=[group._replace(reduced=1) for group in small.groups])
         found = fullest(small, [Activations(0, 0, 0)] * 6, 1, 0.0)
@@ -75,7 +75,7 @@ def test_update(tiny: ModelConfig) -> None:
 
 def test_unreduced(tiny: ModelConfig) -> None:
     """On two ranks that split the experts: the whole dense part, half of the experts, in fp32."""
-    config = RunConfig(model=tiny, parallel=Parallel(shard=2, expert=2))
+    config = RunConfig(model=tiny, parallel=ParallelConfig(shard=2, expert=2))
     experts = 3 * 6 * 3 * 10 * 24
     with sharded(config, check_parallel(config.parallel, tiny, 2)) as rank:
         whole = 4 * (sum(p.numel() for p in rank.model.parameters()) - experts / 2)
@@ -85,7 +85,7 @@ def test_unreduced(tiny: ModelConfig) -> None:
         found = fullest(rank, [Activations(0, MUCH, 0)] * 6, 3, whole)
     assert asked == {case: whole * deferred for case, deferred in CASES.items()}
     assert found.parts["gradients"] == whole
-    with sharded(RunConfig(model=tiny), check_parallel(Parallel(), tiny, 1)) as rank:
+    with sharded(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
         assert unreduced_gradients(rank, "auto", 2, 100 * whole) == 0  # alone, there is nothing to save
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from trinity.config import load_config
 from trinity.config.model import ModelConfig
-from trinity.config.run import Optim, Parallel, Precision, RunConfig
+from trinity.config.run import OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
 from trinity.hardware import GPUS
 from trinity.models import Trinity, parameter_roles
 from trinity.parallel.comm_counter import Traffic
@@ -24,22 +24,24 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     ("parallel", "gpus"),
     [
-        (Parallel(shard=1), 1),
-        (Parallel(shard=4, expert=2, replicate=3), 12),  # three experts in a share, over two ranks: by width
-        (Parallel(shard=3), 3),
-        (Parallel(shard=6, expert=2), 6),
-        (Parallel(shard=16, expert=2), 16),
+        (ParallelConfig(shard=1), 1),
+        (ParallelConfig(shard=4, expert=2, replicate=3), 12),  # three experts in a share, over two ranks: by width
+        (ParallelConfig(shard=3), 3),
+        (ParallelConfig(shard=6, expert=2), 6),
+        (ParallelConfig(shard=16, expert=2), 16),
     ],
 )
 @pytest.mark.parametrize("compute", ["bfloat16", "float64"])
-def test_state_by_hand(tiny: ModelConfig, parallel: Parallel, gpus: int, compute: str) -> None:
+def test_state_by_hand(tiny: ModelConfig, parallel: ParallelConfig, gpus: int, compute: str) -> None:
     """Every parameter, its gradient and momentum in the master format, or two moments and a step count in fp32.
 
     Starved steps: one fp32 number for each expert matrix that the rank holds or has a part of.
     """
     if gpus == 16:
         tiny = ModelConfig(**(vars(tiny) | {"expert_width": 16}))
-    config = RunConfig(model=tiny, parallel=parallel, precision=Precision(compute=compute), optim=Optim(router="adamw"))
+    config = RunConfig(
+        model=tiny, parallel=parallel, precision=PrecisionConfig(compute=compute), optim=OptimConfig(router="adamw")
+    )
     sizes = check_parallel(parallel, tiny, gpus)
     size = 8 if compute == "float64" else 4
     expected = dict.fromkeys(("parameters", "gradients", "Muon momentum", "AdamW moments"), 0)
@@ -64,7 +66,7 @@ def test_state_by_hand(tiny: ModelConfig, parallel: Parallel, gpus: int, compute
 
 def test_groups_by_hand(tiny: ModelConfig) -> None:
     """Three groups a sparse block, padded: norms and router in fp32, the rest gathered in bf16 and reduced in fp32."""
-    config = RunConfig(model=tiny, parallel=Parallel(shard=4, expert=2))
+    config = RunConfig(model=tiny, parallel=ParallelConfig(shard=4, expert=2))
     with sharded(config, check_parallel(config.parallel, tiny, 4)) as rank:
         groups = fsdp_groups(rank.model)
     assert [(group.part, group.kind) for group in groups] == [

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Batch, Data, DataPhase, RampEntry, Run, RunConfig
+from trinity.config.run import BatchConfig, DataConfig, DataPhaseConfig, RampEntryConfig, RunConfig, RunSection
 from trinity.models.flops import flops_per_token
 from trinity.planning.plan import make_plan
 from trinity.planning.stretches import Load, Stretch, load_of, stretches
@@ -19,10 +19,12 @@ def run(
     steps: int | None, tokens: int | None, ramp: list[tuple[int, int]], phases: list[tuple[int, int | None]] = ()
 ) -> RunConfig:
     """Three sequences of 10 tokens at the start."""
-    data = Data(train={"a": "x", "b": "y"}, sequence_length=10)
-    data.phases = [DataPhase(tokens=at, mixture={"a": 1.0}, sequence_length=length) for at, length in phases]
-    entries = [RampEntry(tokens=at, sequences=sequences) for at, sequences in ramp]
-    return RunConfig(run=Run(steps=steps, tokens=tokens), data=data, batch=Batch(sequences=3, ramp=entries))
+    data = DataConfig(train={"a": "x", "b": "y"}, sequence_length=10)
+    data.phases = [DataPhaseConfig(tokens=at, mixture={"a": 1.0}, sequence_length=length) for at, length in phases]
+    entries = [RampEntryConfig(tokens=at, sequences=sequences) for at, sequences in ramp]
+    return RunConfig(
+        run=RunSection(steps=steps, tokens=tokens), data=data, batch=BatchConfig(sequences=3, ramp=entries)
+    )
 
 
 def test_by_hand() -> None:
@@ -67,17 +69,20 @@ def test_is_the_runs_schedule(config: RunConfig) -> None:
 
 def test_one_ranks_share() -> None:
     """24 sequences on 2 ranks, at most 5 at once: 4 divides 12 and 5 does not."""
-    config = RunConfig(data=Data(sequence_length=10), batch=Batch(sequences=24, microbatch=5))
+    config = RunConfig(data=DataConfig(sequence_length=10), batch=BatchConfig(sequences=24, microbatch=5))
     assert load_of(config, Stretch(0, 0, 24, 10, 1), 2) == Load(rows=12, microbatch=4, microbatches=3, tokens=120)
 
 
 def test_a_longer_phase_is_planned(tiny: ModelConfig) -> None:
     """Memory, FLOPs and seconds of a phase of 64 are those of a run of 64; the verdict is the worst stretch's."""
     short = RunConfig(
-        model=tiny, run=Run(steps=40), data=Data(train={"a": "x"}, sequence_length=16), batch=Batch(sequences=8)
+        model=tiny,
+        run=RunSection(steps=40),
+        data=DataConfig(train={"a": "x"}, sequence_length=16),
+        batch=BatchConfig(sequences=8),
     )
     longer = replace(short, data=replace(short.data, sequence_length=64))
-    phase = DataPhase(tokens=16 * 8 * 10, sequence_length=64)
+    phase = DataPhaseConfig(tokens=16 * 8 * 10, sequence_length=64)
     both = make_plan(replace(short, data=replace(short.data, phases=[phase])))
     alone = [make_plan(config).steps[0] for config in (short, longer)]
     assert [step.stretch.steps for step in both.steps] == [10, 30]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Data, Muon, Optim, Parallel, Precision, RunConfig
+from trinity.config.run import DataConfig, MuonConfig, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
 from trinity.hardware import GPU
 from trinity.models import Trinity, parameter_roles
 from trinity.models.flops import flops_per_token
@@ -35,7 +35,7 @@ def work(config: RunConfig, gpus: int = 1) -> Work:
 )
 def test_products(tiny: ModelConfig, recompute: str, again: list[str]) -> None:
     """Three times forward, what is computed again a fourth time; attention's core 3.5 times, 4.5 in `block`."""
-    done = work(RunConfig(model=tiny, data=Data(sequence_length=10), recompute=recompute))
+    done = work(RunConfig(model=tiny, data=DataConfig(sequence_length=10), recompute=recompute))
     flops = flops_per_token(tiny, 10)
     products = 3 * (flops["total"] - flops["attention core"]) + sum(flops[part] for part in again)
     assert done.model == 60 * flops["training"]
@@ -56,16 +56,16 @@ def test_newton_schulz(tiny: ModelConfig) -> None:
         total += matrices * newton_schulz_flops(rows, columns, 5)
         halves += -(-matrices // 2) * newton_schulz_flops(rows, columns, 5)
     assert work(config).newton_schulz == total
-    copies = replace(config, parallel=Parallel(replicate=2, shard=1))
-    assert work(replace(copies, optim=Optim(muon=Muon(share="off"))), 2).newton_schulz == total
-    assert work(replace(copies, optim=Optim(muon=Muon(share="on"))), 2).newton_schulz == halves < total
+    copies = replace(config, parallel=ParallelConfig(replicate=2, shard=1))
+    assert work(replace(copies, optim=OptimConfig(muon=MuonConfig(share="off"))), 2).newton_schulz == total
+    assert work(replace(copies, optim=OptimConfig(muon=MuonConfig(share="on"))), 2).newton_schulz == halves < total
 
 
 @pytest.mark.parametrize(("compute", "peak"), [("bfloat16", 1e12), ("float32", 1e11)])
 @pytest.mark.parametrize(("recompute", "passes"), [("none", PASSES), ("block", PASSES + 2)])
 def test_seconds(tiny: ModelConfig, compute: str, peak: float, recompute: str, passes: int) -> None:
     """Work over rates; a flow counts in its phase: 4 ranks of a node send 3/4 of 1e9 bytes over NVLink."""
-    config = RunConfig(model=tiny, precision=Precision(compute=compute), recompute=recompute)
+    config = RunConfig(model=tiny, precision=PrecisionConfig(compute=compute), recompute=recompute)
     phases = ["passes", "passes", "exchange", "update"]
     flows = [Flow(phase, str(i), "all_gather", "shard", 4, 1, 1, 1e9) for i, phase in enumerate(phases)]
     took = seconds_of(config, Work(7e12, 3e12, 2e12, 1e12), flows, made=1e9, state=2e9, gpu=CARD)

@@ -9,7 +9,7 @@ import torch
 from run_files import metrics, refuse, state, train
 
 from trinity.config.load import OmegaConf, build_config
-from trinity.config.run import Run, RunConfig
+from trinity.config.run import RunConfig, RunSection
 from trinity.errors import UserError
 from trinity.training import train_step
 from trinity.training.build_data import go_near, open_stream
@@ -138,13 +138,13 @@ def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.Monke
     """Those of an older version: the steps are taken to be those of the config, and checked against the data."""
     from trinity.training import trainer
 
-    full = trainer.Training.state
+    full = trainer.Trainer.state
 
-    def older(self: trainer.Training) -> dict:
+    def older(self: trainer.Trainer) -> dict:
         return {key: value for key, value in full(self).items() if key != "run.batch_history"}
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.Training, "state", older)
+        patched.setattr(trainer.Trainer, "state", older)
         assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
     run = Path(settings["run"]["dir"])
     assert "run.batch_history" not in state(run, 3)
@@ -181,8 +181,8 @@ def test_a_longer_run_does_not_raise_a_decayed_rate(settings: dict, capsys: pyte
 def test_a_run_that_ended_before_its_decay_may_become_longer(settings: dict) -> None:
     """No length was in force, so none changes."""
     words = [*DECAY, "optim.schedule.final=0"]
-    before = replace(config_with(settings, *words), run=Run(steps=6))
-    now = replace(before, run=Run(steps=7))
+    before = replace(config_with(settings, *words), run=RunSection(steps=6))
+    now = replace(before, run=RunSection(steps=7))
     with pytest.raises(UserError, match="from 2 steps to 3 steps: rates differ from 4 steps on; say"):
         check_decay(before, now, 3, 432, [], "runs/mine")
     assert train(settings, *words, "run.steps=2") == 0

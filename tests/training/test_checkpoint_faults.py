@@ -11,7 +11,7 @@ from troubles import MOMENTS, QUICK, WORDS
 
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import complete_steps, step_folder
-from trinity.training.trainer import Training
+from trinity.training.trainer import Trainer
 
 LAST = 8
 
@@ -74,7 +74,7 @@ def test_a_mistake_after_a_save_was_begun(settings: dict, monkeypatch: pytest.Mo
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "hf")
 
-    monkeypatch.setattr(Training, "_export", fail)
+    monkeypatch.setattr(Trainer, "_export", fail)
     with pytest.raises(PermissionError):
         train(settings, "checkpoint.every=2", "export.every=2")
     assert complete_steps(Path(settings["run"]["dir"])) == [2]

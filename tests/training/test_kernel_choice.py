@@ -10,14 +10,14 @@ import torch
 from run_files import metrics, train
 
 from trinity.config.load import OmegaConf, build_config
-from trinity.config.run import Kernels
+from trinity.config.run import KernelsConfig
 from trinity.errors import UserError
 from trinity.parallel.mesh import Sizes
 from trinity.planning.fake_rank import sharded
 from trinity.training.build import check_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-WITH_TRITON = [field.name for field in fields(Kernels) if "triton" in str(field.type)]
+WITH_TRITON = [field.name for field in fields(KernelsConfig) if "triton" in str(field.type)]
 
 
 @pytest.fixture
@@ -28,11 +28,11 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", WITH_TRITON)
 def test_triton_needs_a_gpu(name: str, no_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them, by its name; on a GPU and under the interpreter none is refused."""
-    kernels = Kernels(**{name: "triton"})
+    kernels = KernelsConfig(**{name: "triton"})
     with pytest.raises(UserError, match=rf"^kernels\.{name}=triton needs an NVIDIA GPU; use auto or reference$"):
         check_kernels(kernels, CPU)
     check_kernels(kernels, CUDA)
-    check_kernels(Kernels(), CPU)
+    check_kernels(KernelsConfig(), CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check_kernels(kernels, CPU)
 
@@ -61,7 +61,7 @@ def test_an_engine_whose_package_is_missing(name: str, monkeypatch: pytest.Monke
     with pytest.raises(
         UserError, match=rf"^kernels\.experts={name} cannot be used: .* install it: pip install"
     ) as seen:
-        check_kernels(Kernels(experts=name), CUDA)
+        check_kernels(KernelsConfig(experts=name), CUDA)
     assert "\n" not in str(seen.value)
 
 

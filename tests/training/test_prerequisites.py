@@ -8,7 +8,7 @@ import torch
 from run_files import metrics, refuse, state, status, train
 
 from trinity.config import RunConfig
-from trinity.config.run import RampEntry
+from trinity.config.run import RampEntryConfig
 from trinity.errors import UserError
 from trinity.monitor.loggers import JsonLines
 from trinity.parallel import deep_ep
@@ -93,7 +93,7 @@ def test_microbatches_that_do_not_fill() -> None:
         "note: 7 rows a rank (batch.sequences=7) are no multiple of batch.microbatch=4, so each microbatch has 1 row; "
         "batch.sequences=4 or 8 would fill microbatches of 4, and batch.microbatch=7 would take 7 rows at once"
     ]
-    config.batch.sequences, config.batch.ramp = 8, [RampEntry(9, 18), RampEntry(10, 6)]
+    config.batch.sequences, config.batch.ramp = 8, [RampEntryConfig(9, 18), RampEntryConfig(10, 6)]
     assert microbatch_notes(config, 2) == [
         "note: 9 rows a rank (batch.ramp[0].sequences=18) are no multiple of batch.microbatch=4, so each microbatch "
         "has 3 rows; batch.ramp[0].sequences=16 or 24 would fill microbatches of 4, and batch.microbatch=9 would take "

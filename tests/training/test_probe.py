@@ -14,21 +14,21 @@ import torch
 from run_files import metrics, state, train
 
 from trinity.config.load import OmegaConf, build_config
-from trinity.config.run import Parallel
+from trinity.config.run import ParallelConfig
 from trinity.models import ZOO, attention
 from trinity.models.attention_backends import Visibility, attend
-from trinity.monitor.attention_probe import QUERIES, largest_logit, probe
-from trinity.monitor.straggler import TIMES, SlowRanks
+from trinity.monitor.attention_probe import QUERIES, largest_logit, probe_attention
+from trinity.monitor.straggler import TIMES, StragglerDetector
 from trinity.parallel import mesh
 from trinity.training.build import build_model
 from trinity.training.build_data import open_data
-from trinity.training.host_copy import Reading
+from trinity.training.host_copy import HostCopy
 
 
 @pytest.fixture
 def ranks() -> Iterator[mesh.Ranks]:
     """This process as a mesh of one."""
-    yield mesh.start(Parallel(), ZOO["smoke"], 1, False)
+    yield mesh.start(ParallelConfig(), ZOO["smoke"], 1, False)
     mesh.stop()
 
 
@@ -73,7 +73,7 @@ def test_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None
 
     before = hooks_of(model)
     with mock.patch.object(attention, "attend", noted):
-        found = probe(model, rows.tokens, rows.targets, rows.document_ids, ranks)
+        found = probe_attention(model, rows.tokens, rows.targets, rows.document_ids, ranks)
     assert len(seen) == config.model.layers
     assert found.max_logit == pytest.approx(max(seen), abs=1e-13)
     assert len(found.seconds_R) == 1
@@ -111,19 +111,19 @@ def test_entropy_of_each_router(settings: dict) -> None:
 
 def test_slow_ranks_are_named() -> None:
     """Three probes in a row at twice the median's time; once, until it was well in between."""
-    ranks, even, slow = SlowRanks(1.5), [1.0, 1.1, 0.9, 1.0], [1.0, 2.0, 0.9, 1.0]
+    ranks, even, slow = StragglerDetector(1.5), [1.0, 1.1, 0.9, 1.0], [1.0, 2.0, 0.9, 1.0]
     found = [ranks.look(seconds) for seconds in (slow, slow, even, slow, slow, slow, slow, even, *[slow] * TIMES)]
     assert [bool(warnings) for warnings in found] == [False] * 5 + [True, False, False] + [False, False, True]
     sentence, figures = found[5][0]
     assert sentence == "rank 1 has been slow in 3 probes: attention takes 2.0 times as long on it as on the median rank"
     assert figures == {"slow_rank": 1, "ratio": 2.0}
-    assert SlowRanks(0).look([1.0, 9.0]) == []
+    assert StragglerDetector(0).look([1.0, 9.0]) == []
 
 
 def test_a_reading_is_what_was_read() -> None:
     """Names, shapes and values, whole numbers exactly, and as they were when it was asked for."""
     tensors = {"a": torch.tensor([[1.5, -2.0]]), "b": torch.tensor([2**52 + 1, 3]), "c": torch.tensor(0.1)}
-    reading = Reading(tensors)
+    reading = HostCopy(tensors)
     tensors["a"].zero_()
     found = reading.wait()
     assert found["a"].tolist() == [[1.5, -2.0]]

@@ -10,7 +10,7 @@ import torch
 from run_files import metrics, refuse, train
 
 from trinity.config.profiled import profiled_steps
-from trinity.config.run import Profile
+from trinity.config.run import ProfileConfig
 from trinity.errors import UserError
 from trinity.monitor.events import Events
 from trinity.monitor.profiler import Profiler
@@ -50,7 +50,7 @@ def test_memory_of_a_gpu_is_recorded_in_the_step_alone(tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(Path(path).name))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
     ranks = SimpleNamespace(rank=0, world=1, device=torch.device("cuda"))
-    profiler = Profiler(Profile(3, [0], True), Events(tmp_path, 0), ranks, 5, lambda: None)
+    profiler = Profiler(ProfileConfig(3, [0], True), Events(tmp_path, 0), ranks, 5, lambda: None)
     with profiler.around(2):
         assert calls == []
     with profiler.around(3):

@@ -19,7 +19,7 @@ from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory, newest_config
 from trinity.training.load_run import load_model
 from trinity.training.resume import find_origin
-from trinity.training.trainer import Training
+from trinity.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def first_state(settings: dict, *words: str) -> dict[str, torch.Tensor]:
     config = build_config(raw)
     directory = RunDirectory(Path(config.run.dir))
     ranks = mesh.start(config.parallel, config.model, config.run.threads, False)
-    training = Training(config, ranks, directory, find_origin(config, [], directory.path, print))
+    training = Trainer(config, ranks, directory, find_origin(config, [], directory.path, print))
     try:
         return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
                 for name, tensor in training.state().items()}  # fmt: skip

@@ -30,9 +30,9 @@ BOUND = 1e-12
 @pytest.fixture
 def ranks() -> Iterator[mesh.Ranks]:
     """This process as a mesh of one."""
-    from trinity.config.run import Parallel
+    from trinity.config.run import ParallelConfig
 
-    yield mesh.start(Parallel(), ZOO["smoke"], 1, False)
+    yield mesh.start(ParallelConfig(), ZOO["smoke"], 1, False)
     mesh.stop()
 
 

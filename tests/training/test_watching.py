@@ -19,9 +19,9 @@ from trinity.data.stream.stream import SequenceStream
 from trinity.models import ModelConfig, Trinity
 from trinity.models.param_roles import parameter_roles
 from trinity.monitor.heartbeat import Heartbeat
-from trinity.monitor.loss_spikes import CAPACITY, Spikes
-from trinity.monitor.monitor import Watcher
-from trinity.monitor.router_health import WINDOW, Collapse
+from trinity.monitor.loss_spikes import CAPACITY, SpikeDetector
+from trinity.monitor.monitor import Monitor
+from trinity.monitor.router_health import WINDOW, CollapseDetector
 from trinity.training import train_step, trainer
 
 
@@ -36,7 +36,7 @@ def test_spikes_against_the_words_of_the_rule() -> None:
     values = (torch.randn(400, generator=generator, dtype=torch.float64) + 5).tolist()
     for at in (20, 31, 150, 151, 399):
         values[at] += 6
-    spikes, past, found = Spikes(window=40, sigma=4), [], []
+    spikes, past, found = SpikeDetector(window=40, sigma=4), [], []
     for step, loss in enumerate(values):
         spiked = spikes.judge(loss, 1.0) is not None
         last = past[-40:]
@@ -48,7 +48,7 @@ def test_spikes_against_the_words_of_the_rule() -> None:
 
 
 def test_a_gradient_norm_spikes_too_and_says_so() -> None:
-    spikes = Spikes(window=8, sigma=3)
+    spikes = SpikeDetector(window=8, sigma=3)
     for step in range(8):
         assert spikes.judge(2.0, 1 + 0.01 * (step % 2)) is None
     assert spikes.judge(2.0, 1.5) == "gradient norm 1.5 stands 99.0 standard deviations above the mean 1.005"
@@ -56,7 +56,7 @@ def test_a_gradient_norm_spikes_too_and_says_so() -> None:
 
 
 def test_what_is_remembered_comes_back() -> None:
-    one, other, shorter = Spikes(20, 3), Spikes(20, 3), Spikes(5, 3)
+    one, other, shorter = SpikeDetector(20, 3), SpikeDetector(20, 3), SpikeDetector(5, 3)
     for step in range(33):
         one.judge(5 + math.sin(step), 1 + 0.1 * math.cos(step))
     assert one.state().shape == (2, CAPACITY)
@@ -70,7 +70,7 @@ def test_what_is_remembered_comes_back() -> None:
 
 
 def test_a_climbing_layer_is_warned_of_once() -> None:
-    collapse = Collapse(factor=2, dead_steps=0)
+    collapse = CollapseDetector(factor=2, dead_steps=0)
     even = torch.tensor([[10, 10, 10, 10], [16, 8, 8, 8]])  # MaxVio 0 and 0.6
     skewed = torch.tensor([[10, 10, 10, 10], [29, 3, 4, 4]])  # and 1.9
     for _ in range(3 * WINDOW):
@@ -85,19 +85,19 @@ def test_a_climbing_layer_is_warned_of_once() -> None:
 def test_a_watch_that_is_restored_says_the_same() -> None:
     """Saved and restored after every single step, through all of its warnings, against one that never was."""
     generator = torch.Generator().manual_seed(2)
-    whole, warned = Collapse(factor=1.5, dead_steps=4, first_layer=2), 0
-    parts = Collapse(factor=1.5, dead_steps=4, first_layer=2)
+    whole, warned = CollapseDetector(factor=1.5, dead_steps=4, first_layer=2), 0
+    parts = CollapseDetector(factor=1.5, dead_steps=4, first_layer=2)
     for step in range(120):
         counts_ME = torch.randint(0, 40 + step * (step % 50 > 25), (3, 5), generator=generator)
         counts_ME[1] *= torch.tensor([step % 11 < 5, 1, 1, 1, 1])
         state = parts.state(3, 5)
-        parts = Collapse(factor=1.5, dead_steps=4, first_layer=2)
+        parts = CollapseDetector(factor=1.5, dead_steps=4, first_layer=2)
         parts.restore(state)
         said = whole.look(counts_ME)
         assert parts.look(counts_ME) == said
         warned += len(said)
     assert warned > 5
-    assert {name: (tensor.shape, tensor.dtype) for name, tensor in Collapse(2, 1).state(3, 5).items()} == {
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in CollapseDetector(2, 1).state(3, 5).items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in parts.state(3, 5).items()
     }
 
@@ -107,15 +107,15 @@ def test_a_stop_does_not_silence_a_watch(settings: dict, monkeypatch: pytest.Mon
 
     A checkpoint from before the watch was in it can be loaded, and the watch begins anew.
     """
-    look = Collapse.look
+    look = CollapseDetector.look
 
-    def without_the_first(collapse: Collapse, counts_ME: torch.Tensor) -> list:
+    def without_the_first(collapse: CollapseDetector, counts_ME: torch.Tensor) -> list:
         return look(collapse, counts_ME.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(0)))
 
-    def spikes_alone(watcher: Watcher) -> dict[str, torch.Tensor]:
+    def spikes_alone(watcher: Monitor) -> dict[str, torch.Tensor]:
         return {"spikes": watcher.spikes.state()}
 
-    monkeypatch.setattr(Collapse, "look", without_the_first)
+    monkeypatch.setattr(CollapseDetector, "look", without_the_first)
     settings["data"]["workers"] = 0
     words = ["health.dead_steps=4", "evaluation.every=0", "checkpoint.every=0"]
     assert train(settings, *words, "run.steps=2") == 0
@@ -124,14 +124,14 @@ def test_a_stop_does_not_silence_a_watch(settings: dict, monkeypatch: pytest.Mon
     assert found == [(4, "MoE layer 1 has 1 experts without a token for 4 steps: [0]")]
     settings["run"]["dir"] = str(tmp_path / "old")
     with monkeypatch.context() as before:
-        before.setattr(Watcher, "state", spikes_alone)
+        before.setattr(Monitor, "state", spikes_alone)
         assert train(settings, *words, "run.steps=1") == 0
     assert train(settings, *words, "run.steps=4") == 0
     assert events(tmp_path / "old", "collapse") == []
 
 
 def test_dead_experts_are_named() -> None:
-    collapse = Collapse(factor=0, dead_steps=3)
+    collapse = CollapseDetector(factor=0, dead_steps=3)
     alive, dead = torch.tensor([[1, 1, 1], [1, 1, 1]]), torch.tensor([[1, 1, 1], [3, 0, 0]])
     looks = [alive, dead, dead, alive, dead, dead, dead, dead]
     found = [collapse.look(counts) for counts in looks]
@@ -141,7 +141,7 @@ def test_dead_experts_are_named() -> None:
 
 def test_layers_have_their_number_in_the_model() -> None:
     """Two dense layers come first: the second router is that of layer 3."""
-    found = Collapse(0, dead_steps=1, first_layer=2).look(torch.tensor([[1, 1], [2, 0]]))
+    found = CollapseDetector(0, dead_steps=1, first_layer=2).look(torch.tensor([[1, 1], [2, 0]]))
     assert found == [("MoE layer 3 has 1 experts without a token for 1 steps: [1]", {"layer": 3, "dead": 1})]
 
 

@@ -26,7 +26,7 @@ from benchmarks.timing import Marks, medians, take_turns
 
 from trinity.data import BatchPlan, SequenceStream, TokenSource
 from trinity.data.prepare.shard_writer import KEPT, Encoded, ShardWriter
-from trinity.data.sources.documents import Place
+from trinity.data.sources.documents import Position
 from trinity.data.sources.shards import VERSION, token_dtype
 from trinity.data.stream.loader import Loader
 from trinity.data.stream.mixture import Phase
@@ -192,7 +192,7 @@ def corpus_of(folder: Path, lengths: np.ndarray, vocabulary: int = VOCABULARY) -
         text_bytes, status = 4 * part, np.full(len(part), KEPT, np.uint8)
         packed = np.concatenate([ids[:length] for length in part.tolist()])
         writer.write(Encoded(packed, status, np.zeros_like(items), items, part, text_bytes, None, 0))
-    writer.finish(Place(1, 0))
+    writer.finish(Position(1, 0))
     return TokenSource(folder, "never")
 
 

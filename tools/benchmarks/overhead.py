@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from trinity.config.load import OmegaConf, build_config
-from trinity.config.run import Checkpoint, Log
+from trinity.config.run import CheckpointConfig, LogConfig
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory
 from trinity.training.resume import Origin
-from trinity.training.trainer import Training
+from trinity.training.trainer import Trainer
 
 MODELS = {
     "smoke": {"name": "smoke"},
@@ -79,7 +79,7 @@ def _measure(folder: Path, name: str, model: dict, rounds: int) -> dict[str, flo
     try:
         for kind, config in configs.items():
             directory = RunDirectory(Path(config.run.dir))
-            runs[kind] = Training(config, ranks, directory, Origin(directory.path)), directory
+            runs[kind] = Trainer(config, ranks, directory, Origin(directory.path)), directory
         seconds = _rounds(runs["bare"][0], runs["all"][0], rounds)
         return _shares(seconds, _checkpoints(runs["all"][0]))
     finally:
@@ -89,7 +89,7 @@ def _measure(folder: Path, name: str, model: dict, rounds: int) -> dict[str, flo
         mesh.stop()
 
 
-def _rounds(bare: Training, full: Training, rounds: int) -> dict[str, list[float]]:
+def _rounds(bare: Trainer, full: Trainer, rounds: int) -> dict[str, list[float]]:
     """Seconds of each kind of step, one of each a round; the first round warms up."""
     seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", "defaults", *PERIODIC)}
     for number in range(rounds + 1):
@@ -113,11 +113,11 @@ def _shares(seconds: dict[str, list[float]], saved: dict[str, float]) -> dict[st
     bare = statistics.median(seconds["bare"])
     found = {"bare": bare, "every step": more("defaults", "bare")}
     found |= {word: more(word, "defaults") for word in PERIODIC}
-    spent = found["every step"] + sum(found[word] / getattr(Log(), word) for word in PERIODIC)
-    return found | saved | {"overhead": (spent + saved["stall"] / Checkpoint().every) / bare}
+    spent = found["every step"] + sum(found[word] / getattr(LogConfig(), word) for word in PERIODIC)
+    return found | saved | {"overhead": (spent + saved["stall"] / CheckpointConfig().every) / bare}
 
 
-def _checkpoints(training: Training) -> dict[str, float]:
+def _checkpoints(training: Trainer) -> dict[str, float]:
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     stalls, waits = [], []
     for _ in range(3):

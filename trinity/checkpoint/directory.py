@@ -23,7 +23,7 @@ from trinity.io.checksum import FileSum, sum_of
 from trinity.io.json_files import to_json
 from trinity.io.local import sync_folder, write_atomically
 from trinity.io.remote_path import AnyPath, RemotePath, any_path
-from trinity.parallel.collectives import on_first, together
+from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
 from trinity.run_directory import newest_config
 from trinity.terminal import say
 
@@ -172,16 +172,16 @@ def check_sizes(folder: AnyPath, sums: dict[str, FileSum]) -> None:
         raise Failure(f"{folder} was written and is not there as it was ({wrong}); run the same command again")
 
 
-def damage(folder: AnyPath) -> str:
+def why_damaged(folder: AnyPath) -> str:
     """What is wrong with a complete checkpoint, "" for nothing; every rank calls this, and all get the same answer."""
-    sums, wrong = on_first(lambda: _check_list(folder))
+    sums, wrong = run_on_rank0(lambda: _check_list(folder))
     if wrong:
         return wrong
     share = list(sums)
     if dist.is_initialized():
         share = share[dist.get_rank() :: dist.get_world_size()]
     found = (_wrong_content(folder / name, sums[name]) for name in share)
-    wrong = together(lambda: next(filter(None, found), ""))
+    wrong = run_on_all_ranks(lambda: next(filter(None, found), ""))
     answers = [wrong]
     if dist.is_initialized():
         answers = [""] * dist.get_world_size()
@@ -221,9 +221,9 @@ def newest_intact(home: Home, note: Note = warn, before: int | None = None) -> i
         UserError: there are complete ones and all are damaged.
     """
     damaged = []
-    for step, finished in on_first(lambda: _candidates(home, before)):
+    for step, finished in run_on_rank0(lambda: _candidates(home, before)):
         folder = step_folder(home, step)
-        wrong = damage(folder)
+        wrong = why_damaged(folder)
         if not wrong:
             return step
         if finished:
@@ -275,11 +275,11 @@ def pick_intact(home: Home, step: int | None, note: Note = warn) -> int:
     """
     if step is None:
         found = newest_intact(home, note)
-        return found or on_first(lambda: pick_step(home, None))
-    on_first(lambda: pick_step(home, step))
-    wrong = damage(step_folder(home, step))
+        return found or run_on_rank0(lambda: pick_step(home, None))
+    run_on_rank0(lambda: pick_step(home, step))
+    wrong = why_damaged(step_folder(home, step))
     if wrong:
-        others = [other for other in on_first(lambda: complete_steps(home)) if other != step]
+        others = [other for other in run_on_rank0(lambda: complete_steps(home)) if other != step]
         raise UserError(f"{step_folder(home, step)} is damaged ({wrong}); take another of {others}")
     return step
 

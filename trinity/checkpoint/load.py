@@ -20,7 +20,7 @@ from trinity.checkpoint.save import State, told
 from trinity.errors import Failure, UserError
 from trinity.io.remote_path import AnyPath, RemoteFileSystem
 from trinity.models.trinity import Trinity
-from trinity.parallel.collectives import together
+from trinity.parallel.collectives import run_on_all_ranks
 
 METADATA_CLASSES = {
     "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -113,7 +113,7 @@ def load(state: State, home: Home, step: int) -> None:
         Failure: it lies elsewhere, and cannot be reached.
     """
     folder = step_folder(home, step)
-    _read(state, folder, together(lambda: Reader(folder)), alone=not dist.is_initialized())
+    _read(state, folder, run_on_all_ranks(lambda: Reader(folder)), alone=not dist.is_initialized())
 
 
 def read_alone(folder: AnyPath, prefix: str) -> State:

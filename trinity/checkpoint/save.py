@@ -49,12 +49,12 @@ from trinity.checkpoint.directory import (
     step_folder,
     warn,
 )
-from trinity.config.run import Checkpoint
+from trinity.config.run import CheckpointConfig
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
 from trinity.io.checksum import FileSum, sum_of
 from trinity.io.local import make_folder
 from trinity.io.remote_path import AnyPath, RemoteFileSystem, RemotePath
-from trinity.parallel.collectives import on_first
+from trinity.parallel.collectives import run_on_rank0
 
 State = dict[str, Tensor]
 Written = tuple[list[WriteResult], dict[str, FileSum]]
@@ -78,7 +78,7 @@ class Saver:
     def __init__(
         self,
         home: Home,
-        settings: Checkpoint,
+        settings: CheckpointConfig,
         note: Note = warn,
         beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
@@ -98,7 +98,7 @@ class Saver:
         """
         began = time.perf_counter()
         self.wait()
-        on_first(self._check_space)
+        run_on_rank0(self._check_space)
         if self._settings.asynchronous:
             state = self._copy = on_host(state, self._copy)
         self._thread = Thread(target=self._write, args=(state, step), name="checkpoint", daemon=True)

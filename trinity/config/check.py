@@ -6,7 +6,7 @@ from functools import reduce
 from trinity.config.model import check_size
 from trinity.config.paths import kept_tokenizer, run_directory, tokenizer_folder
 from trinity.config.profiled import check_last_step, profiled_steps
-from trinity.config.run import LengthBias, RunConfig
+from trinity.config.run import LengthBiasConfig, RunConfig
 from trinity.errors import UserError
 
 BOUNDS: dict[str, tuple[float, float | None]] = {
@@ -233,7 +233,7 @@ def _check_mixture(key: str, mixture: dict[str, float], train: dict[str, str]) -
         raise UserError(f"{key}={dict(mixture)} must hold weights of at least 0, one of them above 0")
 
 
-def _check_bias(key: str, bias: LengthBias) -> None:
+def _check_bias(key: str, bias: LengthBiasConfig) -> None:
     if bias.tokens < 1 or not 0 < bias.floor <= bias.ceiling <= 1:
         raise UserError(
             f"{key} has tokens={bias.tokens}, floor={bias.floor}, ceiling={bias.ceiling}; "

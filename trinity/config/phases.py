@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from trinity.config.run import Data, LengthBias
+from trinity.config.run import DataConfig, LengthBiasConfig
 
 
 class WholePhase(NamedTuple):
@@ -13,10 +13,10 @@ class WholePhase(NamedTuple):
     sequence_length: int
     packing: str
     rsdb_size: int
-    length_bias: LengthBias
+    length_bias: LengthBiasConfig
 
 
-def whole_phases(data: Data) -> list[WholePhase]:
+def whole_phases(data: DataConfig) -> list[WholePhase]:
     """Phase 0, which begins the run, and those of data.phases."""
     mixture = data.mixture or dict.fromkeys(data.train, 1.0)
     phases = [WholePhase(0, _shares(mixture), data.sequence_length, data.packing, data.rsdb_size, data.length_bias)]

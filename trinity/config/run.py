@@ -12,7 +12,7 @@ from trinity.config.model import ModelConfig
 
 
 @dataclass
-class Run:
+class RunSection:
     """Name, directory, seed and length of the run."""
 
     name: str = "trinity"
@@ -32,7 +32,7 @@ class Run:
 
 
 @dataclass
-class Init:
+class InitConfig:
     """Initial weights of the run: random by default, or those of a Hugging Face folder or of another run.
 
     The model's sizes then come from there as well, whatever model.name says; a size given under `model` must be equal.
@@ -52,7 +52,7 @@ class Init:
 
 
 @dataclass
-class LengthBias:
+class LengthBiasConfig:
     """Sample long documents more often: one of n tokens with probability floor + (ceiling − floor)·min(1, n/tokens).
 
     The report uses 1 % to 90 % at 128k tokens for context extension. By default every document is used.
@@ -67,7 +67,7 @@ class LengthBias:
 
 
 @dataclass
-class DataPhase:
+class DataPhaseConfig:
     """A later phase of the data. A field that is not given stays as in the phase before."""
 
     tokens: int
@@ -80,12 +80,12 @@ class DataPhase:
     """Packing of documents into sequences. Documents that are open at the start of the phase are continued."""
     rsdb_size: int | None = None
     """Documents in the RSDB buffer of each stream."""
-    length_bias: LengthBias | None = None
+    length_bias: LengthBiasConfig | None = None
     """Sampling of documents by length."""
 
 
 @dataclass
-class Data:
+class DataConfig:
     """Training and validation data, tokenizer, and how documents become sequences."""
 
     train: dict[str, str] = field(default_factory=dict)
@@ -116,9 +116,9 @@ class Data:
     Not from the report: they make the order of the data independent of the number of processes."""
     mixture: dict[str, float] = field(default_factory=dict)
     """Source name → sampling weight, by tokens. Default: equal weights."""
-    length_bias: LengthBias = field(default_factory=LengthBias)
+    length_bias: LengthBiasConfig = field(default_factory=LengthBiasConfig)
     """Sampling of documents by length; all are used by default."""
-    phases: list[DataPhase] = field(default_factory=list)
+    phases: list[DataPhaseConfig] = field(default_factory=list)
     """Later phases of the data, each from a number of tokens on."""
     exhausted: Literal["repeat", "end"] = "repeat"
     """At the end of a stream's documents of a source. repeat: read them again in another order; end: end the run with
@@ -130,7 +130,7 @@ class Data:
 
 
 @dataclass
-class RampEntry:
+class RampEntryConfig:
     """A later global batch size."""
 
     tokens: int
@@ -140,7 +140,7 @@ class RampEntry:
 
 
 @dataclass
-class Batch:
+class BatchConfig:
     """Global batch and microbatch."""
 
     sequences: int = 8
@@ -148,13 +148,13 @@ class Batch:
     microbatch: int = 8
     """Largest number of sequences in one forward pass of a rank; the largest divisor of its share of the batch that is
     not larger is used."""
-    ramp: list[RampEntry] = field(default_factory=list)
+    ramp: list[RampEntryConfig] = field(default_factory=list)
     """Later global batches, each from a number of tokens on. The report has 8192 for Nano and Mini, 16384 for Large
     from 4.9e12 tokens on."""
 
 
 @dataclass
-class Muon:
+class MuonConfig:
     """Muon, for the hidden matrices.
 
     The report gives the learning rates, and says that it built on the Dion repository; that repository's defaults stand
@@ -189,7 +189,7 @@ class Muon:
 
 
 @dataclass
-class AdamW:
+class AdamWConfig:
     """AdamW, for the embedding, the LM head and the norms' gains (and the router, where optim.router says so)."""
 
     lr: float = 3e-4
@@ -203,7 +203,7 @@ class AdamW:
 
 
 @dataclass
-class Schedule:
+class ScheduleConfig:
     """Learning rate schedule, as a fraction of the peak rates: linear warm-up, constant, decay, then `final`."""
 
     warmup_steps: int = 2000
@@ -223,20 +223,20 @@ class Schedule:
 
 
 @dataclass
-class Optim:
+class OptimConfig:
     """Optimizers, learning rate schedule and gradient clipping."""
 
-    muon: Muon = field(default_factory=Muon)
-    adamw: AdamW = field(default_factory=AdamW)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
     router: Literal["muon", "adamw"] = "muon"
     """Optimizer of the router. From the report, as far as it says: Muon for "hidden layers"."""
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip_norm: float = 1.0
     """Clip gradients to this global norm; 0: no clipping. Not from the report: the usual value."""
 
 
 @dataclass
-class Balancing:
+class BalancingConfig:
     """Load balancing of the experts: once per optimizer step, by the token counts of the whole global batch."""
 
     kind: Literal["smebu", "sign", "none"] = "smebu"
@@ -255,7 +255,7 @@ class Balancing:
 
 
 @dataclass
-class Loss:
+class LossConfig:
     """Terms of the loss beside cross-entropy."""
 
     z: float = 0.0
@@ -263,7 +263,7 @@ class Loss:
 
 
 @dataclass
-class Parallel:
+class ParallelConfig:
     """Mesh: processes = replicate · shard · context; `expert` divides shard · context."""
 
     replicate: int = 1
@@ -283,7 +283,7 @@ class Parallel:
 
 
 @dataclass
-class Kernels:
+class KernelsConfig:
     """Implementation of each operation; auto: the fastest that is installed and runs on the device."""
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
@@ -308,12 +308,12 @@ class Kernels:
     """Newton-Schulz iteration of Muon."""
 
 
-AUTOMATIC = Kernels()
+AUTOMATIC = KernelsConfig()
 """The defaults, shared; nobody writes to it."""
 
 
 @dataclass
-class Precision:
+class PrecisionConfig:
     """Data types. Parameters and optimizer state are float32, or float64 where precision.compute is."""
 
     compute: Literal["bfloat16", "float32", "float64"] = "bfloat16"
@@ -327,7 +327,7 @@ class Precision:
 
 
 @dataclass
-class Checkpoint:
+class CheckpointConfig:
     """Checkpoints: the whole state of the run."""
 
     every: int = 500
@@ -344,7 +344,7 @@ class Checkpoint:
 
 
 @dataclass
-class Export:
+class ExportConfig:
     """Export to Hugging Face folders during the run."""
 
     every: int = 0
@@ -352,7 +352,7 @@ class Export:
 
 
 @dataclass
-class Evaluation:
+class EvaluationConfig:
     """Validation loss and samples during the run."""
 
     every: int = 0
@@ -367,7 +367,7 @@ class Evaluation:
 
 
 @dataclass
-class Profile:
+class ProfileConfig:
     """torch.profiler on some steps, into profile/ of the run directory."""
 
     steps: Any = None
@@ -379,7 +379,7 @@ class Profile:
 
 
 @dataclass
-class Log:
+class LogConfig:
     """Console, experiment trackers, and how often costlier figures are taken."""
 
     every: int = 1
@@ -402,7 +402,7 @@ class Log:
 
 
 @dataclass
-class Spike:
+class SpikeConfig:
     """Loss spikes: a step whose loss or gradient norm is far above those of the last steps (OLMo's rule)."""
 
     action: Literal["none", "warn", "skip", "rollback"] = "warn"
@@ -415,7 +415,7 @@ class Spike:
 
 
 @dataclass
-class Health:
+class HealthConfig:
     """When the run warns, rolls back or stops by itself."""
 
     bad_steps: int = 10
@@ -424,7 +424,7 @@ class Health:
     heartbeat_seconds: float = 180
     """Watchdog: seconds without progress after which a process ends with code 1, ten times as long until the first step
     is done; 0: never. From the report: an alarm after 3 minutes."""
-    spike: Spike = field(default_factory=Spike)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     """Reaction to loss spikes."""
     rollbacks: int = 10
     """Most rollbacks after spikes; then the run stops with exit code 3. Not from the report."""
@@ -441,25 +441,25 @@ class Health:
 class RunConfig:
     """All settings of a run."""
 
-    run: Run = field(default_factory=Run)
+    run: RunSection = field(default_factory=RunSection)
     model: ModelConfig = field(default_factory=ModelConfig)
-    init: Init = field(default_factory=Init)
-    data: Data = field(default_factory=Data)
-    batch: Batch = field(default_factory=Batch)
-    optim: Optim = field(default_factory=Optim)
-    balancing: Balancing = field(default_factory=Balancing)
-    loss: Loss = field(default_factory=Loss)
-    parallel: Parallel = field(default_factory=Parallel)
-    kernels: Kernels = field(default_factory=Kernels)
-    precision: Precision = field(default_factory=Precision)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: Literal["none", "block", "selective"] = "none"
     """Activation checkpointing. block: recompute each block in backward, but for its routing; selective: recompute what
     is cheap, and keep attention, experts and exchanges."""
     compile: Literal["none", "block"] = "none"
     """torch.compile of each block, without the routed experts."""
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    export: Export = field(default_factory=Export)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    profile: Profile = field(default_factory=Profile)
-    log: Log = field(default_factory=Log)
-    health: Health = field(default_factory=Health)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)

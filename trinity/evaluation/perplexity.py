@@ -33,7 +33,7 @@ GROUP_TOKENS = 1 << 20
 """Tokens that are sorted by length and batched together: enough to fill batches, few enough to hold."""
 
 
-class Window(NamedTuple):
+class ContextWindow(NamedTuple):
     """length: W, tokens that the model sees at once. stride: how far it moves on, 1 to W."""
 
     length: int
@@ -71,7 +71,7 @@ def open_documents(
 def perplexity(
     model: Trinity,
     source: Source,
-    window: Window,
+    window: ContextWindow,
     *,
     byte_lengths_V: Tensor | None,
     documents: int | None = None,
@@ -138,7 +138,7 @@ def packed_perplexity(
     return figures | {"perplexity": _exp(figures["loss"])}
 
 
-def windows(tokens: list[int], window: Window) -> Iterator[Span]:
+def windows(tokens: list[int], window: ContextWindow) -> Iterator[Span]:
     """What is scored of a document of n tokens, in order: n − 1 targets, each in one span.
 
     A span holds one token more than the model sees: the last one is only foretold.

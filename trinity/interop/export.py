@@ -30,7 +30,7 @@ from trinity.interop.weight_map import Index, correspondence
 from trinity.io.json_files import read_json, write_json
 from trinity.io.local import atomic_path, make_folder, sync_folder
 from trinity.models.trinity import Trinity
-from trinity.parallel.collectives import on_first, together
+from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
 from trinity.terminal import Progress
 
 SHARD_BYTES = 5 * 10**9
@@ -83,7 +83,7 @@ def export_hf(
         _move(partial, directory)
 
     try:
-        on_first(begin)
+        run_on_rank0(begin)
         # FSDP2 puts its sharded parameters back for this: after a forward without backward it may still show gathered
         # ones
         state = model.state_dict()
@@ -91,7 +91,7 @@ def export_hf(
         total = sum(part.bytes for parts in files.values() for part in parts)
         with Progress("exporting", total, "B", progress and first, scaled=True) as gathered:
             _write_tensors(state, files, partial if first else None, beat, gathered)
-        on_first(end)
+        run_on_rank0(end)
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to stay full by it
@@ -149,7 +149,7 @@ def _write_tensors(
                 # a copy even where nothing changes: safetensors wants every tensor in memory of its own
                 tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
             gathered.update(part.bytes)
-        together(_saving(tensors, folder / name) if folder is not None else lambda: None)
+        run_on_all_ranks(_saving(tensors, folder / name) if folder is not None else lambda: None)
         beat()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import trinity_kernels
 from trinity.config.model import ModelConfig
-from trinity.config.run import AUTOMATIC, Kernels
+from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.attention_backends import Visibility, attend
 from trinity.models.layers import Linear, QKNorm
 
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         kernels: which implementation of each operation.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels = AUTOMATIC) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
         self.gate_kernel = kernels.gate
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim

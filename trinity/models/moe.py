@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import trinity_kernels
 from trinity.balancing import sequence_loss
 from trinity.config.model import ModelConfig
-from trinity.config.run import AUTOMATIC, Kernels
+from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.layers import SwiGLU
 from trinity.models.token_dispatcher import Dispatcher, local
 from trinity_kernels.expert_engines import ENGINES, engine
@@ -73,7 +73,7 @@ class Experts(nn.Module):
     place; trinity.parallel.accumulation says so where they stay on this rank over several microbatches.
     """
 
-    def __init__(self, config: ModelConfig, kernels: Kernels = AUTOMATIC) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
         self.kernel, self.keep_pre = kernels.experts, not kernels.experts_recompute
         experts, hidden, width = config.experts, config.expert_width, config.width
@@ -116,7 +116,7 @@ def _keep_gradients_wide(*weights: Tensor) -> None:
 class MoE(nn.Module):
     """One MoE sublayer; holds the balancing state as fp32 buffers that no optimizer sees."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels = AUTOMATIC) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
         self.router = Router(config, kernels.routing)
         self.experts = Experts(config, kernels)

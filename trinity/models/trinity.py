@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import AUTOMATIC, Kernels
+from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.attention import Attention, rotation_of
 from trinity.models.attention_backends import Visibility
 from trinity.models.initialization import initialize
@@ -48,7 +48,7 @@ class Losses(NamedTuple):
 class Block(nn.Module):
     """Attention and FFN (dense or MoE), each between its two norms."""
 
-    def __init__(self, config: ModelConfig, layer: int, kernels: Kernels = AUTOMATIC) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
         norm = partial(RMSNorm, config.width, config.norm_eps, kernel=kernels.norms)
         post_norm = partial(PostNorm, config.width, config.norm_eps, config.layers**-0.5, kernels.norms)
@@ -84,7 +84,7 @@ class Trinity(nn.Module):
     parameters on a CPU core.
     """
 
-    def __init__(self, config: ModelConfig, kernels: Kernels = AUTOMATIC) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
         self.config, self.attention_engine = config, kernels.attention
         self.embed = Embedding(config)

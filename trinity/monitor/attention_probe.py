@@ -28,7 +28,7 @@ from trinity_kernels.norm import wide
 QUERIES = 64
 
 
-class Found(NamedTuple):
+class ProbeResult(NamedTuple):
     """max_logit: of the first row of the global batch. seconds_R: in attention, of each rank, its layers together."""
 
     max_logit: float
@@ -36,7 +36,9 @@ class Found(NamedTuple):
 
 
 @torch.no_grad()
-def probe(model: Trinity, tokens_BS: Tensor, targets_BS: Tensor, document_ids_BS: Tensor | None, ranks: Ranks) -> Found:
+def probe_attention(
+    model: Trinity, tokens_BS: Tensor, targets_BS: Tensor, document_ids_BS: Tensor | None, ranks: Ranks
+) -> ProbeResult:
     """Send the first of this rank's rows through the model; every rank calls this.
 
     Args:
@@ -51,7 +53,7 @@ def probe(model: Trinity, tokens_BS: Tensor, targets_BS: Tensor, document_ids_BS
     everyone = own.new_empty(dist.get_world_size() * 2)
     all_gather_single(everyone, own)
     logit_R, seconds_R = everyone.view(-1, 2).t().tolist()
-    return Found(logit_R[0], seconds_R)  # of the one row that is looked at on every mesh
+    return ProbeResult(logit_R[0], seconds_R)  # of the one row that is looked at on every mesh
 
 
 @contextmanager

@@ -13,7 +13,7 @@ CAPACITY = 1024
 """The longest window that can be asked for: the state has one shape for all."""
 
 
-class Spikes:
+class SpikeDetector:
     """Remembers the last ordinary steps.
 
     Args:

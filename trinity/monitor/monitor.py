@@ -15,20 +15,20 @@ from torch import Tensor
 from trinity import balancing
 from trinity.config.run import RunConfig
 from trinity.models.trinity import Trinity, moe_layers
-from trinity.monitor.attention_probe import Found
+from trinity.monitor.attention_probe import ProbeResult
 from trinity.monitor.events import Events
 from trinity.monitor.heartbeat import Heartbeat
 from trinity.monitor.hooks import StepHooks
-from trinity.monitor.loss_spikes import Spikes
-from trinity.monitor.router_health import Collapse
-from trinity.monitor.straggler import SlowRanks
+from trinity.monitor.loss_spikes import SpikeDetector
+from trinity.monitor.router_health import CollapseDetector
+from trinity.monitor.straggler import StragglerDetector
 from trinity.run_directory import RunDirectory
 
 COLLAPSE = "collapse."
 """How the names of that watch's state begin."""
 
 
-class Watcher:
+class Monitor:
     """Watches one process of a run.
 
     Attributes:
@@ -43,10 +43,10 @@ class Watcher:
         self.config, self._first = config, rank == 0
         self.events = Events(directory.path, rank, step)
         self.heartbeat = Heartbeat(health.heartbeat_seconds, self.events, directory.path)
-        self.spikes = Spikes(health.spike.window, health.spike.sigma)
+        self.spikes = SpikeDetector(health.spike.window, health.spike.sigma)
         self.spiked: str | None = None
-        self._collapse = Collapse(health.violation_factor, health.dead_steps, config.model.dense_layers)
-        self._slow = SlowRanks(health.slow_factor)
+        self._collapse = CollapseDetector(health.violation_factor, health.dead_steps, config.model.dense_layers)
+        self._slow = StragglerDetector(health.slow_factor)
         self._counts_ME: Tensor | None = None
         self._entropy_M: Tensor | None = None
         self._bias_before_ME: Tensor | None = None
@@ -83,7 +83,7 @@ class Watcher:
             self._useful += record["step_seconds"]
         return {"goodput": self._useful / max(time.monotonic() - self._began, 1e-9), "spike": self.spiked is not None}
 
-    def probed(self, found: Found) -> dict[str, float]:
+    def probed(self, found: ProbeResult) -> dict[str, float]:
         """Note what a probe showed; returns its figures for the record."""
         for sentence, figures in self._slow.look(found.seconds_R):
             self.note("slow_rank", sentence, **figures)

@@ -5,11 +5,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity.optim.build import Optimizers
-from trinity.optim.dtensor import local
+from trinity.optim.dtensor import local_tensor
 from trinity.optim.grad_clip import global_norm
 
 
-class Norms:
+class ParamNorms:
     """Measures the parameters of one model.
 
     Args:
@@ -28,7 +28,7 @@ class Norms:
     def remember(self) -> None:
         """Copy what this rank holds to host memory, before a step whose update is to be measured."""
         self._before = {
-            kind: [local(parameter).to("cpu", copy=True) for parameter in parameters]
+            kind: [local_tensor(parameter).to("cpu", copy=True) for parameter in parameters]
             for kind, parameters in self._parameters.items()
         }
 
@@ -43,7 +43,7 @@ class Norms:
         before, self._before = self._before, None
         squares = []
         for kind, parameters in self._parameters.items():
-            now = [local(parameter) for parameter in parameters]
+            now = [local_tensor(parameter) for parameter in parameters]
             moved = [part - old.to(part.device) for part, old in zip(now, before[kind])]
             squares += [global_norm(now).double().square(), global_norm(moved).double().square()]
         sums = torch.stack(squares)

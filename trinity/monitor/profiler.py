@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trinity.config.profiled import check_last_step, profiled_steps
-from trinity.config.run import Profile
+from trinity.config.run import ProfileConfig
 from trinity.errors import UserError
 from trinity.io.local import write_atomically
 from trinity.monitor.events import Events
@@ -39,7 +39,9 @@ class Profiler:
         UserError: a step or a rank that the run does not have.
     """
 
-    def __init__(self, config: Profile, events: Events, ranks: Ranks, total: int, beat: Callable[[], None]) -> None:
+    def __init__(
+        self, config: ProfileConfig, events: Events, ranks: Ranks, total: int, beat: Callable[[], None]
+    ) -> None:
         steps = profiled_steps(config.steps)
         check_last_step(steps, total)
         absent = [rank for rank in config.ranks if rank >= ranks.world]

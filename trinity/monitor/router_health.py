@@ -13,7 +13,7 @@ WINDOW = 20
 KINDS = ("climbing", "dead")
 
 
-class Collapse:
+class CollapseDetector:
     """Watches the loads of all layers.
 
     Args:

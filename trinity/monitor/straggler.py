@@ -9,7 +9,7 @@ TIMES = 3
 """Probes in a row before a warning: one slow probe is somebody else's job on that machine. Ours."""
 
 
-class SlowRanks:
+class StragglerDetector:
     """Watches how long each rank takes.
 
     Args:

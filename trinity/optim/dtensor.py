@@ -30,7 +30,7 @@ class Spread(NamedTuple):
     dim: int = -2
 
 
-def local(x: Tensor) -> Tensor:
+def local_tensor(x: Tensor) -> Tensor:
     """x's own storage on this rank: of a DTensor its local tensor (call it under no_grad), of any other x itself.
 
     It may be a part of x, even a part of one of x's matrices (`spread` says), or empty.
@@ -79,7 +79,7 @@ def cuts(x: Tensor) -> Iterator[tuple[int, int]]:
 
 def zeros_per_matrix(x: Tensor) -> Tensor:
     """fp32 zeros [*batch, 1, 1] for x [*batch, m, n], placed as x, but whole where x's matrices are spread."""
-    part = local(x)
+    part = local_tensor(x)
     zeros = torch.zeros((*part.shape[:-2], 1, 1), dtype=torch.float32, device=part.device)
     if not isinstance(x, DTensor):
         return zeros

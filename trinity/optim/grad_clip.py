@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from trinity.optim.dtensor import cuts, local
+from trinity.optim.dtensor import cuts, local_tensor
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def global_norm(tensors: Iterable[Tensor | None], group: ProcessGroup | None = N
     for x in tensors:
         if x is not None:
             list(cuts(x))  # asserts that each dimension of the mesh but "replicate" cuts it
-            parts.append(local(x))
+            parts.append(local_tensor(x))
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
     rows = [torch.linalg.vector_norm(torch.atleast_1d(part), dim=-1, dtype=dtype).flatten() for part in parts]
     norm = torch.linalg.vector_norm(torch.cat(rows) if rows else torch.zeros(1), dtype=torch.float64)
@@ -57,6 +57,6 @@ def clip_(grads: Iterable[Tensor | None], norm: Tensor, max_norm: float) -> None
         norm: scalar: global_norm of these gradients, over all ranks of a copy.
         max_norm: the largest norm allowed, > 0; math.inf never clips.
     """
-    parts = [local(grad) for grad in grads if grad is not None]
+    parts = [local_tensor(grad) for grad in grads if grad is not None]
     if parts:
         torch._foreach_mul_(parts, (max_norm / norm).clamp(max=1.0))

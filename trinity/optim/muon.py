@@ -30,9 +30,9 @@ from torch import Tensor
 
 from trinity.errors import UserError
 from trinity.models.param_roles import Role
-from trinity.optim.dtensor import local, spread, zeros_per_matrix
+from trinity.optim.dtensor import local_tensor, spread, zeros_per_matrix
 from trinity.optim.muon_comm import Job, Transfer, divided, from_owners, on_every_rank, overlap, pays, pieces, to_owners
-from trinity.optim.muon_layout import Batch, lay_out
+from trinity.optim.muon_layout import MatrixBatch, lay_out
 from trinity.optim.newton_schulz import coefficient_steps, orthogonalize
 
 # The most bytes of matrices (in the momentum's dtype) in one batch on its owner, unless a single matrix is larger. A
@@ -115,20 +115,22 @@ class Muon(torch.optim.Optimizer):
         self.init_state()
         rate = self.param_groups[0]["lr"]
         self._accumulate()
-        torch._foreach_mul_([local(role.parameter) for role in self.roles], 1 - rate * self.weight_decay)
+        torch._foreach_mul_([local_tensor(role.parameter) for role in self.roles], 1 - rate * self.weight_decay)
         fades = self._fades()
         overlap((self._update(batch, fades, rate) for batch in self.batches), UNDER_WAY)
 
     @cached_property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> list[MatrixBatch]:
         """What goes through Newton-Schulz together, and what of it travels; settled at the first step."""
         return lay_out(self.roles, BATCH_BYTES)
 
     def _accumulate(self) -> None:
         """M ← μM + G."""
-        momenta = [local(self.state[role.parameter]["momentum"]) for role in self.roles]
+        momenta = [local_tensor(self.state[role.parameter]["momentum"]) for role in self.roles]
         torch._foreach_mul_(momenta, self.momentum)
-        pairs = [(m, local(r.parameter.grad)) for m, r in zip(momenta, self.roles) if r.parameter.grad is not None]
+        pairs = [
+            (m, local_tensor(r.parameter.grad)) for m, r in zip(momenta, self.roles) if r.parameter.grad is not None
+        ]
         if pairs:
             torch._foreach_add_([m for m, _ in pairs], [grad for _, grad in pairs])
 
@@ -142,13 +144,13 @@ class Muon(torch.optim.Optimizer):
             starving |= zip(together, on_every_rank([starving[name] for name in together], group))
         fades = {}
         for name, parameter in experts.items():
-            steps = local(self.state[parameter]["starved_steps"])
+            steps = local_tensor(self.state[parameter]["starved_steps"])
             steps.add_(1).mul_(starving[name])
             if self.starved == "decay":
                 fades[name] = self.momentum ** steps.double().view(-1, 1, 1)
         return fades
 
-    def _update(self, batch: Batch, fades: dict[str, Tensor], rate: float) -> Job:
+    def _update(self, batch: MatrixBatch, fades: dict[str, Tensor], rate: float) -> Job:
         """W ← W − η·√max(1, m/n)·orthogonalize(U), for one batch of matrices of one shape."""
         if batch.travel is None:
             o = yield from self._orthogonalize(self._look_ahead(batch).view(-1, *batch.shape), batch)
@@ -163,7 +165,7 @@ class Muon(torch.optim.Optimizer):
                 update_kmn.mul_(fades[run.role.name][run.first : run.first + run.count])
         torch._foreach_add_(weights, updates, alpha=-rate * rate_factor(*batch.shape))
 
-    def _look_ahead(self, batch: Batch) -> Tensor:
+    def _look_ahead(self, batch: MatrixBatch) -> Tensor:
         """U of all that this rank holds of a batch, flat, in the momentum's dtype."""
         momenta = [run.of(self.state[run.role.parameter]["momentum"]) for run in batch.held]
         u = torch.cat([momentum_kmn.flatten() for momentum_kmn in momenta])
@@ -174,7 +176,7 @@ class Muon(torch.optim.Optimizer):
                     u_kmn.add_(run.of(run.role.parameter.grad))
         return u
 
-    def _orthogonalize(self, u_Nmn: Tensor, batch: Batch) -> Transfer:
+    def _orthogonalize(self, u_Nmn: Tensor, batch: MatrixBatch) -> Transfer:
         """O of whole matrices, perhaps with the replicas' help."""
 
         def newton_schulz(x_kmn: Tensor) -> Tensor:
@@ -196,8 +198,8 @@ def rate_factor(rows: int, columns: int) -> float:
 def _without_gradient(parameter: Tensor) -> Tensor:
     """Which matrices held here have no gradient, or only zeros, on this rank: bool [*batch, 1, 1]."""
     if parameter.grad is None:
-        part = local(parameter)
+        part = local_tensor(parameter)
         return torch.ones((*part.shape[:-2], 1, 1), dtype=torch.bool, device=part.device)
-    gradient = local(parameter.grad)
+    gradient = local_tensor(parameter.grad)
     # NaN is not 0 to either; two passes over the data are a fifth of what `any` takes on CPU
     return (gradient.amax(dim=(-2, -1), keepdim=True) == 0) & (gradient.amin(dim=(-2, -1), keepdim=True) == 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
-from trinity.optim.muon_layout import Batch
+from trinity.optim.muon_layout import MatrixBatch
 from trinity.optim.newton_schulz import newton_schulz_flops
 
 # What `pays` reckons with: FLOP/s of Newton-Schulz, and bytes/s that one rank gets from other replicas. Round numbers
@@ -47,7 +47,7 @@ def _advance(job: Job, waiting: deque[Job]) -> None:
         waiting.append(job)
 
 
-def to_owners(parts: Tensor, batch: Batch) -> Transfer:
+def to_owners(parts: Tensor, batch: MatrixBatch) -> Transfer:
     """One exchange: this rank's parts of a batch leave, flat and in the order of batch.held; all parts of the matrices
     that it owns come: [N, m, n] in the same dtype, N may be 0.
     """
@@ -59,7 +59,7 @@ def to_owners(parts: Tensor, batch: Batch) -> Transfer:
     return whole_Nmn
 
 
-def from_owners(whole_Nmn: Tensor, batch: Batch) -> Transfer:
+def from_owners(whole_Nmn: Tensor, batch: MatrixBatch) -> Transfer:
     """The way back: all parts of the matrices that this rank owns leave, and its parts of the batch's come, flat."""
     travel = batch.travel
     leaving = whole_Nmn.new_empty(sum(travel.received))

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from trinity.models.param_roles import Role
-from trinity.optim.dtensor import local, replicas, spread
+from trinity.optim.dtensor import local_tensor, replicas, spread
 from trinity.optim.newton_schulz import newton_schulz_flops
 
 Window = tuple[slice, slice]  # which rows and columns of a matrix a rank holds; maybe none
 
 
-class Run(NamedTuple):
+class MatrixRun(NamedTuple):
     """Successive matrices of one parameter, or this rank's part of one, as they lie in its memory.
 
     first, count: which matrices of the stack that the local tensor is. rows: which rows of it.
@@ -40,7 +40,7 @@ class Run(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """[count, rows, n], a view of the local part of a tensor that is placed as the parameter."""
-        x = local(x)
+        x = local_tensor(x)
         return x.view(x.shape[:-2].numel(), *x.shape[-2:])[self.first : self.first + self.count, self.rows]
 
 
@@ -48,7 +48,7 @@ class Matrix(NamedTuple):
     """A matrix of `shape`: what this rank holds of it, and each rank's window on it (one window if it is whole)."""
 
     shape: tuple[int, int]
-    run: Run
+    run: MatrixRun
     windows: list[Window]
 
 
@@ -67,19 +67,19 @@ class Travel(NamedTuple):
     received: list[int]
 
 
-class Batch(NamedTuple):
+class MatrixBatch(NamedTuple):
     """Matrices of one shape [m, n]: what this rank holds of them, in the order in which it leaves for the owners.
 
     replicas: the ranks that hold the same, None if there are none. travel: None where the matrices are whole.
     """
 
     shape: tuple[int, int]
-    held: list[Run]
+    held: list[MatrixRun]
     replicas: ProcessGroup | None
     travel: Travel | None
 
 
-def lay_out(roles: list[Role], most_bytes: int) -> list[Batch]:
+def lay_out(roles: list[Role], most_bytes: int) -> list[MatrixBatch]:
     """The batches of a step, those that travel in turn with those that do not; in the same order on all ranks.
 
     Args:
@@ -97,7 +97,7 @@ def lay_out(roles: list[Role], most_bytes: int) -> list[Batch]:
         for by_owner in _deal(matrices, group.size() if group else 1, most_bytes // itemsize, sharers):
             batch = [matrix for own in by_owner for matrix in own]
             travel = group and _travel(by_owner, group)
-            (travelling if travel else staying).append(Batch(batch[0].shape, _join(batch), copies, travel))
+            (travelling if travel else staying).append(MatrixBatch(batch[0].shape, _join(batch), copies, travel))
     return [batch for pair in zip_longest(travelling, staying) for batch in pair if batch]
 
 
@@ -122,7 +122,7 @@ def windows(first: int, rows: int, size: tuple[int, int], dim: int, ranks: int) 
 
 def _matrices(role: Role) -> Iterator[Matrix]:
     """All matrices of a parameter that this rank holds or that are spread over it and others."""
-    cut, held = spread(role.parameter), local(role.parameter)
+    cut, held = spread(role.parameter), local_tensor(role.parameter)
     *_, m, n = role.parameter.shape
     top = 0  # in this rank's memory its parts of the pieces follow one another
     for first, rows in zip(accumulate(role.rows, initial=0), role.rows):
@@ -130,7 +130,7 @@ def _matrices(role: Role) -> Iterator[Matrix]:
         mine = everyones[cut.rank][0]
         bottom = top + mine.stop - mine.start
         for index in range(held.shape[:-2].numel()):
-            yield Matrix((rows, n), Run(role, index, 1, slice(top, bottom)), everyones)
+            yield Matrix((rows, n), MatrixRun(role, index, 1, slice(top, bottom)), everyones)
         top = bottom
     assert top == held.shape[-2], f"{role.name}: {held.shape[-2]} rows on a rank that should hold {top}"
 
@@ -158,9 +158,9 @@ def _travel(by_owner: list[list[Matrix]], group: ProcessGroup) -> Travel:
     return Travel(group, len(by_owner[me]), arriving, sent, [elements(by_owner[me], rank) for rank in ranks])
 
 
-def _join(batch: list[Matrix]) -> list[Run]:
+def _join(batch: list[Matrix]) -> list[MatrixRun]:
     """What this rank holds of a batch, as few runs as it makes: thousands of experts in a stack are one."""
-    runs: list[Run] = []
+    runs: list[MatrixRun] = []
     for _, run, _ in batch:
         last = runs[-1] if runs else None
         if last and last._replace(first=run.first, count=1) == run and last.first + last.count == run.first:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def together(action: Callable[[], Result]) -> Result:
+def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     """Run `action`, which talks to no other rank, on every rank; where one fails by no fault of ours, all do.
 
     Outside of a process group there is but this process.
@@ -44,11 +44,11 @@ def together(action: Callable[[], Result]) -> Result:
     return result
 
 
-def on_first(action: Callable[[], Result]) -> Result:
+def run_on_rank0(action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 alone; its result, which can be pickled, or its failure reaches every rank."""
     if not dist.is_initialized():
         return action()
-    result = [together(action if dist.get_rank() == 0 else lambda: None)]
+    result = [run_on_all_ranks(action if dist.get_rank() == 0 else lambda: None)]
     dist.broadcast_object_list(result, src=0)
     return result[0]
 
@@ -59,7 +59,7 @@ def reraise(error: BaseException | None) -> None:
         raise error
 
 
-def any_of(flags: list[int]) -> list[int]:
+def all_reduce_max(flags: list[int]) -> list[int]:
     """The largest of each flag over all ranks."""
     agreed = torch.tensor(flags, dtype=torch.int64)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)

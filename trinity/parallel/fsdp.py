@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from trinity.config.run import Precision
+from trinity.config.run import PrecisionConfig
 from trinity.models.layers import RMSNorm
 from trinity.models.moe import MoE, Router
 from trinity.models.trinity import Block, Trinity
@@ -26,12 +26,12 @@ from trinity.parallel.expert_parallel import split_experts
 from trinity.parallel.mesh import Ranks
 
 
-def master_dtype(precision: Precision) -> torch.dtype:
+def master_dtype(precision: PrecisionConfig) -> torch.dtype:
     """Parameters and optimizer state: fp32, or float64 for a run in float64."""
     return torch.float64 if precision.compute == "float64" else torch.float32
 
 
-def shard_model(model: Trinity, ranks: Ranks, precision: Precision, exchange: str = "auto") -> None:
+def shard_model(model: Trinity, ranks: Ranks, precision: PrecisionConfig, exchange: str = "auto") -> None:
     """Shard a model in place over the meshes; gradients are summed over them, never divided.
 
     Args:

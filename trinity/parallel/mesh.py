@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trinity.config.model import ModelConfig
-from trinity.config.run import Parallel
+from trinity.config.run import ParallelConfig
 from trinity.errors import UserError
 
 
@@ -76,7 +76,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_parallel(parallel: Parallel, model: ModelConfig, world: int) -> Sizes:
+def check_parallel(parallel: ParallelConfig, model: ModelConfig, world: int) -> Sizes:
     """The mesh that a config means on this many processes.
 
     Raises:
@@ -102,7 +102,7 @@ def meshes(model: ModelConfig, world: int) -> Iterator[tuple[int, int, int]]:
             yield world // shard, shard, expert
 
 
-def nearest_mesh(parallel: Parallel, model: ModelConfig, world: int) -> list[str]:
+def nearest_mesh(parallel: ParallelConfig, model: ModelConfig, world: int) -> list[str]:
     """The fewest settings, as dotted words, that make a mesh of a config on this many processes.
 
     Of several meshes that take as few: the one with most shards, which needs the least memory, then with as many ranks
@@ -116,7 +116,7 @@ def nearest_mesh(parallel: Parallel, model: ModelConfig, world: int) -> list[str
     return mesh_words(parallel, *min(meshes(model, world), key=distance))
 
 
-def mesh_words(parallel: Parallel, replicate: int, shard: int, expert: int) -> list[str]:
+def mesh_words(parallel: ParallelConfig, replicate: int, shard: int, expert: int) -> list[str]:
     """The settings that turn a config's mesh into this one; a -1 that comes out the same is left."""
     asked = {"context": parallel.context, "replicate": parallel.replicate, "shard": parallel.shard}
     wanted = {"context": 1, "replicate": replicate, "shard": shard}
@@ -128,7 +128,7 @@ def mesh_words(parallel: Parallel, replicate: int, shard: int, expert: int) -> l
     return words + ([f"parallel.expert={expert}"] if expert != parallel.expert else [])
 
 
-def mesh_sizes(parallel: Parallel, model: ModelConfig, world: int) -> Sizes:
+def mesh_sizes(parallel: ParallelConfig, model: ModelConfig, world: int) -> Sizes:
     """check_parallel, without what to write instead.
 
     Raises:
@@ -147,7 +147,7 @@ def mesh_sizes(parallel: Parallel, model: ModelConfig, world: int) -> Sizes:
     return Sizes(replicate, shard, parallel.expert, outer, _experts_by(model, parallel.expert, outer))
 
 
-def _fill_in(parallel: Parallel, world: int) -> tuple[int, int]:
+def _fill_in(parallel: ParallelConfig, world: int) -> tuple[int, int]:
     """replicate and shard, a -1 replaced by what is left."""
     replicate, shard = parallel.replicate, parallel.shard
     if replicate == -1 and shard == -1:
@@ -185,7 +185,7 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // size for size in small)})
 
 
-def start(parallel: Parallel, model: ModelConfig, threads: int | None, deterministic: bool) -> Ranks:
+def start(parallel: ParallelConfig, model: ModelConfig, threads: int | None, deterministic: bool) -> Ranks:
     """Join the process group, choose the device, and fix what decides the order of sums.
 
     torchrun gives each process one OpenMP thread and plain python gives it all cores; sums over threads change bits, so

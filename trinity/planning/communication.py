@@ -17,7 +17,7 @@ from trinity.config.run import RunConfig
 from trinity.hardware import GPU
 from trinity.optim.muon import Muon
 from trinity.optim.muon_comm import pays
-from trinity.optim.muon_layout import Batch
+from trinity.optim.muon_layout import MatrixBatch
 from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import Sizes
 from trinity.planning.fake_rank import Group, Sharded
@@ -86,7 +86,7 @@ def seconds(flow: Flow, gpu: GPU, achieved: float) -> float:
     return wire / rate / achieved
 
 
-def orthogonalized(muon: Muon, batch: Batch, replicas: int) -> tuple[int, bool]:
+def orthogonalized(muon: Muon, batch: MatrixBatch, replicas: int) -> tuple[int, bool]:
     """How many matrices of a batch this rank has, and whether the copies of the model divide them, on GPUs."""
     matrices = batch.travel.owned if batch.travel else sum(run.count for run in batch.held)
     if batch.replicas is None or muon.share == "off" or matrices < 2:

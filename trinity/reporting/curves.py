@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from trinity.reporting import axes
 from trinity.reporting.downsample import MOST_POINTS, smooth, thin
-from trinity.reporting.run_log import Run
+from trinity.reporting.run_log import RunLog
 from trinity.reporting.unigram import unigram_entropies
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
@@ -118,7 +118,7 @@ class Drawn(NamedTuple):
     zero: list[str]
 
 
-def pictures(charts: list[Chart], runs: list[Run]) -> Drawn:
+def pictures(charts: list[Chart], runs: list[RunLog]) -> Drawn:
     """Draw what there is data for."""
     drawn = Drawn([], [], [])
     for chart in charts:
@@ -134,7 +134,7 @@ def pictures(charts: list[Chart], runs: list[Run]) -> Drawn:
     return drawn
 
 
-def draw(chart: Chart, runs: list[Run]) -> Picture | None:
+def draw(chart: Chart, runs: list[RunLog]) -> Picture | None:
     """One chart of all runs; None where none has its fields."""
     figure, notes = go.Figure(), []
     places: dict[str, int] = {}
@@ -171,7 +171,7 @@ def plain(text: object, most: int = 200) -> str:
     return escape(text if len(text) <= most else text[: most - 1] + "…", quote=False)
 
 
-def _fields(chart: Chart, run: Run) -> list[tuple[str, str]]:
+def _fields(chart: Chart, run: RunLog) -> list[tuple[str, str]]:
     """(field, words) of what the run has."""
     found = []
     for field, words in chart.fields.items():
@@ -182,7 +182,7 @@ def _fields(chart: Chart, run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _add_curves(figure: go.Figure, run: Run, field: str, name: str, line: dict, chart: Chart) -> list[str]:
+def _add_curves(figure: go.Figure, run: RunLog, field: str, name: str, line: dict, chart: Chart) -> list[str]:
     """One field of one run, raw and smoothed where the chart says so; returns what the reader must know."""
     y_N = run.metrics[field]
     if chart.log:
@@ -195,7 +195,7 @@ def _add_curves(figure: go.Figure, run: Run, field: str, name: str, line: dict, 
     return [*notes, f"Smoothed: {name}, over up to {span:.0f} steps."]
 
 
-def _add_line(figure: go.Figure, run: Run, y_N: np.ndarray, name: str, line: dict, **options: object) -> list[str]:
+def _add_line(figure: go.Figure, run: RunLog, y_N: np.ndarray, name: str, line: dict, **options: object) -> list[str]:
     drawn = thin(y_N)
     if not len(drawn):
         return []
@@ -207,7 +207,7 @@ def _add_line(figure: go.Figure, run: Run, y_N: np.ndarray, name: str, line: dic
     return [THINNED] if len(drawn) < np.isfinite(y_N).sum() else []
 
 
-def _add_unigram(figure: go.Figure, run: Run, prefix: str) -> None:
+def _add_unigram(figure: go.Figure, run: RunLog, prefix: str) -> None:
     """A level line for each set whose tokens can be counted."""
     entropies = unigram_entropies(run.config) if run.config else {}
     for number, (name, entropy) in enumerate(entropies.items()):
@@ -219,7 +219,7 @@ def _add_unigram(figure: go.Figure, run: Run, prefix: str) -> None:
         )  # fmt: skip
 
 
-def _add_marks(figure: go.Figure, run: Run, chart: Chart, prefix: str, colour: str) -> None:
+def _add_marks(figure: go.Figure, run: RunLog, chart: Chart, prefix: str, colour: str) -> None:
     """Events on the chart's first field: at the curve's last finite height before them."""
     field = next(iter(chart.fields))
     if not chart.marks or field not in run.metrics:
@@ -244,7 +244,7 @@ def _add_marks(figure: go.Figure, run: Run, chart: Chart, prefix: str, colour: s
         )  # fmt: skip
 
 
-def _marked(run: Run, kind: str) -> list[tuple[int, str]]:
+def _marked(run: RunLog, kind: str) -> list[tuple[int, str]]:
     """(step, message) of each event of a kind; skipped steps are known to metrics.jsonl too."""
     found = [(event.step, event.message) for event in run.events if event.kind == kind and event.step is not None]
     if kind == "skipped":

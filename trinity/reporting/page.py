@@ -21,7 +21,7 @@ from trinity.errors import UserError
 from trinity.io.json_files import to_json
 from trinity.io.local import make_folder, write_atomically
 from trinity.reporting import tables
-from trinity.reporting.run_log import Run, read_run
+from trinity.reporting.run_log import RunLog, read_run
 from trinity.reporting.template import PAGE, SCRIPT, STYLE, fill
 
 if TYPE_CHECKING:  # plotly may not be installed
@@ -72,7 +72,7 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
     return out
 
 
-def report_page(runs: list[Run]) -> str:
+def report_page(runs: list[RunLog]) -> str:
     """The whole HTML text.
 
     Raises:
@@ -102,7 +102,7 @@ def report_page(runs: list[Run]) -> str:
     return fill(PAGE, parts)
 
 
-def sections(runs: list[Run]) -> list[Section]:
+def sections(runs: list[RunLog]) -> list[Section]:
     """Everything the runs have data for, in the order of the page."""
     from trinity.reporting import curves
     from trinity.reporting.routing import router_pictures
@@ -179,7 +179,7 @@ def _ascii(html: str) -> str:
     return html.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def _distinguish(runs: list[Run]) -> None:
+def _distinguish(runs: list[RunLog]) -> None:
     """Runs of one name are told apart by their folders."""
     names = Counter(run.name for run in runs)
     for run in runs:

@@ -12,7 +12,7 @@ from plotly.colors import sample_colorscale
 from trinity.reporting import axes
 from trinity.reporting.curves import Drawn, Picture, mode
 from trinity.reporting.downsample import moments, thin
-from trinity.reporting.run_log import ROUTER_FIELDS, Router, Run
+from trinity.reporting.run_log import ROUTER_FIELDS, Router, RunLog
 
 MOMENTS = 9
 """Entries of the load's slider: the first, the last, and evenly between them, the middle one too. Ours."""
@@ -32,7 +32,7 @@ WORDS = {
 }
 
 
-def router_pictures(run: Run) -> Drawn:
+def router_pictures(run: RunLog) -> Drawn:
     """Every picture of a run's routers; "router.jsonl" is missing where there is none."""
     router = run.router
     if router is None:

@@ -72,7 +72,7 @@ class Router:
 
 
 @dataclass
-class Run:
+class RunLog:
     """What a run directory holds.
 
     Attributes:
@@ -103,7 +103,7 @@ class Run:
         return max(bisect.bisect_right(self.metrics.steps, step) - 1, 0)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunLog:
     """Read a run directory.
 
     Raises:
@@ -125,7 +125,7 @@ def read_run(path: Path) -> Run:
     router = _read_router(path / "router.jsonl", notes)
     if router is not None and config is not None:
         router.first = config.model.dense_layers
-    return Run(
+    return RunLog(
         name=str(name or path.resolve().name),
         path=path,
         metrics=metrics,

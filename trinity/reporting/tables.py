@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trinity.reporting.downsample import moments
-from trinity.reporting.run_log import Event, Run, last_finite
+from trinity.reporting.run_log import Event, RunLog, last_finite
 from trinity.terminal import clock
 
 MOST_EVENTS = 300
@@ -25,7 +25,7 @@ ABSENT = "–"
 Rows = list[list[str]]
 
 
-def summary(runs: list[Run]) -> str:
+def summary(runs: list[RunLog]) -> str:
     """A row a figure, a column a run."""
     columns = [_summary_of(run) for run in runs]
     words = list(dict.fromkeys(word for column in columns for word in column))
@@ -33,7 +33,7 @@ def summary(runs: list[Run]) -> str:
     return table(["", *(run.name for run in runs)], rows)
 
 
-def events(runs: list[Run]) -> str:
+def events(runs: list[RunLog]) -> str:
     """How often each kind was noted, and the rows of what is not routine; "" where no run has events."""
     rows: list[tuple[str, Event]] = [(run.name, event) for run in runs for event in run.events]
     if not rows:
@@ -62,7 +62,7 @@ def events(runs: list[Run]) -> str:
     return f"<div id=events><p>{escape(note)}</p>{table(head, body) if body else ''}</div>"
 
 
-def samples(runs: list[Run]) -> str:
+def samples(runs: list[RunLog]) -> str:
     """How each run went on from the prompts after some of its steps, the newest first."""
     head, body, notes = ["step", "prompt", "continuation"], [], []
     for run in runs:
@@ -81,7 +81,7 @@ def samples(runs: list[Run]) -> str:
     return f"<div id=sampled>{note}{table(head, rows)}</div>"
 
 
-def settings(runs: list[Run]) -> str:
+def settings(runs: list[RunLog]) -> str:
     """What differs between the runs and between a run's starts, and each run's settings to unfold; "" without any."""
     with_settings = [run for run in runs if run.configs]
     if not with_settings:
@@ -131,7 +131,7 @@ def _clock(time: str) -> str:
     return time[:19].replace("T", " ")
 
 
-def _unfolding(run: Run) -> str:
+def _unfolding(run: RunLog) -> str:
     title = f"{run.name}: {run.configs[-1][0]}"
     return f"<details><summary>{escape(title)}</summary><pre>{escape(run.config_text)}</pre></details>"
 
@@ -143,7 +143,7 @@ def _difference_table(title: str, flat: dict[str, dict[str, Any]]) -> str:
     return f"<h3>{escape(title)}</h3>{table(['setting', *flat], rows)}"
 
 
-def goodput(run: Run) -> float:
+def goodput(run: RunLog) -> float:
     """The share of the time from the first start to the last event that went into steps which count.
 
     A step that was made again counts once, and the time between two starts is time in which none was made. NaN where
@@ -157,7 +157,7 @@ def goodput(run: Run) -> float:
     return float(useful) / seconds if seconds > 0 else math.nan
 
 
-def wall_seconds(run: Run) -> float:
+def wall_seconds(run: RunLog) -> float:
     """From the first start to the last event, the time between starts included; NaN where the events do not tell."""
     try:
         times = [datetime.fromisoformat(event.time) for event in run.events]
@@ -166,7 +166,7 @@ def wall_seconds(run: Run) -> float:
         return math.nan
 
 
-def device(run: Run) -> str:
+def device(run: RunLog) -> str:
     """What the newest start ran on, such as "8 × NVIDIA H200"."""
     for event in reversed(run.events):
         more = json.loads(event.figures) if event.kind in ("start", "resume") and event.figures else {}
@@ -175,7 +175,7 @@ def device(run: Run) -> str:
     return ABSENT
 
 
-def _summary_of(run: Run) -> dict[str, str]:
+def _summary_of(run: RunLog) -> dict[str, str]:
     metrics = run.metrics
     found = {
         "state": _state(run),
@@ -206,18 +206,18 @@ def _summary_of(run: Run) -> dict[str, str]:
     }
 
 
-def restarts(run: Run) -> int:
+def restarts(run: RunLog) -> int:
     """Starts after the first: each is noted as an event and leaves a numbered config; the larger count is told."""
     numbers = [int(name.split(".")[1]) for name, _ in run.configs if name != "config.yaml"]
     return max(sum(event.kind == "resume" for event in run.events), max(numbers, default=0))
 
 
-def _state(run: Run) -> str:
+def _state(run: RunLog) -> str:
     state, reason = str(run.status.get("state", "unknown")), str(run.status.get("reason") or "")
     return f"{state}: {reason}" if reason else state
 
 
-def _parameters(run: Run) -> str:
+def _parameters(run: RunLog) -> str:
     """Of the model in the newest config: all, and those that one token uses; absent where it cannot be loaded."""
     if run.config is None:
         return ABSENT
@@ -227,7 +227,7 @@ def _parameters(run: Run) -> str:
     return f"{_count(counts['total'])} ({_count(counts['active'])} active)"
 
 
-def _lowest(run: Run, name: str) -> str:
+def _lowest(run: RunLog, name: str) -> str:
     values = run.metrics[name]
     if not np.isfinite(values).any():
         return ABSENT

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from trinity.config.phases import whole_phases
-from trinity.config.run import Kernels, RunConfig
+from trinity.config.run import KernelsConfig, RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory, BatchPlan
 from trinity.errors import UserError
 from trinity.models.fp8 import use_fp8
@@ -43,7 +43,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     return model.to_empty(device=ranks.device)
 
 
-def check_kernels(kernels: Kernels, device: torch.device) -> None:
+def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
     """Refuse kernels that were asked for by name and cannot run on a device.
 
     Raises:

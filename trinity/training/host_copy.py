@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Reading:
+class HostCopy:
     """Tensors on their way to the host, all in one copy.
 
     The copy is asked for when this is made and waits for whatever the device has been given so far. What it is given

@@ -7,7 +7,7 @@ import torch
 
 from trinity.checkpoint.directory import Note, home_of, pick_intact, warn
 from trinity.checkpoint.load import load, model_state
-from trinity.config.run import Kernels, Parallel, RunConfig
+from trinity.config.run import KernelsConfig, ParallelConfig, RunConfig
 from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
 from trinity.run_directory import newest_config
@@ -45,14 +45,16 @@ def load_sharded_model(run_dir: Path, step: int | None = None, note: Note = warn
         UserError: not a run directory, no complete checkpoint, or processes over which the experts cannot be cut.
     """
     config = newest_config(Path(run_dir))
-    parallel = Parallel()  # whatever mesh it was saved on
+    parallel = ParallelConfig()  # whatever mesh it was saved on
     mesh.check_parallel(parallel, config.model, mesh.world_size())
     ranks = mesh.start(parallel, config.model, config.run.threads, False)
     home = home_of(config.checkpoint.url, Path(run_dir))
     chosen = pick_intact(home, step, note)
     # how the run is done does not matter here, and may not be possible
     precision = replace(config.precision, fp8="none")
-    plain = replace(config, parallel=parallel, recompute="none", compile="none", kernels=Kernels(), precision=precision)
+    plain = replace(
+        config, parallel=parallel, recompute="none", compile="none", kernels=KernelsConfig(), precision=precision
+    )
     model = build_model(plain, ranks)
     load(model_state(model), home, chosen)
     return model, config, chosen

@@ -27,7 +27,7 @@ from trinity.config.run import RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory
 from trinity.data.stream.stream import position_of
 from trinity.errors import UserError
-from trinity.parallel.collectives import on_first, together
+from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
 from trinity.run_directory import newest_config, whose_run
 from trinity.terminal import say
 from trinity.training.build import batch_plan
@@ -63,17 +63,17 @@ def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) 
     Raises:
         UserError: the config differs in what must not change, or there is no such checkpoint.
     """
-    home = together(lambda: home_of(config.checkpoint.url, path))
-    on_first(lambda: _check_own(config, accepted, path, home))
+    home = run_on_all_ranks(lambda: home_of(config.checkpoint.url, path))
+    run_on_rank0(lambda: _check_own(config, accepted, path, home))
     step = newest_intact(home, note)
     if step:
-        return Origin(home, step, on_first(lambda: history_of(home, step, newest_config(path))))
+        return Origin(home, step, run_on_rank0(lambda: history_of(home, step, newest_config(path))))
     if not config.init.run or config.init.keep != "all":
         return Origin(home)
     other = Path(config.init.run)
-    home = on_first(lambda: home_of_run(other))
+    home = run_on_rank0(lambda: home_of_run(other))
     step = pick_intact(home, config.init.step, note)
-    return Origin(home, step, on_first(lambda: _check_against(config, accepted, other, home, step)), own=False)
+    return Origin(home, step, run_on_rank0(lambda: _check_against(config, accepted, other, home, step)), own=False)
 
 
 def history_of(home: Home, step: int, before: RunConfig) -> BatchHistory:

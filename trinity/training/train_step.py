@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity import balancing
-from trinity.config.run import Balancing, RunConfig
+from trinity.config.run import BalancingConfig, RunConfig
 from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, StepHooks
 from trinity.optim.build import Optimizers
@@ -24,7 +24,7 @@ from trinity.optim.grad_clip import clip_, global_norm
 from trinity.parallel.grad_accumulation import defers_reduction, set_reduction
 from trinity.parallel.mesh import Ranks
 from trinity.training.build import microbatch_size
-from trinity.training.host_copy import Reading
+from trinity.training.host_copy import HostCopy
 from trinity.training.step_metrics import of_all_ranks, router_entropy, step_figures, total_counts
 from trinity_kernels.cross_entropy import IGNORE
 
@@ -86,7 +86,7 @@ def train_step(
     biases = next_biases(model, total_counts(parts), config.balancing)
     if biases is not None:
         wanted |= {"counts": biases.counts_ME, "bias_range": biases.ranges}
-    reading = Reading(wanted)
+    reading = HostCopy(wanted)
     if config.optim.clip_norm:
         clip_(gradients, norm, config.optim.clip_norm)  # of no harm to a step that is skipped: they are dropped
     known = reading.wait()
@@ -157,7 +157,7 @@ class Biases(NamedTuple):
 
 
 @torch.no_grad()
-def next_biases(model: Trinity, counts_ME: Tensor | None, config: Balancing) -> Biases | None:
+def next_biases(model: Trinity, counts_ME: Tensor | None, config: BalancingConfig) -> Biases | None:
     """Where the counts of the whole global batch move every layer's expert bias; None without MoE layers."""
     if counts_ME is None:
         return None

@@ -37,15 +37,15 @@ from trinity.evaluation.validation_loss import evaluate
 from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
 from trinity.models.flops import flops_per_token
-from trinity.monitor.attention_probe import probe
+from trinity.monitor.attention_probe import probe_attention
 from trinity.monitor.events import Events
 from trinity.monitor.loggers import JsonLines, Sink, open_sinks
-from trinity.monitor.monitor import COLLAPSE, Watcher
-from trinity.monitor.param_norms import Norms
+from trinity.monitor.monitor import COLLAPSE, Monitor
+from trinity.monitor.param_norms import ParamNorms
 from trinity.monitor.profiler import Profiler
 from trinity.optim.build import ownership_table
 from trinity.parallel import mesh
-from trinity.parallel.collectives import any_of, on_first, reraise, together
+from trinity.parallel.collectives import all_reduce_max, reraise, run_on_all_ranks, run_on_rank0
 from trinity.parallel.mesh import Ranks
 from trinity.run_directory import RunDirectory
 from trinity.terminal import say
@@ -89,15 +89,15 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         stop_request.started()
         path = run_directory(config)
-        keeps_refusals = on_first(lambda: _keeps_refusals(path))
+        keeps_refusals = run_on_rank0(lambda: _keeps_refusals(path))
         if not keeps_refusals:
-            together(lambda: check_prerequisites(config, ranks))
-        directory = together(lambda: RunDirectory(path, ranks.is_first))
+            run_on_all_ranks(lambda: check_prerequisites(config, ranks))
+        directory = run_on_all_ranks(lambda: RunDirectory(path, ranks.is_first))
         origin = find_origin(config, accepted, path, Events(path, ranks.rank).note)
         if keeps_refusals:
-            together(lambda: check_prerequisites(config, ranks))
-        tokenizer = on_first(lambda: tokenizer_at_start(config, path, resumes=origin.step > 0 and origin.own))
-        training = Training(config, ranks, directory, origin, on_this_node(tokenizer, config))
+            run_on_all_ranks(lambda: check_prerequisites(config, ranks))
+        tokenizer = run_on_rank0(lambda: tokenizer_at_start(config, path, resumes=origin.step > 0 and origin.own))
+        training = Trainer(config, ranks, directory, origin, on_this_node(tokenizer, config))
         code = training.run(stop_request)
         training.saver.wait()
         dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
@@ -127,7 +127,7 @@ def _restarts() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def _note_end(error: BaseException, directory: RunDirectory, training: "Training | None") -> None:
+def _note_end(error: BaseException, directory: RunDirectory, training: "Trainer | None") -> None:
     """status.json gets the true code, which a launcher may hide."""
     step = training.step if training else _newest(directory.path)
     if not isinstance(error, UserError):
@@ -145,7 +145,7 @@ def _newest(path: Path) -> int:
     return 0
 
 
-class Training:
+class Trainer:
     """The state of a run in progress: what a checkpoint holds, and where figures go.
 
     Args:
@@ -163,15 +163,17 @@ class Training:
         torch.manual_seed(config.run.seed)  # nothing here draws from it; a library might
         check_batches(config, self.ranks.data_ranks)
         self._set_plan(origin.history)
-        self.data = together(lambda: open_data(with_tokenizer(config, tokenizer), ranks, self.plan, origin.step))
+        self.data = run_on_all_ranks(
+            lambda: open_data(with_tokenizer(config, tokenizer), ranks, self.plan, origin.step)
+        )
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
-        self.norms = Norms(self.optimizers, ranks.copy_group)
+        self.norms = ParamNorms(self.optimizers, ranks.copy_group)
         self.step, self.bad_steps, self.rollbacks = origin.step, 0, 0
         self._stalled: float | None = None  # by the last save, until a record has it
         self._last_record: dict[str, Any] = {}
         self._stopped_by = ""  # the signal's name
-        self.watcher = Watcher(config, directory, ranks.rank, origin.step)
+        self.watcher = Monitor(config, directory, ranks.rank, origin.step)
         beat = self.watcher.heartbeat.beat
         self.home = home_of(config.checkpoint.url, directory.path)
         self.saver = Saver(self.home, config.checkpoint, self.watcher.note, beat)
@@ -189,17 +191,17 @@ class Training:
             self._load(origin.home, origin.step)
         else:
             self._begin()
-        together(lambda: self._keep_config(anew=not resumes))
-        self.sinks: list[Sink] = together(self._open_sinks)
-        self.routers = together(self._open_routers)
-        self.sampler, self.samples = together(self._open_samples)
+        run_on_all_ranks(lambda: self._keep_config(anew=not resumes))
+        self.sinks: list[Sink] = run_on_all_ranks(self._open_sinks)
+        self.routers = run_on_all_ranks(self._open_routers)
+        self.sampler, self.samples = run_on_all_ranks(self._open_samples)
         events, beat = self.watcher.events, self.watcher.heartbeat.beat
-        self.profiler = together(lambda: Profiler(config.profile, events, ranks, self.total, beat))
+        self.profiler = run_on_all_ranks(lambda: Profiler(config.profile, events, ranks, self.total, beat))
         seconds = time.monotonic() - STARTED
         told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
         machine = {"device": device_name(ranks.device), "processes": ranks.world}
         self.watcher.note("resume" if resumes else "start", told, total=self.total, seconds=seconds, **machine)
-        together(lambda: reraise(self.watcher.events.failure))
+        run_on_all_ranks(lambda: reraise(self.watcher.events.failure))
         self._announce()
 
     def _keep_config(self, anew: bool) -> None:
@@ -254,9 +256,9 @@ class Training:
         """
         failure = self.watcher.events.failure
         flags = [stop_request.number, self.directory.take_save_request(), failure is not None, self.saver.failed]
-        *asked, failed, unsaved = any_of(flags)
+        *asked, failed, unsaved = all_reduce_max(flags)
         if failed:
-            together(lambda: reraise(failure))
+            run_on_all_ranks(lambda: reraise(failure))
         if unsaved:
             self.saver.wait()  # which raises, as soon as this rank knows it too
         return asked
@@ -265,7 +267,7 @@ class Training:
         """Whether some rank lacks rows for the next step; never where sources are repeated."""
         if self.config.data.exhausted == "repeat":
             return False
-        return bool(any_of([self.data.loader.ended(self._share())])[0])
+        return bool(all_reduce_max([self.data.loader.ended(self._share())])[0])
 
     def _share(self) -> int:
         """This rank's rows of the next step."""
@@ -319,7 +321,7 @@ class Training:
         state = self.state()  # model and optimizer tensors are filled in place
         # their sizes differ from save to save, and older checkpoints lack some
         varies = ("data.", HISTORY, f"run.{COLLAPSE}")
-        saved = together(lambda: tensors_of(step_folder(home, step), varies))
+        saved = run_on_all_ranks(lambda: tensors_of(step_folder(home, step), varies))
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
@@ -340,13 +342,13 @@ class Training:
         init = self.config.init
         self.model.init_weights(self.config.run.seed)
         if init.hf:
-            together(lambda: load_hf(init.hf, into=self.model))
+            run_on_all_ranks(lambda: load_hf(init.hf, into=self.model))
         elif init.run:
             self._fork(Path(init.run))
 
     def _fork(self, path: Path) -> None:
         """Weights, and the optimizer's state where init.keep says so, of another run."""
-        home = on_first(lambda: home_of_run(path))
+        home = run_on_rank0(lambda: home_of_run(path))
         step = pick_intact(home, self.config.init.step, self.watcher.note)
         kept = ("model.",) if self.config.init.keep == "weights" else ("model.", "optim.")
         load({key: value for key, value in self.state().items() if key.startswith(kept)}, home, step)
@@ -389,7 +391,7 @@ class Training:
         every = self.config.log.probe_every
         if not every or ((self.step + 1) % every and self.step):
             return {}
-        found = probe(self.model, batch.tokens_BS, batch.targets_BS, batch.document_ids_BS, self.ranks)
+        found = probe_attention(self.model, batch.tokens_BS, batch.targets_BS, batch.document_ids_BS, self.ranks)
         return self.watcher.probed(found)
 
     def log(self, record: dict[str, Any]) -> None:

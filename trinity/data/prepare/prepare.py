@@ -19,10 +19,10 @@ from trinity.data.prepare.dedup import SeenHashes
 from trinity.data.prepare.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
 from trinity.data.prepare.tokenize import Encoder
 from trinity.data.prepare.worker_pool import in_processes
-from trinity.data.sources.documents import BATCH_BYTES, BEGINNING, Batch, Place
+from trinity.data.sources.documents import BATCH_BYTES, BEGINNING, Position, RawBatch
 from trinity.data.sources.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
 from trinity.data.sources.progress import say_empty_files
-from trinity.data.sources.shards import HASHES, KINDS, VERSION, damage, shard_path, small_enough, token_dtype
+from trinity.data.sources.shards import HASHES, KINDS, VERSION, shard_path, small_enough, token_dtype, why_damaged
 from trinity.data.tokenizer.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.errors import UserError
 from trinity.io.json_files import read_json
@@ -99,7 +99,7 @@ def _prepare(
         raise UserError(f"--out {out} cannot be written; check its permissions, or give another folder")
     seen = _seen(out, shards) if header["deduplicate"] else None
     writer = ShardWriter(out, header, header["shard_tokens"], shards)
-    start = Place(*shards[-1]["next"]) if shards else BEGINNING
+    start = Position(*shards[-1]["next"]) if shards else BEGINNING
     groups = _groups(source.batches(encoder.field, start))
     with closing(_encode(groups, encoder, workers)) as encoded, _bar(source, progress) as bar:
         _write(writer, encoded, seen, bar)
@@ -121,16 +121,16 @@ def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | N
         bar.update_to(part.done)
 
 
-def _encode(groups: Iterator[list[Batch]], encoder: Encoder, workers: int) -> Iterator[Encoded]:
+def _encode(groups: Iterator[list[RawBatch]], encoder: Encoder, workers: int) -> Iterator[Encoded]:
     if workers == 0:
         return (encoder(group) for group in groups)
     sized = ((group, sum(batch.size for batch in group)) for group in groups)
     return in_processes(encoder, sized, workers, BATCH_BYTES)
 
 
-def _groups(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
+def _groups(batches: Iterator[RawBatch]) -> Iterator[list[RawBatch]]:
     """Batches of small files together, so that a worker gets about BATCH_BYTES at once."""
-    group: list[Batch] = []
+    group: list[RawBatch] = []
     size = 0
     for batch in batches:
         group.append(batch)
@@ -215,7 +215,7 @@ def _whole_shards(out: Path, found: dict | None, deduplicate: bool) -> list[dict
     shards = found["shards"] if found else []
     kinds = (*KINDS, HASHES) if deduplicate else KINDS
     checksums = small_enough(shards)
-    whole = takewhile(lambda pair: damage(out, *pair, checksums, kinds) is None, enumerate(shards))
+    whole = takewhile(lambda pair: why_damaged(out, *pair, checksums, kinds) is None, enumerate(shards))
     return [entry for _, entry in whole]
 
 

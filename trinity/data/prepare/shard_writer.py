@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from trinity.data.sources.documents import Place
+from trinity.data.sources.documents import Position
 from trinity.data.sources.shards import HASHES, KINDS, OFFSET, shard_path, token_dtype
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import to_json
@@ -74,7 +74,7 @@ class ShardWriter:
         make_folder(directory)
         self._save_progress()
 
-    def add(self, ids: np.ndarray, text_bytes: int, place: Place) -> None:
+    def add(self, ids: np.ndarray, text_bytes: int, place: Position) -> None:
         """Append one document, beginning with BOS; `place` is where it stands in the input."""
         status, (file, item) = np.array([KEPT], np.uint8), place
         rows = [np.array([value]) for value in (file, item, len(ids), text_bytes)]
@@ -101,10 +101,10 @@ class ShardWriter:
                 row = rows_m[document]
                 self._skip(encoded.status[counted:row])
                 counted = row
-                self._close(Place(int(encoded.files[row]), int(encoded.items[row])))
+                self._close(Position(int(encoded.files[row]), int(encoded.items[row])))
         self._skip(encoded.status[counted:])
 
-    def finish(self, end: Place) -> dict:
+    def finish(self, end: Position) -> dict:
         """Close the last shard and write index.json; returns its content."""
         if self._open is not None:
             self._close(end)
@@ -134,7 +134,7 @@ class ShardWriter:
     def _skip(self, status: np.ndarray) -> None:
         self._skipped += np.bincount(status, minlength=len(REASONS))
 
-    def _close(self, next_place: Place) -> None:
+    def _close(self, next_place: Position) -> None:
         entry = self._open.close()
         skipped = {reason: int(count) for reason, count in zip(REASONS[1:], self._skipped[1:]) if count}
         entry["skipped"] = dict(sorted(skipped.items()))

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trinity.data.prepare.shard_writer import EMPTY, KEPT, UNREADABLE, Encoded
-from trinity.data.sources.documents import Batch, texts
+from trinity.data.sources.documents import RawBatch, texts
 from trinity.data.tokenizer.tokenizer import bos_id
 
 PIECE_CHARACTERS = 1 << 18
@@ -50,7 +50,7 @@ class Encoder:
         self.__dict__ = state
         self.tok.encode_special_tokens = True  # pickling forgets it
 
-    def __call__(self, batches: list[Batch]) -> Encoded:
+    def __call__(self, batches: list[RawBatch]) -> Encoded:
         """Encode the items of one or more batches, which follow one another.
 
         Raises:

@@ -26,14 +26,14 @@ BATCH_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a document stands: the number of its file, and of its line or row, both from 0."""
 
     file: int
     item: int
 
 
-BEGINNING = Place(0, 0)
+BEGINNING = Position(0, 0)
 
 
 class Document(NamedTuple):
@@ -47,12 +47,12 @@ class Document(NamedTuple):
     """
 
     text: str | None
-    place: Place
+    place: Position
     bytes_read: int
     offset: int
 
 
-class Batch(NamedTuple):
+class RawBatch(NamedTuple):
     """Raw items that follow one another in one input, not yet parsed.
 
     name: the input, as messages call it.
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
     """
 
     name: str
-    place: Place
+    place: Position
     offset: int
     kind: Literal["text", "line", "value"]
     items: list[Any]
@@ -82,12 +82,12 @@ class Batch(NamedTuple):
         return accumulate(map(len, self.items[:-1]), initial=self.offset)
 
 
-Files = list[Path] | list[Path | str]
+AnyPaths = list[Path] | list[Path | str]
 """Local files as Path, others as URL."""
 
 
 def read_documents(
-    files: Files, field: str = "text", start: Place = BEGINNING, skip_bad: bool = False
+    files: AnyPaths, field: str = "text", start: Position = BEGINNING, skip_bad: bool = False
 ) -> Iterator[Document]:
     """Yield the documents of the files in order, empty ones too.
 
@@ -102,10 +102,10 @@ def read_documents(
     for batch in read_batches(files, field, start):
         file, first = batch.place
         for item, (text, offset) in enumerate(zip(texts(batch, field, skip_bad), batch.offsets()), first):
-            yield Document(text, Place(file, item), batch.done, offset)
+            yield Document(text, Position(file, item), batch.done, offset)
 
 
-def read_batches(files: Files, field: str, start: Place = BEGINNING) -> Iterator[Batch]:
+def read_batches(files: AnyPaths, field: str, start: Position = BEGINNING) -> Iterator[RawBatch]:
     """Yield the raw items of the files in order, in batches of about BATCH_BYTES.
 
     Raises:
@@ -117,7 +117,7 @@ def read_batches(files: Files, field: str, start: Place = BEGINNING) -> Iterator
             kind, read = _kind(path)
             item = offset = 0
             for items, done in read(path, field):
-                batch = Batch(str(path), Place(number, item), offset, kind, items, before + done)
+                batch = RawBatch(str(path), Position(number, item), offset, kind, items, before + done)
                 item += len(items)
                 offset += len(items) if kind == "value" else sum(map(len, items))
                 if (number, item) > start:
@@ -125,7 +125,7 @@ def read_batches(files: Files, field: str, start: Place = BEGINNING) -> Iterator
         before += size_of(path)
 
 
-def texts(batch: Batch, field: str, skip_bad: bool) -> Iterator[str | None]:
+def texts(batch: RawBatch, field: str, skip_bad: bool) -> Iterator[str | None]:
     """The text of each item, None for one that cannot be read.
 
     Raises:
@@ -142,7 +142,7 @@ def texts(batch: Batch, field: str, skip_bad: bool) -> Iterator[str | None]:
         yield text
 
 
-def _from(batch: Batch, start: Place) -> Batch:
+def _from(batch: RawBatch, start: Position) -> RawBatch:
     """The batch without what stands before `start`."""
     late = start.item - batch.place.item if batch.place < start else 0
     if not late:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trinity.data.sources.documents import Batch, Files, Place, read_batches
+from trinity.data.sources.documents import AnyPaths, Position, RawBatch, read_batches
 from trinity.data.sources.file_kinds import READ, file_kind
 from trinity.data.sources.find_files import MAGIC, Listing, choose, counted, list_folder, list_pattern, names, note
 from trinity.errors import UserError
@@ -21,14 +21,14 @@ class FileInputs:
 
     unit = "B"
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: AnyPaths) -> None:
         """Files that exist, as expand_inputs finds them."""
         self.files = files
         self.header = {"inputs": [_identity(path) for path in files]}
         self.total = sum(entry["bytes"] for entry in self.header["inputs"])
-        self.end = Place(len(files), 0)
+        self.end = Position(len(files), 0)
 
-    def batches(self, field: str, start: Place) -> Iterator[Batch]:
+    def batches(self, field: str, start: Position) -> Iterator[RawBatch]:
         """See read_batches."""
         return read_batches(self.files, field, start)
 
@@ -71,9 +71,9 @@ class DatasetInput:
         self.header = {"dataset": {**dataset._asdict(), "version": builder.hash}}
         split = (builder.info.splits or {}).get(dataset.split)
         self.total = split.num_examples if split is not None else None
-        self.end = Place(1, 0)
+        self.end = Position(1, 0)
 
-    def batches(self, field: str, start: Place) -> Iterator[Batch]:
+    def batches(self, field: str, start: Position) -> Iterator[RawBatch]:
         """The values of the column `field`, from an item on.
 
         Raises:
@@ -86,7 +86,7 @@ class DatasetInput:
             item = start.item
             for rows in self._rows.select_columns([field]).skip(item).iter(self.ROWS):
                 values = rows[field]
-                yield Batch(str(self), Place(0, item), item, "value", values, item + len(values))
+                yield RawBatch(str(self), Position(0, item), item, "value", values, item + len(values))
                 item += len(values)
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class DatasetInput:
         return f"--dataset {self.dataset.name}{config} --split {self.dataset.split}"
 
 
-def expand_inputs(inputs: list[Path | str], option: str = "--input", kind: str | None = None) -> Files:
+def expand_inputs(inputs: list[Path | str], option: str = "--input", kind: str | None = None) -> AnyPaths:
     """The files that paths, folders, glob patterns and URLs of them name, each once, in the order of its first mention.
 
     A folder gives the files in it and below, a pattern those that match, both in the order of their names and of one
@@ -108,7 +108,7 @@ def expand_inputs(inputs: list[Path | str], option: str = "--input", kind: str |
         UserError: a file that does not exist or a link to none, a folder without a file, a pattern that matches
             nothing, or one that holds two kinds of data.
     """
-    files: Files = []
+    files: AnyPaths = []
     for given in map(located, inputs):
         files += _local(given, option, kind) if isinstance(given, Path) else _elsewhere(given, option, kind)
     return _each_once(files, option)
@@ -198,7 +198,7 @@ def _chosen(listing: Listing, kind: str | None, where: str, otherwise: str, fold
     return taken
 
 
-def _each_once(files: Files, option: str) -> Files:
+def _each_once(files: AnyPaths, option: str) -> AnyPaths:
     first: dict[Path | str, Path | str] = {}
     twice = []
     for path in files:

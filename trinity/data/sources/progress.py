@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from trinity.data.sources.documents import Document, Files, read_documents
+from trinity.data.sources.documents import AnyPaths, Document, read_documents
 from trinity.data.sources.find_files import names, note
 from trinity.io.remote import size_of
 from trinity.terminal import Progress
 
 
-def read_with_bar(files: Files, field: str, title: str, show: bool) -> Iterator[Document]:
+def read_with_bar(files: AnyPaths, field: str, title: str, show: bool) -> Iterator[Document]:
     """The documents of read_documents, with progress on stderr where `show` says so."""
     with Progress(title, sum(map(size_of, files)), "B", show, scaled=True) as progress:
         for document in read_documents(files, field):
@@ -16,7 +16,7 @@ def read_with_bar(files: Files, field: str, title: str, show: bool) -> Iterator[
             progress.update_to(document.bytes_read)
 
 
-def noting_empty_files(documents: Iterator[Document], files: Files) -> Iterator[Document]:
+def noting_empty_files(documents: Iterator[Document], files: AnyPaths) -> Iterator[Document]:
     """The documents of the files; when they are through, files without text are named on stderr."""
     counts = [0] * len(files)
     for document in documents:
@@ -25,7 +25,7 @@ def noting_empty_files(documents: Iterator[Document], files: Files) -> Iterator[
     say_empty_files(files, counts)
 
 
-def say_empty_files(files: Files, counts: Sequence[int]) -> None:
+def say_empty_files(files: AnyPaths, counts: Sequence[int]) -> None:
     """Name the files without text on stderr.
 
     Args:

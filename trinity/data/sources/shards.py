@@ -47,7 +47,7 @@ def shard_path(directory: Path, shard: int, kind: str) -> Path:
     return directory / f"shard_{shard:05d}.{kind}"
 
 
-def damage(
+def why_damaged(
     directory: Path, shard: int, entry: dict, checksums: bool, kinds: tuple[str, ...] = KINDS, missing: bool = False
 ) -> str | None:
     """What is wrong with a shard's files, as a clause that names the file; None if nothing is.
@@ -110,7 +110,7 @@ class TokenSource:
         self._shards: list[dict] = index["shards"]
         checksums = verify == "always" or (verify == "auto" and small_enough(self._shards))
         for number, entry in enumerate(self._shards):
-            wrong = damage(self.directory, number, entry, checksums, missing=self._url is not None)
+            wrong = why_damaged(self.directory, number, entry, checksums, missing=self._url is not None)
             if wrong and self._url:
                 raise UserError(f"{wrong}; remove it, and it is fetched from {self._url} again")
             if wrong:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from trinity.data.prepare.tokenize import Encoder
 from trinity.data.sources.compressed import unpack
-from trinity.data.sources.documents import BEGINNING, Batch
+from trinity.data.sources.documents import BEGINNING, RawBatch
 from trinity.data.sources.file_kinds import file_name, readable_kind
 from trinity.data.sources.inputs import expand_inputs
 from trinity.data.sources.shards import token_dtype
@@ -224,6 +224,6 @@ def _unpacked(path: Path, indexed: tuple[int, int], cache: Path) -> Path:
 
 def _encode(encoder: Encoder, texts: list[str]) -> list[np.ndarray]:
     """The ids of each text, BOS first, by what prepare_data encodes with."""
-    encoded = encoder([Batch("text", BEGINNING, 0, "value", texts, 0)])
+    encoded = encoder([RawBatch("text", BEGINNING, 0, "value", texts, 0)])
     # Copies, or each would keep the whole batch in memory.
     return [ids.copy() for ids in np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])]

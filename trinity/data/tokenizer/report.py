@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from trinity.data.sources.documents import Document, Files, read_documents
+from trinity.data.sources.documents import AnyPaths, Document, read_documents
 from trinity.data.sources.file_kinds import readable_kind
 from trinity.data.sources.inputs import expand_inputs
 from trinity.data.sources.progress import noting_empty_files, read_with_bar
@@ -115,7 +115,7 @@ def as_values(rows: list[Row], names: list[str]) -> dict:
     }
 
 
-def _labelled(files: Files, field: str, group_by: str | None, progress: bool) -> Iterator[tuple[str, str]]:
+def _labelled(files: AnyPaths, field: str, group_by: str | None, progress: bool) -> Iterator[tuple[str, str]]:
     """(label, text) of each document with text."""
     names = [Path(str(path)).name for path in files]
     if len(set(names)) < len(names):
@@ -126,11 +126,11 @@ def _labelled(files: Files, field: str, group_by: str | None, progress: bool) ->
             yield label or names[document.place.file], document.text
 
 
-def _counted(files: Files, field: str, progress: bool) -> Iterator[Document]:
+def _counted(files: AnyPaths, field: str, progress: bool) -> Iterator[Document]:
     return noting_empty_files(read_with_bar(files, field, "counting", progress), files)
 
 
-def _values(files: Files, group_by: str) -> Iterator[str | None]:
+def _values(files: AnyPaths, group_by: str) -> Iterator[str | None]:
     """What each document holds in another field; None in a text file, which has no fields."""
     try:
         for document in read_documents(files, group_by):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trinity.data.sources.documents import Document, Files, Place
+from trinity.data.sources.documents import AnyPaths, Document, Position
 from trinity.data.sources.inputs import FileInputs, expand_inputs
 from trinity.data.sources.progress import noting_empty_files, read_with_bar
 from trinity.data.tokenizer.tokenizer import pad_vocabulary, save_tokenizer, train_tokenizer
@@ -89,7 +89,7 @@ def _given(settings: dict) -> dict:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _texts(files: Files, field: str, sample_bytes: int | None, seed: int, progress: bool) -> Iterator[str]:
+def _texts(files: AnyPaths, field: str, sample_bytes: int | None, seed: int, progress: bool) -> Iterator[str]:
     if sample_bytes is None:
         for document in noting_empty_files(read_with_bar(files, field, "reading", progress), files):
             yield document.text
@@ -114,7 +114,7 @@ def _sample_end(documents: Iterator[Document], sample_bytes: int, seed: int) -> 
     return int(max(end, first_with_text + 1))
 
 
-def _bucket(place: Place, seed: int) -> int:
+def _bucket(place: Position, seed: int) -> int:
     """A number below BUCKETS, as good as random, that a document has by its place."""
     digest = hashlib.blake2b(f"{seed}/{place.file}/{place.item}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % BUCKETS
