@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from starts_processes import starts_processes
 
+from tests.starts_processes import starts_processes
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.tokenizer.train import train_from_files
 

@@ -4,8 +4,8 @@ import io
 import sys
 
 import pytest
-from screen import Terminal, shown
 
+from tests.screen import Terminal, shown
 from trinity import terminal
 from trinity.errors import run_main
 from trinity.terminal import Progress, clock, say

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from markdown_pages import DOCS, ROOT, fenced
+
+from tests.docs.markdown_pages import DOCS, ROOT, fenced
 
 PAGE = DOCS / "add_balancing_rule.md"
 CONFIG = ROOT / "configs" / "smoke.yaml"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from markdown_pages import DOCS, fenced
 
+from tests.docs.markdown_pages import DOCS, fenced
 from trinity.models import Trinity
 
 

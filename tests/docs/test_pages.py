@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from markdown_pages import DOCS, PAGES, ROOT, fenced, inline
 
+from tests.docs.markdown_pages import DOCS, PAGES, ROOT, fenced, inline
 from trinity.config import ZOO, RunConfig, load_config, save_config
 from trinity.config.load import NAMED_MAPS, flatten
 from trinity.interop.hf_config import hf_config

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from starts_processes import leads_to_a_process
+
+from tests.starts_processes import leads_to_a_process
 
 
 def direct() -> None:

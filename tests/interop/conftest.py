@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small_model import CONFIG, make_model
 
+from tests.interop.small_model import CONFIG, make_model
 from trinity.data.tokenizer.tokenizer import save_tokenizer, train_tokenizer
 from trinity.interop import export_hf
 from trinity.models import Trinity

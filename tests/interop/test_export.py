@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from small_model import make_model
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tests.interop.small_model import make_model
 from trinity.config.run import PrecisionConfig
 from trinity.errors import UserError
 from trinity.evaluation.lm_eval import _check_tokenizer

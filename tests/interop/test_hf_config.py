@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import CONFIG
 from transformers import AfmoeConfig
 
+from tests.interop.small_model import CONFIG
 from trinity.errors import UserError
 from trinity.interop.hf_config import hf_config, model_config
 from trinity.models import ZOO, ModelConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small_model import CONFIG, make_model
 from tokenizers import Tokenizer
 
+from tests.interop.small_model import CONFIG, make_model
 from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import enable_progress_bar
 
+from tests.interop.small_model import make_model
 from trinity.errors import UserError
 from trinity.interop import export_hf
 from trinity.interop.verify import largest_logit_difference

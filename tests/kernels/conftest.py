@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from triton_case import mend_bf16_in_the_interpreter
+
+from tests.kernels.triton_case import mend_bf16_in_the_interpreter
 
 if not torch.cuda.is_available():
     mend_bf16_in_the_interpreter()

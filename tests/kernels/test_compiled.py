@@ -28,8 +28,9 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {}
 )
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """The reports of one module's kernels."""
+    command = [sys.executable, "-m", "tests.kernels.compiled", f"tests.kernels.{request.param}"]
     done = subprocess.run(
-        [sys.executable, HERE / "compiled.py", request.param], capture_output=True, text=True, cwd=HERE,
+        command, capture_output=True, text=True, cwd=HERE.parents[1],
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton_case import BOUNDS, DEVICE, assert_close
 
+from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
 from trinity_kernels import cross_entropy, cross_entropy_triton, linear_cross_entropy
 from trinity_kernels.cross_entropy import IGNORE
 from trinity_kernels.cross_entropy_triton import Tile, logits_to_gradient

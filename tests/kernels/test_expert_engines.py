@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
-from triton_case import DEVICE, relative_error
 
+from tests.kernels.triton_case import DEVICE, relative_error
 from trinity_kernels import expert_mlp
 from trinity_kernels.expert_engines import ENGINES, check_engine, engine
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_case import BOUNDS, DEVICE, assert_close
 
+from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
 from trinity_kernels import gate_triton, sigmoid_gate, swiglu, swiglu_triton
 from trinity_kernels.op import Op
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from triton_case import BOUNDS, assert_close
 
+from tests.kernels.triton_case import BOUNDS, assert_close
 from trinity_kernels import expert_mlp, experts_triton
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -6,8 +6,8 @@ Shapes: R rows, E experts, O output width, I input width.
 import pytest
 import torch
 from torch import Tensor
-from triton_case import BOUNDS, DEVICE, assert_close
 
+from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
 from trinity_kernels import grouped_gemm_triton, grouped_linear, grouped_matmul, grouped_outer
 from trinity_kernels.grouped_gemm_triton import Tile
 

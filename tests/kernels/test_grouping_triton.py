@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_case import DEVICE
 
+from tests.kernels.triton_case import DEVICE
 from trinity_kernels import group_rows, tile_table
 from trinity_kernels.grouping import table_length
 

@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import Tensor
-from triton_case import DEVICE, assert_close
 
+from tests.kernels.triton_case import DEVICE, assert_close
 from trinity.config.model import ModelConfig
 from trinity.config.run import KernelsConfig
 from trinity.models import Trinity

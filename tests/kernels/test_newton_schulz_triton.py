@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_case import BOUNDS, DEVICE, assert_close, relative_error
 
+from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close, relative_error
 from trinity.optim.newton_schulz import COEFFICIENTS, coefficient_steps, orthogonalize
 from trinity_kernels import newton_schulz_triton as ours
 from trinity_kernels.grouped_gemm_triton import Tile

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from triton_case import BOUNDS, DEVICE, assert_close
 
+from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
 from trinity_kernels import add_norm, norm_add, norm_triton, rms_norm
 from trinity_kernels.op import Op
 

@@ -6,8 +6,8 @@ Shapes: T tokens, E experts, K active experts.
 import pytest
 import torch
 from torch import Tensor
-from triton_case import DEVICE, assert_close
 
+from tests.kernels.triton_case import DEVICE, assert_close
 from trinity_kernels import gates, route
 
 SIZES = [(1, 1, 7), (4, 4, 65), (4, 1, 1), (6, 2, 16), (128, 8, 63), (128, 1, 17), (256, 4, 129), (16, 4, 0)]

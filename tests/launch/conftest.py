@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_nodes import end_all
+
+from tests.launch.local_nodes import end_all
 
 
 @pytest.fixture

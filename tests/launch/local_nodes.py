@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch_fakes import ROOT
+from tests.launch.launch_fakes import ROOT
 
 
 def start(run: Path, command: list[str], *options: str, index: int = 0) -> subprocess.Popen:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launch_fakes import ROOT, fake_torch, node
+
+from tests.launch.launch_fakes import ROOT, fake_torch, node
 
 DOCUMENTS = {
     document["kind"]: document for document in yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())

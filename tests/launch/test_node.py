@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_fakes import fake_torch, node, status
-from local_nodes import free_port, start, wait_for
+
+from tests.launch.launch_fakes import fake_torch, node, status
+from tests.launch.local_nodes import free_port, start, wait_for
 
 
 @pytest.fixture(scope="module")

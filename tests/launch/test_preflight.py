@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_fakes import ROOT
-from local_nodes import free_port, start
 
+from tests.launch.launch_fakes import ROOT
+from tests.launch.local_nodes import free_port, start
 from trinity.parallel.preflight import neighbours
 from trinity.parallel.preflight_report import MUST_AGREE, Outlier, Report, find_outliers, mismatches, sentence, table
 

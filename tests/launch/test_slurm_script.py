@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch_fakes import ROOT, fake_torch
+
+from tests.launch.launch_fakes import ROOT, fake_torch
 
 SCRIPT = ROOT / "launch" / "slurm.sh"
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from refusals import train
 
+from tests.malformed.refusals import train
 from trinity.interop import export_hf
 from trinity.models import ModelConfig, Trinity
 

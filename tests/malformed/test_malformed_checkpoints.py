@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusals import DAMAGE_FOUND, REFUSED_START, refusal, train
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from tests.malformed.refusals import DAMAGE_FOUND, REFUSED_START, refusal, train
 from trinity.monitor.loggers import JsonLines
 from trinity.training.load_run import load_model
 

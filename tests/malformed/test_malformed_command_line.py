@@ -6,7 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from refusals import DAMAGE_FOUND, snapshot
+
+from tests.malformed.refusals import DAMAGE_FOUND, snapshot
 
 
 @pytest.fixture

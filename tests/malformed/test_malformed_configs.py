@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from refusals import REFUSED_START, refusal, train
 
+from tests.malformed.refusals import REFUSED_START, refusal, train
 from trinity.config import RunConfig, load_config
 
 SMOKE = Path(__file__).parents[2] / "configs/smoke.yaml"

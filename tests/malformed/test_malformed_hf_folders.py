@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import become_dangling, become_folder, become_loop, refusal
 from safetensors.torch import load_file, save_file
 
+from tests.malformed.refusals import become_dangling, become_folder, become_loop, refusal
 from trinity.interop import load_hf
 
 INDEX = "model.safetensors.index.json"

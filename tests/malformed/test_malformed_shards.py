@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from refusals import REFUSED_START, become_dangling, become_folder, become_loop, refusal, train
 
+from tests.malformed.refusals import REFUSED_START, become_dangling, become_folder, become_loop, refusal, train
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from process_pool import ProcessPool
+
+from tests.parallel.process_pool import ProcessPool
 
 
 @pytest.fixture(scope="session")

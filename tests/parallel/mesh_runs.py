@@ -18,7 +18,7 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
 from trinity.models.moe import MoE
 from trinity.optim import Muon, orthogonalize, rate_factor
-from trinity.optim.muon_layout import Batch as MuonBatch
+from trinity.optim.muon_layout import MatrixBatch
 from trinity.parallel import mesh
 from trinity.training import train_step as step_module
 from trinity.training.build import build_model, make_optimizers
@@ -207,7 +207,7 @@ def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
 def _shards_orthogonalised(_model: torch.nn.Module) -> Iterator[None]:
     """Newton-Schulz on the rows that a rank holds, as if they were the matrix."""
 
-    def on_shards(optimizer: Muon, batch: MuonBatch, _fades: Any, rate: float) -> Iterator[None]:
+    def on_shards(optimizer: Muon, batch: MatrixBatch, _fades: Any, rate: float) -> Iterator[None]:
         for run in batch.held:
             u = run.of(optimizer.state[run.role.parameter]["momentum"]) * optimizer.momentum
             u += run.of(run.role.parameter.grad)

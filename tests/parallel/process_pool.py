@@ -5,11 +5,10 @@ default process group made. If it fails or hangs on one rank, the group is throw
 rank's traceback.
 """
 
-import importlib.util
+import importlib
 import io
 import logging
 import os
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,7 +42,7 @@ class ProcessPool:
         """
         if not self._workers:
             self._start()
-        task = _packed((case.__code__.co_filename, case.__qualname__, args))
+        task = _packed((case.__module__, case.__qualname__, args))
         for _, pipe in self._workers:
             pipe.send_bytes(task)
         results = {}
@@ -98,25 +96,14 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     device_mesh.init_device_mesh = dist.init_device_mesh = cache(device_mesh.init_device_mesh)
     while True:
         try:
-            file, name, args = _unpacked(pipe.recv_bytes())
+            module, name, args = _unpacked(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):  # the tests are over
             return
         try:
-            answer = True, getattr(_module(file), name)(*args)
+            answer = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send_bytes(_packed(answer))
-
-
-def _module(file: str) -> ModuleType:
-    """The module of a test file, imported once; its neighbours can be imported as pytest lets them."""
-    name = Path(file).stem
-    if name not in sys.modules:
-        sys.path.insert(0, str(Path(file).parent))
-        spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def _packed(value: Any) -> bytes:

@@ -12,8 +12,8 @@ from unittest import mock
 
 import pytest
 import torch
-from mesh_runs import config_of
 
+from tests.parallel.mesh_runs import config_of
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import complete_steps, newest_intact, step_folder
 from trinity.checkpoint.load import load, tensors_of

@@ -5,9 +5,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch.distributed as dist
-from test_checkpoint_mesh import MESH, WORDS, contents, plain_run, slow_run
-from url_stores import failing, register
 
+from tests.parallel.test_checkpoint_mesh import MESH, WORDS, contents, plain_run, slow_run
+from tests.url_stores import failing, register
 from trinity.checkpoint.directory import complete_steps, home_of_run, newest_intact, step_folder
 from trinity.checkpoint.load import load, tensors_of
 from trinity.errors import Failure

@@ -15,9 +15,9 @@ from unittest import mock
 
 import pytest
 import torch
-from mesh_runs import MISTAKES, alone, assert_same, config_of, run_steps, uneven, whole
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from tests.parallel.mesh_runs import MISTAKES, alone, assert_same, config_of, run_steps, uneven, whole
 from trinity.models import Trinity
 from trinity.parallel import fsdp, mesh
 from trinity.parallel.comm_counter import count_collectives

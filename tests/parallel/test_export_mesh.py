@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_mesh_sizes import sizes
 from torch import Tensor
 
+from tests.parallel.test_mesh_sizes import sizes
 from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
-from mesh_runs import config_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from tests.parallel.mesh_runs import config_of
 from trinity.config.run import RunConfig
 from trinity.parallel import mesh
 from trinity.parallel.collectives import all_gather_single

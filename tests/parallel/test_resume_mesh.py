@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from mesh_runs import BOUND, assert_tensors, config_of
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
+from tests.parallel.mesh_runs import BOUND, assert_tensors, config_of
 from trinity.parallel import mesh
 from trinity.training.trainer import pretrain
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from mesh_runs import config_of, whole
 
+from tests.parallel.mesh_runs import config_of, whole
 from trinity.errors import UserError
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from mesh_runs import config_of
-
+from tests.parallel.mesh_runs import config_of
 from trinity.parallel import mesh
 from trinity.training.trainer import pretrain
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked_ranks import run
+
+from tests.training.forked_ranks import run
 
 
 @pytest.fixture(scope="session")

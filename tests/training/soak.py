@@ -116,9 +116,9 @@ def costs(run: Path, seconds: float) -> dict[str, float]:
 
 def main() -> None:
     """Both runs on the corpus of the tests, and what came out."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    from conftest import everything_on, make_corpus
-    from run_files import metrics
+    sys.path.insert(0, str(ROOT))
+    from tests.conftest import everything_on, make_corpus
+    from tests.training.run_files import metrics
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics, refuse, state, train
 
+from tests.training.run_files import metrics, refuse, state, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig, RunSection
 from trinity.errors import UserError

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics, refuse, status, train
 
+from tests.training.run_files import metrics, refuse, status, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.sources.shards import TokenSource
 from trinity.models import Trinity

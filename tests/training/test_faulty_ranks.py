@@ -10,10 +10,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from forked_ranks import run
-from run_files import metrics, state, status, train
-from troubles import kill, nth
 
+from tests.training.forked_ranks import run
+from tests.training.run_files import metrics, state, status, train
+from tests.training.troubles import kill, nth
 from trinity.models import Trinity
 from trinity.monitor.heartbeat import Heartbeat
 from trinity.training import trainer

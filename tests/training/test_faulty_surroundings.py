@@ -13,11 +13,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from file_systems import make_read_only, read_only, unmount
-from forked_ranks import run
-from run_files import MEASURED, metrics, refuse, status, train
-from troubles import nth
 
+from tests.training.file_systems import make_read_only, read_only, unmount
+from tests.training.forked_ranks import run
+from tests.training.run_files import MEASURED, metrics, refuse, status, train
+from tests.training.troubles import nth
 from trinity.monitor import events
 from trinity.training import trainer
 from trinity.training.train_step import train_step

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from file_systems import resize, small_disk
-from forked_ranks import run
-from run_files import metrics, status
 
+from tests.training.file_systems import resize, small_disk
+from tests.training.forked_ranks import run
+from tests.training.run_files import metrics, status
 from trinity.checkpoint.directory import complete_steps, newest_intact
 
 # a disk that each record outgrows after the first checkpoint, what it begins with, and settings that make it longer

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics, train
 
+from tests.training.run_files import metrics, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import KernelsConfig
 from trinity.errors import UserError

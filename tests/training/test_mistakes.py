@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from run_files import metrics, refuse, state, status, train
 
+from tests.training.run_files import metrics, refuse, state, status, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.tokenizer.train import train_from_files
 from trinity.errors import UserError, explain

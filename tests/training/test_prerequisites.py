@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics, refuse, state, status, train
 
+from tests.training.run_files import metrics, refuse, state, status, train
 from trinity.config import RunConfig
 from trinity.config.run import RampEntryConfig
 from trinity.errors import UserError

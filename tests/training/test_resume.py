@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics, state, status, train
+
+from tests.training.run_files import metrics, state, status, train
 
 LAST = 8
 

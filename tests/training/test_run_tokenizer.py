@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from run_files import refuse, train
 
+from tests.training.run_files import refuse, train
 from trinity.checkpoint.directory import complete_steps
 from trinity.config import RunConfig, load_config, save_config
 from trinity.data.tokenizer.tokenizer import fingerprint, load_tokenizer

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from run_files import metrics, refuse, train
 
+from tests.training.run_files import metrics, refuse, train
 from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
 from trinity.training.load_run import load_model

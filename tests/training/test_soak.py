@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_files import metrics
-from soak import soak
+
+from tests.training.run_files import metrics
+from tests.training.soak import soak
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_files import metrics, refuse, train
-from run_files import state as saved_state
 
+from tests.training.run_files import metrics, refuse, train
+from tests.training.run_files import state as saved_state
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import UserError
 from trinity.interop import export_hf

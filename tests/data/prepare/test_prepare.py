@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_files import content, decoded, jsonl, tokenizer_with_gap, zstd
 
+from tests.data.small_files import content, decoded, jsonl, tokenizer_with_gap, zstd
 from trinity.data.prepare import prepare, shard_writer, tokenize
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import documents

@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from run_files import metrics
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
+from tests.training.run_files import metrics
 from trinity.checkpoint.directory import step_folder
 from trinity.checkpoint.load import load, tensors_of
 from trinity.config import load_config
@@ -21,7 +21,7 @@ from trinity.interop import export_hf, load_hf
 from trinity.training.load_run import load_model
 from trinity.training.trainer import pretrain
 
-SAVED = Path(__file__).parent / "data" / "run_of_version_0_1"
+SAVED = Path(__file__).parents[1] / "data" / "run_of_version_0_1"
 STEP = 3
 # float64 throughout, so another CPU's order of sums moves a figure by some 1e-13 of itself, which the three steps'
 # Newton-Schulz iterations may amplify a hundredfold; float32 parts (the biases) hold nothing that is not exact there.

@@ -13,11 +13,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from process_pool import ProcessPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
 from trinity.models.moe import Experts, MoE

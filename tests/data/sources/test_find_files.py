@@ -13,8 +13,8 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_files import decoded, jsonl, zstd
 
+from tests.data.small_files import decoded, jsonl, zstd
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import find_files
 from trinity.data.sources.file_kinds import FileKind, file_kind

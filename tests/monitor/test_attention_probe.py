@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from run_files import metrics, state, train
 
+from tests.training.run_files import metrics, state, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import ParallelConfig
 from trinity.models import ZOO, attention

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_files import content, decoded, jsonl
 
+from tests.data.small_files import content, decoded, jsonl
 from trinity.data.prepare.dedup import SeenHashes
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.prepare.tokenize import text_hashes

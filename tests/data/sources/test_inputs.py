@@ -9,8 +9,8 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_files import content, decoded, jsonl, zstd
 
+from tests.data.small_files import content, decoded, jsonl, zstd
 from trinity.data.prepare import shard_writer
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources.documents import BEGINNING, Document, Position, read_batches, read_documents

@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
-from run_files import metrics, refuse, state, status, train
 
+from tests.training.run_files import metrics, refuse, state, status, train
 from trinity.data.stream.stream import SequenceStream
 from trinity.models import ModelConfig, Trinity
 from trinity.models.param_roles import parameter_roles

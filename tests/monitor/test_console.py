@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from screen import Terminal
 
+from tests.screen import Terminal
 from trinity.checkpoint.directory import warn
 from trinity.config.load import load_config
 from trinity.config.run import RunConfig

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_files import metrics, refuse, train
 
+from tests.training.run_files import metrics, refuse, train
 from trinity.config.profiled import profiled_steps
 from trinity.config.run import ProfileConfig
 from trinity.errors import UserError

@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from mesh_runs import config_of
 
+from tests.parallel.mesh_runs import config_of
 from trinity.models.attention import Attention
 from trinity.parallel import mesh
 from trinity.training.trainer import pretrain

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from small_files import content, decoded, jsonl
 
+from tests.data.small_files import content, decoded, jsonl
 from trinity.data.prepare import prepare
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.prepare.tokenize import Encoder
@@ -30,7 +30,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tokeniz
         given = ["prepare_data", "--tokenizer", tokenizer_dir, "--out", out, *words]
         monkeypatch.setattr(sys, "argv", list(map(str, given)))
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(Path(__file__).parents[2] / "tools" / "prepare_data.py"), run_name="__main__")
+            runpy.run_path(str(Path(__file__).parents[3] / "tools" / "prepare_data.py"), run_name="__main__")
         output = capsys.readouterr()
         return end.value.code, output.out, (output.err.splitlines() or [""])[-1]
 

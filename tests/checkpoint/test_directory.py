@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from url_stores import register
 
+from tests.url_stores import register
 from trinity.checkpoint import directory
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import (

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from mesh_runs import alone, assert_same, run_steps
 from torch._dynamo.utils import counters
 
+from tests.parallel.mesh_runs import alone, assert_same, run_steps
 from trinity.parallel import compilation
 from trinity.parallel.compilation import compile_blocks
 

@@ -62,7 +62,7 @@ def _broken() -> str:
 
 def test_our_own_mistakes_are_not_wrapped(processes: Callable) -> None:
     """An assertion leaves as it is; the rank that waits is ended by its launcher."""
-    from process_pool import ProcessPool
+    from tests.parallel.process_pool import ProcessPool
 
     pool = ProcessPool(1)
     with pytest.raises(AssertionError, match="AssertionError: ours"):

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from process_pool import ProcessPool
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.config.run import PrecisionConfig
 from trinity.models import Trinity

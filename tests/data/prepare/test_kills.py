@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_files import content, jsonl
 
+from tests.data.small_files import content, jsonl
 from trinity.data.prepare import prepare
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import documents

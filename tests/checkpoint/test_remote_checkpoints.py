@@ -12,9 +12,9 @@ import fsspec
 import pytest
 import torch
 import torch.distributed as dist
-from run_files import bits, metrics, refuse, status, train
-from url_stores import failing, register
 
+from tests.training.run_files import bits, metrics, refuse, status, train
+from tests.url_stores import failing, register
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import (
     Home,
