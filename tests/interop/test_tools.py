@@ -12,6 +12,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from tests.interop.small_model import CONFIG, make_model
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config
@@ -32,7 +33,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pa
     save_config(config, folder / "config.yaml")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for step in (3, 5):
-        save(model_state(model_of(step)), folder, step, keep=2)
+        save(model_state(model_of(step)), CheckpointDirectory.at(folder), step, keep=2)
     dist.destroy_process_group()
     return folder
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import yaml
 
 from tests.parallel.mesh_runs import config_of, whole
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.errors import UserError
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory
@@ -77,7 +78,8 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
     """One step in which rank 1's gradient or loss holds a NaN; what it reports, and which tensors changed."""
     config = config_of(settings, WORDS)
     ranks = mesh.start(config.parallel, config.model, 1, False)
-    training = Trainer(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), Origin(Path(config.run.dir)))
+    path = Path(config.run.dir)
+    training = Trainer(config, ranks, RunDirectory(path, ranks.is_first), Origin(CheckpointDirectory.at(path)))
     good = training.one_step()
     before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     backward = train_step._forward_and_backward

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.training.run_files import refuse, train
-from trinity.checkpoint.directory import complete_steps
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.config import RunConfig, load_config, save_config
 from trinity.data.tokenizer.tokenizer import fingerprint, load_tokenizer
 from trinity.errors import UserError
@@ -150,6 +150,6 @@ def test_a_run_whose_tokenizer_moves(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
     settings["data"]["tokenizer"] = str(make(tmp_path / "other", load_tokenizer(corpus.tokenizer).to_str()))
     assert "was begun with another tokenizer" in refuse(settings, "run.steps=6")
-    assert complete_steps(run) == [2, 4]
+    assert CheckpointDirectory.at(run).complete_steps() == [2, 4]
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
     assert {path.name for path in after if before.get(path) != after[path]} <= {"lock"}

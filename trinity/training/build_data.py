@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trinity.checkpoint.directory import complete_steps, home_of, home_of_run, step_folder
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, tensors_of
 from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory, tokenizer_folder
@@ -110,18 +110,18 @@ def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
     try:
         path, complete = _checkpoints_before(config)
         before = newest_config(path)
-        home = home_of(before.checkpoint.url, path)
+        checkpoints = CheckpointDirectory.at(path, before.checkpoint.url)
         if not complete:
             return
-        history = history_of(home, complete[-1], before)
+        history = history_of(checkpoints, complete[-1], before)
         seen = batch_plan(before, history).at(complete[-1] - 1).tokens
         check_changes(before, config, seen, LEARNING, str(path))
         stream.plan = batch_plan(config, history)
         done = [number for number in complete if number <= step]
         if not done:
             return
-        state = tensors_of(step_folder(home, done[-1]), "data.")
-        load(state, home, done[-1])
+        state = tensors_of(checkpoints.path_of(done[-1]), "data.")
+        load(state, checkpoints.path_of(done[-1]))
         stream.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})
     except (UserError, Failure):
         return
@@ -138,7 +138,7 @@ def _checkpoints_before(config: RunConfig) -> tuple[Path, list[int]]:
 
 
 def _complete_steps(run: Path) -> list[int]:
-    return complete_steps(home_of_run(run)) if config_files(run) else []
+    return CheckpointDirectory.of_run(run).complete_steps() if config_files(run) else []
 
 
 def _phase(phase: WholePhase, names: list[str]) -> Phase:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trinity.checkpoint.directory import step_folder
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.config.paths import tokenizer_folder
 from trinity.config.run import RunConfig
 from trinity.io.remote_path import AnyPath
@@ -58,7 +58,7 @@ def next_commands(config: RunConfig, path: Path, step: int) -> list[str]:
     if tokenizer_folder(config) is not None:
         prompt = next(filter(None, config.evaluation.prompts), "Once")
         found.append(_command("generate.py", path, "--prompt", prompt))
-    export = path / "hf" / step_folder(path, step).name
+    export = path / "hf" / CheckpointDirectory.at(path).path_of(step).name
     if not export.exists():
         found.append(_command("export_hf.py", path, export))
     if find_spec("plotly"):

@@ -16,15 +16,7 @@ import torch
 import torch.distributed as dist
 
 from trinity import STARTED
-from trinity.checkpoint.directory import (
-    Home,
-    complete_steps,
-    home_of,
-    home_of_run,
-    newest_intact,
-    pick_intact,
-    step_folder,
-)
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, model_state, tensors_of
 from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
@@ -36,6 +28,7 @@ from trinity.evaluation.samples import Sampler
 from trinity.evaluation.validation_loss import evaluate
 from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
+from trinity.io.remote_path import AnyPath
 from trinity.models.flops import flops_per_token
 from trinity.monitor.attention_probe import probe_attention
 from trinity.monitor.events import Events
@@ -141,7 +134,7 @@ def _note_end(error: BaseException, directory: RunDirectory, training: "Trainer 
 def _newest(path: Path) -> int:
     """The newest complete checkpoint as far as one can see, 0 for none; what went wrong before is what counts."""
     with suppress(UserError, Failure, OSError):
-        return max(complete_steps(home_of_run(path)), default=0)
+        return max(CheckpointDirectory.of_run(path).complete_steps(), default=0)
     return 0
 
 
@@ -175,8 +168,8 @@ class Trainer:
         self._stopped_by = ""  # the signal's name
         self.watcher = Monitor(config, directory, ranks.rank, origin.step)
         beat = self.watcher.heartbeat.beat
-        self.home = home_of(config.checkpoint.url, directory.path)
-        self.saver = Saver(self.home, config.checkpoint, self.watcher.note, beat)
+        self.checkpoints = CheckpointDirectory.at(directory.path, config.checkpoint.url)
+        self.saver = Saver(self.checkpoints, config.checkpoint, self.watcher.note, beat)
         try:
             self._open(origin)
         except BaseException:
@@ -188,7 +181,7 @@ class Trainer:
         config, ranks = self.config, self.ranks
         resumes = origin.step > 0 and origin.own
         if origin.step:
-            self._load(origin.home, origin.step)
+            self._load(origin.checkpoints.path_of(origin.step))
         else:
             self._begin()
         run_on_all_ranks(lambda: self._keep_config(anew=not resumes))
@@ -317,15 +310,15 @@ class Trainer:
         model, lengths = self.config.model, self.plan.lengths()
         self._flops = {length: flops_per_token(model, length)["training"] for length in lengths}
 
-    def _load(self, home: Home, step: int, with_data: bool = True) -> None:
+    def _load(self, path: AnyPath, with_data: bool = True) -> None:
         state = self.state()  # model and optimizer tensors are filled in place
         # their sizes differ from save to save, and older checkpoints lack some
         varies = ("data.", HISTORY, f"run.{COLLAPSE}")
-        saved = run_on_all_ranks(lambda: tensors_of(step_folder(home, step), varies))
+        saved = run_on_all_ranks(lambda: tensors_of(path, varies))
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
-        load(state, home, step)
+        load(state, path)
         if HISTORY in state:
             self._set_plan(BatchHistory.from_rows(state[HISTORY].tolist()))
         self.data.loader.stream.plan = self.plan
@@ -348,10 +341,10 @@ class Trainer:
 
     def _fork(self, path: Path) -> None:
         """Weights, and the optimizer's state where init.keep says so, of another run."""
-        home = run_on_rank0(lambda: home_of_run(path))
-        step = pick_intact(home, self.config.init.step, self.watcher.note)
+        checkpoints = run_on_rank0(lambda: CheckpointDirectory.of_run(path))
+        step = checkpoints.pick_intact(self.config.init.step, self.watcher.note)
         kept = ("model.",) if self.config.init.keep == "weights" else ("model.", "optim.")
-        load({key: value for key, value in self.state().items() if key.startswith(kept)}, home, step)
+        load({key: value for key, value in self.state().items() if key.startswith(kept)}, checkpoints.path_of(step))
 
     def one_step(self) -> dict[str, Any]:
         """Make the next step; returns its record."""
@@ -417,11 +410,11 @@ class Trainer:
         if self.rollbacks >= self.config.health.rollbacks:
             return False
         self.watcher.heartbeat.begin_long("going back")
-        step = newest_intact(self.home, self.watcher.note, before=spiked)
+        step = self.checkpoints.newest_intact(self.watcher.note, before=spiked)
         if not step:
             return False
         rollbacks = self.rollbacks
-        self._load(self.home, step, with_data=False)
+        self._load(self.checkpoints.path_of(step), with_data=False)
         self.rollbacks = rollbacks + 1
         self.data.loader.jump(self.plan.at(step).first)
         for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:
@@ -488,7 +481,7 @@ class Trainer:
 
     def _export(self) -> None:
         self.watcher.heartbeat.begin_long("exporting")
-        folder = self.directory.path / "hf" / step_folder(self.directory.path, self.step).name
+        folder = self.directory.path / "hf" / self.checkpoints.path_of(self.step).name
         beat = partial(self.watcher.heartbeat.beat, "exporting")
         export_hf(self.model, folder, self.tokenizer, overwrite=True, beat=beat)
 
@@ -528,6 +521,6 @@ class Trainer:
         """Say on the first rank how the run ended and where its files are; nothing after bad steps."""
         if not self.ranks.is_first or code == TOO_MANY_BAD_STEPS:
             return
-        seconds, saved = time.monotonic() - STARTED, step_folder(self.home, self.step)
+        seconds, saved = time.monotonic() - STARTED, self.checkpoints.path_of(self.step)
         path, record = self.directory.path, self._last_record
         say(closing(self.config, path, saved, record, self.step, self.total, seconds, self._stopped_by))
