@@ -103,10 +103,10 @@ def train_arm(config: RunConfig, after_step: Callable[[], Any]) -> dict[str, Any
         for step in range(config.run.steps):
             plan = stream.plan.at(step)
             batch = take_by_stream(stream, config.batch.sequences)
-            figures = train_step(model, optimizers, batch, config, rates_at(config, step, plan.tokens), ranks)
-            assert not figures["skipped"], f"step {step} is not finite"
+            result = train_step(model, optimizers, batch, config, rates_at(config, step, plan.tokens), ranks)
+            assert result.skip_reason is None, f"step {step} is not finite"
             for name, values in curves.items():
-                values.append(figures[name])
+                values.append(result.metrics[name])
             after_step()
         return {"curves": curves, "validation": _validate(model, config, ranks)}
     finally:
