@@ -63,17 +63,17 @@ def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) 
     Raises:
         UserError: the config differs in what must not change, or there is no such checkpoint.
     """
-    home = run_on_all_ranks(lambda: home_of(config.checkpoint.url, path))
-    run_on_rank0(lambda: _check_own(config, accepted, path, home))
+    home = run_on_all_ranks(home_of, config.checkpoint.url, path)
+    run_on_rank0(_check_own, config, accepted, path, home)
     step = newest_intact(home, note)
     if step:
         return Origin(home, step, run_on_rank0(lambda: history_of(home, step, newest_config(path))))
     if not config.init.run or config.init.keep != "all":
         return Origin(home)
     other = Path(config.init.run)
-    home = run_on_rank0(lambda: home_of_run(other))
+    home = run_on_rank0(home_of_run, other)
     step = pick_intact(home, config.init.step, note)
-    return Origin(home, step, run_on_rank0(lambda: _check_against(config, accepted, other, home, step)), own=False)
+    return Origin(home, step, run_on_rank0(_check_against, config, accepted, other, home, step), own=False)
 
 
 def history_of(home: Home, step: int, before: RunConfig) -> BatchHistory:
