@@ -8,7 +8,6 @@
 Shapes: B batch, S sequence, D width, V vocabulary, M MoE layers, E experts.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,16 @@ from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.attention import Attention, rotation_of
 from trinity.models.attention_backends import Visibility
 from trinity.models.initialization import initialize
-from trinity.models.layers import Embedding, Head, PostNorm, RMSNorm, Stream, SwiGLU
+from trinity.models.layers import (
+    Embedding,
+    FusedPostNorm,
+    FusedPreNorm,
+    Head,
+    PostNorm,
+    ResidualStream,
+    RMSNorm,
+    SwiGLU,
+)
 from trinity.models.moe import MoE, Routing
 from trinity_kernels.cross_entropy import IGNORE
 from trinity_kernels.norm import wide
@@ -50,26 +58,26 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
-        norm = partial(RMSNorm, config.width, config.norm_eps, kernel=kernels.norms)
-        post_norm = partial(PostNorm, config.width, config.norm_eps, config.layers**-0.5, kernels.norms)
-        self.attention_norm = norm()
+        pre_norm = (config.width, config.norm_eps, 1.0, kernels.norms)
+        post_norm = (config.width, config.norm_eps, config.layers**-0.5, kernels.norms)
+        self.attention_norm = RMSNorm(*pre_norm)
         self.attention = Attention(config, layer, kernels)
-        self.attention_post_norm = post_norm()
-        self.ffn_norm = norm()
+        self.attention_post_norm = FusedPostNorm(*post_norm)
+        self.ffn_norm = FusedPreNorm(*pre_norm)
         self.sparse = layer >= config.dense_layers
         self.ffn = MoE(config, kernels) if self.sparse else SwiGLU(config.width, config.dense_width, kernels.gate)
-        self.ffn_post_norm = post_norm()
+        self.ffn_post_norm = PostNorm(*post_norm)
 
     def forward(
         self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → the same, and the routing where the block is sparse."""
         y_BSD = self.attention(self.attention_norm(x_BSD), rotation, visible)
-        x_BSD, u_BSD = self.attention_post_norm(y_BSD, Stream(x_BSD), self.ffn_norm)
+        x_BSD, u_BSD = self.attention_post_norm(y_BSD, x_BSD, self.ffn_norm)
         y, routing = self.ffn(u_BSD), None
         if self.sparse:
             y, routing = y
-        return self.ffn_post_norm(y, Stream(x_BSD)), routing
+        return self.ffn_post_norm(y, ResidualStream(x_BSD)), routing
 
 
 class Trinity(nn.Module):

@@ -27,7 +27,7 @@ from trinity.config.run import RunConfig
 from trinity.models import attention_backends
 from trinity.models.attention import rotation_of
 from trinity.models.attention_backends import Visibility
-from trinity.models.layers import RMSNorm
+from trinity.models.layers import Norm
 from trinity.models.moe import Router
 from trinity.models.trinity import Block
 from trinity.parallel import expert_parallel
@@ -78,7 +78,7 @@ def _measured(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activat
     with torch.device("meta"):
         block = Block(model, layer).to(compute)
         for part in block.modules():
-            if isinstance(part, RMSNorm | Router):
+            if isinstance(part, Norm | Router):
                 part.to(master)
         x_BSD = torch.empty(rows, length, model.width, dtype=compute, requires_grad=True)
         positions = torch.arange(length).unsqueeze(0)
