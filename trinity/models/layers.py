@@ -1,4 +1,4 @@
-"""The small parts every block is made of: a projection that knows its matrices, norms, and the SwiGLU network.
+"""Layers that a model is built from: projection, norms, SwiGLU, embedding and head.
 
 Shapes: ... any leading dimensions, D model width, F feed-forward width, I and O a projection's input and output width,
 B batch, S sequence, H heads, C head width.
@@ -17,7 +17,7 @@ class Linear(nn.Module):
 
     Args:
         inputs: I.
-        rows: output width of each matrix; each is orthogonalised on its own.
+        rows: output width of each stacked matrix; Muon orthogonalises each matrix on its own.
     """
 
     def __init__(self, inputs: int, rows: tuple[int, ...]) -> None:
@@ -131,7 +131,7 @@ class SwiGLU(nn.Module):
     Args:
         width: D.
         hidden: F.
-        kernel: which implementation of what is between the projections.
+        kernel: which implementation of the op between the two projections.
     """
 
     def __init__(self, width: int, hidden: int, kernel: str = "auto") -> None:
@@ -161,7 +161,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Untied LM head. The loss is computed inside its forward: only there are its sharded weights whole."""
+    """Untied LM head. Its forward also computes the loss, because FSDP2 gathers the sharded weight only there."""
 
     roles = {"weight": ("head", ())}
 
@@ -173,7 +173,7 @@ class Head(nn.Module):
     def forward(
         self, x_BSD: Tensor, targets_BS: Tensor | None = None, z: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits [B, S, V]; with targets, what trinity_kernels.linear_cross_entropy returns."""
+        """Logits [B, S, V]; with targets, the four results of trinity_kernels.linear_cross_entropy."""
         if targets_BS is None:
             return trinity_kernels.linear(x_BSD, self.weight)
         x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
