@@ -16,7 +16,7 @@ from tests.training.run_files import metrics, state, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import ParallelConfig
 from trinity.models import ZOO, attention
-from trinity.models.attention_backends import Visibility, attend
+from trinity.models.attention_backends import AttentionMask, attend
 from trinity.monitor.attention_probe import QUERIES, largest_logit, probe_attention
 from trinity.parallel import mesh
 from trinity.training.build import build_model
@@ -41,7 +41,7 @@ def test_the_largest_logit(window: int | None, documents: bool, length: int) -> 
     k[:, -1] *= 10  # which only the last query may see, and that has no say
     q[:, -1] = 0
     ids = torch.arange(length).unsqueeze(0) // 7 if documents else None
-    mask = Visibility(torch.arange(length).unsqueeze(0), ids).mask(window)[0, 0]
+    mask = AttentionMask(torch.arange(length).unsqueeze(0), ids).dense(window)[0, 0]
     places = [round(i * (length - 1) / (min(QUERIES, length) - 1)) for i in range(min(QUERIES, length))]
     expected, hidden = -math.inf, -math.inf
     for head in range(4):
@@ -62,11 +62,11 @@ def test_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None
     rows = open_data(config, ranks).loader.take(2)
     seen: list[float] = []
 
-    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, visible: Visibility) -> object:
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, visible: AttentionMask) -> object:
         scores = (
             torch.einsum("bshc,bthc->bhst", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) / q.shape[3] ** 0.5
         )
-        seen.append(scores.masked_fill(~visible.mask(window), -math.inf).max().item())
+        seen.append(scores.masked_fill(~visible.dense(window), -math.inf).max().item())
         return attend(q, k, v, window, visible)
 
     before = hooks_of(model)
