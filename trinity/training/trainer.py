@@ -30,6 +30,7 @@ from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory
+from trinity.data.stream.collate import Batch
 from trinity.data.stream.validation import validation_sequences
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.evaluation.samples import Sampler
@@ -66,7 +67,7 @@ from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_summary import closing
 from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.signals import SAVED, StopRequest
-from trinity.training.train_step import Batch, train_step
+from trinity.training.train_step import train_step
 
 FINISHED, FAILED, TOO_MANY_BAD_STEPS = 0, 1, 3
 
@@ -357,9 +358,10 @@ class Trainer:
         """Make the next step; returns its record."""
         began = time.perf_counter()
         plan = self.plan.at(self.step)
-        rows = self.data.loader.take(self._share())
+        batch = self.data.loader.take(self._share())
         waited = time.perf_counter() - began
-        batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
+        if not self.config.data.document_mask:
+            batch.document_ids_BS = None
         rate = rates_at(self.config, self.step, plan.tokens)
         counts = torch.from_numpy(self.data.loader.stream.tokens_read())
         watch = self.watcher.of_step(self.model, self.step)
