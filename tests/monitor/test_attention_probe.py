@@ -71,7 +71,7 @@ def test_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None
 
     before = hooks_of(model)
     with mock.patch.object(attention, "attend", noted):
-        found = probe_attention(model, rows.tokens, rows.targets, rows.document_ids, ranks)
+        found = probe_attention(model, rows.tokens_BS, rows.targets_BS, rows.document_ids_BS, ranks)
     assert len(seen) == config.model.layers
     assert found.max_logit == pytest.approx(max(seen), abs=1e-13)
     assert len(found.seconds_R) == 1

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import trinity_kernels
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
+from trinity.data.stream.collate import Batch
 from trinity.models.moe import MoE
 from trinity.optim import Muon, orthogonalize, rate_factor
 from trinity.optim.muon_layout import MatrixBatch
@@ -23,7 +24,7 @@ from trinity.parallel import mesh
 from trinity.training import train_step as step_module
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
-from trinity.training.train_step import Batch, train_step
+from trinity.training.train_step import train_step
 
 BOUND = 1e-10
 
@@ -77,12 +78,11 @@ def alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | N
         mesh.stop()
 
 
-def uneven(rows: Any, first: bool) -> Batch:
+def uneven(batch: Batch, first: bool) -> Batch:
     """A batch whose first row has fewer targets, so that ranks count differently."""
-    targets = rows.targets.clone()
     if first:
-        targets[0, :11] = -100
-    return Batch(rows.tokens, targets, rows.document_ids)
+        batch.targets_BS[0, :11] = -100
+    return batch
 
 
 @contextmanager

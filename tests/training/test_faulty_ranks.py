@@ -14,10 +14,11 @@ import pytest
 from tests.training.forked_ranks import run
 from tests.training.run_files import metrics, state, status, train
 from tests.training.troubles import kill, nth
+from trinity.data.stream.collate import Batch
 from trinity.models import Trinity
 from trinity.monitor.heartbeat import Heartbeat
 from trinity.training import trainer
-from trinity.training.train_step import Batch, StepResult, train_step
+from trinity.training.train_step import StepResult, train_step
 
 
 def waits_for_ever(*_: object, **__: object) -> None:

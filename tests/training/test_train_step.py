@@ -21,7 +21,7 @@ from trinity.optim.grad_clip import global_norm
 from trinity.parallel import mesh
 from trinity.training.build import build_model, make_optimizers, microbatch_size
 from trinity.training.build_data import open_data
-from trinity.training.train_step import Batch, StepResult, train_step
+from trinity.training.train_step import StepResult, train_step
 
 BOUND = 1e-12
 
@@ -49,8 +49,7 @@ def start(config: RunConfig, ranks: mesh.Ranks) -> SimpleNamespace:
     model = build_model(config, ranks)
     model.init_weights(config.run.seed)
     optimizers = make_optimizers(config, model)
-    rows = open_data(config, ranks).loader.take(config.batch.sequences)
-    batch = Batch(rows.tokens, rows.targets.clone(), rows.document_ids)
+    batch = open_data(config, ranks).loader.take(config.batch.sequences)
     batch.targets_BS[0, :11] = -100
     seen = SimpleNamespace(gradients={}, config=config, model=model, optimizers=optimizers, batch=batch, ranks=ranks)
     step = optimizers.step

@@ -8,8 +8,6 @@ Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from trinity import balancing
 from trinity.config.run import BalancingConfig, RunConfig
+from trinity.data.stream.collate import Batch
 from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, SkipReason, StepHooks, StepResult
 from trinity.optim.build import Optimizers
@@ -27,26 +26,6 @@ from trinity.parallel.mesh import Ranks
 from trinity.training.build import microbatch_size
 from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
 from trinity_kernels.cross_entropy import IGNORE
-
-
-@dataclass
-class Batch:
-    """One rank's rows of one step: tokens, targets [B, S] int64 and, under a document mask, document ids [B, S]."""
-
-    tokens_BS: Tensor
-    targets_BS: Tensor
-    document_ids_BS: Tensor | None
-
-    def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
-        """Consecutive parts of `size` rows on the device."""
-        for start in range(0, self.tokens_BS.shape[0], size):
-            rows = slice(start, start + size)
-            documents = self.document_ids_BS
-            yield Batch(
-                self.tokens_BS[rows].to(device, non_blocking=True),
-                self.targets_BS[rows].to(device, non_blocking=True),
-                None if documents is None else documents[rows].to(device, non_blocking=True),
-            )
 
 
 def train_step(

@@ -32,6 +32,7 @@ from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory, StepPlan
+from trinity.data.stream.collate import Batch
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
@@ -64,7 +65,7 @@ from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_summary import closing, opening
 from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.signals import SAVED, StopRequest
-from trinity.training.train_step import Batch, train_step
+from trinity.training.train_step import train_step
 
 FINISHED, FAILED, TOO_MANY_BAD_STEPS = 0, 1, 3
 
@@ -267,9 +268,10 @@ class Trainer:
         """Train one step; return its record for metrics.jsonl."""
         start = time.perf_counter()
         plan = self.plan.at(self.step)
-        rows = self.data.loader.take(self._rows_per_rank())
+        batch = self.data.loader.take(self._rows_per_rank())
         data_seconds = time.perf_counter() - start
-        batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
+        if not self.config.data.document_mask:
+            batch.document_ids_BS = None
         rate = rates_at(self.config, self.step, plan.tokens)
         source_counts = torch.from_numpy(self.data.loader.stream.tokens_read())
         hooks = self.monitor.before_step(self.model, self.step + 1)
