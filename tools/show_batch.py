@@ -51,7 +51,7 @@ def main() -> None:
         begin = 0
         for piece in batch.pieces[row]:
             end = begin + piece.length
-            text = tokenizer.decode(batch.tokens[row, begin:end].tolist(), skip_special_tokens=False)
+            text = tokenizer.decode(batch.tokens_BS[row, begin:end].tolist(), skip_special_tokens=False)
             place = f"tokens {piece.start} to {piece.start + piece.length}"
             print(f"--- {piece.source}: document {piece.document}, {place}")
             print(text)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.attention import Attention, rotation_of
-from trinity.models.attention_backends import Visibility
+from trinity.models.attention import Attention, rope_cos_sin
+from trinity.models.attention_backends import AttentionMask
 from trinity_kernels.qk_norm import rotate
 
 LOCAL, GLOBAL = 0, 3  # layers
@@ -30,8 +30,8 @@ def make(config: ModelConfig, layer: int) -> Attention:
 
 
 def run(attention: Attention, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-    rotation = rotation_of(positions_BS, attention.head_dim, 100.0, torch.float64)
-    return attention(x_BSD, rotation, Visibility(positions_BS, documents_BS, engine="sdpa"))
+    rotation = rope_cos_sin(positions_BS, attention.head_dim, 100.0, torch.float64)
+    return attention(x_BSD, rotation, AttentionMask(positions_BS, documents_BS, engine="sdpa"))
 
 
 def normed(x: list[float], gain: list[float]) -> list[float]:
@@ -120,7 +120,7 @@ def test_rope_is_relative(shift: int) -> None:
     positions = torch.arange(S).unsqueeze(0)
     products = []
     for start in (0, shift):
-        rotation = rotation_of(positions + start, 8, 10_000.0, torch.float64)
+        rotation = rope_cos_sin(positions + start, 8, 10_000.0, torch.float64)
         products.append(torch.einsum("bshc,bthc->bhst", rotate(q, *rotation), rotate(k, *rotation)))
     assert torch.allclose(*products, rtol=0, atol=1e-10)
 
@@ -133,10 +133,10 @@ def test_rope_turns_bf16_in_fp32() -> None:
     """
     q = torch.randn(1, 64, 2, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     positions = torch.arange(0, 131_072, 2048).unsqueeze(0) + 2047
-    cos, sin = rotation_of(positions, 128, 10_000.0, torch.float32)
+    cos, sin = rope_cos_sin(positions, 128, 10_000.0, torch.float32)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == (1, 64, 1, 64)
-    exact = rotate(q.double(), *rotation_of(positions, 128, 10_000.0, torch.float64))
+    exact = rotate(q.double(), *rope_cos_sin(positions, 128, 10_000.0, torch.float64))
     got = rotate(q, cos, sin)
     assert got.dtype == torch.bfloat16
     assert torch.allclose(got.double(), exact, rtol=2**-8, atol=0.01 * q.abs().max().item())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trinity.errors import UserError
 from trinity.models import attention_backends
-from trinity.models.attention_backends import ENGINE_NAMES, Visibility, attend, pick_engine
+from trinity.models.attention_backends import ENGINE_NAMES, AttentionMask, attend, pick_engine
 
 LENGTHS = [37, 1, 90]
 S = sum(LENGTHS)
@@ -26,7 +26,7 @@ def test_mask(window: int | None, packed: bool) -> None:
     """Against the rule as a sentence, token by token; positions of the second row have gaps."""
     positions_BS = torch.tensor([range(9), [3, 4, 5, 9, 10, 11, 12, 30, 31]])
     ids_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 7], [2] * 9]) if packed else None
-    mask = Visibility(positions_BS, ids_BS).mask(window)
+    mask = AttentionMask(positions_BS, ids_BS).dense(window)
     assert mask.shape == (2, 1, 9, 9)
     for b in range(2):
         for i in range(9):
@@ -39,25 +39,25 @@ def test_mask(window: int | None, packed: bool) -> None:
 
 @pytest.mark.parametrize(("window", "seen"), [(None, [1, 2, 3, 4, 5]), (3, [1, 2, 3, 3, 3]), (1, [1] * 5)])
 def test_the_window_counts_the_token_itself(window: int | None, seen: list[int]) -> None:
-    assert Visibility(torch.arange(5).unsqueeze(0), None).mask(window).sum(dim=-1).flatten().tolist() == seen
+    assert AttentionMask(torch.arange(5).unsqueeze(0), None).dense(window).sum(dim=-1).flatten().tolist() == seen
 
 
 def test_document_ends() -> None:
     """Boundaries of the flattened batch: every row begins a document, even with the id of the row before."""
     ids_BS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [5, 0, 0, 9]])
-    ends, longest = Visibility(torch.arange(4).unsqueeze(0), ids_BS).document_ends(3)
+    ends, longest = AttentionMask(torch.arange(4).unsqueeze(0), ids_BS).cu_seqlens(3)
     assert (ends.tolist(), ends.dtype, longest) == ([0, 2, 4, 8, 9, 11, 12], torch.int32, 4)
-    ends, _ = Visibility(torch.arange(4).unsqueeze(0), None).document_ends(3)
+    ends, _ = AttentionMask(torch.arange(4).unsqueeze(0), None).cu_seqlens(3)
     assert ends.tolist() == [0, 4, 8, 12]
 
 
 def test_masks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One per kind of layer and forward pass, not one per layer."""
     made = []
-    original = Visibility._mask
-    monkeypatch.setattr(Visibility, "_mask", lambda self, window: made.append(window) or original(self, window))
-    visible = Visibility(torch.arange(8).unsqueeze(0), None)
-    masks = [visible.mask(window) for window in (3, None, 3, None, 3)]
+    original = AttentionMask._dense
+    monkeypatch.setattr(AttentionMask, "_dense", lambda self, window: made.append(window) or original(self, window))
+    visible = AttentionMask(torch.arange(8).unsqueeze(0), None)
+    masks = [visible.dense(window) for window in (3, None, 3, None, 3)]
     assert made == [3, None]
     assert masks[0] is masks[2] is masks[4]
 
@@ -75,13 +75,15 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     outputs = []
     for parts in zip(*(x.double().split(LENGTHS, dim=1) for x in (q, k, v))):
         positions_BS = torch.arange(parts[0].shape[1], device=q.device).unsqueeze(0)
-        outputs.append(attend(*parts, window, Visibility(positions_BS, None, plain=True, engine="sdpa")))
+        outputs.append(attend(*parts, window, AttentionMask(positions_BS, None, default_positions=True, engine="sdpa")))
     return torch.cat(outputs, dim=1)
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, engine: str) -> Tensor:
     positions_BS = torch.arange(S, device=q.device).unsqueeze(0)
-    return attend(q, k, v, window, Visibility(positions_BS, DOCUMENTS.to(q.device), plain=True, engine=engine))
+    return attend(
+        q, k, v, window, AttentionMask(positions_BS, DOCUMENTS.to(q.device), default_positions=True, engine=engine)
+    )
 
 
 # fp32: rounding 2⁻²⁴ in sums of up to 128 terms; bf16: 2⁻⁹ of weights, results and, in backward, several products
@@ -134,7 +136,7 @@ def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int 
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The optional packages that are there, as far as pick_engine can tell: a set for the test to fill."""
     packages: set[str] = set()
-    monkeypatch.setattr(attention_backends, "_installed", lambda module: module in packages)
+    monkeypatch.setattr(attention_backends, "_is_installed", lambda module: module in packages)
     pick_engine.cache_clear()
     yield packages
     pick_engine.cache_clear()

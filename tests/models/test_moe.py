@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trinity.config.model import ModelConfig
 from trinity.models.moe import Experts, MoE, Routing
-from trinity.models.token_dispatcher import local
+from trinity.models.token_dispatcher import local_dispatch
 
 B, S = 2, 7
 
@@ -132,7 +132,7 @@ def test_the_layer_does_not_know_its_dispatcher(tiny: ModelConfig) -> None:
         parts = zip(x_TD.chunk(2), indices_TK.chunk(2), gates_TK.chunk(2))
         return torch.cat([experts(*part) for part in parts]), meanwhile()
 
-    assert moe.dispatcher is local
+    assert moe.dispatcher is local_dispatch
     moe.dispatcher = halves
     found, routing = moe(x_BSD)
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)  # matrix products of other shapes

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from trinity.config.model import ZOO, ModelConfig
 from trinity.models import Losses, Trinity, next_tokens, parameter_roles
-from trinity.models.attention import rotation_of
-from trinity.models.attention_backends import Visibility
+from trinity.models.attention import rope_cos_sin
+from trinity.models.attention_backends import AttentionMask
 
 B, S = 2, 24
 
@@ -61,8 +61,8 @@ def test_sandwich(model: Trinity, tiny: ModelConfig) -> None:
 
     tokens_BS, _ = batch()
     positions_BS = torch.arange(S).unsqueeze(0)
-    visible = Visibility(positions_BS, None)
-    rotation = rotation_of(positions_BS, tiny.head_dim, tiny.rope_theta, torch.float64)
+    visible = AttentionMask(positions_BS, None)
+    rotation = rope_cos_sin(positions_BS, tiny.head_dim, tiny.rope_theta, torch.float64)
     x = model.embed.weight[tokens_BS] * math.sqrt(tiny.width)
     for block in model.blocks:
         inner = block.attention(normed(x, block.attention_norm.gain), rotation, visible)

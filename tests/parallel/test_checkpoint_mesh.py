@@ -21,6 +21,7 @@ from trinity.checkpoint.save import Writer
 from trinity.errors import Failure
 from trinity.parallel import mesh
 from trinity.training import train_step, trainer
+from trinity.training.train_step import StepResult
 from trinity.training.trainer import pretrain
 
 WORDS = [
@@ -39,10 +40,10 @@ def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
     """A run in which writing step s waits until training has made steps s + 1 and s + 2."""
     made: list[int] = []
 
-    def step(*args: Any) -> dict:
-        figures = train_step.train_step(*args)
+    def step(*args: Any) -> StepResult:
+        result = train_step.train_step(*args)
         made.append(1)
-        return figures
+        return result
 
     copy = saver.on_host if copies else lambda state, into: state
     with (
@@ -130,7 +131,7 @@ def test_without_the_copy_it_would_show(recipe: Callable, processes: Callable, t
         assert any(name.startswith("optim.") for name in wrong)
 
 
-def step_after_the_save(*args: Any) -> dict:
+def step_after_the_save(*args: Any) -> StepResult:
     """A step that lets the save in flight end first."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":

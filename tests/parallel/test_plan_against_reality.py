@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tests.parallel.mesh_runs import config_of
 from trinity.config.run import RunConfig
+from trinity.data.stream.collate import Batch
 from trinity.parallel import mesh
 from trinity.parallel.collectives import all_gather_single
 from trinity.parallel.comm_counter import count_collectives
@@ -26,7 +27,7 @@ from trinity.planning.communication import flows
 from trinity.planning.fake_rank import sharded, state_bytes
 from trinity.planning.stretches import load_of, stretches
 from trinity.training.build import build_model, make_optimizers
-from trinity.training.train_step import Batch, train_step
+from trinity.training.train_step import train_step
 
 MODEL = {
     "vocab_size": 50, "width": 24, "layers": 3, "dense_layers": 1, "dense_width": 36, "heads": 2, "kv_heads": 1,

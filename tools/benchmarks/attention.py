@@ -147,11 +147,11 @@ def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def _timed(engine: str, case: Case, qkv: list[Tensor], documents_BS: Tensor, grad: Tensor) -> Callable[[Marks], None]:
-    from trinity.models.attention_backends import Visibility, attend
+    from trinity.models.attention_backends import AttentionMask, attend
 
     positions = torch.arange(case.S, device=documents_BS.device).unsqueeze(0)
     # as in a model: masks are made once a forward pass and shared by its layers, of which this is not the first
-    visible = Visibility(positions, documents_BS if case.documents else None, plain=True, engine=engine)
+    visible = AttentionMask(positions, documents_BS if case.documents else None, default_positions=True, engine=engine)
 
     def call(mark: Marks) -> None:
         mixed = attend(*qkv, case.window, visible)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import trinity_kernels
 from trinity.config.model import ZOO, ModelConfig
-from trinity.models.attention import rotation_of
+from trinity.models.attention import rope_cos_sin
 
 MODELS = {"cpu": ("smoke",), "cuda": ("nano", "mini", "large")}
 ROWS = {"cpu": (8, 256), "cuda": (8, 4096)}
@@ -155,7 +155,7 @@ def _cases(config: ModelConfig, where: str) -> Iterator[Case]:
     yield Case("add_norm", both, lambda *given: add_norm(*given, EPS), _add_norm, 4 * T * D, 6 * T * D)
 
     rows = (q_width, kv_width, kv_width, q_width)
-    rotation = rotation_of(torch.arange(S, device=where).unsqueeze(0), C, config.rope_theta, torch.float32)
+    rotation = rope_cos_sin(torch.arange(S, device=where).unsqueeze(0), C, config.rope_theta, torch.float32)
     projected = tensor(B, S, sum(rows)).detach()
     q, k, _, gate = (part.requires_grad_() for part in projected.split(rows, dim=-1))
     q, k = (part.detach().unflatten(-1, (-1, C)).requires_grad_() for part in (q, k))

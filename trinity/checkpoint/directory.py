@@ -93,7 +93,7 @@ class CheckpointDirectory:
             UserError: every complete checkpoint is damaged.
         """
         damaged = []
-        for step, has_complete in run_on_rank0(lambda: self._candidates(before)):
+        for step, has_complete in run_on_rank0(self._candidates, before):
             checkpoint = self.checkpoint(step)
             reason = checkpoint.why_damaged()
             if not reason:
@@ -129,8 +129,8 @@ class CheckpointDirectory:
         """
         if step is None:
             newest = self.newest_intact(note)
-            return newest or run_on_rank0(lambda: self.pick_complete(None))
-        run_on_rank0(lambda: self.pick_complete(step))
+            return newest or run_on_rank0(self.pick_complete, None)
+        run_on_rank0(self.pick_complete, step)
         reason = self.checkpoint(step).why_damaged()
         if reason:
             others = [other for other in run_on_rank0(self.complete_steps) if other != step]

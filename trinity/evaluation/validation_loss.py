@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trinity.data.stream.stream import Sequence
+from trinity.data.stream.collate import PackedSequence
 from trinity.models.trinity import Trinity
 from trinity_kernels.cross_entropy import IGNORE
 
@@ -15,7 +15,7 @@ from trinity_kernels.cross_entropy import IGNORE
 @torch.no_grad()
 def evaluate(
     model: Trinity,
-    sequences: Iterable[Sequence],
+    sequences: Iterable[PackedSequence],
     microbatch: int,
     document_mask: bool,
     byte_lengths_V: Tensor | None,
@@ -59,8 +59,8 @@ def evaluate(
     return figures
 
 
-def _grouped(sequences: Iterable[Sequence], size: int) -> Iterator[list[Sequence]]:
-    group: list[Sequence] = []
+def _grouped(sequences: Iterable[PackedSequence], size: int) -> Iterator[list[PackedSequence]]:
+    group: list[PackedSequence] = []
     for sequence in sequences:
         group.append(sequence)
         if len(group) == size:

@@ -30,7 +30,7 @@ from trinity.interop.weight_map import Index, correspondence
 from trinity.io.json_files import read_json, write_json
 from trinity.io.local import atomic_path, make_folder, sync_folder
 from trinity.models.trinity import Trinity
-from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
+from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
 from trinity.terminal import Progress
 
 SHARD_BYTES = 5 * 10**9
@@ -149,16 +149,14 @@ def _write_tensors(
                 # a copy even where nothing changes: safetensors wants every tensor in memory of its own
                 tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
             gathered.update(part.bytes)
-        run_on_all_ranks(_saving(tensors, folder / name) if folder is not None else lambda: None)
+        with errors_reach_all_ranks():
+            if folder is not None:
+                _save(tensors, folder / name)
         beat()
 
 
-def _saving(tensors: dict[str, Tensor], path: Path) -> Callable[[], None]:
-    """What writes one file; if it cannot be written, an OSError says so: the library has an error of its own."""
-    return lambda: _save(tensors, path)
-
-
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write one file. A file that cannot be written raises OSError, in place of safetensors' own error type."""
     try:
         with atomic_path(path) as part:
             save_file(tensors, part, metadata={"format": "pt"})

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from trinity.config.run import PrecisionConfig
-from trinity.models.layers import RMSNorm
+from trinity.models.layers import Norm
 from trinity.models.moe import MoE, Router
 from trinity.models.trinity import Block, Trinity
 from trinity.parallel.expert_parallel import split_experts
@@ -86,7 +86,7 @@ def _shard_block(
     shard_experts: Callable[..., None],
     cast: MixedPrecisionPolicy,
 ) -> None:
-    precise: list[nn.Module] = [part for part in block.modules() if isinstance(part, RMSNorm | Router)]
+    precise: list[nn.Module] = [part for part in block.modules() if isinstance(part, Norm | Router)]
     shard_kept(precise)
     if isinstance(block.ffn, MoE):
         shard_experts(block.ffn.experts, mp_policy=cast)

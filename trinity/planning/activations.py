@@ -25,9 +25,9 @@ from torch import Tensor
 from trinity.config.model import ModelConfig
 from trinity.config.run import RunConfig
 from trinity.models import attention_backends
-from trinity.models.attention import rotation_of
-from trinity.models.attention_backends import Visibility
-from trinity.models.layers import RMSNorm
+from trinity.models.attention import rope_cos_sin
+from trinity.models.attention_backends import AttentionMask
+from trinity.models.layers import Norm
 from trinity.models.moe import Router
 from trinity.models.trinity import Block
 from trinity.parallel import expert_parallel
@@ -78,16 +78,16 @@ def _measured(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activat
     with torch.device("meta"):
         block = Block(model, layer).to(compute)
         for part in block.modules():
-            if isinstance(part, RMSNorm | Router):
+            if isinstance(part, Norm | Router):
                 part.to(master)
         x_BSD = torch.empty(rows, length, model.width, dtype=compute, requires_grad=True)
         positions = torch.arange(length).unsqueeze(0)
     expert_parallel.split_experts(block, ranks.experts, config.parallel.exchange)
     if config.recompute != "none":
         recompute_blocks(SimpleNamespace(blocks=[block]), config.recompute)
-    rotation = rotation_of(positions, model.head_dim, model.rope_theta, master)
+    rotation = rope_cos_sin(positions, model.head_dim, model.rope_theta, master)
     with _stand_ins(rows * length, model), LiveBytes() as live, count_collectives() as seen:
-        y_BSD, routing = block(x_BSD, rotation, Visibility(positions, None, True, "sdpa"))
+        y_BSD, routing = block(x_BSD, rotation, AttentionMask(positions, None, True, "sdpa"))
         kept, forward = live.now, live.peak
         live.peak = live.now
         losses = [routing.sequence_loss_B] if routing and config.balancing.sequence_loss else []
@@ -111,7 +111,7 @@ def _stand_ins(tokens: int, model: ModelConfig) -> Iterator[None]:
         yield
 
 
-def _flash(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, _window: int | None, _visible: Visibility) -> Tensor:
+def _flash(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, _window: int | None, _visible: AttentionMask) -> Tensor:
     flash: Callable[..., tuple] = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(q_BSHC.transpose(1, 2), k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2), 0.0, True)[0].transpose(1, 2)
 

@@ -82,7 +82,10 @@ def batch_plan(config: RunConfig, history: BatchHistory = BatchHistory()) -> Bat
 
 def total_steps(config: RunConfig, plan: BatchPlan) -> int:
     """Length of the run in optimizer steps."""
-    return plan.steps_for_tokens(config.run.tokens) if config.run.steps is None else config.run.steps
+    if config.run.steps is not None:
+        return config.run.steps
+    assert config.run.tokens is not None  # the config is refused without either
+    return plan.steps_for_tokens(config.run.tokens)
 
 
 def microbatch_size(share: int, most: int) -> int:

@@ -168,7 +168,7 @@ def _open_source(label: str, place: str, config: RunConfig) -> Source:
     return TextSource([place], folder, field=config.data.text_field, option=label, progress=True)
 
 
-def _check_source(label: str, source: TokenSource, config: RunConfig) -> None:
+def _check_source(label: str, source: Source, config: RunConfig) -> None:
     if source.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{label} has token ids up to {source.vocab_size - 1} and model.vocab_size={config.model.vocab_size}; "

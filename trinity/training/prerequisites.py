@@ -54,7 +54,7 @@ def check_stores(config: RunConfig) -> None:
     Raises:
         UserError: naming the setting.
     """
-    named = {f"data.train.{name}": place for name, place in config.data.train.items()}
+    named: dict[str, str | None] = {f"data.train.{name}": place for name, place in config.data.train.items()}
     named |= {f"data.validation.{name}": place for name, place in config.data.validation.items()}
     named["checkpoint.url"] = config.checkpoint.url
     for key, place in named.items():

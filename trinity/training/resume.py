@@ -53,8 +53,8 @@ def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) 
     Raises:
         UserError: the config differs in what must not change, or there is no such checkpoint.
     """
-    checkpoints = run_on_all_ranks(lambda: CheckpointDirectory.at(path, config.checkpoint.url))
-    run_on_rank0(lambda: _check_own(config, accepted, path, checkpoints))
+    checkpoints = run_on_all_ranks(CheckpointDirectory.at, path, config.checkpoint.url)
+    run_on_rank0(_check_own, config, accepted, path, checkpoints)
     step = checkpoints.newest_intact(note)
     if step:
         history = run_on_rank0(lambda: history_of(checkpoints, step, newest_config(path)))
@@ -62,9 +62,9 @@ def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) 
     if not config.init.run or config.init.keep != "all":
         return Origin(checkpoints)
     other = Path(config.init.run)
-    others = run_on_rank0(lambda: CheckpointDirectory.of_run(other))
+    others = run_on_rank0(CheckpointDirectory.of_run, other)
     step = others.pick_intact(config.init.step, note)
-    history = run_on_rank0(lambda: _check_against(config, accepted, other, others, step))
+    history = run_on_rank0(_check_against, config, accepted, other, others, step)
     return Origin(others, step, history, own=False)
 
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trinity.data.stream.collate import Sequence, SequenceBatch, stack
-from trinity.data.stream.packing import OutOfDocuments, Piece
+from trinity.data.stream.collate import Batch, PackedSequence, collate
+from trinity.data.stream.packing import OutOfDocuments
 from trinity.data.stream.stream import SequenceStream
 from trinity.errors import Failure, UserError
 
@@ -41,12 +41,8 @@ class Lengths(NamedTuple):
     lengths: np.ndarray
 
 
-class _Item(NamedTuple):
-    """A row on its way: tokens, targets and document ids as int32 [3, S]."""
-
-    row_3S: np.ndarray
-    pieces: list[Piece]
-    lengths: list[Lengths]
+Made = tuple[PackedSequence, list[Lengths]] | Exception | None
+"""What a worker sends: a sequence and the lengths it asked for; why it cannot be read; or None at the data's end."""
 
 
 class Loader:
@@ -71,11 +67,11 @@ class Loader:
         self.workers = max((count for count in range(1, min(workers, own) + 1) if own % count == 0), default=0)
         self._ahead = max(2, -(-ahead // max(1, self.workers)))
         self._started: list[_Worker] = []
-        self._items: Iterator[_Item | Exception | None] | None = None
-        self._waiting: deque[_Item] = deque()
+        self._items: Iterator[Made] | None = None
+        self._waiting: deque[tuple[PackedSequence, list[Lengths]]] = deque()
         self._at_end = False
 
-    def take(self, n: int) -> SequenceBatch:
+    def take(self, n: int) -> Batch:
         """The rank's next n rows.
 
         Raises:
@@ -87,13 +83,14 @@ class Loader:
                 "the data ends before the run does: a source has no more documents; "
                 "set data.exhausted=repeat, or a shorter run"
             )
-        items = [self._waiting.popleft() for _ in range(n)]
-        for item in items:
-            self._learn(item.lengths)
+        sequences = []
+        for _ in range(n):
+            sequence, lengths = self._waiting.popleft()
+            self._learn(lengths)
             pieces = self.stream.pass_over(1)[0]
-            assert item.pieces == pieces, "a worker made another row than the stream has here"
-        length = self.stream.sequence_length(self.stream.k)
-        return stack([Sequence(*torch.from_numpy(item.row_3S), item.pieces) for item in items], length, self.pin)
+            assert sequence.pieces == pieces, "a worker made another sequence than the stream has here"
+            sequences.append(sequence)
+        return collate(sequences, self.stream.sequence_length(self.stream.k), self.pin)
 
     def ended(self, n: int) -> bool:
         """Whether fewer than n rows are left, of which there are endlessly many where sources are repeated."""
@@ -132,14 +129,14 @@ class Loader:
         self._waiting.clear()
         self._at_end = False
 
-    def _start(self) -> Iterator["_Item | Exception | None"]:
+    def _start(self) -> Iterator[Made]:
         if not self.workers:
             return _make_rows(self.stream.fork(), 0, 1)
         for part in range(self.workers):
             self._started.append(_Worker(self.stream, part, self.workers, self._ahead, self._started))
         return self._in_turn()
 
-    def _in_turn(self) -> Iterator["_Item | Exception | None"]:
+    def _in_turn(self) -> Iterator[Made]:
         while True:
             for worker in self._started:
                 yield worker.receive()
@@ -151,16 +148,14 @@ class Loader:
                 learn(documents, found)
 
 
-def _make_rows(stream: SequenceStream, part: int, parts: int) -> Iterator[_Item | Exception | None]:
+def _make_rows(stream: SequenceStream, part: int, parts: int) -> Iterator[Made]:
     """Row number `part` of the rank and every so many'th after it; None without end where there are no more."""
     heard: list[Lengths] = []
     stream.order.heard = lambda *lengths: heard.append(Lengths(*lengths))
     k = stream.next_own(stream.k) + part * stream.ranks
     while True:
         try:
-            row = stream.row(k)
-            row_3S = np.stack([row.tokens, row.targets, row.document_ids], dtype=np.int32, casting="same_kind")
-            yield _Item(row_3S, row.pieces, list(heard))
+            yield stream.row(k), list(heard)
         except OutOfDocuments:
             yield None
         except (UserError, OSError) as error:
@@ -188,7 +183,7 @@ class _Worker:
         # Python ends what is left at its own end by SIGTERM, which a worker does not hear.
         Finalize(self, self.process.kill, exitpriority=1)
 
-    def receive(self) -> _Item | Exception | None:
+    def receive(self) -> Made:
         try:
             return self.pipe.recv()
         except (EOFError, OSError):

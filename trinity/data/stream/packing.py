@@ -75,7 +75,7 @@ class LogicalStream:
         while tokens:
             if len(self.open) <= size:
                 self._fill(phase, 2 * size or 1)
-            at = self._choice() * len(self.open) >> 64 if size else 0
+            at = self._random_below(len(self.open)) if size else 0
             document = self.open[at]
             source, which, start, length = document
             take = min(tokens, length - start)
@@ -98,14 +98,14 @@ class LogicalStream:
         if not self.open:
             raise OutOfDocuments
 
-    def _choice(self) -> int:
-        """The next random 64 bits of this stream."""
+    def _random_below(self, n: int) -> int:
+        """The stream's next random number in [0, n): its next 64 random bits, times n, shifted down by 64."""
         page, at = divmod(self._choices_made, CHOICES)
         if self._choices[0] != page:
             counters = np.arange(page * CHOICES, (page + 1) * CHOICES)
             self._choices = page, random_bits(self._choice_key, counters).tolist()
         self._choices_made += 1
-        return self._choices[1][at]
+        return self._choices[1][at] * n >> 64
 
     def _enter(self, phase: Phase, number: int) -> None:
         self._phase = number

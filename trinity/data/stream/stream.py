@@ -10,19 +10,20 @@ A run that went back after a loss spike goes on behind the sequences that it rea
 sequence k stands at another position of the plan: its steps, lengths and phases count what was not jumped over.
 """
 
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Listed
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trinity.data.stream.batch_schedule import BatchPlan
-from trinity.data.stream.collate import IGNORE, Sequence, SequenceBatch, materialise, stack
+from trinity.data.stream.collate import Batch, PackedSequence, collate, read_pieces
 from trinity.data.stream.mixture import Phase
 from trinity.data.stream.packing import LogicalStream, Piece
 from trinity.data.stream.shuffle import DocumentOrder, Source
 from trinity.errors import UserError
+from trinity_kernels.cross_entropy import IGNORE
 
 
 class SequenceStream:
@@ -39,7 +40,7 @@ class SequenceStream:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        phases: Listed[Phase],
+        phases: Sequence[Phase],
         *,
         streams: int,
         seed: int,
@@ -77,27 +78,27 @@ class SequenceStream:
         self.order = DocumentOrder(sources, seed, streams, repeat)
         self._own = self._fresh()
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[PackedSequence]:
         return self
 
-    def __next__(self) -> Sequence:
+    def __next__(self) -> PackedSequence:
         """This rank's next sequence."""
         row = self.row(self.next_own(self.k))
         self.k += self.ranks
         return row
 
-    def row(self, k: int) -> Sequence:
+    def row(self, k: int) -> PackedSequence:
         """Sequence k of the run; its stream must stand before it, and stands behind it then.
 
         Raises:
             OutOfDocuments: there is none, because a source has ended.
         """
-        return materialise(self._pack(k), self.sources, self._after_document)
+        return read_pieces(self._pack(k), self.sources, self._after_document)
 
-    def take(self, n: int) -> SequenceBatch:
+    def take(self, n: int) -> Batch:
         """This rank's next n sequences, as one batch; all must be of one length."""
         rows = [next(self) for _ in range(n)]
-        return stack(rows, self.sequence_length(self.k))
+        return collate(rows, self.sequence_length(self.k))
 
     def sequence_length(self, k: int) -> int:
         """Tokens of sequence k."""
@@ -121,17 +122,16 @@ class SequenceStream:
         """The first sequence of a step of the plan, behind all that was jumped over."""
         return self._k_of(self.plan.at(step).first)
 
-    def batch(self, step: int) -> SequenceBatch:
+    def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of a step, wherever the stream stands; the stream stays there."""
-        plan, first = self.plan.at(step), self.first_of(step)
-        here = self.k, {number: stream.state() for number, stream in self._own.items()}
+        first = self.first_of(step)
+        end = first + self.plan.at(step).sequences
+        position = self.state()
         try:
             self.seek(first)
-            return self.take(len(range(self.next_own(first), first + plan.sequences, self.ranks)))
+            return self.take(len(range(self.next_own(first), end, self.ranks)))
         finally:
-            self.k = here[0]
-            for number, state in here[1].items():
-                self._own[number].restore(state)
+            self.restore(position)
 
     def seek(self, k: int) -> None:
         """Go to before sequence k of the run, by replay from here, or from the start where that lies behind.
@@ -147,14 +147,21 @@ class SequenceStream:
 
     def fork(self) -> "SequenceStream":
         """Another stream that stands where this one does, over the same sources."""
-        other = SequenceStream.__new__(SequenceStream)
-        other.__dict__.update(self.__dict__)
-        other.jumped = list(self.jumped)
-        other.order = DocumentOrder(self.sources, self.order.seed, self.streams, self.order.repeat)
+        other = copy(self)
+        other.jumped, other.order = list(self.jumped), copy(self.order)
         other._own = other._fresh()
-        for number, stream in self._own.items():
-            other._own[number].restore(stream.state())
+        other.restore(self.state())
         return other
+
+    def state(self) -> tuple[int, dict[int, list[int]]]:
+        """Where the stream stands: k, and the state of each of its logical streams (see LogicalStream.state)."""
+        return self.k, {number: stream.state() for number, stream in self._own.items()}
+
+    def restore(self, state: tuple[int, dict[int, list[int]]]) -> None:
+        """Stand where the stream stood when state() was called."""
+        self.k, states = state
+        for number, values in states.items():
+            self._own[number].restore(values)
 
     def tokens_read(self) -> np.ndarray:
         """[sources] int64: tokens read of each source by this rank since the run began."""
@@ -224,7 +231,7 @@ class SequenceStream:
         return {number: LogicalStream(self.order, number) for number in range(self.rank, self.streams, self.ranks)}
 
 
-def position_of(k: int, jumped: Listed[tuple[int, int]]) -> int:
+def position_of(k: int, jumped: Sequence[tuple[int, int]]) -> int:
     """Where sequence k stands in the plan: k less what was jumped over before it, and known then.
 
     Args:

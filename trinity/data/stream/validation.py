@@ -7,11 +7,12 @@ rows do not divide, those that lack one get a row without targets, which changes
 from collections.abc import Iterator
 from itertools import islice
 
-import torch
+import numpy as np
 
-from trinity.data.stream.collate import IGNORE, Sequence, materialise
+from trinity.data.stream.collate import PackedSequence, read_pieces
 from trinity.data.stream.packing import Piece
 from trinity.data.stream.shuffle import Source
+from trinity_kernels.cross_entropy import IGNORE
 
 NAME = "validation"
 
@@ -23,7 +24,7 @@ def validation_sequences(
     loss_on_document_start: bool = True,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[Sequence]:
+) -> Iterator[PackedSequence]:
     """Pack the documents one after the other and yield this rank's of the first `count` rows, or of all there are.
 
     The last row of a source may be short: it is filled with BOS, as a document of its own, without targets.
@@ -39,10 +40,9 @@ def validation_sequences(
     number = -1
     for number, pieces in enumerate(islice(_rows(source, sequence_length), count)):
         if number % ranks == rank:
-            yield _padded(materialise(pieces, {NAME: source}, after_document), sequence_length, source.bos_id)
+            yield _padded(read_pieces(pieces, {NAME: source}, after_document), sequence_length, source.bos_id)
     if rank > number % ranks:  # the last round of rows did not reach this rank
-        nothing = torch.empty(0, dtype=torch.int64)
-        yield _padded(Sequence(nothing, nothing, nothing.int(), []), sequence_length, source.bos_id)
+        yield _padded(PackedSequence(np.empty((3, 0), np.int32), []), sequence_length, source.bos_id)
 
 
 def _rows(source: Source, sequence_length: int) -> Iterator[list[Piece]]:
@@ -62,13 +62,8 @@ def _rows(source: Source, sequence_length: int) -> Iterator[list[Piece]]:
         yield pieces
 
 
-def _padded(row: Sequence, sequence_length: int, bos_id: int) -> Sequence:
-    missing = sequence_length - len(row.tokens)
-    if not missing:
-        return row
-    return Sequence(
-        torch.cat([row.tokens, torch.full((missing,), bos_id)]),
-        torch.cat([row.targets, torch.full((missing,), IGNORE)]),
-        torch.cat([row.document_ids, torch.full((missing,), len(row.pieces), dtype=torch.int32)]),
-        row.pieces,
-    )
+def _padded(sequence: PackedSequence, sequence_length: int, bos_id: int) -> PackedSequence:
+    missing = sequence_length - sequence.values_3S.shape[1]
+    padding_31 = np.array([[bos_id], [IGNORE], [len(sequence.pieces)]], np.int32)
+    padded_3S = np.concatenate([sequence.values_3S, padding_31.repeat(missing, axis=1)], axis=1)
+    return PackedSequence(padded_3S, sequence.pieces)
