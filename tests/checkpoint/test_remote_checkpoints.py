@@ -22,7 +22,7 @@ from trinity.checkpoint.load import load, tensors_of
 from trinity.checkpoint.save import save
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import Failure, UserError
-from trinity.monitor import monitor
+from trinity.monitor.loss_spikes import SpikeDetector
 from trinity.training.build_data import go_near, open_stream
 
 register()
@@ -121,15 +121,15 @@ def test_another_run_begins_with_it(one: Path, uninterrupted: Path, recipe: Call
 
 def test_a_way_back(recipe: Callable, tmp_path: Path) -> None:
     """A spike at step 5 sends a run back to its checkpoint, wherever that lies, with the same figures afterwards."""
-    judge = monitor.SpikeDetector.judge
+    detect = SpikeDetector.detect
     for name, words in (("here", []), ("there", [f"checkpoint.url={URL}/back"])):
         losses: list[float] = []
 
-        def fifth(spikes: monitor.SpikeDetector, loss: float, norm: float, losses: list[float] = losses) -> str | None:
+        def fifth(spikes: SpikeDetector, loss: float, norm: float, losses: list[float] = losses) -> str | None:
             losses.append(loss)
-            return "a spike" if len(losses) == 5 else judge(spikes, loss, norm)
+            return "a spike" if len(losses) == 5 else detect(spikes, loss, norm)
 
-        with mock.patch.object(monitor.SpikeDetector, "judge", fifth):
+        with mock.patch.object(SpikeDetector, "detect", fifth):
             assert train(recipe(tmp_path / name), "health.spike.action=rollback", *words) == 0
     assert [line["attempt"] for line in metrics(tmp_path / "here")] == [0] * 3 + [1] * 5
     assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
