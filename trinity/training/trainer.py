@@ -58,7 +58,7 @@ from trinity.training.build import (
 )
 from trinity.training.build_data import open_data
 from trinity.training.evaluator import Evaluator
-from trinity.training.lr_schedule import rates_at
+from trinity.training.learning_rate import lr_fraction
 from trinity.training.prerequisites import check_prerequisites
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_summary import closing, opening
@@ -270,7 +270,7 @@ class Trainer:
         rows = self.data.loader.take(self._rows_per_rank())
         data_seconds = time.perf_counter() - start
         batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
-        rate = rates_at(self.config, self.step, plan.tokens)
+        rate = lr_fraction(self.config, self.step, plan.tokens)
         source_counts = torch.from_numpy(self.data.loader.stream.tokens_read())
         hooks = self.monitor.before_step(self.model, self.step + 1)
         every = self.config.log.norms_every
