@@ -72,7 +72,7 @@ def test_a_damaged_shard(settings: dict, corpus: SimpleNamespace, tmp_path: Path
 
 def test_batches_must_divide(settings: dict) -> None:
     """By hand: 7 sequences for 2 data ranks; the nearest that does is named, and it is accepted."""
-    from trinity.training.build import check_batches
+    from trinity.training.divisibility import check_batches
 
     config = build_config([("test", OmegaConf.create(settings | {"batch": {"sequences": 7}}))])
     with pytest.raises(

@@ -13,7 +13,8 @@ from trinity.models.fp8 import use_fp8
 from trinity.models.trinity import Trinity
 from trinity.parallel.deep_ep import check_deep_ep
 from trinity.parallel.mesh import Ranks
-from trinity.training.build import check_batches, check_kernels
+from trinity.training.build import check_kernels
+from trinity.training.divisibility import check_batches
 
 
 def check_prerequisites(config: RunConfig, ranks: Ranks) -> None:

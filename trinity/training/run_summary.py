@@ -19,8 +19,9 @@ from trinity.monitor.console import loss_text, prefixed
 from trinity.optim.build import Optimizers, ownership_table
 from trinity.parallel.mesh import Ranks
 from trinity.terminal import clock
-from trinity.training.build import microbatch_notes, microbatch_size, total_steps
+from trinity.training.build import total_steps
 from trinity.training.build_data import document_notes
+from trinity.training.divisibility import microbatch_notes, microbatch_size
 from trinity.training.learning_rate import decay_ends_with_run, schedule_notes
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -51,12 +51,11 @@ from trinity.terminal import say
 from trinity.training.build import (
     batch_plan,
     build_model,
-    check_batches,
-    check_mesh,
     make_optimizers,
     total_steps,
 )
 from trinity.training.build_data import open_data
+from trinity.training.divisibility import check_batches, check_mesh
 from trinity.training.evaluator import Evaluator
 from trinity.training.learning_rate import lr_fraction
 from trinity.training.prerequisites import check_prerequisites
