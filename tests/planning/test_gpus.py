@@ -10,7 +10,7 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import BatchConfig, DataConfig, ParallelConfig, RampEntryConfig, RunConfig
 from trinity.errors import UserError
 from trinity.planning.gpus import check_gpus, gpus_needed
-from trinity.training.build import process_counts
+from trinity.training.divisibility import process_counts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

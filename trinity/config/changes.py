@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
 }
 
 DECAY_LENGTHS = ("optim.schedule.decay_steps", "optim.schedule.decay_tokens")
-"""Compared by trinity.training.lr_schedule, which knows the length that follows from the run's where none is given."""
+"""Compared by trinity.training.learning_rate, which derives the length from the run's where none is given."""
 
 
 def rule_of(key: str) -> Rule:

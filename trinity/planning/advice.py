@@ -14,7 +14,7 @@ from trinity.parallel.mesh import mesh_words, meshes
 from trinity.planning.gpus import least_state, with_mesh
 from trinity.planning.memory import Memory
 from trinity.planning.plan import USABLE, Plan, Step, fits, fullest_moment, replanned
-from trinity.training.build import dealt_counts
+from trinity.training.divisibility import batch_process_counts
 
 WAITING = 0.15
 """Share of the run's time that computing waits for links, from which on that is said."""
@@ -107,7 +107,7 @@ def _mend_with_more_gpus(plan: Plan) -> str:
 
 def _more_gpus(plan: Plan) -> list[int]:
     """Numbers that batches and streams divide by, each at least twice the one before it; and the largest of them."""
-    every, counts = dealt_counts(plan.config), [plan.gpus]
+    every, counts = batch_process_counts(plan.config), [plan.gpus]
     for count in every:
         if count >= 2 * counts[-1] or (count == every[-1] > counts[-1]):
             counts.append(count)

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from trinity.config.run import RunConfig
-from trinity.training.build import batch_plan, microbatch_size, total_steps
+from trinity.training.build import batch_plan, total_steps
+from trinity.training.divisibility import microbatch_size
 
 
 class Stretch(NamedTuple):
