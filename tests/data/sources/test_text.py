@@ -176,7 +176,7 @@ def test_lengths_that_another_process_found(opened: Callable, tokenised: list[st
     documents = np.array([3, 20, 1])
     lengths = worker.lengths(documents)
     tokenised.clear()
-    source.learn(documents, lengths)
+    source.keep_lengths(documents, lengths)
     assert [source.length(document) for document in documents] == lengths.tolist()
     np.testing.assert_array_equal(source.lengths(documents[::-1]), lengths[::-1])
     assert tokenised == []

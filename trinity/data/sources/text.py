@@ -136,8 +136,8 @@ class TextSource:
             self._tokenise(batch)
         return self._lengths[documents].astype(np.int64)
 
-    def learn(self, documents: np.ndarray, lengths: np.ndarray) -> None:
-        """Be told lengths [n] of documents [n] that another process has tokenised, so that they need not be here."""
+    def keep_lengths(self, documents: np.ndarray, lengths: np.ndarray) -> None:
+        """Remember lengths [n] of documents [n] that another process has tokenised, so that this one need not."""
         self._lengths[documents] = lengths
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
