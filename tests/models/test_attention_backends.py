@@ -42,7 +42,7 @@ def test_the_window_counts_the_token_itself(window: int | None, allowed: list[in
     assert AttentionMask(torch.arange(5).unsqueeze(0), None).dense(window).sum(dim=-1).flatten().tolist() == allowed
 
 
-def test_document_ends() -> None:
+def test_cu_seqlens() -> None:
     """Boundaries in the flattened batch: every row starts a document, even with the id of the previous row."""
     ids_BS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [5, 0, 0, 9]])
     ends, longest = AttentionMask(torch.arange(4).unsqueeze(0), ids_BS).cu_seqlens(3)
