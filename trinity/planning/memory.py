@@ -117,7 +117,7 @@ def _passes(
 def _newton_schulz(muon: Muon) -> float:
     largest = 0
     for batch in muon.batches:
-        whole = batch.travel.owned if batch.travel else sum(run.count for run in batch.held)
-        sent = sum(batch.travel.sent) if batch.travel else 0
+        whole = batch.owned
+        sent = sum(batch.exchange.sent) if batch.exchange else 0
         largest = max(largest, whole * batch.shape[0] * batch.shape[1], sent)
     return NEWTON_SCHULZ * 4 * largest
