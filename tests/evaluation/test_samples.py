@@ -9,7 +9,7 @@ from torch import Tensor
 from trinity.config import RunConfig
 from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
-from trinity.evaluation.samples import Sampler, greedy
+from trinity.evaluation.samples import Sampler, greedy_decode
 from trinity.models import Trinity
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def test_greedy_is_that_of_single_prompts(exact: Trinity) -> None:
         calls.append(tokens_PS.shape)
         return exact(tokens_PS)
 
-    found = greedy(counted, prompts, 14, CPU)
+    found = greedy_decode(counted, prompts, 14, CPU)
     assert found == [generate(exact, prompt, 14, temperature=0) for prompt in prompts]
     assert calls == [torch.Size([3, 8 + 14])] * 14, "as often and as large on every rank, whatever it says"
 

@@ -21,7 +21,7 @@ from trinity.interop.tokenizer_files import special_ids
 
 
 @torch.no_grad()
-def greedy(
+def greedy_decode(
     model: Callable[[Tensor], Tensor],
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
@@ -75,7 +75,7 @@ class Sampler:
         self, model: Callable[[Tensor], Tensor], device: torch.device, beat: Callable[[], None] | None = None
     ) -> list[dict[str, str]]:
         """{"prompt", "text"} for each prompt, the text without the prompt; every rank must call it."""
-        made = greedy(model, self._ids, self._new_tokens, device, beat)
+        made = greedy_decode(model, self._ids, self._new_tokens, device, beat)
         return [{"prompt": prompt, "text": self._text(tokens)} for prompt, tokens in zip(self._prompts, made)]
 
     def _text(self, tokens: list[int]) -> str:

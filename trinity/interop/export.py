@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trinity.config.hf_config import to_hf_config
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
-from trinity.interop.hf_config import hf_config
-from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
+from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
 from trinity.interop.weight_map import Index, correspondence
 from trinity.io.json_files import read_json, write_json
@@ -116,7 +116,7 @@ class _Part:
 
 def _plan(model: Trinity, state: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[_Part]]:
     """Each file's name and what goes into it; the parts of a parameter follow each other."""
-    dtypes = dtypes_of(model, dtype)
+    dtypes = storage_dtypes(model, dtype)
     by_parameter: dict[str, list[_Part]] = {}
     for name, ours, index in correspondence(model.config):
         shape, stored = part_shape(state[ours].shape, index), dtypes.get(ours, torch.float32)
@@ -144,7 +144,7 @@ def _write_tensors(
     for name, parts in files.items():
         tensors = {}
         for part in parts:
-            tensor = part_on_first_rank(state[part.ours], part.index)
+            tensor = gather_part(state[part.ours], part.index)
             if folder is not None:
                 # a copy even where nothing changes: safetensors wants every tensor in memory of its own
                 tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
@@ -170,7 +170,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, folder: Path) -> None:
-    written = hf_config(config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
+    written = to_hf_config(config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
     _write_json(folder / "config.json", written)
     tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.stop or None, "pad_token_id": ids.pad}
     generation = {key: value for key, value in tokens.items() if value is not None}

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trinity.config.hf_config import architecture, read_hf_config
 from trinity.config.model import ModelConfig, check_size
 from trinity.errors import UserError
-from trinity.interop.hf_config import architecture, model_config
-from trinity.interop.tensors import dtypes_of, owned_part, part_shape
+from trinity.interop.tensors import local_part, part_shape, storage_dtypes
 from trinity.interop.weight_map import Index, correspondence
 from trinity.io.json_files import read_json
 from trinity.models.trinity import Trinity
@@ -45,7 +45,7 @@ def load_hf(directory: str | Path, into: Trinity | None = None, dtype: torch.dty
             model (`into`).
     """
     directory = Path(directory)
-    config = model_config(_read_json(directory / "config.json"))
+    config = read_hf_config(directory)
     if into is not None:
         _refuse_other_model(directory, architecture(config), architecture(into.config))
     with ExitStack() as open_files:
@@ -154,7 +154,7 @@ def _some(items: list[str]) -> str:
 
 
 def _materialize(empty: Trinity, dtype: torch.dtype) -> Trinity:
-    for name, stored in dtypes_of(empty, dtype).items():
+    for name, stored in storage_dtypes(empty, dtype).items():
         parameter = empty.get_parameter(name)
         parameter.data = parameter.data.to(stored)  # while it takes no memory
     return empty.to_empty(device="cpu")
@@ -171,7 +171,7 @@ def _fill(model: Trinity, sources: _Sources) -> None:
 
 def _copy(tensor: Tensor, index: Index, source: Any) -> None:
     """tensor[index] = source, as far as this rank owns it."""
-    owned = owned_part(tensor, index)
+    owned = local_part(tensor, index)
     if owned is not None:
         mine, there = owned
         mine.copy_(source[there])

@@ -9,7 +9,7 @@ from trinity.interop.weight_map import Index
 from trinity.models.param_roles import parameter_roles
 
 
-def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def storage_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The number format of every parameter of a model that is kept in `dtype`.
 
     Gains and routers stay in fp32 (float64 in a float64 model): the model multiplies them in that precision, and
@@ -27,7 +27,7 @@ def part_shape(shape: torch.Size, index: Index) -> tuple[int, ...]:
     return tuple(torch.empty(shape, device="meta")[index].shape)
 
 
-def owned_part(tensor: Tensor, index: Index) -> tuple[Tensor, tuple[slice, ...]] | None:
+def local_part(tensor: Tensor, index: Index) -> tuple[Tensor, tuple[slice, ...]] | None:
     """What this rank holds of tensor[index].
 
     Args:
@@ -60,7 +60,7 @@ def owned_part(tensor: Tensor, index: Index) -> tuple[Tensor, tuple[slice, ...]]
     return local[tuple(here)], tuple(there)
 
 
-def part_on_first_rank(tensor: Tensor, index: Index) -> Tensor | None:
+def gather_part(tensor: Tensor, index: Index) -> Tensor | None:
     """tensor[index] on rank 0, None elsewhere; of a sharded tensor every rank of its mesh must call this.
 
     No rank holds more of the tensor than its own shard and this part: each puts what it owns into zeros, and these are
@@ -74,7 +74,7 @@ def part_on_first_rank(tensor: Tensor, index: Index) -> Tensor | None:
     if place.pop("replicate", 0):
         return None
     part = torch.zeros(part_shape(tensor.shape, index), dtype=tensor.dtype, device=tensor.device)
-    if (owned := owned_part(tensor, index)) is not None:
+    if (owned := local_part(tensor, index)) is not None:
         part[owned[1]] = owned[0]
     for dimension, coordinate in place.items():
         group = mesh.get_group(dimension)
