@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from trinity.interop.weight_map import correspondence
+from trinity.interop.weight_map import weight_map
 from trinity.models import ModelConfig, Trinity
 
 BOUND = 3e-5
@@ -105,7 +105,7 @@ def their_config(config: ModelConfig) -> AfmoeConfig:
 def fused(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Tensors under our names → under theirs in memory, where the experts of a layer are two tensors."""
     found = {}
-    for name, ours, index in correspondence(config):
+    for name, ours, index in weight_map(config):
         if ours in tensors and ".experts." not in name:
             found[name] = tensors[ours][index]
     for layer in range(config.dense_layers, config.layers):

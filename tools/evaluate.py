@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from trinity.command_line import HelpFormatter, local_path, place
+from trinity.command_line import HelpFormatter, local_path, path_or_url
 from trinity.data.sources.file_kinds import CHOICES
 from trinity.data.sources.find_files import note
 from trinity.data.sources.shards import TokenSource
@@ -148,7 +148,9 @@ def parse() -> argparse.Namespace:
     """The command line's words."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("folder", type=local_path, metavar="HF_DIR", help="where the model and its tokenizer are")
-    parser.add_argument("--text", nargs="+", type=place, default=[], metavar="FILES", help="texts, or token shards")
+    parser.add_argument(
+        "--text", nargs="+", type=path_or_url, default=[], metavar="FILES", help="texts, or token shards"
+    )
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
     parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
     parser.add_argument(

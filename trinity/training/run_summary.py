@@ -12,7 +12,7 @@ from trinity.config.paths import tokenizer_folder
 from trinity.config.run import RunConfig
 from trinity.io.remote_path import AnyPath
 from trinity.monitor.console import loss_text, prefixed
-from trinity.terminal import clock
+from trinity.terminal import format_duration
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -40,7 +40,7 @@ def closing(
     """
     done = f"saved at step {step} of {total}" if saved_by else f"finished: {step} steps"
     known = [loss_text(record), *prefixed(record, "validation_loss.")] if "loss" in record else []
-    head = [f"{done} in {clock(seconds)}", *known]
+    head = [f"{done} in {format_duration(seconds)}", *known]
     if saved_by:
         head.append(f"stopped by {saved_by}; the same command resumes")
     export = _newest_export(path)
