@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import torch
 
-from trinity.config.phases import whole_phases
+from trinity.config.phases import resolved_phases
 from trinity.config.run import KernelsConfig, RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory, BatchPlan
 from trinity.errors import UserError
@@ -74,7 +74,7 @@ def make_optimizers(config: RunConfig, model: Trinity) -> Optimizers:
 def batch_plan(config: RunConfig, history: BatchHistory = BatchHistory()) -> BatchPlan:  # noqa: B008 (immutable)
     """The batch of each step: those of `history` are made, and the config's follow."""
     ramp = [(entry.tokens, entry.sequences) for entry in config.batch.ramp]
-    phases = [(phase.tokens, phase.sequence_length) for phase in whole_phases(config.data)[1:]]
+    phases = [(phase.tokens, phase.sequence_length) for phase in resolved_phases(config.data)[1:]]
     return BatchPlan(config.batch.sequences, ramp, config.data.sequence_length, phases, history)
 
 

@@ -9,7 +9,7 @@ from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, tensors_of
 from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory, tokenizer_folder
-from trinity.config.phases import WholePhase, whole_phases
+from trinity.config.phases import ResolvedPhase, resolved_phases
 from trinity.config.run import RunConfig
 from trinity.data.sources.inputs import holds_text
 from trinity.data.sources.shards import TokenSource
@@ -76,7 +76,7 @@ def open_stream(config: RunConfig, rank: int, ranks: int, plan: BatchPlan | None
     sources = _open_sources("train", data.train, config)
     return SequenceStream(
         sources,
-        [_phase(phase, list(sources)) for phase in whole_phases(data)],
+        [_phase(phase, list(sources)) for phase in resolved_phases(data)],
         streams=data.streams,
         seed=config.run.seed,
         bos_id=next(iter(sources.values())).bos_id,
@@ -143,7 +143,7 @@ def _complete_steps(run: Path) -> list[int]:
     return CheckpointDirectory.of_run(run).complete_steps() if config_files(run) else []
 
 
-def _phase(phase: WholePhase, names: list[str]) -> Phase:
+def _phase(phase: ResolvedPhase, names: list[str]) -> Phase:
     bias = phase.length_bias
     return Phase(
         normalised(names, phase.mixture),

@@ -18,7 +18,7 @@ from trinity.io.remote_path import AnyPath
 from trinity.monitor.console import loss_text, prefixed
 from trinity.optim.build import Optimizers, ownership_table
 from trinity.parallel.mesh import Ranks
-from trinity.terminal import clock
+from trinity.terminal import format_duration
 from trinity.training.build import total_steps
 from trinity.training.build_data import document_notes
 from trinity.training.divisibility import microbatch_notes, microbatch_size
@@ -90,7 +90,7 @@ def closing(
     """
     done = f"saved at step {step} of {total}" if stop_signal else f"finished: {step} steps"
     losses = [loss_text(record), *prefixed(record, "validation_loss.")] if "loss" in record else []
-    head = [f"{done} in {clock(seconds)}", *losses]
+    head = [f"{done} in {format_duration(seconds)}", *losses]
     if stop_signal:
         head.append(f"stopped by {stop_signal}; the same command resumes")
     places = {"run": path, "checkpoint": saved, "export": _newest_export(path)}
