@@ -1,7 +1,8 @@
-"""The mesh of a plan: that of the config, or where it cannot be laid over the GPUs, the fastest found that fits."""
+"""The mesh of a plan: check the config's mesh on N GPUs, or list candidate meshes where it does not fit N."""
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
@@ -17,29 +18,30 @@ from trinity.training.divisibility import (
 )
 
 
-def gpus_needed(config: RunConfig) -> int:
-    """The fewest that the mesh's fixed sizes make; a −1 counts as 1."""
+def min_gpus(config: RunConfig) -> int:
+    """The product of the mesh's fixed sizes, with −1 counted as 1: the fewest GPUs that the config runs on."""
     parallel = config.parallel
     return math.prod(max(1, size) for size in (parallel.replicate, parallel.shard, parallel.context))
 
 
 def check_gpus(config: RunConfig, gpus: int) -> Sizes:
-    """The mesh on a number of GPUs.
+    """The config's mesh on `gpus` GPUs.
 
     Raises:
-        UserError: the mesh, a global batch or the streams do not divide; says what does.
+        UserError: the mesh, a global batch or the streams do not divide; the message says what does.
     """
-    check_count(gpus)
+    check_gpu_count(gpus)
     sizes = check_mesh(config, gpus)
     check_batches(config, gpus)
     return sizes
 
 
 def check_batches_for_any_mesh(config: RunConfig, gpus: int) -> None:
-    """Refuse global batches and streams that do not divide by the GPUs, where their mesh may be picked.
+    """Check that global batches and streams divide by `gpus`, whichever mesh is picked.
 
     Raises:
-        UserError: naming the nearest numbers of GPUs below and above that need no mending; then settings for this one.
+        UserError: they do not. The message names the nearest GPU counts below and above that do, then the settings
+            that would make `gpus` work.
     """
     undivided = first_indivisible(config, gpus)
     if undivided:
@@ -50,40 +52,42 @@ def check_batches_for_any_mesh(config: RunConfig, gpus: int) -> None:
         raise UserError(f"{undivided}; use --gpus {' or '.join(map(str, nearest))}, or with {gpus} GPUs {words}")
 
 
-def check_count(gpus: int) -> None:
-    """Refuse fewer than one.
+def check_gpu_count(gpus: int) -> None:
+    """Check that `gpus` is at least 1.
 
     Raises:
-        UserError: for less.
+        UserError: it is less.
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
 
 
 def mesh_candidates(config: RunConfig, gpus: int, card: GPU) -> dict[int, list[tuple[list[str], RunConfig]]]:
-    """Meshes worth an estimate by number of shards, smallest first: settings, with the changed config.
+    """Meshes to estimate, by number of shards in ascending order: pairs of settings and the config with them.
 
-    Experts are split as the config asks, not at all, and among as many GPUs of a node as can be.
+    For each number of shards the experts are not split, split as the config sets, and split over as many GPUs of one
+    node as divide.
     """
     experts_by_shard: dict[int, list[int]] = {}
     for _, shard, expert in meshes(config.model, gpus):
         experts_by_shard.setdefault(shard, []).append(expert)
-    found = {}
+    candidates = {}
     for shard, experts in experts_by_shard.items():
-        within = max((expert for expert in experts if expert <= card.per_node), default=1)
-        chosen = sorted({1, config.parallel.expert, within} & {*experts})
-        tried = [mesh_words(config.parallel, gpus // shard, shard, expert) for expert in chosen or experts[:1]]
-        found[shard] = [(words, with_mesh(config, words)) for words in tried]
-    return found
+        in_node = max((expert for expert in experts if expert <= card.per_node), default=1)
+        chosen = sorted({1, config.parallel.expert, in_node} & {*experts})
+        settings = [mesh_words(config.parallel, gpus // shard, shard, expert) for expert in chosen or experts[:1]]
+        candidates[shard] = [(words, with_mesh(config, words)) for words in settings]
+    return candidates
 
 
 def with_mesh(config: RunConfig, words: list[str]) -> RunConfig:
-    """The config with settings of parallel, as mesh_words gives them."""
+    """The config with `parallel.NAME=SIZE` settings, as mesh_words returns them."""
     values = dict(word.removeprefix("parallel.").split("=") for word in words)
-    return replace(config, parallel=replace(config.parallel, **{name: int(value) for name, value in values.items()}))
+    sizes: dict[str, Any] = {name: int(value) for name, value in values.items()}  # mesh_words names sizes alone
+    return replace(config, parallel=replace(config.parallel, **sizes))
 
 
-def least_state(config: RunConfig) -> float:
-    """Bytes that parameters and momentum take at least, over all shards."""
+def min_state_bytes(config: RunConfig) -> float:
+    """A lower bound on the bytes of parameters and momentum, summed over all shards."""
     size = 8 if config.precision.compute == "float64" else 4
     return 2 * size * parameter_counts(config.model)["total"]
