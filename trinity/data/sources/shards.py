@@ -1,4 +1,4 @@
-"""Token shards: a folder of memory-mapped token ids, read by document. Format: SHARDS.md.
+"""Token shards: a folder of memory-mapped token ids, read by document. Format: ../prepare/README.md.
 
     index.json               format, vocabulary, totals, and one entry a shard with sizes and checksums
     shard_00000.tokens       ids one after the other, little-endian uint16 (uint32 from 65,537 ids on)

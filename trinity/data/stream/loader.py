@@ -3,7 +3,7 @@
 Each logical stream of the rank belongs to one worker; the workers send sequences in turn, round robin. Workers start as
 copies of the stream and never send their state: the training process packs each sequence again, without reading tokens,
 when it is consumed. So a checkpoint does not depend on how far ahead the workers are, and the pieces of each sequence
-are compared. The second packing costs 2 to 31 µs a sequence (README.md); sending the state costs more.
+are compared. The second packing costs 2 to 105 µs a sequence (README.md).
 
 Each worker has its own pipe, which closes when the worker dies. (torch's DataLoader has one queue for all workers,
 where the reader of a truncated message waits forever; it sends each tensor as its own file in shared memory, a
