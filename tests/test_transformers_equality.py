@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from trinity.interop.weight_map import correspondence
+from trinity.interop.weight_map import weight_map
 from trinity.models import ModelConfig, Trinity
 
 BOUND = 3e-5
@@ -105,7 +105,7 @@ def hf_config(config: ModelConfig) -> AfmoeConfig:
 def fused(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Tensors by Trinity's names → by transformers' in-memory names, where a layer's experts are two tensors."""
     renamed = {}
-    for name, model, index in correspondence(config):
+    for name, model, index in weight_map(config):
         if model in tensors and ".experts." not in name:
             renamed[name] = tensors[model][index]
     for layer in range(config.dense_layers, config.layers):

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import trinity_kernels
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
+from trinity.data.stream.collate import Batch
 from trinity.models.moe import MoE
 from trinity.optim import Muon, orthogonalize, rate_factor
 from trinity.optim.muon_layout import MatrixBatch
@@ -23,7 +24,7 @@ from trinity.parallel import mesh
 from trinity.training import train_step as step_module
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
-from trinity.training.train_step import Batch, train_step
+from trinity.training.train_step import train_step
 
 BOUND = 1e-10
 
@@ -44,7 +45,7 @@ def run_steps(
         routes: [M, R, S, K] by step, taken in place of the router's choice.
     Returns:
         "tokens", "routes": of this rank's rows, by step; and, whole, on every rank: "gradients" (raw, before clipping),
-        "counts", "figures" by step, and the last "state".
+        "counts", "metrics" by step, and the last "state".
     """
     config = config_of(settings, words)
     ranks = mesh.start(config.parallel, config.model, 1, False)
@@ -52,7 +53,7 @@ def run_steps(
     model.init_weights(config.run.seed)
     optimizers = make_optimizers(config, model)
     stream = open_stream(config, ranks.rank, ranks.data_ranks)
-    seen: dict[str, list] = {key: [] for key in ("tokens", "routes", "gradients", "counts", "figures")}
+    seen: dict[str, list] = {key: [] for key in ("tokens", "routes", "gradients", "counts", "metrics")}
     with ExitStack() as stack:
         if wrong:
             stack.enter_context(MISTAKES[wrong][0](model))
@@ -60,10 +61,10 @@ def run_steps(
             batch = uneven(stream.take(config.batch.sequences // ranks.data_ranks), ranks.is_first)
             forced = None if routes is None else routes[step][:, ranks.rank :: ranks.world]
             with watched(model, seen, len(batch.tokens_BS), forced):
-                figures = train_step(model, optimizers, batch, config, 1.0, ranks)
-            assert not figures["skipped"]
+                result = train_step(model, optimizers, batch, config, 1.0, ranks)
+            assert result.skip_reason is None
             seen["tokens"].append(batch.tokens_BS)
-            seen["figures"].append(figures)
+            seen["metrics"].append(result.metrics)
     state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     state |= {name: whole(tensor) for name, tensor in optimizers.state_dict().items()}
     return seen | {"state": state}
@@ -77,12 +78,11 @@ def alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | N
         mesh.stop()
 
 
-def uneven(rows: Any, first: bool) -> Batch:
+def uneven(batch: Batch, first: bool) -> Batch:
     """A batch whose first row has fewer targets, so that ranks count differently."""
-    targets = rows.targets.clone()
     if first:
-        targets[0, :11] = -100
-    return Batch(rows.tokens, targets, rows.document_ids)
+        batch.targets_BS[0, :11] = -100
+    return batch
 
 
 @contextmanager
@@ -150,10 +150,10 @@ def assert_same(
             assert torch.equal(found, wanted), "counts"
         for step, (found, wanted) in enumerate(zip(run["gradients"], expected["gradients"], strict=True)):
             assert_tensors(found, wanted, bound, f"raw gradient of step {step}")
-        for step, (found, wanted) in enumerate(zip(run["figures"], expected["figures"], strict=True)):
+        for step, (found, wanted) in enumerate(zip(run["metrics"], expected["metrics"], strict=True)):
             assert found.keys() == wanted.keys()
             for name, value in wanted.items():
-                assert abs(found[name] - value) <= bound * max(1, abs(value)), f"figure {name} of step {step}"
+                assert abs(found[name] - value) <= bound * max(1, abs(value)), f"metric {name} of step {step}"
         if state:
             assert_tensors(run["state"], expected["state"], bound, "state")
 
@@ -199,7 +199,7 @@ def _norm_twice(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
     """Each rank divides its loss by its own valid targets (times the ranks)."""
-    with mock.patch.object(step_module, "_over_all_ranks", lambda count: int(count) * dist.get_world_size()):
+    with mock.patch.object(step_module, "_all_reduce_count", lambda count: int(count) * dist.get_world_size()):
         yield
 
 
@@ -207,17 +207,17 @@ def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
 def _shards_orthogonalised(_model: torch.nn.Module) -> Iterator[None]:
     """Newton-Schulz on the rows that a rank holds, as if they were the matrix."""
 
-    def on_shards(optimizer: Muon, batch: MatrixBatch, _fades: Any, rate: float) -> Iterator[None]:
-        for run in batch.held:
-            u = run.of(optimizer.state[run.role.parameter]["momentum"]) * optimizer.momentum
-            u += run.of(run.role.parameter.grad)
+    def on_shards(optimizer: Muon, batch: MatrixBatch, _factors: Any, rate: float) -> Iterator[None]:
+        for stack in batch.stacks:
+            u = stack.view(optimizer.state[stack.role.parameter]["momentum"]) * optimizer.momentum
+            u += stack.view(stack.role.parameter.grad)
             if not u.numel():
                 continue
             update = orthogonalize(u, optimizer.coefficients, optimizer.steps, optimizer.dtype)
-            run.of(run.role.parameter.detach()).add_(update, alpha=-rate * rate_factor(*batch.shape))
+            stack.view(stack.role.parameter.detach()).add_(update, alpha=-rate * rate_factor(*batch.shape))
         yield
 
-    with mock.patch.object(Muon, "_update", on_shards):
+    with mock.patch.object(Muon, "_update_batch", on_shards):
         yield
 
 
@@ -225,7 +225,7 @@ def _shards_orthogonalised(_model: torch.nn.Module) -> Iterator[None]:
 MISTAKES: dict[str, tuple[Callable[[torch.nn.Module], Any], str]] = {
     "expert gradients scaled by the expert degree": (_scaled_expert_gradients, r"raw gradient.*experts"),
     "counts not reduced": (_counts_not_reduced, "counts"),
-    "an expert's norm counted twice": (_norm_twice, "figure grad_norm"),
+    "an expert's norm counted twice": (_norm_twice, "metric grad_norm"),
     "valid targets not reduced": (_valid_not_reduced, "raw gradient"),
     "shards orthogonalised": (_shards_orthogonalised, r"state: blocks.*(qkvg|gate_up|down|out)"),
 }

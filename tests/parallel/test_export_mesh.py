@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.parallel.test_mesh_sizes import sizes
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config
@@ -114,7 +115,7 @@ def test_the_export_of_a_checkpoint_too_large_for_one_process(processes: Callabl
     model = filled(config)
     save_config(RunConfig(run=RunSection(steps=5), model=config), tmp_path / "config.yaml")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    save(model_state(model), tmp_path, 5, keep=1)
+    save(model_state(model), CheckpointDirectory.at(tmp_path), 5, keep=1)
     dist.destroy_process_group()
     export_hf(model, tmp_path / "one", dtype=torch.float32)
     assert processes(4).run(export_of_a_run, tmp_path, tmp_path / "many") == [5] * 4

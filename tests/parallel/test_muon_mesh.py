@@ -1,5 +1,6 @@
-"""Muon and clipping on meshes of 2 and 4 equal one process, in float64; what travels is counted, not believed.
+"""Muon and clipping on meshes of 2 and 4 ranks, in float64; collectives and their bytes are counted.
 
+Muon is compared with `muon_reference.ReferenceMuon` on one process, clipping with its own formula on whole tensors.
 Parameters are sharded by FSDP2 itself, as in trinity/parallel/fsdp.py. Newton-Schulz amplifies rounding of 2⁻⁵³ by
 less than 1e3 a step, on weights of order 1: hence 1e-10.
 """
@@ -21,6 +22,7 @@ from trinity.optim import muon as muon_module
 from trinity.optim.build import Optimizers, build_optimizers, ownership_table
 from trinity.optim.grad_clip import clip_, global_norm
 from trinity.optim.muon import Muon
+from trinity.optim.muon_reference import ReferenceMuon
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 
 # name, kind, shape, rows. Cut over 4 ranks, qkvg's pieces lie on 2, 1, 2 and 2 of them; o, router and one leave ranks
@@ -125,9 +127,9 @@ def held(x: Tensor) -> Tensor:
 
 
 def train(mesh: Mesh | None, steps: int = 5, options: dict[str, Any] = FLOAT64) -> dict[str, Any]:
-    """Some steps of Muon: the whole tensors after them, what this rank holds, starved matrices by step."""
+    """Run Muon, or the reference if `mesh` is None: whole tensors, this rank's parts, starved matrices by step."""
     roles = make_roles(mesh)
-    optimizer = Muon(roles, lr=0.1, **options)
+    optimizer = (Muon if mesh else ReferenceMuon)(roles, lr=0.1, **options)
     counts = []
     for step in range(steps):
         set_gradients(roles, make_gradients(step), mesh)
@@ -219,14 +221,14 @@ def one_even_step(mesh: Mesh | None, options: dict[str, Any]) -> dict[str, Tenso
             u, _, vh = torch.linalg.svd(piece, full_matrices=False)
             gradients[name].append(u @ vh)
     set_gradients(roles, {name: torch.cat(pieces, dim=-2) for name, pieces in gradients.items()}, mesh)
-    Muon(roles, lr=0.1, **options).step()
+    (Muon if mesh else ReferenceMuon)(roles, lr=0.1, **options).step()
     return {role.name: full(role.parameter) for role in roles}
 
 
 def test_a_gradient_that_one_rank_lacks_is_zero_there(processes: Callable) -> None:
     """In the second step the other rank's rows have theirs. No one waits for ever. qkvg's 23 rows are 12 and 11."""
     role = make_roles(None, FORMS[:1])[0]
-    optimizer = Muon([role], lr=0.1, **FLOAT64)
+    optimizer = ReferenceMuon([role], lr=0.1, **FLOAT64)
     for step in range(2):
         role.parameter.grad = make_gradients(step)["qkvg"]
         role.parameter.grad[12 if step else 23 :] = 0

@@ -15,11 +15,13 @@ import torch.distributed as dist
 import yaml
 
 from tests.parallel.mesh_runs import config_of, whole
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.errors import UserError
 from trinity.parallel import mesh
 from trinity.run_directory import RunDirectory
 from trinity.training import train_step, trainer
 from trinity.training.resume import Origin
+from trinity.training.train_step import StepResult
 from trinity.training.trainer import Trainer, pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +37,7 @@ def stopped_run(settings: dict) -> int:
     """Rank 1 alone is told to stop, in the middle of its second step."""
     steps = []
 
-    def step(*args: object) -> dict:
+    def step(*args: object) -> StepResult:
         steps.append(1)
         if dist.get_rank() == 1 and len(steps) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -77,18 +79,19 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
     """One step in which rank 1's gradient or loss holds a NaN; what it reports, and which tensors changed."""
     config = config_of(settings, WORDS)
     ranks = mesh.start(config.parallel, config.model, 1, False)
-    training = Trainer(config, ranks, RunDirectory(Path(config.run.dir), ranks.is_first), Origin(Path(config.run.dir)))
+    path = Path(config.run.dir)
+    training = Trainer(config, ranks, RunDirectory(path, ranks.is_first), Origin(CheckpointDirectory.at(path)))
     good = training.one_step()
     before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     backward = train_step._forward_and_backward
 
     def poisoned(model: torch.nn.Module, *args: object) -> list:
-        parts = backward(model, *args)
+        losses = backward(model, *args)
         if dist.get_rank() == 1 and what == "gradient":
             model.blocks[2].ffn.experts.down.grad.to_local()[0, 0, 0] = float("nan")
         elif dist.get_rank() == 1:
-            parts[0].ce_BS[0, 0] = float("nan")
-        return parts
+            losses[0].ce_BS[0, 0] = float("nan")
+        return losses
 
     with mock.patch.object(train_step, "_forward_and_backward", poisoned):
         bad = training.one_step()

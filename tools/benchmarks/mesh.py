@@ -81,9 +81,10 @@ def _measure(steps: int, words: list[str]) -> dict[str, list[float]]:
     import torch
 
     from trinity.config.load import load_config
+    from trinity.data.stream.collate import Batch
     from trinity.parallel import mesh
     from trinity.training.build import build_model, make_optimizers
-    from trinity.training.train_step import Batch, train_step
+    from trinity.training.train_step import train_step
 
     config = load_config("configs/smoke.yaml", [f"batch.sequences={ROWS}", *words])
     ranks = mesh.start(config.parallel, config.model, None, False)

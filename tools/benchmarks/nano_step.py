@@ -91,11 +91,12 @@ def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[st
     import torch
 
     from trinity.config.load import load_config
+    from trinity.data.stream.collate import Batch
     from trinity.hardware import memory_gib, peak_flops
     from trinity.models.flops import flops_per_token
     from trinity.parallel import mesh
     from trinity.training.build import build_model, make_optimizers
-    from trinity.training.train_step import Batch, train_step
+    from trinity.training.train_step import train_step
 
     config = load_config(path, words)
     ranks = mesh.start(config.parallel, config.model, None, False)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import CheckpointConfig, LogConfig
 from trinity.parallel import mesh
@@ -79,7 +80,7 @@ def _measure(folder: Path, name: str, model: dict, rounds: int) -> dict[str, flo
     try:
         for kind, config in configs.items():
             directory = RunDirectory(Path(config.run.dir))
-            runs[kind] = Trainer(config, ranks, directory, Origin(directory.path)), directory
+            runs[kind] = Trainer(config, ranks, directory, Origin(CheckpointDirectory.at(directory.path))), directory
         seconds = _rounds(runs["bare"][0], runs["all"][0], rounds)
         return _shares(seconds, _checkpoints(runs["all"][0]))
     finally:

@@ -123,6 +123,8 @@ class MoE(nn.Module):
         self.router = Router(config, kernels.routing)
         self.experts = Experts(config, kernels)
         self.shared = SwiGLU(config.width, config.shared_experts * config.expert_width, kernels.gate)
+        self.expert_bias: Tensor
+        self.expert_momentum: Tensor
         self.register_buffer("expert_bias", torch.empty(config.experts, dtype=torch.float32))
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))
         self.dispatcher: Dispatcher = local_dispatch

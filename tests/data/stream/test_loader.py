@@ -57,7 +57,7 @@ def make_stream(sources: dict, rank: int = 0, ranks: int = 1, **arguments: objec
 
 def assert_same_batch(found: object, wanted: object) -> None:
     assert found.pieces == wanted.pieces
-    for name in ("tokens", "targets", "document_ids"):
+    for name in ("tokens_BS", "targets_BS", "document_ids_BS"):
         assert torch.equal(getattr(found, name), getattr(wanted, name))
         assert getattr(found, name).dtype == getattr(wanted, name).dtype
 

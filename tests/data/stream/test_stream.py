@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as checkpoint
 from trinity.checkpoint.load import tensors_of
 from trinity.data import BatchPlan, SequenceStream, TokenSource
 from trinity.data.stream.mixture import Phase, normalised
-from trinity.data.stream.permutation import permutation_keys, permute
+from trinity.data.stream.shuffle import permutation_keys, permute
 from trinity.errors import UserError
 
 S, V, SEED = 16, 12, 5
@@ -197,9 +197,9 @@ def test_the_same_global_batches_on_any_number_of_ranks(make_stream: Callable, r
         whole = alone.take(sequences)
         for k in range(sequences):
             part, row = parts[(first + k) % ranks], k // ranks
-            assert torch.equal(part.tokens[row], whole.tokens[k])
-            assert torch.equal(part.targets[row], whole.targets[k])
-            assert torch.equal(part.document_ids[row], whole.document_ids[k])
+            assert torch.equal(part.tokens_BS[row], whole.tokens_BS[k])
+            assert torch.equal(part.targets_BS[row], whole.targets_BS[k])
+            assert torch.equal(part.document_ids_BS[row], whole.document_ids_BS[k])
             assert part.pieces[row] == whole.pieces[k]
 
 
@@ -214,8 +214,8 @@ def test_a_step_by_replay_is_the_step_of_the_run(make_stream: Callable, step: in
         stream.take(already)
         before = stream.state_dict()
         found = stream.batch(step)
-        assert torch.equal(found.tokens, batches[step].tokens)
-        assert torch.equal(found.targets, batches[step].targets)
+        assert torch.equal(found.tokens_BS, batches[step].tokens_BS)
+        assert torch.equal(found.targets_BS, batches[step].targets_BS)
         assert found.pieces == batches[step].pieces
         after = stream.state_dict()
         assert before.keys() == after.keys()
