@@ -97,7 +97,7 @@ def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) 
     """The output and every gradient, the weights' as this process holds them."""
     x_TD, indices_TK, gates_TK = inputs
     x_TD, gates_TK = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
-    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=lambda: 3 * x_TD)
+    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=lambda: 3 * x_TD)
     assert torch.equal(three, 3 * x_TD)
     wanted = [x_TD, gates_TK, *experts.parameters()]
     grads = torch.autograd.grad(y_TD, wanted, dy_TD)
@@ -190,12 +190,12 @@ class Watched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, events: list[str]) -> Tensor:
         ctx.events = events
-        events.append("meanwhile")
+        events.append("overlap")
         return x * 1
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.events.append("meanwhile backward")
+        ctx.events.append("overlap backward")
         return grad, None
 
 
@@ -206,8 +206,8 @@ def what_happens(case: str) -> tuple[list[str], list[str], list[tuple[int, list[
     x_TD.requires_grad_()
     gates_TK.requires_grad_()
     with Record() as record:
-        meanwhile = lambda: Watched.apply(x_TD, record.events)  # noqa: E731
-        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=meanwhile)
+        overlap = lambda: Watched.apply(x_TD, record.events)  # noqa: E731
+        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=overlap)
         forward = len(record.events)
         (y_TD.sum() + other_TD.sum()).backward()
     return record.events[:forward], record.events[forward:], record.sent, indices_TK
@@ -221,11 +221,11 @@ def test_the_shared_expert_computes_while_tokens_travel(processes: Pools) -> Non
     for forward, backward, sent, indices_TK in processes(4).run(what_happens, "uneven"):
         most, exactly = indices_TK.numel(), sum(sent[1][1])
         assert forward == [
-            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "meanwhile",
+            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "overlap",
             "wait", "wait", "experts", "start 6", "wait",
         ]  # fmt: skip
         assert backward == [
-            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "meanwhile backward",
+            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "overlap backward",
             "wait", "wait",
         ]  # fmt: skip
 
