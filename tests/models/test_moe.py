@@ -1,4 +1,7 @@
-"""The MoE layer against loops over tokens and experts in float64 (eq. 15-18 and 29-32)."""
+"""The MoE layer against loops over tokens and experts in float64 (eq. 15-18 and 29-32).
+
+Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts.
+"""
 
 import math
 from collections.abc import Callable
