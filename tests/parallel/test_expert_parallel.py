@@ -21,7 +21,7 @@ from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
 from trinity.models.moe import Experts, MoE
-from trinity.models.token_dispatcher import local
+from trinity.models.token_dispatcher import local_dispatch
 from trinity.parallel import deep_ep, expert_parallel
 from trinity.parallel.expert_parallel import AllToAll, split_experts
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
@@ -110,7 +110,7 @@ def both_ways(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
     inputs, dy_TD = make(case, dtype)
     experts = whole_experts(inputs[1].shape[1], dtype)
     expected = run(
-        local, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
+        local_dispatch, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
     )
     here, dispatcher = split(experts.to(dtype), ranks_of())
     found = run(dispatcher, here, inputs, dy_TD)
@@ -315,7 +315,7 @@ def unsplit() -> tuple[bool, bool]:
     moe = layer(2)
     world = dist.get_world_size()
     split_experts(moe, join_meshes(Sizes(1, world, 1, world, "experts"), torch.device("cpu")).experts)
-    return moe.dispatcher is local, any(isinstance(p, DTensor) for p in moe.parameters())
+    return moe.dispatcher is local_dispatch, any(isinstance(p, DTensor) for p in moe.parameters())
 
 
 def test_one_rank_with_all_experts_changes_nothing(processes: Pools) -> None:
@@ -370,7 +370,7 @@ def played_deep_ep(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """As both_ways, through the DeepEP class with a played buffer."""
     inputs, dy_TD = make(case, torch.float64)
     experts = whole_experts(inputs[1].shape[1], torch.float64)
-    expected = run(local, experts, inputs, dy_TD)
+    expected = run(local_dispatch, experts, inputs, dy_TD)
     here, _ = split(experts, ranks_of())
     with mock.patch.object(deep_ep, "find_spec", return_value=True):
         dispatcher = deep_ep.DeepEP(dist.group.WORLD, E)
