@@ -21,7 +21,7 @@ from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
 from trinity.models.moe import Experts, MoE
-from trinity.models.token_dispatcher import local
+from trinity.models.token_dispatcher import local_dispatch
 from trinity.parallel import deep_ep, expert_parallel
 from trinity.parallel.expert_parallel import AllToAll, split_experts
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
@@ -97,7 +97,7 @@ def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) 
     """The output and every gradient, the weights' as this process holds them."""
     x_TD, indices_TK, gates_TK = inputs
     x_TD, gates_TK = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
-    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=lambda: 3 * x_TD)
+    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=lambda: 3 * x_TD)
     assert torch.equal(three, 3 * x_TD)
     wanted = [x_TD, gates_TK, *experts.parameters()]
     grads = torch.autograd.grad(y_TD, wanted, dy_TD)
@@ -110,7 +110,7 @@ def both_ways(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
     inputs, dy_TD = make(case, dtype)
     experts = whole_experts(inputs[1].shape[1], dtype)
     expected = run(
-        local, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
+        local_dispatch, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
     )
     here, dispatcher = split(experts.to(dtype), ranks_of())
     found = run(dispatcher, here, inputs, dy_TD)
@@ -190,12 +190,12 @@ class Watched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, events: list[str]) -> Tensor:
         ctx.events = events
-        events.append("meanwhile")
+        events.append("overlap")
         return x * 1
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.events.append("meanwhile backward")
+        ctx.events.append("overlap backward")
         return grad, None
 
 
@@ -206,8 +206,8 @@ def what_happens(case: str) -> tuple[list[str], list[str], list[tuple[int, list[
     x_TD.requires_grad_()
     gates_TK.requires_grad_()
     with Record() as record:
-        meanwhile = lambda: Watched.apply(x_TD, record.events)  # noqa: E731
-        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=meanwhile)
+        overlap = lambda: Watched.apply(x_TD, record.events)  # noqa: E731
+        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=overlap)
         forward = len(record.events)
         (y_TD.sum() + other_TD.sum()).backward()
     return record.events[:forward], record.events[forward:], record.sent, indices_TK
@@ -221,11 +221,11 @@ def test_the_shared_expert_computes_while_tokens_travel(processes: Pools) -> Non
     for forward, backward, sent, indices_TK in processes(4).run(what_happens, "uneven"):
         most, exactly = indices_TK.numel(), sum(sent[1][1])
         assert forward == [
-            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "meanwhile",
+            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "overlap",
             "wait", "wait", "experts", "start 6", "wait",
         ]  # fmt: skip
         assert backward == [
-            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "meanwhile backward",
+            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "overlap backward",
             "wait", "wait",
         ]  # fmt: skip
 
@@ -315,7 +315,7 @@ def unsplit() -> tuple[bool, bool]:
     moe = layer(2)
     world = dist.get_world_size()
     split_experts(moe, join_meshes(Sizes(1, world, 1, world, "experts"), torch.device("cpu")).experts)
-    return moe.dispatcher is local, any(isinstance(p, DTensor) for p in moe.parameters())
+    return moe.dispatcher is local_dispatch, any(isinstance(p, DTensor) for p in moe.parameters())
 
 
 def test_one_rank_with_all_experts_changes_nothing(processes: Pools) -> None:
@@ -370,7 +370,7 @@ def played_deep_ep(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """As both_ways, through the DeepEP class with a played buffer."""
     inputs, dy_TD = make(case, torch.float64)
     experts = whole_experts(inputs[1].shape[1], torch.float64)
-    expected = run(local, experts, inputs, dy_TD)
+    expected = run(local_dispatch, experts, inputs, dy_TD)
     here, _ = split(experts, ranks_of())
     with mock.patch.object(deep_ep, "find_spec", return_value=True):
         dispatcher = deep_ep.DeepEP(dist.group.WORLD, E)
