@@ -1,6 +1,6 @@
-"""The plan of a run against the run: what rank 0 of four real processes holds and says in one step.
+"""The plan of a run against the run: memory and communication of rank 0 of four real processes in one step.
 
-A plan takes routing as even, and in a run it is not; so here every token goes to all experts, and the two must agree to
+A plan assumes even routing, which a run does not have. Here every token goes to all experts, so the two must agree to
 the byte. Some sizes do not divide by the ranks: rank 0 has whole chunks, the last ranks less.
 """
 
@@ -9,16 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from tests.parallel.mesh_runs import config_of
 from trinity.config.run import RunConfig
 from trinity.parallel import mesh
-from trinity.parallel.collectives import all_gather_single
 from trinity.parallel.comm_counter import count_collectives
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.activations import block_activations
@@ -48,12 +43,12 @@ CASES = [
     ["parallel.shard=4", "precision.compute=bfloat16", "precision.reduce=bfloat16", "recompute=block"],
     ["parallel.replicate=2", "parallel.shard=2", "parallel.defer_reduce=on", "optim.muon.share=off"],
     ["parallel.shard=4", "parallel.expert=2", "recompute=selective", "batch.microbatch=2", "optim.router=adamw"],
-    ["parallel.shard=4", "model.experts=2", "model.active_experts=2"],  # more ranks than experts: cut by width
+    ["parallel.shard=4", "model.experts=2", "model.active_experts=2"],  # more ranks than experts: sharded by width
 ]
 
 
 def one_step(words: list[str]) -> dict[str, Any]:
-    """What this rank holds and says in the first step of a run."""
+    """Memory (bytes of state) and traffic of this rank in the first step of a run."""
     config = config_of(SETTINGS, words)
     ranks = mesh.start(config.parallel, config.model, 1, False)
     model = build_model(config, ranks)
@@ -61,66 +56,29 @@ def one_step(words: list[str]) -> dict[str, Any]:
     optimizers = make_optimizers(config, model)
     update, held = optimizers.step, {}
 
-    def watched() -> None:
+    def record_gradients_and_step() -> None:
         held["gradients"] = storages([p.grad for p in model.parameters()])
         update()
 
-    optimizers.step = watched
+    optimizers.step = record_gradients_and_step
     tokens = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(ranks.rank))
-    with count_collectives() as seen:
+    with count_collectives() as traffic:
         train_step(model, optimizers, Batch(tokens[:, :-1], tokens[:, 1:], None), config, 1.0, ranks)
     held["parameters"] = storages(list(model.parameters()))
     for name, optimizer in (("Muon momentum", optimizers.muon), ("AdamW moments", optimizers.adamw)):
         held[name] = storages([x for state in optimizer.state.values() for x in state.values()])
     held["expert biases"] = storages(list(model.buffers()))
-    return {"held": held, "traffic": {key: tuple(value) for key, value in seen.items() if key[1] > 1}}
-
-
-def collectives() -> list[tuple]:
-    """Every kind once or twice, over all four and over pairs, called plainly, by a DTensor and in backward."""
-    rank, x = dist.get_rank(), torch.ones(8)  # 32 bytes
-    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    pair = pairs.get_group("inner")
-    with count_collectives() as seen:
-        dist.all_reduce(x)
-        all_gather_single(torch.empty(32), x)
-        dist.all_gather([torch.empty(8), torch.empty(8)], x, group=pair)
-        dist.reduce_scatter_tensor(torch.empty(4), x, group=pair)
-        dist.broadcast(x, 2 * (rank // 2), group=pair)
-        sent = [2, 6] if rank % 2 else [5, 3]
-        received = [5, 2] if rank % 2 == 0 else [3, 6]
-        dist.all_to_all_single(torch.empty(sum(received)), x, received, sent, group=pair)
-        matrix = DTensor.from_local(x.view(2, 4), pairs["inner"], [Shard(0)])
-        matrix @ matrix  # gathers the second
-        y = torch.ones(6, requires_grad=True)
-        functional.all_to_all_single_autograd(y, [3, 3], [3, 3], pair).sum().backward()
-        functional.all_reduce(x, "sum", pair)
-    dist.all_reduce(x)  # too late to be seen
-    return sorted((*key, *value) for key, value in seen.items())
-
-
-def test_the_counter(processes: Callable) -> None:
-    """By hand: what is gathered, what is to be reduced, what is sent; a backward pass sends as its forward."""
-    expected = [
-        ("all_gather", 2, 2, 64 + 64),
-        ("all_gather", 4, 1, 128),
-        ("all_reduce", 2, 1, 32),
-        ("all_reduce", 4, 1, 32),
-        ("all_to_all", 2, 3, 32 + 24 + 24),
-        ("broadcast", 2, 1, 32),
-        ("reduce_scatter", 2, 1, 32),
-    ]
-    assert processes(4).run(collectives) == [expected] * 4
+    return {"held": held, "traffic": {key: tuple(value) for key, value in traffic.items() if key[1] > 1}}
 
 
 def storages(tensors: list[Tensor]) -> int:
-    """Bytes of the memory under all of them, counted once."""
+    """Bytes of the tensors' storages, each counted once."""
     parts = [getattr(x, "_local_tensor", x.detach()).untyped_storage() for x in tensors]
     return sum({part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}.values())
 
 
 def planned(config: RunConfig) -> dict[str, Any]:
-    """The same from the plan."""
+    """The same figures from the plan."""
     load = load_of(config, stretches(config)[0], 4)
     with sharded(config, check_parallel(config.parallel, config.model, 4)) as rank:
         exchanged = [block.exchange for block in block_activations(config, rank.ranks, load.microbatch)]
@@ -132,7 +90,7 @@ def planned(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words))
-def test_what_rank_0_holds_and_says(processes: Callable, words: list[str]) -> None:
+def test_memory_and_traffic_of_rank_0(processes: Callable, words: list[str]) -> None:
     """Bytes and calls, exactly; no rank holds more."""
     expected = planned(config_of(SETTINGS, words))
     runs = processes(4).run(one_step, words)
