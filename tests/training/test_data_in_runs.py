@@ -60,7 +60,9 @@ def test_a_later_phase_may_be_edited_and_one_that_has_begun_may_not(settings: di
     settings["data"]["phases"].append({"tokens": 1000, "mixture": {"code": 1}})
     assert train(settings, "run.steps=7") == 0
     settings["data"]["phases"][0]["mixture"] = {"code": 1}
-    assert "has begun with data phase 1 (mixture was" in refuse(settings, "run.steps=8")
+    sentence = refuse(settings, "run.steps=8")
+    assert "data phase 1 of " in sentence
+    assert "has begun and must not change (mixture was" in sentence
 
 
 def test_the_same_batches_from_text(
