@@ -24,7 +24,7 @@ def test_schema(kind: str) -> None:
 
 
 def test_pod_names() -> None:
-    """A pod of an indexed job is named JOB-INDEX.SUBDOMAIN if a headless service with the subdomain's name selects it."""
+    """A pod of an indexed job is named JOB-INDEX.SUBDOMAIN if a headless service of the subdomain's name selects it."""
     service = DOCUMENTS["Service"]
     assert (DOCUMENTS["Job"]["apiVersion"], JOB["completionMode"]) == ("batch/v1", "Indexed")
     assert service["spec"]["clusterIP"] == "None"

@@ -134,8 +134,8 @@ def _links_advice(plan: Plan) -> str:
             faster.append((_run_seconds(changed), change))
     cost = (
         f"GPUs wait for links during {exposed_communication(plan):.0%} of the time: a step of "
-        f"{plan.main.segment.sequences:,} sequences takes {plan.main.seconds.step:.3g} s and its computing "
-        f"{plan.main.seconds.computing:.3g} s"
+        f"{plan.longest_step.segment.sequences:,} sequences takes {plan.longest_step.seconds.step:.3g} s and its computing "
+        f"{plan.longest_step.seconds.computing:.3g} s"
     )
     if not faster:
         return f"{cost}; no mesh or microbatch that was tried is faster"
@@ -145,7 +145,7 @@ def _links_advice(plan: Plan) -> str:
 
 def _run_seconds(plan: Plan) -> float:
     """Seconds of the run, or of one step for a run of zero steps."""
-    return plan.total_seconds or plan.main.seconds.step
+    return plan.total_seconds or plan.longest_step.seconds.step
 
 
 def _settings_text(plan: Plan, change: Change) -> str:
