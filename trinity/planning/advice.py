@@ -132,10 +132,11 @@ def _links_advice(plan: Plan) -> str:
         changed = _plan_after(plan, change)
         if changed is not None and changed.fits and _run_seconds(changed) <= MAX_TIME_RATIO * now:
             faster.append((_run_seconds(changed), change))
+    step = plan.longest_step
     cost = (
         f"GPUs wait for links during {exposed_communication(plan):.0%} of the time: a step of "
-        f"{plan.longest_step.segment.sequences:,} sequences takes {plan.longest_step.seconds.step:.3g} s and its computing "
-        f"{plan.longest_step.seconds.computing:.3g} s"
+        f"{step.segment.sequences:,} sequences takes {step.seconds.step:.3g} s and its computing "
+        f"{step.seconds.computing:.3g} s"
     )
     if not faster:
         return f"{cost}; no mesh or microbatch that was tried is faster"

@@ -90,11 +90,11 @@ def _verdict(plan: Plan, sentences: list[str]) -> str:
     tokens = sum(step.segment.tokens for step in plan.steps)
     duration, hours = _duration_and_gpu_hours(plan, plan.total_seconds)
     one = "process" if plan.gpu == "cpu" else "GPU"
-    speed = plan.tokens_per_second(plan.longest_step)
+    speed, mfu = plan.tokens_per_second(plan.longest_step), plan.mfu(plan.longest_step)
     lines = [
         f"{plan.config.run.name} on {plan.gpus} × {plan.gpu}",
         f"{'fits' if plan.fits else 'DOES NOT FIT':<14} {plan.memory.total / GB:.1f} of {most / GB:.1f} GB a {one}",
-        f"speed          {speed:,.0f} tokens/s a {one}, {speed * plan.gpus:,.0f} in all, MFU {plan.mfu(plan.longest_step):.0%}",
+        f"speed          {speed:,.0f} tokens/s a {one}, {speed * plan.gpus:,.0f} in all, MFU {mfu:.0%}",
         f"the run        {tokens:,} tokens, {duration}, {hours} {one}-hours",
     ]
     if plan.picked:
