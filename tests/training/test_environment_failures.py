@@ -14,10 +14,10 @@ from unittest import mock
 
 import pytest
 
+from tests.training.fault_injection import nth
 from tests.training.file_systems import make_read_only, read_only, unmount
 from tests.training.forked_ranks import run
 from tests.training.run_files import MEASURED, metrics, refuse, status, train
-from tests.training.troubles import nth
 from trinity.monitor import events
 from trinity.training import trainer
 from trinity.training.train_step import StepResult, train_step

@@ -11,9 +11,9 @@ from unittest import mock
 
 import pytest
 
+from tests.training.fault_injection import kill, nth
 from tests.training.forked_ranks import run
 from tests.training.run_files import metrics, state, status, train
-from tests.training.troubles import kill, nth
 from trinity.models import Trinity
 from trinity.monitor.heartbeat import Heartbeat
 from trinity.training import trainer

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
+from tests.training.fault_injection import nth
 from tests.training.run_files import metrics, state, status, train
-from tests.training.troubles import nth
 from trinity.checkpoint import directory
 from trinity.data.stream.loader import _Worker
 from trinity.interop import export
