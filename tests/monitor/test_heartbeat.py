@@ -18,7 +18,7 @@ from trinity.monitor.heartbeat import Heartbeat
 def test_a_step_that_hangs_ends_the_run(
     settings: dict, config_file: Callable, run_command: Callable, tmp_path: Path
 ) -> None:
-    """Code 1, the stacks of all threads with the place that hangs, and an event."""
+    """Code 1, the stacks of all threads with the function that hangs, and an event."""
     (tmp_path / "sitecustomize.py").write_text(
         "import time, sys\n"
         "def hang(frame, event, argument):\n"
@@ -45,8 +45,10 @@ def test_a_step_that_hangs_ends_the_run(
 
 
 @pytest.mark.parametrize("beating", [True, False])
-def test_the_alarm_hears_beats_and_no_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool) -> None:
-    """A clock that is set back and forward raises no alarm while something beats; without a beat there is one."""
+def test_beats_prevent_the_alarm_whatever_the_clock_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool
+) -> None:
+    """A system clock that is set back and forward raises no alarm while something beats; without beats there is one."""
     clock = itertools.cycle([1e9, 0.0, 2e9])
     alarms: list[float] = []
     monkeypatch.setattr(time, "time", lambda: next(clock))
@@ -61,7 +63,7 @@ def test_the_alarm_hears_beats_and_no_clock(tmp_path: Path, monkeypatch: pytest.
     assert bool(alarms) != beating
 
 
-def test_what_takes_long_has_as_long_as_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_activity_has_the_timeout_of_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alarms: list[float] = []
     monkeypatch.setattr(Heartbeat, "_alarm", lambda self, limit: alarms.append(limit))
     heartbeat = Heartbeat(0.2, mock.Mock(), tmp_path)
@@ -74,8 +76,8 @@ def test_what_takes_long_has_as_long_as_the_first_step(tmp_path: Path, monkeypat
     assert set(alarms) == {2.0}
 
 
-def test_a_refused_start_leaves_no_watch(settings: dict) -> None:
-    """A mistake found while loading ends the watch with it: no thread is left that would end this process later."""
+def test_a_refused_start_leaves_no_heartbeat(settings: dict) -> None:
+    """A mistake found while loading stops the heartbeat: no thread is left that would end this process later."""
     assert train(settings, "run.steps=3") == 0
     settings["data"]["train"]["code"] = settings["data"]["train"]["prose"]
     refuse(settings)

@@ -8,8 +8,8 @@ import torch
 from trinity.monitor.loss_spikes import CAPACITY, SpikeDetector
 
 
-def test_spikes_against_the_words_of_the_rule() -> None:
-    """Mean and standard deviation of the last ordinary steps, by the library."""
+def test_spikes_follow_the_rule() -> None:
+    """Mean and standard deviation of the last ordinary steps come from the statistics module."""
     generator = torch.Generator().manual_seed(1)
     values = (torch.randn(400, generator=generator, dtype=torch.float64) + 5).tolist()
     for at in (20, 31, 150, 151, 399):
@@ -25,7 +25,7 @@ def test_spikes_against_the_words_of_the_rule() -> None:
     assert {20, 31, 150, 151, 399} <= set(found)
 
 
-def test_a_gradient_norm_spikes_too_and_says_so() -> None:
+def test_a_spike_of_the_gradient_norm() -> None:
     spikes = SpikeDetector(window=8, sigma=3)
     for step in range(8):
         assert spikes.detect(2.0, 1 + 0.01 * (step % 2)) is None
@@ -33,7 +33,7 @@ def test_a_gradient_norm_spikes_too_and_says_so() -> None:
     assert spikes.detect(2.1, 1.0) == "loss 2.1 stands any number of standard deviations above the mean 2"
 
 
-def test_what_is_remembered_comes_back() -> None:
+def test_state_is_restored() -> None:
     one, other, shorter = SpikeDetector(20, 3), SpikeDetector(20, 3), SpikeDetector(5, 3)
     for step in range(33):
         one.detect(5 + math.sin(step), 1 + 0.1 * math.cos(step))

@@ -17,10 +17,12 @@ from trinity.monitor.router_health import CollapseDetector
 from trinity.training import train_step, trainer
 
 
-def test_a_stop_does_not_silence_a_watch(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An expert of the first layer gets no token: a run that was stopped after two steps says so after four.
+def test_a_restart_keeps_the_dead_experts_count(
+    settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An expert of the first layer gets no token: a run that was stopped after two steps warns after four.
 
-    A checkpoint from before the watch was in it can be loaded, and the watch begins anew.
+    A checkpoint without the detector's state can be loaded, and the detector starts empty.
     """
     update = CollapseDetector.update
 
@@ -47,7 +49,7 @@ def test_a_stop_does_not_silence_a_watch(settings: dict, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[int]]:
-    """poisoned({k, …}): these steps, counted from 0 as they are made, get a gradient norm a thousand times as large."""
+    """poisoned({k, …}): these steps, counted from 0 in the order they run, get a gradient norm 1000 times as large."""
 
     def poison(calls: set[int]) -> list[int]:
         made: list[int] = []
@@ -66,8 +68,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[int]]
 WORDS = ["health.spike.window=6", "health.spike.sigma=20", "evaluation.every=0"]
 
 
-def test_a_warning_changes_nothing(settings: dict, poisoned: Callable) -> None:
-    """Every figure and bit as with no rule; the event says what stood out."""
+def test_a_spike_warning_changes_nothing(settings: dict, poisoned: Callable) -> None:
+    """Every metric and bit is that of a run without spike detection; the event describes the spike."""
     run = Path(settings["run"]["dir"])
     poisoned({6})
     assert train(settings, *WORDS, "run.dir=" + str(run / "plain"), "health.spike.action=none") == 0
@@ -83,7 +85,7 @@ def test_a_warning_changes_nothing(settings: dict, poisoned: Callable) -> None:
 
 
 def test_a_skipped_spike_changes_nothing_but_the_count(settings: dict, poisoned: Callable) -> None:
-    """Weights, momentum and biases after it are those before it; and the steps after it do not count as bad."""
+    """Weights, momentum and biases stay as before it; and a skipped spike does not count as a bad step."""
     run = Path(settings["run"]["dir"])
     poisoned({6})
     words = [*WORDS, "health.spike.action=skip", "health.bad_steps=1", "checkpoint.every=1", "checkpoint.keep=9"]
@@ -95,7 +97,7 @@ def test_a_skipped_spike_changes_nothing_but_the_count(settings: dict, poisoned:
     assert lines[7]["sequences"] == 72
 
 
-def test_the_way_back_after_a_spike(settings: dict, poisoned: Callable) -> None:
+def test_rollback_after_a_spike(settings: dict, poisoned: Callable) -> None:
     """The spike in step 7 leads back to the checkpoint of step 6 and on with what comes after the data of step 7.
 
     What follows is, bit for bit, a run that was started from that checkpoint with the stream moved on by hand.
@@ -131,7 +133,7 @@ def test_the_way_back_after_a_spike(settings: dict, poisoned: Callable) -> None:
     assert {key for key in one if not torch.equal(one[key], by_hand[key])} == {"run.rollbacks"}
 
 
-def test_a_run_that_cannot_go_back_ends(settings: dict, poisoned: Callable) -> None:
+def test_a_run_without_a_checkpoint_to_roll_back_to_ends(settings: dict, poisoned: Callable) -> None:
     """No checkpoint before the spike: code 3, and STOP."""
     poisoned({6})
     words = [*WORDS, "health.spike.action=rollback", "checkpoint.every=0"]
@@ -141,8 +143,8 @@ def test_a_run_that_cannot_go_back_ends(settings: dict, poisoned: Callable) -> N
     assert "spikes come again" in (run / "STOP").read_text()
 
 
-def test_router_figures(settings: dict) -> None:
-    """Loads sum to one in each layer, and biases move by what the next line shows."""
+def test_router_records(settings: dict) -> None:
+    """Loads sum to one in each layer, and biases are those of the checkpoints."""
     assert train(settings, "log.router_every=2", "checkpoint.every=1", "checkpoint.keep=9") == 0
     run = Path(settings["run"]["dir"])
     lines = [json.loads(line) for line in (run / "router.jsonl").read_text().splitlines()]
@@ -163,8 +165,8 @@ def test_router_figures(settings: dict) -> None:
                 assert norm == pytest.approx(step.norm().item(), rel=1e-6)
 
 
-def test_a_run_without_routers_is_watched_too(settings: dict) -> None:
-    """All layers dense: no line of router.jsonl, and nothing to fail on."""
+def test_a_run_without_routers(settings: dict) -> None:
+    """All layers dense: router.jsonl stays empty, and the run does not fail."""
     settings["model"]["dense_layers"] = settings["model"]["layers"]
     assert train(settings, "run.steps=2", "log.norms_every=1") == 0
     assert (Path(settings["run"]["dir"]) / "router.jsonl").read_text() == ""

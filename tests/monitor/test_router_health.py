@@ -5,7 +5,7 @@ import torch
 from trinity.monitor.router_health import WINDOW, CollapseDetector
 
 
-def test_a_climbing_layer_is_warned_of_once() -> None:
+def test_a_climbing_layer_is_warned_about_once() -> None:
     collapse = CollapseDetector(factor=2, dead_steps=0)
     even = torch.tensor([[10, 10, 10, 10], [16, 8, 8, 8]])  # MaxVio 0 and 0.6
     skewed = torch.tensor([[10, 10, 10, 10], [29, 3, 4, 4]])  # and 1.9
@@ -18,8 +18,8 @@ def test_a_climbing_layer_is_warned_of_once() -> None:
     assert len([warning for _ in range(WINDOW) for warning in collapse.update(skewed)]) == 1
 
 
-def test_a_watch_that_is_restored_says_the_same() -> None:
-    """Saved and restored after every single step, through all of its warnings, against one that never was."""
+def test_a_restored_detector_gives_the_same_warnings() -> None:
+    """One detector is restored after every step, the other never is."""
     generator = torch.Generator().manual_seed(2)
     whole, warned = CollapseDetector(factor=1.5, dead_steps=4, first_layer=2), 0
     parts = CollapseDetector(factor=1.5, dead_steps=4, first_layer=2)
@@ -29,9 +29,9 @@ def test_a_watch_that_is_restored_says_the_same() -> None:
         state = parts.state(3, 5)
         parts = CollapseDetector(factor=1.5, dead_steps=4, first_layer=2)
         parts.restore(state)
-        said = whole.update(counts_ME)
-        assert parts.update(counts_ME) == said
-        warned += len(said)
+        warnings = whole.update(counts_ME)
+        assert parts.update(counts_ME) == warnings
+        warned += len(warnings)
     assert warned > 5
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in CollapseDetector(2, 1).state(3, 5).items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in parts.state(3, 5).items()
@@ -47,7 +47,7 @@ def test_dead_experts_are_named() -> None:
     assert found[6][0][0] == "MoE layer 1 has 2 experts without a token for 3 steps: [1, 2]"
 
 
-def test_layers_have_their_number_in_the_model() -> None:
+def test_layers_are_numbered_as_in_the_model() -> None:
     """Two dense layers come first: the second router is that of layer 3."""
     found = CollapseDetector(0, dead_steps=1, first_layer=2).update(torch.tensor([[1, 1], [2, 0]]))
     assert found == [("MoE layer 3 has 1 experts without a token for 1 steps: [1]", {"layer": 3, "dead": 1})]
