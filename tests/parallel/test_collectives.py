@@ -70,7 +70,7 @@ def test_without_a_process_group_the_block_just_runs() -> None:
 def raise_assertion_on_rank0() -> str:
     def action() -> None:
         if dist.get_rank() == 0:
-            raise AssertionError("ours")
+            raise AssertionError("a bug")
 
     return run_on_rank0(action)
 
@@ -80,6 +80,6 @@ def test_assertions_are_raised_at_once_and_unwrapped(processes: Callable) -> Non
     from tests.parallel.process_pool import ProcessPool
 
     pool = ProcessPool(1)
-    with pytest.raises(AssertionError, match="AssertionError: ours"):
+    with pytest.raises(AssertionError, match="AssertionError: a bug"):
         pool.run(raise_assertion_on_rank0)
     pool.close()

@@ -99,8 +99,8 @@ def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) 
     x_TD, gates_TK = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
     y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=lambda: 3 * x_TD)
     assert torch.equal(three, 3 * x_TD)
-    wanted = [x_TD, gates_TK, *experts.parameters()]
-    grads = torch.autograd.grad(y_TD, wanted, dy_TD)
+    variables = [x_TD, gates_TK, *experts.parameters()]
+    grads = torch.autograd.grad(y_TD, variables, dy_TD)
     grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     return dict(zip(("y", "x", "gates", "gate_up", "down"), (y_TD.detach(), *grads)))
 
@@ -113,37 +113,37 @@ def split_and_local(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
         local_dispatch, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
     )
     here, dispatcher = split(experts.to(dtype), ranks_of())
-    found = run(dispatcher, here, inputs, dy_TD)
-    return found, expected
+    actual = run(dispatcher, here, inputs, dy_TD)
+    return actual, expected
 
 
 def errors(per_rank: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, float]:
     """The largest relative L2 error of each tensor; experts' gradients against their sum over all ranks' tokens."""
-    far: dict[str, float] = {}
+    distances: dict[str, float] = {}
     totals = {name: sum(expected[name] for _, expected in per_rank) for name in ("gate_up", "down")}
-    for rank, (found, expected) in enumerate(per_rank):
+    for rank, (actual, expected) in enumerate(per_rank):
         parts = {name: total.chunk(len(per_rank))[rank] for name, total in totals.items()}
-        for name, wanted in (expected | parts).items():
-            assert found[name].shape == wanted.shape, name
-            assert found[name].isfinite().all(), name
-            distance = ((found[name].double() - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
-            far[name] = max(far.get(name, 0.0), distance)
-    return far
+        for name, reference in (expected | parts).items():
+            assert actual[name].shape == reference.shape, name
+            assert actual[name].isfinite().all(), name
+            distance = ((actual[name].double() - reference).norm() / reference.norm().clamp_min(1e-300)).item()
+            distances[name] = max(distances.get(name, 0.0), distance)
+    return distances
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", list(ROUTES))
 def test_equals_all_experts_on_one_rank(processes: Pools, world: int, case: str) -> None:
     """Outputs and gradients of x and gates on each rank; of each expert, the sum over all ranks' tokens."""
-    found = errors(processes(world).run(split_and_local, case, torch.float64))
-    assert max(found.values()) <= BOUND, found
+    distances = errors(processes(world).run(split_and_local, case, torch.float64))
+    assert max(distances.values()) <= BOUND, distances
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_lower_precision(processes: Pools, dtype: torch.dtype, bound: float) -> None:
     """The bounds of the experts' tests: bf16 rounds by 2⁻⁹, here once more where a partial sum is sent."""
-    found = errors(processes(4).run(split_and_local, "uneven", dtype))
-    assert max(found.values()) <= bound, found
+    distances = errors(processes(4).run(split_and_local, "uneven", dtype))
+    assert max(distances.values()) <= bound, distances
 
 
 def same_bits_twice(case: str) -> bool:
@@ -263,7 +263,7 @@ def layer(active: int) -> MoE:
 
 def layer_split_and_local(shape: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients of a whole MoE layer on this rank, with split experts and with all of them."""
-    rank, found = dist.get_rank(), []
+    rank, results = dist.get_rank(), []
     random = torch.Generator().manual_seed(50 + rank)
     x_BSD = torch.randn(2, 3 + rank, D, generator=random, dtype=torch.float64)
     for splits in (True, False):
@@ -275,33 +275,35 @@ def layer_split_and_local(shape: str) -> tuple[dict[str, Tensor], dict[str, Tens
         grads = {
             name: p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for name, p in moe.named_parameters()
         }
-        found.append({"y": y.detach(), "counts": routing.counts_E, "x": x.grad} | grads)
-    return found[0], found[1]
+        results.append({"y": y.detach(), "counts": routing.counts_E, "x": x.grad} | grads)
+    return results[0], results[1]
 
 
 @pytest.mark.parametrize("shape", ["split", "pairs"])
 def test_a_whole_layer(processes: Pools, shape: str) -> None:
     """Router and shared expert are unaffected; in pairs, ranks 0 and 1 split one set of experts, and so do 2 and 3."""
     results, size = processes(4).run(layer_split_and_local, shape), 4 if shape == "split" else 2
-    for rank, (found, expected) in enumerate(results):
-        for name, wanted in expected.items():
+    for rank, (actual, expected) in enumerate(results):
+        for name, reference in expected.items():
             if "experts" in name:
                 group = range(rank - rank % size, rank - rank % size + size)
-                wanted = sum(results[other][1][name] for other in group).chunk(size)[rank % size]
-            torch.testing.assert_close(found[name], wanted, rtol=BOUND, atol=BOUND, msg=name)
+                reference = sum(results[other][1][name] for other in group).chunk(size)[rank % size]
+            torch.testing.assert_close(actual[name], reference, rtol=BOUND, atol=BOUND, msg=name)
 
 
 def split_parameters(device: str) -> list[tuple[Any, ...]]:
     """Name, placement, shapes, allocated elements and values of experts' parameters after splitting."""
     moe = layer(2) if device == "cpu" else MoE(config_of(2)).to(device)
     split_experts(moe, ranks_of().experts)
-    found = []
+    parameters = []
     for name, p in moe.experts.named_parameters():
         part = p.to_local()
         values = part.detach() if device == "cpu" else None
-        held = part.untyped_storage().nbytes() // part.element_size()
-        found.append((name, p.placements, p.shape, part.shape, held, values, p.requires_grad, part.device.type))
-    return found
+        allocated = part.untyped_storage().nbytes() // part.element_size()
+        parameters.append(
+            (name, p.placements, p.shape, part.shape, allocated, values, p.requires_grad, part.device.type)
+        )
+    return parameters
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -310,10 +312,10 @@ def test_split_parameters(processes: Pools, device: str) -> None:
     whole = dict(layer(2).experts.named_parameters())
     for rank, parameters in enumerate(processes(4).run(split_parameters, device)):
         assert [name for name, *_ in parameters] == ["gate_up", "down"]
-        for name, placements, shape, part, held, values, learns, where in parameters:
-            assert (placements, shape, learns, where) == ((Shard(0),), whole[name].shape, True, device)
+        for name, placements, shape, part, allocated, values, requires_grad, device_type in parameters:
+            assert (placements, shape, requires_grad, device_type) == ((Shard(0),), whole[name].shape, True, device)
             assert part == (2, *shape[1:])
-            assert held == 2 * shape[1:].numel()
+            assert allocated == 2 * shape[1:].numel()
             if device == "cpu":
                 assert torch.equal(values, whole[name][2 * rank : 2 * rank + 2])
 
@@ -388,8 +390,8 @@ def deep_ep_and_local(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @pytest.mark.parametrize("case", ["uneven", "a rank without tokens"])
 def test_deep_ep_with_a_fake_buffer(processes: Pools, case: str) -> None:
     """Gradients of tokens and gates are combined, those of sums dispatched; DeepEP's kernels need GPUs."""
-    found = errors(processes(2).run(deep_ep_and_local, case))
-    assert max(found.values()) <= BOUND, found
+    distances = errors(processes(2).run(deep_ep_and_local, case))
+    assert max(distances.values()) <= BOUND, distances
 
 
 @pytest.mark.skipif(find_spec("deep_ep") is not None, reason="deep_ep is installed")

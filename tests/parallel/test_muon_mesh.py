@@ -118,11 +118,11 @@ def set_gradients(roles: list[Role], gradients: dict[str, Tensor | None], mesh: 
         role.parameter.grad = None if whole is None else place(whole, role.kind, mesh).detach()
 
 
-def full(x: Tensor) -> Tensor:
+def full_copy(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
 
-def held(x: Tensor) -> Tensor:
+def local_copy(x: Tensor) -> Tensor:
     return (x.to_local() if isinstance(x, DTensor) else x).detach().clone()
 
 
@@ -135,13 +135,13 @@ def train(mesh: Mesh | None, steps: int = 5, options: dict[str, Any] = FLOAT64) 
         set_gradients(roles, make_gradients(step), mesh)
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
         optimizer.step()
-        counters = [full(state["starved_steps"]) for state in optimizer.state.values() if "starved_steps" in state]
+        counters = [full_copy(state["starved_steps"]) for state in optimizer.state.values() if "starved_steps" in state]
         counts.append(sum(int((counter > 0).sum()) for counter in counters))
     tensors = {(role.name, "weight"): role.parameter for role in roles}
     tensors |= {(role.name, key): x for role in roles for key, x in optimizer.state[role.parameter].items()}
     return {
-        "whole": {key: full(x) for key, x in tensors.items()},
-        "held": {key: held(x) for key, x in tensors.items()},
+        "full": {key: full_copy(x) for key, x in tensors.items()},
+        "local": {key: local_copy(x) for key, x in tensors.items()},
         "counts": counts,
     }
 
@@ -150,11 +150,11 @@ def assert_equal(results: list[dict[str, Any]], expected: dict[str, Any], mesh: 
     """Assert that every rank's gathered tensors equal those of one process, and that replicas hold the same bits."""
     ranks_of_a_replica = mesh.world // mesh.replicate
     for rank, result in enumerate(results):
-        assert result["whole"].keys() == expected["whole"].keys()
-        for key, x in result["whole"].items():
-            torch.testing.assert_close(x, expected["whole"][key], rtol=0, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
-        for key, x in result["held"].items():
-            assert torch.equal(x, results[rank % ranks_of_a_replica]["held"][key]), key
+        assert result["full"].keys() == expected["full"].keys()
+        for key, x in result["full"].items():
+            torch.testing.assert_close(x, expected["full"][key], rtol=0, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+        for key, x in result["local"].items():
+            assert torch.equal(x, results[rank % ranks_of_a_replica]["local"][key]), key
         assert result["counts"] == expected["counts"]
 
 
@@ -187,7 +187,7 @@ def test_sharing_changes_bits_only_by_batch_size(processes: Callable) -> None:
     1e-12: some roundings of 2⁻⁵³, times Newton-Schulz's slope of less than 1e3 at the smallest singular values.
     """
     mesh = MESHES["replicate 2, shard 2, expert 2"]
-    on, off = (processes(4).run(train, mesh, 3, FLOAT64 | {"share": share})[0]["held"] for share in ("on", "off"))
+    on, off = (processes(4).run(train, mesh, 3, FLOAT64 | {"share": share})[0]["local"] for share in ("on", "off"))
     for key, x in on.items():
         torch.testing.assert_close(x, off[key], rtol=0, atol=1e-12 if key[1] == "weight" else 0)
 
@@ -203,8 +203,10 @@ def test_a_bf16_wire_rounds_only_what_is_sent(processes: Callable) -> None:
     results = processes(4).run(one_even_step, MESHES["shard 4, expert 2"], FLOAT64 | {"wire": "bfloat16"})
     exact = one_even_step(None, FLOAT64)
     for name, kind, _, rows in FORMS:
-        for got, want in zip(results[0][name].split(rows, dim=-2), exact[name].split(rows, dim=-2)):
-            error = torch.linalg.matrix_norm(got - want).max().item() / (0.1 * muon_module.rate_factor(*got.shape[-2:]))
+        for actual, expected in zip(results[0][name].split(rows, dim=-2), exact[name].split(rows, dim=-2)):
+            error = torch.linalg.matrix_norm(actual - expected).max().item() / (
+                0.1 * muon_module.rate_factor(*actual.shape[-2:])
+            )
             if kind == "experts":
                 assert error < 1e-10
             else:
@@ -222,7 +224,7 @@ def one_even_step(mesh: Mesh | None, options: dict[str, Any]) -> dict[str, Tenso
             gradients[name].append(u @ vh)
     set_gradients(roles, {name: torch.cat(pieces, dim=-2) for name, pieces in gradients.items()}, mesh)
     (Muon if mesh else ReferenceMuon)(roles, lr=0.1, **options).step()
-    return {role.name: full(role.parameter) for role in roles}
+    return {role.name: full_copy(role.parameter) for role in roles}
 
 
 def test_a_gradient_missing_on_one_rank_is_zero_there(processes: Callable) -> None:
@@ -247,7 +249,7 @@ def two_steps_with_a_missing_gradient() -> Tensor:
         if step and meshes(mesh).rank == 1:
             roles[0].parameter.grad = None
         optimizer.step()
-    return full(roles[0].parameter)
+    return full_copy(roles[0].parameter)
 
 
 @pytest.mark.parametrize("name", ["shard 4, expert 2", "shard 4, expert 2, width by 2", "replicate 2, shard 2"])
@@ -347,11 +349,11 @@ def test_norm_and_clip_equal_one_process(processes: Callable, name: str) -> None
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
     clipped = [grad * (1.5 / norm) for grad in grads]
     for dtype, rel in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
-        for got, parts in processes(mesh.world).run(clipped_gradients, mesh, dtype):
-            assert got.dtype == dtype
-            assert got.item() == pytest.approx(norm.item(), rel=rel)
-            for part, want in zip(parts, clipped):
-                torch.testing.assert_close(part.double(), want, rtol=0, atol=10 * rel)
+        for actual, parts in processes(mesh.world).run(clipped_gradients, mesh, dtype):
+            assert actual.dtype == dtype
+            assert actual.item() == pytest.approx(norm.item(), rel=rel)
+            for part, expected in zip(parts, clipped):
+                torch.testing.assert_close(part.double(), expected, rtol=0, atol=10 * rel)
 
 
 def clipped_gradients(mesh: Mesh, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -359,7 +361,7 @@ def clipped_gradients(mesh: Mesh, dtype: torch.dtype) -> tuple[Tensor, list[Tens
     grads = [place(grad.to(dtype), kind, mesh).detach() for grad, (_, kind, _, _) in gradients]
     norm = global_norm(grads, meshes(mesh).copy_group)
     clip_(grads, norm, 1.5)
-    return norm, [full(grad) for grad in grads]
+    return norm, [full_copy(grad) for grad in grads]
 
 
 def test_the_norm_of_a_replicated_tensor_is_refused(processes: Callable) -> None:
@@ -378,10 +380,10 @@ def norm_of_a_replicated_tensor() -> str:
 def test_both_optimizers_continue_from_saved_state(processes: Callable, name: str) -> None:
     """AdamW too equals one process; a new pair of optimizers continues from saved state bit for bit."""
     whole, _, table = train_both(None)
-    for here, bits, text in processes(4).run(train_both, MESHES[name]):
+    for tensors, bits, text in processes(4).run(train_both, MESHES[name]):
         assert bits
         assert text == table
-        for key, x in here.items():
+        for key, x in tensors.items():
             torch.testing.assert_close(x, whole[key], rtol=0, atol=1e-10)
 
 
@@ -400,8 +402,8 @@ def train_both(mesh: Mesh | None) -> tuple[dict[str, Tensor], bool, str]:
     tensors, others = optimizers.state_dict(), fresh.state_dict()
     tensors |= {role.name: role.parameter for role in roles}
     others |= {role.name: role.parameter for role in again}
-    bits = all(torch.equal(held(x), held(others[key])) for key, x in tensors.items())
-    return {key: full(x) for key, x in tensors.items()}, bits, ownership_table(optimizers)
+    bits = all(torch.equal(local_copy(x), local_copy(others[key])) for key, x in tensors.items())
+    return {key: full_copy(x) for key, x in tensors.items()}, bits, ownership_table(optimizers)
 
 
 def both(roles: list[Role]) -> Optimizers:

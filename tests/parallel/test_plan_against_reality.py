@@ -49,27 +49,27 @@ CASES = [
 
 
 def one_step(words: list[str]) -> dict[str, Any]:
-    """Bytes held and collectives made by this rank in the first step of a run."""
+    """Bytes memory and collectives made by this rank in the first step of a run."""
     config = config_of(SETTINGS, words)
     ranks = mesh.start(config.parallel, config.model, 1, False)
     model = build_model(config, ranks)
     model.init_weights(0)
     optimizers = make_optimizers(config, model)
-    update, held = optimizers.step, {}
+    update, memory = optimizers.step, {}
 
     def record_gradients_and_step() -> None:
-        held["gradients"] = storage_bytes([p.grad for p in model.parameters()])
+        memory["gradients"] = storage_bytes([p.grad for p in model.parameters()])
         update()
 
     optimizers.step = record_gradients_and_step
     tokens = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(ranks.rank))
     with count_collectives() as collected:
         train_step(model, optimizers, Batch(tokens[:, :-1], tokens[:, 1:], None), config, 1.0, ranks)
-    held["parameters"] = storage_bytes(list(model.parameters()))
+    memory["parameters"] = storage_bytes(list(model.parameters()))
     for name, optimizer in (("Muon momentum", optimizers.muon), ("AdamW moments", optimizers.adamw)):
-        held[name] = storage_bytes([x for state in optimizer.state.values() for x in state.values()])
-    held["expert biases"] = storage_bytes(list(model.buffers()))
-    return {"held": held, "traffic": {key: tuple(value) for key, value in collected.items() if key[1] > 1}}
+        memory[name] = storage_bytes([x for state in optimizer.state.values() for x in state.values()])
+    memory["expert biases"] = storage_bytes(list(model.buffers()))
+    return {"memory": memory, "traffic": {key: tuple(value) for key, value in collected.items() if key[1] > 1}}
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
@@ -87,7 +87,7 @@ def planned(config: RunConfig) -> dict[str, Any]:
         for flow in communication_flows(config, rank, load, exchanged, config.parallel.defer_reduce == "on"):
             calls, size = traffic.get((flow.kind, flow.ranks), (0, 0))
             traffic[flow.kind, flow.ranks] = calls + flow.calls, size + flow.bytes
-        return {"held": state_bytes(rank.model, rank.optimizers), "traffic": traffic}
+        return {"memory": state_bytes(rank.model, rank.optimizers), "traffic": traffic}
 
 
 @pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words))
@@ -95,6 +95,6 @@ def test_memory_and_collectives_of_rank_0(processes: Callable, words: list[str])
     """Bytes and calls are equal; no rank holds more than rank 0."""
     expected = planned(config_of(SETTINGS, words))
     runs = processes(4).run(one_step, words)
-    assert all(run["held"][part] <= size for run in runs for part, size in expected["held"].items())
-    assert runs[0]["held"] == expected["held"]
+    assert all(run["memory"][part] <= size for run in runs for part, size in expected["memory"].items())
+    assert runs[0]["memory"] == expected["memory"]
     assert runs[0]["traffic"] == expected["traffic"]

@@ -153,10 +153,10 @@ def _replicate_and_shard(parallel: ParallelConfig, world: int) -> tuple[int, int
     replicate, shard = parallel.replicate, parallel.shard
     if replicate == -1 and shard == -1:
         raise UserError("parallel.replicate and parallel.shard are both -1 and only one can be what is left")
-    known = parallel.context * (replicate if replicate != -1 else 1) * (shard if shard != -1 else 1)
-    if -1 in (replicate, shard) and world % known == 0:
-        return (world // known, shard) if replicate == -1 else (replicate, world // known)
-    if known != world:
+    fixed = parallel.context * (replicate if replicate != -1 else 1) * (shard if shard != -1 else 1)
+    if -1 in (replicate, shard) and world % fixed == 0:
+        return (world // fixed, shard) if replicate == -1 else (replicate, world // fixed)
+    if fixed != world:
         raise UserError(
             f"parallel.replicate={parallel.replicate} × shard={parallel.shard} × context={parallel.context} "
             f"does not make {world} process{'es' * (world > 1)}"

@@ -64,8 +64,8 @@ def mismatches(reports: list[Report]) -> list[str]:
         usual = max(ranks, key=lambda value: len(ranks[value]))
         for value in ranks:
             if value != usual:
-                others = ", ".join(ranks[value])
-                sentences.append(f"{version} is {value} on {others}; {usual} on {len(ranks[usual])} ranks")
+                different = ", ".join(ranks[value])
+                sentences.append(f"{version} is {value} on {different}; {usual} on {len(ranks[usual])} ranks")
     return sentences
 
 
