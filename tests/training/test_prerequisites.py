@@ -116,8 +116,8 @@ def test_whose_run_it_is(settings: dict) -> None:
     began = (run / "events.jsonl").read_text().split('"time": "')[1][:16].replace("T", " ")
     whose = f"{run} (run first, model smoke, started {began} UTC, at step 1)"
     assert refuse(settings, "run.seed=9") == (
-        f"{whose} holds a run with another config (run.seed was 3 and is 9); restore the old value, or start a new run in "
-        "another run.dir"
+        f"{whose} holds a run with another config (run.seed was 3 and is 9); restore the old value, or start a new run "
+        "in another run.dir"
     )
     assert refuse(settings, "loss.z=1").startswith(f"resuming {whose} would change how the model learns (loss.z was")
     (run / "events.jsonl").unlink()
