@@ -94,9 +94,7 @@ def check_changes(
     if unaccepted:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in unaccepted)
         words = " ".join(f"--accept-change {key}" for key in unaccepted)
-        raise UserError(
-            f"resuming {where} would change how the model learns ({shown}); add {words} to accept the change"
-        )
+        raise UserError(f"resuming {where} would change how the model learns ({shown}); add {words} to accept it")
     return changed
 
 
