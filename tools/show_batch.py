@@ -1,4 +1,4 @@
-"""Show what a step of a run reads, with document boundaries: the text of each row, the source and place of each piece.
+"""Show the text of each row of a step, with the source, document and token range of each piece.
 
     python tools/show_batch.py configs/smoke.yaml --step 17
     python tools/show_batch.py configs/smoke.yaml --step 17 --rows 2 data.sequence_length=128
@@ -18,7 +18,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
+    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that override the file's")
     parser.add_argument("--step", type=int, required=True, help="which step, from 1")
     parser.add_argument("--rows", type=int, help="show only this many of its rows (all by default)")
     return parser.parse_intermixed_args()
@@ -32,17 +32,17 @@ def main() -> None:
     from trinity.config import load_config
     from trinity.config.paths import check_paths
     from trinity.data.tokenizer.tokenizer import load_tokenizer
-    from trinity.training.build_data import go_near, open_stream
+    from trinity.training.build_data import open_stream, seek_near
     from trinity.training.run_tokenizer import tokenizer_to_read, with_tokenizer
 
     config = load_config(arguments.config, arguments.settings)
-    check_paths(config, fresh=False)  # fresh would ask for init too, which a batch does not need
+    check_paths(config, fresh=False)  # fresh=True would also check init, which a batch does not need
     folder = tokenizer_to_read(config, Path(arguments.config).parent)
     if folder is None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")
     config = with_tokenizer(config, folder)
     tokenizer, stream = load_tokenizer(folder), open_stream(config, rank=0, ranks=1)
-    go_near(stream, config, arguments.step - 1)
+    seek_near(stream, config, arguments.step - 1)
     first, sequences = stream.first_of(arguments.step - 1), stream.plan.at(arguments.step - 1).sequences
     batch = stream.batch(arguments.step - 1)
     for row in range(min(sequences, arguments.rows or sequences)):
@@ -51,7 +51,7 @@ def main() -> None:
         begin = 0
         for piece in batch.pieces[row]:
             end = begin + piece.length
-            text = tokenizer.decode(batch.tokens[row, begin:end].tolist(), skip_special_tokens=False)
+            text = tokenizer.decode(batch.tokens_BS[row, begin:end].tolist(), skip_special_tokens=False)
             place = f"tokens {piece.start} to {piece.start + piece.length}"
             print(f"--- {piece.source}: document {piece.document}, {place}")
             print(text)

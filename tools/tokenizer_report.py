@@ -7,8 +7,8 @@ A ratio above 1: the tokenizer needs fewer tokens for that text than the other o
 
 import argparse
 
-from trinity.command_line import HelpFormatter, local_path, place
-from trinity.data.sources.file_kinds import CHOICES
+from trinity.command_line import HelpFormatter, local_path, path_or_url
+from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
 from trinity.io.json_files import write_json
@@ -18,7 +18,11 @@ def main() -> None:
     """Parse, count, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "files", nargs="+", type=place, metavar="FILES", help="files, folders, patterns, URLs, as for prepare_data.py"
+        "files",
+        nargs="+",
+        type=path_or_url,
+        metavar="FILES",
+        help="files, folders, patterns or URLs (see prepare_data.py)",
     )
     parser.add_argument("--tokenizer", type=local_path, required=True, help="folder with tokenizer.json")
     parser.add_argument(
@@ -30,7 +34,7 @@ def main() -> None:
         help="another folder with tokenizer.json; may be given several times",
     )
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
-    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
+    parser.add_argument("--kind", choices=CHOICES, help="kind of files to read where a folder or pattern has several")
     parser.add_argument("--group-by", metavar="FIELD", help="a row for each value of this field, not for each file")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the rows as values")
     arguments = parser.parse_args()

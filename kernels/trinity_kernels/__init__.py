@@ -1,6 +1,6 @@
-"""The project's compute-heavy operations, each beside its torch reference; needs torch and nothing of `trinity`.
+"""Compute-heavy operations, each with a torch reference and most with Triton kernels; imports nothing of `trinity`.
 
-`op(…)` picks an implementation, `op.reference(…)` is the torch one.
+`op(…)` picks an implementation, `op.reference(…)` is the torch one, `op.triton(…)` the Triton one.
 """
 
 from trinity_kernels.cross_entropy import linear_cross_entropy

@@ -1,6 +1,7 @@
-"""The sigmoid gate on attention's output (eq. 14): y = x·σ(g), in fp32 and rounded once.
+"""The sigmoid gate on attention's output (eq. 14): y = x·σ(g), computed in fp32 and rounded once.
 
-Saved for backward: x and g as they came; σ(g) is made again. dx = dy·σ, dg = dy·x·σ·(1 − σ).
+Saved for backward: x and g; σ(g) is computed again. dx = dy·σ, dg = dy·x·σ·(1 − σ).
+Triton (gate_triton.py): one kernel forward, one backward; rows of x and g may be strided.
 
 Shapes: ... any leading dimensions, N gated width.
 """
@@ -40,7 +41,7 @@ def _sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def refuses(x: Tensor, *_: object, **__: object) -> str | None:
-    """What elementwise Triton kernels cannot take: float64."""
+    """Why the elementwise Triton kernels do not support x (float64), or None."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes 16-bit and 32-bit numbers, not {x.dtype}"
     return None

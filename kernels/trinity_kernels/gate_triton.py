@@ -1,6 +1,6 @@
 """The sigmoid gate in Triton: one kernel forward, one backward, each reading and writing every number once.
 
-Tiles of some rows and up to 1024 columns: rows may stand apart, as the gate's do in the fused projection.
+Tiles span several rows and up to 1024 columns. Rows may be strided, as those of the gate are in the fused projection.
 
 Shapes: T rows (all leading dimensions), N width.
 """
@@ -12,13 +12,13 @@ from trinity_kernels.language import cdiv, tl, triton
 
 
 def tile(width: int) -> dict[str, int]:
-    """2048 numbers with 4 warps: two 16-byte reads of each operand for every thread, in bf16."""
+    """2048 numbers for 4 warps: in bf16, two 16-byte reads of each operand per thread."""
     columns = min(1024, triton.next_power_of_2(width))
     return {"BLOCK_T": max(1, 2048 // columns), "BLOCK_N": columns, "num_warps": 4}
 
 
 def grid(rows: int, width: int) -> tuple[int, int]:
-    """Tiles of rows and of columns."""
+    """Number of tiles along rows and along columns."""
     blocks = tile(width)
     return cdiv(rows, blocks["BLOCK_T"]), cdiv(width, blocks["BLOCK_N"])
 
@@ -31,7 +31,7 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
 
 def forward(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
     """x·σ(gate), [T, N] contiguous."""
-    x_TN, gate_TN = _whole_rows(x_TN), _whole_rows(gate_TN)
+    x_TN, gate_TN = _contiguous_rows(x_TN), _contiguous_rows(gate_TN)
     (T, N), out = x_TN.shape, x_TN.new_empty(x_TN.shape)
     if out.numel():
         gate_kernel[grid(T, N)](x_TN, gate_TN, out, T, N, x_TN.stride(0), gate_TN.stride(0), **tile(N))
@@ -40,7 +40,7 @@ def forward(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
 
 def backward(grad_TN: Tensor, x_TN: Tensor, gate_TN: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and gate, [T, N] contiguous."""
-    grad_TN, x_TN, gate_TN = (_whole_rows(part) for part in (grad_TN, x_TN, gate_TN))
+    grad_TN, x_TN, gate_TN = (_contiguous_rows(part) for part in (grad_TN, x_TN, gate_TN))
     (T, N), grad_x, grad_gate = x_TN.shape, *(x_TN.new_empty(x_TN.shape) for _ in range(2))
     if grad_x.numel():
         gate_backward_kernel[grid(T, N)](
@@ -50,7 +50,7 @@ def backward(grad_TN: Tensor, x_TN: Tensor, gate_TN: Tensor) -> tuple[Tensor, Te
     return grad_x, grad_gate
 
 
-def _whole_rows(x_TN: Tensor) -> Tensor:
+def _contiguous_rows(x_TN: Tensor) -> Tensor:
     return x_TN if x_TN.stride(-1) == 1 else x_TN.contiguous()
 
 
@@ -86,7 +86,7 @@ def gate_backward_kernel(
 
 @torch.library.custom_op("trinity::sigmoid_gate_triton", mutates_args=())
 def forward_op(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
-    """`forward` as an operation that autograd, compile and recompute know."""
+    """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(x_TN, gate_TN)
 
 
@@ -97,7 +97,7 @@ def _(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
 
 @torch.library.custom_op("trinity::sigmoid_gate_triton_backward", mutates_args=())
 def backward_op(grad_TN: Tensor, x_TN: Tensor, gate_TN: Tensor) -> tuple[Tensor, Tensor]:
-    """`backward`."""
+    """`backward` as a custom op."""
     return backward(grad_TN, x_TN, gate_TN)
 
 

@@ -1,11 +1,11 @@
-"""What every file of Triton kernels imports: the language, host descriptors, and what the kernels share.
+"""Imports that all files of Triton kernels share: the Triton language, host-side tensor descriptors, and cdiv.
 
-Imported only where a Triton op runs. The kernels keep to what Triton 3.6 to 3.9 have in common.
+Imported only where a Triton op runs. The kernels use only what Triton 3.6 to 3.9 have in common.
 """
 
 import os
 
-# a·b + c in one rounding, as always on NVIDIA GPUs; Triton 3.10 would do without unless told
+# a·b + c with one rounding, as NVIDIA GPUs do by default; Triton 3.10 turns that off unless this is set
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton

@@ -1,8 +1,9 @@
-"""y = x·Wᵀ, also on a CPU whose cores have no bf16 arithmetic.
+"""The linear layer without bias: y = x·Wᵀ, also on CPUs without bf16 arithmetic.
 
-Such a CPU multiplies bf16 matrices at a fifth of its fp32 speed. The product of two bf16 numbers is exact in fp32 and
-accelerators accumulate in fp32 too, so widening the operands and rounding the result once gives the same meaning.
-Saved for backward: x and W as they came, not the widened copies.
+Such a CPU multiplies bf16 matrices at a fifth of its fp32 speed. There the operands are cast to fp32 and the result is
+rounded once: the product of two bf16 numbers is exact in fp32, and accelerators accumulate in fp32 too, so the meaning
+is the same.
+Saved for backward: x and W in their own dtype. There is no Triton version: torch's product is used everywhere.
 
 Shapes: ... any leading dimensions, I input width, O output width.
 """
@@ -21,14 +22,14 @@ def _cpu_has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def widens(x: Tensor) -> bool:
-    """Whether matrix products of x are better done in fp32 here: bf16 on a CPU that cannot multiply it."""
+def multiplies_in_fp32(x: Tensor) -> bool:
+    """Whether matrix products of x are computed in fp32: x is bf16 on a CPU without bf16 arithmetic."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_has_bf16()
 
 
-def widened(x: Tensor) -> Tensor:
-    """x as matrix products should see it: in fp32 where that is faster, else x itself."""
-    return x.float() if widens(x) else x
+def matmul_operand(x: Tensor) -> Tensor:
+    """x as the operand of a matrix product: cast to fp32 if `multiplies_in_fp32(x)`, otherwise x itself."""
+    return x.float() if multiplies_in_fp32(x) else x
 
 
 class _WidenedLinear(torch.autograd.Function):
@@ -58,7 +59,7 @@ def _linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     Returns:
         [..., O], same dtype; accumulated in at least fp32.
     """
-    if widens(x):
+    if multiplies_in_fp32(x):
         return _WidenedLinear.apply(x, weight_OI)
     return F.linear(x, weight_OI)
 

@@ -1,12 +1,14 @@
-"""RMSNorm, alone and with the residual stream: fp32 throughout, every result rounded once.
+"""RMSNorm, alone and fused with the residual stream: computed in fp32, each result rounded once.
 
 rms_norm    y = x / √(mean(x²) + ε) · g
-norm_add    r = x + RMSNorm(y)·p                       a block's end (eq. 33)
-add_norm    the same r, and u = RMSNorm(r)·g of the rounded r: between two sublayers, one pass over memory for three
+norm_add    r = x + RMSNorm(y)·p                 at the end of a block (eq. 33)
+add_norm    the same r, and u = RMSNorm(r)·g of the rounded r, between two sublayers: one pass over memory, not three
 
-Saved for backward: what was normalised, its gain and 1/rms per row; so x and g, y and p, or y, p, r and g. With
-x̂ = x/rms: dx = (g·dy − x̂·mean(g·dy·x̂))/rms, dg = Σ dy·x̂. add_norm's r gets dr and that of u's norm, summed in fp32
-before they go on into x and, through the norm of y, into y.
+Saved for backward: the input of each norm, its gain and 1/rms per row; that is x and g, y and p, or y, p, r and g. With
+x̂ = x/rms: dx = (g·dy − x̂·mean(g·dy·x̂))/rms, dg = Σ dy·x̂. In add_norm the gradient of r and that of u through u's norm
+are summed in fp32; the sum is dx, and through the norm of y it gives dy.
+
+Triton (norm_triton.py): one pass over memory; each program sums the gains' gradients of its rows in registers.
 
 Shapes: ... any leading dimensions, D normalised width.
 """
@@ -17,16 +19,16 @@ from torch import Tensor
 from trinity_kernels.op import Op
 
 WIDEST = 4096
-"""The widest row that a Triton program holds in its registers: of 8192, the gradient of add_norm spills."""
+"""The widest row that a Triton program holds in its registers; at 8192 the backward of add_norm spills."""
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in fp32, or as it is in float64: the precision in which norms, routers and losses compute."""
+    """x cast to fp32, or x itself in float64: the precision in which norms, routers and losses compute."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def refuses(x: Tensor, *_: object, **__: object) -> str | None:
-    """What the Triton kernels of the small ops cannot take."""
+    """Why the Triton kernels of norms and QK-norm do not support x, or None."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes 16-bit and 32-bit numbers, not {x.dtype}"
     if x.shape[-1] > WIDEST:
@@ -42,7 +44,10 @@ def inverse_rms_of(x_wide: Tensor, eps: float) -> Tensor:
 
 
 def differentiate_norm(grad_wide: Tensor, x: Tensor, gain_D: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    """rms·dx, a new wide tensor that still wants to be multiplied by 1/rms, and the gain's gradient."""
+    """Backward of the norm, up to a factor: rms·dx, a new wide tensor, and the gain's gradient.
+
+    The caller multiplies the first by 1/rms.
+    """
     gain_wide = wide(gain_D)
     unit = wide(x) * inverse_rms
     product = grad_wide * unit
@@ -122,27 +127,27 @@ def _norm_add(y: Tensor, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     """The residual stream after a sublayer: x + RMSNorm(y) (eq. 33).
 
     Args:
-        y: [..., D], what the sublayer gave.
-        x: [..., D], what went into it, y's dtype.
-        gain_D: [D], fp32, of the norm of y.
+        y: [..., D], the sublayer's output.
+        x: [..., D], the residual stream before the sublayer, y's dtype.
+        gain_D: [D], fp32, gain of the norm of y.
         eps: added to the mean square.
     Returns:
-        [..., D], x's dtype, rounded once: the norm itself is not.
+        [..., D], x's dtype, rounded once: the norm is not rounded before the addition.
     """
     return _NormAdd.apply(y, x, gain_D, eps)
 
 
 def _add_norm(y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """norm_add, and the next sublayer's norm of its result.
+    """norm_add, and the norm of its result that feeds the next sublayer.
 
     Args:
-        y: [..., D], what the sublayer gave.
-        x: [..., D], what went into it, y's dtype.
-        post_gain_D: [D], fp32, of the norm of y.
-        gain_D: [D], fp32, of the norm of the sum.
+        y: [..., D], the sublayer's output.
+        x: [..., D], the residual stream before the sublayer, y's dtype.
+        post_gain_D: [D], fp32, gain of the norm of y.
+        gain_D: [D], fp32, gain of the norm of the sum.
         eps: added to both mean squares.
     Returns:
-        r = x + RMSNorm(y) and u = RMSNorm(r), both [..., D] in x's dtype; u is made of the rounded r.
+        r = x + RMSNorm(y) and u = RMSNorm(r), both [..., D] in x's dtype; u is computed from the rounded r.
     """
     return _AddNorm.apply(y, x, post_gain_D, gain_D, eps)
 

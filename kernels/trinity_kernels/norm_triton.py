@@ -1,11 +1,11 @@
-"""RMSNorm in Triton, alone and with the residual stream: one pass over memory forward, one backward.
+"""RMSNorm in Triton, alone and fused with the residual stream: one pass over memory forward, one backward.
 
-A program takes whole rows, some at a time, and goes through the tensor with the stride of the grid, so that it reads
-the gains once and sums their gradients in registers. Each program writes its sum into a row of its own, [programs, D],
-and torch adds the rows up: no atomics, the same bits every time. How many programs there are depends on the width and
-the number of rows alone. Rows to come are read while one is computed (tl.range's stages).
+A program processes whole rows, several at a time, and advances by the stride of the grid, so it reads the gains once
+and sums their gradients in registers. Each program writes its sum to a row of its own, [programs, D], and torch adds
+the rows: no atomics, the same bits every time. The number of programs depends only on the width and the number of rows.
+While one row is computed, the next ones are read (num_stages of tl.range).
 
-Kept for backward: what was normalised and 1/rms per row, in fp32.
+Saved for backward: the input of each norm, and 1/rms per row in fp32.
 
 Shapes: T rows (all leading dimensions), D width, P programs.
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 from trinity_kernels.language import cdiv, tl, triton
 
 MULTIPROCESSORS = 132
-"""Of an H100 or H200; on other GPUs the grid is only less even."""
+"""Of an H100 or H200. Other GPUs get a less even grid, nothing worse."""
 
 
 class Plan(NamedTuple):
-    """How a kernel goes through [T, D]: rows and columns of a tile, warps, rows read ahead, and programs at most."""
+    """How a kernel covers [T, D]: rows and columns of a tile, warps, stages of the row loop, and most programs."""
 
     rows: int
     columns: int
@@ -31,19 +31,19 @@ class Plan(NamedTuple):
     programs: int
 
     def options(self) -> dict[str, int]:
-        """As the kernels want them."""
+        """The kernels' launch options."""
         return {"BLOCK_T": self.rows, "BLOCK_D": self.columns, "STAGES": self.stages, "num_warps": self.warps}
 
     def grid(self, tokens: int) -> tuple[int]:
-        """One program for each tile, but no more than programs."""
+        """One program per tile, at most `programs`."""
         return (min(self.programs, cdiv(tokens, self.rows)),)
 
 
 def forward_plan(width: int) -> Plan:
-    """8 numbers of a row for each thread, which are 16 bytes in bf16; 32 warps on each multiprocessor.
+    """8 numbers of a row per thread, which are 16 bytes in bf16; 32 warps per multiprocessor.
 
-    Three rows ahead are 48 kB on the way to a multiprocessor for Nano's lone norm, 36 kB for Large's; a bandwidth of
-    4.3 TB/s at a latency of a microsecond asks for 33.
+    Three rows of prefetch keep 48 kB in flight per multiprocessor for Nano's rms_norm and 36 kB for Large's; a
+    bandwidth of 4.3 TB/s at a latency of one microsecond needs 33 kB.
     """
     columns = triton.next_power_of_2(width)
     rows = max(1, 1024 // columns)
@@ -52,7 +52,7 @@ def forward_plan(width: int) -> Plan:
 
 
 def backward_plan(width: int) -> Plan:
-    """The same tiles; fewer programs, as each also holds sums in registers: 16 warps fit, with 32 kB and more ahead."""
+    """The same tiles, fewer programs: each also holds sums in registers, so 16 warps fit, with ≥ 32 kB in flight."""
     plan = forward_plan(width)
     return plan._replace(stages=3, programs=MULTIPROCESSORS * 16 // plan.warps)
 
@@ -73,7 +73,7 @@ def add_norm(y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: flo
 
 
 def norm_forward(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm(x), plus `added` where given, [..., D]; and 1/rms [T]. All contiguous."""
+    """RMSNorm(x), plus `added` if given, [..., D]; and 1/rms [T]. All tensors are contiguous."""
     D = x.shape[-1]
     T = x.numel() // D
     out, inverse_T = torch.empty_like(x), x.new_empty(T, dtype=torch.float32)
@@ -98,7 +98,7 @@ def norm_backward(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) ->
 def add_norm_forward(
     y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r = x + RMSNorm(y) and u = RMSNorm(r), [..., D]; 1/rms of y and of r, [T]. All contiguous."""
+    """r = x + RMSNorm(y) and u = RMSNorm(r), [..., D]; 1/rms of y and of r, [T]. All tensors are contiguous."""
     D = y.shape[-1]
     T = y.numel() // D
     r, u = torch.empty_like(x), torch.empty_like(x)
@@ -115,7 +115,7 @@ def add_norm_backward(
     grad_r: Tensor, grad_u: Tensor, y: Tensor, r: Tensor, post_gain_D: Tensor, gain_D: Tensor,
     inverse_y: Tensor, inverse_r: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of y, x, the first and the second gain."""
+    """Gradients of y, x, post_gain and gain."""
     T, D = len(inverse_y), y.shape[-1]
     grad_y, grad_x, plan = torch.empty_like(y), torch.empty_like(y), backward_plan(D)
     post_sums_PD, sums_PD = (gain_D.new_empty(*plan.grid(T), D, dtype=torch.float32) for _ in range(2))
@@ -132,7 +132,7 @@ def norm_kernel(
     x, added, gain, out, inverses, T, D, eps,
     ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of RMSNorm(x), or of added + RMSNorm(x)."""
+    """Rows of RMSNorm(x), with ADD of added + RMSNorm(x)."""
     column = tl.arange(0, BLOCK_D)[None, :]
     g = tl.load(gain + column, mask=column < D, other=0.0).to(tl.float32)
     for first in tl.range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T, num_stages=STAGES):
@@ -153,7 +153,7 @@ def norm_backward_kernel(
     grad, x, gain, inverses, grad_x, sums, T, D,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the gradient of x, and this program's part of the gain's."""
+    """Rows of the gradient of x, and this program's share of the gain's gradient."""
     column = tl.arange(0, BLOCK_D)[None, :]
     g = tl.load(gain + column, mask=column < D, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -177,7 +177,7 @@ def add_norm_kernel(
     y, x, post_gain, gain, sums, normed, inverses_y, inverses_r, T, D, eps,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of r = x + RMSNorm(y), and of RMSNorm(r) made of r as it was rounded."""
+    """Rows of r = x + RMSNorm(y), and of RMSNorm(r) computed from the rounded r."""
     column = tl.arange(0, BLOCK_D)[None, :]
     p = tl.load(post_gain + column, mask=column < D, other=0.0).to(tl.float32)
     g = tl.load(gain + column, mask=column < D, other=0.0).to(tl.float32)
@@ -202,7 +202,7 @@ def add_norm_backward_kernel(
     grad_r, grad_u, y, r, post_gain, gain, inverses_y, inverses_r, grad_y, grad_x, post_sums, sums, T, D,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the gradients of y and x, and this program's part of both gains'."""
+    """Rows of the gradients of y and x, and this program's share of both gains' gradients."""
     column = tl.arange(0, BLOCK_D)[None, :]
     p = tl.load(post_gain + column, mask=column < D, other=0.0).to(tl.float32)
     g = tl.load(gain + column, mask=column < D, other=0.0).to(tl.float32)
@@ -230,7 +230,7 @@ def add_norm_backward_kernel(
 
 @triton.jit
 def _inverse_rms(value, D, eps):
-    """1/√(mean(x²) + ε) of each row; past the width there are zeros."""
+    """1/√(mean(x²) + ε) of each row; columns past the width must be 0."""
     return tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / D + eps)
 
 
@@ -243,7 +243,7 @@ def _through_norm(dy, unit, inverse, gain, D):
 
 @torch.library.custom_op("trinity::norm_triton", mutates_args=())
 def norm_op(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`norm_forward` as an operation that autograd, compile and recompute know."""
+    """`norm_forward` as a custom op, known to autograd, torch.compile and recompute."""
     return norm_forward(x, added, gain_D, eps)
 
 
@@ -254,7 +254,7 @@ def _(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) -> tuple[Tens
 
 @torch.library.custom_op("trinity::norm_triton_backward", mutates_args=())
 def norm_backward_op(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) -> tuple[Tensor, Tensor]:
-    """`norm_backward`."""
+    """`norm_backward` as a custom op."""
     return norm_backward(grad, x, gain_D, inverse_T)
 
 
@@ -267,14 +267,14 @@ def _(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) -> tuple[Tenso
 def add_norm_op(
     y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`add_norm_forward`."""
+    """`add_norm_forward` as a custom op."""
     return add_norm_forward(y, x, post_gain_D, gain_D, eps)
 
 
 @add_norm_op.register_fake
 def _(y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inverses = [y.new_empty(y.numel() // y.shape[-1], dtype=torch.float32) for _ in range(2)]
-    return torch.empty_like(x), torch.empty_like(x), *inverses
+    inverse_y, inverse_r = (y.new_empty(y.numel() // y.shape[-1], dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), torch.empty_like(x), inverse_y, inverse_r
 
 
 @torch.library.custom_op("trinity::add_norm_triton_backward", mutates_args=())
@@ -282,7 +282,7 @@ def add_norm_backward_op(
     grad_r: Tensor, grad_u: Tensor, y: Tensor, r: Tensor, post_gain_D: Tensor, gain_D: Tensor,
     inverse_y: Tensor, inverse_r: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`add_norm_backward`."""
+    """`add_norm_backward` as a custom op."""
     return add_norm_backward(grad_r, grad_u, y, r, post_gain_D, gain_D, inverse_y, inverse_r)
 
 

@@ -1,11 +1,12 @@
-"""RMSNorm of queries or keys over the head width, then RoPE or nothing (NoPE), as one op.
+"""RMSNorm of queries or keys over the head width, followed by RoPE or by nothing (NoPE), as one op.
 
-n = x / √(mean(x²) + ε) · g over each head's C features; with a rotation, each pair (n_i, n_{i+C/2}) is turned by its
-token's angle (rotate-half, Su et al., arXiv 2104.09864). All of it in fp32, rounded once: the normalised values are not
-rounded before they are turned.
+n = x / √(mean(x²) + ε) · g over the C features of each head; with a rotation, each pair (n_i, n_{i+C/2}) is rotated by
+its token's angle (rotate-half, Su et al., arXiv 2104.09864). Computed in fp32 and rounded once: n is not rounded before
+the rotation.
 
-Saved for backward: x, which may be a view of the fused projection, g, 1/rms per head, cos and sin. Backward turns the
-other way and then differentiates the norm.
+Saved for backward: x, which may be a view of the fused projection, g, 1/rms per head, cos and sin. Backward rotates the
+gradient by the opposite angle and then differentiates the norm.
+Triton (qk_norm_triton.py): one pass over memory; 1/rms is not saved but computed again.
 
 Shapes: B batch, S sequence, H heads, C head width.
 """
@@ -18,11 +19,11 @@ from trinity_kernels.norm import refuses as norm_refuses
 from trinity_kernels.op import Op
 
 WIDEST_HEAD = 2048
-"""The widest head of which a Triton program holds a token's."""
+"""The widest head that a Triton program holds in its registers."""
 
 
 def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+C/2}) by its angle; in cos's precision, rounded once to x's dtype. Not differentiable.
+    """Rotate each pair (x_i, x_{i+C/2}) by its angle, in cos's dtype, rounded once to x's dtype. Not differentiable.
 
     Args:
         cos, sin: [B or 1, S, 1, C/2], fp32 or float64.
@@ -42,26 +43,26 @@ class _QKNorm(torch.autograd.Function):
         inverse_rms = inverse_rms_of(x_wide, eps)
         ctx.save_for_backward(x_BSHC, gain_C, inverse_rms, cos, sin)
         out = (x_wide * inverse_rms).mul_(wide(gain_C))
-        return (out if cos is None else rotate(out, cos, sin)).to(x_BSHC.dtype)
+        return (out if cos is None or sin is None else rotate(out, cos, sin)).to(x_BSHC.dtype)
 
     @staticmethod
     def backward(ctx, grad_BSHC: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_BSHC, gain_C, inverse_rms, cos, sin = ctx.saved_tensors
         grad = wide(grad_BSHC)
-        grad = grad if cos is None else rotate(grad, cos, -sin)
+        grad = grad if cos is None or sin is None else rotate(grad, cos, -sin)
         scaled, grad_gain = differentiate_norm(grad, x_BSHC, gain_C, inverse_rms)
         return scaled.mul_(inverse_rms).to(x_BSHC.dtype), grad_gain, None, None, None
 
 
 def _qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """RMSNorm over the head width, then the rotation where there is one.
+    """RMSNorm over the head width, then the rotation if there is one.
 
     Args:
         x_BSHC: [B, S, H, C], floating point, any strides; C is even.
         gain_C: [C], fp32 (any floating point is widened).
         eps: added to the mean square.
         rotation: cos and sin [B or 1, S, 1, C/2] in fp32 (float64 for a float64 x), one angle per pair of features;
-            None: no positional encoding. No gradient goes there.
+            None: no positional encoding. They get no gradient.
     Returns:
         [B, S, H, C], x's dtype.
     """

@@ -1,9 +1,11 @@
 """RMSNorm of queries or keys and RoPE in Triton: one pass over memory forward, one backward.
 
-A program takes some tokens and goes through their heads, so that angles and gain are read once. The two halves of a
-head are two tiles: what is turned together is in the same thread. x is read where it stands, also as a part of the
-fused projection. The gain's gradient is summed by each program in registers and written into a row of its own,
-[programs, C]; torch adds the rows up: no atomics. 1/rms is not kept: backward reads x and has it for one more sum.
+A program takes several tokens and loops over their heads, so it reads angles and gain once. The two halves of a head
+are two tiles, so both numbers of a rotated pair are in the same thread. x may be strided, as a part of the fused
+projection. Each program sums the gain's gradient in registers and writes it to a row of its own, [programs, C]; torch
+adds the rows: no atomics. 1/rms is not saved: backward reads x anyway and computes it with one more sum.
+
+Saved for backward: x, g, cos and sin.
 
 Shapes: B batch, S sequence, T = B·S tokens, H heads, C head width, P programs.
 """
@@ -15,11 +17,11 @@ from trinity_kernels.language import cdiv, tl, triton
 
 WARPS = 4
 STAGES = 3
-"""Heads that are read ahead, the one at hand included."""
+"""Heads in flight in the loop over heads, the current one included."""
 
 
 def tile(head_dim: int) -> dict[str, int]:
-    """1024 numbers of each half or less: with heads of 128, 8 for each thread, which are 16 bytes in bf16."""
+    """At most 1024 numbers of each half; with heads of 128 that is 8 per thread, 16 bytes in bf16."""
     half = triton.next_power_of_2(head_dim // 2)
     return {"BLOCK_T": min(16, 1024 // half), "BLOCK_C": half, "STAGES": STAGES, "num_warps": WARPS}
 
@@ -31,8 +33,8 @@ def qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor, 
 
 
 def forward(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """Normalised and turned, [B, S, H, C] contiguous."""
-    x_BSHC = _whole_heads(x_BSHC)
+    """Normalised and rotated x, [B, S, H, C] contiguous."""
+    x_BSHC = _contiguous_heads(x_BSHC)
     out = x_BSHC.new_empty(x_BSHC.shape)
     if out.numel():
         qk_norm_kernel[_grid(x_BSHC)](
@@ -46,7 +48,7 @@ def backward(
     grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [B, S, H, C], contiguous, and of the gain."""
-    grad_BSHC, x_BSHC = _whole_heads(grad_BSHC), _whole_heads(x_BSHC)
+    grad_BSHC, x_BSHC = _contiguous_heads(grad_BSHC), _contiguous_heads(x_BSHC)
     grad_x = x_BSHC.new_empty(x_BSHC.shape)
     sums_PC = gain_C.new_empty(*_grid(x_BSHC), len(gain_C), dtype=torch.float32)
     if grad_x.numel():
@@ -57,8 +59,8 @@ def backward(
     return grad_x, sums_PC.sum(dim=0).to(gain_C.dtype)
 
 
-def _whole_heads(x_BSHC: Tensor) -> Tensor:
-    """x itself where a head's features stand side by side, as they do in every part of a projection."""
+def _contiguous_heads(x_BSHC: Tensor) -> Tensor:
+    """x itself if the features of a head are contiguous, as in every part of a projection; otherwise a copy."""
     return x_BSHC if x_BSHC.stride(-1) == 1 else x_BSHC.contiguous()
 
 
@@ -67,11 +69,12 @@ def _grid(x_BSHC: Tensor) -> tuple[int]:
 
 
 def _angles(x_BSHC: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
-    return (x_BSHC, x_BSHC) if cos is None else (cos, sin)
+    """cos and sin; without a rotation, any tensor as a placeholder."""
+    return (x_BSHC, x_BSHC) if cos is None or sin is None else (cos, sin)
 
 
 def _sizes(x_BSHC: Tensor, cos: Tensor | None) -> tuple[int, ...]:
-    """Tokens, S, H, C/2, and by how many tokens the angles go on from one row of the batch to the next."""
+    """T, S, H, C/2, and the step in tokens of the angles from one row of the batch to the next."""
     B, S, H, C = x_BSHC.shape
     return B * S, S, H, C // 2, 0 if cos is None or len(cos) == 1 else S
 
@@ -112,7 +115,7 @@ def qk_norm_backward_kernel(
     grad_b, grad_s, grad_h, x_b, x_s, x_h,
     TURN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all heads of BLOCK_T tokens, and this program's part of the gain's."""
+    """Gradients of all heads of BLOCK_T tokens, and this program's share of the gain's gradient."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     feature = tl.arange(0, BLOCK_C)[None, :]
     inside = (token < T) & (feature < half)
@@ -129,7 +132,7 @@ def qk_norm_backward_kernel(
     for head in tl.range(0, H, num_stages=STAGES):
         d_1 = tl.load(from_grad + head * grad_h, mask=inside, other=0.0).to(tl.float32)
         d_2 = tl.load(from_grad + head * grad_h + half, mask=inside, other=0.0).to(tl.float32)
-        if TURN:  # the other way
+        if TURN:  # by the opposite angle
             d_1, d_2 = d_1 * cos + d_2 * sin, d_2 * cos - d_1 * sin
         x_1 = tl.load(from_x + head * x_h, mask=inside, other=0.0).to(tl.float32)
         x_2 = tl.load(from_x + head * x_h + half, mask=inside, other=0.0).to(tl.float32)
@@ -149,7 +152,7 @@ def qk_norm_backward_kernel(
 
 @triton.jit
 def _turn_of(cosines, sines, token, feature, inside, S, half, angle_step):
-    """cos and sin of each token's angles; angle_step is 0 where all rows of the batch have the same positions."""
+    """cos and sin of each token's angles; angle_step is 0 if all rows of the batch have the same positions."""
     place = ((token // S) * angle_step + token % S).to(tl.int64) * half + feature
     return tl.load(cosines + place, mask=inside, other=0.0), tl.load(sines + place, mask=inside, other=0.0)
 
@@ -162,7 +165,7 @@ def _inverse_rms(x_1, x_2, half, eps):
 
 @torch.library.custom_op("trinity::qk_norm_triton", mutates_args=())
 def forward_op(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """`forward` as an operation that autograd, compile and recompute know."""
+    """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(x_BSHC, gain_C, eps, cos, sin)
 
 
@@ -175,7 +178,7 @@ def _(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tenso
 def backward_op(
     grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`backward`."""
+    """`backward` as a custom op."""
     return backward(grad_BSHC, x_BSHC, gain_C, eps, cos, sin)
 
 

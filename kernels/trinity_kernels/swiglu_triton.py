@@ -1,7 +1,7 @@
 """SwiGLU in Triton: one kernel forward, one backward, each reading and writing every number once.
 
-Gate and up are read where they stand, side by side, and their gradients are written side by side: neither is cut out of
-the projection's result, and backward has nothing to put together.
+Gate and up are read side by side from the projection's output, and their gradients are written side by side: no copy
+splits the input, and backward does not concatenate.
 
 Shapes: T rows (all leading dimensions), F width of the result.
 """
@@ -29,7 +29,7 @@ def forward(gate_up: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of gate and up side by side, [..., 2F]."""
+    """The gradients of gate and up side by side, [..., 2F]."""
     F, out = grad.shape[-1], torch.empty_like(gate_up)
     if out.numel():
         T = grad.numel() // F
@@ -69,7 +69,7 @@ def swiglu_backward_kernel(grad, gate_up, out, T, F, BLOCK_T: tl.constexpr, BLOC
 
 @torch.library.custom_op("trinity::swiglu_triton", mutates_args=())
 def forward_op(gate_up: Tensor) -> Tensor:
-    """`forward` as an operation that autograd, compile and recompute know."""
+    """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(gate_up)
 
 
@@ -80,7 +80,7 @@ def _(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("trinity::swiglu_triton_backward", mutates_args=())
 def backward_op(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """`backward`."""
+    """`backward` as a custom op."""
     return backward(grad, gate_up)
 
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from trinity.checkpoint.directory import step_folder
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import Reader, load, read_metadata, tensors_of
 from trinity.checkpoint.save import save
 from trinity.errors import UserError
@@ -32,26 +32,26 @@ class Malice:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with every dtype, shape and placement that ours may have."""
-    folder = tmp_path_factory.mktemp("run")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkpoint with every dtype, shape and placement that a run may save."""
+    checkpoints = CheckpointDirectory.at(tmp_path_factory.mktemp("run"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1, 1))
     state = {f"data.{dtype}": torch.ones(3, dtype=dtype) for dtype in DTYPES}
     state |= {"model.sharded": distribute_tensor(torch.ones(4, 2), mesh, [Replicate(), Shard(0)])}
     state |= {"run.scalar": torch.tensor(3), "run.nothing": torch.empty(0, 5), "run.turned": torch.ones(3, 2).T}
-    save(state, folder, 1, keep=1)
+    save(state, checkpoints, 1, keep=1)
     dist.destroy_process_group()
-    return folder
+    return checkpoints.path_of(1)
 
 
-def test_ours_is_read(run: Path) -> None:
+def test_ours_is_read(saved: Path) -> None:
     """Names, shapes and dtypes, equal to what an ordinary unpickler finds."""
-    path = step_folder(run, 1) / ".metadata"
+    path = saved / ".metadata"
     found, expected = read_metadata(path), pickle.loads(path.read_bytes())
     assert found.state_dict_metadata == expected.state_dict_metadata
     assert found.storage_data == expected.storage_data
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(step_folder(run, 1), "").items()}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(saved, "").items()}
     assert shapes["data.torch.bfloat16"] == ((3,), torch.bfloat16)
     assert shapes["model.sharded"] == ((4, 2), torch.float32)
     assert len(shapes) == len(DTYPES) + 4
@@ -65,15 +65,15 @@ def test_ours_is_read(run: Path) -> None:
         (getattr, "TRAP", "builtins.getattr"), (Path, "TRAP", "pathlib.Path"),
     ],
 )  # fmt: skip
-def test_malice(run: Path, tmp_path: Path, function: Callable, words: str, name: str) -> None:
+def test_malice(saved: Path, tmp_path: Path, function: Callable, words: str, name: str) -> None:
     """Hidden in a description that is otherwise right: refused by name, before anything is called."""
-    trap, folder = tmp_path / "sprung", step_folder(tmp_path, 1)
-    description = pickle.loads((step_folder(run, 1) / ".metadata").read_bytes())
+    trap, folder = tmp_path / "sprung", tmp_path / "step_00000001"
+    description = pickle.loads((saved / ".metadata").read_bytes())
     description.planner_data = Malice(function, words.replace("TRAP", str(trap)))
     folder.mkdir(parents=True)
     path = folder / ".metadata"
     path.write_bytes(pickle.dumps(description))
-    for read in (lambda: Reader(folder), lambda: tensors_of(folder, "model."), lambda: load({}, tmp_path, 1)):
+    for read in (lambda: Reader(folder), lambda: tensors_of(folder, "model."), lambda: load({}, folder)):
         with pytest.raises(UserError) as refusal:
             read()
         assert str(refusal.value).startswith(f"{path} names '{name}', which no checkpoint needs")
@@ -88,9 +88,9 @@ def test_something_else(tmp_path: Path, value: object) -> None:
         Reader(tmp_path)
 
 
-def test_damaged(run: Path, tmp_path: Path) -> None:
+def test_damaged(saved: Path, tmp_path: Path) -> None:
     """Cut anywhere, or with any byte changed: read, or refused in one sentence; nothing else."""
-    whole = (step_folder(run, 1) / ".metadata").read_bytes()
+    whole = (saved / ".metadata").read_bytes()
     chance, path = random.Random(1), tmp_path / ".metadata"
     refused = []
     for _ in range(300):

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
 from tests.training.run_files import metrics
-from trinity.checkpoint.directory import step_folder
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, tensors_of
 from trinity.config import load_config
 from trinity.interop import export_hf, load_hf
@@ -40,12 +40,12 @@ def old(tmp_path: Path) -> Path:
 
 def test_every_tensor_is_read_bit_for_bit(old: Path) -> None:
     """By this project and by the library alone."""
-    run = old / "run"
+    path = CheckpointDirectory.at(old / "run").path_of(STEP)
     expected: dict = {}
-    reader = dcp.FileSystemReader(step_folder(run, STEP))
+    reader = dcp.FileSystemReader(path)
     dcp.state_dict_loader._load_state_dict(expected, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    found = tensors_of(step_folder(run, STEP), "")
-    load(found, run, STEP)
+    found = tensors_of(path, "")
+    load(found, path)
     assert found.keys() == expected.keys()
     assert len(found) > 100
     for name, tensor in expected.items():

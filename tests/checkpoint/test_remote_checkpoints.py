@@ -16,21 +16,14 @@ import torch.distributed as dist
 from tests.training.run_files import bits, metrics, refuse, status, train
 from tests.url_stores import failing, register
 from trinity.checkpoint import save as saver
-from trinity.checkpoint.directory import (
-    Home,
-    complete_steps,
-    folder_of,
-    home_of,
-    home_of_run,
-    newest_intact,
-    step_folder,
-)
+from trinity.checkpoint.checkpoint import Checkpoint
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, tensors_of
 from trinity.checkpoint.save import save
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import Failure, UserError
-from trinity.monitor import monitor
-from trinity.training.build_data import go_near, open_stream
+from trinity.monitor.loss_spikes import SpikeDetector
+from trinity.training.build_data import open_stream, seek_near
 
 register()
 URL = "memory://bucket/runs/one"
@@ -66,11 +59,11 @@ def names(url: str) -> list[str]:
 
 def test_a_run_is_the_same(one: Path, uninterrupted: Path) -> None:
     """Stopped and resumed from there, it has figures and state of one that did neither; nothing lies beside it."""
-    home = home_of_run(one)
-    assert str(home) == URL
+    checkpoints, expected = CheckpointDirectory.of_run(one), CheckpointDirectory.at(uninterrupted)
+    assert str(checkpoints) == URL
     assert metrics(one) == metrics(uninterrupted)
-    assert complete_steps(home) == complete_steps(uninterrupted) == [6, LAST]
-    assert bits(home, LAST) == bits(uninterrupted, LAST)
+    assert checkpoints.complete_steps() == expected.complete_steps() == [6, LAST]
+    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
     assert not (one / "checkpoints").exists()
     files = [f"step_{step:08d}/{name}" for step in (6, LAST) for name in (".metadata", "COMPLETE", "__0_0.distcp")]
     assert names(URL) == ["latest", *files]
@@ -105,11 +98,11 @@ def test_a_look_at_the_data_begins_near(one: Path, recipe: Callable) -> None:
     """Also where the config that is given does not say where."""
     config = build_config([("test", OmegaConf.create(recipe(one)))])
     stream, begun = open_stream(config, 0, 1), open_stream(config, 0, 1)
-    go_near(stream, config, 7)
+    seek_near(stream, config, 7)
     assert stream.k == 48 == sum(config.batch.sequences * (2 if step > 4 else 1) for step in range(1, 7))
     assert stream.batch(7).pieces == begun.batch(7).pieces
     with failing_memory():
-        go_near(begun, config, 7)  # a store that does not answer: replayed from the beginning
+        seek_near(begun, config, 7)  # a store that does not answer: replayed from the beginning
     assert begun.k == 0
 
 
@@ -128,15 +121,15 @@ def test_another_run_begins_with_it(one: Path, uninterrupted: Path, recipe: Call
 
 def test_a_way_back(recipe: Callable, tmp_path: Path) -> None:
     """A spike at step 5 sends a run back to its checkpoint, wherever that lies, with the same figures afterwards."""
-    judge = monitor.Spikes.judge
+    detect = SpikeDetector.detect
     for name, words in (("here", []), ("there", [f"checkpoint.url={URL}/back"])):
         losses: list[float] = []
 
-        def fifth(spikes: monitor.Spikes, loss: float, norm: float, losses: list[float] = losses) -> str | None:
+        def fifth(spikes: SpikeDetector, loss: float, norm: float, losses: list[float] = losses) -> str | None:
             losses.append(loss)
-            return "a spike" if len(losses) == 5 else judge(spikes, loss, norm)
+            return "a spike" if len(losses) == 5 else detect(spikes, loss, norm)
 
-        with mock.patch.object(monitor.Spikes, "judge", fifth):
+        with mock.patch.object(SpikeDetector, "detect", fifth):
             assert train(recipe(tmp_path / name), "health.spike.action=rollback", *words) == 0
     assert [line["attempt"] for line in metrics(tmp_path / "here")] == [0] * 3 + [1] * 5
     assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
@@ -160,14 +153,15 @@ def test_a_store_that_fails_in_mid_write(
     assert str(failure.value) == f"{sentence} to go on"
     assert (status(run)["state"], status(run)["code"]) == ("stopped", 1)
     assert (tmp_path / "store/step_00000006/__0_0.distcp").stat().st_size > 0
-    assert complete_steps(home_of_run(run)) == [3]
+    assert CheckpointDirectory.of_run(run).complete_steps() == [3]
     assert train(settings, f"checkpoint.url={url}") == 0
     assert "/step_00000006 has no COMPLETE, as a save that was cut off leaves it, and is not used" in (
         capsys.readouterr().err
     )
     assert metrics(run) == metrics(uninterrupted)
-    assert bits(home_of_run(run), LAST) == bits(uninterrupted, LAST)
-    assert complete_steps(home_of_run(run)) == [6, LAST]
+    checkpoints, expected = CheckpointDirectory.of_run(run), CheckpointDirectory.at(uninterrupted)
+    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
+    assert checkpoints.complete_steps() == [6, LAST]
 
 
 def test_a_store_that_does_not_answer(settings: dict, tmp_path: Path) -> None:
@@ -192,7 +186,7 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
     return {"model.a": torch.arange(100.0) + step, "run.step": torch.tensor(step)}
 
 
-def attempt(home: Home, at: int) -> tuple[int, str]:
+def attempt(checkpoints: CheckpointDirectory, at: int) -> tuple[int, str]:
     """Save step 9 over what there is, the store failing at its request number `at`; (requests, what the save said)."""
     asked, said = [0], ""
 
@@ -202,7 +196,7 @@ def attempt(home: Home, at: int) -> tuple[int, str]:
 
     with failing(fail):
         try:
-            save(state_of(9), home, 9, keep=1)
+            save(state_of(9), checkpoints, 9, keep=1)
         except Failure as failure:
             said = str(failure)
     return asked[0], said
@@ -210,20 +204,20 @@ def attempt(home: Home, at: int) -> tuple[int, str]:
 
 def test_a_store_that_fails_at_any_request(tmp_path: Path, group: None) -> None:
     """Whichever it is: the save says so, the newest whole checkpoint reads as it was written, and saves go on."""
-    home = home_of(f"norename://{tmp_path}/store", tmp_path)
+    checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
     at, requests, newest = 0, 0, []
     while at <= requests:
         for step in (3, 6):
-            save(state_of(step), home, step, keep=2)
+            save(state_of(step), checkpoints, step, keep=2)
         at += 1
-        requests, said = attempt(home, at)
+        requests, said = attempt(checkpoints, at)
         assert ("(gone); run the same command again to go on" in said) == (at <= requests), at
-        step = newest_intact(home, lambda *_, **__: None)
-        assert bits(home, step) == bits_of(state_of(step)), at
+        step = checkpoints.newest_intact(lambda *_, **__: None)
+        assert bits(checkpoints.path_of(step)) == bits_of(state_of(step)), at
         newest.append(step)
-        save(state_of(10), home, 10, keep=1)
-        assert complete_steps(home) == [10], at
-        for left in folder_of(home).glob("step_*"):
+        save(state_of(10), checkpoints, 10, keep=1)
+        assert checkpoints.complete_steps() == [10], at
+        for left in checkpoints.folder.glob("step_*"):
             left.rmtree()
     assert newest == sorted(newest)
     assert {*newest} == {6, 9}
@@ -238,16 +232,16 @@ def bits_of(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 def test_a_store_that_fails_while_it_is_read(tmp_path: Path, group: None) -> None:
     """A checkpoint that was found whole, and then cannot be read: not its fault, and said so."""
-    home = home_of(f"norename://{tmp_path}/store", tmp_path)
-    save(state_of(3), home, 3, keep=1)
+    checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
+    save(state_of(3), checkpoints, 3, keep=1)
     url = f"norename://{tmp_path}/store/step_00000003/__0_0.distcp"
     for verb in ("open", "read"):
         silent = failing(
             lambda asked, path, verb=verb: TimeoutError("late") if asked == verb and "__0" in path else None
         )
-        state = tensors_of(step_folder(home, 3), "")
+        state = tensors_of(checkpoints.path_of(3), "")
         with silent, pytest.raises(Failure) as failure:
-            load(state, home, 3)
+            load(state, checkpoints.path_of(3))
         assert str(failure.value) == f"{url} cannot be read (late); run the same command again to go on"
 
 
@@ -257,15 +251,15 @@ def test_the_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.
     And the disks here are left in peace: the library would sync all of them for a file that has no fsync.
     """
     monkeypatch.setattr(os, "sync", lambda: pytest.fail("the whole machine was synced"))
-    home, asked = home_of(f"norename://{tmp_path}/store", tmp_path), []
-    save(state_of(3), home, 3, keep=1)
+    checkpoints, asked = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store"), []
+    save(state_of(3), checkpoints, 3, keep=1)
 
     def note(verb: str, path: str) -> None:
         if verb in ("open", "close", "rm_file", "rm"):
             asked.append((verb, path.removeprefix(f"{tmp_path}/store/step_0000000")))
 
     with failing(note):
-        save(state_of(6), home, 6, keep=1)
+        save(state_of(6), checkpoints, 6, keep=1)
     changes = [(verb, path) for verb, path in asked if path[0] in "36"]
     complete = changes.index(("open", "6/COMPLETE"))
     for name in ("__0_0.distcp", ".metadata"):
@@ -277,28 +271,34 @@ def test_the_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.
 
 def test_what_was_lost_on_the_way_is_seen(tmp_path: Path, group: None) -> None:
     """A store that says yes and keeps less: no COMPLETE."""
-    home, store = home_of(f"norename://{tmp_path}/store", tmp_path), tmp_path / "store/step_00000003"
+    checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
+    store = tmp_path / "store/step_00000003"
 
     def shorten(verb: str, path: str) -> None:
         if verb == "open" and path.endswith(".metadata") and (store / "__0_0.distcp").exists():
             (store / "__0_0.distcp").write_bytes(b"half")
 
     with failing(shorten), pytest.raises(Failure, match=r"is not there as it was \(__0_0.distcp has 4 bytes of \d+\)"):
-        save(state_of(3), home, 3, keep=1)
+        save(state_of(3), checkpoints, 3, keep=1)
     assert not (store / "COMPLETE").exists()
 
 
 def test_a_local_place(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path or file:// is written as beside the run: fsync and rename; its disk is the one that may be full."""
     written, asked = [], []
-    whole, usage = saver.mark_complete, saver.shutil.disk_usage
-    monkeypatch.setattr(saver, "mark_complete", lambda folder, sums: (written.append(folder), whole(folder, sums)))
+    mark_complete, usage = Checkpoint.mark_complete, saver.shutil.disk_usage
+
+    def noted(checkpoint: Checkpoint, sums: dict) -> None:
+        written.append(checkpoint.path)
+        mark_complete(checkpoint, sums)
+
+    monkeypatch.setattr(Checkpoint, "mark_complete", noted)
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda folder: (asked.append(folder), usage(folder))[1])
     for url in (f"file://{tmp_path}/shelf", f"{tmp_path}/shelf"):
         assert train(settings, f"checkpoint.url={url}", f"run.steps={len(written) + 1}") == 0
     assert written == [tmp_path / "shelf" / f"step_{step:08d}" for step in (1, 2)]
     assert asked == [tmp_path / "shelf"]
-    assert complete_steps(home_of_run(Path(settings["run"]["dir"]))) == [1, 2]
+    assert CheckpointDirectory.of_run(Path(settings["run"]["dir"])).complete_steps() == [1, 2]
     assert not (Path(settings["run"]["dir"]) / "checkpoints").exists()
 
 
@@ -316,7 +316,7 @@ def test_a_run_does_not_leave_its_checkpoints(settings: dict, tmp_path: Path) ->
     assert not shelf.exists()
     fsspec.filesystem("file").put(f"{run}/checkpoints", str(shelf), recursive=True)
     assert train(settings, there, "run.steps=2") == 0
-    assert complete_steps(home_of_run(run)) == [1, 2]
+    assert CheckpointDirectory.of_run(run).complete_steps() == [1, 2]
     sentence = refuse(settings, here)
     assert f"are in norename://{shelf} up to step 2, and in {run}/checkpoints up to step 1; copy" in sentence
     assert [line["step"] for line in metrics(run)] == [1, 2]
@@ -346,12 +346,12 @@ def test_urls_that_nothing_opens(settings: dict) -> None:
 
 def test_malice_is_not_read(tmp_path: Path, group: None) -> None:
     """The .metadata of a store goes through the same unpickler."""
-    home = home_of(f"norename://{tmp_path}/store", tmp_path)
-    save(state_of(3), home, 3, keep=1)
+    checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
+    save(state_of(3), checkpoints, 3, keep=1)
     path = tmp_path / "store/step_00000003/.metadata"
     path.write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")
     with pytest.raises(UserError, match=r"\.metadata names 'os.system', which no checkpoint needs"):
-        tensors_of(step_folder(home, 3), "")
+        tensors_of(checkpoints.path_of(3), "")
 
 
 def test_an_event_says_what_was_written(one: Path) -> None:

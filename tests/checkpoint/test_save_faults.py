@@ -10,7 +10,7 @@ from tests.training.forked_ranks import run
 from tests.training.run_files import bits, metrics, refuse, status, train
 from tests.training.troubles import MOMENTS, QUICK, WORDS
 from trinity.checkpoint import save as saver
-from trinity.checkpoint.directory import complete_steps, step_folder
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.training.trainer import Trainer
 
 LAST = 8
@@ -22,34 +22,38 @@ LAST = 8
 def test_killed(settings: dict, uninterrupted: Path, moment: str) -> None:
     """Resumed to the end, it has the steps, figures and state of the run that was never disturbed, and no litter."""
     run_folder, (trouble, complete) = Path(settings["run"]["dir"]), MOMENTS[moment]
+    checkpoints, expected = CheckpointDirectory.at(run_folder), CheckpointDirectory.at(uninterrupted)
     assert run(settings, *WORDS, trouble=trouble) == [-signal.SIGKILL]
     assert status(run_folder)["state"] == "running"
-    assert complete_steps(run_folder) == complete
+    assert checkpoints.complete_steps() == complete
     assert train(settings, *WORDS) == 0
     assert metrics(run_folder) == metrics(uninterrupted)
-    assert bits(run_folder, LAST) == bits(uninterrupted, LAST)
-    assert complete_steps(run_folder) == [LAST]
+    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
+    assert checkpoints.complete_steps() == [LAST]
 
 
 def test_a_run_with_damaged_checkpoints(settings: dict, uninterrupted: Path, capsys: pytest.CaptureFixture) -> None:
     """It names them, begins from the one before, and ends as if they had been whole; with none left it is refused."""
     run = Path(settings["run"]["dir"])
+    checkpoints, expected = CheckpointDirectory.at(run), CheckpointDirectory.at(uninterrupted)
     assert train(settings, "checkpoint.every=2", "checkpoint.keep=9", "run.steps=6") == 0
     for step, name in ((6, "__0_0.distcp"), (4, ".metadata")):
-        path = step_folder(run, step) / name
+        path = checkpoints.path_of(step) / name
         path.write_bytes(path.read_bytes()[:-9] + b"damaged..")
     assert train(settings, "checkpoint.every=2", "checkpoint.keep=9") == 0
     errors = capsys.readouterr().err
-    assert f"the checkpoint {step_folder(run, 6)} is damaged (__0_0.distcp has changed since it was written)" in errors
-    assert f"the checkpoint {step_folder(run, 4)} is damaged (.metadata has changed since it was written)" in errors
+    assert (
+        f"the checkpoint {checkpoints.path_of(6)} is damaged (__0_0.distcp has changed since it was written)" in errors
+    )
+    assert f"the checkpoint {checkpoints.path_of(4)} is damaged (.metadata has changed since it was written)" in errors
     assert "resuming after step 2" in errors
     assert (run / "events.jsonl").read_text().count('"checkpoint_damaged"') == 2
     assert metrics(run) == metrics(uninterrupted)
-    assert bits(run, LAST) == bits(uninterrupted, LAST)
-    assert complete_steps(run) == [2, 4, 6, 8]
+    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
+    assert checkpoints.complete_steps() == [2, 4, 6, 8]
     before = (run / "metrics.jsonl").read_text()
     for step in (2, 4, 6, 8):
-        (step_folder(run, step) / "COMPLETE").write_text("nonsense")
+        (checkpoints.path_of(step) / "COMPLETE").write_text("nonsense")
     assert refuse(settings).startswith(f"every checkpoint in {run} is damaged: step_00000008 (its COMPLETE is missing")
     assert (run / "metrics.jsonl").read_text() == before
     assert len(list(run.glob("checkpoints/step_*/__0_0.distcp"))) == 4
@@ -58,14 +62,15 @@ def test_a_run_with_damaged_checkpoints(settings: dict, uninterrupted: Path, cap
 def test_a_disk_that_is_nearly_full(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warned of before a save when two more like the last one would not fit; the save is made all the same."""
     run = Path(settings["run"]["dir"])
+    checkpoints = CheckpointDirectory.at(run)
     assert train(settings, "run.steps=2") == 0
     for steps, missing in ((3, 0), (4, 1)):
-        files = [path for path in step_folder(run, steps - 1).iterdir() if path.name != "COMPLETE"]
+        files = [path for path in checkpoints.path_of(steps - 1).iterdir() if path.name != "COMPLETE"]
         free = 2 * sum(path.stat().st_size for path in files) - missing
         monkeypatch.setattr(saver.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert train(settings, f"run.steps={steps}") == 0
         assert (run / "events.jsonl").read_text().count('"kind": "disk"') == steps - 3
-    assert complete_steps(run) == [3, 4]
+    assert checkpoints.complete_steps() == [3, 4]
 
 
 def test_a_mistake_after_a_save_was_begun(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +82,4 @@ def test_a_mistake_after_a_save_was_begun(settings: dict, monkeypatch: pytest.Mo
     monkeypatch.setattr(Trainer, "_export", fail)
     with pytest.raises(PermissionError):
         train(settings, "checkpoint.every=2", "export.every=2")
-    assert complete_steps(Path(settings["run"]["dir"])) == [2]
+    assert CheckpointDirectory.at(Path(settings["run"]["dir"])).complete_steps() == [2]

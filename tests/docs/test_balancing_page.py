@@ -18,7 +18,7 @@ import torch
 from trinity import balancing
 from trinity.config import load_config
 from trinity.models import ModelConfig, Trinity
-from trinity.training.trainer import next_biases
+from trinity.training.train_step import next_biases
 
 config = load_config(CONFIG, WORDS)
 assert config.balancing.kind == "proportional"

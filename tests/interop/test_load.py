@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests.interop.small_model import make_model
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import model_state
 from trinity.checkpoint.save import save
 from trinity.config.load import save_config
@@ -59,7 +60,7 @@ def test_a_model_that_is_loaded_is_not_initialised(
 ) -> None:
     """Of a folder and of a run's checkpoint: a large model would pay a minute for each billion parameters."""
     save_config(RunConfig(run=RunSection(steps=1), model=model.config), tmp_path / "config.yaml")
-    save(model_state(model), tmp_path, 1, keep=1)
+    save(model_state(model), CheckpointDirectory.at(tmp_path), 1, keep=1)
     monkeypatch.setattr(trinity_module, "initialize", lambda *_: pytest.fail("initialised, to be loaded next"))
     assert_equal(load_hf(exported).state_dict(), expected_state(model))
     assert_equal(load_model(tmp_path)[0].state_dict(), dict(model.state_dict()))

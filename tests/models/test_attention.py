@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.attention import Attention, rotation_of
-from trinity.models.attention_backends import Visibility
+from trinity.models.attention import Attention, rope_cos_sin
+from trinity.models.attention_backends import AttentionMask
 from trinity_kernels.qk_norm import rotate
 
 LOCAL, GLOBAL = 0, 3  # layers
@@ -30,8 +30,8 @@ def make(config: ModelConfig, layer: int) -> Attention:
 
 
 def run(attention: Attention, x_BSD: Tensor, positions_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-    rotation = rotation_of(positions_BS, attention.head_dim, 100.0, torch.float64)
-    return attention(x_BSD, rotation, Visibility(positions_BS, documents_BS, engine="sdpa"))
+    rotation = rope_cos_sin(positions_BS, attention.head_dim, 100.0, torch.float64)
+    return attention(x_BSD, rotation, AttentionMask(positions_BS, documents_BS, engine="sdpa"))
 
 
 def normed(x: list[float], gain: list[float]) -> list[float]:
@@ -91,7 +91,7 @@ def test_matches_loops(tiny: ModelConfig, layer: int, window: int, documents: li
         assert torch.allclose(got[row], expected, rtol=0, atol=1e-12)
 
 
-def test_which_layers_are_global(tiny: ModelConfig) -> None:
+def test_global_layers(tiny: ModelConfig) -> None:
     """(index + 1) mod 4 = 0."""
     config = replace(tiny, layers=12)
     windows = [Attention(config, layer).window for layer in range(12)]
@@ -99,8 +99,8 @@ def test_which_layers_are_global(tiny: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def test_local_layers_know_distance_and_global_layers_no_order(tiny: ModelConfig) -> None:
-    """The last token's output when the tokens before it are shuffled: the same without positions, another with RoPE."""
+def test_local_layers_depend_on_distance_and_global_layers_not_on_order(tiny: ModelConfig) -> None:
+    """Shuffling the earlier tokens changes the last token's output with RoPE, and not without positions."""
     x_BSD = torch.randn(1, S, tiny.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shuffled = x_BSD[:, [*torch.randperm(S - 1, generator=torch.Generator().manual_seed(1)).tolist(), S - 1]]
     moved = {}
@@ -120,12 +120,12 @@ def test_rope_is_relative(shift: int) -> None:
     positions = torch.arange(S).unsqueeze(0)
     products = []
     for start in (0, shift):
-        rotation = rotation_of(positions + start, 8, 10_000.0, torch.float64)
+        rotation = rope_cos_sin(positions + start, 8, 10_000.0, torch.float64)
         products.append(torch.einsum("bshc,bthc->bhst", rotate(q, *rotation), rotate(k, *rotation)))
     assert torch.allclose(*products, rtol=0, atol=1e-10)
 
 
-def test_rope_turns_bf16_in_fp32() -> None:
+def test_rope_rotates_bf16_in_fp32() -> None:
     """bf16 queries at positions up to 131071: the float64 rotation to one rounding of bf16 (2⁻⁹ of the result).
 
     fp32 holds such positions times θ^(−2i/C) to about 0.008 radians at worst, which is what the absolute bound allows.
@@ -133,10 +133,10 @@ def test_rope_turns_bf16_in_fp32() -> None:
     """
     q = torch.randn(1, 64, 2, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     positions = torch.arange(0, 131_072, 2048).unsqueeze(0) + 2047
-    cos, sin = rotation_of(positions, 128, 10_000.0, torch.float32)
+    cos, sin = rope_cos_sin(positions, 128, 10_000.0, torch.float32)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == (1, 64, 1, 64)
-    exact = rotate(q.double(), *rotation_of(positions, 128, 10_000.0, torch.float64))
+    exact = rotate(q.double(), *rope_cos_sin(positions, 128, 10_000.0, torch.float64))
     got = rotate(q, cos, sin)
     assert got.dtype == torch.bfloat16
     assert torch.allclose(got.double(), exact, rtol=2**-8, atol=0.01 * q.abs().max().item())

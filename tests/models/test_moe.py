@@ -1,4 +1,7 @@
-"""The MoE layer against loops over tokens and experts in float64 (eq. 15-18 and 29-32)."""
+"""The MoE layer against loops over tokens and experts in float64 (eq. 15-18 and 29-32).
+
+Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from trinity.config.model import ModelConfig
 from trinity.models.moe import Experts, MoE, Routing
-from trinity.models.token_dispatcher import local
+from trinity.models.token_dispatcher import local_dispatch
 
 B, S = 2, 7
 
@@ -34,7 +37,7 @@ def swiglu(gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, x_D: Tensor) -> Tens
 
 
 def plain(moe: MoE, config: ModelConfig, x_BSD: Tensor) -> tuple[Tensor, list[list[int]], list[list[float]]]:
-    """Outputs, and of every token the experts chosen and all scores."""
+    """Outputs, and each token's chosen experts and scores."""
     outputs, chosen, scores = [], [], []
     for u in x_BSD.flatten(0, 1):
         s = [1 / (1 + math.exp(-(e @ u).item())) for e in moe.router.weight]
@@ -71,7 +74,7 @@ def test_matches_loops(tiny: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def test_the_bias_chooses_and_does_nothing_else(tiny: ModelConfig) -> None:
+def test_the_bias_affects_the_choice_alone(tiny: ModelConfig) -> None:
     """The same shift of every bias changes no bit of the output; a bias of ±10 on two experts sends all there."""
     moe, x_BSD = make(tiny), tokens(tiny)
     moe.expert_bias.copy_(torch.arange(6) / 4)
@@ -110,7 +113,7 @@ def test_gradients_against_finite_differences(tiny: ModelConfig) -> None:
 
 
 def test_the_sequence_loss_reaches_the_router_only(tiny: ModelConfig) -> None:
-    """And through it the layer's input; not the experts."""
+    """And through the router the layer's input; not the experts."""
     moe, x_BSD = make(tiny), tokens(tiny).requires_grad_()
     routing: Routing = moe(x_BSD)[1]
     routing.sequence_loss_B.sum().backward()
@@ -120,22 +123,22 @@ def test_the_sequence_loss_reaches_the_router_only(tiny: ModelConfig) -> None:
     assert not routing.entropy_sum.requires_grad
 
 
-def test_the_layer_does_not_know_its_dispatcher(tiny: ModelConfig) -> None:
-    """Another that does the same in halves gives the same; it gets the routing, and the experts as a module."""
+def test_another_dispatcher_gives_the_same(tiny: ModelConfig) -> None:
+    """A dispatcher that runs the experts on two halves; it receives the routing, and the experts as a module."""
     moe, x_BSD = make(tiny), tokens(tiny)
     expected, _ = moe(x_BSD)
     calls, hooked = [], []
     moe.experts.register_forward_hook(lambda *_: hooked.append(True))
 
-    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, meanwhile: Callable) -> tuple:
+    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, overlap: Callable) -> tuple:
         calls.append((x_TD, indices_TK, gates_TK, experts))
         parts = zip(x_TD.chunk(2), indices_TK.chunk(2), gates_TK.chunk(2))
-        return torch.cat([experts(*part) for part in parts]), meanwhile()
+        return torch.cat([experts(*part) for part in parts]), overlap()
 
-    assert moe.dispatcher is local
+    assert moe.dispatcher is local_dispatch
     moe.dispatcher = halves
-    found, routing = moe(x_BSD)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-12)  # matrix products of other shapes
+    actual, routing = moe(x_BSD)
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-12)  # matrix products of other shapes
     ((x_TD, indices_TK, gates_TK, experts),) = calls
     assert experts is moe.experts
     assert len(hooked) == 2
@@ -146,7 +149,7 @@ def test_the_layer_does_not_know_its_dispatcher(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize("rows", [(0, 7), (2, 0)])
 def test_no_tokens(tiny: ModelConfig, rows: tuple[int, int]) -> None:
-    """A rank without tokens is ordinary: nothing comes out, and every parameter still gets a gradient."""
+    """A rank without tokens is allowed: the output is empty, and every parameter still gets a gradient."""
     moe = make(tiny)
     x_BSD = torch.zeros(*rows, tiny.width, dtype=torch.float64)
     y_BSD, routing = moe(x_BSD)

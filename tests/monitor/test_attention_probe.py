@@ -1,4 +1,4 @@
-"""The probe against a transcription of its words, and that it changes nothing; slow ranks by hand.
+"""The attention probe against its definition written out in float64, and against a run without it.
 
 Bounds: both sides compute in float64, whose rounding is 1e-16; a product of some ten terms leaves 1e-13.
 """
@@ -16,13 +16,11 @@ from tests.training.run_files import metrics, state, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import ParallelConfig
 from trinity.models import ZOO, attention
-from trinity.models.attention_backends import Visibility, attend
+from trinity.models.attention_backends import AttentionMask, attend
 from trinity.monitor.attention_probe import QUERIES, largest_logit, probe_attention
-from trinity.monitor.straggler import TIMES, StragglerDetector
 from trinity.parallel import mesh
 from trinity.training.build import build_model
 from trinity.training.build_data import open_data
-from trinity.training.host_copy import HostCopy
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_the_largest_logit(window: int | None, documents: bool, length: int) -> 
     k[:, -1] *= 10  # which only the last query may see, and that has no say
     q[:, -1] = 0
     ids = torch.arange(length).unsqueeze(0) // 7 if documents else None
-    mask = Visibility(torch.arange(length).unsqueeze(0), ids).mask(window)[0, 0]
+    mask = AttentionMask(torch.arange(length).unsqueeze(0), ids).dense(window)[0, 0]
     places = [round(i * (length - 1) / (min(QUERIES, length) - 1)) for i in range(min(QUERIES, length))]
     expected, hidden = -math.inf, -math.inf
     for head in range(4):
@@ -64,16 +62,16 @@ def test_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None
     rows = open_data(config, ranks).loader.take(2)
     seen: list[float] = []
 
-    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, visible: Visibility) -> object:
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, visible: AttentionMask) -> object:
         scores = (
             torch.einsum("bshc,bthc->bhst", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) / q.shape[3] ** 0.5
         )
-        seen.append(scores.masked_fill(~visible.mask(window), -math.inf).max().item())
+        seen.append(scores.masked_fill(~visible.dense(window), -math.inf).max().item())
         return attend(q, k, v, window, visible)
 
     before = hooks_of(model)
     with mock.patch.object(attention, "attend", noted):
-        found = probe_attention(model, rows.tokens, rows.targets, rows.document_ids, ranks)
+        found = probe_attention(model, rows.tokens_BS, rows.targets_BS, rows.document_ids_BS, ranks)
     assert len(seen) == config.model.layers
     assert found.max_logit == pytest.approx(max(seen), abs=1e-13)
     assert len(found.seconds_R) == 1
@@ -107,25 +105,3 @@ def test_entropy_of_each_router(settings: dict) -> None:
         assert len(line["entropy"]) == 4
         assert len(set(line["entropy"])) == 4
         assert sum(line["entropy"]) / 4 == pytest.approx(figures["router_entropy"], rel=1e-14)
-
-
-def test_slow_ranks_are_named() -> None:
-    """Three probes in a row at twice the median's time; once, until it was well in between."""
-    ranks, even, slow = StragglerDetector(1.5), [1.0, 1.1, 0.9, 1.0], [1.0, 2.0, 0.9, 1.0]
-    found = [ranks.look(seconds) for seconds in (slow, slow, even, slow, slow, slow, slow, even, *[slow] * TIMES)]
-    assert [bool(warnings) for warnings in found] == [False] * 5 + [True, False, False] + [False, False, True]
-    sentence, figures = found[5][0]
-    assert sentence == "rank 1 has been slow in 3 probes: attention takes 2.0 times as long on it as on the median rank"
-    assert figures == {"slow_rank": 1, "ratio": 2.0}
-    assert StragglerDetector(0).look([1.0, 9.0]) == []
-
-
-def test_a_reading_is_what_was_read() -> None:
-    """Names, shapes and values, whole numbers exactly, and as they were when it was asked for."""
-    tensors = {"a": torch.tensor([[1.5, -2.0]]), "b": torch.tensor([2**52 + 1, 3]), "c": torch.tensor(0.1)}
-    reading = HostCopy(tensors)
-    tensors["a"].zero_()
-    found = reading.wait()
-    assert found["a"].tolist() == [[1.5, -2.0]]
-    assert found["b"].tolist() == [2**52 + 1, 3]
-    assert found["c"].item() == torch.tensor(0.1).item()

@@ -120,7 +120,7 @@ def test_the_window_may_change(now: Clock, monkeypatch: pytest.MonkeyPatch) -> N
         sink = Console(0, 900, 1000)
         make_steps(sink, now, range(1, 2))
         before = len(screen.lines()[0])
-        monkeypatch.setattr(console, "width", lambda: 60)
+        monkeypatch.setattr(console, "terminal_width", lambda: 60)
         sink.write(record(2))
         warn("", "drawn anew")
         assert (before, len(screen.lines()[-1])) == (86, 56)
@@ -131,7 +131,7 @@ def test_a_rollback(now: Clock, capsys: pytest.CaptureFixture) -> None:
     """Steps that are made again are made: the time left is that of all steps so far, also before the first one."""
     sink = Console(4, 8, 1)
     make_steps(sink, now, range(5, 6))
-    sink.go_back(3)
+    sink.rewind(3)
     make_steps(sink, now, range(4, 6))
     assert capsys.readouterr().err.splitlines() == [line(5, 8, 3), line(4, 8, 4), line(5, 8, 3)]
 

@@ -29,7 +29,7 @@ def test_steps_after_a_kill_a_rollback_and_an_early_start(tmp_path: Path) -> Non
     sink = TensorBoard(tmp_path, 4)
     log(sink, range(5, 10), 2.0)
     assert shown(tmp_path) == dict.fromkeys(range(1, 5), 1.0) | dict.fromkeys(range(5, 10), 2.0)
-    sink.go_back(6)
+    sink.rewind(6)
     log(sink, range(7, 9), 3.0)
     sink.close()
     assert shown(tmp_path) == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 3, 8: 3}

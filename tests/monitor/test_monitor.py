@@ -38,7 +38,7 @@ def test_spikes_against_the_words_of_the_rule() -> None:
         values[at] += 6
     spikes, past, found = SpikeDetector(window=40, sigma=4), [], []
     for step, loss in enumerate(values):
-        spiked = spikes.judge(loss, 1.0) is not None
+        spiked = spikes.detect(loss, 1.0) is not None
         last = past[-40:]
         expected = len(last) >= 20 and loss > statistics.fmean(last) + 4 * statistics.pstdev(last)
         assert spiked == expected, step
@@ -50,20 +50,20 @@ def test_spikes_against_the_words_of_the_rule() -> None:
 def test_a_gradient_norm_spikes_too_and_says_so() -> None:
     spikes = SpikeDetector(window=8, sigma=3)
     for step in range(8):
-        assert spikes.judge(2.0, 1 + 0.01 * (step % 2)) is None
-    assert spikes.judge(2.0, 1.5) == "gradient norm 1.5 stands 99.0 standard deviations above the mean 1.005"
-    assert spikes.judge(2.1, 1.0) == "loss 2.1 stands any number of standard deviations above the mean 2"
+        assert spikes.detect(2.0, 1 + 0.01 * (step % 2)) is None
+    assert spikes.detect(2.0, 1.5) == "gradient norm 1.5 stands 99.0 standard deviations above the mean 1.005"
+    assert spikes.detect(2.1, 1.0) == "loss 2.1 stands any number of standard deviations above the mean 2"
 
 
 def test_what_is_remembered_comes_back() -> None:
     one, other, shorter = SpikeDetector(20, 3), SpikeDetector(20, 3), SpikeDetector(5, 3)
     for step in range(33):
-        one.judge(5 + math.sin(step), 1 + 0.1 * math.cos(step))
+        one.detect(5 + math.sin(step), 1 + 0.1 * math.cos(step))
     assert one.state().shape == (2, CAPACITY)
     other.restore(one.state())
     assert torch.equal(other.state(), one.state())
     for step in range(33, 60):
-        assert one.judge(5 + 3 * math.sin(step), 1) == other.judge(5 + 3 * math.sin(step), 1)
+        assert one.detect(5 + 3 * math.sin(step), 1) == other.detect(5 + 3 * math.sin(step), 1)
     shorter.restore(one.state())
     assert torch.equal(shorter.state()[:, -5:], one.state()[:, -5:])
     assert shorter.state().isinf().sum() == 2 * (CAPACITY - 5)
@@ -74,12 +74,12 @@ def test_a_climbing_layer_is_warned_of_once() -> None:
     even = torch.tensor([[10, 10, 10, 10], [16, 8, 8, 8]])  # MaxVio 0 and 0.6
     skewed = torch.tensor([[10, 10, 10, 10], [29, 3, 4, 4]])  # and 1.9
     for _ in range(3 * WINDOW):
-        assert collapse.look(even) == []
-    found = [sentence for _ in range(3 * WINDOW) for sentence, _ in collapse.look(skewed)]
+        assert collapse.update(even) == []
+    found = [sentence for _ in range(3 * WINDOW) for sentence, _ in collapse.update(skewed)]
     assert found == ["MaxVio of MoE layer 1 has climbed to 1.25 from 0.60, over 20 steps"]
     for _ in range(3 * WINDOW):
-        assert collapse.look(even) == []
-    assert len([warning for _ in range(WINDOW) for warning in collapse.look(skewed)]) == 1
+        assert collapse.update(even) == []
+    assert len([warning for _ in range(WINDOW) for warning in collapse.update(skewed)]) == 1
 
 
 def test_a_watch_that_is_restored_says_the_same() -> None:
@@ -93,8 +93,8 @@ def test_a_watch_that_is_restored_says_the_same() -> None:
         state = parts.state(3, 5)
         parts = CollapseDetector(factor=1.5, dead_steps=4, first_layer=2)
         parts.restore(state)
-        said = whole.look(counts_ME)
-        assert parts.look(counts_ME) == said
+        said = whole.update(counts_ME)
+        assert parts.update(counts_ME) == said
         warned += len(said)
     assert warned > 5
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in CollapseDetector(2, 1).state(3, 5).items()} == {
@@ -107,15 +107,15 @@ def test_a_stop_does_not_silence_a_watch(settings: dict, monkeypatch: pytest.Mon
 
     A checkpoint from before the watch was in it can be loaded, and the watch begins anew.
     """
-    look = CollapseDetector.look
+    update = CollapseDetector.update
 
     def without_the_first(collapse: CollapseDetector, counts_ME: torch.Tensor) -> list:
-        return look(collapse, counts_ME.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(0)))
+        return update(collapse, counts_ME.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(0)))
 
-    def spikes_alone(watcher: Monitor) -> dict[str, torch.Tensor]:
-        return {"spikes": watcher.spikes.state()}
+    def spikes_alone(monitor: Monitor) -> dict[str, torch.Tensor]:
+        return {"spikes": monitor.spikes.state()}
 
-    monkeypatch.setattr(CollapseDetector, "look", without_the_first)
+    monkeypatch.setattr(CollapseDetector, "update", without_the_first)
     settings["data"]["workers"] = 0
     words = ["health.dead_steps=4", "evaluation.every=0", "checkpoint.every=0"]
     assert train(settings, *words, "run.steps=2") == 0
@@ -134,14 +134,14 @@ def test_dead_experts_are_named() -> None:
     collapse = CollapseDetector(factor=0, dead_steps=3)
     alive, dead = torch.tensor([[1, 1, 1], [1, 1, 1]]), torch.tensor([[1, 1, 1], [3, 0, 0]])
     looks = [alive, dead, dead, alive, dead, dead, dead, dead]
-    found = [collapse.look(counts) for counts in looks]
+    found = [collapse.update(counts) for counts in looks]
     assert [bool(warnings) for warnings in found] == [False] * 6 + [True, False]
     assert found[6][0][0] == "MoE layer 1 has 2 experts without a token for 3 steps: [1, 2]"
 
 
 def test_layers_have_their_number_in_the_model() -> None:
     """Two dense layers come first: the second router is that of layer 3."""
-    found = CollapseDetector(0, dead_steps=1, first_layer=2).look(torch.tensor([[1, 1], [2, 0]]))
+    found = CollapseDetector(0, dead_steps=1, first_layer=2).update(torch.tensor([[1, 1], [2, 0]]))
     assert found == [("MoE layer 3 has 1 experts without a token for 1 steps: [1]", {"layer": 3, "dead": 1})]
 
 
@@ -220,7 +220,7 @@ def test_the_way_back_after_a_spike(settings: dict, poisoned: Callable) -> None:
 
     def load_and_jump(self: SequenceStream, saved: dict) -> None:
         load(self, saved)
-        self.pass_over(12)
+        self.advance(12)
         self.jump(48)
 
     with mock.patch.object(SequenceStream, "load_state_dict", load_and_jump):

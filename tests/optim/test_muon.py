@@ -1,6 +1,4 @@
-"""Muon against its equations written out matrix by matrix in float64, with the SVD in place of Newton-Schulz."""
-
-import math
+"""Muon against the plain reference (`muon_reference.py`, itself tested against the SVD) in float64."""
 
 import pytest
 import torch
@@ -11,7 +9,8 @@ from trinity.errors import UserError
 from trinity.models.param_roles import Role
 from trinity.optim import muon as muon_module
 from trinity.optim.muon import Muon, rate_factor
-from trinity.optim.newton_schulz import COEFFICIENTS, orthogonalize
+from trinity.optim.muon_reference import ReferenceMuon
+from trinity.optim.newton_schulz import orthogonalize
 
 # name, kind, shape, rows: every form a parameter has in the model, with tall and flat pieces
 FORMS = [
@@ -44,52 +43,16 @@ def set_gradients(roles: list[Role], gradients: dict[str, Tensor]) -> None:
         role.parameter.grad = None if gradient is None else gradient.to(role.parameter.dtype)
 
 
-class Plain:
-    """The equations of muon.py's docstring for the matrices of all forms, one after the other."""
-
-    def __init__(self, roles: list[Role], momentum: float, nesterov: bool, weight_decay: float, starved: str) -> None:
-        self.mu, self.nesterov, self.weight_decay, self.starved = momentum, nesterov, weight_decay, starved
-        self.weights = {role.name: role.parameter.detach().clone() for role in roles}
-        self.momenta = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        self.without: dict[tuple, int] = {}  # steps without gradient of each matrix of experts
-
-    def step(self, gradients: dict[str, Tensor], lr: float) -> None:
-        for name, kind, shape, rows in FORMS:
-            gradient = gradients.get(name)
-            gradient = torch.zeros(shape, dtype=torch.float64) if gradient is None else gradient
-            self.momenta[name] = self.mu * self.momenta[name] + gradient
-            u = gradient + self.mu * self.momenta[name] if self.nesterov else self.momenta[name]
-            for index in torch.cartesian_prod(*map(torch.arange, (1, *shape[:-2]))).view(-1, len(shape) - 1).tolist():
-                where, first = tuple(index[1:]), 0
-                for m in rows:
-                    matrix = (*where, slice(first, first + m))
-                    factor = math.sqrt(max(1, m / shape[-1]))
-                    if kind == "experts":
-                        key = (name, where)
-                        self.without[key] = 0 if gradient[where].any() else self.without.get(key, 0) + 1
-                        factor *= self.mu ** self.without[key] if self.starved == "decay" else 1.0
-                    self.weights[name][matrix] *= 1 - lr * self.weight_decay
-                    self.weights[name][matrix] -= lr * factor * by_svd(u[matrix])
-                    first += m
-
-
-def by_svd(x: Tensor) -> Tensor:
-    """U p(σ/‖x‖) Vᵀ with the dion set."""
-    u, sigma, vh = torch.linalg.svd(x, full_matrices=False)
-    sigma = sigma / max(sigma.norm(), 1e-14)
-    for a, b, c in COEFFICIENTS["dion"]:
-        sigma = a * sigma + b * sigma**3 + c * sigma**5
-    return u * sigma @ vh
-
-
 @pytest.mark.parametrize("starved", ["decay", "full"])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_steps_equal_the_equations(nesterov: bool, starved: str) -> None:
-    """Five steps with another rate each; parameters and experts lose their gradient and get it back."""
-    roles = make_roles()
-    settings = {"momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.3, "starved": starved}
-    plain = Plain(roles, **settings)
-    optimizer = Muon(roles, lr=1.0, dtype=torch.float64, **settings)
+def test_steps_equal_the_reference(nesterov: bool, starved: str) -> None:
+    """Five steps with different rates, in which parameters and experts lose their gradient and get it back."""
+    roles, reference_roles = make_roles(), make_roles()
+    settings = {
+        "lr": 1.0, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.3, "starved": starved,
+        "dtype": torch.float64,
+    }  # fmt: skip
+    optimizer, reference = Muon(roles, **settings), ReferenceMuon(reference_roles, **settings)
     for step, lr in enumerate([0.1, 0.2, 0.05, 0.1, 0.3]):
         gradients = make_gradients(step)
         gradients["down"][0].abs_().neg_()[0, 0] = 0  # no gradient above 0 is not the same as no gradient
@@ -104,20 +67,22 @@ def test_steps_equal_the_equations(nesterov: bool, starved: str) -> None:
         if step == 3:
             gradients["o"] = gradients["down"] = None
             expected_starved = 3
-        set_gradients(roles, gradients)
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        plain.step(gradients, lr)
+        for each, its_roles in ((optimizer, roles), (reference, reference_roles)):
+            set_gradients(its_roles, gradients)
+            each.param_groups[0]["lr"] = lr
+            each.step()
         counters = [state["starved_steps"] for state in optimizer.state.values() if "starved_steps" in state]
         assert sum(int((counter > 0).sum()) for counter in counters) == expected_starved
-        for role in roles:
-            torch.testing.assert_close(role.parameter.detach(), plain.weights[role.name], **FLOAT64)
-            momentum = optimizer.state[role.parameter]["momentum"]
-            torch.testing.assert_close(momentum, plain.momenta[role.name], **FLOAT64)
+        for role, reference_role in zip(roles, reference_roles):
+            torch.testing.assert_close(role.parameter, reference_role.parameter, **FLOAT64)
+            state, expected = optimizer.state[role.parameter], reference.state[reference_role.parameter]
+            assert state.keys() == expected.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(state[key], value, **FLOAT64)
 
 
-def test_a_starved_experts_update_fades_while_a_full_one_does_not() -> None:
-    """The update of step k after the last gradient has μᵏ times the size of a full one (both to 1e-12)."""
+def test_starved_update_decays_and_a_full_one_does_not() -> None:
+    """The update of step k after the last gradient is μᵏ times a full one (both to 1e-12)."""
     moved = {}
     for starved in ("decay", "full"):
         roles = make_roles()
@@ -151,7 +116,7 @@ LARGE = (3072, 12288, 3072, 48, 8, 128, 256)
     ],
 )
 def test_rate_factors_of_the_three_models(size: tuple[int, ...], other_than_one: dict[str, float]) -> None:
-    """Eq. 41 for every matrix of Nano, Mini and Large; all that is not listed is 1 (four decimals are given)."""
+    """Eq. 41 for every matrix of Nano, Mini and Large, to four decimals; matrices that are not listed have 1."""
     d, dense, expert, hq, hkv, dh, routed = size
     shapes = {
         "q, gate": (hq * dh, d),
@@ -195,37 +160,39 @@ def test_experts_in_a_batch_equal_experts_one_by_one() -> None:
     torch.testing.assert_close(batch.parameter.detach(), joined, **FLOAT64)
 
 
-@pytest.mark.parametrize(("bound", "cuts"), [(100, [1] * 6), (192, [1] * 6), (4 * 192, [4, 2]), (5 * 192, [5, 1])])
-def test_batches_keep_their_bound_and_change_nothing(monkeypatch, bound: int, cuts: list[int]) -> None:
-    """gate_up's six matrices [4, 6] are of 192 bytes each; a bound below that still lets one through at a time."""
-    whole, cut = make_roles(), make_roles()
+@pytest.mark.parametrize(
+    ("bound", "batch_sizes"), [(100, [1] * 6), (192, [1] * 6), (4 * 192, [4, 2]), (5 * 192, [5, 1])]
+)
+def test_batch_size_is_bounded_and_changes_nothing(monkeypatch, bound: int, batch_sizes: list[int]) -> None:
+    """gate_up has six matrices [4, 6] of 192 bytes each; with a smaller bound each is a batch of its own."""
+    default, bounded = make_roles(), make_roles()
     gradients = [make_gradients(step) for step in range(2)]
-    run_two_steps(whole, gradients)
-    seen: list[Tensor] = []
+    run_two_steps(default, gradients)
+    batches: list[Tensor] = []
 
     def spy(x: Tensor, *arguments: object) -> Tensor:
-        seen.append(x)
+        batches.append(x)
         return orthogonalize(x, *arguments)
 
     monkeypatch.setattr(muon_module, "orthogonalize", spy)
     monkeypatch.setattr(muon_module, "BATCH_BYTES", bound)
-    run_two_steps(cut, gradients)
-    for x in seen:
+    run_two_steps(bounded, gradients)
+    for x in batches:
         assert len(x) == 1 or x.numel() * x.element_size() <= bound
-    assert sum(len(x) for x in seen) == 2 * (4 + 1 + 2 + 6 + 3 + 1)
-    assert [len(x) for x in seen if x.shape[1:] == (4, 6)] == 2 * cuts
-    for one, other in zip(whole, cut):
+    assert sum(len(x) for x in batches) == 2 * (4 + 1 + 2 + 6 + 3 + 1)
+    assert [len(x) for x in batches if x.shape[1:] == (4, 6)] == 2 * batch_sizes
+    for one, other in zip(default, bounded):
         torch.testing.assert_close(one.parameter, other.parameter, **FLOAT64)
 
 
 def test_same_shapes_of_different_parameters_share_a_batch(monkeypatch) -> None:
-    """17 matrices of six shapes: the four of [10, 6] come from qkvg and from dense_gate_up."""
-    seen: list[torch.Size] = []
-    monkeypatch.setattr(muon_module, "orthogonalize", lambda x, *a: seen.append(x.shape) or orthogonalize(x, *a))
+    """17 matrices of six shapes; the four matrices [10, 6] come from qkvg and from dense_gate_up."""
+    shapes: list[torch.Size] = []
+    monkeypatch.setattr(muon_module, "orthogonalize", lambda x, *a: shapes.append(x.shape) or orthogonalize(x, *a))
     roles = make_roles()
     set_gradients(roles, make_gradients(0))
     Muon(roles, lr=0.1).step()
-    assert sorted(map(tuple, seen)) == [(1, 3, 6), (1, 6, 10), (2, 2, 6), (3, 6, 4), (4, 10, 6), (6, 4, 6)]
+    assert sorted(map(tuple, shapes)) == [(1, 3, 6), (1, 6, 10), (2, 2, 6), (3, 6, 4), (4, 10, 6), (6, 4, 6)]
 
 
 def test_init_state_changes_nothing() -> None:
@@ -236,7 +203,7 @@ def test_init_state_changes_nothing() -> None:
     for step in range(2):
         for roles, optimizer in zip((plain, prepared), optimizers):
             set_gradients(roles, make_gradients(step))
-            optimizer.init_state()  # again, after the first step: it must not clear anything
+            optimizer.init_state()  # after the first step too, where it must not reset anything
             optimizer.step()
     for one, other in zip(plain, prepared):
         assert torch.equal(one.parameter, other.parameter)
@@ -281,7 +248,7 @@ def test_dtensors_on_a_mesh_of_one_equal_plain_tensors(mesh) -> None:
             assert torch.equal(value.full_tensor(), optimizers[0].state[one.parameter][key])
 
 
-def test_mistakes_are_refused_before_the_first_step() -> None:
+def test_wrong_values_are_refused_before_the_first_step() -> None:
     roles = make_roles()
     with pytest.raises(UserError, match="'newton' is not a known set"):
         Muon(roles, lr=0.1, coefficients="newton")

@@ -15,12 +15,13 @@ import torch
 
 from tests.parallel.mesh_runs import config_of
 from trinity.checkpoint import save as saver
-from trinity.checkpoint.directory import complete_steps, newest_intact, step_folder
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, tensors_of
 from trinity.checkpoint.save import Writer
 from trinity.errors import Failure
 from trinity.parallel import mesh
 from trinity.training import train_step, trainer
+from trinity.training.train_step import StepResult
 from trinity.training.trainer import pretrain
 
 WORDS = [
@@ -39,10 +40,10 @@ def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
     """A run in which writing step s waits until training has made steps s + 1 and s + 2."""
     made: list[int] = []
 
-    def step(*args: Any) -> dict:
-        figures = train_step.train_step(*args)
+    def step(*args: Any) -> StepResult:
+        result = train_step.train_step(*args)
         made.append(1)
-        return figures
+        return result
 
     copy = saver.on_host if copies else lambda state, into: state
     with (
@@ -81,12 +82,12 @@ def on_ranks(processes: Callable, world: int, case: Callable, *args: Any) -> lis
     return processes(world).run(case, *args) if world > 1 else [case(*args)]
 
 
-def contents(run: Path) -> dict[int, dict[str, bytes]]:
+def contents(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
     """The bytes of every tensor, by step and name."""
     found = {}
-    for step in complete_steps(run):
-        state = tensors_of(step_folder(run, step), "")
-        load(state, run, step)
+    for step in checkpoints.complete_steps():
+        state = tensors_of(checkpoints.path_of(step), "")
+        load(state, checkpoints.path_of(step))
         found[step] = {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
     return found
 
@@ -107,7 +108,10 @@ def test_a_save_in_flight_is_the_state_of_its_step(
     waits = [*words, "checkpoint.asynchronous=false"]
     assert on_ranks(processes, world, plain_run, recipe(tmp_path / "waits"), waits) == [0] * world
     assert on_ranks(processes, world, slow_run, recipe(tmp_path / "goes_on"), words) == [0] * world
-    expected, found = contents(tmp_path / "waits"), contents(tmp_path / "goes_on")
+    expected, found = (
+        contents(CheckpointDirectory.at(tmp_path / "waits")),
+        contents(CheckpointDirectory.at(tmp_path / "goes_on")),
+    )
     assert list(expected) == [2, 4, 6]
     assert found == expected
 
@@ -116,7 +120,10 @@ def test_without_the_copy_it_would_show(recipe: Callable, processes: Callable, t
     """The comparison above can fail: a save of the tensors themselves holds weights of later steps."""
     assert plain_run(recipe(tmp_path / "waits"), [*WORDS, "checkpoint.asynchronous=false"]) == 0
     assert slow_run(recipe(tmp_path / "wrong"), WORDS, copies=False) == 0
-    expected, found = contents(tmp_path / "waits"), contents(tmp_path / "wrong")
+    expected, found = (
+        contents(CheckpointDirectory.at(tmp_path / "waits")),
+        contents(CheckpointDirectory.at(tmp_path / "wrong")),
+    )
     assert found[LAST] == expected[LAST]
     for step in (2, 4):
         wrong = {name for name in expected[step] if found[step][name] != expected[step][name]}
@@ -124,7 +131,7 @@ def test_without_the_copy_it_would_show(recipe: Callable, processes: Callable, t
         assert any(name.startswith("optim.") for name in wrong)
 
 
-def step_after_the_save(*args: Any) -> dict:
+def step_after_the_save(*args: Any) -> StepResult:
     """A step that lets the save in flight end first."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
@@ -167,9 +174,9 @@ def test_a_disk_that_is_full_for_one_rank(
     full = "the disk is full while writing x.distcp; free some space and run the same command again"
     assert said == [f"rank 1: {full}" if broken_rank else full] * world
     assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == (5 if asynchronous == "true" else 4)
-    assert newest_intact(tmp_path / "run", ignore) == 2
+    assert CheckpointDirectory.at(tmp_path / "run").newest_intact(ignore) == 2
     assert on_ranks(processes, world, plain_run, settings, words) == [0] * world
-    assert complete_steps(tmp_path / "run") == [2, 4, 6]
+    assert CheckpointDirectory.at(tmp_path / "run").complete_steps() == [2, 4, 6]
 
 
 def ignore(*_: object, **__: object) -> None:
@@ -179,7 +186,7 @@ def ignore(*_: object, **__: object) -> None:
 def chosen(run: str) -> SimpleNamespace:
     """What this rank would begin with, and what it says."""
     said: list[str] = []
-    step = newest_intact(Path(run), lambda kind, message, **_: said.append(message))
+    step = CheckpointDirectory.at(Path(run)).newest_intact(lambda kind, message, **_: said.append(message))
     return SimpleNamespace(step=step, said=said)
 
 
@@ -188,7 +195,7 @@ def test_every_rank_takes_the_same_checkpoint(recipe: Callable, processes: Calla
     run = tmp_path / "run"
     assert processes(2).run(plain_run, recipe(run), [*WORDS, *MESH[2]]) == [0, 0]
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
-        path = step_folder(run, LAST) / name
+        path = CheckpointDirectory.at(run).path_of(LAST) / name
         whole = path.read_bytes()
         middle = len(whole) // 2
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
@@ -203,4 +210,4 @@ def test_every_rank_takes_the_same_checkpoint(recipe: Callable, processes: Calla
     assert [(event["kind"], event["rank"]) for event in events if event["kind"] == "checkpoint_damaged"] == [
         ("checkpoint_damaged", 0)
     ]
-    assert newest_intact(run, ignore) == LAST
+    assert CheckpointDirectory.at(run).newest_intact(ignore) == LAST

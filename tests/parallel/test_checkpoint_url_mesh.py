@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.parallel.test_checkpoint_mesh import MESH, WORDS, contents, plain_run, slow_run
 from tests.url_stores import failing, register
-from trinity.checkpoint.directory import complete_steps, home_of_run, newest_intact, step_folder
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, tensors_of
 from trinity.errors import Failure
 from trinity.parallel import mesh
@@ -33,25 +33,25 @@ def test_two_processes_write_there(recipe: Callable, processes: Callable, tmp_pa
     """In the training's time and behind its back, every tensor is that of a run with its checkpoints beside it."""
     waits = "checkpoint.asynchronous=false"
     assert processes(2).run(plain_run, recipe(tmp_path / "here"), [*TWO, waits]) == [0, 0]
-    expected = contents(tmp_path / "here")
+    expected = contents(CheckpointDirectory.at(tmp_path / "here"))
     assert list(expected) == [2, 4, 6]
     for name, case, words in (("waits", plain_there, [waits]), ("goes_on", slow_there, [])):
         url = f"checkpoint.url=norename://{tmp_path}/store/{name}"
         assert processes(2).run(case, recipe(tmp_path / name), [*TWO, *words, url]) == [0, 0]
-        assert contents(home_of_run(tmp_path / name)) == expected
+        assert contents(CheckpointDirectory.of_run(tmp_path / name)) == expected
         assert not (tmp_path / name / "checkpoints").exists()
 
 
 def loaded(run: str, broken_rank: int) -> str:
     """What this rank says where the store answers all but one when the newest checkpoint is to be loaded."""
     register()
-    home = home_of_run(Path(run))
-    step = newest_intact(home, lambda *_, **__: None)
-    state = tensors_of(step_folder(home, step), "")
+    checkpoints = CheckpointDirectory.of_run(Path(run))
+    step = checkpoints.newest_intact(lambda *_, **__: None)
+    state = tensors_of(checkpoints.path_of(step), "")
     here = dist.get_rank() == broken_rank
     with failing(lambda asked, path: OSError("late") if here and asked == "read" and "/__" in path else None):
         try:
-            load(state, home, step)
+            load(state, checkpoints.path_of(step))
         except Failure as failure:
             return str(failure)
     return "no failure"
@@ -82,9 +82,9 @@ def test_a_store_that_fails_for_one_rank(recipe: Callable, processes: Callable, 
         said = processes(2).run(broken_for, 1, settings, words, verb, name)
         gone = f"{name}.distcp cannot be {did} (no route to host); run the same command again to go on"
         assert said == [f"rank 1: {url}/{gone}"] * 2
-        assert complete_steps(home_of_run(tmp_path / "run")) == [2]
+        assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2]
     assert processes(2).run(plain_there, settings, words) == [0, 0]
-    assert complete_steps(home_of_run(tmp_path / "run")) == [2, 4, 6]
+    assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2, 4, 6]
     said = processes(2).run(loaded, str(tmp_path / "run"), 1)
     assert said[0] == said[1]
     assert said[0].startswith(f"rank 1: {url}/step_00000006/__")

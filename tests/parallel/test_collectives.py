@@ -1,4 +1,4 @@
-"""Processes decide together: one rank's mistake, result or signal reaches all of them."""
+"""Agreement among processes: one rank's error, result or flag reaches every rank."""
 
 from collections.abc import Callable
 
@@ -6,23 +6,28 @@ import pytest
 import torch.distributed as dist
 
 from trinity.errors import Failure, UserError, explain
-from trinity.parallel.collectives import all_reduce_max, run_on_all_ranks, run_on_rank0
+from trinity.parallel.collectives import all_reduce_max, errors_reach_all_ranks, run_on_all_ranks, run_on_rank0
 
 
-def fail_on(rank: int, error: type[Exception]) -> tuple[str, str]:
-    """What this rank sees of one rank's failure."""
+def fail_on(rank: int, error: type[Exception], in_block: bool) -> tuple[str, str]:
+    """Type and message of the error that this rank gets when `rank` raises."""
 
     def action() -> None:
         if dist.get_rank() == rank:
             raise error("a=1 is wrong; use 2")
 
     try:
-        run_on_all_ranks(action)
-    except Exception as seen:
-        return type(seen).__name__, str(seen)
+        if in_block:
+            with errors_reach_all_ranks():
+                action()
+        else:
+            run_on_all_ranks(action)
+    except Exception as raised:
+        return type(raised).__name__, str(raised)
     return "", ""
 
 
+@pytest.mark.parametrize("in_block", [False, True])
 @pytest.mark.parametrize(
     ("rank", "error", "expected"),
     [
@@ -31,9 +36,11 @@ def fail_on(rank: int, error: type[Exception]) -> tuple[str, str]:
         (1, Failure, ("Failure", "rank 1: a=1 is wrong; use 2")),
     ],
 )
-def test_one_ranks_failure_is_everyones(processes: Callable, rank: int, error: type, expected: tuple) -> None:
-    """The same sentence on both, and the exit code that it has on the rank itself."""
-    assert processes(2).run(fail_on, rank, error) == [expected] * 2
+def test_one_ranks_error_is_raised_on_all(
+    processes: Callable, rank: int, error: type, expected: tuple, in_block: bool
+) -> None:
+    """The same message on both ranks, and the exit code that the error has on its own rank."""
+    assert processes(2).run(fail_on, rank, error, in_block) == [expected] * 2
     assert explain(error("x"))[0] == (2 if error is UserError else 1)
 
 
@@ -42,17 +49,25 @@ def results() -> tuple:
     rank = dist.get_rank()
     return (
         run_on_all_ranks(lambda: rank),
-        run_on_rank0(lambda: f"from {dist.get_rank()}"),
+        run_on_rank0("from {}{end}".format, dist.get_rank(), end="."),
         all_reduce_max([rank, 5 - rank, 0]),
     )
 
 
 def test_results(processes: Callable) -> None:
-    """Each its own; rank 0's on both; the largest."""
-    assert processes(2).run(results) == [(0, "from 0", [1, 5, 0]), (1, "from 0", [1, 5, 0])]
+    """Each rank's own result; rank 0's on both; the maximum."""
+    assert processes(2).run(results) == [(0, "from 0.", [1, 5, 0]), (1, "from 0.", [1, 5, 0])]
 
 
-def _broken() -> str:
+def test_without_a_process_group_the_block_just_runs() -> None:
+    with errors_reach_all_ranks():
+        ran = True
+    assert ran
+    with pytest.raises(OSError, match="full"), errors_reach_all_ranks():
+        raise OSError("full")
+
+
+def raise_assertion_on_rank0() -> str:
     def action() -> None:
         if dist.get_rank() == 0:
             raise AssertionError("ours")
@@ -60,11 +75,11 @@ def _broken() -> str:
     return run_on_rank0(action)
 
 
-def test_our_own_mistakes_are_not_wrapped(processes: Callable) -> None:
-    """An assertion leaves as it is; the rank that waits is ended by its launcher."""
+def test_assertions_are_raised_at_once_and_unwrapped(processes: Callable) -> None:
+    """An assertion is raised as it is; the launcher ends the rank that waits."""
     from tests.parallel.process_pool import ProcessPool
 
     pool = ProcessPool(1)
     with pytest.raises(AssertionError, match="AssertionError: ours"):
-        pool.run(_broken)
+        pool.run(raise_assertion_on_rank0)
     pool.close()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from trinity.config.model import ModelConfig
 from trinity.config.run import BalancingConfig, DataConfig, ParallelConfig, PrecisionConfig, RunConfig
 from trinity.models import attention_backends
-from trinity.models.attention import rotation_of
-from trinity.models.attention_backends import Visibility
+from trinity.models.attention import rope_cos_sin
+from trinity.models.attention_backends import AttentionMask
 from trinity.models.trinity import Block
 from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import check_parallel
@@ -86,7 +86,7 @@ def test_meta_device_matches_memory(
 
     monkeypatch.setitem(attention_backends._ENGINES, "sdpa", flash)
     # the CPU would widen bf16; sys.modules because the package exports an operation of the module's name
-    monkeypatch.setattr(sys.modules["trinity_kernels.linear"], "widens", lambda _: False)
+    monkeypatch.setattr(sys.modules["trinity_kernels.linear"], "multiplies_in_fp32", lambda _: False)
     monkeypatch.setattr("trinity.planning.activations._expert_workspace", lambda *_: 0)
     tiny = replace(tiny, kv_heads=tiny.heads)  # the CPU's flash attention has no grouped queries
     on_meta = measured(replace(config_of(tiny), precision=PrecisionConfig(compute=compute)))[layer]
@@ -99,9 +99,9 @@ def test_meta_device_matches_memory(
         for x in [*block.parameters(), *block.buffers()]:
             x.normal_()
     positions = torch.arange(LENGTH).unsqueeze(0)
-    rotation = rotation_of(positions, tiny.head_dim, tiny.rope_theta, torch.float32)
+    rotation = rope_cos_sin(positions, tiny.head_dim, tiny.rope_theta, torch.float32)
     with LiveBytes() as live:
-        y_BSD, routing = block(x_BSD, rotation, Visibility(positions, None, True, "sdpa"))
+        y_BSD, routing = block(x_BSD, rotation, AttentionMask(positions, None, True, "sdpa"))
         kept, forward = live.now, live.peak
         live.peak = live.now
         outputs = [y_BSD] + ([routing.sequence_loss_B] if routing else [])

@@ -10,7 +10,7 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import BatchConfig, DataConfig, ParallelConfig, RampEntryConfig, RunConfig
 from trinity.errors import UserError
 from trinity.planning.mesh_search import check_gpus, min_gpus
-from trinity.training.build import process_counts
+from trinity.training.divisibility import process_counts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

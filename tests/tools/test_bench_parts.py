@@ -13,7 +13,7 @@ from benchmarks.attention import Case, make_documents, pairs_seen
 from benchmarks.timing import medians, one_line, take_turns
 
 from trinity.config.model import ZOO
-from trinity.models.attention_backends import Visibility
+from trinity.models.attention_backends import AttentionMask
 from trinity.models.flops import flops_per_token
 from trinity.models.moe import Router
 
@@ -64,7 +64,7 @@ def test_pairs_are_those_of_the_mask(window: int | None, documents: bool, monkey
     monkeypatch.setattr(attention, "MEAN_DOCUMENT", 7)
     documents_BS = make_documents(Case(4, 2, 8, window, 64, 3, documents))
     assert (len(documents_BS.unique()) > 5) == documents
-    mask = Visibility(torch.arange(64).unsqueeze(0), documents_BS, True).mask(window).expand(3, 1, 64, 64)
+    mask = AttentionMask(torch.arange(64).unsqueeze(0), documents_BS, True).dense(window).expand(3, 1, 64, 64)
     assert pairs_seen(documents_BS, window) == mask.sum()
 
 

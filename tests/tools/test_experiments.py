@@ -115,9 +115,9 @@ def test_microbatches_match_loader_workers(corpus: Corpus, name: str) -> None:
         order = list(range(16))
         if ARMS[name].streams == 4:
             order = [row for worker in range(4) for row in range(worker, 16, 4)]
-        assert torch.equal(batch.tokens_BS, rows.tokens[order])
-        assert torch.equal(batch.targets_BS, rows.targets[order])
-        assert torch.equal(batch.document_ids_BS, rows.document_ids[order])
+        assert torch.equal(batch.tokens_BS, rows.tokens_BS[order])
+        assert torch.equal(batch.targets_BS, rows.targets_BS[order])
+        assert torch.equal(batch.document_ids_BS, rows.document_ids_BS[order])
 
 
 def test_arms_differ_in_packing_alone(corpus: Corpus) -> None:
@@ -139,7 +139,9 @@ def test_batch_het_of_a_run_is_eq_40(corpus: Corpus, finished: tuple[Path, str])
     model.init_weights(0)
     rows = open_stream(config, 0, 1).take(16)
     losses = [
-        model(rows.tokens[s::4], document_ids_BS=rows.document_ids[s::4], targets_BS=rows.targets[s::4]).ce_BS.mean()
+        model(
+            rows.tokens_BS[s::4], document_ids_BS=rows.document_ids_BS[s::4], targets_BS=rows.targets_BS[s::4]
+        ).ce_BS.mean()
         for s in range(4)
     ]
     curves = json.loads((finished[0] / "runs" / "sequential-0.json").read_text())["curves"]

@@ -8,10 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
-from trinity.checkpoint.directory import Home, step_folder
 from trinity.checkpoint.load import load, tensors_of
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import UserError
+from trinity.io.remote_path import AnyPath
 from trinity.training.trainer import pretrain
 
 # The fields of metrics.jsonl that say how long and how much, not what.
@@ -55,8 +55,8 @@ def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def bits(home: Home, step: int) -> dict[str, bytes]:
-    """The bytes of every tensor of a checkpoint, wherever it lies."""
-    found = tensors_of(step_folder(home, step), "")
-    load(found, home, step)
+def bits(path: AnyPath) -> dict[str, bytes]:
+    """The bytes of every tensor of a checkpoint, local or remote."""
+    found = tensors_of(path, "")
+    load(found, path)
     return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import filesystem
 
 from tests.training.run_files import metrics, state, status, train
 from tests.training.troubles import nth
-from trinity.checkpoint import directory
+from trinity.checkpoint import checkpoint
 from trinity.data.stream.loader import _Worker
 from trinity.interop import export
 from trinity.models import Trinity
@@ -39,7 +39,7 @@ MOMENTS = {
     "forward": (lambda: asked_before(Trinity, "forward", 5), 2),
     "backward": (lambda: asked_before(torch.Tensor, "backward", 5), 2),
     "writing a checkpoint": (lambda: asked_before(filesystem, "_write_item", 30), 4),
-    "publishing a checkpoint": (lambda: asked_before(directory, "write_atomically", 1), 4),
+    "publishing a checkpoint": (lambda: asked_before(checkpoint, "write_atomically", 1), 4),
     "evaluating": (lambda: asked_before(Trinity, "forward", 14), 4),
     "exporting": (lambda: asked_before(export, "save_file", 1), 6),
 }

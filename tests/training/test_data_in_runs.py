@@ -30,13 +30,13 @@ def test_rows_of_rsdb_are_documents_alone(settings: dict) -> None:
     model = Trinity(config.model).double()
     model.init_weights(1)
     with torch.no_grad():
-        packed = model(rows.tokens, document_ids_BS=rows.document_ids)
+        packed = model(rows.tokens_BS, document_ids_BS=rows.document_ids_BS)
         for row, pieces in enumerate(rows.pieces):
             begin = 0
             for piece in pieces:
                 end = begin + piece.length
                 ids = torch.from_numpy(stream.sources[piece.source].read(*piece[1:]).astype("int64"))
-                assert torch.equal(rows.tokens[row, begin:end], ids)
+                assert torch.equal(rows.tokens_BS[row, begin:end], ids)
                 torch.testing.assert_close(packed[row, begin:end], model(ids[None])[0], rtol=0, atol=1e-6)
                 begin = end
 
@@ -60,7 +60,9 @@ def test_a_later_phase_may_be_edited_and_one_that_has_begun_may_not(settings: di
     settings["data"]["phases"].append({"tokens": 1000, "mixture": {"code": 1}})
     assert train(settings, "run.steps=7") == 0
     settings["data"]["phases"][0]["mixture"] = {"code": 1}
-    assert "has begun with data phase 1 (mixture was" in refuse(settings, "run.steps=8")
+    sentence = refuse(settings, "run.steps=8")
+    assert "data phase 1 of " in sentence
+    assert "has begun and must not change (mixture was" in sentence
 
 
 def test_the_same_batches_from_text(

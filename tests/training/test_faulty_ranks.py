@@ -14,10 +14,11 @@ import pytest
 from tests.training.forked_ranks import run
 from tests.training.run_files import metrics, state, status, train
 from tests.training.troubles import kill, nth
+from trinity.data.stream.collate import Batch
 from trinity.models import Trinity
 from trinity.monitor.heartbeat import Heartbeat
 from trinity.training import trainer
-from trinity.training.train_step import Batch, train_step
+from trinity.training.train_step import StepResult, train_step
 
 
 def waits_for_ever(*_: object, **__: object) -> None:
@@ -36,7 +37,7 @@ def hanging(times: int) -> Iterator[None]:
     watch = Heartbeat._watch
 
     def watch_early(heartbeat: Heartbeat) -> None:
-        heartbeat._limit *= 0.7
+        heartbeat._timeout *= 0.7
         watch(heartbeat)
 
     with in_forward(times, waits_for_ever), mock.patch.object(Heartbeat, "_watch", watch_early):
@@ -103,7 +104,7 @@ def poisoned(step: int, rows: slice) -> Iterator[None]:
     """In this step, whenever its data comes, these rows of the rank ask for a token that no text has."""
     calls: list[int] = []
 
-    def train_poisoned(model: Trinity, optimizers: Any, batch: Batch, *args: Any) -> dict:
+    def train_poisoned(model: Trinity, optimizers: Any, batch: Batch, *args: Any) -> StepResult:
         calls.append(1)
         if len(calls) == step:
             batch.targets_BS[rows] = 511

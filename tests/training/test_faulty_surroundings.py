@@ -20,7 +20,7 @@ from tests.training.run_files import MEASURED, metrics, refuse, status, train
 from tests.training.troubles import nth
 from trinity.monitor import events
 from trinity.training import trainer
-from trinity.training.train_step import train_step
+from trinity.training.train_step import StepResult, train_step
 
 
 def test_a_run_directory_that_is_read_only(settings: dict, tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_run_directory_that_is_read_only(settings: dict, tmp_path: Path) -> No
 def read_only_from(folder: Path, step: int) -> Iterator[None]:
     """The folder can be written until this step is made."""
 
-    def shut_and_step(*args: Any) -> dict:
+    def shut_and_step(*args: Any) -> StepResult:
         make_read_only(folder)
         return train_step(*args)
 
@@ -65,7 +65,7 @@ def test_a_run_directory_that_becomes_read_only(settings: dict, undisturbed: Cal
     before, last = folder.with_suffix(".log").read_text().splitlines()[-2:]
     assert before.startswith("step 6/8 ")
     place = folder / "checkpoints/step_00000006"
-    assert last == f"error: {place} is on a file system that is read-only; write elsewhere"
+    assert last == f"error: {place} is on a read-only file system; write to another folder"
     assert status(folder)["state"] == ("running" if shut == "." else "stopped")
     assert run(settings, *words, world=world) == [0] * world
     assert metrics(folder) == metrics(undisturbed(world))

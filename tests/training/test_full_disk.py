@@ -12,7 +12,7 @@ import pytest
 from tests.training.file_systems import resize, small_disk
 from tests.training.forked_ranks import run
 from tests.training.run_files import metrics, status
-from trinity.checkpoint.directory import complete_steps, newest_intact
+from trinity.checkpoint.directory import CheckpointDirectory
 
 # a disk that each record outgrows after the first checkpoint, what it begins with, and settings that make it longer
 RECORDS = {
@@ -55,7 +55,8 @@ def test_a_record_that_cannot_be_written(
         assert before.startswith(("step ", "rank 0, step "))
         assert last == "error: the disk is full; free some space and run the same command again"
         assert status(folder)["code"] == 1
-        assert newest_intact(folder) == complete_steps(folder)[-1]
+        checkpoints = CheckpointDirectory.at(folder)
+        assert checkpoints.newest_intact() == checkpoints.complete_steps()[-1]
         resize(small, "1m")
         assert run(settings, *words, world=world) == [0] * world
         assert figures(folder) == figures(undisturbed(world))
@@ -92,7 +93,7 @@ def test_an_export_that_does_not_fit(settings: dict, undisturbed: Callable, worl
             last == f"error: the disk is full while writing {partial}; free some space and run the same command again"
         )
         assert [path.name for path in small.glob("step_*")] == ["step_00000004"]
-        assert newest_intact(folder) == 8
+        assert CheckpointDirectory.at(folder).newest_intact() == 8
         resize(small, "4m")
         assert run(settings, *words, "run.steps=12", world=world) == [0] * world
         assert sorted(path.name for path in small.iterdir()) == ["step_00000004", "step_00000012"]

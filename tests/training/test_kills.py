@@ -20,7 +20,7 @@ from tests.training.forked_ranks import Ranks, Trouble, ranks, run, wait_for
 from tests.training.run_files import metrics, state
 from tests.training.soak import lines_of
 from tests.training.troubles import in_the_deletion, in_the_files, in_the_publish, in_the_removal
-from trinity.checkpoint.directory import complete_steps
+from trinity.checkpoint.directory import CheckpointDirectory
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +101,8 @@ def kill_often(settings: dict, kills: int, worlds: tuple[int, ...]) -> Counter:
     world, redone = worlds[0], []
     for _ in range(kills):
         world = numbers.choice([other for other in worlds if other != world] or worlds)
-        made, saved = lines_of(folder / "metrics.jsonl"), max(complete_steps(folder), default=0)
+        made = lines_of(folder / "metrics.jsonl")
+        saved = max(CheckpointDirectory.at(folder).complete_steps(), default=0)
         done[kill_once(settings, world, numbers)] += 1
         if len(tail_lines(folder)) > len(redone):
             redone.append(made - saved)

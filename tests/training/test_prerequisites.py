@@ -13,7 +13,7 @@ from trinity.errors import UserError
 from trinity.monitor.loggers import JsonLines
 from trinity.parallel import deep_ep
 from trinity.training import prerequisites
-from trinity.training.build import microbatch_notes
+from trinity.training.divisibility import microbatch_notes
 from trinity.training.prerequisites import check_engines
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -116,10 +116,10 @@ def test_whose_run_it_is(settings: dict) -> None:
     began = (run / "events.jsonl").read_text().split('"time": "')[1][:16].replace("T", " ")
     whose = f"{run} (run first, model smoke, started {began} UTC, at step 1)"
     assert refuse(settings, "run.seed=9") == (
-        f"{whose} holds a run of another config (run.seed was 3 and is 9); give it back, or start afresh with another "
-        "run.dir"
+        f"{whose} holds a run with another config (run.seed was 3 and is 9); restore the old value, or start a new run in "
+        "another run.dir"
     )
-    assert refuse(settings, "loss.z=1").startswith(f"going on from {whose} would change how it learns (loss.z was")
+    assert refuse(settings, "loss.z=1").startswith(f"resuming {whose} would change how the model learns (loss.z was")
     (run / "events.jsonl").unlink()
     assert whose_run(run, newest_config(run), 1)[:-30] == whose[:-30]
 

@@ -19,10 +19,10 @@ from trinity.models import ZOO, Trinity
 from trinity.models.trinity import moe_layers
 from trinity.optim.grad_clip import global_norm
 from trinity.parallel import mesh
-from trinity.training.build import build_model, make_optimizers, microbatch_size
+from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_data
-from trinity.training.step_metrics import batch_heterogeneity
-from trinity.training.train_step import Batch, train_step
+from trinity.training.divisibility import microbatch_size
+from trinity.training.train_step import StepResult, train_step
 
 BOUND = 1e-12
 
@@ -50,8 +50,7 @@ def start(config: RunConfig, ranks: mesh.Ranks) -> SimpleNamespace:
     model = build_model(config, ranks)
     model.init_weights(config.run.seed)
     optimizers = make_optimizers(config, model)
-    rows = open_data(config, ranks).loader.take(config.batch.sequences)
-    batch = Batch(rows.tokens, rows.targets.clone(), rows.document_ids)
+    batch = open_data(config, ranks).loader.take(config.batch.sequences)
     batch.targets_BS[0, :11] = -100
     seen = SimpleNamespace(gradients={}, config=config, model=model, optimizers=optimizers, batch=batch, ranks=ranks)
     step = optimizers.step
@@ -68,7 +67,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def take_step(run: SimpleNamespace, rate: float = 1.0) -> dict:
+def take_step(run: SimpleNamespace, rate: float = 1.0) -> StepResult:
     return train_step(run.model, run.optimizers, run.batch, run.config, rate, run.ranks)
 
 
@@ -93,12 +92,12 @@ def test_loss_is_the_equation_on_the_logits(settings: dict, ranks: mesh.Ranks) -
     total = ce[valid].mean() + config.loss.z * lse.square().mean() + config.balancing.sequence_loss * aux.mean()
     total.backward()
 
-    figures = take_step(run)
-    assert figures["loss"] == pytest.approx(ce[valid].mean().item(), rel=BOUND)
-    assert figures["z_loss"] == pytest.approx(config.loss.z * lse.square().mean().item(), rel=BOUND)
-    assert figures["sequence_loss"] == pytest.approx(config.balancing.sequence_loss * aux.mean().item(), rel=BOUND)
-    assert figures["batch_het"] == pytest.approx((row_losses.max() - row_losses.mean()).item(), rel=1e-9)
-    assert figures["max_head_logit"] == pytest.approx(logits.max().item(), rel=BOUND)
+    metrics = take_step(run).metrics
+    assert metrics["loss"] == pytest.approx(ce[valid].mean().item(), rel=BOUND)
+    assert metrics["z_loss"] == pytest.approx(config.loss.z * lse.square().mean().item(), rel=BOUND)
+    assert metrics["sequence_loss"] == pytest.approx(config.balancing.sequence_loss * aux.mean().item(), rel=BOUND)
+    assert metrics["batch_het"] == pytest.approx((row_losses.max() - row_losses.mean()).item(), rel=1e-9)
+    assert metrics["max_head_logit"] == pytest.approx(logits.max().item(), rel=BOUND)
     for name, parameter in other.named_parameters():
         torch.testing.assert_close(run.gradients[name], parameter.grad, rtol=1e-9, atol=BOUND)
 
@@ -108,14 +107,14 @@ def test_loss_is_the_equation_on_the_logits(settings: dict, ranks: mesh.Ranks) -
 def test_microbatches_and_recompute_change_nothing(
     settings: dict, ranks: mesh.Ranks, microbatch: int, recompute: str
 ) -> None:
-    """Raw gradients, counts (through the biases), figures and weights after a step, against one whole microbatch."""
+    """Raw gradients, counts (through the biases), metrics and weights after a step, against one whole microbatch."""
     reference = start(in_float64(settings, **{"batch.microbatch": 6}), ranks)
     run = start(in_float64(settings, **{"batch.microbatch": microbatch, "recompute": recompute}), ranks)
-    expected, figures = take_step(reference), take_step(run)
+    expected, metrics = take_step(reference).metrics, take_step(run).metrics
     for name, gradient in reference.gradients.items():
         torch.testing.assert_close(run.gradients[name], gradient, rtol=1e-9, atol=BOUND)
     for name, value in expected.items():
-        assert figures[name] == pytest.approx(value, rel=1e-9), name
+        assert metrics[name] == pytest.approx(value, rel=1e-9), name
     found = contents(run)
     for name, tensor in contents(reference).items():
         # Newton-Schulz amplifies rounding by its steepest slope, about 500, on each weight
@@ -125,10 +124,10 @@ def test_microbatches_and_recompute_change_nothing(
 def test_clip_and_rates(settings: dict, ranks: mesh.Ranks) -> None:
     """The norm is of the raw gradients, what the optimizers see has the clipped norm, and rates are peak × fraction."""
     run = start(in_float64(settings, **{"optim.clip_norm": 0.01}), ranks)
-    figures = take_step(run, rate=0.25)
-    assert figures["grad_norm"] > 0.01
+    metrics = take_step(run, rate=0.25).metrics
+    assert metrics["grad_norm"] > 0.01
     assert global_norm(run.gradients.values()).item() == pytest.approx(0.01, rel=BOUND)
-    assert figures["lr_muon"] == 0.25 * 0.02
+    assert metrics["lr_muon"] == 0.25 * 0.02
     assert run.optimizers.muon.param_groups[0]["lr"] == 0.25 * 0.02
     assert {group["lr"] for group in run.optimizers.adamw.param_groups} == {0.25 * 0.01}
 
@@ -162,8 +161,8 @@ def test_a_bad_step_changes_nothing(settings: dict, ranks: mesh.Ranks, where: st
     else:
         run.model.embed.weight.register_post_accumulate_grad_hook(lambda p: p.grad.to_local().fill_(math.nan))
     before = contents(run)
-    figures = take_step(run)
-    assert figures["skipped"] is True
+    result = take_step(run)
+    assert (result.metrics["skipped"], result.skip_reason) == (True, "not finite")
     assert all(parameter.grad is None for parameter in run.model.parameters())
     for name, tensor in contents(run).items():
         assert torch.equal(tensor, before[name]), name
@@ -200,13 +199,6 @@ def test_dtypes_inside_a_bf16_block(settings: dict, ranks: mesh.Ranks) -> None:
     assert seen["qkvg"] == (bf16, {"weight": bf16})
     assert block.ffn.expert_bias.dtype == fp32
     assert {gradient.dtype for gradient in run.gradients.values()} == {fp32}
-
-
-def test_batch_heterogeneity_by_hand() -> None:
-    """Groups of two rows: losses 1.5 and 4, mean 2.75; a row without valid targets counts nothing."""
-    ce = torch.tensor([2.0, 4.0, 12.0, 0.0], dtype=torch.float64)
-    valid = torch.tensor([2, 2, 3, 0])
-    assert batch_heterogeneity(ce, valid, 2) == pytest.approx(4 - 2.75)
 
 
 def test_microbatch_is_the_largest_divisor() -> None:

@@ -10,7 +10,7 @@ from unittest import mock
 
 from torch.distributed.checkpoint import filesystem
 
-from trinity.checkpoint import directory
+from trinity.checkpoint import checkpoint
 
 WORDS = ("checkpoint.every=2", "checkpoint.keep=1")
 
@@ -27,7 +27,7 @@ def in_the_files(times: int) -> mock._patch:
 
 def in_the_publish(name: str, times: int, after: bool = False) -> mock._patch:
     """When COMPLETE or latest is written for the n-th time: between content and name, or just after."""
-    write = directory.write_atomically
+    write = checkpoint.write_atomically
 
     def write_and_die(path: Path, text: str) -> None:
         path.with_name(path.name + ".tmp").write_text(text)
@@ -36,7 +36,7 @@ def in_the_publish(name: str, times: int, after: bool = False) -> mock._patch:
         kill()
 
     matching = nth(times, write, lambda path, text: path.name == name, write_and_die)
-    return mock.patch.object(directory, "write_atomically", matching)
+    return mock.patch.object(checkpoint, "write_atomically", matching)
 
 
 def in_the_deletion(name: str) -> mock._patch:
@@ -66,7 +66,7 @@ def nth(
 
 def in_the_removal() -> mock._patch:
     """Before the rest of an old checkpoint goes."""
-    return mock.patch.object(directory.shutil, "rmtree", kill)
+    return mock.patch.object(checkpoint.shutil, "rmtree", kill)
 
 
 # moment: how it is brought about, and the steps whose checkpoints are complete afterwards

@@ -13,6 +13,7 @@ from domains import Corpus
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
 from trinity.data.sources.shards import TokenSource
+from trinity.data.stream.collate import Batch
 from trinity.data.stream.stream import SequenceStream
 from trinity.data.stream.validation import validation_sequences
 from trinity.evaluation.validation_loss import evaluate
@@ -20,8 +21,8 @@ from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
-from trinity.training.lr_schedule import rates_at
-from trinity.training.train_step import Batch, train_step
+from trinity.training.learning_rate import lr_fraction
+from trinity.training.train_step import train_step
 
 CURVES = ("loss", "batch_het", "grad_norm")
 
@@ -103,10 +104,10 @@ def train_arm(config: RunConfig, after_step: Callable[[], Any]) -> dict[str, Any
         for step in range(config.run.steps):
             plan = stream.plan.at(step)
             batch = take_by_stream(stream, config.batch.sequences)
-            metrics = train_step(model, optimizers, batch, config, rates_at(config, step, plan.tokens), ranks)
-            assert not metrics["skipped"], f"step {step} is not finite"
+            result = train_step(model, optimizers, batch, config, lr_fraction(config, step, plan.tokens), ranks)
+            assert result.skip_reason is None, f"step {step} is not finite"
             for name, values in curves.items():
-                values.append(metrics[name])
+                values.append(result.metrics[name])
             after_step()
         return {"curves": curves, "validation": _validate(model, config, ranks)}
     finally:
@@ -121,7 +122,7 @@ def take_by_stream(stream: SequenceStream, rows: int) -> Batch:
     streams_B = np.arange(stream.k, stream.k + rows) % stream.streams
     order_B = torch.from_numpy(np.argsort(streams_B, kind="stable"))
     batch = stream.take(rows)
-    return Batch(batch.tokens[order_B], batch.targets[order_B], batch.document_ids[order_B])
+    return Batch(batch.tokens_BS[order_B], batch.targets_BS[order_B], batch.document_ids_BS[order_B])
 
 
 def _validate(model: Trinity, config: RunConfig, ranks: mesh.Ranks) -> dict[str, float]:

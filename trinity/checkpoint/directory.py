@@ -1,321 +1,174 @@
-"""What makes a folder a checkpoint: COMPLETE, written last, lists every file with its size and checksum.
+"""The checkpoints of one run: which are complete, which is the newest intact one, and which are deleted.
 
-A folder without COMPLETE is a save or a deletion that was cut off. One whose COMPLETE cannot be read, or whose files
-are not as it lists them, is damaged. `latest` is a hint for people; nothing reads it.
-
-`home` says whose checkpoints: a run directory, which has them in checkpoints/, or the Shelf that checkpoint.url names.
-
-The checksum is crc32 (trinity/io/checksum.py). Loading checks before it reads, and rank r of R checks the files r,
-r + R, …: as much as it wrote itself, however many ranks there are.
+RUN_DIR/checkpoints/, or the folder that checkpoint.url names
+    step_00000100/      one checkpoint (checkpoint.py)
+    latest              the name of the newest one, a hint for people: no code reads it
 """
 
-import json
-import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
-from trinity.config.run import RunConfig
-from trinity.errors import Failure, UserError
-from trinity.io.checksum import FileSum, sum_of
-from trinity.io.json_files import to_json
-from trinity.io.local import sync_folder, write_atomically
-from trinity.io.remote_path import AnyPath, RemotePath, any_path
-from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
+from trinity.checkpoint.checkpoint import COMPLETE, METADATA, Checkpoint
+from trinity.errors import UserError
+from trinity.io.remote_path import AnyPath, any_path
+from trinity.parallel.collectives import run_on_rank0
 from trinity.run_directory import newest_config
 from trinity.terminal import say
 
 Note = Callable[..., None]
-"""Takes the kind of an event, one sentence, and figures by name: how it reaches people and events.jsonl."""
-
-METADATA = ".metadata"
+"""note(kind, message, **figures): report an event to people and to events.jsonl."""
 
 
-class Shelf(NamedTuple):
-    """A folder of step_… folders that is not in their run's directory."""
-
-    folder: AnyPath
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-
-Home = Path | Shelf
-
-
-def home_of(url: str | None, run_directory: Path) -> Home:
-    """Whose checkpoints those of a run are, given its checkpoint.url.
-
-    Raises:
-        UserError: an unknown protocol, or one whose package is not installed.
-    """
-    return Shelf(any_path(url)) if url else run_directory
-
-
-def folder_of(home: Home) -> AnyPath:
-    """The folder that holds step_…"""
-    return home.folder if isinstance(home, Shelf) else home / "checkpoints"
-
-
-def step_folder(home: Home, step: int) -> AnyPath:
-    """Where the checkpoint after `step` steps lives."""
-    return folder_of(home) / f"step_{step:08d}"
-
-
-def mark_complete(folder: AnyPath, sums: dict[str, FileSum]) -> None:
-    """Write COMPLETE, once every file is on the disk, or in the store, under its name."""
-    _sync(folder)
-    _sync(folder.parent)
-    files = {name: found._asdict() for name, found in sorted(sums.items())}
-    _write(folder / "COMPLETE", to_json({"files": files}, indent=1) + "\n")  # lasts before anything older goes
-    _write(folder.parent / "latest", folder.name + "\n")
-
-
-def _write(path: AnyPath, text: str) -> None:
-    if isinstance(path, RemotePath):
-        path.write_bytes(text.encode())
-    else:
-        write_atomically(path, text)
-
-
-def _sync(folder: AnyPath) -> None:
-    if not isinstance(folder, RemotePath):
-        sync_folder(folder)
-
-
-def remove(folder: AnyPath) -> None:
-    """Delete a checkpoint, or what is left of one, so that a deletion that is cut off leaves nothing that looks whole.
-
-    COMPLETE goes first; without .metadata the rest cannot be read, and `retain` knows it for rubbish.
-    """
-    for name in ("COMPLETE", METADATA):
-        (folder / name).unlink(missing_ok=True)
-    if isinstance(folder, RemotePath):
-        folder.rmtree()
-    else:
-        shutil.rmtree(folder)
-
-
-def retain(home: Home, step: int, keep: int, keep_every: int) -> None:
-    """Remove what the complete checkpoint of `step` makes superfluous.
-
-    Kept are the newest `keep` complete ones up to that step and every `keep_every`-th step (0: none). Later ones, which
-    a run that went back has left or found damaged, count for nothing and stay. Leftovers of saves and deletions that
-    were cut off go as well.
-    """
-    steps = [done for done in complete_steps(home) if done <= step]
-    for old in steps[:-keep]:
-        if not keep_every or old % keep_every:
-            remove(step_folder(home, old))
-    for other in _steps(home):
-        folder = step_folder(home, other)
-        if other < step and not (folder / "COMPLETE").exists() and not (folder / METADATA).exists():
-            remove(folder)
-
-
-def complete_steps(home: Home) -> list[int]:
-    """Steps of the complete checkpoints, ascending; their checksums are not looked at."""
-    return [step for step in _steps(home) if is_complete(step_folder(home, step))]
-
-
-def _steps(home: Home) -> list[int]:
-    names = {path.name for path in folder_of(home).glob("step_*")}
-    steps = sorted({int(name[5:]) for name in names if name[5:].isdecimal()})
-    return [step for step in steps if step_folder(home, step).name in names]  # step_7 is none of ours
-
-
-def is_complete(folder: AnyPath) -> bool:
-    """Whether COMPLETE is there and every file that it lists has its size."""
-    sums = _listed(folder)
-    return sums is not None and not _wrong_size(folder, sums)
-
-
-def size_of(folder: AnyPath) -> int:
-    """Bytes of a checkpoint as COMPLETE lists them, 0 without it."""
-    return sum(known.bytes for known in (_listed(folder) or {}).values())
-
-
-def _listed(folder: AnyPath) -> dict[str, FileSum] | None:
-    try:
-        files = json.loads((folder / "COMPLETE").read_bytes())["files"]
-        sums = {name: FileSum(int(known["bytes"]), str(known["crc32"])) for name, known in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-    return sums if METADATA in sums else None
-
-
-def _wrong_size(folder: AnyPath, sums: dict[str, FileSum]) -> str:
-    """What is wrong with the first file that has not its size, "" for nothing."""
-    sizes = folder.sizes() if isinstance(folder, RemotePath) else None  # a request for each would take minutes
-    for name, known in sums.items():
-        try:
-            size = (folder / name).stat().st_size if sizes is None else sizes[name]
-        except (FileNotFoundError, KeyError):
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if size != known.bytes:
-            return f"{name} has {size} bytes of {known.bytes}"
-    return ""
-
-
-def check_sizes(folder: AnyPath, sums: dict[str, FileSum]) -> None:
-    """Whether all that was written is there, before COMPLETE says so.
-
-    Raises:
-        Failure: some of it is not.
-    """
-    wrong = _wrong_size(folder, sums)
-    if wrong:
-        raise Failure(f"{folder} was written and is not there as it was ({wrong}); run the same command again")
-
-
-def why_damaged(folder: AnyPath) -> str:
-    """What is wrong with a complete checkpoint, "" for nothing; every rank calls this, and all get the same answer."""
-    sums, wrong = run_on_rank0(lambda: _check_list(folder))
-    if wrong:
-        return wrong
-    share = list(sums)
-    if dist.is_initialized():
-        share = share[dist.get_rank() :: dist.get_world_size()]
-    found = (_wrong_content(folder / name, sums[name]) for name in share)
-    wrong = run_on_all_ranks(lambda: next(filter(None, found), ""))
-    answers = [wrong]
-    if dist.is_initialized():
-        answers = [""] * dist.get_world_size()
-        dist.all_gather_object(answers, wrong)
-    return next(filter(None, answers), "")
-
-
-def _check_list(folder: AnyPath) -> tuple[dict[str, FileSum], str]:
-    sums = _listed(folder)
-    if sums is None:
-        return {}, "its COMPLETE is missing or cannot be read"
-    return sums, _wrong_size(folder, sums)
-
-
-def _wrong_content(path: AnyPath, known: FileSum) -> str:
-    try:
-        return "" if sum_of(path) == known else f"{path.name} has changed since it was written"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-
-
-def warn(kind: str, message: str, **more: Any) -> None:
-    """The plain Note: one line on stderr."""
+def warn(kind: str, message: str, **figures: Any) -> None:
+    """The default Note: one line on stderr."""
     say(f"warning: {message}")
 
 
-def newest_intact(home: Home, note: Note = warn, before: int | None = None) -> int:
-    """The newest checkpoint whose every file is as it was written; every rank calls this.
+@dataclass(frozen=True)
+class CheckpointDirectory:
+    """The folder that holds the step_… folders of one run.
 
-    Args:
-        home: whose.
-        note: told, on the first rank alone, of each one that is passed over.
-        before: only of earlier steps than this one.
-    Returns:
-        its step; 0 where no checkpoint was ever completed.
-    Raises:
-        UserError: there are complete ones and all are damaged.
+    folder: a local folder or a URL.
+    label: what messages call it: the run directory, or the folder that checkpoint.url names.
     """
-    damaged = []
-    for step, finished in run_on_rank0(lambda: _candidates(home, before)):
-        folder = step_folder(home, step)
-        wrong = why_damaged(folder)
-        if not wrong:
-            return step
-        if finished:
-            damaged.append(f"{folder.name} ({wrong})")
-            _tell(note, step, f"the checkpoint {folder} is damaged ({wrong}) and is not used")
-        else:
-            left = "as a save that was cut off leaves it"
-            _tell(note, step, f"the checkpoint {folder} has no COMPLETE, {left}, and is not used")
-    if damaged:
-        raise UserError(
-            f"every checkpoint in {home} is damaged: {', '.join(damaged)}; put one back from a copy, "
-            "or start afresh with another run.dir"
-        )
-    return 0
+
+    folder: AnyPath
+    label: str
+
+    @classmethod
+    def at(cls, run_directory: Path, url: str | None = None) -> "CheckpointDirectory":
+        """The checkpoints of a run, given its directory and its checkpoint.url.
+
+        Raises:
+            UserError: an unknown protocol, or one whose package is not installed.
+        """
+        if not url:
+            return cls(run_directory / "checkpoints", str(run_directory))
+        folder = any_path(url)
+        return cls(folder, str(folder))
+
+    @classmethod
+    def of_run(cls, run_directory: Path) -> "CheckpointDirectory":
+        """The checkpoints of an existing run; checkpoint.url is taken from the config of its last start.
+
+        Raises:
+            UserError: not a run directory, or a URL whose protocol is unknown or lacks its package.
+        """
+        return cls.at(run_directory, newest_config(run_directory).checkpoint.url)
+
+    def __str__(self) -> str:
+        return self.label
+
+    def path_of(self, step: int) -> AnyPath:
+        """The folder of the checkpoint after `step` steps."""
+        return self.folder / f"step_{step:08d}"
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint after `step` steps, which may not exist."""
+        return Checkpoint(self.path_of(step))
+
+    def complete_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending; checksums are not compared."""
+        return [step for step in self._steps() if self.checkpoint(step).is_complete()]
+
+    def _steps(self) -> list[int]:
+        """Steps of all checkpoint folders, ascending. Names in another format (step_7) are ignored."""
+        names = {path.name for path in self.folder.glob("step_*")}
+        steps = sorted({int(name[5:]) for name in names if name[5:].isdecimal()})
+        return [step for step in steps if self.path_of(step).name in names]
+
+    def newest_intact(self, note: Note = warn, before: int | None = None) -> int:
+        """Step of the newest checkpoint whose files all agree with its COMPLETE; every rank calls this.
+
+        Args:
+            note: called on rank 0 for each damaged or incomplete checkpoint that is skipped.
+            before: consider only checkpoints of earlier steps than this one.
+        Returns:
+            The step; 0 where no checkpoint was ever completed.
+        Raises:
+            UserError: every complete checkpoint is damaged.
+        """
+        damaged = []
+        for step, has_complete in run_on_rank0(self._candidates, before):
+            checkpoint = self.checkpoint(step)
+            reason = checkpoint.why_damaged()
+            if not reason:
+                return step
+            if has_complete:
+                damaged.append(f"{checkpoint.path.name} ({reason})")
+                _note_on_rank0(note, step, f"the checkpoint {checkpoint.path} is damaged ({reason}) and is not used")
+            else:
+                reason = "as a save that was cut off leaves it"
+                _note_on_rank0(
+                    note, step, f"the checkpoint {checkpoint.path} has no COMPLETE, {reason}, and is not used"
+                )
+        if damaged:
+            raise UserError(
+                f"every checkpoint in {self} is damaged: {', '.join(damaged)}; put one back from a copy, "
+                "or start afresh with another run.dir"
+            )
+        return 0
+
+    def _candidates(self, before: int | None) -> list[tuple[int, bool]]:
+        """(step, whether a COMPLETE exists, readable or not) of each checkpoint folder, newest first."""
+        steps = [step for step in reversed(self._steps()) if before is None or step < before]
+        return [(step, (self.path_of(step) / COMPLETE).exists()) for step in steps]
+
+    def pick_intact(self, step: int | None, note: Note = warn) -> int:
+        """Return the requested step, or for None the newest intact one; every rank calls this.
+
+        Args:
+            step: the requested step.
+            note: called on rank 0 for each damaged or incomplete checkpoint that is skipped.
+        Raises:
+            UserError: there is no complete checkpoint, or the requested one is missing or damaged.
+        """
+        if step is None:
+            newest = self.newest_intact(note)
+            return newest or run_on_rank0(self.pick_complete, None)
+        run_on_rank0(self.pick_complete, step)
+        reason = self.checkpoint(step).why_damaged()
+        if reason:
+            others = [other for other in run_on_rank0(self.complete_steps) if other != step]
+            raise UserError(f"{self.path_of(step)} is damaged ({reason}); take another of {others}")
+        return step
+
+    def pick_complete(self, step: int | None) -> int:
+        """Return the requested step, or for None the newest complete one; checksums are not compared.
+
+        Raises:
+            UserError: there is no complete checkpoint, or none of the requested step.
+        """
+        steps = self.complete_steps()
+        if not steps:
+            raise UserError(f"{self} has no complete checkpoint")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"{self} has no complete checkpoint of step {step}; it has {steps}")
+        return step
+
+    def retain(self, step: int, keep: int, keep_every: int) -> None:
+        """Delete the checkpoints that the retention policy no longer keeps, now that `step` is complete.
+
+        Kept are the newest `keep` complete checkpoints up to `step`, and every multiple of `keep_every` (0: none).
+        Checkpoints of later steps stay and do not count: a rollback left them, or they were found damaged. The remains
+        of interrupted saves and deletions before `step` are deleted too.
+        """
+        steps = [complete for complete in self.complete_steps() if complete <= step]
+        for old in steps[:-keep]:
+            if not keep_every or old % keep_every:
+                self.checkpoint(old).remove()
+        for other in self._steps():
+            path = self.path_of(other)
+            if other < step and not (path / COMPLETE).exists() and not (path / METADATA).exists():
+                self.checkpoint(other).remove()
 
 
-def _candidates(home: Home, before: int | None) -> list[tuple[int, bool]]:
-    """Steps from the newest on, and whether each has a COMPLETE, readable or not."""
-    steps = [step for step in reversed(_steps(home)) if before is None or step < before]
-    return [(step, (step_folder(home, step) / "COMPLETE").exists()) for step in steps]
-
-
-def _tell(note: Note, step: int, message: str) -> None:
+def _note_on_rank0(note: Note, step: int, message: str) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         note("checkpoint_damaged", message, step=step)
-
-
-def pick_step(home: Home, step: int | None) -> int:
-    """The asked-for or newest complete checkpoint; its checksums are not looked at.
-
-    Raises:
-        UserError: there is none, or not that one.
-    """
-    steps = complete_steps(home)
-    if not steps:
-        raise UserError(f"{home} has no complete checkpoint")
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f"{home} has no complete checkpoint of step {step}; it has {steps}")
-    return step
-
-
-def pick_intact(home: Home, step: int | None, note: Note = warn) -> int:
-    """The asked-for checkpoint, or the newest that is not damaged; every rank calls this.
-
-    Raises:
-        UserError: there is none, or the one asked for is not there or damaged.
-    """
-    if step is None:
-        found = newest_intact(home, note)
-        return found or run_on_rank0(lambda: pick_step(home, None))
-    run_on_rank0(lambda: pick_step(home, step))
-    wrong = why_damaged(step_folder(home, step))
-    if wrong:
-        others = [other for other in run_on_rank0(lambda: complete_steps(home)) if other != step]
-        raise UserError(f"{step_folder(home, step)} is damaged ({wrong}); take another of {others}")
-    return step
-
-
-def home_of_run(run_directory: Path) -> Home:
-    """Whose checkpoints those of a run are, by the config of its last start.
-
-    Raises:
-        UserError: not a run directory, or a URL that nothing here can open.
-    """
-    return home_of(newest_config(run_directory).checkpoint.url, run_directory)
-
-
-def check_home(home: Home, before: RunConfig | None, run_directory: Path) -> None:
-    """Refuse to begin anew, or to go back, because checkpoint.url is another one, and to go on with another run's.
-
-    Args:
-        home: where the checkpoints of this start are and will be.
-        before: config of the run's last start; None where the run directory has none.
-    Raises:
-        UserError: naming the places.
-    """
-    done = complete_steps(home)
-    if before is None:
-        if done:
-            raise UserError(
-                f"{folder_of(home)} holds checkpoints, and {run_directory} has no config.yaml that says of which run; "
-                "put that file back, or give another run.dir or checkpoint.url"
-            )
-        return
-    left = home_of(before.checkpoint.url, run_directory)
-    if folder_of(left) == folder_of(home):
-        return
-    here, there = max(done, default=0), max(complete_steps(left), default=0)
-    if here < there:
-        raise UserError(
-            f"the checkpoints of {run_directory} are in {folder_of(left)} up to step {there}, and in "
-            f"{folder_of(home)} up to step {here}; copy them there or give the old checkpoint.url back"
-        )

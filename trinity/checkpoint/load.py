@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from trinity.checkpoint.directory import Home, step_folder
 from trinity.checkpoint.save import State, told
 from trinity.errors import Failure, UserError
 from trinity.io.remote_path import AnyPath, RemoteFileSystem
@@ -103,17 +102,19 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load(state: State, home: Home, step: int) -> None:
+def load(state: State, path: AnyPath) -> None:
     """Fill the given tensors in place, whatever mesh they were saved on; every rank calls this.
 
-    Checksums are not looked at: pick_intact and newest_intact did, once for all that is loaded.
+    Checksums are not compared: CheckpointDirectory.pick_intact and newest_intact did that, once per start.
 
+    Args:
+        state: tensors and DTensors by name.
+        path: the checkpoint's folder.
     Raises:
         UserError: the checkpoint lacks a tensor, holds it in another shape, or cannot be read.
         Failure: it lies elsewhere, and cannot be reached.
     """
-    folder = step_folder(home, step)
-    _read(state, folder, run_on_all_ranks(lambda: Reader(folder)), alone=not dist.is_initialized())
+    _read(state, path, run_on_all_ranks(lambda: Reader(path)), alone=not dist.is_initialized())
 
 
 def read_alone(folder: AnyPath, prefix: str) -> State:

@@ -35,20 +35,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from trinity.checkpoint.directory import (
-    METADATA,
-    Home,
-    Note,
-    check_sizes,
-    complete_steps,
-    folder_of,
-    mark_complete,
-    remove,
-    retain,
-    size_of,
-    step_folder,
-    warn,
-)
+from trinity.checkpoint.checkpoint import METADATA, Checkpoint
+from trinity.checkpoint.directory import CheckpointDirectory, Note, warn
 from trinity.config.run import CheckpointConfig
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
 from trinity.io.checksum import FileSum, sum_of
@@ -67,7 +55,7 @@ class Saver:
     """Writes the checkpoints of one run, one at a time; every rank makes one and calls it at the same steps.
 
     Args:
-        home: whose checkpoints.
+        checkpoints: where they are written.
         settings: when asynchronous, how many stay.
         note: told on the first rank of each checkpoint that is complete, of a disk that is nearly full, and of a save
             that failed when nobody waits for it any more.
@@ -77,12 +65,12 @@ class Saver:
 
     def __init__(
         self,
-        home: Home,
+        checkpoints: CheckpointDirectory,
         settings: CheckpointConfig,
         note: Note = warn,
         beat: Callable[[str], None] = lambda doing: None,
     ) -> None:
-        self._home, self._settings, self._note, self._beat = home, settings, note, beat
+        self._checkpoints, self._settings, self._note, self._beat = checkpoints, settings, note, beat
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
         self._copy: State = {}
         self._thread: Thread | None = None
@@ -143,45 +131,61 @@ class Saver:
         """In the thread."""
         began = time.perf_counter()
         try:
-            write(state, self._home, step, self._settings.keep, self._settings.keep_every, self._group)
+            save(state, self._checkpoints, step, self._settings.keep, self._settings.keep_every, self._group)
         except BaseException as error:
             self._failure = error
             return
         if _is_first():
             seconds = time.perf_counter() - began
             with suppress(OSError, Failure):  # an event that cannot be written does not undo a checkpoint
-                size = size_of(step_folder(self._home, step))
+                size = self._checkpoints.checkpoint(step).size()
                 sentence = f"step {step} is complete: {size / 1e9:.3g} GB written in {seconds:.1f} s"
                 self._note("checkpoint", sentence, step=step, bytes=size, seconds=seconds)
 
     def _check_space(self) -> None:
         """Say so where two checkpoints like the last one do not fit: the next one may, what comes after it may not."""
-        folder = folder_of(self._home)
-        steps = [] if isinstance(folder, RemotePath) else complete_steps(self._home)
-        if not steps:
+        folder = self._checkpoints.folder
+        steps = [] if isinstance(folder, RemotePath) else self._checkpoints.complete_steps()
+        if isinstance(folder, RemotePath) or not steps:
             return
-        size, free = size_of(step_folder(self._home, steps[-1])), shutil.disk_usage(folder).free
+        size, free = self._checkpoints.checkpoint(steps[-1]).size(), shutil.disk_usage(folder).free
         if free < 2 * size:
             self._note(
                 "disk",
-                f"{self._home} has {free / 1e9:.3g} GB left and a checkpoint takes {size / 1e9:.3g} GB; "
+                f"{self._checkpoints} has {free / 1e9:.3g} GB left and a checkpoint takes {size / 1e9:.3g} GB; "
                 "free some space or lower checkpoint.keep",
             )
 
 
-def write(state: State, home: Home, step: int, keep: int, keep_every: int, group: dist.ProcessGroup | None) -> None:
-    """Write a checkpoint, mark it complete, then remove those that it makes superfluous; every rank calls this.
+def save(
+    state: State,
+    checkpoints: CheckpointDirectory,
+    step: int,
+    keep: int,
+    keep_every: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> AnyPath:
+    """Write a checkpoint and wait for it, then delete those that the retention policy no longer keeps.
+
+    Every rank calls this. An older checkpoint is deleted only once the new one is complete.
 
     Args:
-        group: over which the ranks agree; None: the default one.
+        state: tensors and DTensors by name.
+        checkpoints: where to.
+        step: the steps made so far.
+        keep, keep_every: see CheckpointDirectory.retain.
+        group: process group for the collectives; None: the default one.
+    Returns:
+        The checkpoint's folder.
     Raises:
-        Failure, UserError: one rank could not write: the same sentence on all of them.
+        Failure, UserError: a rank could not write: the same sentence on all ranks. The older checkpoints are unchanged.
     """
-    writer = Writer(home, step, keep, keep_every)
+    writer = Writer(checkpoints, step, keep, keep_every)
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
         raise told(error) from None
+    return checkpoints.path_of(step)
 
 
 def told(error: dcp.CheckpointException) -> BaseException:
@@ -231,14 +235,14 @@ class LocalFiles(FileSystem):
 class Writer(dcp.FileSystemWriter):
     """The library's writer of one file a rank, which also sums what it wrote and decides what a checkpoint is."""
 
-    def __init__(self, home: Home, step: int, keep: int, keep_every: int) -> None:
-        folder = step_folder(home, step)
+    def __init__(self, checkpoints: CheckpointDirectory, step: int, keep: int, keep_every: int) -> None:
+        folder = checkpoints.path_of(step)
         local = isinstance(folder, Path)
         super().__init__(str(folder), single_file_per_rank=True, sync_files=local)
         self.path = folder
         self.fs = LocalFiles() if local else RemoteFileSystem()
         self.step = step
-        self._home, self._keep, self._keep_every = home, keep, keep_every
+        self._checkpoints, self._keep, self._keep_every = checkpoints, keep, keep_every
 
     @property
     def checkpoint_id(self) -> str:
@@ -252,7 +256,7 @@ class Writer(dcp.FileSystemWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the first rank, before anyone writes: a folder without what an earlier attempt left in it."""
         if self.path.exists():
-            remove(self.path)
+            Checkpoint(self.path).remove()
         if isinstance(self.path, Path):
             make_folder(self.path)
         else:
@@ -276,10 +280,11 @@ class Writer(dcp.FileSystemWriter):
         sums = {METADATA: self._sum(METADATA)}
         for _, found in results:
             sums |= found
+        checkpoint = Checkpoint(self.path)
         if isinstance(self.fs, RemoteFileSystem):
-            check_sizes(self.path, sums)
-        mark_complete(self.path, sums)
-        retain(self._home, self.step, self._keep, self._keep_every)
+            checkpoint.check_sizes(sums)
+        checkpoint.mark_complete(sums)
+        self._checkpoints.retain(self.step, self._keep, self._keep_every)
 
 
 @torch.no_grad()
@@ -308,16 +313,3 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def save(state: State, home: Home, step: int, keep: int, keep_every: int = 0) -> AnyPath:
-    """Write a checkpoint and wait for it, then remove all but the newest `keep` complete ones; every rank calls this.
-
-    An older checkpoint is removed only once the new one is complete, and never where its step is a multiple of
-    `keep_every`.
-
-    Raises:
-        Failure, UserError: it could not be written on some rank; the older ones are as they were.
-    """
-    write(state, home, step, keep, keep_every, group=None)
-    return step_folder(home, step)

@@ -1,4 +1,4 @@
-"""The architecture: one readable model, and the report's sizes of it."""
+"""The model architecture, and the sizes of the report's models (ZOO)."""
 
 from trinity.config.model import ZOO, ModelConfig
 from trinity.models.param_roles import Role, parameter_roles

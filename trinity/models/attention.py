@@ -1,11 +1,11 @@
-"""Grouped-query attention of the report (eq. 9-14): QK-norm, RoPE on local layers only, a sigmoid gate on the output.
+"""The report's grouped-query attention (eq. 9-14): QK-norm, RoPE on local layers only, a sigmoid gate on the output.
 
-- One projection gives queries, keys, values and gate: one GEMM, four matrices to the optimizer.
+- One projection computes queries, keys, values and gate: one GEMM, four matrices for the optimizer.
 - RMSNorm over the head width on queries and keys, before RoPE.
 - Local layers: RoPE (rotate-half, fp32) and a causal window. Global layers: causal, no positional encoding (NoPE).
 - σ(W_G x) multiplies the attention output elementwise before the output projection.
 
-Shapes: B batch, S sequence, D width, H query heads, G key/value heads, C head width, P = 2(H + G)·C.
+Shapes: B batch, S sequence, D width, H query heads, G key/value heads, C head width.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import trinity_kernels
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
-from trinity.models.attention_backends import Visibility, attend
+from trinity.models.attention_backends import AttentionMask, attend
 from trinity.models.layers import Linear, QKNorm
 
 
@@ -38,30 +38,31 @@ class Attention(nn.Module):
         self.k_norm = QKNorm(config.head_dim, config.norm_eps, kernel=kernels.qk_norm)
         self.out = Linear(q_width, (config.width,))
 
-    def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: AttentionMask) -> Tensor:
         """Attention output before the post-norm.
 
         Args:
             x_BSD: the normalised input.
-            rotation: cos and sin [B or 1, S, 1, C/2] fp32 of every position.
-            visible: which tokens see which.
+            rotation: cos and sin [B or 1, S, 1, C/2] fp32 of every position; global layers ignore it.
+            mask: which keys each query may attend to.
         Returns:
             [B, S, D], x's dtype.
         """
         q, k, v, gate = self.qkvg(x_BSD).split(self.qkvg.rows, dim=-1)
-        turn = None if self.window is None else rotation
-        q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), turn)
-        k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), turn)
+        if self.window is None:  # a global layer: NoPE
+            rotation = None
+        q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), rotation)
+        k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), rotation)
         v_BSGC = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, visible).flatten(-2)
+        mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, mask).flatten(-2)
         return self.out(trinity_kernels.sigmoid_gate(mixed, gate, kernel=self.gate_kernel))
 
 
-def rotation_of(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864), one per pair of features.
+def rope_cos_sin(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864), one angle per pair of features.
 
     Args:
-        positions_BS: [B or 1, S] int64 places of the tokens.
+        positions_BS: [B or 1, S] int64, the tokens' positions.
         dtype: fp32, or float64 for a model in float64.
     Returns:
         cos, sin: [B or 1, S, 1, C/2].

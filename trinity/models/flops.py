@@ -1,7 +1,7 @@
-"""What a model costs before anything runs: parameters and FLOPs. What a run of it costs is in trinity.planning.
+"""Parameters and FLOPs of a model, counted before anything runs; trinity.planning estimates the cost of a run.
 
-Parameters are counted on the model itself, built without memory on the meta device; FLOPs follow from those counts and
-from how many tokens each attention layer sees.
+Parameters are counted on the model itself, built without memory on the meta device. FLOPs follow from those counts and
+from the number of tokens that each attention layer attends to.
 """
 
 import torch
@@ -12,14 +12,15 @@ from trinity.models.trinity import Trinity
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """How many numbers the model holds, and how many of them one token uses.
+    """Number of parameters by part of the model, in total, and active for one token.
 
     Returns:
         "embedding", "head", "attention", "dense FFN", "router", "routed experts", "shared experts", "norms" and
         "expert bias" (a buffer; the published counts include it), which add up to "total"; and "active": total without
-        the routed experts that a token does not choose. Embedding and head count whole in both.
+        the routed experts that a token does not choose. Both include embedding and head in full.
     """
-    model = _on_meta(config)
+    with torch.device("meta"):
+        model = Trinity(config)
     names = ("embedding", "head", "attention", "dense FFN", "router", "routed experts", "shared experts", "norms")
     counts = dict.fromkeys(names, 0)
     for role in parameter_roles(model):
@@ -31,27 +32,27 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, float]:
-    """FLOPs of one token, averaged over a row of sequence_length tokens; a multiplication and an addition are 2.
+    """FLOPs per token, averaged over a row of sequence_length tokens; a multiplication and an addition count 2.
 
-    A matrix costs 2 per weight that the token uses; softmax attention 4·h_q·d_h per token it sees (QKᵀ and PV), the
-    windows counted exactly: token t, from 0, sees min(t+1, w) on a local layer and t+1 on a global one. Not counted:
-    the embedding (a look-up), norms, RoPE, activations, softmax, the optimizer, what recompute repeats. A document mask
-    is taken as absent: with it attention costs less.
+    A matrix costs 2 per weight that the token uses. Softmax attention costs 4·h_q·d_h per key (QKᵀ and PV), with exact
+    windows: token t, from 0, attends to min(t+1, w) tokens on a local layer and to t+1 on a global one. Not counted:
+    the embedding (a look-up), norms, RoPE, activations, softmax, the optimizer, recompute. No document mask is assumed;
+    with one, attention costs less.
 
     Returns:
         "attention projections", "attention core", "dense FFN", "router", "routed experts", "shared experts" and
-        "head", which add up to "total", the forward pass; and "training", three times that, as MFU counts it. Flash
-        attention does more: backward makes the scores again, 5 products to forward's 2. Counted in, Nano, Mini and
-        Large at their training lengths take 6.25, 21.4 and 93.7 GFLOP in place of 6.06, 21.0 and 91.3.
+        "head", which add up to "total", the forward pass; and "training", three times that, as in the usual MFU. Flash
+        attention does more, because its backward recomputes the scores: 5 products against 2 in forward. With that,
+        Nano, Mini and Large at their training lengths take 6.25, 21.4 and 93.7 GFLOP instead of 6.06, 21.0 and 91.3.
     """
     counts, S = parameter_counts(config), sequence_length
-    seen_by_global = (S + 1) / 2
+    keys_global = (S + 1) / 2
     w = min(config.window, S)
-    seen_by_local = (w * (w + 1) / 2 + (S - w) * w) / S
-    seen = sum(seen_by_global if config.is_global(layer) else seen_by_local for layer in range(config.layers))
+    keys_local = (w * (w + 1) / 2 + (S - w) * w) / S
+    keys = sum(keys_global if config.is_global(layer) else keys_local for layer in range(config.layers))
     flops = {
         "attention projections": 2 * counts["attention"],
-        "attention core": 4 * config.heads * config.head_dim * seen,
+        "attention core": 4 * config.heads * config.head_dim * keys,
         "dense FFN": 2 * counts["dense FFN"],
         "router": 2 * counts["router"],
         "routed experts": 2 * counts["routed experts"] * config.active_experts / config.experts,
@@ -60,11 +61,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
     }
     total = sum(flops.values())
     return flops | {"total": total, "training": 3 * total}
-
-
-def _on_meta(config: ModelConfig) -> Trinity:
-    with torch.device("meta"):
-        return Trinity(config)
 
 
 def _part(role: Role) -> str:

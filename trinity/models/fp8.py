@@ -1,18 +1,21 @@
-"""8-bit matrix products in the projections: attention, dense FFN and shared experts. Off by default, as in the report.
+"""FP8: 8-bit matrix products in the projections of attention, dense FFN and shared experts. Off by default.
 
-Applied to a model from outside: each Linear keeps its weight, its name and its place in the checkpoint, and only its
-forward changes. Weights stay fp32 in the optimizer and arrive in bf16, gathered by FSDP2; they, the activations and the
-gradients are rounded to 8 bits for each product, with scales made there and then, so that there is no state to save and
-recompute gives the same numbers. Router, routed experts, embedding, head and norms are not touched.
+use_fp8 is applied to a finished model: each Linear keeps its weight, its name and its checkpoint key; only its forward
+changes. The optimizer keeps fp32 weights, and FSDP2 gathers them in bf16. Weights, activations and gradients are
+rounded to 8 bits for each product, with scales computed at that moment, so there is no state to save, and recompute
+gives the same numbers. Router, routed experts, embedding, head and norms do not change.
 
     torchao              its Float8Linear, recipe "rowwise": e4m3 in all three products, one scale (a power of two) for
-                         each row of x, of W and of dy; so that matrices stacked in one weight do not share scales.
-                         Needs an H100 or newer; on a CPU torchao emulates the rounding, to try what it does to a loss.
-    transformer_engine   te.pytorch.Linear with its recipe Float8CurrentScaling: one scale a tensor. An H100 or newer.
-                         Not run by this project yet.
+                         each row of x, of W and of dy, so that matrices stacked in one weight do not share a scale.
+                         Needs an H100 or newer; on a CPU torchao emulates the rounding, to try its effect on the loss.
+    transformer_engine   te.pytorch.Linear with its recipe Float8CurrentScaling: one scale per tensor. Needs an H100 or
+                         newer. This project has not run it yet.
 
-The product of two e4m3 numbers: each has 3 bits after the leading one, so a rounding error of at most 2⁻⁴ and 0.026 on
-average (root mean square); a product of two is 0.037 off (measured on random numbers: 0.037 forward, dx and dW alike).
+Error of a product: an e4m3 number has 3 bits after the leading one, so its rounding error is at most 2⁻⁴ and 0.026 on
+average (root mean square); a product of two is off by 0.037 (measured on random numbers: 0.037 forward, dx and dW
+alike).
+
+Shapes: O and I a weight's output and input width.
 """
 
 import dataclasses
@@ -31,8 +34,8 @@ from trinity.models.layers import Linear
 Product = Callable[[Tensor, Tensor], Tensor]
 """(x, weight_OI) → x·Wᵀ in 8 bits, differentiable in both."""
 
-MULTIPLE = 16
-"""Widths of 8-bit products are multiples of it, on every GPU."""
+WIDTH_MULTIPLE = 16
+"""Widths of 8-bit products must be multiples of this, on every GPU."""
 
 INSTALL = {
     "torchao": "pip install torchao",
@@ -41,14 +44,14 @@ INSTALL = {
 
 
 def use_fp8(model: nn.Module, kind: Literal["torchao", "transformer_engine"], device: torch.device) -> None:
-    """Make every Linear of a model multiply in 8 bits; apply before sharding.
+    """Make every Linear of a model multiply in 8 bits; call before sharding.
 
     Args:
-        model: changes in place; parameters and their names do not.
-        kind: whose products.
-        device: that it will run on.
+        model: changed in place; its parameters and their names stay.
+        kind: the package that computes the products.
+        device: the device that the model will run on.
     Raises:
-        UserError: the package is missing, the device cannot do it, or a width is not a multiple of 16.
+        UserError: the package is missing, the device does not support FP8, or a width is not a multiple of 16.
     """
     package = _package(kind)
     if kind == "transformer_engine" and device.type != "cuda":
@@ -59,17 +62,17 @@ def use_fp8(model: nn.Module, kind: Literal["torchao", "transformer_engine"], de
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             outputs, inputs = module.weight.shape
-            if outputs % MULTIPLE or inputs % MULTIPLE:
+            if outputs % WIDTH_MULTIPLE or inputs % WIDTH_MULTIPLE:
                 raise UserError(
-                    f"precision.fp8={kind} takes widths of multiples of {MULTIPLE} and {name} is {outputs} × {inputs}; "
-                    "use precision.fp8=none"
+                    f"precision.fp8={kind} takes widths of multiples of {WIDTH_MULTIPLE} and {name} is "
+                    f"{outputs} × {inputs}; use precision.fp8=none"
                 )
-            # on the instance: names of parameters stay as they are
-            module.forward = partial(_forward, module, product(outputs, inputs))
+            # set on the instance, not by a wrapper module, so that parameter names stay
+            module.forward = partial(_forward, module, product(outputs, inputs))  # type: ignore[method-assign]
 
 
 def _forward(linear: Linear, product: Product, x: Tensor) -> Tensor:
-    # looked up at each call: FSDP2 puts the gathered weight there
+    # read the weight at each call: FSDP2 swaps in the gathered one
     return product(x, linear.weight)
 
 
@@ -77,7 +80,7 @@ def _package(kind: str) -> ModuleType:
     name = {"torchao": "torchao.float8", "transformer_engine": "transformer_engine.pytorch"}[kind]
     try:
         return import_module(name)
-    except Exception as error:  # a package half installed fails in its own way: a missing library, a version of torch
+    except Exception as error:  # not only ImportError: a broken installation also fails on a library or torch version
         why = str(error).partition("\n")[0]
         raise UserError(
             f"precision.fp8={kind} needs {name} ({why}); install it with {INSTALL[kind]}, or use precision.fp8=none"
@@ -89,12 +92,14 @@ def _torchao(package: ModuleType, device: torch.device, outputs: int, inputs: in
     config = dataclasses.replace(config, emulate=device.type != "cuda")
     module = import_module("torchao.float8.float8_linear").Float8Linear
     with torch.device("meta"):
-        return _in_place_of(module.from_float(nn.Linear(inputs, outputs, bias=False), config=config))
+        return _functional_linear(module.from_float(nn.Linear(inputs, outputs, bias=False), config=config))
 
 
 def _transformer_engine(package: ModuleType, device: torch.device, outputs: int, inputs: int) -> Product:
     recipe = import_module("transformer_engine.common.recipe").Float8CurrentScaling()
-    product = _in_place_of(package.Linear(inputs, outputs, bias=False, params_dtype=torch.bfloat16, device="meta"))
+    product = _functional_linear(
+        package.Linear(inputs, outputs, bias=False, params_dtype=torch.bfloat16, device="meta")
+    )
 
     def call(x: Tensor, weight_OI: Tensor) -> Tensor:
         with package.fp8_autocast(enabled=True, fp8_recipe=recipe):
@@ -103,6 +108,6 @@ def _transformer_engine(package: ModuleType, device: torch.device, outputs: int,
     return call
 
 
-def _in_place_of(shell: nn.Module) -> Product:
-    """A module without memory as a function of x and the weight that takes the place of its own."""
+def _functional_linear(shell: nn.Module) -> Product:
+    """The forward of `shell`, a module on the meta device, as a function of x and of the weight to use instead."""
     return lambda x, weight_OI: torch.func.functional_call(shell, {"weight": weight_OI}, (x,))

@@ -1,8 +1,9 @@
-"""Initial values: each a function of (seed, the parameter's full name, its expert, its index), of nothing else.
+"""Initial values: each depends only on the seed, the parameter's full name, the expert and the element's index.
 
-So every rank makes just what it owns, and the bits are the same on every mesh of one device type. A torch.Generator
-can't start in the middle of a tensor; a counter hash can: splitmix64 of key + index gives 53 random bits, the inverse
-of the normal distribution's CDF turns them into a normal number cut at ±3σ (eq. 37-38), of standard deviation 0.9866σ.
+So each rank computes only the elements it owns, and the bits are the same on every mesh of one device type. A
+torch.Generator cannot start in the middle of a tensor; a counter hash can: splitmix64 of key + index gives 53 random
+bits, and the inverse CDF of the normal distribution maps them to a normal number truncated at ±3σ (eq. 37-38), whose
+standard deviation is 0.9866σ.
 """
 
 import hashlib
@@ -13,24 +14,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trinity.config.model import ModelConfig
+from trinity.models.layers import Norm
 from trinity.models.param_roles import parameter_roles
 
 CUT = 3.0
-"""Where the normal distribution is cut, in σ (eq. 38)."""
+"""Where the normal distribution is truncated, in σ (eq. 38)."""
 
-_CHUNK = 2**22  # elements made at once: 32 MB a temporary
+_CHUNK = 2**22  # elements computed at once: 32 MB per temporary tensor
 
 
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter and buffer of a Trinity model, sharded or not.
 
-    Weights: truncated normal, σ = 0.5/√d, router included. Gains: what their norm says. Expert bias and momentum: 0.
+    Weights, router included: truncated normal, σ = 0.5/√d. Gains: the initial_gain of their norm. Expert bias and
+    momentum: 0.
     """
     with torch.no_grad():
-        # to_empty leaves garbage in buffers: poison first, so that one forgotten here shows
+        # to_empty leaves garbage in buffers; NaN first, so that a buffer that is forgotten below is noticed
         for buffer in model.buffers():
             buffer.fill_(float("nan"))
-        gains = {f"{name}.gain": module.initial_gain for name, module in model.named_modules() if _is_norm(module)}
+        gains = {f"{name}.gain": norm.initial_gain for name, norm in model.named_modules() if isinstance(norm, Norm)}
         for role in parameter_roles(model):
             if role.kind == "gain":
                 role.parameter.fill_(gains[role.name])
@@ -38,10 +41,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
                 _fill(role.parameter, role.name, seed, config.init_std, by_expert=role.kind == "experts")
         for buffer in model.buffers():
             buffer.zero_()
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return hasattr(module, "initial_gain")
 
 
 def _fill(parameter: Tensor, name: str, seed: int, std: float, by_expert: bool) -> None:
@@ -76,7 +75,7 @@ def _fill_block(local: Tensor, shape: tuple[int, ...], offset: tuple[int, ...], 
 
 
 def _global_index(index: Tensor, local: tuple[int, ...], shape: tuple[int, ...], offset: tuple[int, ...]) -> Tensor:
-    """Flat indices in the part → flat indices in the whole tensor."""
+    """Map flat indices in the local part to flat indices in the whole tensor."""
     total, stride = torch.zeros_like(index), 1
     for size, whole, start in zip(reversed(local), reversed(shape), reversed(offset)):
         total += (index % size + start) * stride
@@ -86,11 +85,11 @@ def _global_index(index: Tensor, local: tuple[int, ...], shape: tuple[int, ...],
 
 
 def truncated_normal(key: int, index: Tensor) -> Tensor:
-    """Normal numbers of standard deviation 1 before the cut at ±CUT, by inverse CDF of a counter hash.
+    """Standard normal numbers truncated at ±CUT: the inverse CDF of a counter hash.
 
     Args:
-        key: any signed 64-bit integer; another key gives another, independent sequence.
-        index: int64, any shape: which numbers of the sequence.
+        key: any signed 64-bit integer; each key gives an independent sequence.
+        index: int64, any shape: positions in the sequence.
     Returns:
         float64, index's shape.
     """
@@ -101,7 +100,7 @@ def truncated_normal(key: int, index: Tensor) -> Tensor:
 
 
 def _splitmix64(key: int, index: Tensor) -> Tensor:
-    """Steele, Lea & Flood's splitmix64 (OOPSLA 2014) at counter key + index; int64 arithmetic wraps, as it must."""
+    """Steele, Lea & Flood's splitmix64 (OOPSLA 2014) at counter key + index; int64 arithmetic must wrap around."""
     z = (index + 1) * _signed(0x9E3779B97F4A7C15) + key
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
@@ -109,7 +108,7 @@ def _splitmix64(key: int, index: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's own keeps the sign."""
+    """Logical right shift; torch's >> keeps the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

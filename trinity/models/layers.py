@@ -1,4 +1,4 @@
-"""The small parts every block is made of: a projection that knows its matrices, norms, and the SwiGLU network.
+"""Layers that a model is built from: projection, norms, SwiGLU, embedding and head.
 
 Shapes: ... any leading dimensions, D model width, F feed-forward width, I and O a projection's input and output width,
 B batch, S sequence, H heads, C head width.
@@ -17,7 +17,7 @@ class Linear(nn.Module):
 
     Args:
         inputs: I.
-        rows: output width of each matrix; each is orthogonalised on its own.
+        rows: output width of each stacked matrix; Muon orthogonalises each matrix on its own.
     """
 
     def __init__(self, inputs: int, rows: tuple[int, ...]) -> None:
@@ -31,11 +31,11 @@ class Linear(nn.Module):
         return trinity_kernels.linear(x, self.weight)
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, its gain kept and multiplied in fp32.
+class Norm(nn.Module):
+    """Base of the RMSNorm modules: holds the gain, which is kept and multiplied in fp32.
 
     Args:
-        width: of the last dimension.
+        width: size of the last dimension.
         eps: added to the mean square.
         initial_gain: 1, or 1/√L for the norms after a sublayer (eq. 34-35).
         kernel: which implementation.
@@ -48,64 +48,79 @@ class RMSNorm(nn.Module):
         self.eps, self.initial_gain, self.kernel = eps, initial_gain, kernel
         self.gain = nn.Parameter(torch.empty(width))
 
-    def forward(
-        self, x: Tensor, stream: "Stream | None" = None, after: "PostNorm | None" = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x; or, called by a PostNorm from its own forward, of the sum that the PostNorm stands for.
 
-        Args:
-            x: [..., width].
-            stream, after: what PostNorm adds to, and itself.
-        Returns:
-            [..., width], x's dtype; with `after`: stream + after's norm of x, and the norm of this sum.
-        """
-        if after is None:
-            return trinity_kernels.rms_norm(x, self.gain, self.eps, kernel=self.kernel)
-        return trinity_kernels.add_norm(x, stream.x, after.gain, self.gain, self.eps, kernel=self.kernel)
+class RMSNorm(Norm):
+    """RMSNorm over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] → the same shape and dtype."""
+        return trinity_kernels.rms_norm(x, self.gain, self.eps, kernel=self.kernel)
 
 
-class Stream:
-    """The residual stream as an argument that FSDP2's hooks pass over.
+class ResidualStream:
+    """The residual stream x, wrapped in an object in which FSDP2's hooks find no tensor.
 
-    In recompute, the hooks of a module that comes after the experts take its tensors to be a new forward pass and put a
-    view on each that the first pass had not, of which selective checkpointing forgives one. The sublayer's is that one.
+    In recompute, the hooks of a module that runs after the experts treat the call as a new forward pass and put a view
+    on each input tensor, which the first pass did not have. Selective checkpointing tolerates one such extra view; the
+    sublayer's output already uses it, so x is hidden.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
 
-class PostNorm(RMSNorm):
-    """The norm after a sublayer, added to the residual stream; in one op with the norm that follows, if one does.
+class PostNorm(Norm):
+    """The norm after the last sublayer of a block, added to the residual stream: r = x + RMSNorm(y) (eq. 33)."""
 
-    That op needs the gains of two modules, and FSDP2 has a module's parameters whole only while its forward runs; what
-    the modules of a group gathered is freed when each of them has run once. So this forward calls the following module,
-    which calls the op: both run, hooks and all, and both gains are whole.
-    """
-
-    def forward(self, y: Tensor, stream: Stream, following: RMSNorm | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The residual stream after the sublayer (eq. 33).
+    def forward(self, y: Tensor, residual: ResidualStream) -> Tensor:
+        """The residual stream after the sublayer.
 
         Args:
-            y: [..., width], what the sublayer gave.
-            stream: [..., width], what went into it before its first norm.
-            following: the norm before the next sublayer, with the same ε.
+            y: [..., width], the sublayer's output.
+            residual: x, [..., width]: the residual stream before the sublayer.
         Returns:
-            stream + the norm of y, the same shape and dtype; with `following`, that and its norm.
+            [..., width], x's dtype.
         """
-        if following is None:
-            return trinity_kernels.norm_add(y, stream.x, self.gain, self.eps, kernel=self.kernel)
-        return following(y, stream, after=self)
+        return trinity_kernels.norm_add(y, residual.x, self.gain, self.eps, kernel=self.kernel)
 
 
-class QKNorm(RMSNorm):
-    """The norm of queries or keys over the head width, with RoPE where the layer has it."""
+class FusedPreNorm(Norm):
+    """The norm before the second sublayer, with the residual addition before it (eq. 33); FusedPostNorm calls it."""
+
+    def forward(self, y: Tensor, x: Tensor, post_gain: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream r = x + RMSNorm(y)·post_gain and its norm RMSNorm(r)·gain.
+
+        Args:
+            y: [..., width], the first sublayer's output.
+            x: [..., width], the residual stream before that sublayer.
+            post_gain: [width], the gain of the norm after that sublayer.
+        Returns:
+            r and its norm, each [..., width], x's dtype.
+        """
+        return trinity_kernels.add_norm(y, x, post_gain, self.gain, self.eps, kernel=self.kernel)
+
+
+class FusedPostNorm(Norm):
+    """The norm after the first sublayer of a block, computed together with the norm before the second sublayer.
+
+    One op, trinity_kernels.add_norm, needs the gains of both norms. They stay two modules because checkpoint keys and
+    initial values follow the parameter names `attention_post_norm.gain` and `ffn_norm.gain`. This one's forward calls
+    the other, because FSDP2 frees the gathered gains of a block once each of its norms has run: both have to run.
+    """
+
+    def forward(self, y: Tensor, x: Tensor, next_norm: FusedPreNorm) -> tuple[Tensor, Tensor]:
+        """Call `next_norm`, which has the same ε, with this norm's gain; see FusedPreNorm.forward."""
+        return next_norm(y, x, self.gain)
+
+
+class QKNorm(Norm):
+    """RMSNorm of queries or keys over the head width, then RoPE in local layers."""
 
     def forward(self, x_BSHC: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """[B, S, H, C], any strides → the same shape and dtype.
 
         Args:
-            rotation: cos and sin [B or 1, S, 1, C/2]; None: no positional encoding.
+            rotation: cos and sin [B or 1, S, 1, C/2]; None: no positional encoding (NoPE).
         """
         return trinity_kernels.qk_norm(x_BSHC, self.gain, self.eps, rotation, kernel=self.kernel)
 
@@ -116,7 +131,7 @@ class SwiGLU(nn.Module):
     Args:
         width: D.
         hidden: F.
-        kernel: which implementation of what is between the projections.
+        kernel: which implementation of the op between the two projections.
     """
 
     def __init__(self, width: int, hidden: int, kernel: str = "auto") -> None:
@@ -146,7 +161,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Untied LM head. The loss is computed inside its forward: only there are its sharded weights whole."""
+    """Untied LM head. Its forward also computes the loss, because FSDP2 gathers the sharded weight only there."""
 
     roles = {"weight": ("head", ())}
 
@@ -158,7 +173,7 @@ class Head(nn.Module):
     def forward(
         self, x_BSD: Tensor, targets_BS: Tensor | None = None, z: float = 0.0
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits [B, S, V]; with targets, what trinity_kernels.linear_cross_entropy returns."""
+        """Logits [B, S, V]; with targets, the four results of trinity_kernels.linear_cross_entropy."""
         if targets_BS is None:
             return trinity_kernels.linear(x_BSD, self.weight)
         x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()

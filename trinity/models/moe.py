@@ -1,10 +1,10 @@
 """The sparse MoE layer (eq. 15-18): sigmoid router with a balancing bias, routed experts, a shared expert.
 
 - Logits, scores and gates in fp32 from fp32 weights, whatever the model computes in.
-- Top-K on score + bias; the gate is the score alone, normalised over the chosen to sum 1, times the route scale.
+- Top-K on score + bias. A gate is the score without the bias, normalised over the K chosen, times the route scale.
 - y = shared(x) + Σ gate·FFN(x). The "+u" inside eq. 15 is not in the released model.
-- Forward mutates nothing: counts and losses are returned, and the trainer updates the bias once a step.
-- Whether the experts are all here is the dispatcher's business (trinity.models.dispatch).
+- Forward changes no state: it returns counts and losses, and the trainer updates the bias once per step.
+- The dispatcher knows which rank holds which expert (trinity.models.token_dispatcher).
 
 Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts.
 """
@@ -22,13 +22,13 @@ from trinity.balancing import sequence_loss
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.layers import SwiGLU
-from trinity.models.token_dispatcher import Dispatcher, local
+from trinity.models.token_dispatcher import Dispatcher, local_dispatch
 from trinity_kernels.expert_engines import ENGINES, engine
 from trinity_kernels.norm import wide
 
 
 class Routing(NamedTuple):
-    """What one MoE layer has to say about one forward pass.
+    """Routing statistics of one MoE layer in one forward pass.
 
     counts_E: [E] int64, tokens routed to each expert.
     sequence_loss_B: [B] fp32, Σ_i f_i·P_i of each row (eq. 29-32, without α), differentiable.
@@ -51,11 +51,11 @@ class Router(nn.Module):
         self.roles = {"weight": ("router", (config.experts,))}
 
     def forward(self, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose experts.
+        """Choose K experts for each token.
 
         Args:
             x_TD: tokens, any floating point.
-            bias_E: [E] fp32.
+            bias_E: [E] fp32, the balancing bias.
         Returns:
             gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, counts_E.
         """
@@ -66,11 +66,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, one SwiGLU network an expert, kept in three dimensions and more, never flattened.
+    """Weights of the routed experts, one SwiGLU network per expert, stacked along the first dimension.
 
-    `here` takes of a weight the experts that are in this process: all, unless trinity.parallel.exchange splits them.
-    `wide_gradient`: the weights' gradients are kept in fp32 whatever the weights are in, and Triton adds to them in
-    place; trinity.parallel.accumulation says so where they stay on this rank over several microbatches.
+    Attributes:
+        local_part: function from a weight to its part with this rank's experts; the identity, unless
+            trinity.parallel.expert_parallel splits the experts.
+        wide_gradient: keep the weights' gradients in fp32, whatever the weights' dtype, so that Triton adds to them in
+            place. trinity.parallel.grad_accumulation sets it where gradients stay on this rank over microbatches.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
@@ -80,30 +82,30 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.roles = {"gate_up": ("experts", (hidden,)), "down": ("experts", (width,))}
-        self.here: Callable[[Tensor], Tensor] = _all
+        self.local_part: Callable[[Tensor], Tensor] = _identity
         self.wide_gradient = False
 
     def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, rows: int | None = None) -> Tensor:
-        """Weighted sum of each token's experts that are here.
+        """Weighted sum of the outputs of each token's experts on this rank.
 
         Args:
             x_TD: tokens, in the weights' dtype.
-            indices_TK: [T, K] int64, among the experts that are here; −1: elsewhere.
+            indices_TK: [T, K] int64, numbers among this rank's experts; −1 for an expert on another rank.
             gates_TK: [T, K] fp32 or float64.
-            rows: how many choices are not −1; None: all.
+            rows: how many entries of indices_TK are not −1; None: all.
         Returns:
             [T, D], x's dtype.
         """
-        if self.wide_gradient and self.here is _all:
+        if self.wide_gradient and self.local_part is _identity:
             _keep_gradients_wide(self.gate_up, self.down)
-        gate_up, down = self.here(self.gate_up), self.here(self.down)
+        gate_up, down = self.local_part(self.gate_up), self.local_part(self.down)
         arguments = (x_TD, gate_up, down, indices_TK, gates_TK, rows)
         if self.kernel in ENGINES:
             return engine(self.kernel)(*arguments)
         return trinity_kernels.expert_mlp(*arguments, self.keep_pre, kernel=self.kernel)
 
 
-def _all(weight: Tensor) -> Tensor:
+def _identity(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -114,23 +116,25 @@ def _keep_gradients_wide(*weights: Tensor) -> None:
 
 
 class MoE(nn.Module):
-    """One MoE sublayer; holds the balancing state as fp32 buffers that no optimizer sees."""
+    """One MoE sublayer: router, routed experts, shared expert. The balancing state is in fp32 buffers."""
 
     def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
         self.router = Router(config, kernels.routing)
         self.experts = Experts(config, kernels)
         self.shared = SwiGLU(config.width, config.shared_experts * config.expert_width, kernels.gate)
+        self.expert_bias: Tensor
+        self.expert_momentum: Tensor
         self.register_buffer("expert_bias", torch.empty(config.experts, dtype=torch.float32))
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))
-        self.dispatcher: Dispatcher = local
+        self.dispatcher: Dispatcher = local_dispatch
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
-        """[B, S, D] → the same, and what the routing was."""
+        """[B, S, D] → the same shape and dtype, and the routing statistics."""
         x_TD = x_BSD.flatten(0, 1)
         gates_TK, scores_TE, indices_TK, counts_E = self.router(x_TD, self.expert_bias)
-        shared = partial(self.shared, x_TD)
-        routed_TD, shared_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, meanwhile=shared)
+        run_shared = partial(self.shared, x_TD)
+        routed_TD, shared_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, overlap=run_shared)
         rows = x_BSD.shape[:2]
         balance_B = sequence_loss(scores_TE.unflatten(0, rows), indices_TK.unflatten(0, rows))
         return (shared_TD + routed_TD).view_as(x_BSD), Routing(counts_E, balance_B, _entropy_sum(scores_TE.detach()))

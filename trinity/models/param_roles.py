@@ -1,4 +1,4 @@
-"""What each parameter is to the optimizer: said by the module that owns it, never guessed from its shape."""
+"""The optimizer's role of each parameter, declared by the module that owns it and not guessed from its shape."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ import torch
 
 @dataclass(frozen=True)
 class Role:
-    """One parameter's place in the optimizer.
+    """How the optimizer treats one parameter.
 
-    name: full name in the model, e.g. "blocks.3.moe.experts.gate_up".
+    name: full name in the model, e.g. "blocks.3.ffn.experts.gate_up".
     parameter: the parameter itself; a DTensor once the model is sharded.
     kind: "matrix", "experts", "router", "embedding", "head" or "gain".
-    rows: the matrices it holds. The last two dimensions are a matrix [sum(rows), n], made of pieces of these row
-        counts; dimensions before them are a batch. Empty for what is not orthogonalised: gains, embedding, head.
+    rows: row counts of the matrices stacked in it. The last two dimensions are one matrix [sum(rows), n]; dimensions
+        before them are a batch. Empty for parameters that Muon does not orthogonalise: gains, embedding, head.
     """
 
     name: str
@@ -23,19 +23,19 @@ class Role:
 
 
 def parameter_roles(model: torch.nn.Module) -> list[Role]:
-    """Every parameter of the model with its role, in the model's own order.
+    """Every parameter of the model with its role, in the order of model.named_parameters().
 
-    A module says what its parameters are in an attribute `roles`: local name → (kind, rows).
+    A module declares the roles of its own parameters in an attribute `roles`: local name → (kind, rows).
 
     Raises:
-        AssertionError: a parameter whose module does not say what it is.
+        AssertionError: a parameter whose module declares no role for it.
     """
-    found = []
+    roles = []
     for prefix, module in model.named_modules():
-        for local, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{local}" if prefix else local
-            roles = getattr(module, "roles", {})
-            assert local in roles, f"{name} has no role: {type(module).__name__} must declare it"
-            kind, rows = roles[local]
-            found.append(Role(name, parameter, kind, tuple(rows)))
-    return found
+        for local_name, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{local_name}" if prefix else local_name
+            declared = getattr(module, "roles", {})
+            assert local_name in declared, f"{name} has no role: {type(module).__name__} must declare it"
+            kind, rows = declared[local_name]
+            roles.append(Role(name, parameter, kind, tuple(rows)))
+    return roles

@@ -1,9 +1,9 @@
-"""The one seam for experts: how tokens reach the experts they chose, wherever those are.
+"""Token dispatch: send tokens to the experts they chose, on any rank, and return the weighted sums.
 
-The MoE layer calls its dispatcher and does not know which it is. `local` is for experts that are all here;
-trinity.parallel.exchange gives the layer another where processes split the experts among them.
+A MoE layer calls its dispatcher without knowing which one it has. `local_dispatch` serves a layer whose experts are all
+on this rank; under expert parallelism trinity.parallel.expert_parallel gives the layer another one.
 
-Shapes: T tokens, D width, K active experts, R tokens that an expert module sees.
+Shapes: T tokens, D width, K active experts, R tokens that the experts module receives.
 """
 
 from collections.abc import Callable
@@ -12,32 +12,32 @@ from typing import Protocol
 from torch import Tensor
 
 RunExperts = Callable[..., Tensor]
-"""The experts as a module: (x_RD, indices_RK, gates_RK, rows) → [R, D], see trinity.models.moe.Experts.forward."""
+"""The experts module as a function: (x_RD, indices_RK, gates_RK, rows) → [R, D]; see trinity.models.moe.Experts."""
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts and the weighted sums back."""
+    """Sends tokens to their experts and brings the weighted sums back."""
 
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, meanwhile: Callable[[], Tensor]
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Run the chosen experts.
 
         Args:
             x_TD: tokens, any floating point; T may be 0.
-            indices_TK: [T, K] int64, which of all the layer's experts.
+            indices_TK: [T, K] int64, numbers among all experts of the layer.
             gates_TK: [T, K] fp32 or float64, differentiable.
-            experts: is called exactly once, also without tokens: what gathers its weights waits for every process.
-            meanwhile: other work of the layer on the same tokens, done while they travel.
+            experts: called exactly once, even without tokens, because every rank takes part in gathering its weights.
+            overlap: other work of the layer on the same tokens, done while the tokens are sent (the shared expert).
         Returns:
-            [T, D], each token's weighted sum over its experts, in x's dtype; and what `meanwhile` returned.
+            [T, D], each token's weighted sum over its experts, in x's dtype; and the result of `overlap`.
         """
         ...
 
 
-def local(
-    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, meanwhile: Callable[[], Tensor]
+def local_dispatch(
+    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The Dispatcher for experts that are all here: nothing travels."""
-    done = meanwhile()
-    return experts(x_TD, indices_TK, gates_TK), done
+    """The Dispatcher of a layer whose experts are all on this rank: nothing is sent."""
+    other = overlap()
+    return experts(x_TD, indices_TK, gates_TK), other

@@ -1,14 +1,13 @@
-"""Trinity: the report's decoder, whole, in one place.
+"""Trinity: the report's decoder.
 
 - Sandwich norms around every sublayer: y = x + RMSNorm₂(M(RMSNorm₁(x))), gains 1 and 1/√L (eq. 33-35).
-- Three local layers (RoPE, window), then one global (NoPE), repeated; gated attention with QK-norm.
+- Three local layers (RoPE, sliding window), then one global layer (NoPE), repeated; gated attention with QK-norm.
 - The first layers dense, then sparse MoE layers with a shared expert.
-- Embedding times √d; untied head; no biases anywhere; final RMSNorm.
+- Embedding times √d; untied head; no bias in any projection; final RMSNorm.
 
 Shapes: B batch, S sequence, D width, V vocabulary, M MoE layers, E experts.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,17 +15,26 @@ from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
-from trinity.models.attention import Attention, rotation_of
-from trinity.models.attention_backends import Visibility
+from trinity.models.attention import Attention, rope_cos_sin
+from trinity.models.attention_backends import AttentionMask
 from trinity.models.initialization import initialize
-from trinity.models.layers import Embedding, Head, PostNorm, RMSNorm, Stream, SwiGLU
+from trinity.models.layers import (
+    Embedding,
+    FusedPostNorm,
+    FusedPreNorm,
+    Head,
+    PostNorm,
+    ResidualStream,
+    RMSNorm,
+    SwiGLU,
+)
 from trinity.models.moe import MoE, Routing
 from trinity_kernels.cross_entropy import IGNORE
 from trinity_kernels.norm import wide
 
 
 class Losses(NamedTuple):
-    """Sums over one microbatch, so that microbatches and ranks add up; nothing here is divided yet.
+    """Losses of one microbatch as sums, not means, so that they can be added over microbatches and ranks.
 
     token_loss: scalar, Σ over valid targets of CE + z·lse², differentiable.
     ce_BS, lse_BS: [B, S] fp32, each token's cross-entropy and log-sum-exp, 0 where the target is ignored.
@@ -46,30 +54,34 @@ class Losses(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and FFN (dense or MoE), each between its two norms."""
+    """Attention and FFN (dense or MoE), each between two norms."""
 
     def __init__(self, config: ModelConfig, layer: int, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
-        norm = partial(RMSNorm, config.width, config.norm_eps, kernel=kernels.norms)
-        post_norm = partial(PostNorm, config.width, config.norm_eps, config.layers**-0.5, kernels.norms)
-        self.attention_norm = norm()
+        pre_norm = (config.width, config.norm_eps, 1.0, kernels.norms)
+        post_norm = (config.width, config.norm_eps, config.layers**-0.5, kernels.norms)
+        self.attention_norm = RMSNorm(*pre_norm)
         self.attention = Attention(config, layer, kernels)
-        self.attention_post_norm = post_norm()
-        self.ffn_norm = norm()
+        self.attention_post_norm = FusedPostNorm(*post_norm)
+        self.ffn_norm = FusedPreNorm(*pre_norm)
         self.sparse = layer >= config.dense_layers
-        self.ffn = MoE(config, kernels) if self.sparse else SwiGLU(config.width, config.dense_width, kernels.gate)
-        self.ffn_post_norm = post_norm()
+        self.ffn: MoE | SwiGLU = (
+            MoE(config, kernels) if self.sparse else SwiGLU(config.width, config.dense_width, kernels.gate)
+        )
+        self.ffn_post_norm = PostNorm(*post_norm)
 
     def forward(
-        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], visible: Visibility
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask
     ) -> tuple[Tensor, Routing | None]:
-        """[B, S, D] → the same, and the routing where the block is sparse."""
-        y_BSD = self.attention(self.attention_norm(x_BSD), rotation, visible)
-        x_BSD, u_BSD = self.attention_post_norm(y_BSD, Stream(x_BSD), self.ffn_norm)
-        y, routing = self.ffn(u_BSD), None
+        """[B, S, D] → the same shape and dtype; and the routing statistics of a MoE block, else None."""
+        y_BSD = self.attention(self.attention_norm(x_BSD), rotation, mask)
+        x_BSD, u_BSD = self.attention_post_norm(y_BSD, x_BSD, self.ffn_norm)
+        routing = None
         if self.sparse:
-            y, routing = y
-        return self.ffn_post_norm(y, Stream(x_BSD)), routing
+            out_BSD, routing = self.ffn(u_BSD)
+        else:
+            out_BSD = self.ffn(u_BSD)
+        return self.ffn_post_norm(out_BSD, ResidualStream(x_BSD)), routing
 
 
 class Trinity(nn.Module):
@@ -77,11 +89,11 @@ class Trinity(nn.Module):
 
     Args:
         config: its sizes.
-        kernels: which implementation of each operation; by default what is best on the device the tensors are on.
+        kernels: which implementation of each operation; by default the best one for the tensors' device.
 
-    Initialised with seed 0, on any device but meta: there nothing is computed, and after `to_empty` init_weights or a
-    checkpoint must fill the values. A model to be loaded is best built there: initialising takes a minute for 10⁹
-    parameters on a CPU core.
+    The constructor initialises all parameters with seed 0, except on the meta device: there, call `to_empty` and then
+    init_weights, or load a checkpoint. To load a checkpoint, build the model on the meta device, because initialising
+    10⁹ parameters takes a minute on one CPU core.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
@@ -95,7 +107,7 @@ class Trinity(nn.Module):
             self.init_weights(seed=0)
 
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter and buffer as a function of the seed and its name alone (eq. 34-38)."""
+        """Initialise every parameter and buffer (eq. 34-38); the values depend on the seed and its name alone."""
         initialize(self, self.config, seed)
 
     def forward(
@@ -106,33 +118,33 @@ class Trinity(nn.Module):
         targets_BS: Tensor | None = None,
         z: float = 0.0,
     ) -> Tensor | Losses:
-        """Logits, or the losses of given targets.
+        """Logits; with targets, the losses.
 
         Args:
             tokens_BS: [B, S] int64.
             positions_BS: [B or 1, S] int64, increasing along the row; 0…S−1 by default.
-            document_ids_BS: [B, S] integers; where given, attention never crosses a document.
-            targets_BS: [B, S] int64, already shifted: the token that follows; −100 counts nowhere.
+            document_ids_BS: [B, S] integers; if given, attention stays within a document.
+            targets_BS: [B, S] int64, already shifted: each token's successor; −100 is ignored.
             z: coefficient of the z-loss.
         Returns:
             logits [B, S, V] in the compute dtype, or Losses.
         """
-        plain = positions_BS is None
-        if plain:
+        default_positions = positions_BS is None
+        if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-        visible = Visibility(positions_BS, document_ids_BS, plain, self.attention_engine)
+        mask = AttentionMask(positions_BS, document_ids_BS, default_positions, self.attention_engine)
         x_BSD = self.embed(tokens_BS)
         precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
-        rotation = rotation_of(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
+        rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
         routings = []
         for block in self.blocks:
-            x_BSD, routing = block(x_BSD, rotation, visible)
+            x_BSD, routing = block(x_BSD, rotation, mask)
             if routing is not None:
                 routings.append(routing)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return self.head(x_BSD)
-        return _collect(self.head(x_BSD, targets_BS, z), routings, tokens_BS.shape)
+        return _combine_losses(self.head(x_BSD, targets_BS, z), routings, tokens_BS.shape)
 
     def loss(
         self,
@@ -141,17 +153,18 @@ class Trinity(nn.Module):
         document_ids_BS: Tensor | None = None,
         z: float = 0.0,
     ) -> Tensor:
-        """Mean loss over the valid targets of one batch on one process, to call `backward` on.
+        """Mean loss over the valid targets of one batch on one process; call `backward` on it.
 
-        The sequence-wise loss is not in it: `forward` with targets returns that, and the sums for a mean over ranks.
+        It does not include the sequence-wise balancing loss. `forward` with targets returns that one, and sums instead
+        of means.
 
         Args:
             tokens_BS: [B, S] int64.
-            targets_BS: [B, S] int64; by default the next token of the row, within a document where ids are given.
+            targets_BS: [B, S] int64; by default the next token of the row, or of the document if ids are given.
             document_ids_BS: as in `forward`.
-            z: coefficient of the z-loss; 0 leaves cross-entropy alone.
+            z: coefficient of the z-loss; 0: cross-entropy alone.
         Returns:
-            scalar in nats per token, differentiable, fp32 or float64; 0 where no target is valid.
+            scalar in nats per token, differentiable, fp32 or float64; 0 if no target is valid.
         """
         if targets_BS is None:
             targets_BS = next_tokens(tokens_BS, document_ids_BS)
@@ -160,11 +173,11 @@ class Trinity(nn.Module):
 
 
 def next_tokens(tokens_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
-    """The targets of a batch of rows: each token's successor, −100 (counts nowhere) where the row or document ends.
+    """Targets of a batch: each token's successor, and −100 (ignored) at the end of a row or document.
 
     Args:
         tokens_BS: [B, S] int64.
-        document_ids_BS: [B, S] integers, or None where a row is one document.
+        document_ids_BS: [B, S] integers; None: each row is one document.
     Returns:
         [B, S] int64.
     """
@@ -176,9 +189,9 @@ def next_tokens(tokens_BS: Tensor, document_ids_BS: Tensor | None = None) -> Ten
     return targets_BS
 
 
-def _collect(head: tuple[Tensor, ...], routings: list[Routing], rows: torch.Size) -> Losses:
-    token_loss, ce_T, lse_T, top_T = head
-    losses = Losses(token_loss, ce_T.view(rows), lse_T.view(rows), wide(top_T).amax(), None, None, None)
+def _combine_losses(head_losses: tuple[Tensor, ...], routings: list[Routing], shape: torch.Size) -> Losses:
+    token_loss, ce_T, lse_T, top_T = head_losses
+    losses = Losses(token_loss, ce_T.view(shape), lse_T.view(shape), wide(top_T).amax(), None, None, None)
     if not routings:
         return losses
     return losses._replace(
@@ -189,5 +202,5 @@ def _collect(head: tuple[Tensor, ...], routings: list[Routing], rows: torch.Size
 
 
 def moe_layers(model: Trinity) -> list[MoE]:
-    """The sparse layers, first to last."""
-    return [block.ffn for block in model.blocks if block.sparse]
+    """The MoE layers, first to last."""
+    return [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]

@@ -1,6 +1,6 @@
-"""The console of a run: a line every `log.every` steps above a progress bar, and where things are at the end.
+"""The console logger of a run: a line every `log.every` steps, above a progress bar.
 
-Only the first rank prints. Where no bar can be drawn (a pipe, a terminal without a width) the lines stand alone.
+Only rank 0 prints. If no bar can be drawn (a pipe, a terminal without a width), the lines are printed alone.
 """
 
 import sys
@@ -10,72 +10,74 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trinity.terminal import clock, messages_above_bar, say, width
+from trinity.terminal import format_duration, messages_above_bar, say, terminal_width
 
 BAR = "{desc} |{bar}| {percentage:.0f}%"
 MARGIN = 4
-"""Columns right of the bar, where the terminal writes ^C: on the next line it would push the bar up."""
+"""Columns right of the bar, for the ^C that the terminal echoes; without room it would wrap and push the bar up."""
 
 
 class Console:
-    """The sink that a person watches.
+    """Logs steps to the console.
 
-    The bar is opened with the first step and removed by close: messages from before and after need not respect it.
+    The bar opens with the first step and close removes it, so messages before and after it are printed plainly.
 
     Args:
-        first, total: the step the run starts after, and its last one.
+        first, total: steps made before this start, and the number of the run's last step.
         every: steps between lines.
     """
 
     def __init__(self, first: int, total: int, every: int) -> None:
-        self._every, self._total, self._made, self._began = every, total, 0, time.monotonic()
+        self._every, self._total, self._steps, self._started = every, total, 0, time.monotonic()
         self._bar: tqdm | None = None
         self._open = ExitStack()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Show one step."""
+        """Print a line if one is due, and update the bar."""
         step, validation = record["step"], prefixed(record, "validation_loss.")
         head = f"step {step}/{self._total}"
         if "loss" not in record:  # the validation of a continued model before its first step
             say("  ".join([head, *validation]))
             return
-        self._made += 1
-        left = (time.monotonic() - self._began) / self._made * (self._total - step)
-        if width():
-            self._draw(step, f"{head}  {loss_text(record)}  ETA {clock(left)}")
+        self._steps += 1
+        left = (time.monotonic() - self._started) / self._steps * (self._total - step)
+        if terminal_width():
+            self._draw(step, f"{head}  {loss_text(record)}  ETA {format_duration(left)}")
         if step % self._every == 0 or step == self._total or validation:
-            say("  ".join([head, *_step_figures(record), *validation, f"ETA {clock(left)}"]))
+            say("  ".join([head, *_step_fields(record), *validation, f"ETA {format_duration(left)}"]))
 
     def _draw(self, step: int, text: str) -> None:
         if self._bar is None:
             self._open.enter_context(messages_above_bar())
-            begun = {"total": self._total, "initial": step - 1, "desc": text, "ncols": max(width() - MARGIN, 1)}
-            bar = tqdm(file=sys.stderr, bar_format=BAR, leave=False, miniters=1, **begun)
+            start: dict[str, Any] = {"total": self._total, "initial": step - 1, "desc": text}
+            start["ncols"] = max(terminal_width() - MARGIN, 1)
+            bar = tqdm(file=sys.stderr, bar_format=BAR, leave=False, miniters=1, **start)
             self._bar = self._open.enter_context(bar)
-        self._bar.ncols = max(width() - MARGIN, 1)  # the window may have another size now
+        self._bar.ncols = max(terminal_width() - MARGIN, 1)  # the window may have been resized
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def go_back(self, step: int) -> None:
-        """The bar goes back with the next step."""
+    def rewind(self, step: int) -> None:
+        """Do nothing: the next step sets the bar."""
 
     def close(self) -> None:
-        """Remove the bar; the lines stay."""
+        """Remove the bar; the lines remain."""
         self._open.close()
 
 
 def prefixed(record: dict[str, Any], prefix: str) -> list[str]:
     """["loss.code 4.8371", …] of the fields that begin with `prefix`, such as validation_loss."""
-    found = {name: value for name, value in record.items() if name.startswith(prefix) and value is not None}
-    return [f"{name.removeprefix('validation_')} {value:.4f}" for name, value in found.items()]
+    fields = {name: value for name, value in record.items() if name.startswith(prefix) and value is not None}
+    return [f"{name.removeprefix('validation_')} {value:.4f}" for name, value in fields.items()]
 
 
 def loss_text(record: dict[str, Any]) -> str:
+    """The loss with four decimals, "loss nan" if it is not finite."""
     loss = record["loss"]
     return "loss nan" if loss is None else f"loss {loss:.4f}"
 
 
-def _step_figures(record: dict[str, Any]) -> list[str]:
+def _step_fields(record: dict[str, Any]) -> list[str]:
     grad_norm = record["grad_norm"]
     return [
         loss_text(record),

@@ -1,25 +1,46 @@
-"""What happens around a training step, as functions that train_step calls: for the heartbeat, spikes and routers."""
+"""The interface between a training step and the monitor: the hooks that train_step calls, and the result it returns.
+
+Shapes: M MoE layers, E experts.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+SkipReason = Literal["not finite", "spike"]
+
 
 class StepHooks(NamedTuple):
-    """What watches a step from outside.
+    """Hooks for the next train_step.
 
-    beat: called when a microbatch is done.
-    judge: (loss, gradient norm), both finite → what is out of the ordinary about them, None for nothing.
-    skips: whether such a step is skipped.
-    routed: called with the tokens per layer and expert of the global batch, [M, E] int64, and the mean entropy of
-        each layer's router, [M]; both on the CPU.
+    microbatch_done: called after the backward pass of each microbatch.
+    detect_spike: (loss, gradient norm), both finite → a clause that describes the spike, None for an ordinary step.
+    skip_spikes: whether a step with a spike is skipped.
     """
 
-    beat: Callable[[], None] | None = None
-    judge: Callable[[float, float], str | None] | None = None
-    skips: bool = False
-    routed: Callable[[Tensor, Tensor], None] | None = None
+    microbatch_done: Callable[[], None] | None = None
+    detect_spike: Callable[[float, float], str | None] | None = None
+    skip_spikes: bool = False
 
 
 NO_HOOKS = StepHooks()
+
+
+class StepResult(NamedTuple):
+    """The result of one train_step, equal on every rank; tensors and numbers are on the host.
+
+    metrics: the step's fields of metrics.jsonl, in their order there.
+    skip_reason: why no weight, momentum and bias was changed; None where the step was taken.
+    spike: what detect_spike returned, whether or not the step was skipped for it.
+    source_counts: sums over all ranks of the source_counts that train_step was given; None without them.
+    counts_ME: int64, tokens of the global batch per layer and expert; None without MoE layers.
+    router_entropy_M: float64, mean over the global batch's tokens of each router's entropy; None without MoE layers.
+    """
+
+    metrics: dict[str, Any]
+    skip_reason: SkipReason | None
+    spike: str | None
+    source_counts: list[float] | None
+    counts_ME: Tensor | None
+    router_entropy_M: Tensor | None

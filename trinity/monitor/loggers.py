@@ -1,8 +1,8 @@
-"""Where the figures of each step go: metrics.jsonl, the console, and W&B and TensorBoard by one word.
+"""Loggers of each step's metrics: metrics.jsonl, the console, and W&B and TensorBoard if configured.
 
-metrics.jsonl is the record: one object a step, flushed; on resume it is cut back to the checkpoint's step and the tail
-is kept aside, so that no step is missing or doubled. Numbers are written in full precision, null where they are not
-finite.
+metrics.jsonl is authoritative: one object a step, flushed. On resume it is cut back to the checkpoint's step and the
+tail goes to a file of its own, so no step is missing or doubled. Numbers have full precision; those that are not finite
+are null.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
@@ -18,24 +18,27 @@ from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically
 from trinity.monitor.console import Console
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 Record = dict[str, Any]
 
 
-class Sink(Protocol):
-    """Takes one record a step."""
+class Logger(Protocol):
+    """Receives one record a step."""
 
     def write(self, record: Record) -> None:
-        """Take the record of one step."""
+        """Log the record of one step."""
 
-    def go_back(self, step: int) -> None:
-        """The run goes on after an earlier step."""
+    def rewind(self, step: int) -> None:
+        """Prepare for the run to continue after an earlier step: a rollback."""
 
     def close(self) -> None:
-        """Write out what is still held."""
+        """Flush and close."""
 
 
 class JsonLines:
-    """metrics.jsonl, continued after `step`."""
+    """A file of one JSON object a step, such as metrics.jsonl, continued after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
         if path.exists():
@@ -48,8 +51,8 @@ class JsonLines:
         self._file.write(to_json(record) + "\n")
         self._file.flush()
 
-    def go_back(self, step: int) -> None:
-        """Keep the lines after `step` aside."""
+    def rewind(self, step: int) -> None:
+        """Move the lines after `step` to a file of their own."""
         self._file.close()
         _cut_back(self._path, step)
         self._file = open(self._path, "a")  # noqa: SIM115
@@ -60,23 +63,25 @@ class JsonLines:
 
 
 def _cut_back(path: Path, step: int) -> None:
-    kept, tail = [], []
+    """Move the lines after `step` to NAME.tail.N.jsonl."""
+    kept: list[str] = []
+    tail: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         try:
-            later = json.loads(line)["step"] > step or not step  # a run that begins anew makes step 0 anew too
+            later = json.loads(line)["step"] > step or not step  # a run that starts over repeats step 0 too
         except (ValueError, KeyError, TypeError, RecursionError):
-            later = True  # a line cut off by a crash, or somebody else's
+            later = True  # a line that a crash cut off, or not written by a run
         (tail if later else kept).append(line)
     if not tail:
         return
     number = 1 + len(list(path.parent.glob(f"{path.stem}.tail.*.jsonl")))
-    aside = path.parent / f"{path.stem}.tail.{number}.jsonl"
-    write_atomically(aside, (f"{line}\n" for line in tail))
+    tail_path = path.parent / f"{path.stem}.tail.{number}.jsonl"
+    write_atomically(tail_path, (f"{line}\n" for line in tail))
     write_atomically(path, (f"{line}\n" for line in kept))
 
 
 class WandB:
-    """Weights & Biases; offline where there is no key, so that it never asks and never needs a network."""
+    """Weights & Biases; offline without an API key, so it never prompts and never needs a network."""
 
     def __init__(self, config: RunConfig, directory: Path) -> None:
         try:
@@ -84,7 +89,7 @@ class WandB:
         except ImportError:
             raise UserError('log.wandb needs wandb; install it: pip install "trinity-moe[wandb]"') from None
 
-        offline = not (os.environ.get("WANDB_API_KEY") or _netrc_knows_wandb())
+        offline = not (os.environ.get("WANDB_API_KEY") or _netrc_has_wandb())
         self._run = wandb.init(
             project=config.log.wandb,
             name=config.run.name,
@@ -99,8 +104,8 @@ class WandB:
         """Log one step."""
         self._run.log(record, step=record["step"])
 
-    def go_back(self, step: int) -> None:
-        """W&B takes no step twice: the steps that are made again are missing there until they are past the old ones."""
+    def rewind(self, step: int) -> None:
+        """Do nothing. W&B ignores a step that it has, so repeated steps are missing there up to the old last one."""
 
     def close(self) -> None:
         """Finish the W&B run."""
@@ -108,39 +113,42 @@ class WandB:
 
 
 def _wandb_id(directory: Path) -> str:
-    """The id of the run, made at its first start, so that later ones go on with the same curves."""
+    """The run's id at W&B, created at its first start, so that later starts continue the same curves."""
     path = directory / "wandb_id"
     if not path.exists():
         write_atomically(path, uuid.uuid4().hex[:16])
     return path.read_text()
 
 
-def _netrc_knows_wandb() -> bool:
+def _netrc_has_wandb() -> bool:
     path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     return path.is_file() and "wandb" in path.read_text(errors="replace")
 
 
 class TensorBoard:
-    """TensorBoard event files in the run directory, continued after `step`: what is shown of later steps is dropped."""
+    """TensorBoard event files in the run directory, continued after `step`; later steps are purged from its display."""
 
     def __init__(self, directory: Path, step: int) -> None:
-        self._directory, self._writer = directory / "tensorboard", None
-        self.go_back(step)
+        self._directory = directory / "tensorboard"
+        self._writer = self._open(step)
 
-    def go_back(self, step: int) -> None:
-        """Begin another file, which tells TensorBoard to forget the steps after `step`."""
+    def _open(self, step: int) -> "SummaryWriter":
+        """Start another file, which tells TensorBoard to purge the steps after `step`."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
                 'log.tensorboard needs tensorboard; install it: pip install "trinity-moe[tensorboard]"'
             ) from None
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = SummaryWriter(str(self._directory), purge_step=step + 1)
+        return SummaryWriter(str(self._directory), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Purge the steps after `step`."""
+        self._writer.close()
+        self._writer = self._open(step)
 
     def write(self, record: Record) -> None:
-        """Add every number of one step."""
+        """Log every number of one step."""
         for name, value in record.items():
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, record["step"])
@@ -150,11 +158,11 @@ class TensorBoard:
         self._writer.close()
 
 
-def open_sinks(config: RunConfig, directory: Path, step: int, total: int) -> list[Sink]:
-    """Every place that the config names, the record first."""
-    sinks: list[Sink] = [JsonLines(directory / "metrics.jsonl", step), Console(step, total, config.log.every)]
+def open_loggers(config: RunConfig, directory: Path, step: int, total: int) -> list[Logger]:
+    """Every logger that the config names, metrics.jsonl first."""
+    loggers: list[Logger] = [JsonLines(directory / "metrics.jsonl", step), Console(step, total, config.log.every)]
     if config.log.wandb:
-        sinks.append(WandB(config, directory))
+        loggers.append(WandB(config, directory))
     if config.log.tensorboard:
-        sinks.append(TensorBoard(directory, step))
-    return sinks
+        loggers.append(TensorBoard(directory, step))
+    return loggers

@@ -1,6 +1,7 @@
-"""What watches over a run: heartbeat, spikes, routers, goodput. The loop tells it of each step, and asks what to do.
+"""Monitor one process of a run: heartbeat, loss spikes, router health, stragglers, goodput.
 
-All ranks see the same figures, so they come to the same judgement without asking each other.
+The trainer calls the monitor before and after each step. The metrics are equal on all ranks, so all ranks come to the
+same decision without communication.
 
 Shapes: M MoE layers, E experts.
 """
@@ -18,130 +19,120 @@ from trinity.models.trinity import Trinity, moe_layers
 from trinity.monitor.attention_probe import ProbeResult
 from trinity.monitor.events import Events
 from trinity.monitor.heartbeat import Heartbeat
-from trinity.monitor.hooks import StepHooks
+from trinity.monitor.hooks import StepHooks, StepResult
 from trinity.monitor.loss_spikes import SpikeDetector
 from trinity.monitor.router_health import CollapseDetector
 from trinity.monitor.straggler import StragglerDetector
 from trinity.run_directory import RunDirectory
 
 COLLAPSE = "collapse."
-"""How the names of that watch's state begin."""
+"""Prefix of the collapse detector's keys in state()."""
 
 
 class Monitor:
-    """Watches one process of a run.
+    """Monitor of one process.
 
     Attributes:
-        events: where it notes what it sees.
-        heartbeat: to be told of whatever takes long.
-        spiked: what was out of the ordinary in the last step, None for nothing.
+        events: this process's events.jsonl.
+        heartbeat: everything that takes long beats it.
+        spikes: the last ordinary steps.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory, rank: int, step: int) -> None:
-        """Begin to watch; the heartbeat beats from now on."""
+        """Start monitoring after `step` steps; the heartbeat's timeout runs from now on."""
         health = config.health
-        self.config, self._first = config, rank == 0
+        self.config, self._is_first = config, rank == 0
         self.events = Events(directory.path, rank, step)
         self.heartbeat = Heartbeat(health.heartbeat_seconds, self.events, directory.path)
         self.spikes = SpikeDetector(health.spike.window, health.spike.sigma)
-        self.spiked: str | None = None
         self._collapse = CollapseDetector(health.violation_factor, health.dead_steps, config.model.dense_layers)
-        self._slow = StragglerDetector(health.slow_factor)
-        self._counts_ME: Tensor | None = None
-        self._entropy_M: Tensor | None = None
+        self._straggler = StragglerDetector(health.slow_factor)
         self._bias_before_ME: Tensor | None = None
-        self._began, self._useful = time.monotonic(), 0.0
+        self._started, self._useful_seconds = time.monotonic(), 0.0
 
-    def of_step(self, model: Trinity, step: int) -> StepHooks:
-        """What train_step is to tell of the step that comes after `step`, and to ask."""
-        self.events.step, self.spiked, self._counts_ME = step + 1, None, None
-        self._bias_before_ME = _biases(model) if self._logs_routers(step + 1) and moe_layers(model) else None
+    def before_step(self, model: Trinity, step: int) -> StepHooks:
+        """Prepare for step `step`, counted from 1; return the hooks for its train_step."""
+        self.events.step = step
+        self._bias_before_ME = _biases(model) if self._logs_routers(step) and moe_layers(model) else None
         action = self.config.health.spike.action
         return StepHooks(
-            beat=self.heartbeat.beat,
-            judge=None if action == "none" else self._judge,
-            skips=action in ("skip", "rollback"),
-            routed=self._take_routing,
+            microbatch_done=self.heartbeat.beat,
+            detect_spike=None if action == "none" else self.spikes.detect,
+            skip_spikes=action in ("skip", "rollback"),
         )
 
-    def after_step(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Note what the step showed.
-
-        Returns:
-            Figures that the record lacks.
-        """
+    def after_step(self, result: StepResult, step_seconds: float) -> dict[str, Any]:
+        """Write the events of a step; return the monitor's fields of metrics.jsonl."""
         self.heartbeat.step_done()
-        if self.spiked:
+        metrics = result.metrics
+        if result.spike is not None:
             action = self.config.health.spike.action
-            self.note("spike", self.spiked, loss=record["loss"], grad_norm=record["grad_norm"], action=action)
-        elif record["skipped"]:
+            self.note("spike", result.spike, loss=metrics["loss"], grad_norm=metrics["grad_norm"], action=action)
+        elif result.skip_reason == "not finite":
             self.note("skipped", "the loss or the gradient is not finite; nothing was changed")
-        if self._counts_ME is not None:
-            for sentence, figures in self._collapse.look(self._counts_ME):
-                self.note("collapse", sentence, **figures)
-        if not record["skipped"]:
-            self._useful += record["step_seconds"]
-        return {"goodput": self._useful / max(time.monotonic() - self._began, 1e-9), "spike": self.spiked is not None}
+        if result.counts_ME is not None:
+            for message, fields in self._collapse.update(result.counts_ME):
+                self.note("collapse", message, **fields)
+        if result.skip_reason is None:
+            self._useful_seconds += step_seconds
+        goodput = self._useful_seconds / max(time.monotonic() - self._started, 1e-9)
+        return {"goodput": goodput, "spike": result.spike is not None}
 
-    def probed(self, found: ProbeResult) -> dict[str, float]:
-        """Note what a probe showed; returns its figures for the record."""
-        for sentence, figures in self._slow.look(found.seconds_R):
-            self.note("slow_rank", sentence, **figures)
-        spread = (max(found.seconds_R) - min(found.seconds_R)) / statistics.median_low(found.seconds_R)
-        return {"max_attention_logit": found.max_logit, "rank_seconds_spread": spread}
+    def after_probe(self, probe: ProbeResult) -> dict[str, float]:
+        """Write an event for each straggler; return the probe's fields of metrics.jsonl."""
+        for message, fields in self._straggler.update(probe.seconds_R):
+            self.note("slow_rank", message, **fields)
+        spread = (max(probe.seconds_R) - min(probe.seconds_R)) / statistics.median_low(probe.seconds_R)
+        return {"max_attention_logit": probe.max_logit, "rank_seconds_spread": spread}
 
-    def routers(self, step: int, tokens: int, model: Trinity) -> dict[str, Any] | None:
-        """What router.jsonl says of a step, where it is one that is logged."""
-        if self._bias_before_ME is None or self._counts_ME is None:
+    def router_record(self, result: StepResult, step: int, tokens: int, model: Trinity) -> dict[str, Any] | None:
+        """The record of a step for router.jsonl, after before_step and train_step; None if none is due."""
+        if self._bias_before_ME is None or result.counts_ME is None or result.router_entropy_M is None:
             return None
-        bias_ME, counts_ME = _biases(model), self._counts_ME.double()
+        bias_ME, counts_ME = _biases(model), result.counts_ME.double()
         return {
             "step": step,
             "tokens": tokens,
             "load": (counts_ME / counts_ME.sum(dim=1, keepdim=True)).tolist(),
-            "max_violation": balancing.max_violation(self._counts_ME).tolist(),
-            "dead": balancing.dead_share(self._counts_ME).tolist(),
-            "entropy": self._entropy_M.tolist(),
+            "max_violation": balancing.max_violation(result.counts_ME).tolist(),
+            "dead": balancing.dead_share(result.counts_ME).tolist(),
+            "entropy": result.router_entropy_M.tolist(),
             "bias_range": (bias_ME.amax(dim=1) - bias_ME.amin(dim=1)).tolist(),
             "bias_step_norm": (bias_ME - self._bias_before_ME).norm(dim=1).tolist(),
             "bias": bias_ME.tolist(),
         }
 
-    def note(self, kind: str, message: str, **more: Any) -> None:
-        """Note what all ranks see alike: the first does."""
-        if self._first:
-            self.events.note(kind, message, **more)
+    def note(self, kind: str, message: str, **fields: Any) -> None:
+        """Write an event that is the same on all ranks: rank 0 does."""
+        if self._is_first:
+            self.events.note(kind, message, **fields)
 
     def state(self) -> dict[str, Tensor]:
-        """What the watches remember, equal on every rank and every mesh, by name; without what belongs to one start."""
+        """The detectors' state by name, equal on every rank and every mesh.
+
+        The heartbeat, goodput and the straggler detector belong to one start of the run and have no state here.
+        """
         model = self.config.model
-        found = {"spikes": self.spikes.state()}
+        state = {"spikes": self.spikes.state()}
         if model.moe_layers:
             collapse = self._collapse.state(model.moe_layers, model.experts)
-            found |= {f"{COLLAPSE}{name}": tensor for name, tensor in collapse.items()}
-        return found
+            state |= {f"{COLLAPSE}{name}": tensor for name, tensor in collapse.items()}
+        return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Remember what state() held; a watch that an older checkpoint does not know begins anew."""
+        """Restore what state() returned; a detector that an older checkpoint lacks starts empty."""
         self.spikes.restore(state["spikes"])
         collapse = {key.removeprefix(COLLAPSE): value for key, value in state.items() if key.startswith(COLLAPSE)}
         if collapse:
             self._collapse.restore(collapse)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop the heartbeat's thread."""
         self.heartbeat.close()
-
-    def _judge(self, loss: float, grad_norm: float) -> str | None:
-        self.spiked = self.spikes.judge(loss, grad_norm)
-        return self.spiked
-
-    def _take_routing(self, counts_ME: Tensor, entropy_M: Tensor) -> None:
-        self._counts_ME, self._entropy_M = counts_ME, entropy_M
 
     def _logs_routers(self, step: int) -> bool:
         every = self.config.log.router_every
-        return bool(every) and (step % every == 0 or step == 1) and self._first
+        return bool(every) and (step % every == 0 or step == 1) and self._is_first
 
 
 def _biases(model: Trinity) -> Tensor:

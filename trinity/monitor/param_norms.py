@@ -1,4 +1,4 @@
-"""Norms of weights and of one step's updates, by group of parameters: whether a part stands still or runs away."""
+"""Norms of the weights and of one step's updates, by parameter group: they show a part that stalls or diverges."""
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,8 @@ class ParamNorms:
     """Measures the parameters of one model.
 
     Args:
-        optimizers: their roles name the groups: matrix, router, experts, embedding, gain, head.
-        group: the ranks that hold one copy of the model among them.
+        optimizers: the kinds of their roles are the groups: matrix, router, experts, embedding, gain, head.
+        group: the ranks that together hold one copy of the model.
     """
 
     def __init__(self, optimizers: Optimizers, group: dist.ProcessGroup) -> None:
@@ -25,16 +25,16 @@ class ParamNorms:
         self._before: dict[str, list[Tensor]] | None = None
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Copy what this rank holds to host memory, before a step whose update is to be measured."""
+    def snapshot(self) -> None:
+        """Copy this rank's parameters to host memory, before a step whose update is to be measured."""
         self._before = {
             kind: [local_tensor(parameter).to("cpu", copy=True) for parameter in parameters]
             for kind, parameters in self._parameters.items()
         }
 
     @torch.no_grad()
-    def figures(self) -> dict[str, float]:
-        """weight_norm.GROUP and update_norm.GROUP of each group; nothing where remember was not called for this step.
+    def metrics(self) -> dict[str, float]:
+        """weight_norm.GROUP and update_norm.GROUP of each group; nothing without a snapshot before this step.
 
         One collective; every rank of the group calls it.
         """
@@ -43,10 +43,10 @@ class ParamNorms:
         before, self._before = self._before, None
         squares = []
         for kind, parameters in self._parameters.items():
-            now = [local_tensor(parameter) for parameter in parameters]
-            moved = [part - old.to(part.device) for part, old in zip(now, before[kind])]
-            squares += [global_norm(now).double().square(), global_norm(moved).double().square()]
+            weights = [local_tensor(parameter) for parameter in parameters]
+            updates = [weight - old.to(weight.device) for weight, old in zip(weights, before[kind])]
+            squares += [global_norm(weights).double().square(), global_norm(updates).double().square()]
         sums = torch.stack(squares)
         dist.all_reduce(sums, group=self._group)
         norms = iter(sums.sqrt().tolist())
-        return {f"{what}_norm.{kind}": next(norms) for kind in self._parameters for what in ("weight", "update")}
+        return {f"{name}_norm.{kind}": next(norms) for kind in self._parameters for name in ("weight", "update")}

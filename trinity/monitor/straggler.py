@@ -1,38 +1,39 @@
-"""Which rank is slow, by the seconds that attention takes on each (probe.py).
+"""Detect straggler ranks by their attention time (attention_probe.py).
 
-What it has counted is in no checkpoint: after a restart a rank may be on another machine.
+The detector's counts are in no checkpoint: after a restart a rank may run on another machine.
 """
 
 import statistics
+from typing import Any
 
-TIMES = 3
-"""Probes in a row before a warning: one slow probe is somebody else's job on that machine. Ours."""
+PATIENCE = 3
+"""Slow probes in a row before a warning; a single one may be another job on that machine. Not from the report."""
 
 
 class StragglerDetector:
-    """Watches how long each rank takes.
+    """Counts, for each rank, the probes in a row in which it was slow.
 
     Args:
-        factor: a rank is slow where it takes so many times the median; 0 warns of none.
+        factor: a rank is slow if it takes more than this many times the median; 0 turns the detector off.
     """
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
-        self._slow_R: list[int] = []
+        self._slow_probes_R: list[int] = []
 
-    def look(self, seconds_R: list[float]) -> list[tuple[str, dict]]:
-        """Take one probe; what is to be warned of, as sentences with their figures.
+    def update(self, seconds_R: list[float]) -> list[tuple[str, dict[str, Any]]]:
+        """Take the attention seconds of one probe; return warnings, each a message and the fields of its event.
 
-        A rank is warned of once, and again only after it was well in between.
+        A rank is warned about once, and again only after it recovered in between.
         """
-        usual = statistics.median_low(seconds_R)
-        before_R = self._slow_R or [0] * len(seconds_R)
-        slow_R = [bool(self.factor) and seconds > self.factor * usual for seconds in seconds_R]
-        self._slow_R = [(before + 1) * slow for before, slow in zip(before_R, slow_R)]
-        found = []
-        for rank, times in enumerate(self._slow_R):
-            if times == TIMES:
-                ratio = seconds_R[rank] / usual
-                text = f"rank {rank} has been slow in {TIMES} probes: attention takes {ratio:.1f} times as long on it"
-                found.append((f"{text} as on the median rank", {"slow_rank": rank, "ratio": ratio}))
-        return found
+        median = statistics.median_low(seconds_R)
+        before_R = self._slow_probes_R or [0] * len(seconds_R)
+        slow_R = [bool(self.factor) and seconds > self.factor * median for seconds in seconds_R]
+        self._slow_probes_R = [(before + 1) * slow for before, slow in zip(before_R, slow_R)]
+        warnings: list[tuple[str, dict[str, Any]]] = []
+        for rank, probes in enumerate(self._slow_probes_R):
+            if probes == PATIENCE:
+                ratio = seconds_R[rank] / median
+                message = f"rank {rank} has been slow in {PATIENCE} probes: attention takes {ratio:.1f} times as long"
+                warnings.append((f"{message} on it as on the median rank", {"slow_rank": rank, "ratio": ratio}))
+        return warnings

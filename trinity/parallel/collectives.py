@@ -1,36 +1,41 @@
-"""What the processes of a run must decide together: whether one failed, whether one was asked to stop.
+"""Agreement among the processes of a run: one rank's error or flag reaches every rank.
 
-A process that goes its own way leaves the others waiting in a collective for ever. These go over gloo, on the CPU, so
-that they neither wait for a device nor need one.
+A process that leaves alone keeps the others waiting in their next collective. These functions go over gloo, on the CPU:
+they need no device and wait for none. Outside of a process group they act on this process alone.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 # torch 2.13 renamed it and warns of the old name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def run_on_all_ranks(action: Callable[[], Result]) -> Result:
-    """Run `action`, which talks to no other rank, on every rank; where one fails by no fault of ours, all do.
+@contextmanager
+def errors_reach_all_ranks() -> Iterator[None]:
+    """Context manager: an error that `explain` knows, raised in the block on any rank, is raised on every rank.
 
-    Outside of a process group there is but this process.
+    Every rank enters the block; the block calls no collective. Leaving it is one all_gather_object. An error that
+    `explain` does not know (a bug) is raised at once, on its own rank only.
 
     Raises:
-        UserError, Failure: what the first rank that failed has to say, on every rank.
+        UserError, Failure: the message of the first rank that failed, on every rank.
     """
     if not dist.is_initialized():
-        return action()
-    result, failure = None, None
+        yield
+        return
+    failure = None
     try:
-        result = action()
+        yield
     except Exception as error:
         failure = explain(error)
         if failure is None:
@@ -41,26 +46,38 @@ def run_on_all_ranks(action: Callable[[], Result]) -> Result:
         if failed is not None:
             code, text = failed
             raise (UserError if code == USER_MISTAKE else Failure)(f"rank {rank}: {text}" if rank else text)
+
+
+def run_on_all_ranks(action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    """Call `action(*args, **kwargs)` on every rank inside `errors_reach_all_ranks`; return this rank's result."""
+    with errors_reach_all_ranks():
+        result = action(*args, **kwargs)
     return result
 
 
-def run_on_rank0(action: Callable[[], Result]) -> Result:
-    """Run `action` on rank 0 alone; its result, which can be pickled, or its failure reaches every rank."""
+def run_on_rank0(action: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    """Call `action(*args, **kwargs)` on rank 0 only; return its result (pickled) or raise its error on every rank.
+
+    The arguments are evaluated on every rank, before the call: pass a lambda where that is costly or may fail.
+    """
     if not dist.is_initialized():
-        return action()
-    result = [run_on_all_ranks(action if dist.get_rank() == 0 else lambda: None)]
+        return action(*args, **kwargs)
+    result: list[Any] = [None]
+    with errors_reach_all_ranks():
+        if dist.get_rank() == 0:
+            result[0] = action(*args, **kwargs)
     dist.broadcast_object_list(result, src=0)
     return result[0]
 
 
 def reraise(error: BaseException | None) -> None:
-    """What failed earlier on this rank, if anything did: for `together`, where all ranks have come to."""
+    """Raise an earlier error of this rank, if there is one; for use inside `errors_reach_all_ranks`."""
     if error is not None:
         raise error
 
 
 def all_reduce_max(flags: list[int]) -> list[int]:
-    """The largest of each flag over all ranks."""
+    """Maximum of each flag over all ranks."""
     agreed = torch.tensor(flags, dtype=torch.int64)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     return agreed.tolist()

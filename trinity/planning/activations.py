@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_iter
 from trinity.config.model import ModelConfig
 from trinity.config.run import RunConfig
 from trinity.models import attention_backends
-from trinity.models.attention import rotation_of
-from trinity.models.attention_backends import Visibility
-from trinity.models.layers import RMSNorm
+from trinity.models.attention import rope_cos_sin
+from trinity.models.attention_backends import AttentionMask
+from trinity.models.layers import Norm
 from trinity.models.moe import Router
 from trinity.models.trinity import Block, Trinity
 from trinity.parallel import expert_parallel
@@ -81,7 +81,7 @@ def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Ac
     with torch.device("meta"):
         block = Block(model, layer).to(compute)
         for part in block.modules():
-            if isinstance(part, RMSNorm | Router):
+            if isinstance(part, Norm | Router):
                 part.to(master)
         x_BSD = torch.empty(rows, length, model.width, dtype=compute, requires_grad=True)
         positions = torch.arange(length).unsqueeze(0)
@@ -89,9 +89,9 @@ def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Ac
     if config.recompute != "none":
         only_block = cast(Trinity, SimpleNamespace(blocks=[block]))  # recompute_blocks reads the blocks alone
         recompute_blocks(only_block, config.recompute)
-    rotation = rotation_of(positions, model.head_dim, model.rope_theta, master)
+    rotation = rope_cos_sin(positions, model.head_dim, model.rope_theta, master)
     with _patched_for_meta(rows * length, model), LiveBytes() as live, count_collectives() as collectives:
-        y_BSD, routing = block(x_BSD, rotation, Visibility(positions, None, True, "sdpa"))
+        y_BSD, routing = block(x_BSD, rotation, AttentionMask(positions, None, True, "sdpa"))
         kept, forward = live.now, live.peak
         live.peak = live.now
         losses = [routing.sequence_loss_B] if routing and config.balancing.sequence_loss else []
@@ -119,7 +119,7 @@ def _patched_for_meta(tokens: int, model: ModelConfig) -> Iterator[None]:
 
 
 def _flash_attention(
-    q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, _window: int | None, _visible: Visibility
+    q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, _window: int | None, _mask: AttentionMask
 ) -> Tensor:
     flash: Callable[..., tuple] = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(q_BSHC.transpose(1, 2), k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2), 0.0, True)[0].transpose(1, 2)

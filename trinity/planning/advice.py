@@ -14,7 +14,7 @@ from trinity.parallel.mesh import mesh_words, meshes
 from trinity.planning.memory import Memory
 from trinity.planning.mesh_search import min_state_bytes, with_mesh
 from trinity.planning.plan import USABLE_SHARE, Plan, StepEstimate, fits, peak_memory, replan
-from trinity.training.build import dealt_counts
+from trinity.training.divisibility import batch_process_counts
 
 EXPOSED_LIMIT = 0.15
 """Warn from this share of exposed communication in the run's time on. Not from the report."""
@@ -106,7 +106,7 @@ def _gpu_count_advice(plan: Plan) -> str:
 
 def _larger_gpu_counts(plan: Plan) -> list[int]:
     """Larger GPU counts that divide batches and streams, each at least twice the one before, and the largest."""
-    possible, counts = dealt_counts(plan.config), [plan.gpus]
+    possible, counts = batch_process_counts(plan.config), [plan.gpus]
     for count in possible:
         if count >= 2 * counts[-1] or (count == possible[-1] > counts[-1]):
             counts.append(count)

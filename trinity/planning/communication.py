@@ -16,7 +16,7 @@ from typing import NamedTuple
 from trinity.config.run import RunConfig
 from trinity.hardware import GPU
 from trinity.optim.muon import Muon
-from trinity.optim.muon_comm import pays
+from trinity.optim.muon_comm import sharing_pays
 from trinity.optim.muon_layout import MatrixBatch
 from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import Sizes
@@ -94,10 +94,11 @@ def flow_seconds(flow: Flow, gpu: GPU, achieved: float) -> float:
 
 def matrices_per_rank(muon: Muon, batch: MatrixBatch, replicas: int) -> tuple[int, bool]:
     """Number of matrices of a batch that this rank orthogonalizes, and whether replicas share them on GPUs."""
-    matrices = batch.travel.owned if batch.travel else sum(run.count for run in batch.held)
+    matrices = batch.owned
     if batch.replicas is None or muon.share == "off" or matrices < 2:
         return matrices, False
-    return matrices, muon.share == "on" or pays((matrices, *batch.shape), muon.steps, replicas, muon.wire, "cuda")
+    pays = sharing_pays(matrices, batch.shape, muon.steps, replicas, muon.wire, "cuda")
+    return matrices, muon.share == "on" or pays
 
 
 _FlowEntry = tuple[str, str, str, str, int, float]
@@ -153,9 +154,9 @@ def _muon(muon: Muon, sizes: Sizes) -> list[_FlowEntry]:
         entries.append(("update", "Muon, starved experts", "all_reduce", "expert_shard", 1, flags))
     for batch in muon.batches:
         matrices, shared = matrices_per_rank(muon, batch, sizes.replicate)
-        if batch.travel:
-            along = "shard" if batch.travel.group.size() == sizes.shard else "expert_shard"
-            elements = sum(batch.travel.sent) + sum(batch.travel.received)
+        if batch.exchange:
+            along = "shard" if batch.exchange.group.size() == sizes.shard else "expert_shard"
+            elements = sum(batch.exchange.sent) + sum(batch.exchange.received)
             size = elements * muon.wire.itemsize
             entries.append(("update", "Muon, to owners and back", "all_to_all", along, 2, size))
         if shared:

@@ -126,7 +126,6 @@ def _newton_schulz_bytes(muon: Muon) -> float:
     """Bytes of the update's buffers, for the largest batch of matrices."""
     largest = 0
     for batch in muon.batches:
-        matrices = batch.travel.owned if batch.travel else sum(run.count for run in batch.held)
-        sent = sum(batch.travel.sent) if batch.travel else 0
-        largest = max(largest, matrices * batch.shape[0] * batch.shape[1], sent)
+        sent = sum(batch.exchange.sent) if batch.exchange else 0
+        largest = max(largest, batch.owned * batch.shape[0] * batch.shape[1], sent)
     return NEWTON_SCHULZ_BUFFERS * 4 * largest

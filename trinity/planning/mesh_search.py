@@ -9,7 +9,13 @@ from trinity.errors import UserError
 from trinity.hardware import GPU
 from trinity.models.flops import parameter_counts
 from trinity.parallel.mesh import Sizes, mesh_words, meshes
-from trinity.training.build import batch_words, check_batches, check_mesh, dealt_counts, first_undivided
+from trinity.training.divisibility import (
+    batch_process_counts,
+    check_batches,
+    check_mesh,
+    divisible_settings,
+    first_indivisible,
+)
 
 
 def min_gpus(config: RunConfig) -> int:
@@ -37,12 +43,12 @@ def check_batches_for_any_mesh(config: RunConfig, gpus: int) -> None:
         UserError: they do not. The message names the nearest GPU counts below and above that do, then the settings
             that would make `gpus` work.
     """
-    undivided = first_undivided(config, gpus)
+    undivided = first_indivisible(config, gpus)
     if undivided:
-        counts = dealt_counts(config)
+        counts = batch_process_counts(config)
         below = [count for count in counts if count < gpus][-1:]
         nearest = [*below, *[count for count in counts if count > gpus][:1]]
-        words = " ".join(batch_words(config, gpus))
+        words = " ".join(divisible_settings(config, gpus))
         raise UserError(f"{undivided}; use --gpus {' or '.join(map(str, nearest))}, or with {gpus} GPUs {words}")
 
 

@@ -6,7 +6,8 @@ They are read from the run's own batch schedule (trinity.data.stream.batch_sched
 from typing import NamedTuple
 
 from trinity.config.run import RunConfig
-from trinity.training.build import batch_plan, microbatch_size, total_steps
+from trinity.training.build import batch_plan, total_steps
+from trinity.training.divisibility import microbatch_size
 
 
 class ScheduleSegment(NamedTuple):

@@ -9,7 +9,7 @@ from trinity.planning.advice import warnings
 from trinity.planning.communication import Flow, flow_seconds
 from trinity.planning.plan import USABLE_SHARE, Plan, StepEstimate, make_plan
 from trinity.planning.roofline import ACHIEVED, PASSES, UPDATE_PASSES
-from trinity.training.build import process_counts
+from trinity.training.divisibility import process_counts
 
 GB = 1e9
 """Bytes are shown in units of 10⁹, as vendors count a GPU's memory."""

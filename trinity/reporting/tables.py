@@ -12,7 +12,7 @@ import numpy as np
 
 from trinity.reporting.downsample import evenly_spaced
 from trinity.reporting.run_log import Event, RunLog, last_finite
-from trinity.terminal import clock
+from trinity.terminal import format_duration
 
 MAX_EVENTS = 300
 """Rows of the table of events. Not from the report."""
@@ -190,7 +190,7 @@ def _summary_of(run: RunLog) -> dict[str, str]:
         values[f"bits per byte {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
     seconds = wall_seconds(run)
     return values | {
-        "wall time": ABSENT if math.isnan(seconds) else clock(seconds),
+        "wall time": ABSENT if math.isnan(seconds) else format_duration(seconds),
         "device": device(run),
         "tokens/s, median": _count(_median(metrics["tokens_per_second"])),
         "MFU, median": _percent(_median(metrics["mfu"])),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from trinity.checkpoint.directory import Note, home_of, pick_intact, warn
+from trinity.checkpoint.directory import CheckpointDirectory, Note, warn
 from trinity.checkpoint.load import load, model_state
 from trinity.config.run import KernelsConfig, ParallelConfig, RunConfig
 from trinity.models.trinity import Trinity
@@ -27,14 +27,14 @@ def load_model(run_dir: Path, step: int | None = None, note: Note = warn) -> tup
         UserError: not a run directory, or no complete checkpoint.
     """
     config = newest_config(Path(run_dir))
-    home = home_of(config.checkpoint.url, Path(run_dir))
-    chosen = pick_intact(home, step, note)
+    checkpoints = CheckpointDirectory.at(Path(run_dir), config.checkpoint.url)
+    chosen = checkpoints.pick_intact(step, note)
     with torch.device("meta"):  # every value comes from the checkpoint
         model = Trinity(config.model)
     if config.precision.compute == "float64":
         model.double()
     model.to_empty(device="cpu")
-    load(model_state(model), home, chosen)
+    load(model_state(model), checkpoints.path_of(chosen))
     return model, config, chosen
 
 
@@ -48,13 +48,13 @@ def load_sharded_model(run_dir: Path, step: int | None = None, note: Note = warn
     parallel = ParallelConfig()  # whatever mesh it was saved on
     mesh.check_parallel(parallel, config.model, mesh.world_size())
     ranks = mesh.start(parallel, config.model, config.run.threads, False)
-    home = home_of(config.checkpoint.url, Path(run_dir))
-    chosen = pick_intact(home, step, note)
+    checkpoints = CheckpointDirectory.at(Path(run_dir), config.checkpoint.url)
+    chosen = checkpoints.pick_intact(step, note)
     # how the run is done does not matter here, and may not be possible
     precision = replace(config.precision, fp8="none")
     plain = replace(
         config, parallel=parallel, recompute="none", compile="none", kernels=KernelsConfig(), precision=precision
     )
     model = build_model(plain, ranks)
-    load(model_state(model), home, chosen)
+    load(model_state(model), checkpoints.path_of(chosen))
     return model, config, chosen

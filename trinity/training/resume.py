@@ -9,17 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from trinity.checkpoint.directory import (
-    Home,
-    Note,
-    check_home,
-    complete_steps,
-    home_of,
-    home_of_run,
-    newest_intact,
-    pick_intact,
-    step_folder,
-)
+from trinity.checkpoint.directory import CheckpointDirectory, Note
 from trinity.checkpoint.load import read_alone
 from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory
@@ -31,7 +21,7 @@ from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
 from trinity.run_directory import newest_config, whose_run
 from trinity.terminal import say
 from trinity.training.build import batch_plan
-from trinity.training.lr_schedule import check_decay
+from trinity.training.learning_rate import check_decay
 
 HISTORY = "run.batch_history"
 """Key of the batch history in a checkpoint."""
@@ -40,13 +30,13 @@ HISTORY = "run.batch_history"
 class Origin(NamedTuple):
     """The checkpoint that a start goes on from.
 
-    home: whose it is.
+    checkpoints: the directory that holds it.
     step: 0 for none.
     history: the steps made until then.
     own: whether it is this run's, and not another's.
     """
 
-    home: Home
+    checkpoints: CheckpointDirectory
     step: int = 0
     history: BatchHistory = BatchHistory()
     own: bool = True
@@ -63,35 +53,37 @@ def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) 
     Raises:
         UserError: the config differs in what must not change, or there is no such checkpoint.
     """
-    home = run_on_all_ranks(lambda: home_of(config.checkpoint.url, path))
-    run_on_rank0(lambda: _check_own(config, accepted, path, home))
-    step = newest_intact(home, note)
+    checkpoints = run_on_all_ranks(CheckpointDirectory.at, path, config.checkpoint.url)
+    run_on_rank0(_check_own, config, accepted, path, checkpoints)
+    step = checkpoints.newest_intact(note)
     if step:
-        return Origin(home, step, run_on_rank0(lambda: history_of(home, step, newest_config(path))))
+        history = run_on_rank0(lambda: history_of(checkpoints, step, newest_config(path)))
+        return Origin(checkpoints, step, history)
     if not config.init.run or config.init.keep != "all":
-        return Origin(home)
+        return Origin(checkpoints)
     other = Path(config.init.run)
-    home = run_on_rank0(lambda: home_of_run(other))
-    step = pick_intact(home, config.init.step, note)
-    return Origin(home, step, run_on_rank0(lambda: _check_against(config, accepted, other, home, step)), own=False)
+    others = run_on_rank0(CheckpointDirectory.of_run, other)
+    step = others.pick_intact(config.init.step, note)
+    history = run_on_rank0(_check_against, config, accepted, other, others, step)
+    return Origin(others, step, history, own=False)
 
 
-def history_of(home: Home, step: int, before: RunConfig) -> BatchHistory:
+def history_of(checkpoints: CheckpointDirectory, step: int, before: RunConfig) -> BatchHistory:
     """The steps that a checkpoint's run made, read by this process alone.
 
     A checkpoint of an older version does not hold them. They are then taken to be those of the run's last config;
     where the data shows that other ones were read, tokens are counted by data.sequence_length.
 
     Args:
-        home, step: which checkpoint.
+        checkpoints, step: which checkpoint.
         before: config of its run.
     """
-    folder = step_folder(home, step)
-    stored = read_alone(folder, HISTORY)
+    path = checkpoints.path_of(step)
+    stored = read_alone(path, HISTORY)
     if stored:
         return BatchHistory.from_rows(stored[HISTORY].tolist())
     assumed = batch_plan(before).history(step)
-    data = read_alone(folder, "data.k") | read_alone(folder, "data.jumped")
+    data = read_alone(path, "data.k") | read_alone(path, "data.jumped")
     if len(data) < 2:  # damaged; loading says so
         return assumed
     read = position_of(int(data["data.k"]), data["data.jumped"].tolist())
@@ -105,23 +97,54 @@ def history_tensor(history: BatchHistory) -> torch.Tensor:
     return torch.tensor(history.rows())
 
 
-def _check_own(config: RunConfig, accepted: list[str], path: Path, home: Home) -> None:
+def _check_own(config: RunConfig, accepted: list[str], path: Path, checkpoints: CheckpointDirectory) -> None:
     """Refuse what may not change after the newest checkpoint that can be read."""
     before = newest_config(path) if (path / "config.yaml").is_file() else None
-    check_home(home, before, path)
-    for step in reversed(complete_steps(home)):
+    _check_location(checkpoints, before, path)
+    for step in reversed(checkpoints.complete_steps()):
         try:
-            history_of(home, step, before)
+            history_of(checkpoints, step, before)
         except UserError:  # damaged; newest_intact says so
             continue
-        _check_against(config, accepted, path, home, step)
+        _check_against(config, accepted, path, checkpoints, step)
         return
 
 
-def _check_against(config: RunConfig, accepted: list[str], path: Path, home: Home, step: int) -> BatchHistory:
+def _check_location(checkpoints: CheckpointDirectory, before: RunConfig | None, path: Path) -> None:
+    """Refuse a start that would lose sight of this run's checkpoints, or that would continue another run's.
+
+    Args:
+        checkpoints: where this start reads and writes checkpoints.
+        before: config of the run's last start; None where the run directory has none.
+        path: the run directory.
+    Raises:
+        UserError: naming the folders.
+    """
+    steps = checkpoints.complete_steps()
+    if before is None:
+        if steps:
+            raise UserError(
+                f"{checkpoints.folder} holds checkpoints, and {path} has no config.yaml that says of which run; "
+                "put that file back, or give another run.dir or checkpoint.url"
+            )
+        return
+    previous = CheckpointDirectory.at(path, before.checkpoint.url)
+    if previous.folder == checkpoints.folder:
+        return
+    newest, newest_before = max(steps, default=0), max(previous.complete_steps(), default=0)
+    if newest < newest_before:
+        raise UserError(
+            f"the checkpoints of {path} are in {previous.folder} up to step {newest_before}, and in "
+            f"{checkpoints.folder} up to step {newest}; copy them there or give the old checkpoint.url back"
+        )
+
+
+def _check_against(
+    config: RunConfig, accepted: list[str], path: Path, checkpoints: CheckpointDirectory, step: int
+) -> BatchHistory:
     """Refuse what may not differ from the run in `path`, whose checkpoint of `step` is gone on from."""
     before = newest_config(path)
-    history = history_of(home, step, before)
+    history = history_of(checkpoints, step, before)
     seen = batch_plan(before, history).at(step - 1).tokens
     instead = ["set init.keep=optimizer"] if path != run_directory(config) else []
     changed = check_changes(before, config, seen, accepted, whose_run(path, before, step), *instead)

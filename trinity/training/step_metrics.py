@@ -1,12 +1,13 @@
-"""The figures of one step over the whole mesh, named as in metrics.jsonl.
+"""Metrics of one step over all ranks, under their names in metrics.jsonl.
 
-Every rank puts its sums and its rows' losses into one vector; gathered, they stand in the order of the stream, so that
-no figure depends on how the rows were dealt. Counts have a reduction of their own, which balancing uses as well.
+Each rank puts its sums and the losses of its rows into one vector. Gathered over all ranks, the rows are put back into
+stream order, so no metric depends on how rows were distributed. Expert counts are reduced separately, because balancing
+uses them on the device. Everything that the host needs then crosses in one copy (HostCopy).
 
-Shapes: R ranks, B rows of one rank, M MoE layers, E experts.
+Shapes: R ranks, B rows of one rank, M MoE layers, E experts, N token sources.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,90 +19,160 @@ from trinity.models.trinity import Losses
 from trinity.parallel.collectives import all_gather_single
 
 
-def total_counts(parts: list[Losses]) -> Tensor | None:
-    """Tokens per layer and expert over the global batch, [M, E] int64: one reduction; None without MoE layers."""
-    if parts[0].counts_ME is None:
+class StepStats(NamedTuple):
+    """Statistics of one step: on the device, or as HostCopy returns them (all float64, on the CPU).
+
+    Gathered from every rank, float64:
+        ce_RB: cross-entropy of each row, summed over its tokens.
+        valid_RB: valid targets of each row.
+        sums_R3: Σ lse², Σ sequence loss, and the seconds that the rank waited for its rows.
+        top_logit_R1: the largest logit.
+        entropy_RM: Σ over tokens of each router's entropy; None without MoE layers.
+        source_counts_RN: tokens read of each source; None where they are not counted.
+    Equal on every rank:
+        grad_norm: scalar, before clipping.
+        counts_ME: tokens of the global batch per layer and expert; None without MoE layers.
+        bias_ranges: [2], the largest max − min of a layer's expert biases, before and after the step; None likewise.
+    """
+
+    ce_RB: Tensor
+    valid_RB: Tensor
+    sums_R3: Tensor
+    top_logit_R1: Tensor
+    entropy_RM: Tensor | None
+    source_counts_RN: Tensor | None
+    grad_norm: Tensor
+    counts_ME: Tensor | None = None
+    bias_ranges: Tensor | None = None
+
+
+def total_counts(losses: list[Losses]) -> Tensor | None:
+    """Tokens per layer and expert over the global batch, [M, E] int64: one all-reduce; None without MoE layers."""
+    counts = [microbatch.counts_ME for microbatch in losses if microbatch.counts_ME is not None]
+    if not counts:
         return None
-    counts_ME = torch.stack([part.counts_ME for part in parts]).sum(dim=0)
+    counts_ME = torch.stack(counts).sum(dim=0)
     dist.all_reduce(counts_ME)
     return counts_ME
 
 
-def of_all_ranks(
-    parts: list[Losses], valid_B: Tensor, source_counts: Tensor | None, waited: float = 0.0
-) -> dict[str, Tensor]:
-    """What each rank has to say of a step, gathered on the device: one collective; step_figures reads it on the host.
+def gather_stats(
+    losses: list[Losses],
+    valid_B: Tensor,
+    grad_norm: Tensor,
+    source_counts_N: Tensor | None = None,
+    data_seconds: float = 0.0,
+) -> StepStats:
+    """Gather one step's statistics from all ranks, on the device: one all-gather.
 
     Args:
-        parts: this rank's microbatches, detached.
+        losses: of this rank's microbatches, detached.
         valid_B: [B] valid targets of this rank's rows.
-        source_counts: of this rank, of any shape; exact up to 2⁵³.
-        waited: seconds that this rank waited for its rows.
-    Returns:
-        by name, with R in front, float64: ce [R, B], valid [R, B], sums [R, 3] (lse², sequence loss, waited),
-        top_logit [R, 1], entropy [R, M], and source_counts [R, …].
+        grad_norm: scalar, equal on every rank.
+        source_counts_N: tokens that this rank read of each source, exact up to 2⁵³; None where they are not counted.
+        data_seconds: seconds that this rank waited for its rows.
     """
-    ce_B = torch.cat([part.ce_BS.sum(dim=1) for part in parts]).double()
+    ce_B = torch.cat([microbatch.ce_BS.sum(dim=1) for microbatch in losses]).double()
     zero = ce_B.new_zeros(())
+    sequence_losses = [microbatch.sequence_loss_B for microbatch in losses]
     sums = [
-        sum(part.lse_BS.double().square().sum() for part in parts),
-        sum((zero if part.sequence_loss_B is None else part.sequence_loss_B.double().sum()) for part in parts),
-        ce_B.new_full((), waited),
+        sum((microbatch.lse_BS.double().square().sum() for microbatch in losses), start=zero),
+        sum((zero if loss_B is None else loss_B.double().sum() for loss_B in sequence_losses), start=zero),
+        ce_B.new_full((), data_seconds),
     ]
-    own = {
-        "ce": ce_B,
-        "valid": valid_B.to(ce_B),
-        "sums": torch.stack(sums),
-        "top_logit": torch.stack([part.top_logit for part in parts]).amax(dim=0, keepdim=True).double(),
-    }
-    if parts[0].entropy_M is not None:
-        own["entropy"] = torch.stack([part.entropy_M for part in parts]).sum(dim=0).double()
-    if source_counts is not None:
-        own["source_counts"] = source_counts.to(ce_B)
-    flat = torch.cat([tensor.flatten() for tensor in own.values()])
-    everyone = flat.new_empty(dist.get_world_size() * len(flat))
-    all_gather_single(everyone, flat)
-    gathered = everyone.view(-1, len(flat)).split([tensor.numel() for tensor in own.values()], dim=1)
-    return {name: part.unflatten(1, tensor.shape) for (name, tensor), part in zip(own.items(), gathered)}
+    top_logit = torch.stack([microbatch.top_logit for microbatch in losses]).amax(dim=0, keepdim=True).double()
+    entropies = [microbatch.entropy_M for microbatch in losses if microbatch.entropy_M is not None]
+    entropy_M = torch.stack(entropies).sum(dim=0).double() if entropies else None
+    source_counts_N = None if source_counts_N is None else source_counts_N.to(ce_B)
+    local = [ce_B, valid_B.to(ce_B), torch.stack(sums), top_logit, entropy_M, source_counts_N]
+    flat = torch.cat([tensor for tensor in local if tensor is not None])
+    gathered = flat.new_empty(dist.get_world_size() * len(flat))
+    all_gather_single(gathered, flat)
+    columns = gathered.view(-1, len(flat)).split([0 if tensor is None else len(tensor) for tensor in local], dim=1)
+    ce_RB, valid_RB, sums_R3, top_logit_R1, entropy_RM, source_counts_RN = columns
+    return StepStats(
+        ce_RB,
+        valid_RB,
+        sums_R3,
+        top_logit_R1,
+        None if entropy_M is None else entropy_RM,
+        None if source_counts_N is None else source_counts_RN,
+        grad_norm,
+    )
 
 
-def step_figures(known: dict[str, Tensor], valid: int, sequence: int, config: RunConfig) -> dict[str, Any]:
-    """What a step's forward passes say, equal on every rank.
+class HostCopy:
+    """Copy a step's statistics to the host in one asynchronous transfer.
+
+    The copy is enqueued when this object is made, behind the work that the device has so far. Work enqueued afterwards
+    runs on the device while the host waits for the copy, so the wait does not idle the device as long as that work
+    takes longer than the host needs to go on.
 
     Args:
-        known: of_all_ranks, and counts [M, E] of the global batch where there are MoE layers; on the CPU.
-        valid: valid targets of the global batch.
-        sequence: tokens of a row.
+        stats: on one device; floating point, or integers below 2⁵³.
     """
-    # rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they stand in the stream's order
-    ce, valid_rows = (known[name].t().flatten() for name in ("ce", "valid"))
-    lse_square, sequence_loss, _ = known["sums"].sum(dim=0).tolist()
-    figures = {
+
+    def __init__(self, stats: StepStats) -> None:
+        tensors = {name: tensor for name, tensor in stats._asdict().items() if tensor is not None}
+        self._shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in tensors.items()}
+        self._values = torch.cat([tensor.detach().double().flatten() for tensor in tensors.values()])
+        self._done: torch.cuda.Event | None = None
+        if self._values.is_cuda:
+            # an asynchronous copy to the host must end in pinned memory
+            pinned = torch.empty_like(self._values, device="cpu", pin_memory=True)
+            self._values = pinned.copy_(self._values, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> StepStats:
+        """Wait for the copy; return the statistics in float64 on the CPU."""
+        if self._done is not None:
+            self._done.synchronize()
+        columns = self._values.split([shape.numel() for shape in self._shapes.values()])
+        tensors: dict[str, Any] = dict.fromkeys(StepStats._fields)
+        tensors |= {name: column.view(shape) for (name, shape), column in zip(self._shapes.items(), columns)}
+        return StepStats(**tensors)
+
+
+def step_metrics(stats: StepStats, valid: int, sequence_length: int, config: RunConfig) -> dict[str, Any]:
+    """Metrics of a step's forward passes, equal on every rank.
+
+    Args:
+        stats: from HostCopy.
+        valid: valid targets of the global batch.
+        sequence_length: tokens of a row.
+        config: the run's.
+    """
+    # rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they are in stream order
+    ce, valid_rows = stats.ce_RB.t().flatten(), stats.valid_RB.t().flatten()
+    lse_square, sequence_loss, _ = stats.sums_R3.sum(dim=0).tolist()
+    metrics = {
         "loss": ce.sum().item() / valid,
         "z_loss": config.loss.z * lse_square / valid,
         "batch_het": batch_heterogeneity(ce, valid_rows, config.log.het_sequences),
-        "max_head_logit": known["top_logit"].max().item(),
+        "max_head_logit": stats.top_logit_R1.max().item(),
     }
-    if "source_counts" in known:
-        figures["source_counts"] = known["source_counts"].sum(dim=0).tolist()
-        figures["data_seconds"] = known["sums"][:, 2].max().item()
-    if "counts" not in known:
-        return figures
-    counts_ME = known["counts"]
-    violation_M = balancing.max_violation(counts_ME)
-    return figures | {
+    if stats.source_counts_RN is not None:
+        metrics["data_seconds"] = stats.sums_R3[:, 2].max().item()
+    entropy_M = router_entropy(stats, sequence_length)
+    if stats.counts_ME is None or entropy_M is None:
+        return metrics
+    violation_M = balancing.max_violation(stats.counts_ME)
+    return metrics | {
         "sequence_loss": config.balancing.sequence_loss * sequence_loss / len(ce),
         "max_violation": violation_M.max().item(),
         "max_violation_mean": violation_M.mean().item(),
-        "dead_experts": balancing.dead_share(counts_ME).mean().item(),
-        "router_entropy": router_entropy(known, sequence).mean().item(),
-        "starved_experts": int((counts_ME == 0).sum()),
+        "dead_experts": balancing.dead_share(stats.counts_ME).mean().item(),
+        "router_entropy": entropy_M.mean().item(),
+        "starved_experts": int((stats.counts_ME == 0).sum()),
     }
 
 
-def router_entropy(known: dict[str, Tensor], sequence: int) -> Tensor:
-    """[M]: the mean over the global batch's tokens of the entropy of s/Σs in nats; see step_figures."""
-    return known["entropy"].sum(dim=0) / (known["ce"].numel() * sequence)
+def router_entropy(stats: StepStats, sequence_length: int) -> Tensor | None:
+    """[M]: mean over the global batch's tokens of the entropy of s/Σs, in nats; None without MoE layers."""
+    if stats.entropy_RM is None:
+        return None
+    return stats.entropy_RM.sum(dim=0) / (stats.ce_RB.numel() * sequence_length)
 
 
 def batch_heterogeneity(ce_B: Tensor, valid_B: Tensor, group: int) -> float:
@@ -112,6 +183,6 @@ def batch_heterogeneity(ce_B: Tensor, valid_B: Tensor, group: int) -> float:
         valid_B: [B], each row's valid targets.
         group: rows in a group; a last, smaller group counts like the others.
     """
-    sums = torch.stack([part.sum() for part in ce_B.split(group)])
-    losses = sums / torch.stack([part.sum() for part in valid_B.split(group)]).clamp_min(1)
+    sums = torch.stack([rows.sum() for rows in ce_B.split(group)])
+    losses = sums / torch.stack([rows.sum() for rows in valid_B.split(group)]).clamp_min(1)
     return (losses.max() - losses.mean()).item()

@@ -1,15 +1,14 @@
-"""One training step as the report has it: microbatches → clip → Muon and AdamW → balancing → figures.
+"""One training step, in the report's order: microbatches → clip → Muon and AdamW → balancing → metrics.
 
-The loss of a step is a mean over the valid targets of its global batch. These are counted first, over all ranks; every
-microbatch's sum is divided by that one number, and gradients add up: so neither microbatches nor ranks change anything.
+The loss of a step is the mean over the valid targets of its global batch. They are counted first, over all ranks. Every
+microbatch divides its loss sum by that count and gradients are added up, so the result depends neither on the
+microbatch size nor on the number of ranks.
 
 Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,36 +16,16 @@ from torch import Tensor
 
 from trinity import balancing
 from trinity.config.run import BalancingConfig, RunConfig
+from trinity.data.stream.collate import Batch
 from trinity.models.trinity import Losses, Trinity, moe_layers
-from trinity.monitor.hooks import NO_HOOKS, StepHooks
+from trinity.monitor.hooks import NO_HOOKS, SkipReason, StepHooks, StepResult
 from trinity.optim.build import Optimizers
 from trinity.optim.grad_clip import clip_, global_norm
 from trinity.parallel.grad_accumulation import defers_reduction, set_reduction
 from trinity.parallel.mesh import Ranks
-from trinity.training.build import microbatch_size
-from trinity.training.host_copy import HostCopy
-from trinity.training.step_metrics import of_all_ranks, router_entropy, step_figures, total_counts
+from trinity.training.divisibility import microbatch_size
+from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
 from trinity_kernels.cross_entropy import IGNORE
-
-
-@dataclass
-class Batch:
-    """One rank's rows of one step: tokens, targets [B, S] int64 and, under a document mask, document ids [B, S]."""
-
-    tokens_BS: Tensor
-    targets_BS: Tensor
-    document_ids_BS: Tensor | None
-
-    def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
-        """Consecutive parts of `size` rows on the device."""
-        for start in range(0, self.tokens_BS.shape[0], size):
-            rows = slice(start, start + size)
-            documents = self.document_ids_BS
-            yield Batch(
-                self.tokens_BS[rows].to(device, non_blocking=True),
-                self.targets_BS[rows].to(device, non_blocking=True),
-                None if documents is None else documents[rows].to(device, non_blocking=True),
-            )
 
 
 def train_step(
@@ -57,97 +36,109 @@ def train_step(
     rate: float,
     ranks: Ranks,
     source_counts: Tensor | None = None,
-    waited: float = 0.0,
-    watch: StepHooks = NO_HOOKS,
-) -> dict[str, Any]:
-    """One optimizer step on a global batch; every rank calls it with rows of its own, equally many.
+    data_seconds: float = 0.0,
+    hooks: StepHooks = NO_HOOKS,
+) -> StepResult:
+    """Take one optimizer step on a global batch; every rank calls it with the same number of rows.
 
-    The host reads once what it must know, and waits for the device only while that clips. So a step's optimizer is
-    still at work on the device when this returns.
+    The host reads from the device once, and waits only while the device clips. The optimizer may still be running on
+    the device when this returns.
 
     Args:
         batch: this rank's rows, on the CPU.
         rate: fraction of the peak learning rates.
-        source_counts: counts of this rank, of any shape, whose sum over all ranks is wanted.
-        waited: seconds that this rank waited for its rows; with source_counts, "data_seconds" is the longest.
-        watch: what to tell of the step, and whom to ask whether it is to be skipped.
+        source_counts: [N] tokens that this rank read of each source, to be summed over all ranks.
+        data_seconds: seconds that this rank waited for its rows; with source_counts, the metrics hold the largest.
+        hooks: what the monitor does during the step.
     Returns:
-        the step's figures, named as in metrics.jsonl and equal on every rank. Where the loss or the gradient is not
-        finite, or is a spike that is to be skipped, "skipped" is True and nothing has changed: no weight, no momentum,
-        no bias.
-        "source_counts": their sums.
+        The metrics, and the reason if the step was skipped: then no weight, no momentum and no bias has changed.
     """
     valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
-    valid = _over_all_ranks(valid_B.sum())
-    parts = _forward_and_backward(model, batch, valid, config, ranks, watch)
+    valid = _all_reduce_count(valid_B.sum())
+    losses = _forward_and_backward(model, batch, valid, config, ranks, hooks)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = global_norm(gradients, ranks.copy_group)
-    wanted = of_all_ranks(parts, valid_B, source_counts, waited) | {"norm": norm}
-    biases = next_biases(model, total_counts(parts), config.balancing)
+    grad_norm = global_norm(gradients, ranks.copy_group)
+    stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds)
+    biases = next_biases(model, total_counts(losses), config.balancing)
     if biases is not None:
-        wanted |= {"counts": biases.counts_ME, "bias_range": biases.ranges}
-    reading = HostCopy(wanted)
+        stats = stats._replace(counts_ME=biases.counts_ME, bias_ranges=biases.ranges)
+    host_copy = HostCopy(stats)
     if config.optim.clip_norm:
-        clip_(gradients, norm, config.optim.clip_norm)  # of no harm to a step that is skipped: they are dropped
-    known = reading.wait()
-    figures = step_figures(known, valid, batch.tokens_BS.shape[1], config)
-    grad_norm = known["norm"].item()
-    skipped = not (math.isfinite(grad_norm) and math.isfinite(figures["loss"]))
-    if not skipped and watch.judge is not None and watch.judge(figures["loss"], grad_norm):
-        skipped = watch.skips
-    if watch.routed is not None and biases is not None:
-        watch.routed(known["counts"].long(), router_entropy(known, batch.tokens_BS.shape[1]))
-    if not skipped:
+        clip_(gradients, grad_norm, config.optim.clip_norm)  # harmless if skipped: zero_grad drops the gradients
+    stats = host_copy.wait()
+    sequence_length = batch.tokens_BS.shape[1]
+    metrics = step_metrics(stats, valid, sequence_length, config) | {"grad_norm": stats.grad_norm.item()}
+    skip_reason, spike = _skip_reason(metrics["loss"], metrics["grad_norm"], hooks)
+    if skip_reason is None:
         optimizers.set_rates(rate)
         optimizers.step()
         if biases is not None:
             set_biases(model, biases)
     optimizers.zero_grad()
-    return figures | {
-        "grad_norm": grad_norm,
+    metrics |= {
         "lr_muon": rate * config.optim.muon.lr,
         "lr_adamw": rate * config.optim.adamw.lr,
-        "bias_range": 0.0 if biases is None else known["bias_range"][0 if skipped else 1].item(),
-        "skipped": skipped,
+        "bias_range": 0.0 if stats.bias_ranges is None else stats.bias_ranges[1 if skip_reason is None else 0].item(),
+        "skipped": skip_reason is not None,
     }
+    return StepResult(
+        metrics,
+        skip_reason,
+        spike,
+        source_counts=None if stats.source_counts_RN is None else stats.source_counts_RN.sum(dim=0).tolist(),
+        counts_ME=None if stats.counts_ME is None else stats.counts_ME.long(),
+        router_entropy_M=router_entropy(stats, sequence_length),
+    )
 
 
-def _over_all_ranks(count: Tensor) -> int:
-    """A count summed over all ranks, on the CPU: known before the first forward pass, without waiting for a device."""
+def _skip_reason(loss: float, grad_norm: float, hooks: StepHooks) -> tuple[SkipReason | None, str | None]:
+    """Why the step is skipped, None if it is not; and the description of a spike, None without one."""
+    if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+        return "not finite", None
+    spike = None if hooks.detect_spike is None else hooks.detect_spike(loss, grad_norm)
+    return "spike" if spike is not None and hooks.skip_spikes else None, spike
+
+
+def _all_reduce_count(count: Tensor) -> int:
+    """Sum a count over all ranks, on the CPU, so that it is known before the first forward pass; at least 1."""
     count = count.clone()
     dist.all_reduce(count)
     return max(int(count), 1)
 
 
 def _forward_and_backward(
-    model: Trinity, batch: Batch, valid: int, config: RunConfig, ranks: Ranks, watch: StepHooks
+    model: Trinity, batch: Batch, valid: int, config: RunConfig, ranks: Ranks, hooks: StepHooks
 ) -> list[Losses]:
-    """Add up every microbatch's gradient of the global batch's mean loss."""
+    """Accumulate the gradient of the global batch's mean loss; return the losses of each microbatch, detached."""
     rows = len(batch.tokens_BS)
     size = microbatch_size(rows, config.batch.microbatch)
     alpha = config.balancing.sequence_loss
     defer = defers_reduction(config.parallel.defer_reduce, model, ranks) if size < rows else False
-    parts: list[Losses] = []
-    for part in batch.microbatches(size, ranks.device):
-        set_reduction(model, last=len(parts) + 1 == rows // size, defer=defer)
+    done: list[Losses] = []
+    for microbatch in batch.microbatches(size, ranks.device):
+        set_reduction(model, last=len(done) + 1 == rows // size, defer=defer)
         losses = model(
-            part.tokens_BS, document_ids_BS=part.document_ids_BS, targets_BS=part.targets_BS, z=config.loss.z
+            microbatch.tokens_BS,
+            document_ids_BS=microbatch.document_ids_BS,
+            targets_BS=microbatch.targets_BS,
+            z=config.loss.z,
         )
         loss = losses.token_loss / valid
         if alpha and losses.sequence_loss_B is not None:
             loss = loss + alpha * losses.sequence_loss_B.sum() / (rows * ranks.data_ranks)
         loss.backward()
-        parts.append(_without_graph(losses))
-        if watch.beat is not None:
-            watch.beat()
-    return parts
+        done.append(Losses._make(None if value is None else value.detach() for value in losses))
+        if hooks.microbatch_done is not None:
+            hooks.microbatch_done()
+    return done
 
 
 class Biases(NamedTuple):
-    """The balancing state that a step leads to, [M, E] each, on the device.
+    """The balancing state after a step, on the device.
 
+    bias_ME, momentum_ME: of every layer.
     counts_ME: tokens of the global batch, int64.
-    ranges: [2] fp32, the largest over the layers of max − min of the biases, before and after.
+    ranges: [2] fp32, the largest max − min of a layer's biases, before and after the step.
     """
 
     bias_ME: Tensor
@@ -158,7 +149,7 @@ class Biases(NamedTuple):
 
 @torch.no_grad()
 def next_biases(model: Trinity, counts_ME: Tensor | None, config: BalancingConfig) -> Biases | None:
-    """Where the counts of the whole global batch move every layer's expert bias; None without MoE layers."""
+    """Compute every layer's next expert bias from the counts of the global batch; None without MoE layers."""
     if counts_ME is None:
         return None
     layers = moe_layers(model)
@@ -176,11 +167,7 @@ def next_biases(model: Trinity, counts_ME: Tensor | None, config: BalancingConfi
 
 @torch.no_grad()
 def set_biases(model: Trinity, biases: Biases) -> None:
-    """Move every layer's expert bias there: once a step."""
+    """Write the next expert biases into the model: once a step."""
     for layer, bias_E, momentum_E in zip(moe_layers(model), biases.bias_ME, biases.momentum_ME):
         layer.expert_bias.copy_(bias_E)
         layer.expert_momentum.copy_(momentum_E)
-
-
-def _without_graph(losses: Losses) -> Losses:
-    return Losses(*(None if value is None else value.detach() for value in losses))

@@ -1,7 +1,9 @@
-"""A run from its config to its exit code: take the directory, build, resume, step, save, end.
+"""A run from its config to its exit code: lock the directory, build, resume, train, evaluate, save.
 
-Exit codes: 0 finished, 75 saved because it was asked to stop, 3 too many bad steps in a row; user mistakes leave as
-UserError (2) through the command line.
+pretrain is what every process calls. Trainer.run is the training loop.
+
+Exit codes: 0 finished; 75 stopped by a signal and saved; 3 too many bad steps in a row. A user's mistake is raised as
+UserError, for which the command line exits with 2.
 """
 
 import os
@@ -10,40 +12,31 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from trinity import STARTED
-from trinity.checkpoint.directory import (
-    Home,
-    complete_steps,
-    home_of,
-    home_of_run,
-    newest_intact,
-    pick_intact,
-    step_folder,
-)
+from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import load, model_state, tensors_of
 from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
-from trinity.data.stream.batch_schedule import BatchHistory
-from trinity.data.stream.validation import validation_sequences
+from trinity.data.stream.batch_schedule import BatchHistory, StepPlan
+from trinity.data.stream.collate import Batch
 from trinity.errors import USER_MISTAKE, Failure, UserError
-from trinity.evaluation.samples import Sampler
-from trinity.evaluation.validation_loss import evaluate
 from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
+from trinity.io.remote_path import AnyPath
 from trinity.models.flops import flops_per_token
 from trinity.monitor.attention_probe import probe_attention
 from trinity.monitor.events import Events
-from trinity.monitor.loggers import JsonLines, Sink, open_sinks
+from trinity.monitor.hooks import StepResult
+from trinity.monitor.loggers import JsonLines, Logger, open_loggers
 from trinity.monitor.monitor import COLLAPSE, Monitor
 from trinity.monitor.param_norms import ParamNorms
 from trinity.monitor.profiler import Profiler
-from trinity.optim.build import ownership_table
 from trinity.parallel import mesh
 from trinity.parallel.collectives import all_reduce_max, reraise, run_on_all_ranks, run_on_rank0
 from trinity.parallel.mesh import Ranks
@@ -52,108 +45,121 @@ from trinity.terminal import say
 from trinity.training.build import (
     batch_plan,
     build_model,
-    check_batches,
-    check_mesh,
     make_optimizers,
-    microbatch_notes,
-    microbatch_size,
     total_steps,
 )
-from trinity.training.build_data import document_notes, open_data
-from trinity.training.lr_schedule import decay_follows_length, rates_at, schedule_notes
+from trinity.training.build_data import open_data
+from trinity.training.divisibility import check_batches, check_mesh
+from trinity.training.evaluator import Evaluator
+from trinity.training.learning_rate import lr_fraction
 from trinity.training.prerequisites import check_prerequisites
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
-from trinity.training.run_summary import closing
+from trinity.training.run_summary import closing, opening
 from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.signals import SAVED, StopRequest
-from trinity.training.train_step import Batch, train_step
+from trinity.training.train_step import train_step
 
 FINISHED, FAILED, TOO_MANY_BAD_STEPS = 0, 1, 3
 
 
 def pretrain(config: RunConfig, accepted: list[str]) -> int:
-    """Run a config to its end, or until it is asked to stop; every process of the launch calls this.
+    """Train a config to its end, or until a signal stops it; every process of the launch calls this.
 
     Args:
         config: the run.
-        accepted: keys whose change is meant, on resume.
+        accepted: keys given with --accept-change: on resume they may differ from the checkpoint's config.
     Returns:
-        the process's exit code, the same on all of them.
+        the process's exit code, the same on all ranks.
     Raises:
         UserError: what the user must mend.
     """
     check_mesh(config, mesh.world_size())
     stop_request = StopRequest()
-    directory = training = None
+    directory = trainer = None
     try:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         stop_request.started()
         path = run_directory(config)
-        keeps_refusals = run_on_rank0(lambda: _keeps_refusals(path))
-        if not keeps_refusals:
+        records_refusal = run_on_rank0(lambda: _records_refusal(path))
+        if not records_refusal:
             run_on_all_ranks(lambda: check_prerequisites(config, ranks))
         directory = run_on_all_ranks(lambda: RunDirectory(path, ranks.is_first))
         origin = find_origin(config, accepted, path, Events(path, ranks.rank).note)
-        if keeps_refusals:
+        if records_refusal:
             run_on_all_ranks(lambda: check_prerequisites(config, ranks))
         tokenizer = run_on_rank0(lambda: tokenizer_at_start(config, path, resumes=origin.step > 0 and origin.own))
-        training = Trainer(config, ranks, directory, origin, on_this_node(tokenizer, config))
-        code = training.run(stop_request)
-        training.saver.wait()
-        dist.barrier()  # a launcher gives the others seconds once one has left, and the first has status.json to write
-        training.say_closing(code)
+        trainer = Trainer(config, ranks, directory, origin, on_this_node(tokenizer, config))
+        code = trainer.run(stop_request)
+        trainer.saver.wait()
+        dist.barrier()  # launchers end the other ranks seconds after the first exit, and rank 0 writes status.json
+        trainer.say_closing(code)
         return code
     except BaseException as error:
         if directory is not None:
-            with suppress(OSError):  # a disk that is full or read-only must not hide what happened
-                _note_end(error, directory, training)
+            with suppress(OSError):  # a full or read-only disk must not replace the error being handled
+                _record_failure(error, directory, trainer)
         raise
     finally:
-        if training is not None:
-            training.close()
+        if trainer is not None:
+            trainer.close()
         stop_request.restore()
         if directory is not None:
             directory.release()
         mesh.stop()
 
 
-def _keeps_refusals(path: Path) -> bool:
-    """Whether a run that cannot start says so in its directory: one that exists, or a launcher's that restarts."""
-    return path.is_dir() or _restarts()
+def _records_refusal(path: Path) -> bool:
+    """Whether a refused start is recorded in its directory: if that exists, or if the launcher restarts by itself."""
+    return path.is_dir() or _launcher_restarts()
 
 
-def _restarts() -> bool:
-    """Whether the launcher starts a failed run again by itself; a person who mistyped just types again."""
+def _launcher_restarts() -> bool:
+    """Whether the launcher restarts a failed run by itself."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def _note_end(error: BaseException, directory: RunDirectory, training: "Trainer | None") -> None:
-    """status.json gets the true code, which a launcher may hide."""
-    step = training.step if training else _newest(directory.path)
+def _record_failure(error: BaseException, directory: RunDirectory, trainer: "Trainer | None") -> None:
+    """Write the exit code to status.json, as launchers hide it, and STOP after a user's mistake under a launcher."""
+    step = trainer.step if trainer else _newest(directory.path)
     if not isinstance(error, UserError):
         directory.set_status("stopped", FAILED, step, f"{type(error).__name__}: {error}")
         return
     directory.set_status("stopped", USER_MISTAKE, step, str(error))
-    if _restarts():
+    if _launcher_restarts():
         directory.forbid_restart(str(error))
 
 
 def _newest(path: Path) -> int:
-    """The newest complete checkpoint as far as one can see, 0 for none; what went wrong before is what counts."""
+    """Step of the newest complete checkpoint, or 0. Best effort: runs while another error is being handled."""
     with suppress(UserError, Failure, OSError):
-        return max(complete_steps(home_of_run(path)), default=0)
+        return max(CheckpointDirectory.of_run(path).complete_steps(), default=0)
     return 0
 
 
+class Requests(NamedTuple):
+    """What happened on any rank since the last step and concerns all ranks; 0 for no.
+
+    stop_signal: number of the signal that asks to stop.
+    save: somebody touched SAVE in the run directory.
+    failed_log: a record or an event could not be written.
+    failed_save: a checkpoint could not be written in the background.
+    """
+
+    stop_signal: int
+    save: int
+    failed_log: int
+    failed_save: int
+
+
 class Trainer:
-    """The state of a run in progress: what a checkpoint holds, and where figures go.
+    """A run in progress: model, optimizers, data, monitor and loggers.
 
     Args:
         config: the run.
         ranks: the mesh.
-        directory: its folder, held by the first rank.
-        origin: the checkpoint to go on from.
-        tokenizer: folder of its tokenizer (run_tokenizer.py); None without one.
+        directory: the run directory, locked by rank 0.
+        origin: the checkpoint to continue from.
+        tokenizer: folder of the run's tokenizer (run_tokenizer.py); None without one.
     """
 
     def __init__(
@@ -170,132 +176,274 @@ class Trainer:
         self.optimizers = make_optimizers(config, self.model)
         self.norms = ParamNorms(self.optimizers, ranks.copy_group)
         self.step, self.bad_steps, self.rollbacks = origin.step, 0, 0
-        self._stalled: float | None = None  # by the last save, until a record has it
+        self._checkpoint_seconds: float | None = None  # that the last save stalled training; logged with the next step
         self._last_record: dict[str, Any] = {}
-        self._stopped_by = ""  # the signal's name
-        self.watcher = Monitor(config, directory, ranks.rank, origin.step)
-        beat = self.watcher.heartbeat.beat
-        self.home = home_of(config.checkpoint.url, directory.path)
-        self.saver = Saver(self.home, config.checkpoint, self.watcher.note, beat)
+        self._router_record: dict[str, Any] | None = None
+        self._stop_signal = ""  # name of the signal that stopped the run
+        self.monitor = Monitor(config, directory, ranks.rank, origin.step)
+        beat = self.monitor.heartbeat.beat
+        self.checkpoints = CheckpointDirectory.at(directory.path, config.checkpoint.url)
+        self.saver = Saver(self.checkpoints, config.checkpoint, self.monitor.note, beat)
         try:
-            self._open(origin)
+            self._start(origin)
         except BaseException:
-            self.watcher.close()  # or its alarm would end whoever goes on after this mistake
+            self.monitor.close()  # a heartbeat left behind would end this process later
             raise
 
-    def _open(self, origin: Origin) -> None:
-        """Load or begin, and open what figures are written to."""
-        config, ranks = self.config, self.ranks
+    def _start(self, origin: Origin) -> None:
+        """Load a checkpoint or initialise the weights; then open the loggers and announce the run."""
+        config, ranks, path = self.config, self.ranks, self.directory.path
         resumes = origin.step > 0 and origin.own
         if origin.step:
-            self._load(origin.home, origin.step)
+            self._load(origin.checkpoints.path_of(origin.step))
         else:
-            self._begin()
-        run_on_all_ranks(lambda: self._keep_config(anew=not resumes))
-        self.sinks: list[Sink] = run_on_all_ranks(self._open_sinks)
-        self.routers = run_on_all_ranks(self._open_routers)
-        self.sampler, self.samples = run_on_all_ranks(self._open_samples)
-        events, beat = self.watcher.events, self.watcher.heartbeat.beat
+            self._initialise()
+        run_on_all_ranks(lambda: self._keep_config(replace_tokenizer=not resumes))
+        events, beat = self.monitor.events, self.monitor.heartbeat.beat
+        self.loggers: list[Logger] = run_on_all_ranks(
+            lambda: open_loggers(config, path, self.step, self.total) if ranks.is_first else []
+        )
+        self.router_log = run_on_all_ranks(
+            lambda: JsonLines(path / "router.jsonl", self.step) if ranks.is_first else None
+        )
+        self.evaluator = run_on_all_ranks(
+            lambda: Evaluator(config, ranks, self.data, path, self.step, self.tokenizer, beat)
+        )
         self.profiler = run_on_all_ranks(lambda: Profiler(config.profile, events, ranks, self.total, beat))
         seconds = time.monotonic() - STARTED
-        told = f"{self.ranks.world} processes, ready after {seconds:.1f} s"
+        message = f"{ranks.world} processes, ready after {seconds:.1f} s"
         machine = {"device": device_name(ranks.device), "processes": ranks.world}
-        self.watcher.note("resume" if resumes else "start", told, total=self.total, seconds=seconds, **machine)
-        run_on_all_ranks(lambda: reraise(self.watcher.events.failure))
-        self._announce()
+        self.monitor.note("resume" if resumes else "start", message, total=self.total, seconds=seconds, **machine)
+        run_on_all_ranks(lambda: reraise(events.failure))
+        if ranks.is_first:
+            for line in opening(config, self.plan, self.optimizers, self.data.loader.stream, ranks, path, self.step):
+                say(line)
 
-    def _keep_config(self, anew: bool) -> None:
-        """Copy the tokenizer into the run directory, then write this start's config, which names one in any case."""
+    def _keep_config(self, replace_tokenizer: bool) -> None:
+        """Copy the tokenizer into the run directory, then write this start's config, which always names a tokenizer."""
         if not self.ranks.is_first:
             return
         if self.tokenizer is not None:
-            self.tokenizer = keep_tokenizer(self.tokenizer, self.directory.path, anew)
+            self.tokenizer = keep_tokenizer(self.tokenizer, self.directory.path, replace_tokenizer)
         named = self.config.data.tokenizer
         self.directory.add_config(self.config if named else with_tokenizer(self.config, self.tokenizer))
 
     def run(self, stop_request: StopRequest) -> int:
-        """Step until the end, a stop request, or too many bad steps."""
+        """Train until the last step, a stop signal, or too many bad steps; return the exit code."""
+        config = self.config
         self.directory.set_status("running", None, self.step)
-        self._evaluate_start()
-        saved = self.step
-        while self.step < self.total and not self._data_has_ended():
+        self._evaluate_initial_model()
+        while not self._is_finished():
             with self.profiler.around(self.step + 1):
                 record = self.one_step()
-            if self.watcher.spiked and self.config.health.spike.action == "rollback":
+            if record["spike"] and config.health.spike.action == "rollback":
                 if not self._roll_back():
                     return self._give_up("spikes come again after every way back")
                 continue
-            ending = self.step == self.total or self._data_has_ended()
-            every = self.config.evaluation.every
-            if every and (self.step % every == 0 or ending):
-                record |= self._evaluate()
-                self._sample(record)
+            is_last = self._is_finished()
+            if self._is_due(config.evaluation.every) or (is_last and config.evaluation.every):
+                record |= self._validate()
+                self.evaluator.write_samples(self.model, record)
             self.log(record)
-            if self.bad_steps >= self.config.health.bad_steps:
+            if self.bad_steps >= config.health.bad_steps:
                 return self._give_up(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
-            stop, asked = self._asked(stop_request)
-            if ending or stop or asked or self._due(self.config.checkpoint.every):
-                self.save(wait=ending or bool(stop))
-                saved = self.step
-            if self._due(self.config.export.every):
+            requests = self._gather_requests(stop_request)
+            if is_last or requests.stop_signal or requests.save or self._is_due(config.checkpoint.every):
+                self.save(wait=is_last or bool(requests.stop_signal))
+            if self._is_due(config.export.every):
                 self._export()
-            if stop and not ending:
-                self._stopped_by = Signals(stop).name
-                self.watcher.note("stop", f"asked to stop by {self._stopped_by}")
-                self.directory.set_status("saved", SAVED, saved, f"asked to stop by {self._stopped_by}")
-                return SAVED
+            if requests.stop_signal and not is_last:
+                return self._stop(Signals(requests.stop_signal).name)
+        return self._finish()
+
+    def one_step(self) -> dict[str, Any]:
+        """Train one step; return its record for metrics.jsonl."""
+        start = time.perf_counter()
+        plan = self.plan.at(self.step)
+        batch = self.data.loader.take(self._rows_per_rank())
+        data_seconds = time.perf_counter() - start
+        if not self.config.data.document_mask:
+            batch.document_ids_BS = None
+        rate = lr_fraction(self.config, self.step, plan.tokens)
+        source_counts = torch.from_numpy(self.data.loader.stream.tokens_read())
+        hooks = self.monitor.before_step(self.model, self.step + 1)
+        every = self.config.log.norms_every
+        if every and (self.step + 1) % every == 0:
+            self.norms.snapshot()
+        probe_metrics = self._probe(batch)
+        result = train_step(
+            self.model, self.optimizers, batch, self.config, rate, self.ranks, source_counts, data_seconds, hooks
+        )
+        self.step += 1
+        self.bad_steps = self.bad_steps + 1 if result.skip_reason == "not finite" else 0
+        record = self._record(plan, result, seconds=time.perf_counter() - start)
+        record |= probe_metrics | {"attempt": self.rollbacks} | self.norms.metrics()
+        record |= self.monitor.after_step(result, record["step_seconds"])
+        self._router_record = self.monitor.router_record(result, self.step, record["tokens"], self.model)
+        return record
+
+    def _probe(self, batch: Batch) -> dict[str, float]:
+        """Probe the attention before the next step, if a probe is due; return its metrics."""
+        every = self.config.log.probe_every
+        if not every or ((self.step + 1) % every and self.step):
+            return {}
+        probe = probe_attention(self.model, batch.tokens_BS, batch.targets_BS, batch.document_ids_BS, self.ranks)
+        return self.monitor.after_probe(probe)
+
+    def _record(self, plan: StepPlan, result: StepResult, seconds: float) -> dict[str, Any]:
+        """The step's position in the data, its metrics and its speed, in the order of metrics.jsonl."""
+        record: dict[str, Any] = {
+            "step": self.step,
+            "tokens": plan.tokens_after,
+            "sequences": plan.first + plan.sequences,
+        }
+        sources, counts = self.data.loader.stream.sources, result.source_counts or []
+        record |= {f"source_tokens.{name}": int(tokens) for name, tokens in zip(sources, counts)}
+        record |= {f"epoch.{name}": tokens / sources[name].tokens for name, tokens in zip(sources, counts)}
+        record |= result.metrics
+        tokens_per_second = plan.sequences * plan.sequence_length / seconds
+        record |= {
+            "step_seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "memory_gib": memory_gib(self.ranks.device),
+        }
+        peak = peak_flops(self.ranks.device)
+        if peak:
+            record["mfu"] = self._flops[plan.sequence_length] * tokens_per_second / (peak * self.ranks.world)
+        if self._checkpoint_seconds is not None:
+            record["checkpoint_seconds"], self._checkpoint_seconds = self._checkpoint_seconds, None
+        return record
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Pass a step's record to all loggers, and add its line to router.jsonl if one is due."""
+        self._last_record = record
+        try:
+            for logger in self.loggers:
+                logger.write(record)
+            if self._router_record is not None and self.router_log is not None:
+                self.router_log.write(self._router_record)
+        except OSError as error:
+            self.monitor.events.failure = error  # _gather_requests ends all ranks
+
+    def _gather_requests(self, stop_request: StopRequest) -> Requests:
+        """Agree over all ranks on what is requested; end all ranks if one could not write."""
+        failure = self.monitor.events.failure
+        local = Requests(
+            stop_signal=stop_request.number,
+            save=self.directory.take_save_request(),
+            failed_log=failure is not None,
+            failed_save=self.saver.failed,
+        )
+        requests = Requests(*all_reduce_max(list(local)))
+        if requests.failed_log:
+            run_on_all_ranks(lambda: reraise(failure))
+        if requests.failed_save:
+            self.saver.wait()  # raises the error, once the save has failed on this rank too
+        return requests
+
+    def _is_finished(self) -> bool:
+        """Whether all steps are made, or the data has ended on some rank; sources that repeat never end."""
+        if self.step >= self.total:
+            return True
+        if self.config.data.exhausted == "repeat":
+            return False
+        return bool(all_reduce_max([self.data.loader.ended(self._rows_per_rank())])[0])
+
+    def _is_due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _rows_per_rank(self) -> int:
+        """Rows of the next step on each rank."""
+        return self.plan.at(self.step).sequences // self.ranks.data_ranks
+
+    def _evaluate_initial_model(self) -> None:
+        """Log the validation of a model that `init` continues, before its first step, as the record of step 0."""
+        init = self.config.init
+        if self.step or not (init.hf or init.run) or not self.config.evaluation.every:
+            return
+        record = {"step": 0, "tokens": 0, "sequences": 0} | self._validate()
+        self.evaluator.write_samples(self.model, record)
+        self.log(record)
+
+    def _validate(self) -> dict[str, float]:
+        metrics = self.evaluator.validate(self.model)
+        self.monitor.note("evaluation", f"{len(self.data.validation)} validation sets", **metrics)
+        return metrics
+
+    def save(self, wait: bool) -> float:
+        """Save this step; return the seconds that training stood still, without those of `wait`."""
+        stalled = self._checkpoint_seconds = self.saver.save(self.state(), self.step)
+        if wait:
+            self.saver.wait()
+        return stalled
+
+    def _export(self) -> None:
+        self.monitor.heartbeat.begin_long("exporting")
+        folder = self.directory.path / "hf" / self.checkpoints.path_of(self.step).name
+        beat = partial(self.monitor.heartbeat.beat, "exporting")
+        export_hf(self.model, folder, self.tokenizer, overwrite=True, beat=beat)
+
+    def _roll_back(self) -> bool:
+        """After a spike, load the newest checkpoint, but skip the data read since then.
+
+        Returns:
+            False if there is no checkpoint or the rollback limit is reached.
+        """
+        spiked = self.step
+        self.saver.wait()  # the save in flight may be the checkpoint to load, and may delete the one before
+        if self.rollbacks >= self.config.health.rollbacks:
+            return False
+        self.monitor.heartbeat.begin_long("going back")
+        step = self.checkpoints.newest_intact(self.monitor.note, before=spiked)
+        if not step:
+            return False
+        rollbacks = self.rollbacks
+        self._load(self.checkpoints.path_of(step), with_data=False)
+        self.rollbacks = rollbacks + 1
+        self.data.loader.jump(self.plan.at(step).first)
+        for log in self._logs():
+            log.rewind(self.step)
+        self.monitor.note("rollback", f"from step {spiked} to the checkpoint of step {self.step}, past its data")
+        return True
+
+    def _give_up(self, reason: str) -> int:
+        if self.ranks.is_first:
+            say(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}")
+        self.directory.set_status("stopped", TOO_MANY_BAD_STEPS, self.step, reason)
+        self.directory.forbid_restart(reason)
+        return TOO_MANY_BAD_STEPS
+
+    def _stop(self, signal_name: str) -> int:
+        self._stop_signal = signal_name
+        self.monitor.note("stop", f"asked to stop by {signal_name}")
+        self.directory.set_status("saved", SAVED, self.step, f"asked to stop by {signal_name}")
+        return SAVED
+
+    def _finish(self) -> int:
         reason = "" if self.step >= self.total else "a source has no more documents (data.exhausted is end)"
-        self.watcher.note("finish", reason or "all steps are made")
+        self.monitor.note("finish", reason or "all steps are made")
         self.directory.set_status("finished", FINISHED, self.step, reason)
         return FINISHED
 
-    def _asked(self, stop_request: StopRequest) -> list[int]:
-        """To stop, by which signal, and to save: by any rank.
-
-        Where a record or a checkpoint could not be written on one of them, all end here.
-        """
-        failure = self.watcher.events.failure
-        flags = [stop_request.number, self.directory.take_save_request(), failure is not None, self.saver.failed]
-        *asked, failed, unsaved = all_reduce_max(flags)
-        if failed:
-            run_on_all_ranks(lambda: reraise(failure))
-        if unsaved:
-            self.saver.wait()  # which raises, as soon as this rank knows it too
-        return asked
-
-    def _data_has_ended(self) -> bool:
-        """Whether some rank lacks rows for the next step; never where sources are repeated."""
-        if self.config.data.exhausted == "repeat":
-            return False
-        return bool(all_reduce_max([self.data.loader.ended(self._share())])[0])
-
-    def _share(self) -> int:
-        """This rank's rows of the next step."""
-        return self.plan.at(self.step).sequences // self.ranks.data_ranks
-
-    def _open_sinks(self) -> list[Sink]:
-        return open_sinks(self.config, self.directory.path, self.step, self.total) if self.ranks.is_first else []
-
-    def _open_routers(self) -> JsonLines | None:
-        return JsonLines(self.directory.path / "router.jsonl", self.step) if self.ranks.is_first else None
-
-    def _open_samples(self) -> tuple[Sampler | None, JsonLines | None]:
-        """What makes samples, on every rank, and the file they go to, on the first."""
-        wanted, folder = self.config.evaluation, self.tokenizer
-        path = self.directory.path / "samples.jsonl"
-        kept = self.ranks.is_first and (wanted.prompts or path.exists())  # an old file is cut back in any case
-        file = JsonLines(path, self.step) if kept else None
-        if not wanted.prompts:
-            return None, file
-        return Sampler(list(wanted.prompts), wanted.sample_tokens, folder, self.config.model.vocab_size), file
+    def say_closing(self, code: int) -> None:
+        """Print on rank 0 how the run ended and where its files are; nothing after bad steps."""
+        if not self.ranks.is_first or code == TOO_MANY_BAD_STEPS:
+            return
+        seconds, saved = time.monotonic() - STARTED, self.checkpoints.path_of(self.step)
+        path, record = self.directory.path, self._last_record
+        say(closing(self.config, path, saved, record, self.step, self.total, seconds, self._stop_signal))
 
     def close(self) -> None:
-        """End the last save, the workers and the watch, and close what figures are written to."""
+        """End the last save, the data workers and the monitor, and close the logs."""
         self.saver.close()
-        self.watcher.close()
+        self.monitor.close()
         self.data.loader.close()
-        for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:
-            sink.close()
+        for log in self._logs():
+            log.close()
+
+    def _logs(self) -> list[Logger | Evaluator]:
+        """Everything that writes step by step, for rewind and close."""
+        return [*self.loggers, self.evaluator, *filter(None, [self.router_log])]
 
     def state(self) -> State:
         """Everything that a resumed run needs, as one flat dictionary of tensors."""
@@ -306,26 +454,27 @@ class Trainer:
         state[HISTORY] = history_tensor(self.plan.history(self.step))
         state["run.bad_steps"] = torch.tensor(self.bad_steps)
         state["run.rollbacks"] = torch.tensor(self.rollbacks)
-        state |= {f"run.{key}": value for key, value in self.watcher.state().items()}
+        state |= {f"run.{key}": value for key, value in self.monitor.state().items()}
         state["run.random"] = torch.get_rng_state()
         return state
 
     def _set_plan(self, history: BatchHistory) -> None:
-        """Let the config's batches begin where the steps made so far end."""
+        """Plan the batches of all steps: those of `history` are made, the config's follow."""
         self.plan = batch_plan(self.config, history)
         self.total = total_steps(self.config, self.plan)
         model, lengths = self.config.model, self.plan.lengths()
         self._flops = {length: flops_per_token(model, length)["training"] for length in lengths}
 
-    def _load(self, home: Home, step: int, with_data: bool = True) -> None:
+    def _load(self, path: AnyPath, with_data: bool = True) -> None:
+        """Load a checkpoint of a run; without its place in the data for a rollback."""
         state = self.state()  # model and optimizer tensors are filled in place
         # their sizes differ from save to save, and older checkpoints lack some
         varies = ("data.", HISTORY, f"run.{COLLAPSE}")
-        saved = run_on_all_ranks(lambda: tensors_of(step_folder(home, step), varies))
+        saved = run_on_all_ranks(lambda: tensors_of(path, varies))
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
-        load(state, home, step)
+        load(state, path)
         if HISTORY in state:
             self._set_plan(BatchHistory.from_rows(state[HISTORY].tolist()))
         self.data.loader.stream.plan = self.plan
@@ -334,200 +483,21 @@ class Trainer:
             self.data.loader.load_state_dict(data)
         self.step, self.bad_steps = int(state["run.step"]), int(state["run.bad_steps"])
         self.rollbacks = int(state["run.rollbacks"])
-        self.watcher.restore({key.removeprefix("run."): tensor for key, tensor in state.items()})
+        self.monitor.restore({key.removeprefix("run."): tensor for key, tensor in state.items()})
         torch.set_rng_state(state["run.random"])
 
-    def _begin(self) -> None:
-        """Initial weights, from the seed or from where the config says."""
+    def _initialise(self) -> None:
+        """Initialise the weights from the seed, or load those that `init` names."""
         init = self.config.init
         self.model.init_weights(self.config.run.seed)
         if init.hf:
-            run_on_all_ranks(lambda: load_hf(init.hf, into=self.model))
+            run_on_all_ranks(partial(load_hf, init.hf, into=self.model))
         elif init.run:
             self._fork(Path(init.run))
 
     def _fork(self, path: Path) -> None:
-        """Weights, and the optimizer's state where init.keep says so, of another run."""
-        home = run_on_rank0(lambda: home_of_run(path))
-        step = pick_intact(home, self.config.init.step, self.watcher.note)
+        """Load the weights of another run, and its optimizer state if init.keep says so."""
+        checkpoints = run_on_rank0(CheckpointDirectory.of_run, path)
+        step = checkpoints.pick_intact(self.config.init.step, self.monitor.note)
         kept = ("model.",) if self.config.init.keep == "weights" else ("model.", "optim.")
-        load({key: value for key, value in self.state().items() if key.startswith(kept)}, home, step)
-
-    def one_step(self) -> dict[str, Any]:
-        """Make the next step; returns its record."""
-        began = time.perf_counter()
-        plan = self.plan.at(self.step)
-        rows = self.data.loader.take(self._share())
-        waited = time.perf_counter() - began
-        batch = Batch(rows.tokens, rows.targets, rows.document_ids if self.config.data.document_mask else None)
-        rate = rates_at(self.config, self.step, plan.tokens)
-        counts = torch.from_numpy(self.data.loader.stream.tokens_read())
-        watch = self.watcher.of_step(self.model, self.step)
-        every = self.config.log.norms_every
-        if every and (self.step + 1) % every == 0:
-            self.norms.remember()
-        probed = self._probe(batch)
-        figures = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks, counts, waited, watch)
-        self.step += 1
-        self.bad_steps = self.bad_steps + 1 if figures["skipped"] and not self.watcher.spiked else 0
-        seconds = time.perf_counter() - began
-        record = {"step": self.step, "tokens": plan.tokens_after, "sequences": plan.first + plan.sequences}
-        record |= self._named_counts(figures.pop("source_counts"))
-        record |= figures
-        record |= {
-            "step_seconds": seconds,
-            "tokens_per_second": plan.sequences * plan.sequence_length / seconds,
-            "memory_gib": memory_gib(self.ranks.device),
-        }
-        peak = peak_flops(self.ranks.device)
-        if peak:
-            record["mfu"] = self._flops[plan.sequence_length] * record["tokens_per_second"] / (peak * self.ranks.world)
-        if self._stalled is not None:
-            record["checkpoint_seconds"], self._stalled = self._stalled, None
-        return record | probed | {"attempt": self.rollbacks} | self.norms.figures() | self.watcher.after_step(record)
-
-    def _probe(self, batch: Batch) -> dict[str, float]:
-        """Figures of a closer look at the model before its next step, where it is time for one."""
-        every = self.config.log.probe_every
-        if not every or ((self.step + 1) % every and self.step):
-            return {}
-        found = probe_attention(self.model, batch.tokens_BS, batch.targets_BS, batch.document_ids_BS, self.ranks)
-        return self.watcher.probed(found)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Hand the record of a step to all sinks, and add a line to router.jsonl where it is time for one."""
-        line = self.watcher.routers(record["step"], record["tokens"], self.model)
-        self._last_record = record
-        try:
-            for sink in self.sinks:
-                sink.write(record)
-            if line is not None:
-                self.routers.write(line)
-        except OSError as error:
-            self.watcher.events.failure = error  # for all ranks to end by
-
-    def _roll_back(self) -> bool:
-        """After a spike: go back to the newest checkpoint, but on with the data, past the batches since then.
-
-        Returns:
-            False where there is no checkpoint, or the way back was gone too often.
-        """
-        spiked = self.step
-        self.saver.wait()  # it may be the one to go back to, and may remove the one before
-        if self.rollbacks >= self.config.health.rollbacks:
-            return False
-        self.watcher.heartbeat.begin_long("going back")
-        step = newest_intact(self.home, self.watcher.note, before=spiked)
-        if not step:
-            return False
-        rollbacks = self.rollbacks
-        self._load(self.home, step, with_data=False)
-        self.rollbacks = rollbacks + 1
-        self.data.loader.jump(self.plan.at(step).first)
-        for sink in [*self.sinks, *filter(None, [self.samples, self.routers])]:
-            sink.go_back(self.step)
-        self.watcher.note("rollback", f"from step {spiked} to the checkpoint of step {self.step}, past its data")
-        return True
-
-    def _named_counts(self, read: list[float]) -> dict[str, float]:
-        """Tokens read of each source since the run began, and as a share of the tokens that the source has."""
-        sources = self.data.loader.stream.sources
-        found = {f"source_tokens.{name}": int(tokens) for name, tokens in zip(sources, read)}
-        return found | {f"epoch.{name}": tokens / sources[name].tokens for name, tokens in zip(sources, read)}
-
-    def _due(self, every: int) -> bool:
-        return bool(every) and self.step % every == 0
-
-    def _evaluate(self) -> dict[str, float]:
-        config, found = self.config, {}
-        for name, source in self.data.validation.items():
-            rows = validation_sequences(
-                source,
-                config.data.sequence_length,
-                config.evaluation.sequences,
-                config.data.loss_on_document_start,
-                rank=self.ranks.rank,
-                ranks=self.ranks.data_ranks,
-            )
-            figures = evaluate(
-                self.model,
-                rows,
-                config.batch.microbatch,
-                config.data.document_mask,
-                self.data.byte_lengths_V,
-                self.ranks.device,
-                self.watcher.heartbeat.beat,
-            )
-            found |= {f"validation_{figure}.{name}": value for figure, value in figures.items()}
-        self.watcher.note("evaluation", f"{len(self.data.validation)} validation sets", **found)
-        return found
-
-    def _evaluate_start(self) -> None:
-        """Validation of a model that is continued, before its first step: the record of step 0."""
-        init = self.config.init
-        if self.step or not (init.hf or init.run) or not self.config.evaluation.every:
-            return
-        record = {"step": 0, "tokens": 0, "sequences": 0} | self._evaluate()
-        self._sample(record)
-        self.log(record)
-
-    def _sample(self, record: dict[str, Any]) -> None:
-        """Continue the config's prompts, on every rank, into samples.jsonl."""
-        if self.sampler is None:
-            return
-        for sample in self.sampler(self.model, self.ranks.device, self.watcher.heartbeat.beat):
-            if self.samples is not None:
-                self.samples.write({"step": record["step"], "tokens": record["tokens"], **sample})
-
-    def save(self, wait: bool) -> float:
-        """Save this step; returns the seconds that training stood still, without what a wait for the end takes."""
-        self._stalled = self.saver.save(self.state(), self.step)
-        if wait:
-            self.saver.wait()
-        return self._stalled
-
-    def _export(self) -> None:
-        self.watcher.heartbeat.begin_long("exporting")
-        folder = self.directory.path / "hf" / step_folder(self.directory.path, self.step).name
-        beat = partial(self.watcher.heartbeat.beat, "exporting")
-        export_hf(self.model, folder, self.tokenizer, overwrite=True, beat=beat)
-
-    def _give_up(self, reason: str) -> int:
-        if self.ranks.is_first:
-            say(f"error: {reason}; see {self.directory.path / 'metrics.jsonl'}")
-        self.directory.set_status("stopped", TOO_MANY_BAD_STEPS, self.step, reason)
-        self.directory.forbid_restart(reason)
-        return TOO_MANY_BAD_STEPS
-
-    def _announce(self) -> None:
-        if not self.ranks.is_first:
-            return
-        if self.step >= self.total:
-            done = f"{self.directory.path} has made {self.step} steps of {self.total}; nothing is left to do"
-            stretches = decay_follows_length(self.config)
-            accept = " with --accept-change optim.schedule, since the decay ends with the run" * stretches
-            say(f"{done} (a larger run.steps or run.tokens goes on{accept})")
-            return
-        for note in schedule_notes(self.config, self.total, self.plan):
-            say(note)
-        say(ownership_table(self.optimizers))
-        share = self._share()
-        micro = microbatch_size(share, self.config.batch.microbatch)
-        start = f"resuming after step {self.step}" if self.step else "starting"
-        say(
-            f"{start}: {self.total} steps on {self.ranks.world} × {self.ranks.device.type}, {share} rows a rank in "
-            f"microbatches of {micro}, {torch.get_num_threads()} threads, into {self.directory.path}"
-        )
-        for note in [
-            *microbatch_notes(self.config, self.ranks.data_ranks),
-            *document_notes(self.data.loader.stream),
-        ]:
-            say(note)
-
-    def say_closing(self, code: int) -> None:
-        """Say on the first rank how the run ended and where its files are; nothing after bad steps."""
-        if not self.ranks.is_first or code == TOO_MANY_BAD_STEPS:
-            return
-        seconds, saved = time.monotonic() - STARTED, step_folder(self.home, self.step)
-        path, record = self.directory.path, self._last_record
-        say(closing(self.config, path, saved, record, self.step, self.total, seconds, self._stopped_by))
+        load({key: value for key, value in self.state().items() if key.startswith(kept)}, checkpoints.path_of(step))

@@ -1,4 +1,4 @@
-"""Worker processes: results in order, a mistake where it happened, and no process outlives another's death."""
+"""Worker processes: results in order, errors after the results before them, and no worker outlives the main process."""
 
 import multiprocessing
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from trinity.data.prepare.worker_pool import AHEAD, in_processes
+from trinity.data.prepare.worker_pool import AHEAD, map_in_processes
 from trinity.errors import Failure, UserError
 
 FORK = multiprocessing.get_context("fork")
 
 
 def run(work: Callable, count: int, workers: int, size: int = 1) -> Iterator:
-    return in_processes(work, ((number, 1) for number in range(count)), workers, size)
+    return map_in_processes(work, ((number, 1) for number in range(count)), workers, size)
 
 
 def slow_at_first(number: int) -> tuple[int, int]:
@@ -35,13 +35,13 @@ def test_results_come_in_order(workers: int, count: int) -> None:
 def test_large_items_and_results_pass_at_once() -> None:
     """A megabyte is more than a pipe holds: neither side may wait for the other to read."""
     items = ((bytes([number]) * (1 << 20), 1 << 20) for number in range(30))
-    found = in_processes(bytes.upper, items, 2, 1 << 20)
+    found = map_in_processes(bytes.upper, items, 2, 1 << 20)
     assert [result[:1] for result in found] == [bytes([number]).upper() for number in range(30)]
 
 
 @pytest.mark.parametrize(("size", "most"), [(10, 2 * AHEAD), (10 * 2 * AHEAD, 1)])
-def test_reading_is_ahead_by_so_much(size: int, most: int) -> None:
-    """Items of the ordinary 10 bytes; and items as large as all of those that two workers have ahead."""
+def test_items_sent_ahead_are_bounded(size: int, most: int) -> None:
+    """Items of the ordinary 10 bytes; and items as large as all that two workers may have ahead."""
     read = 0
 
     def items() -> Iterator[tuple[int, int]]:
@@ -49,7 +49,7 @@ def test_reading_is_ahead_by_so_much(size: int, most: int) -> None:
         for read in range(1, 41):
             yield -read, size
 
-    results = in_processes(abs, items(), 2, 10)
+    results = map_in_processes(abs, items(), 2, 10)
     for taken in range(1, 31):
         assert next(results) == taken
         assert read - taken <= most
@@ -62,7 +62,7 @@ def refuse_seven(number: int) -> int:
     return number
 
 
-def test_a_mistake_comes_after_the_results_before_it() -> None:
+def test_an_error_comes_after_the_results_before_it() -> None:
     found = []
     with pytest.raises(UserError, match="seven is refused"):
         found.extend(run(refuse_seven, 30, 3))
@@ -116,7 +116,7 @@ def test_workers_end_with_the_main_process() -> None:
 
 
 def test_workers_leave_interrupts_to_the_main_process() -> None:
-    """What a terminal does on Ctrl-C: SIGINT to every process of the group."""
+    """As a terminal on Ctrl-C: SIGINT to every process of the group."""
 
     def interrupted() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
@@ -134,7 +134,7 @@ def test_workers_leave_interrupts_to_the_main_process() -> None:
     assert main.exitcode == 7
 
 
-def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("true", None):
         if value is None:
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)

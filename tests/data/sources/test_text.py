@@ -1,4 +1,4 @@
-"""Text read on the fly against shards prepared from the same files, document by document."""
+"""Text tokenised on demand against shards prepared from the same files, document by document."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ from trinity.data.sources import text as text_source
 from trinity.data.sources import text_index
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource
-from trinity.data.sources.text_reader import Recent
+from trinity.data.sources.text_reader import LRUCache
 from trinity.data.stream.loader import Loader
 from trinity.data.stream.mixture import Phase
 from trinity.data.tokenizer.tokenizer import BOS, EOS
@@ -84,7 +84,7 @@ def opened(mix: list[Path], tokenizer_dir: Path, cache: Path) -> Callable[..., T
 
 @pytest.fixture
 def shards(mix: list[Path], tokenizer_dir: Path, tmp_path: Path) -> TokenSource:
-    """What prepare_data makes of them."""
+    """The shards that prepare_data makes of them."""
     prepare_data(mix, tokenizer_dir, tmp_path / "shards", shard_tokens=200)
     return TokenSource(tmp_path / "shards")
 
@@ -99,7 +99,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def check_equal(source: TextSource, shards: TokenSource) -> None:
-    """Lengths of all at once; then every document, in an order of no pattern, in one piece and in two."""
+    """The lengths of all documents at once; then every document in random order, in one piece and in two."""
     every = np.arange(shards.documents)
     np.testing.assert_array_equal(source.lengths(every), shards.lengths(every))
     for name in ("documents", "tokens", "vocab_size", "bos_id", "tokenizer_fingerprint"):
@@ -147,8 +147,8 @@ def test_a_run_reads_the_same_batches(opened: Callable, shards: TokenSource, wor
     assert shards.tokens < 30 * 4 * 32
     for text, prepared in zip(*batches):
         assert text.pieces == prepared.pieces
-        for found, expected in zip(text[:3], prepared[:3]):
-            assert torch.equal(found, expected)
+        for name in ("tokens_BS", "targets_BS", "document_ids_BS"):
+            assert torch.equal(getattr(text, name), getattr(prepared, name))
 
 
 def test_another_field(tmp_path: Path, tokenizer_dir: Path, cache: Path) -> None:
@@ -171,12 +171,12 @@ def test_lengths_of_many(opened: Callable, shards: TokenSource, tokenised: list[
     assert len(tokenised) == 22
 
 
-def test_lengths_that_another_process_found(opened: Callable, tokenised: list[str]) -> None:
+def test_lengths_from_another_process(opened: Callable, tokenised: list[str]) -> None:
     worker, source = opened(), opened()
     documents = np.array([3, 20, 1])
     lengths = worker.lengths(documents)
     tokenised.clear()
-    source.learn(documents, lengths)
+    source.keep_lengths(documents, lengths)
     assert [source.length(document) for document in documents] == lengths.tolist()
     np.testing.assert_array_equal(source.lengths(documents[::-1]), lengths[::-1])
     assert tokenised == []
@@ -199,14 +199,14 @@ def test_a_cache_that_holds_one_document(opened: Callable, shards: TokenSource, 
     assert len(tokenised) == 3
 
 
-def test_what_was_used_last_is_kept() -> None:
-    recent: Recent[str, int] = Recent(10)
+def test_the_least_recently_used_value_is_dropped() -> None:
+    cache: LRUCache[str, int] = LRUCache(10)
     for number, key in enumerate("abc"):
-        recent.put(key, number, 4)
-        recent.get("a")
-    assert [recent.get(key) for key in "abc"] == [0, None, 2]
-    recent.put("large", 3, 99)
-    assert [recent.get(key) for key in ("a", "c", "large")] == [None, None, 3]
+        cache.put(key, number, 4)
+        cache.get("a")
+    assert [cache.get(key) for key in "abc"] == [0, None, 2]
+    cache.put("large", 3, 99)
+    assert [cache.get(key) for key in ("a", "c", "large")] == [None, None, 3]
 
 
 def test_pickled(opened: Callable, shards: TokenSource, tmp_path: Path, mix: list[Path], tokenizer_dir: Path) -> None:
@@ -247,7 +247,7 @@ def test_after_a_fork(opened: Callable, shards: TokenSource, monkeypatch: pytest
 def test_tokens_of_much_text_are_estimated(
     tmp_path: Path, tokenizer_dir: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From every 10th document and 200 of up to 400 characters of each: within 2 %, and the same for whoever asks."""
+    """From every 10th document and 200 of up to 400 characters of each: within 2 %, and the same in every process."""
     words = np.random.default_rng(0).choice(TEXTS[6].split() + TEXTS[0].split(), 200_000).tolist()
     texts = [" ".join(words[at : at + 20 + at % 40]) for at in range(0, len(words), 60)]
     path = tmp_path / "a.jsonl"
@@ -273,7 +273,7 @@ def test_the_index_is_made_once(
 ) -> None:
     """A second start reads no input, and gives the same."""
     first = opened()
-    for name in ("read_with_bar", "identity"):
+    for name in ("read_with_progress", "identity"):
         monkeypatch.setattr(text_index, name, None)
     second = opened()
     assert second.fingerprint == first.fingerprint
@@ -284,7 +284,7 @@ def test_the_index_is_made_once(
 
 def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Path) -> None:
     """Each process that indexes leaves a line."""
-    read = text_index.read_with_bar
+    read = text_index.read_with_progress
 
     def noted(*arguments: object) -> object:
         with open(tmp_path / "log", "a") as log:
@@ -292,7 +292,7 @@ def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Pa
         return read(*arguments)
 
     def start() -> None:
-        text_index.read_with_bar = noted
+        text_index.read_with_progress = noted
         assert opened().documents == 22
 
     children = [multiprocessing.get_context("fork").Process(target=start) for _ in range(3)]
@@ -304,10 +304,10 @@ def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Pa
     assert (tmp_path / "log").read_text() == "indexed\n"
 
 
-def test_folders_patterns_and_addresses(
+def test_folders_patterns_and_urls(
     mix: list[Path], shards: TokenSource, tokenizer_dir: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Files are those of expand_inputs; what lies elsewhere is copied once, and again when it has changed there."""
+    """Files are those of expand_inputs; a remote file is copied once, and again when it has changed."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     for path in mix:
@@ -332,7 +332,7 @@ def test_folders_patterns_and_addresses(
 
 @pytest.mark.parametrize("name", ["index.json", "offsets", "first"])
 @pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
-def test_a_damaged_index_is_made_anew(opened: Callable, shards: TokenSource, name: str, harm: str) -> None:
+def test_a_damaged_index_is_rebuilt(opened: Callable, shards: TokenSource, name: str, harm: str) -> None:
     fingerprint = opened().fingerprint
     path = opened()._index.folder / name
     content = path.read_bytes()
@@ -350,7 +350,7 @@ def test_a_damaged_index_is_made_anew(opened: Callable, shards: TokenSource, nam
 def test_the_fingerprint_is_of_the_content(
     opened: Callable, mix: list[Path], tokenizer_dir: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Another place or time is no change; another byte, order or tokenizer is one."""
+    """Another folder or time does not change it; another byte, order or tokenizer does."""
     source = opened()
     os.utime(mix[0], (1, 1))
     assert opened().fingerprint == source.fingerprint
@@ -364,7 +364,7 @@ def test_the_fingerprint_is_of_the_content(
 
 @pytest.mark.parametrize("position", [0, 2, 4], ids=["jsonl", "parquet", "text"])
 def test_a_file_that_changes_is_refused(opened: Callable, mix: list[Path], position: int) -> None:
-    """Also when it was read before the change, and when it goes away."""
+    """Also when it was read before the change, and when it is removed."""
     source = opened()
     document = int(source._index.first[position])
     source.read(document, 0, 2)
@@ -383,7 +383,7 @@ def test_a_file_that_changes_is_refused(opened: Callable, mix: list[Path], posit
 def test_a_file_that_is_written_while_it_is_indexed(
     opened: Callable, mix: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = text_index.read_with_bar
+    read = text_index.read_with_progress
 
     def slow(*arguments: object) -> object:
         yield from read(*arguments)
@@ -391,7 +391,7 @@ def test_a_file_that_is_written_while_it_is_indexed(
             file.write('\n{"text": "more"}')
 
     with monkeypatch.context() as patched:
-        patched.setattr(text_index, "read_with_bar", slow)
+        patched.setattr(text_index, "read_with_progress", slow)
         with pytest.raises(UserError, match=re.escape(f"{mix[0]} was written to while it was read")):
             opened()
     assert opened().documents == 23

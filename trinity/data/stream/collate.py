@@ -1,12 +1,13 @@
-"""A row of tokens as the model takes it: pieces of documents, their targets, and which document each token is of.
+"""Read the pieces of a packed sequence as token ids, and collate sequences into a batch.
 
-The target of a token is the next token of its document. After a document's last token comes BOS, with which the next
-one begins: the model learns that something new starts here, and never what it is about.
+The target of a token is the next token of its document. The target of a document's last token is BOS, with which the
+next document begins: the model learns that a document begins here, not which one.
 
-Shapes: N rows, S tokens of one.
+Shapes: B sequences, S tokens of one; 3: its tokens, targets and document ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,69 +15,97 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.data.sources.source import Source
 from trinity.data.stream.packing import Piece
-from trinity.data.stream.shuffle import Source
-
-IGNORE = -100
 
 
-class Sequence(NamedTuple):
-    """One row.
+class PackedSequence(NamedTuple):
+    """One sequence, as worker processes send it.
 
-    tokens: [S] int64.
-    targets: [S] int64; IGNORE where there is none.
-    document_ids: [S] int32: 0, 1, 2, … within the row.
-    pieces: where the tokens are from.
+    values_3S: int32: tokens; targets, IGNORE where there is none; document ids 0, 1, 2, … within the sequence.
+    pieces: the parts of documents that the tokens are from.
     """
 
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor
+    values_3S: np.ndarray
     pieces: list[Piece]
 
+    @property
+    def tokens(self) -> Tensor:
+        """[S] int64."""
+        return torch.from_numpy(self.values_3S[0]).long()
 
-class SequenceBatch(NamedTuple):
-    """Rows of one step: tokens and targets [N, S] int64, document_ids [N, S] int32, and the pieces of each row."""
+    @property
+    def targets(self) -> Tensor:
+        """[S] int64."""
+        return torch.from_numpy(self.values_3S[1]).long()
 
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor
-    pieces: list[list[Piece]]
+    @property
+    def document_ids(self) -> Tensor:
+        """[S] int32."""
+        return torch.from_numpy(self.values_3S[2])
 
 
-def materialise(pieces: list[Piece], sources: Mapping[str, Source], after_document: int) -> Sequence:
-    """Read the tokens of a row's pieces.
+@dataclass
+class Batch:
+    """One rank's sequences of one step, or a microbatch of them.
+
+    tokens_BS, targets_BS: int64; IGNORE where there is no target.
+    document_ids_BS: int32, for the document mask; None without one.
+    pieces: of each sequence; empty in a microbatch.
+    """
+
+    tokens_BS: Tensor
+    targets_BS: Tensor
+    document_ids_BS: Tensor | None
+    pieces: list[list[Piece]] = field(default_factory=list)
+
+    def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
+        """Consecutive parts of `size` sequences on the device."""
+        for start in range(0, self.tokens_BS.shape[0], size):
+            rows = slice(start, start + size)
+            documents = self.document_ids_BS
+            yield Batch(
+                self.tokens_BS[rows].to(device, non_blocking=True),
+                self.targets_BS[rows].to(device, non_blocking=True),
+                None if documents is None else documents[rows].to(device, non_blocking=True),
+            )
+
+
+def read_pieces(pieces: list[Piece], sources: Mapping[str, Source], after_document: int) -> PackedSequence:
+    """Read the tokens of one sequence.
 
     Args:
-        pieces: at least one; all but the last go to the end of their document, as packers deal them.
+        pieces: at least one; all but the last go to the end of their document, as the packers make them.
         sources: name → documents.
         after_document: target of a document's last token: BOS, or IGNORE.
     """
     lengths = [piece.length for piece in pieces]
     ends = list(accumulate(lengths))
-    tokens_S = np.empty(ends[-1], np.int64)
+    values_3S = np.empty((3, ends[-1]), np.int32)
+    tokens_S, targets_S, ids_S = values_3S
     for (name, document, start, length), end in zip(pieces, ends):
         tokens_S[end - length : end] = sources[name].read(document, start, length)
-    targets_S = np.empty_like(tokens_S)
     targets_S[:-1] = tokens_S[1:]
     targets_S[np.array(ends[:-1], np.int64) - 1] = after_document
     targets_S[-1] = _next_token(pieces[-1], sources, after_document)
-    ids_S = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
-    return Sequence(torch.from_numpy(tokens_S), torch.from_numpy(targets_S), torch.from_numpy(ids_S), pieces)
+    ids_S[:] = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    return PackedSequence(values_3S, pieces)
 
 
-def stack(rows: list[Sequence], sequence_length: int, pin: bool = False) -> SequenceBatch:
-    """Rows of one length as one batch, in pinned memory if asked; none give tensors of shape [0, sequence_length]."""
-    shape = (len(rows), len(rows[0].tokens) if rows else sequence_length)
-    batch = SequenceBatch(
-        torch.empty(shape, dtype=torch.int64, pin_memory=pin),
-        torch.empty(shape, dtype=torch.int64, pin_memory=pin),
-        torch.empty(shape, dtype=torch.int32, pin_memory=pin),
-        [row.pieces for row in rows],
-    )
-    for at, row in enumerate(rows):
-        batch.tokens[at], batch.targets[at], batch.document_ids[at] = row.tokens, row.targets, row.document_ids
-    return batch
+def collate(sequences: list[PackedSequence], sequence_length: int, pin: bool = False) -> Batch:
+    """Stack sequences of one length as one batch.
+
+    Args:
+        sequences: B of them.
+        sequence_length: S where there are none, for tensors of shape [0, S].
+        pin: allocate the batch in pinned memory.
+    """
+    shape = (len(sequences), sequences[0].values_3S.shape[1] if sequences else sequence_length)
+    tokens_BS, targets_BS = (torch.empty(shape, dtype=torch.int64, pin_memory=pin) for _ in range(2))
+    document_ids_BS = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
+    for row, sequence in enumerate(sequences):
+        tokens_BS[row], targets_BS[row], document_ids_BS[row] = torch.from_numpy(sequence.values_3S)
+    return Batch(tokens_BS, targets_BS, document_ids_BS, [sequence.pieces for sequence in sequences])
 
 
 def _next_token(piece: Piece, sources: Mapping[str, Source], after_document: int) -> int:
