@@ -85,7 +85,7 @@ def test_a_killed_worker_costs_one_shard(
     real = Encoder.__call__
 
     def killed(self: Encoder, batches: list) -> object:
-        if batches[0].place.item > 100:
+        if batches[0].position.item > 100:
             deadline = time.monotonic() + 30
             while not shards_done() and time.monotonic() < deadline:  # the other worker may be slower
                 time.sleep(0.01)

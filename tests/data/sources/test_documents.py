@@ -22,12 +22,12 @@ def test_reading_starts_at_any_position(folder: Path, start: tuple[int, int], mo
     for size in (1, 100, 1 << 18):
         monkeypatch.setattr("trinity.data.sources.documents.BATCH_BYTES", size)
         found = list(read_documents(inputs, start=Position(*start)))
-        assert [without_progress(d) for d in found] == [without_progress(d) for d in every if d.place >= start]
+        assert [without_progress(d) for d in found] == [without_progress(d) for d in every if d.position >= start]
         assert [d.bytes_read for d in found] == sorted(d.bytes_read for d in found)
 
 
 def without_progress(document: Document) -> tuple:
-    return document.text, document.place, document.offset
+    return document.text, document.position, document.offset
 
 
 def test_offsets_are_the_beginnings_of_documents(folder: Path) -> None:
@@ -36,11 +36,11 @@ def test_offsets_are_the_beginnings_of_documents(folder: Path) -> None:
     plain = inputs[0].read_bytes()
     packed = gzip.decompress(inputs[1].read_bytes())
     for document in read_documents(inputs):
-        if document.place.file in (0, 1):
-            line = (plain, packed)[document.place.file][document.offset :].partition(b"\n")[0]
+        if document.position.file in (0, 1):
+            line = (plain, packed)[document.position.file][document.offset :].partition(b"\n")[0]
             assert json.loads(line)["text"] == document.text
-        elif document.place.file in (2, 4):
-            assert document.offset == document.place.item
+        elif document.position.file in (2, 4):
+            assert document.offset == document.position.item
 
 
 def test_large_rows_are_few_at_once(tmp_path: Path) -> None:

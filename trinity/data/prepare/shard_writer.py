@@ -74,9 +74,9 @@ class ShardWriter:
         make_folder(directory)
         self._save_progress()
 
-    def add(self, ids: np.ndarray, text_bytes: int, place: Position) -> None:
-        """Append one document, beginning with BOS; `place` is its position in the input."""
-        files, items, lengths, sizes = (np.array([value]) for value in (*place, len(ids), text_bytes))
+    def add(self, ids: np.ndarray, text_bytes: int, position: Position) -> None:
+        """Append one document, beginning with BOS; `position` is its place in the input."""
+        files, items, lengths, sizes = (np.array([value]) for value in (*position, len(ids), text_bytes))
         status = np.array([KEPT], np.uint8)
         self.write(Encoded(ids, status, files, items, lengths, sizes, hashes=None, done=0))
 
@@ -134,11 +134,11 @@ class ShardWriter:
     def _skip(self, status: np.ndarray) -> None:
         self._skipped += np.bincount(status, minlength=len(REASONS))
 
-    def _close(self, shard: "_OpenShard", next_place: Position) -> None:
+    def _close(self, shard: "_OpenShard", next_position: Position) -> None:
         entry = shard.close()
         skipped = {reason: int(count) for reason, count in zip(REASONS[1:], self._skipped[1:]) if count}
         entry["skipped"] = dict(sorted(skipped.items()))
-        entry["next"] = list(next_place)
+        entry["next"] = list(next_position)
         self.shards.append(entry)
         self._open = None
         self._skipped[:] = 0

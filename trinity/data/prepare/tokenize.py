@@ -62,8 +62,8 @@ class Encoder:
         return Encoded(
             ids=ids,
             status=np.array([KEPT if text else UNREADABLE if text is None else EMPTY for text in parsed], np.uint8),
-            files=np.repeat([batch.place.file for batch in batches], counts),
-            items=np.concatenate([np.arange(len(batch.items)) + batch.place.item for batch in batches]),
+            files=np.repeat([batch.position.file for batch in batches], counts),
+            items=np.concatenate([np.arange(len(batch.items)) + batch.position.item for batch in batches]),
             lengths=lengths,
             text_bytes=np.array([len(text.encode()) for text in kept], np.int64),
             hashes=text_hashes(kept) if self.hashed else None,
@@ -120,15 +120,15 @@ def cut(text: str, tok: Tokenizer) -> Iterator[str]:
 def _cut_after(text: str, least: int, tok: Tokenizer) -> int | None:
     if tok.pre_tokenizer is None or tok.normalizer is not None:
         return None
-    for place in islice(CUT.finditer(text, least), CUT_TRIES):
-        before = text[place.start() - CUT_CONTEXT : place.start()]
-        after = text[place.start() : place.start() + CUT_CONTEXT]
+    for match in islice(CUT.finditer(text, least), CUT_TRIES):
+        before = text[match.start() - CUT_CONTEXT : match.start()]
+        after = text[match.start() : match.start() + CUT_CONTEXT]
         parts = tok.pre_tokenizer.pre_tokenize_str(before + after)
         if any(span[0] == len(before) for _, span in parts) and _ids(tok, before + after) == [
             *_ids(tok, before),
             *_ids(tok, after),
         ]:
-            return place.start()
+            return match.start()
     return None
 
 

@@ -44,14 +44,14 @@ class Document(NamedTuple):
     """One document of the input.
 
     text: its text, maybe empty; None if it cannot be read and bad ones are skipped.
-    place: its position.
+    position: of the document.
     bytes_read: bytes of all input files read so far, for progress (compressed bytes of compressed files).
     offset: its beginning in its file: the line's first byte, in the decompressed file if it is compressed; the row's
         number in a Parquet file; 0 in a text file.
     """
 
     text: str | None
-    place: Position
+    position: Position
     bytes_read: int
     offset: int
 
@@ -60,7 +60,7 @@ class RawBatch(NamedTuple):
     """Consecutive raw items of one input, not yet parsed.
 
     name: the input, for messages.
-    place: position of the first item.
+    position: position of the first item.
     offset: beginning of the first item (see Document.offset).
     kind: of the items: a whole text file or a line, as bytes; or a row's value, of any type.
     items: at least one.
@@ -68,7 +68,7 @@ class RawBatch(NamedTuple):
     """
 
     name: str
-    place: Position
+    position: Position
     offset: int
     kind: ItemKind
     items: list[Any]
@@ -100,7 +100,7 @@ def read_documents(
         UserError: a file of unknown kind or damaged; invalid UTF-8, broken JSON, or no text under `field`.
     """
     for batch in read_batches(files, field, start):
-        file, first = batch.place
+        file, first = batch.position
         for item, (text, offset) in enumerate(zip(texts(batch, field, skip_bad), batch.offsets()), first):
             yield Document(text, Position(file, item), batch.done, offset)
 
@@ -116,7 +116,7 @@ def read_with_progress(files: Paths, field: str, title: str, show: bool, note_em
     counts = [0] * len(files)
     with Progress(title, sum(map(size_of, files)), "B", show, scaled=True) as progress:
         for document in read_documents(files, field):
-            counts[document.place.file] += bool(document.text)
+            counts[document.position.file] += bool(document.text)
             yield document
             progress.update_to(document.bytes_read)
     if note_empty:
@@ -163,7 +163,7 @@ def texts(batch: RawBatch, field: str, skip_bad: bool) -> Iterator[str | None]:
         UserError: an item that cannot be read, unless `skip_bad`.
     """
     parse = {"text": parse_text, "line": parse_line, "value": _checked}[batch.kind]
-    for number, (item, offset) in enumerate(zip(batch.items, batch.offsets()), batch.place.item + 1):
+    for number, (item, offset) in enumerate(zip(batch.items, batch.offsets()), batch.position.item + 1):
         try:
             text = parse(item, batch.name, number, offset, field)
         except UserError:
@@ -175,11 +175,11 @@ def texts(batch: RawBatch, field: str, skip_bad: bool) -> Iterator[str | None]:
 
 def _from(batch: RawBatch, start: Position) -> RawBatch:
     """The batch without the items before `start`."""
-    late = start.item - batch.place.item if batch.place < start else 0
+    late = start.item - batch.position.item if batch.position < start else 0
     if not late:
         return batch
     offset = list(batch.offsets())[late]
-    return batch._replace(place=start, offset=offset, items=batch.items[late:])
+    return batch._replace(position=start, offset=offset, items=batch.items[late:])
 
 
 def _reader(path: Path | str) -> tuple[ItemKind, Callable[[Path | str, str], Iterator[tuple[list[Any], int]]]]:

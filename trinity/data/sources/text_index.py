@@ -141,7 +141,7 @@ def _scan(documents: Iterator[Document], files: int) -> tuple[array, array, int]
         if document.text:
             offsets.append(document.offset)
             text_bytes += len(document.text.encode())
-            counts[document.place.file] += 1
+            counts[document.position.file] += 1
     return offsets, array("q", [0, *np.cumsum(counts).tolist()]), text_bytes
 
 

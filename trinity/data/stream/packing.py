@@ -58,7 +58,7 @@ class LogicalStream:
         self._random_page: tuple[int, list[int]] = (-1, [])
         self._random_key = random_key(order.seed, number, "rsdb")
         self._page_sizes = [order.page_size(source) for source in range(count)]
-        self._pages: list[tuple[int, Page]] = [(0, Page([], [], []))] * count  # with the place of their first document
+        self._pages: list[tuple[int, Page]] = [(0, Page([], [], []))] * count  # with the index of their first document
 
     def pack(self, tokens: int, phase: Phase, number: int) -> list[Piece]:
         """The pieces of the next sequence.

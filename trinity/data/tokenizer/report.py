@@ -123,14 +123,14 @@ def _labelled(files: Paths, field: str, group_by: str | None, progress: bool) ->
     labels = iter(()) if group_by is None else _values(files, group_by)
     for document, label in zip_longest(read_with_progress(files, field, "counting", progress), labels):
         if document.text:
-            yield label or names[document.place.file], document.text
+            yield label or names[document.position.file], document.text
 
 
 def _values(files: Paths, group_by: str) -> Iterator[str | None]:
     """The value of another field of each document; None for a text file, which has no fields."""
     try:
         for document in read_documents(files, group_by):
-            has_fields = readable_kind(files[document.place.file]).name != "text"
+            has_fields = readable_kind(files[document.position.file]).name != "text"
             yield document.text if has_fields else None
     except UserError as error:
         raise UserError(f"--group-by {group_by}: {error}") from None

@@ -97,7 +97,7 @@ def _texts(files: Paths, field: str, sample_bytes: int | None, seed: int, progre
         return
     end = _sample_end(read_with_progress(files, field, "measuring", progress), sample_bytes, seed)
     for document in read_with_progress(files, field, "reading the sample", progress, note_empty=False):
-        if _bucket(document.place, seed) < end:
+        if _bucket(document.position, seed) < end:
             yield document.text or ""
 
 
@@ -108,14 +108,14 @@ def _sample_end(documents: Iterator[Document], sample_bytes: int, seed: int) -> 
     """
     bytes_B = np.zeros(BUCKETS, np.int64)
     for document in documents:
-        bytes_B[_bucket(document.place, seed)] += len((document.text or "").encode())
+        bytes_B[_bucket(document.position, seed)] += len((document.text or "").encode())
     total_B = np.cumsum(bytes_B)
     end = np.searchsorted(total_B, sample_bytes, side="right")
     first_with_text = np.searchsorted(total_B, 1)
     return int(max(end, first_with_text + 1))
 
 
-def _bucket(place: Position, seed: int) -> int:
+def _bucket(position: Position, seed: int) -> int:
     """A document's bucket, below BUCKETS: a hash of its position."""
-    digest = hashlib.blake2b(f"{seed}/{place.file}/{place.item}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{position.file}/{position.item}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % BUCKETS
