@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 
 from tests.url_stores import register
-from trinity.checkpoint import checkpoint
-from trinity.checkpoint import save as saver
+from trinity.checkpoint import checkpoint, file_systems
 from trinity.checkpoint.checkpoint import Checkpoint
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.checkpoint.save import save
 from trinity.errors import Failure, UserError
 from trinity.io import checksum
@@ -260,7 +259,7 @@ def test_over_what_an_earlier_attempt_left(run: Path, checkpoints: CheckpointDir
         (folder_of(run, 6) / leftover).write_bytes(b"old")
     save({"model.a": torch.full((2,), 7.0)}, checkpoints, 6, keep=2)
     assert sorted(path.name for path in folder_of(run, 6).iterdir()) == FILES
-    state = tensors_of(checkpoints.path_of(6), "model.")
+    state = empty_tensors(checkpoints.path_of(6), "model.")
     load(state, checkpoints.path_of(6))
     assert torch.equal(state["model.a"], torch.full((2,), 7.0))
 
@@ -313,15 +312,15 @@ def test_a_disk_that_fills_up_anywhere(group: None, tmp_path: Path, monkeypatch:
     checkpoints = CheckpointDirectory.at(tmp_path)
     save(state, checkpoints, 1, keep=5)
     sizes = {path.name: path.stat().st_size for path in folder_of(tmp_path, 1).iterdir()}
-    write = saver._Remembered._write
+    write = file_systems._FirstErrorFile._write
 
-    def limited(file: saver._Remembered, data: object) -> int:
+    def limited(file: file_systems._FirstErrorFile, data: object) -> int:
         if file.tell() + memoryview(data).nbytes > room[0]:
             room[0] = room[1]
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data)
 
-    monkeypatch.setattr(saver._Remembered, "_write", limited)
+    monkeypatch.setattr(file_systems._FirstErrorFile, "_write", limited)
     size, whole = sizes["__0_0.distcp"], max(sizes.values())
     for again in (0, whole):  # the disk stays full, or somebody removes a file just then
         for first in (*range(0, size, 3000), size - 1):

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import Reader, load, read_metadata, tensors_of
+from trinity.checkpoint.load import Reader, empty_tensors, load, read_metadata
 from trinity.checkpoint.save import save
 from trinity.errors import UserError
 
@@ -51,7 +51,7 @@ def test_ours_is_read(saved: Path) -> None:
     found, expected = read_metadata(path), pickle.loads(path.read_bytes())
     assert found.state_dict_metadata == expected.state_dict_metadata
     assert found.storage_data == expected.storage_data
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(saved, "").items()}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in empty_tensors(saved, "").items()}
     assert shapes["data.torch.bfloat16"] == ((3,), torch.bfloat16)
     assert shapes["model.sharded"] == ((4, 2), torch.float32)
     assert len(shapes) == len(DTYPES) + 4
@@ -73,7 +73,7 @@ def test_malice(saved: Path, tmp_path: Path, function: Callable, words: str, nam
     folder.mkdir(parents=True)
     path = folder / ".metadata"
     path.write_bytes(pickle.dumps(description))
-    for read in (lambda: Reader(folder), lambda: tensors_of(folder, "model."), lambda: load({}, folder)):
+    for read in (lambda: Reader(folder), lambda: empty_tensors(folder, "model."), lambda: load({}, folder)):
         with pytest.raises(UserError) as refusal:
             read()
         assert str(refusal.value).startswith(f"{path} names '{name}', which no checkpoint needs")

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
 from tests.training.run_files import metrics
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.config import load_config
 from trinity.interop import export_hf, load_hf
 from trinity.training.load_run import load_model
@@ -44,7 +44,7 @@ def test_every_tensor_is_read_bit_for_bit(old: Path) -> None:
     expected: dict = {}
     reader = dcp.FileSystemReader(path)
     dcp.state_dict_loader._load_state_dict(expected, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    found = tensors_of(path, "")
+    found = empty_tensors(path, "")
     load(found, path)
     assert found.keys() == expected.keys()
     assert len(found) > 100

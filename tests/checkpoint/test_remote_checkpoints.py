@@ -18,7 +18,7 @@ from tests.url_stores import failing, register
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.checkpoint import Checkpoint
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.checkpoint.save import save
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import Failure, UserError
@@ -239,7 +239,7 @@ def test_a_store_that_fails_while_it_is_read(tmp_path: Path, group: None) -> Non
         silent = failing(
             lambda asked, path, verb=verb: TimeoutError("late") if asked == verb and "__0" in path else None
         )
-        state = tensors_of(checkpoints.path_of(3), "")
+        state = empty_tensors(checkpoints.path_of(3), "")
         with silent, pytest.raises(Failure) as failure:
             load(state, checkpoints.path_of(3))
         assert str(failure.value) == f"{url} cannot be read (late); run the same command again to go on"
@@ -351,7 +351,7 @@ def test_malice_is_not_read(tmp_path: Path, group: None) -> None:
     path = tmp_path / "store/step_00000003/.metadata"
     path.write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")
     with pytest.raises(UserError, match=r"\.metadata names 'os.system', which no checkpoint needs"):
-        tensors_of(checkpoints.path_of(3), "")
+        empty_tensors(checkpoints.path_of(3), "")
 
 
 def test_an_event_says_what_was_written(one: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from tests.parallel.mesh_runs import config_of
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.checkpoint.save import Writer
 from trinity.errors import Failure
 from trinity.parallel import mesh
@@ -45,12 +45,12 @@ def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
         made.append(1)
         return result
 
-    copy = saver.on_host if copies else lambda state, into: state
+    copy = saver.copy_to_host if copies else lambda state, buffers: state
     with (
         slow_writes(lambda writer: len(made) >= min(writer.step + 2, LAST)),
         mock.patch.object(mesh, "stop"),
         mock.patch.object(trainer, "train_step", step),
-        mock.patch.object(saver, "on_host", copy),
+        mock.patch.object(saver, "copy_to_host", copy),
     ):
         return pretrain(config_of(settings, words), [])
 
@@ -86,7 +86,7 @@ def contents(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
     """The bytes of every tensor, by step and name."""
     found = {}
     for step in checkpoints.complete_steps():
-        state = tensors_of(checkpoints.path_of(step), "")
+        state = empty_tensors(checkpoints.path_of(step), "")
         load(state, checkpoints.path_of(step))
         found[step] = {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
     return found

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tests.parallel.test_checkpoint_mesh import MESH, WORDS, contents, plain_run, slow_run
 from tests.url_stores import failing, register
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.errors import Failure
 from trinity.parallel import mesh
 
@@ -47,7 +47,7 @@ def loaded(run: str, broken_rank: int) -> str:
     register()
     checkpoints = CheckpointDirectory.of_run(Path(run))
     step = checkpoints.newest_intact(lambda *_, **__: None)
-    state = tensors_of(checkpoints.path_of(step), "")
+    state = empty_tensors(checkpoints.path_of(step), "")
     here = dist.get_rank() == broken_rank
     with failing(lambda asked, path: OSError("late") if here and asked == "read" and "/__" in path else None):
         try:

@@ -76,7 +76,7 @@ def refused(url: str, verb: str, error: Exception) -> Failure:
 
 
 @contextmanager
-def open_input(path: Path | str) -> Iterator[BinaryIO]:
+def open_input(path: Path | str) -> Iterator[io.BufferedReader]:
     """A file open for reading, wherever it lies."""
     if isinstance(path, Path):
         with open(path, "rb") as file:

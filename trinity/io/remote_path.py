@@ -16,8 +16,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from torch.distributed.checkpoint.filesystem import FileSystemBase
-
 from trinity.errors import Failure, UserError
 from trinity.io.checksum import FileSum, RunningSum
 from trinity.io.remote import filesystem, located, open_input, refused
@@ -73,7 +71,7 @@ class RemotePath:
         """What is in this folder under a name like that."""
         return [self / name for name in self.sizes() if fnmatch(name, pattern)]
 
-    def open(self, mode: str = "rb", buffering: int = -1) -> AbstractContextManager[BinaryIO]:
+    def open(self, mode: str = "rb", buffering: int = -1) -> AbstractContextManager[io.BufferedReader]:
         """To read."""
         assert mode == "rb"
         filesystem(self.url)[0].invalidate_cache()
@@ -195,55 +193,3 @@ class RemoteWriter(io.RawIOBase):
         except Exception as error:
             self.failure = refused(self._url, "written", error)
             raise self.failure from error
-
-
-class RemoteFileSystem(FileSystemBase):
-    """What torch.distributed.checkpoint asks of a file system, of one elsewhere; paths are Elsewhere.
-
-    sums: of the files written through this, by name.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, FileSum] = {}
-
-    @contextmanager
-    def create_stream(self, path: RemotePath, mode: str) -> Iterator[BinaryIO]:
-        """A file to be read or written."""
-        if mode == "rb":
-            with path.open() as stream:
-                yield stream
-            return
-        with path.create() as stream:
-            yield stream
-        self.sums[path.name] = stream.sum
-
-    def concat_path(self, path: RemotePath, suffix: str) -> RemotePath:
-        """A name in a folder."""
-        return path / suffix
-
-    def rename(self, path: RemotePath, new_path: RemotePath) -> None:
-        """Without a rename: only the library's .metadata comes this way, and without COMPLETE it counts for nothing."""
-        new_path.write_bytes(path.read_bytes())
-        path.unlink()
-        self.sums[new_path.name] = self.sums.pop(path.name)
-
-    def init_path(self, path: RemotePath) -> RemotePath:
-        """The same."""
-        return path
-
-    def mkdir(self, path: RemotePath) -> None:
-        """Make a folder."""
-        path.mkdir()
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        """Never asked: readers and writers are made here by hand."""
-        return False
-
-    def exists(self, path: RemotePath) -> bool:
-        """Whether it is there."""
-        return path.exists()
-
-    def rm_file(self, path: RemotePath) -> None:
-        """Delete a file."""
-        path.unlink()

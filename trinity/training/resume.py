@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from trinity.checkpoint.directory import CheckpointDirectory, Note
-from trinity.checkpoint.load import read_alone
+from trinity.checkpoint.load import load_on_this_rank
 from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
@@ -79,11 +79,11 @@ def history_of(checkpoints: CheckpointDirectory, step: int, before: RunConfig) -
         before: config of its run.
     """
     path = checkpoints.path_of(step)
-    stored = read_alone(path, HISTORY)
+    stored = load_on_this_rank(path, HISTORY)
     if stored:
         return BatchHistory.from_rows(stored[HISTORY].tolist())
     assumed = batch_plan(before).history(step)
-    data = read_alone(path, "data.k") | read_alone(path, "data.jumped")
+    data = load_on_this_rank(path, "data.k") | load_on_this_rank(path, "data.jumped")
     if len(data) < 2:  # damaged; loading says so
         return assumed
     read = position_of(int(data["data.k"]), data["data.jumped"].tolist())
