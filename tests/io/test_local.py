@@ -208,8 +208,10 @@ def test_a_file_system_that_syncs_no_folders(
 
 
 NOT_ATOMIC = {"write_text", "write_bytes", "mkstemp", "NamedTemporaryFile", "copyfile", "dump"}
-ALLOWED = {("trinity/io/remote_path.py", "write_bytes"), ("trinity/checkpoint/checkpoint.py", "write_bytes"),
-           ("trinity/checkpoint/file_systems.py", "write_bytes"),           ("trinity/monitor/heartbeat.py", "write_bytes")}  # fmt: skip
+ALLOWED = {
+    ("trinity/io/remote_path.py", "write_bytes"), ("trinity/checkpoint/checkpoint.py", "write_bytes"),
+    ("trinity/checkpoint/file_systems.py", "write_bytes"), ("trinity/monitor/heartbeat.py", "write_bytes"),
+}  # fmt: skip
 """An object store's put, and NCCL's record in the last second of a process that hangs."""
 
 
