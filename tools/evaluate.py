@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from trinity.command_line import HelpFormatter, local_path, place
-from trinity.data.sources.file_kinds import CHOICES
+from trinity.data.sources.file_formats import CHOICES
 from trinity.data.sources.find_files import note
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource

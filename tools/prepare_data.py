@@ -16,7 +16,7 @@ import sys
 
 from trinity.command_line import HelpFormatter, local_path, place
 from trinity.data.prepare.prepare import SHARD_TOKENS, prepare_data
-from trinity.data.sources.file_kinds import CHOICES
+from trinity.data.sources.file_formats import CHOICES
 from trinity.data.sources.inputs import Dataset
 from trinity.errors import run_main
 

@@ -8,7 +8,7 @@ A ratio above 1: the tokenizer needs fewer tokens for that text than the other o
 import argparse
 
 from trinity.command_line import HelpFormatter, local_path, place
-from trinity.data.sources.file_kinds import CHOICES
+from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
 from trinity.io.json_files import write_json

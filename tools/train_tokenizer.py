@@ -7,7 +7,7 @@ The size of the real ones, from a sample: --vocab-size 200000 --pad-to-multiple 
 import argparse
 
 from trinity.command_line import HelpFormatter, local_path, place
-from trinity.data.sources.file_kinds import CHOICES
+from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.tokenizer import load_tokenizer, vocabulary_size
 from trinity.data.tokenizer.train import train_from_files
 from trinity.errors import run_main

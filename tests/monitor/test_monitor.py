@@ -220,7 +220,7 @@ def test_the_way_back_after_a_spike(settings: dict, poisoned: Callable) -> None:
 
     def load_and_jump(self: SequenceStream, saved: dict) -> None:
         load(self, saved)
-        self.pass_over(12)
+        self.advance(12)
         self.jump(48)
 
     with mock.patch.object(SequenceStream, "load_state_dict", load_and_jump):

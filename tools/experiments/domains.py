@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trinity.data.prepare.corpus import docstrings, held_out, read_modules, topics
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources.shards import TokenSource
-from trinity.data.stream.permutation import random_key
+from trinity.data.stream.shuffle import random_key
 from trinity.data.tokenizer.train import train_from_files
 from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically

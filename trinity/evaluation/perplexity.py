@@ -18,8 +18,8 @@ from torch import Tensor
 
 from trinity.data.sources.inputs import holds_text
 from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.source import Source
 from trinity.data.sources.text import TextSource
-from trinity.data.stream.shuffle import Source
 from trinity.data.stream.validation import validation_sequences
 from trinity.data.tokenizer.tokenizer import fingerprint
 from trinity.errors import UserError

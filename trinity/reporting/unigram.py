@@ -8,8 +8,8 @@ import numpy as np
 
 from trinity.config.run import RunConfig
 from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.source import Source
 from trinity.data.stream.mixture import normalised
-from trinity.data.stream.shuffle import Source
 from trinity.errors import UserError
 
 MOST_TOKENS = 1 << 28

@@ -13,11 +13,11 @@ from trinity.config.phases import WholePhase, whole_phases
 from trinity.config.run import RunConfig
 from trinity.data.sources.inputs import holds_text
 from trinity.data.sources.shards import TokenSource
+from trinity.data.sources.source import Source
 from trinity.data.sources.text import TextSource
 from trinity.data.stream.batch_schedule import BatchPlan
 from trinity.data.stream.loader import Loader
 from trinity.data.stream.mixture import LengthBias, Phase, normalised
-from trinity.data.stream.shuffle import Source
 from trinity.data.stream.stream import SequenceStream
 from trinity.data.tokenizer.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from trinity.errors import Failure, UserError

@@ -119,7 +119,7 @@ def test_any_number_of_workers_gives_the_same(
 def test_two_at_once_are_refused(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[Path], capfd: Callable
 ) -> None:
-    monkeypatch.setattr(prepare, "PATIENCE", 0.1)
+    monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.1)
     out = tmp_path / "out"
     out.mkdir()
     with prepare.locked(out):

@@ -15,7 +15,7 @@ from tests.data.small_files import content, decoded, jsonl, tokenizer_with_gap, 
 from trinity.data.prepare import prepare, shard_writer, tokenize
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import documents
-from trinity.data.sources.compressed import zstd as zstd_library
+from trinity.data.sources.file_formats import zstd as zstd_library
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource
 from trinity.data.tokenizer.tokenizer import BOS, load_tokenizer, token_byte_lengths

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from trinity.data.prepare.worker_pool import AHEAD, in_processes
+from trinity.data.prepare.worker_pool import AHEAD, map_in_processes
 from trinity.errors import Failure, UserError
 
 FORK = multiprocessing.get_context("fork")
 
 
 def run(work: Callable, count: int, workers: int, size: int = 1) -> Iterator:
-    return in_processes(work, ((number, 1) for number in range(count)), workers, size)
+    return map_in_processes(work, ((number, 1) for number in range(count)), workers, size)
 
 
 def slow_at_first(number: int) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def test_results_come_in_order(workers: int, count: int) -> None:
 def test_large_items_and_results_pass_at_once() -> None:
     """A megabyte is more than a pipe holds: neither side may wait for the other to read."""
     items = ((bytes([number]) * (1 << 20), 1 << 20) for number in range(30))
-    found = in_processes(bytes.upper, items, 2, 1 << 20)
+    found = map_in_processes(bytes.upper, items, 2, 1 << 20)
     assert [result[:1] for result in found] == [bytes([number]).upper() for number in range(30)]
 
 
@@ -49,7 +49,7 @@ def test_reading_is_ahead_by_so_much(size: int, most: int) -> None:
         for read in range(1, 41):
             yield -read, size
 
-    results = in_processes(abs, items(), 2, 10)
+    results = map_in_processes(abs, items(), 2, 10)
     for taken in range(1, 31):
         assert next(results) == taken
         assert read - taken <= most

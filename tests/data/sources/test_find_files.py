@@ -17,7 +17,7 @@ import pytest
 from tests.data.small_files import decoded, jsonl, zstd
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import find_files
-from trinity.data.sources.file_kinds import FileKind, file_kind
+from trinity.data.sources.file_formats import FileKind, file_kind
 from trinity.data.sources.inputs import expand_inputs, holds_text
 from trinity.data.sources.text import TextSource
 from trinity.errors import UserError, explain
@@ -88,10 +88,10 @@ def test_lines_of_every_ending(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert holds_text(tmp_path / "folder")
     source = TextSource([tmp_path / "folder"], tokenizer_dir, cache=tmp_path / "cache")
     assert [source._text(document) for document in range(source.documents)] == wanted
-    inode = {path: path.stat().st_ino for path in source._places}
+    inode = {path: path.stat().st_ino for path in source._readable_files}
     assert len(inode) == len(PACK)
     again = TextSource([tmp_path / "folder"], tokenizer_dir, cache=tmp_path / "cache")
-    assert {path: path.stat().st_ino for path in again._places} == inode  # unpacked once
+    assert {path: path.stat().st_ino for path in again._readable_files} == inode  # decompressed once
     (folder / "c.json.gz").write_bytes(gzip.compress(b'{"text": "another"}\n'))
     changed = TextSource([tmp_path / "folder"], tokenizer_dir, cache=tmp_path / "cache")
     assert changed._text(1 + 2) == "another"

@@ -22,7 +22,7 @@ from trinity.data.sources import text as text_source
 from trinity.data.sources import text_index
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource
-from trinity.data.sources.text_reader import Recent
+from trinity.data.sources.text_reader import LRUCache
 from trinity.data.stream.loader import Loader
 from trinity.data.stream.mixture import Phase
 from trinity.data.tokenizer.tokenizer import BOS, EOS
@@ -176,7 +176,7 @@ def test_lengths_that_another_process_found(opened: Callable, tokenised: list[st
     documents = np.array([3, 20, 1])
     lengths = worker.lengths(documents)
     tokenised.clear()
-    source.learn(documents, lengths)
+    source.keep_lengths(documents, lengths)
     assert [source.length(document) for document in documents] == lengths.tolist()
     np.testing.assert_array_equal(source.lengths(documents[::-1]), lengths[::-1])
     assert tokenised == []
@@ -199,14 +199,14 @@ def test_a_cache_that_holds_one_document(opened: Callable, shards: TokenSource, 
     assert len(tokenised) == 3
 
 
-def test_what_was_used_last_is_kept() -> None:
-    recent: Recent[str, int] = Recent(10)
+def test_the_least_recently_used_value_is_dropped() -> None:
+    cache: LRUCache[str, int] = LRUCache(10)
     for number, key in enumerate("abc"):
-        recent.put(key, number, 4)
-        recent.get("a")
-    assert [recent.get(key) for key in "abc"] == [0, None, 2]
-    recent.put("large", 3, 99)
-    assert [recent.get(key) for key in ("a", "c", "large")] == [None, None, 3]
+        cache.put(key, number, 4)
+        cache.get("a")
+    assert [cache.get(key) for key in "abc"] == [0, None, 2]
+    cache.put("large", 3, 99)
+    assert [cache.get(key) for key in ("a", "c", "large")] == [None, None, 3]
 
 
 def test_pickled(opened: Callable, shards: TokenSource, tmp_path: Path, mix: list[Path], tokenizer_dir: Path) -> None:
@@ -273,7 +273,7 @@ def test_the_index_is_made_once(
 ) -> None:
     """A second start reads no input, and gives the same."""
     first = opened()
-    for name in ("read_with_bar", "identity"):
+    for name in ("read_with_progress", "identity"):
         monkeypatch.setattr(text_index, name, None)
     second = opened()
     assert second.fingerprint == first.fingerprint
@@ -284,7 +284,7 @@ def test_the_index_is_made_once(
 
 def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Path) -> None:
     """Each process that indexes leaves a line."""
-    read = text_index.read_with_bar
+    read = text_index.read_with_progress
 
     def noted(*arguments: object) -> object:
         with open(tmp_path / "log", "a") as log:
@@ -292,7 +292,7 @@ def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Pa
         return read(*arguments)
 
     def start() -> None:
-        text_index.read_with_bar = noted
+        text_index.read_with_progress = noted
         assert opened().documents == 22
 
     children = [multiprocessing.get_context("fork").Process(target=start) for _ in range(3)]
@@ -383,7 +383,7 @@ def test_a_file_that_changes_is_refused(opened: Callable, mix: list[Path], posit
 def test_a_file_that_is_written_while_it_is_indexed(
     opened: Callable, mix: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = text_index.read_with_bar
+    read = text_index.read_with_progress
 
     def slow(*arguments: object) -> object:
         yield from read(*arguments)
@@ -391,7 +391,7 @@ def test_a_file_that_is_written_while_it_is_indexed(
             file.write('\n{"text": "more"}')
 
     with monkeypatch.context() as patched:
-        patched.setattr(text_index, "read_with_bar", slow)
+        patched.setattr(text_index, "read_with_progress", slow)
         with pytest.raises(UserError, match=re.escape(f"{mix[0]} was written to while it was read")):
             opened()
     assert opened().documents == 23

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trinity.data import BatchPlan, SequenceStream
 from trinity.data.stream.mixture import LengthBias, Phase
 from trinity.data.stream.packing import LogicalStream, OutOfDocuments
-from trinity.data.stream.permutation import permutation_keys, permute, random_bits, random_key
+from trinity.data.stream.shuffle import permutation_keys, permute, random_bits, random_key
 
 V, SEED = 48, 11
 
@@ -91,19 +91,19 @@ def test_killed_and_resumed_on_another_number_of_ranks(
     lengths: list[int], length: int, phase: Phase, before: int, after: int, steps: int
 ) -> None:
     """A step is 48 sequences; the state is what the ranks had after some steps, in any of their packers."""
-    undisturbed = make_stream(lengths, length, phase).pass_over(V * (steps + 4))
+    undisturbed = make_stream(lengths, length, phase).advance(V * (steps + 4))
     state: dict = {}
     for rank in range(before):
         stream = make_stream(lengths, length, phase, rank, before)
-        passed = stream.pass_over(V * steps // before)
+        passed = stream.advance(V * steps // before)
         assert passed == undisturbed[rank : V * steps : before]
         state |= stream.state_dict()
-        stream.pass_over(5)
+        stream.advance(5)
     for rank in range(after):
         stream = make_stream(lengths, length, phase, rank, after)
-        stream.pass_over(3)
+        stream.advance(3)
         stream.load_state_dict(state)
-        assert stream.pass_over(V * 4 // after) == undisturbed[V * steps + rank :: after]
+        assert stream.advance(V * 4 // after) == undisturbed[V * steps + rank :: after]
 
 
 def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> list[list[tuple[int, int, int]]]:
@@ -142,7 +142,7 @@ def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> 
 @given(lengths=LENGTHS, length=st.integers(1, 50), size=st.integers(1, 9), number=st.integers(0, V - 1))
 def test_rsdb_against_the_reports_words(lengths: list[int], length: int, size: int, number: int) -> None:
     phase = Phase((1.0,), rsdb_size=size)
-    packed = make_stream(lengths, length, phase).pass_over(12 * V)[number::V]
+    packed = make_stream(lengths, length, phase).advance(12 * V)[number::V]
     as_tokens = [[(p.document, p.start + at) for p in pieces for at in range(p.length)] for pieces in packed]
     assert as_tokens == rsdb(lengths, number, size, length, 12)
 
@@ -182,18 +182,18 @@ def test_tokens_read_are_those_dealt_out(bias: LengthBias | None) -> None:
     phase = Phase((1.0,), rsdb_size=20, bias=bias)
     alone = make_stream(lengths, 16, phase)
     for turn in range(1, 4):
-        alone.pass_over(2 * V)
+        alone.advance(2 * V)
         assert alone.tokens_read().tolist() == [turn * 2 * V * 16]
     ranks = [make_stream(lengths, 16, phase, rank, 3) for rank in range(3)]
     for stream in ranks:
         stream.load_state_dict(alone.state_dict())
-        stream.pass_over(V // 3)
+        stream.advance(V // 3)
     assert sum(stream.tokens_read() for stream in ranks).tolist() == [7 * V * 16]
 
 
 def test_a_bias_draws_anew_every_epoch() -> None:
     stream = make_stream([5] * 960, 5, Phase((1.0,), bias=LengthBias(10, 0.2, 0.2)))
-    rows = stream.pass_over(10 * V)
+    rows = stream.advance(10 * V)
     drawn = [piece.document for row in rows for piece in row]
     assert len(drawn) == 480
     assert len(set(drawn)) > 300  # the same fifth each time would be 192
@@ -203,7 +203,7 @@ def test_a_bias_draws_anew_every_epoch() -> None:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_worker_makes_every_so_manyth_row(phase: Phase, workers: int, random_documents: Callable) -> None:
     lengths = [len(ids) for ids in random_documents(70, 40, 3)]
-    rows = make_stream(lengths, 16, phase, rank=1, ranks=2).pass_over(200)
+    rows = make_stream(lengths, 16, phase, rank=1, ranks=2).advance(200)
     parts = max(1, workers)
     for part in range(parts):
         stream = make_stream(lengths, 16, phase, rank=1, ranks=2)
@@ -216,5 +216,5 @@ def test_streams_begin_out_of_step() -> None:
     sources = {"a": Listed([1000] * 500), "b": Listed([1000] * 500)}
     stream = SequenceStream(sources, [Phase((0.5, 0.5))], streams=400, seed=1, bos_id=0, plan=BatchPlan(400, [], 100))
     for _ in range(30):
-        reads = Counter(row[0].source for row in islice(stream.pass_over(400), 400))
+        reads = Counter(row[0].source for row in islice(stream.advance(400), 400))
         assert abs(reads["a"] - 200) < 50  # 5σ

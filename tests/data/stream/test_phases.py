@@ -38,8 +38,8 @@ def make_stream(sources: dict) -> Callable[..., SequenceStream]:
 @pytest.mark.parametrize("name", OTHERS)
 def test_history_does_not_change_with_a_later_phase(make_stream: Callable, name: str) -> None:
     later, length = OTHERS[name]
-    plain = make_stream([FIRST], [S]).pass_over(8 * V)
-    switched = make_stream([FIRST, later], [S, length]).pass_over(8 * V)
+    plain = make_stream([FIRST], [S]).advance(8 * V)
+    switched = make_stream([FIRST, later], [S, length]).advance(8 * V)
     assert switched[: 3 * V] == plain[: 3 * V]
     assert switched[3 * V :] != plain[3 * V :]
     assert all(sum(piece.length for piece in row) == length for row in switched[3 * V :])
@@ -51,7 +51,7 @@ def test_nothing_is_lost_or_doubled_over_a_switch(make_stream: Callable, sources
     """In an epoch of one of the sources and more: documents go on where their heads stood, in their own stream."""
     later, length = OTHERS[name]
     phases, lengths = ([FIRST, later, FIRST], [S, length, S]) if back else ([FIRST, later], [S, length])
-    rows = make_stream(phases, lengths).pass_over(40 * V)
+    rows = make_stream(phases, lengths).advance(40 * V)
     heads: dict[tuple, int] = {}
     for number, row in enumerate(rows):
         for piece in row:
@@ -65,7 +65,7 @@ def test_nothing_is_lost_or_doubled_over_a_switch(make_stream: Callable, sources
 
 def test_the_new_weights_hold_from_the_switch_on(make_stream: Callable, sources: dict) -> None:
     """Over the phase, each source's tokens stay within a document of its weight, but for the one that was open."""
-    rows = make_stream([FIRST, Phase((0.0, 0.2, 0.8))], [S, S]).pass_over(300 * V)[3 * V :]
+    rows = make_stream([FIRST, Phase((0.0, 0.2, 0.8))], [S, S]).advance(300 * V)[3 * V :]
     for stream in range(V):
         read = Counter()
         for row in rows[stream::V]:
@@ -80,21 +80,21 @@ def test_the_new_weights_hold_from_the_switch_on(make_stream: Callable, sources:
 def test_resume_around_a_switch(make_stream: Callable, name: str, rows: int) -> None:
     """Saved before, at and after it; and the later phase may be edited while it has not begun."""
     later, length = OTHERS[name]
-    undisturbed = make_stream([FIRST, later], [S, length]).pass_over(14 * V)
+    undisturbed = make_stream([FIRST, later], [S, length]).advance(14 * V)
     state: dict = {}
     for rank in range(2):
         stream = make_stream([FIRST, later], [S, length], rank=rank, ranks=2)
-        stream.pass_over(rows * V // 2)
+        stream.advance(rows * V // 2)
         state |= stream.state_dict()
     stream = make_stream([FIRST, later], [S, length])
     stream.load_state_dict(state)
-    assert stream.pass_over((14 - rows) * V) == undisturbed[rows * V :]
+    assert stream.advance((14 - rows) * V) == undisturbed[rows * V :]
     if rows <= 3:
         edited, long = OTHERS["all of it"]
         stream = make_stream([FIRST, edited], [S, long])
         stream.load_state_dict(state)
-        whole = make_stream([FIRST, edited], [S, long]).pass_over(14 * V)
-        assert stream.pass_over((14 - rows) * V) == whole[rows * V :]
+        whole = make_stream([FIRST, edited], [S, long]).advance(14 * V)
+        assert stream.advance((14 - rows) * V) == whole[rows * V :]
 
 
 def test_a_step_of_another_length_by_replay(make_stream: Callable) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trinity.data.stream.permutation import permutation_keys, permute, random_bits
+from trinity.data.stream.shuffle import permutation_keys, permute, random_bits
 
 GOLDEN = [8, 3, 9, 11, 10, 1, 0, 2, 6, 4, 7, 5]
 OTHER_GOLDEN = [0, 11, 6, 7, 2, 5, 1, 10, 4, 8, 3, 9]

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as checkpoint
 from trinity.checkpoint.load import empty_tensors
 from trinity.data import BatchPlan, SequenceStream, TokenSource
 from trinity.data.stream.mixture import Phase, normalised
-from trinity.data.stream.permutation import permutation_keys, permute
+from trinity.data.stream.shuffle import permutation_keys, permute
 from trinity.errors import UserError
 
 S, V, SEED = 16, 12, 5

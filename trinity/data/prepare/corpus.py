@@ -1,7 +1,7 @@
-"""A small real corpus that every machine has: Python's own standard library.
+"""A small real corpus that every machine has: Python's standard library.
 
-Two sources: `code`, its modules, and `prose`, their docstrings and pydoc's chapters on the language. Docstrings stand
-in the code too, so a module is held out from both sources or from neither: its name's hash decides, for about 3 %.
+Two sources: `code`, its modules, and `prose`, their docstrings and pydoc's chapters on the language. The docstrings are
+part of the code too, so a module is held out from both sources or from neither: by the hash of its name, about 3 %.
 """
 
 import ast
@@ -37,7 +37,7 @@ def write_corpus(out: Path, library: Path | None = None) -> list[CorpusFile]:
     The same Python gives the same bytes.
 
     Args:
-        out: made if it is not there; its files of these names are replaced.
+        out: created if missing; existing files of these names are replaced.
         library: folder of modules; this Python's standard library by default.
     """
     modules = list(read_modules(library or Path(sysconfig.get_path("stdlib"))))
@@ -59,16 +59,16 @@ def write_corpus(out: Path, library: Path | None = None) -> list[CorpusFile]:
 
 
 def held_out(name: str) -> bool:
-    """Whether a module or topic is for validation: a function of its name alone."""
+    """Whether a module or topic is for validation; depends on its name alone."""
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
     return number < HELD_OUT * 2**64
 
 
 def read_modules(library: Path) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, source) of the modules under a folder, sorted by name; what cannot be decoded is left out."""
+    """Yield (dotted name, source) of the modules under a folder, sorted by name; undecodable files are left out."""
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
-        # A name with a dash or a dot is no package: site-packages, lib-dynload, build configuration of this machine.
+        # A name with a dash or a dot is not a package: site-packages, lib-dynload, this machine's build configuration.
         if LEFT_OUT.intersection(parts) or not all(part.isidentifier() for part in parts):
             continue
         if parts[-1].startswith("_sysconfigdata"):
@@ -82,7 +82,7 @@ def docstrings(module: str, source: str) -> Iterator[tuple[str, str]]:
     """Yield (dotted name, docstring) of a module, its classes and functions, in order; short ones are left out."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in strings
+            warnings.simplefilter("ignore")  # deprecated escapes in strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return
@@ -90,7 +90,7 @@ def docstrings(module: str, source: str) -> Iterator[tuple[str, str]]:
     while waiting:
         name, node = waiting.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            name = name if node is tree else f"{name}.{node.name}"
+            name = name if isinstance(node, ast.Module) else f"{name}.{node.name}"
             text = ast.get_docstring(node)
             if text and len(text) >= SHORTEST_DOCSTRING and _encodable(text):
                 yield name, text
@@ -98,7 +98,7 @@ def docstrings(module: str, source: str) -> Iterator[tuple[str, str]]:
 
 
 def topics() -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of pydoc's chapters on the language, sorted by name; none where Python comes without them."""
+    """Yield (name, text) of pydoc's chapters on the language, sorted by name; none if Python lacks them."""
     try:
         from pydoc_data.topics import topics as chapters
     except ImportError:
@@ -115,7 +115,7 @@ def _decoded(raw: bytes) -> str | None:
 
 
 def _encodable(text: str) -> bool:
-    # An escape in a docstring can spell half a surrogate pair, which has no UTF-8.
+    # An escape in a docstring can give half a surrogate pair, which has no UTF-8 encoding.
     return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
 
 

@@ -1,15 +1,14 @@
-"""From documents to token shards: read, encode in worker processes, write, and go on where a killed run stopped.
+"""Prepare token shards from documents: read, encode in worker processes, write, and resume after a kill.
 
-The main process reads raw items and writes ids; parsing and encoding are the workers'. The shards depend on the inputs,
-the tokenizer, the shard size and on whether duplicates are left out, not on batches, workers or interruptions: a run
-that was killed and started again leaves the same bytes as one that was not.
+The main process reads raw items and writes ids; the workers parse and encode. The shards depend on the inputs, the
+tokenizer, the shard size and on whether duplicates are left out, not on batches, workers or interruptions: a run that
+was killed and started again leaves the same bytes as one that was not.
 """
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ from tokenizers import Tokenizer
 from trinity.data.prepare.dedup import SeenHashes
 from trinity.data.prepare.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
 from trinity.data.prepare.tokenize import Encoder
-from trinity.data.prepare.worker_pool import in_processes
-from trinity.data.sources.documents import BATCH_BYTES, BEGINNING, Position, RawBatch
+from trinity.data.prepare.worker_pool import map_in_processes
+from trinity.data.sources.documents import BATCH_BYTES, BEGINNING, Position, RawBatch, note_empty_files
 from trinity.data.sources.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
-from trinity.data.sources.progress import say_empty_files
 from trinity.data.sources.shards import HASHES, KINDS, VERSION, shard_path, small_enough, token_dtype, why_damaged
 from trinity.data.tokenizer.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.errors import UserError
@@ -30,8 +28,8 @@ from trinity.io.local import SUFFIX, locked
 from trinity.terminal import Progress
 
 SHARD_TOKENS = 1 << 28
-PATIENCE = 5
-"""Seconds in which the workers of a run that was killed have ended."""
+LOCK_SECONDS = 5
+"""Wait for the lock of the folder: the workers of a killed run end within this time."""
 
 
 def prepare_data(
@@ -47,7 +45,7 @@ def prepare_data(
     workers: int = 0,
     progress: bool = False,
 ) -> tuple[dict, bool]:
-    """Make the token shards of the inputs in `out`, or finish or mend those that a run with the same arguments began.
+    """Write the token shards of the inputs to `out`; finish or repair those that a run with the same arguments began.
 
     Args:
         inputs: files, folders, glob patterns and URLs (see expand_inputs), read in this order; or a data set.
@@ -56,14 +54,14 @@ def prepare_data(
         shard_tokens: tokens at which a shard is full (512 MiB of uint16 by default).
         field: name of the text in a JSON line or a row.
         kind: of files in folders and of patterns, if they are mixed: text, jsonl, parquet or all (see expand_inputs).
-        skip_bad_lines: leave out what cannot be read, and count it.
-        deduplicate: of equal texts keep the first alone, and count the others.
-        workers: processes that encode, beside this one; 0: this one does, with the threads of the tokenizers library.
+        skip_bad_lines: leave out and count items that cannot be read.
+        deduplicate: of equal texts keep only the first, and count the others.
+        workers: encoding processes beside this one; 0: this process encodes, with the tokenizers library's threads.
         progress: draw a progress bar on stderr.
     Returns:
         The content of index.json, and whether there was nothing to do.
     Raises:
-        UserError: bad inputs (see read_documents), none with a document in it, or an `out` that holds something else.
+        UserError: bad inputs (see read_documents), no document with text, or an `out` that holds something else.
         Failure: a worker was killed, or a URL cannot be reached.
     """
     if shard_tokens < 1:
@@ -80,7 +78,7 @@ def prepare_data(
     _check_folder(out, header)
     _make_folder(out)
     try:
-        with locked(out, PATIENCE):
+        with locked(out, LOCK_SECONDS):
             encoder = Encoder(tok, np.dtype(header["dtype"]), field, skip_bad_lines, hashed=deduplicate)
             return _prepare(source, encoder, out, header, workers, progress)
     except BlockingIOError:
@@ -91,13 +89,13 @@ def _prepare(
     source: FileInputs | DatasetInput, encoder: Encoder, out: Path, header: dict, workers: int, progress: bool
 ) -> tuple[dict, bool]:
     index = read_json(out / "index.json")
-    shards = _whole_shards(out, index or read_json(out / "progress.json"), header["deduplicate"])
+    shards = _complete_shards(out, index or read_json(out / "progress.json"), header["deduplicate"])
     if index is not None and len(shards) == len(index["shards"]):
-        (out / "progress.json").unlink(missing_ok=True)  # a kill may have come between the two files
+        (out / "progress.json").unlink(missing_ok=True)  # left by a kill between the two files
         return index, True
     if not os.access(out, os.W_OK):
         raise UserError(f"--out {out} cannot be written; check its permissions, or give another folder")
-    seen = _seen(out, shards) if header["deduplicate"] else None
+    seen = _load_hashes(out, shards) if header["deduplicate"] else None
     writer = ShardWriter(out, header, header["shard_tokens"], shards)
     start = Position(*shards[-1]["next"]) if shards else BEGINNING
     groups = _groups(source.batches(encoder.field, start))
@@ -107,7 +105,7 @@ def _prepare(
         raise UserError(f"{source} holds no document with text; give a file that does")
     index = writer.finish(source.end)
     if isinstance(source, FileInputs):
-        say_empty_files(source.files, index["input_documents"])
+        note_empty_files(source.files, index["input_documents"])
     return index, False
 
 
@@ -115,21 +113,22 @@ def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | N
     earlier = writer.tokens
     for part in encoded:
         if earlier and not bar.n:
-            bar.skip_to(part.done)  # what an earlier run did is no part of this one's speed
+            bar.skip_to(part.done)  # an earlier run's work does not count for the speed
         writer.write(part if seen is None else _without_duplicates(part, seen))
         bar.describe(f"{(writer.tokens - earlier) / max(bar.seconds, 1e-9):,.0f} tokens/s")
         bar.update_to(part.done)
 
 
-def _encode(groups: Iterator[list[RawBatch]], encoder: Encoder, workers: int) -> Iterator[Encoded]:
+def _encode(groups: Iterator[list[RawBatch]], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
     if workers == 0:
-        return (encoder(group) for group in groups)
+        yield from map(encoder, groups)
+        return
     sized = ((group, sum(batch.size for batch in group)) for group in groups)
-    return in_processes(encoder, sized, workers, BATCH_BYTES)
+    yield from map_in_processes(encoder, sized, workers, BATCH_BYTES)
 
 
 def _groups(batches: Iterator[RawBatch]) -> Iterator[list[RawBatch]]:
-    """Batches of small files together, so that a worker gets about BATCH_BYTES at once."""
+    """Group batches of small files, so that a worker gets about BATCH_BYTES at once."""
     group: list[RawBatch] = []
     size = 0
     for batch in batches:
@@ -143,6 +142,7 @@ def _groups(batches: Iterator[RawBatch]) -> Iterator[list[RawBatch]]:
 
 
 def _without_duplicates(part: Encoded, seen: SeenHashes) -> Encoded:
+    assert part.hashes is not None  # the encoder makes them for --deduplicate
     new_m = seen.add(part.hashes)
     if new_m.all():
         return part
@@ -157,8 +157,8 @@ def _without_duplicates(part: Encoded, seen: SeenHashes) -> Encoded:
     )
 
 
-def _seen(out: Path, shards: list[dict]) -> SeenHashes:
-    """The hashes of all texts in the shards that are done."""
+def _load_hashes(out: Path, shards: list[dict]) -> SeenHashes:
+    """The hashes of all texts in the finished shards."""
     seen = SeenHashes(sum(entry["documents"] for entry in shards))
     for number in range(len(shards)):
         seen.add(np.fromfile(shard_path(out, number, HASHES), "<u8").reshape(-1, 2))
@@ -183,18 +183,18 @@ def _header(
 
 
 def _check_folder(out: Path, header: dict) -> None:
-    """Raises UserError if `out` holds anything but the beginning of these shards, before anything in it is touched."""
-    found = read_json(out / "index.json") or read_json(out / "progress.json")
-    if found is None:
+    """Raise UserError if `out` holds anything but a beginning of these shards; nothing in it is changed."""
+    earlier = read_json(out / "index.json") or read_json(out / "progress.json")
+    if earlier is None:
         names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
         for name in names:
             if not name.endswith(SUFFIX):
                 raise UserError(f"--out {out} holds something else ({name}); give a new folder")
         return
-    found = {"deduplicate": False} | found
-    keys = [*header, *({"inputs", "dataset"} & set(found) - set(header))]
-    differing = [key for key in keys if found.get(key) != header.get(key)]
-    if differing and found["shards"]:
+    earlier = {"deduplicate": False} | earlier
+    keys = [*header, *({"inputs", "dataset"} & set(earlier) - set(header))]
+    differing = [key for key in keys if earlier.get(key) != header.get(key)]
+    if differing and earlier["shards"]:
         raise UserError(
             f"--out {out} holds shards whose {', '.join(differing)} differ from this command's; "
             "give a new folder, or remove that one"
@@ -210,15 +210,17 @@ def _make_folder(out: Path) -> None:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); give a folder that can be written") from None
 
 
-def _whole_shards(out: Path, found: dict | None, deduplicate: bool) -> list[dict]:
-    """Entries of the shards in `out` that need not be made again, up to the first that is missing or damaged."""
-    shards = found["shards"] if found else []
+def _complete_shards(out: Path, index: dict | None, deduplicate: bool) -> list[dict]:
+    """Entries of the complete shards in `out`, up to the first that is missing or damaged."""
+    shards = index["shards"] if index else []
     kinds = (*KINDS, HASHES) if deduplicate else KINDS
     checksums = small_enough(shards)
-    whole = takewhile(lambda pair: why_damaged(out, *pair, checksums, kinds) is None, enumerate(shards))
-    return [entry for _, entry in whole]
+    for number, entry in enumerate(shards):
+        if why_damaged(out, number, entry, checksums, kinds) is not None:
+            return shards[:number]
+    return shards
 
 
 def _bar(source: FileInputs | DatasetInput, show: bool) -> Progress:
-    """Progress of what is read of the input, with the time left."""
+    """A progress bar over the input, with the time left."""
     return Progress("preparing", source.total, source.unit.removesuffix("s"), show, scaled=source.unit == "B")

@@ -1,8 +1,8 @@
-"""Writing token shards so that a kill at any moment costs the shard it falls in, and nothing else.
+"""Write token shards so that a kill at any moment loses at most the shard being written.
 
-A shard grows in .tmp files. When it is full they are fsynced and take their names, and then progress.json, replaced in
-one move, counts the shard as done and says where in the input the next one begins. index.json comes last. What is not
-in progress.json or index.json does not exist for a reader and is written over.
+A shard is written to .tmp files. When it is full they are fsynced and renamed; then progress.json is replaced
+atomically: it lists the finished shards and the position in the input where the next one begins. index.json is written
+last. Readers ignore a shard that is not in progress.json or index.json, and the next run overwrites it.
 
 Shapes: n items of the input, m of them documents that are kept, T tokens of these.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -26,14 +26,14 @@ REASONS = ("kept", "empty", "unreadable", "duplicate")
 
 
 class Encoded(NamedTuple):
-    """Items that follow one another in the input, with the ids of those that are kept.
+    """Consecutive items of the input, with the ids of those that are kept.
 
     ids: [T], each document's BOS first.
-    status: [n] uint8: KEPT, or why not.
-    files, items: [n]: the place of each item.
+    status: [n] uint8: KEPT, or the reason for leaving it out.
+    files, items: [n]: the position of each item.
     lengths, text_bytes: [m] int64: tokens, and bytes of UTF-8, of each document.
-    hashes: [m, 2] uint64: of each document's text, to know it again; None where nobody asks.
-    done: how far the input is read with them (see Batch.done).
+    hashes: [m, 2] uint64: of each document's text, for --deduplicate; None without it.
+    done: amount of the input read after them (see RawBatch.done).
     """
 
     ids: np.ndarray
@@ -50,19 +50,19 @@ class ShardWriter:
     """Appends documents to the shards of a folder.
 
     Attributes:
-        shards: entries of index.json of the shards that are done.
-        tokens: tokens written, in done shards and in the present one.
+        shards: entries of the finished shards in index.json.
+        tokens: tokens written, in finished shards and in the current one.
     """
 
     def __init__(self, directory: Path, header: dict, shard_tokens: int, shards: list[dict]) -> None:
-        """Go on after `shards`, which are whole.
+        """Continue after the finished `shards`.
 
         Args:
-            directory: made if it is not there.
-            header: what index.json says of all shards; vocab_size decides the type of the ids, and with deduplicate
-                the hashes of each shard's texts are written beside it.
+            directory: created if missing.
+            header: the keys of index.json for all shards; vocab_size determines the type of the ids, and with
+                deduplicate the hashes of each shard's texts are written beside it.
             shard_tokens: tokens at which a shard is full.
-            shards: entries of the shards that are done.
+            shards: entries of the finished shards.
         """
         self.directory, self.header, self.shard_tokens = directory, header, shard_tokens
         self.shards = list(shards)
@@ -75,10 +75,10 @@ class ShardWriter:
         self._save_progress()
 
     def add(self, ids: np.ndarray, text_bytes: int, place: Position) -> None:
-        """Append one document, beginning with BOS; `place` is where it stands in the input."""
-        status, (file, item) = np.array([KEPT], np.uint8), place
-        rows = [np.array([value]) for value in (file, item, len(ids), text_bytes)]
-        self.write(Encoded(ids, status, *rows, hashes=None, done=0))
+        """Append one document, beginning with BOS; `place` is its position in the input."""
+        files, items, lengths, sizes = (np.array([value]) for value in (*place, len(ids), text_bytes))
+        status = np.array([KEPT], np.uint8)
+        self.write(Encoded(ids, status, files, items, lengths, sizes, hashes=None, done=0))
 
     def write(self, encoded: Encoded) -> None:
         """Append the documents that are kept, and count the others."""
@@ -90,24 +90,24 @@ class ShardWriter:
             last = int(np.searchsorted(ends_m, token + self.shard_tokens - used, side="right"))
             if self._open is None:
                 self._open = _OpenShard(self.directory, len(self.shards), self._dtype, self._kinds)
-                last = max(last, document + 1)  # one that is longer than a shard has a shard to itself
+                last = max(last, document + 1)  # a document longer than a shard has a shard of its own
             if last > document:
                 end = int(ends_m[last - 1])
                 self._open.add(encoded, rows_m, slice(document, last), slice(token, end))
                 self.tokens += end - token
                 document, token = last, end
             else:
-                # Counted with the shard after whose beginning they were met, so that a resumed run counts the same.
+                # Items left out count for the shard that is open when they are read, so a resumed run counts equally.
                 row = rows_m[document]
                 self._skip(encoded.status[counted:row])
                 counted = row
-                self._close(Position(int(encoded.files[row]), int(encoded.items[row])))
+                self._close(self._open, Position(int(encoded.files[row]), int(encoded.items[row])))
         self._skip(encoded.status[counted:])
 
     def finish(self, end: Position) -> dict:
         """Close the last shard and write index.json; returns its content."""
         if self._open is not None:
-            self._close(end)
+            self._close(self._open, end)
         sums = {key: sum(entry[key] for entry in self.shards) for key in ("documents", "tokens", "text_bytes")}
         skipped: Counter[str] = Counter()
         for entry in self.shards:
@@ -116,7 +116,7 @@ class ShardWriter:
             **self.header,
             **sums,
             "skipped": dict(sorted(skipped.items())),
-            "document_lengths": _added(entry["document_lengths"] for entry in self.shards),
+            "document_lengths": _sum_histograms(entry["document_lengths"] for entry in self.shards),
             "input_documents": self._documents_of_inputs(),
             "shards": self.shards,
         }
@@ -125,7 +125,7 @@ class ShardWriter:
         return index
 
     def _documents_of_inputs(self) -> list[int]:
-        """Up to the last one with a document in it."""
+        """Documents of each input, up to the last input that has any."""
         counts: Counter[int] = Counter()
         for entry in self.shards:
             counts.update(dict(entry["inputs"]))
@@ -134,8 +134,8 @@ class ShardWriter:
     def _skip(self, status: np.ndarray) -> None:
         self._skipped += np.bincount(status, minlength=len(REASONS))
 
-    def _close(self, next_place: Position) -> None:
-        entry = self._open.close()
+    def _close(self, shard: "_OpenShard", next_place: Position) -> None:
+        entry = shard.close()
         skipped = {reason: int(count) for reason, count in zip(REASONS[1:], self._skipped[1:]) if count}
         entry["skipped"] = dict(sorted(skipped.items()))
         entry["next"] = list(next_place)
@@ -148,18 +148,18 @@ class ShardWriter:
         self._save("progress.json", {**self.header, "shards": self.shards})
 
     def _save(self, name: str, content: dict) -> None:
-        """Write JSON with a line for each key, and one for each shard: short to make, and to look at."""
-        lines = [f"{to_json(key)}: {_listed(key, value)}" for key, value in content.items()]
+        """Write JSON with a line for each key and for each shard: fast to write, and readable."""
+        lines = [f"{to_json(key)}: {_as_lines(key, value)}" for key, value in content.items()]
         write_atomically(self.directory / name, ["{\n", ",\n".join(lines), "\n}\n"])
 
 
-def _listed(key: str, value: object) -> str:
+def _as_lines(key: str, value: Any) -> str:
     if key not in ("shards", "inputs"):
         return to_json(value)
     return "[\n" + ",\n".join(to_json(entry) for entry in value) + "\n]"
 
 
-def _added(histograms: Iterable[list[int]]) -> list[int]:
+def _sum_histograms(histograms: Iterable[list[int]]) -> list[int]:
     return [sum(counts) for counts in zip_longest(*histograms, fillvalue=0)]
 
 
@@ -177,11 +177,12 @@ class _OpenShard:
         self._files["documents"].write(np.zeros(1, OFFSET))
 
     def add(self, encoded: Encoded, rows_m: np.ndarray, documents: slice, tokens: slice) -> None:
-        """Append some of the documents, which have the items rows_m [m]."""
+        """Append some of the documents, which are the items rows_m [m]."""
         lengths = encoded.lengths[documents]
         self._files["tokens"].write(encoded.ids[tokens].astype(self._dtype, copy=False))
         self._files["documents"].write((self.tokens + np.cumsum(lengths)).astype(OFFSET))
         if HASHES in self._files:
+            assert encoded.hashes is not None
             self._files[HASHES].write(encoded.hashes[documents])
         self.tokens += int(lengths.sum())
         self._text_bytes += int(encoded.text_bytes[documents].sum())
@@ -189,7 +190,7 @@ class _OpenShard:
         _count(self._inputs, encoded.files[rows_m[documents]])
 
     def close(self) -> dict:
-        """Make the files last and give them their names; returns the shard's entry."""
+        """Fsync and rename the files; returns the shard's entry."""
         entry = {
             "documents": self._lengths.total(),
             "tokens": self.tokens,
@@ -210,7 +211,7 @@ def _count(counter: Counter[int], values: np.ndarray) -> None:
 
 
 class _HashedFile:
-    """A temporary file that knows its size and checksum."""
+    """A temporary file with a running checksum."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(temporary(path), "wb")  # noqa: SIM115 (closed by close)

@@ -1,7 +1,7 @@
-"""From raw items to packed ids: what preparation does to each batch, in worker processes or in its own.
+"""Tokenise raw items into arrays of ids: the part of preparation that runs in worker processes.
 
-The library's encodings take some hundred bytes a token, so they are turned into arrays a megabyte of text at a time. A
-huge document is cut for that, but only where the cut changes no id.
+The library's encodings take some hundred bytes a token, so they are turned into arrays a megabyte of text at a time.
+For that a huge document is cut into pieces, but only where the cut changes no id.
 
 Shapes: as in shard_writer.
 """
@@ -22,7 +22,7 @@ from trinity.data.tokenizer.tokenizer import bos_id
 
 PIECE_CHARACTERS = 1 << 18
 GROUP_CHARACTERS = 1 << 20
-# Between a word and the white space after it, a newline and what begins a line, CJK punctuation and a word.
+# Between a word and the white space after it, a newline and the beginning of a line, CJK punctuation and a word.
 CUT = re.compile(r"(?<=\w)(?=[ \n])|(?<=\n)(?=\S)|(?<=[。、，！？])(?=\w)")
 CUT_CONTEXT = 256
 CUT_TRIES = 16
@@ -30,17 +30,16 @@ IMPORTED_BY = os.getpid()
 
 
 class Encoder:
-    """Parses and encodes batches. Its call is what a worker process does."""
+    """Parses and encodes batches; worker processes call it."""
 
     def __init__(self, tok: Tokenizer, dtype: np.dtype, field: str, skip_bad: bool, hashed: bool) -> None:
         """
         Args:
-            tok: the tokenizer. It is set to take special tokens that a text spells out for text like any other: a
-                document is data.
+            tok: the tokenizer. It is set to encode special tokens that a document spells out as ordinary text.
             dtype: type of the ids.
             field: name of the text in a JSON line or row.
-            skip_bad: mark what cannot be read, instead of raising.
-            hashed: make the hash of each text.
+            skip_bad: mark items that cannot be read, instead of raising.
+            hashed: compute the hash of each text.
         """
         self.tok, self.dtype, self.field, self.skip_bad, self.hashed = tok, dtype, field, skip_bad, hashed
         self.bos = bos_id(tok)
@@ -48,21 +47,21 @@ class Encoder:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
-        self.tok.encode_special_tokens = True  # pickling forgets it
+        self.tok.encode_special_tokens = True  # pickling does not keep it
 
     def __call__(self, batches: list[RawBatch]) -> Encoded:
-        """Encode the items of one or more batches, which follow one another.
+        """Encode the items of one or more consecutive batches.
 
         Raises:
             UserError: an item that cannot be read, unless skip_bad.
         """
-        found = [text for batch in batches for text in texts(batch, self.field, self.skip_bad)]
-        kept = [text for text in found if text]
+        parsed = [text for batch in batches for text in texts(batch, self.field, self.skip_bad)]
+        kept = [text for text in parsed if text]
         counts = [len(batch.items) for batch in batches]
         ids, lengths = self._ids(kept)
         return Encoded(
             ids=ids,
-            status=np.array([KEPT if text else UNREADABLE if text is None else EMPTY for text in found], np.uint8),
+            status=np.array([KEPT if text else UNREADABLE if text is None else EMPTY for text in parsed], np.uint8),
             files=np.repeat([batch.place.file for batch in batches], counts),
             items=np.concatenate([np.arange(len(batch.items)) + batch.place.item for batch in batches]),
             lengths=lengths,
@@ -72,41 +71,41 @@ class Encoder:
         )
 
     def _ids(self, kept: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """([T] ids of all texts, each with BOS before it; [m] their numbers)."""
+        """([T] ids of all texts, each with BOS before it; [m] their lengths)."""
         pieces = [list(cut(text, self.tok)) for text in kept]
-        encoded = self._encode(piece for of_one in pieces for piece in of_one)
+        encoded = self._encode(piece for of_text in pieces for piece in of_text)
         bos = np.array([self.bos], self.dtype)
         parts: list[np.ndarray] = [bos[:0]]
         lengths = np.ones(len(kept), np.int64)
-        for document, of_one in enumerate(pieces):
+        for document, of_text in enumerate(pieces):
             parts.append(bos)
-            for ids in islice(encoded, len(of_one)):
+            for ids in islice(encoded, len(of_text)):
                 parts.append(ids)
                 lengths[document] += len(ids)
         return np.concatenate(parts), lengths
 
     def _encode(self, pieces: Iterator[str]) -> Iterator[np.ndarray]:
-        """The ids of each piece; many short ones are encoded at once, few long ones."""
+        """The ids of each piece; pieces are encoded in groups of about GROUP_CHARACTERS."""
         if os.getpid() != IMPORTED_BY:
-            # The library's threads do not live on in a forked process; unless told so, it would wait for them for ever.
+            # The library's threads do not exist in a forked process; without this it would wait for them forever.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         for group in _groups(pieces):
             for encoding in self.tok.encode_batch_fast(group, add_special_tokens=False):
-                # From a list to an array: of all ways this takes the least time.
+                # The fastest way from a list of ids to an array.
                 yield np.frombuffer(array("I", encoding.ids), np.uint32).astype(self.dtype)
 
 
 def text_hashes(kept: list[str]) -> np.ndarray:
-    """[m, 2] uint64: blake2b of each text in UTF-8, 128 bits, which never meet by accident."""
+    """[m, 2] uint64: blake2b of each text in UTF-8, 128 bits, which do not collide by chance."""
     digests = b"".join(blake2b(text.encode(), digest_size=16).digest() for text in kept)
     return np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 
 def cut(text: str, tok: Tokenizer) -> Iterator[str]:
-    """Pieces of a text, which have the ids of the whole one after the other; most texts are one piece.
+    """Cut a text into pieces whose ids, concatenated, are those of the whole text; most texts are one piece.
 
-    A text is cut where the pre-tokenizer cuts too, between a word and white space, about every PIECE_CHARACTERS. The
-    tokenizer is asked at every place, with the text around it. One that does not cut there gets the text as it is.
+    A text is cut about every PIECE_CHARACTERS, at a boundary of the pre-tokenizer between a word and white space. Each
+    cut is checked by tokenising the text around it. If the tokenizer has no boundary there, the text stays whole.
     """
     begin = 0
     while len(text) - begin > PIECE_CHARACTERS:

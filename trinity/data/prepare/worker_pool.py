@@ -1,8 +1,8 @@
-"""Work spread over processes, with the results in the order of the work.
+"""Map a function over items in worker processes, with the results in the order of the items.
 
-Each worker has a pipe of its own: one that dies, at whatever moment, ends its pipe, and that is noticed. A thread of
-the worker takes what is sent at once, so that the two sides never wait for each other; when the main process dies it
-ends the worker. The main process is ahead of the results it has handed on by a bounded number of items and of bytes.
+Each worker has its own pipe, which closes when the worker dies, so that its death is always noticed. A thread of the
+worker receives items at once, so that the two sides never wait for each other; it ends the worker when the main process
+dies. The main process sends a bounded number of items and of bytes ahead of the results it has yielded.
 """
 
 import contextlib
@@ -16,33 +16,34 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from trinity.errors import Failure, UserError
 
 AHEAD = 4
-"""Items that are sent for each worker and not yet handed on."""
+"""Items per worker that are sent and not yet yielded."""
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def in_processes(
+def map_in_processes(
     work: Callable[[Item], Result], items: Iterable[tuple[Item, int]], workers: int, size: int
 ) -> Iterator[Result]:
     """Yield work(item) for every item, in order.
 
     Args:
         work: called in the workers; without a fork it is pickled once.
-        items: each with its size in bytes; read as far as results are taken.
-        workers: how many processes, at least 1.
-        size: an ordinary item's size; larger ones count for so many more.
+        items: each with its size in bytes; consumed as results are taken.
+        workers: number of processes, at least 1.
+        size: an ordinary item's size; the bound in bytes is AHEAD · workers · size.
     Raises:
-        UserError: what `work` raised, once the results before are handed on.
+        UserError: raised by `work`, after the results before it.
         Failure: a worker was killed.
     """
     started = list(_start(work, workers))
     try:
-        yield from _deal(items, started, AHEAD * workers, AHEAD * workers * size)
+        yield from _send_and_collect(items, started, AHEAD * workers, AHEAD * workers * size)
     finally:
         for process, _ in started:
             process.terminate()
@@ -51,14 +52,14 @@ def in_processes(
             pipe.close()
 
 
-def _deal(
+def _send_and_collect(
     items: Iterable[tuple[Item, int]], started: list[tuple[BaseProcess, Connection]], most: int, most_bytes: int
 ) -> Iterator[Any]:
     processes = {pipe: process for process, pipe in started}
     free = deque(list(processes) * AHEAD)
-    ahead: deque[int] = deque()  # sizes of the items that are sent and not yet handed on
+    ahead: deque[int] = deque()  # sizes of the items that are sent and not yet yielded
     results: dict[int, Any] = {}
-    due = 0
+    due = 0  # number of the next result
     for number, (item, size) in enumerate(items):
         while ahead and (len(ahead) == most or sum(ahead) + size > most_bytes):
             if due not in results:
@@ -79,7 +80,7 @@ def _deal(
 
 def _collect(processes: dict[Connection, BaseProcess], results: dict[int, Any]) -> list[Connection]:
     """Wait for results; returns the pipes they came from."""
-    ready = wait(list(processes))
+    ready = cast(list[Connection], wait(list(processes)))
     for pipe in ready:
         with _alive(processes[pipe]):
             number, result = pipe.recv()
@@ -109,23 +110,23 @@ def _alive(process: BaseProcess) -> Iterator[None]:
 
 def _start(work: Callable, workers: int) -> Iterator[tuple[BaseProcess, Connection]]:
     """Start the workers; yields each with this side's end of its pipe."""
-    # A fork takes no time and no second copy of what is imported; elsewhere than on Linux it is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ours: list[Connection] = []
-    # The tokenizers library asks before every call; one thread a worker, since there is a worker a core.
+    forks = sys.platform == "linux"  # a fork takes no time and shares imported modules; it is safe on Linux alone
+    context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    # The tokenizers library reads this before every call; one thread per worker, because there is a worker per core.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches all processes of a terminal; the main one alone decides.
+    # Ctrl-C reaches all processes of a terminal; the main process alone handles it.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         for _ in range(workers):
-            end, theirs = context.Pipe()
-            ours.append(end)
-            forked = ours if context.get_start_method() == "fork" else []
-            process = context.Process(target=_serve, args=(theirs, work, forked), daemon=True)
+            pipe, worker_pipe = context.Pipe()
+            pipes.append(pipe)
+            inherited = pipes if forks else []
+            process: BaseProcess = context.Process(target=_serve, args=(worker_pipe, work, inherited), daemon=True)
             process.start()
-            theirs.close()
-            yield process, end
+            worker_pipe.close()
+            yield process, pipe
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ.pop("TOKENIZERS_PARALLELISM")
@@ -133,16 +134,16 @@ def _start(work: Callable, workers: int) -> Iterator[tuple[BaseProcess, Connecti
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _serve(pipe: Connection, work: Callable, forked: list[Connection]) -> None:
-    """What a worker does until it is ended."""
-    for end in forked:
-        end.close()  # else a pipe would live as long as any worker, and its end would tell nothing
+def _serve(pipe: Connection, work: Callable, inherited: list[Connection]) -> None:
+    """The main function of a worker process, which runs until it is terminated."""
+    for end in inherited:
+        end.close()  # otherwise a dead worker's pipe stays open in the others, and its death is not noticed
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, tasks), daemon=True).start()
     while True:
         number, item = tasks.get()
         try:
-            result = work(item)
+            result: Any = work(item)
         except UserError as error:
             result = error
         try:

@@ -1,15 +1,15 @@
-"""Input files as documents, one after the other, from any point on.
+"""Read input files as documents, one after the other, from any position on.
 
-A text file is one document; a line of .jsonl and a row of .parquet are one each (file_kinds.py). A document's
-place is (file, item): the number of the file, and of the line or row in it. Reading can start at any place, which is
-all that a preparation that was killed has to remember. What stands before it in its file is read past, not parsed.
+A text file is one document; a line of .jsonl and a row of .parquet are one each (file_formats.py). A document's
+position is (file, item): the number of the file, and of the line or row in it. Reading can start at any position, which
+is all that a killed preparation has to remember. Items before it in its file are read, not parsed.
 
-Reading and parsing are apart: read_batches yields raw items, some hundred kilobytes at once, and texts makes text of
-them, maybe in another process. read_documents does both.
+Reading and parsing are separate: read_batches yields raw items, some hundred kilobytes at once, and texts parses them,
+maybe in another process. read_documents does both.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,17 +17,21 @@ from typing import Any, Literal, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from trinity.data.sources.compressed import unpacked, whole
-from trinity.data.sources.file_kinds import readable_kind
+from trinity.data.sources.file_formats import damage_as_user_error, decompressed, readable_kind
+from trinity.data.sources.find_files import Paths, names, note
 from trinity.errors import UserError
 from trinity.io.remote import open_input, size_of
+from trinity.terminal import Progress
 
 BATCH_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
 
 
+ItemKind = Literal["text", "line", "value"]
+
+
 class Position(NamedTuple):
-    """Where a document stands: the number of its file, and of its line or row, both from 0."""
+    """A document's position: the number of its file, and of its line or row, both from 0."""
 
     file: int
     item: int
@@ -40,9 +44,9 @@ class Document(NamedTuple):
     """One document of the input.
 
     text: its text, maybe empty; None if it cannot be read and bad ones are skipped.
-    place: where it stands.
-    bytes_read: bytes of all input files that were read by then, for progress (packed bytes where they are packed).
-    offset: where it begins in its file: the line's first byte, of the unpacked file where it is packed; the row's
+    place: its position.
+    bytes_read: bytes of all input files read so far, for progress (compressed bytes of compressed files).
+    offset: its beginning in its file: the line's first byte, in the decompressed file if it is compressed; the row's
         number in a Parquet file; 0 in a text file.
     """
 
@@ -53,20 +57,20 @@ class Document(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """Raw items that follow one another in one input, not yet parsed.
+    """Consecutive raw items of one input, not yet parsed.
 
-    name: the input, as messages call it.
-    place: where the first item stands.
-    offset: where the first item begins (see Document.offset).
-    kind: what an item is: a whole text file or a line, as bytes; or a row's value, whatever it is.
+    name: the input, for messages.
+    place: position of the first item.
+    offset: beginning of the first item (see Document.offset).
+    kind: of the items: a whole text file or a line, as bytes; or a row's value, of any type.
     items: at least one.
-    done: how far all inputs are read with it: bytes of files, or rows of a dataset.
+    done: amount of all inputs read after this batch: bytes of files, or rows of a dataset.
     """
 
     name: str
     place: Position
     offset: int
-    kind: Literal["text", "line", "value"]
+    kind: ItemKind
     items: list[Any]
     done: int
 
@@ -76,18 +80,14 @@ class RawBatch(NamedTuple):
         return sum(len(item) if isinstance(item, bytes | str) else 1 for item in self.items)
 
     def offsets(self) -> Iterator[int]:
-        """Where each item begins."""
+        """Beginning of each item (see Document.offset)."""
         if self.kind == "value":
             return iter(range(self.offset, self.offset + len(self.items)))
         return accumulate(map(len, self.items[:-1]), initial=self.offset)
 
 
-AnyPaths = list[Path] | list[Path | str]
-"""Local files as Path, others as URL."""
-
-
 def read_documents(
-    files: AnyPaths, field: str = "text", start: Position = BEGINNING, skip_bad: bool = False
+    files: Paths, field: str = "text", start: Position = BEGINNING, skip_bad: bool = False
 ) -> Iterator[Document]:
     """Yield the documents of the files in order, empty ones too.
 
@@ -97,7 +97,7 @@ def read_documents(
         start: the first document to yield.
         skip_bad: yield text None for a document that cannot be read, instead of raising.
     Raises:
-        UserError: a file of unknown kind or broken packing; invalid UTF-8, broken JSON, or no text under `field`.
+        UserError: a file of unknown kind or damaged; invalid UTF-8, broken JSON, or no text under `field`.
     """
     for batch in read_batches(files, field, start):
         file, first = batch.place
@@ -105,16 +105,47 @@ def read_documents(
             yield Document(text, Position(file, item), batch.done, offset)
 
 
-def read_batches(files: AnyPaths, field: str, start: Position = BEGINNING) -> Iterator[RawBatch]:
+def read_with_progress(files: Paths, field: str, title: str, show: bool, note_empty: bool = True) -> Iterator[Document]:
+    """read_documents with a progress bar on stderr.
+
+    Args:
+        title: of the bar.
+        show: draw the bar.
+        note_empty: at the end, name the files without text on stderr.
+    """
+    counts = [0] * len(files)
+    with Progress(title, sum(map(size_of, files)), "B", show, scaled=True) as progress:
+        for document in read_documents(files, field):
+            counts[document.place.file] += bool(document.text)
+            yield document
+            progress.update_to(document.bytes_read)
+    if note_empty:
+        note_empty_files(files, counts)
+
+
+def note_empty_files(files: Paths, counts: Sequence[int]) -> None:
+    """Name the files without text on stderr.
+
+    Args:
+        files: that were read.
+        counts: documents with text in each of the first files; the files after them have none.
+    """
+    counts = [*counts, *[0] * (len(files) - len(counts))]
+    empty = [path for path, count in zip(files, counts) if not count]
+    if empty and len(empty) < len(files):  # where all are empty, the caller raises an error
+        note(f"files without any text: {len(empty):,} of {len(files):,} ({names(empty)})")
+
+
+def read_batches(files: Paths, field: str, start: Position = BEGINNING) -> Iterator[RawBatch]:
     """Yield the raw items of the files in order, in batches of about BATCH_BYTES.
 
     Raises:
-        UserError: a file of unknown kind or broken packing, or without a column `field`.
+        UserError: a file of unknown kind, damaged, or without a column `field`.
     """
     before = 0
     for number, path in enumerate(files):
         if number >= start.file:
-            kind, read = _kind(path)
+            kind, read = _reader(path)
             item = offset = 0
             for items, done in read(path, field):
                 batch = RawBatch(str(path), Position(number, item), offset, kind, items, before + done)
@@ -143,7 +174,7 @@ def texts(batch: RawBatch, field: str, skip_bad: bool) -> Iterator[str | None]:
 
 
 def _from(batch: RawBatch, start: Position) -> RawBatch:
-    """The batch without what stands before `start`."""
+    """The batch without the items before `start`."""
     late = start.item - batch.place.item if batch.place < start else 0
     if not late:
         return batch
@@ -151,27 +182,30 @@ def _from(batch: RawBatch, start: Position) -> RawBatch:
     return batch._replace(place=start, offset=offset, items=batch.items[late:])
 
 
-def _kind(path: Path | str) -> tuple[str, Any]:
-    """(kind of the items, what reads a file's items in batches, each with the bytes read), by the file's name."""
-    return {"text": ("text", _whole), "jsonl": ("line", _lines), "parquet": ("value", _rows)}[readable_kind(path).name]
+def _reader(path: Path | str) -> tuple[ItemKind, Callable[[Path | str, str], Iterator[tuple[list[Any], int]]]]:
+    """The kind of a file's items, and the function that reads them in batches, each with the bytes read so far."""
+    kind = readable_kind(path).name
+    if kind == "text":
+        return "text", _read_text
+    return ("line", _lines) if kind == "jsonl" else ("value", _rows)
 
 
-def _whole(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
+def _read_text(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
     with open_input(path) as file:
         raw = file.read()
     yield [raw], len(raw)
 
 
 def _lines(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
-    packing = readable_kind(path).packing
-    with open_input(path) as file, whole(path, packing):
-        lines = unpacked(file, packing)
+    compression = readable_kind(path).compression
+    with open_input(path) as file, damage_as_user_error(path, compression):
+        lines = decompressed(file, compression)
         while items := lines.readlines(BATCH_BYTES):
             yield items, file.tell()
 
 
 def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
-    with open_input(path) as raw, whole(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
+    with open_input(path) as raw, damage_as_user_error(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
         names = file.schema_arrow.names
         if field not in names:
             raise UserError(f"{path} has no column {field}; set --field to one of: {', '.join(names)}")
@@ -182,7 +216,7 @@ def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
 
 
 def _values(column: pyarrow.Array) -> list[Any]:
-    """The rows of a column; one whose text is no UTF-8 stays bytes, which parsing refuses with its number."""
+    """The rows of a column; text that is not UTF-8 stays bytes, which parsing refuses with the row's number."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -197,10 +231,10 @@ def _decoded(raw: bytes | None) -> str | bytes | None:
 
 
 def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, field: str) -> int:
-    """About BATCH_BYTES: a thousand rows of a web page each are no matter, a thousand books are."""
+    """Rows of about BATCH_BYTES, at most 1024: a thousand web pages fit into memory, a thousand books may not."""
     paths = [metadata.schema.column(column).path for column in range(metadata.num_columns)]
     if field not in paths:
-        return 1  # a list or a structure: no text, which parsing says
+        return 1  # a list or a structure, which parsing refuses
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     column = paths.index(field)
     widest = max((g.column(column).total_uncompressed_size / max(g.num_rows, 1) for g in groups), default=1)
@@ -208,12 +242,12 @@ def _rows_at_once(metadata: pyarrow.parquet.FileMetaData, field: str) -> int:
 
 
 def parse_text(item: bytes, name: str, number: int, offset: int, field: str) -> str:
-    """The text of a text file, without a byte order mark, which says how the file is encoded.
+    """The text of a text file, without a byte order mark, which states the encoding and is no text.
 
     Args:
         item: the file's content.
-        name: the file, as messages call it.
-        number, offset, field: for lines and rows: number from 1, place, and name of the text.
+        name: the file, for messages.
+        number, offset, field: of a line or row: number from 1, beginning in the file, and name of the text.
     Raises:
         UserError: it is not UTF-8.
     """
@@ -225,7 +259,7 @@ def parse_text(item: bytes, name: str, number: int, offset: int, field: str) -> 
 
 
 def parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> str:
-    """The text in a line of JSON, empty where the line is; see parse_text.
+    """The text in a line of JSON; an empty line has an empty text. Arguments as in parse_text.
 
     Raises:
         UserError: the line is no object with a text of that name.
@@ -253,4 +287,4 @@ def _checked(value: Any, name: str, number: int, offset: int, field: str) -> str
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
         raise UserError(f"{name}:{number} holds half a surrogate pair at character {error.start}; mend it") from None
-    return value.removeprefix(BYTE_ORDER_MARK)  # of the file that the text once was
+    return value.removeprefix(BYTE_ORDER_MARK)  # of the file that the text came from

@@ -1,31 +1,41 @@
-"""What documents are made from: files, folders, globs and URLs, or a data set of the Hugging Face hub.
+"""Inputs of documents: files, folders, glob patterns and URLs, or a data set of the Hugging Face hub.
 
-Both kinds answer the same five questions for prepare_data: what they are (for the header), their batches from a place
-on, how much there is and in which unit (for the progress bar), and where they end.
+FileInputs and DatasetInput have the same members for prepare_data: `header` identifies the input in index.json,
+`batches` reads it from a position on, `total` and `unit` are for the progress bar, and `end` is the position after it.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trinity.data.sources.documents import AnyPaths, Position, RawBatch, read_batches
-from trinity.data.sources.file_kinds import READ, file_kind
-from trinity.data.sources.find_files import MAGIC, Listing, choose, counted, list_folder, list_pattern, names, note
+from trinity.data.sources.documents import Position, RawBatch, read_batches
+from trinity.data.sources.file_formats import READ, file_kind
+from trinity.data.sources.find_files import (
+    MAGIC,
+    Listing,
+    Paths,
+    choose,
+    counted,
+    list_folder,
+    list_pattern,
+    names,
+    note,
+)
 from trinity.errors import UserError
 from trinity.io.checksum import identity
 from trinity.io.remote import cached_folder, filesystem, located, mark_of, reached, size_of
 
 
 class FileInputs:
-    """Files as input, here or elsewhere."""
+    """Local and remote files as input."""
 
     unit = "B"
 
-    def __init__(self, files: AnyPaths) -> None:
-        """Files that exist, as expand_inputs finds them."""
+    def __init__(self, files: Paths) -> None:
+        """`files` exist; expand_inputs returns them."""
         self.files = files
         self.header = {"inputs": [_identity(path) for path in files]}
-        self.total = sum(entry["bytes"] for entry in self.header["inputs"])
+        self.total = sum(int(entry["bytes"]) for entry in self.header["inputs"])
         self.end = Position(len(files), 0)
 
     def batches(self, field: str, start: Position) -> Iterator[RawBatch]:
@@ -37,7 +47,7 @@ class FileInputs:
 
 
 class Dataset(NamedTuple):
-    """A data set's name on the Hugging Face hub or its folder, its configuration, and which part of it."""
+    """A data set's name on the Hugging Face hub or its folder, its configuration and its split."""
 
     name: str
     config: str | None = None
@@ -45,16 +55,16 @@ class Dataset(NamedTuple):
 
 
 class DatasetInput:
-    """A data set as input, streamed: one row at a time, nothing is stored."""
+    """A data set as input, streamed without storing it."""
 
     unit = "documents"
     ROWS = 64
 
     def __init__(self, dataset: Dataset) -> None:
-        """Look the data set up.
+        """Open the data set.
 
         Raises:
-            UserError: it cannot be found or has no such part.
+            UserError: it cannot be found or has no such split.
         """
         from datasets import load_dataset_builder
 
@@ -62,22 +72,22 @@ class DatasetInput:
         try:
             builder = load_dataset_builder(dataset.name, dataset.config)
             self._rows = builder.as_streaming_dataset(split=dataset.split)
-        except Exception as error:  # of any kind: no network, no such name, files of unknown kinds
+        except Exception as error:  # of any class: no network, no such name, unknown file formats
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{self} cannot be opened ({reason}); check --dataset, --config and --split, and the network"
             ) from error
-        # The hash changes with the commit on the hub, and with the times of local files.
+        # The hash changes with the commit on the hub, and with the modification times of local files.
         self.header = {"dataset": {**dataset._asdict(), "version": builder.hash}}
         split = (builder.info.splits or {}).get(dataset.split)
         self.total = split.num_examples if split is not None else None
         self.end = Position(1, 0)
 
     def batches(self, field: str, start: Position) -> Iterator[RawBatch]:
-        """The values of the column `field`, from an item on.
+        """The values of the column `field`, from a position on.
 
         Raises:
-            UserError: there is no such column.
+            UserError: the data set has no such column.
         """
         with reached(str(self)):
             columns = self._rows.column_names or list(next(iter(self._rows), {field: None}))
@@ -94,59 +104,59 @@ class DatasetInput:
         return f"--dataset {self.dataset.name}{config} --split {self.dataset.split}"
 
 
-def expand_inputs(inputs: list[Path | str], option: str = "--input", kind: str | None = None) -> AnyPaths:
-    """The files that paths, folders, glob patterns and URLs of them name, each once, in the order of its first mention.
+def expand_inputs(inputs: list[Path | str], option: str = "--input", kind: str | None = None) -> Paths:
+    """Expand paths, folders, glob patterns and URLs of them to files, each once, in the order of its first mention.
 
-    A folder gives the files in it and below, a pattern those that match, both in the order of their names and of one
-    kind (see choose). What is left out of them is named on stderr, as is a file that is named twice.
+    A folder gives the files in it and below, a pattern its matches, both in the order of their names and of one kind
+    (see choose). Files that are left out, and files that are named twice, are reported on stderr.
 
     Args:
-        inputs: what is named.
-        option: what messages call them.
-        kind: of files in folders and of patterns: text, jsonl, parquet, or all; None: the one there is.
+        inputs: paths, patterns and URLs.
+        option: their name in messages.
+        kind: of files in folders and of patterns: text, jsonl, parquet, or all; None: the only kind of data.
     Raises:
-        UserError: a file that does not exist or a link to none, a folder without a file, a pattern that matches
-            nothing, or one that holds two kinds of data.
+        UserError: a missing file or a link to one, a folder without a file, a pattern without a match, or a folder or
+            pattern with two kinds of data.
     """
-    files: AnyPaths = []
-    for given in map(located, inputs):
-        files += _local(given, option, kind) if isinstance(given, Path) else _elsewhere(given, option, kind)
-    return _each_once(files, option)
+    files: list[Path | str] = []
+    for path in map(located, inputs):
+        files += _expand_local(path, option, kind) if isinstance(path, Path) else _expand_url(path, option, kind)
+    return _deduplicated(files, option)
 
 
-def holds_text(given: Path | str) -> bool:
-    """Whether a source is files of text, in the sense of expand_inputs; otherwise it is, or is to be, token shards."""
-    place = located(given)
-    if isinstance(place, str):
-        return _text_elsewhere(place)
-    if place.is_dir():
-        return not _begins_shards(place) and any(map(file_kind, list_folder(place).files))
-    return place.is_file() or _names_text(place)
+def holds_text(source: Path | str) -> bool:
+    """Whether a source is files of text, in the sense of expand_inputs; otherwise it is a folder of token shards."""
+    path = located(source)
+    if isinstance(path, str):
+        return _url_holds_text(path)
+    if path.is_dir():
+        return not _has_shards(path) and any(map(file_kind, list_folder(path).files))
+    return path.is_file() or _is_text_name(path)
 
 
-def _begins_shards(folder: Path) -> bool:
+def _has_shards(folder: Path) -> bool:
     indexes = [folder / name for name in ("index.json", "progress.json")]
     return any(folder.glob("shard_*.*")) or any(b'"shards"' in path.read_bytes() for path in indexes if path.is_file())
 
 
-def _names_text(place: Path | str) -> bool:
-    """Whether a name alone says that it is text, wherever it is and whether it is there."""
-    kind = file_kind(place)
-    data = kind is not None and kind.name != "text"
-    return data or bool(MAGIC & set(str(place))) or str(place).lower().endswith(".txt")
+def _is_text_name(path: Path | str) -> bool:
+    """Whether the name alone shows that it is text: by its ending, or because it is a pattern."""
+    kind = file_kind(path)
+    has_records = kind is not None and kind.name != "text"
+    return has_records or bool(MAGIC & set(str(path))) or str(path).lower().endswith(".txt")
 
 
-def _text_elsewhere(url: str) -> bool:
-    if _names_text(url):
+def _url_holds_text(url: str) -> bool:
+    if _is_text_name(url):
         return True
     if url.startswith("http") or (cached_folder(url) / "index.json").exists():
-        return False  # whether a page is a folder means to load it; and shards that are here need no network
+        return False  # a web server would send the page to tell whether it is a folder; cached shards need no network
     files, name = filesystem(url)
     with reached(url):
         return files.isfile(name) or (files.isdir(name) and not files.exists(f"{name.rstrip('/')}/index.json"))
 
 
-def _local(path: Path, option: str, kind: str | None) -> list[Path]:
+def _expand_local(path: Path, option: str, kind: str | None) -> Paths:
     where = f"{option} {path}"
     if path.is_dir():
         return _chosen(list_folder(path), kind, where, f"holds no file that is read; give {READ}", str(path))
@@ -156,22 +166,22 @@ def _local(path: Path, option: str, kind: str | None) -> list[Path]:
     return [path]
 
 
-def _elsewhere(url: str, option: str, kind: str | None) -> list[str]:
+def _expand_url(url: str, option: str, kind: str | None) -> Paths:
     files, name = filesystem(url)
     protocol = url.partition("://")[0]
     with reached(url):
-        # An address with ? is one file for a web server.
+        # A web address with ? is one file, no pattern.
         if MAGIC & set(name) and not protocol.startswith("http"):
             listing = Listing(sorted(path for path in files.glob(name) if files.isfile(path)), [], [])
-            found = _chosen(listing, kind, f"{option} {url}", "matches no file; check the pattern")
-        elif files.isfile(name):  # asked first: of a web server, whether a page is a folder means to load it
+            paths = _chosen(listing, kind, f"{option} {url}", "matches no file; check the pattern")
+        elif files.isfile(name):  # before isdir, for which a web server sends the page
             return [url]
         elif files.isdir(name):
             listing = _remote_listing(files.find(name), name)
-            found = _chosen(listing, kind, f"{option} {url}", f"holds no file that is read; give {READ}", name)
+            paths = _chosen(listing, kind, f"{option} {url}", f"holds no file that is read; give {READ}", name)
         else:
             raise UserError(f"{option} {url} does not exist; check the address")
-        return [path if "://" in path else f"{protocol}://{path}" for path in found]
+        return [path if "://" in str(path) else f"{protocol}://{path}" for path in paths]
 
 
 def _remote_listing(paths: list[str], folder: str) -> Listing:
@@ -179,33 +189,33 @@ def _remote_listing(paths: list[str], folder: str) -> Listing:
     return Listing(sorted(set(paths) - set(hidden)), sorted(hidden), [])
 
 
-def _chosen(listing: Listing, kind: str | None, where: str, otherwise: str, folder: str = "") -> list:
-    """The files of one kind; says what is left out.
+def _chosen(listing: Listing, kind: str | None, where: str, otherwise: str, folder: str = "") -> Paths:
+    """The files of one kind; the files left out are reported on stderr.
 
     Raises:
-        UserError: none is left, with the words of `otherwise`; one that is taken is a link to nothing.
+        UserError: there is no file of the kind (`otherwise` ends the sentence), or one is a link to a missing file.
     """
-    taken, left = choose(listing.files, kind, where)
-    left |= {"hidden": listing.hidden, "pipe or device": listing.other}
-    if not taken:
-        found = counted(left, folder)
-        raise UserError(f"{where} {otherwise}" + (f" (found {found})" if found else ""))
-    for path in taken:
+    chosen, left = choose(listing.files, kind, where)
+    left |= {"hidden": listing.hidden, "pipe or device": listing.special}
+    if not chosen:
+        others = counted(left, folder)
+        raise UserError(f"{where} {otherwise}" + (f" (found {others})" if others else ""))
+    for path in chosen:
         if isinstance(path, Path) and not path.exists():
             raise UserError(f"{where}: {path} is a link to a file that does not exist; mend the link, or remove it")
     if any(left.values()):
-        note(f"{where}: files that are read: {len(taken):,}; left out: {counted(left, folder)}")
-    return taken
+        note(f"{where}: files that are read: {len(chosen):,}; left out: {counted(left, folder)}")
+    return list(chosen)
 
 
-def _each_once(files: AnyPaths, option: str) -> AnyPaths:
+def _deduplicated(files: Paths, option: str) -> Paths:
     first: dict[Path | str, Path | str] = {}
-    twice = []
+    repeated = []
     for path in files:
         if first.setdefault(_resolved(path), path) is not path:
-            twice.append(path)
-    if twice:
-        note(f"{option}: named more than once and read once: {len(twice):,} ({names(twice)})")
+            repeated.append(path)
+    if repeated:
+        note(f"{option}: named more than once and read once: {len(repeated):,} ({names(repeated)})")
     return list(first.values())
 
 
@@ -216,14 +226,14 @@ def _resolved(path: Path | str) -> Path | str:
 
 
 def _identity(path: Path | str) -> dict[str, str | int]:
-    """What a file is recognised by when a command is run again (see identity)."""
+    """The values that identify a file when a command is run again (see identity)."""
     if isinstance(path, Path):
         return identity(path)
     return {"name": path.rpartition("/")[2], "bytes": size_of(path), "sample": mark_of(path)}
 
 
 def check_inputs(inputs: list[Path], option: str = "--input") -> None:
-    """Raises UserError for an input that is missing or is no file."""
+    """Raise UserError for an input that is missing or no file."""
     for path in inputs:
         if path.is_dir():
             raise UserError(f"{option} {path} is a folder; name the files in it")

@@ -1,16 +1,16 @@
-"""Token shards: a folder of memory-mapped token ids, read by document.
+"""Token shards: a folder of memory-mapped token ids, read by document. Format: ../prepare/README.md.
 
     index.json               format, vocabulary, totals, and one entry a shard with sizes and checksums
     shard_00000.tokens       ids one after the other, little-endian uint16 (uint32 from 65,537 ids on)
     shard_00000.documents    int64 offsets into them, one more than documents: document i is tokens [o[i], o[i+1])
-    shard_00000.hashes       where duplicates are left out: 128-bit hashes of its texts, which readers need not
+    shard_00000.hashes       with --deduplicate: 128-bit hashes of its texts, which readers do not need
     progress.json            in place of index.json while a preparation is not finished
 
-Every document begins with BOS, so none is empty. A document is in one shard only; one that is longer than a shard is
-meant to be has a shard to itself. Documents are numbered through all shards, in the order of the input.
+Every document begins with BOS, so none is empty. A document is in one shard only; one with more than --shard-tokens has
+a shard of its own. Documents are numbered through all shards, in the order of the input.
 
-A folder that lies elsewhere (s3://…, any fsspec URL) is read through a local cache: index.json when it is first opened,
-a shard's files when a document of it is first asked for. Each is checked when it comes.
+A remote folder (s3://…, any fsspec URL) is read through a local cache: index.json is fetched when the folder is first
+opened, a shard's files when one of its documents is first read. Each file is checked when it is fetched.
 """
 
 import os
@@ -38,7 +38,7 @@ HINT = "run tools/prepare_data.py again with the same arguments"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that ids are stored in."""
+    """The integer type of stored ids."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -50,56 +50,57 @@ def shard_path(directory: Path, shard: int, kind: str) -> Path:
 def why_damaged(
     directory: Path, shard: int, entry: dict, checksums: bool, kinds: tuple[str, ...] = KINDS, missing: bool = False
 ) -> str | None:
-    """What is wrong with a shard's files, as a clause that names the file; None if nothing is.
+    """The damage of a shard's files, as a clause that names the file; None if there is none.
 
     Args:
-        directory, shard, entry: the folder, the shard's number in it, and what index.json says of it.
-        checksums: check them too, and not sizes alone.
-        kinds: the files to look at.
-        missing: whether they may be missing, as in a cache.
+        directory, shard, entry: the folder, the shard's number in it, and its entry in index.json.
+        checksums: check checksums as well as sizes.
+        kinds: the files to check.
+        missing: files may be missing, as in a cache.
     """
     for kind in kinds:
         path, size = shard_path(directory, shard, kind), entry[kind + "_bytes"]
         try:
-            found = os.stat(path).st_size
+            present = os.stat(path).st_size
         except FileNotFoundError:
             if missing:
                 continue
             return f"{path} is missing"
-        if found != size:
-            return f"{path} is {'cut short' if found < size else 'too long'} ({found} bytes of {size})"
+        if present != size:
+            return f"{path} is {'cut short' if present < size else 'too long'} ({present} bytes of {size})"
         if checksums and content_hash(path) != entry[kind + "_checksum"]:
             return f"{path} has changed (its checksum is another)"
     return None
 
 
 def small_enough(shards: list[dict]) -> bool:
-    """Whether verify="auto" checks checksums: below 256 MiB in all, which takes about half a second."""
+    """Whether verify="auto" checks checksums: below 256 MiB in total, which takes about half a second."""
     return sum(entry[kind + "_bytes"] for entry in shards for kind in KINDS) < AUTO_VERIFY_BYTES
 
 
 class TokenSource:
-    """The documents of one folder of shards, as token ids. What is read is a view of the files: no copy is held.
+    """The documents of one folder of shards, as token ids: read-only views of memory-mapped files.
 
     Attributes:
         directory: the folder, or that of the cache.
         documents, tokens, text_bytes: totals; BOS counts as a token.
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer the shards were made with.
-        fingerprint: hash of all content, equal for equal tokens wherever they lie.
-        lookahead: documents whose lengths are best asked for at once.
+        fingerprint: hash of all content, independent of the folder.
+        lookahead: documents whose lengths are requested at once.
     """
 
     lookahead = 256
 
     def __init__(self, directory: Path | str, verify: Literal["auto", "always", "never"] = "auto") -> None:
-        """Open the folder; sizes are checked always, checksums as `verify` says (auto: below 256 MiB in all).
+        """Open the folder; sizes are always checked.
 
         Args:
-            directory: the folder, or the URL of one.
-            verify: of a URL, whether to check what is in the cache; what is fetched is checked always.
+            directory: the folder, or its URL.
+            verify: whether to check checksums (auto: below 256 MiB in total); of a URL, those of the files in the
+                cache. Fetched files are always checked.
         Raises:
-            UserError: not a folder of whole shards; the sentence names the file that is missing or damaged.
-            Failure: a URL that cannot be reached.
+            UserError: not a folder of complete shards; the sentence names the missing or damaged file.
+            Failure: the URL cannot be reached.
         """
         folder = located(directory)
         self._url = folder.rstrip("/") if isinstance(folder, str) else None
@@ -131,7 +132,7 @@ class TokenSource:
         self.fingerprint = content.hexdigest()
 
     def __getstate__(self) -> dict:
-        """Without the maps, which each process makes for itself."""
+        """The attributes without the maps, which each process opens for itself."""
         return self.__dict__ | {"_maps": [None] * len(self._maps)}
 
     def length(self, document: int) -> int:
@@ -140,15 +141,15 @@ class TokenSource:
         return int(offsets[row + 1]) - int(offsets[row])
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
-        """[n] int64: tokens of each of the documents [n]; for many at once, some nanoseconds each."""
+        """[n] int64: tokens of each of the documents [n]; for large n, some nanoseconds each."""
         shards = np.searchsorted(self._first_shard, documents, side="right") - 1
-        found = np.empty(len(documents), np.int64)
+        lengths = np.empty(len(documents), np.int64)
         for shard in np.unique(shards):
             here = shards == shard
             _, offsets = self._maps[shard] or self._map(shard)
             rows = documents[here] - self._first[shard]
-            found[here] = offsets[rows + 1] - offsets[rows]
-        return found
+            lengths[here] = offsets[rows + 1] - offsets[rows]
+        return lengths
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""
@@ -169,31 +170,33 @@ class TokenSource:
     def _locate(self, document: int) -> tuple[np.ndarray, np.ndarray, int]:
         """(the shard's tokens, its offsets, the document's row in it)."""
         assert 0 <= document < self.documents
-        # bisect is searchsorted for one number, and ten times as fast.
+        # For one number, bisect is ten times as fast as searchsorted.
         shard = bisect_right(self._first, document) - 1
         tokens, offsets = self._maps[shard] or self._map(shard)
         return tokens, offsets, document - self._first[shard]
 
     def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._maps[shard] is None:
+        """(the shard's tokens, its offsets), mapped on first use."""
+        maps = self._maps[shard]
+        if maps is None:
             self._fetch(shard)
             tokens = _mapped(shard_path(self.directory, shard, "tokens")).view(self._dtype)
             offsets = _mapped(shard_path(self.directory, shard, "documents")).view(OFFSET)
             if offsets[0] or offsets[-1] != len(tokens) or (offsets[1:] <= offsets[:-1]).any():
                 path = shard_path(self.directory, shard, "documents")
                 raise UserError(f"{path} does not cut {len(tokens)} tokens into documents; remove it and {HINT}")
-            self._maps[shard] = (tokens, offsets)
-        return self._maps[shard]
+            maps = self._maps[shard] = (tokens, offsets)
+        return maps
 
     def _fetch(self, shard: int) -> None:
-        """Bring a shard's files into the cache, where the folder lies elsewhere."""
+        """Fetch a shard's files into the cache if the folder is remote."""
         for kind in KINDS if self._url else ():
             path, entry = shard_path(self.directory, shard, kind), self._shards[shard]
             fetch(f"{self._url}/{path.name}", path, entry[kind + "_bytes"], entry[kind + "_checksum"])
 
 
 def _mapped(path: Path) -> np.ndarray:
-    # numpy's memmap keeps a file descriptor per map, and a process has 1024 of them; torch's closes it.
+    # numpy's memmap keeps a file descriptor open per map, and a process may have 1024; torch's map closes it.
     array = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     array.flags.writeable = False
     return array
@@ -214,7 +217,7 @@ def _read_index(directory: Path) -> dict:
 
 
 def _wrong(index: dict) -> str | None:
-    """What of the things that are read in an index cannot be, None if nothing."""
+    """The first impossible value in an index, as a clause; None if there is none."""
     kinds = {"vocab_size": int, "bos_id": int, "tokenizer": str, "shards": list} | dict.fromkeys(TOTALS, int)
     for key, kind in kinds.items():
         if type(index.get(key)) is not kind:

@@ -1,13 +1,13 @@
-"""Where each document of text files begins, so that any one can be read without those before it.
+"""An index of where each document of text files begins, so that any document can be read without those before it.
 
-Made once by reading all inputs, and kept in a cache folder, where the next start maps it into memory: no cost for
-10⁷ documents, and no Python object a document. It depends on the files and the field alone, not on the tokenizer.
+It is built once by reading all inputs, and kept in a cache folder, where the next start maps it into memory: no cost
+for 10⁷ documents, and no Python object per document. It depends on the files and the field, not on the tokenizer.
 
     index.json   format, hash of the content, documents and bytes of text, checksums of both arrays; written last
-    offsets      int64 [documents]: where each document begins: byte in a file, row in a Parquet file
+    offsets      int64 [documents]: the beginning of each document: byte in a file, row in a Parquet file
     first        int64 [files + 1]: the first document of each file, then the number of documents
 
-Documents without text are left out, as they are in shards: document i here is document i there.
+Documents without text are left out, as in shards: document i of the index is document i of the shards.
 """
 
 from array import array
@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trinity.data.sources.documents import Document
-from trinity.data.sources.progress import noting_empty_files, read_with_bar
+from trinity.data.sources.documents import Document, read_with_progress
 from trinity.data.sources.shards import AUTO_VERIFY_BYTES
 from trinity.errors import UserError
 from trinity.io.checksum import content_hash, identity, new_hash
@@ -32,18 +31,18 @@ ARRAYS = ("offsets", "first")
 
 
 class TextIndex:
-    """The index of some files; arrays are mapped when they are asked for, and again after pickling.
+    """The index of some files; arrays are mapped on first use, and again after pickling.
 
     Attributes:
         files: in the order of their documents.
         stamps: size and time of each when it was indexed (see stamp).
         documents: how many have text.
-        text_bytes: of it, in UTF-8.
-        content: hash of the files' identities and the field, wherever the files lie.
+        text_bytes: bytes of the text in UTF-8.
+        content: hash of the files' identities and the field, independent of their folder.
     """
 
     def __init__(self, folder: Path, files: list[Path], stamps: list[tuple[int, int]], header: dict) -> None:
-        """What open_index makes of a folder that is whole."""
+        """Called by open_index for a complete folder."""
         self.folder, self.files, self.stamps = folder, files, stamps
         self.documents, self.text_bytes = header["documents"], header["text_bytes"]
         self.content = header["content"]
@@ -59,7 +58,7 @@ class TextIndex:
         return np.memmap(self.folder / "first", OFFSET, mode="r")
 
     def locate(self, document: int) -> tuple[int, int]:
-        """(number of the file, where the document begins in it)."""
+        """(number of the file, beginning of the document in it)."""
         assert 0 <= document < self.documents
         return int(np.searchsorted(self.first, document, side="right")) - 1, int(self.offsets[document])
 
@@ -68,37 +67,37 @@ class TextIndex:
 
 
 def open_index(files: list[Path], field: str, cache: Path, progress: bool = False) -> TextIndex:
-    """The index of the files from the cache folder; it is made first where it is missing or damaged.
+    """The index of the files from the cache folder; built first if it is missing or damaged.
 
-    Of several processes that ask at once, one makes it and the others wait.
+    Of several processes that open it at once, one builds it and the others wait.
 
     Args:
-        files: existing files of kinds that can be read at any place.
+        files: existing files.
         field: name of the text in a JSON line or Parquet row.
-        cache: folder for indexes of any files, made if it is not there.
-        progress: draw a bar on stderr while it is made.
+        cache: folder for indexes of any files, created if missing.
+        progress: draw a bar on stderr while it is built.
     Raises:
-        UserError: bad files (see read_documents), none with a document in it, or one that is being written.
+        UserError: bad files (see read_documents), no document with text, or a file that is being written.
     """
     stamps = [stamp(path) for path in files]
     names = [str(path.resolve()) for path in files]
     folder = cache / "text" / _hash([VERSION, field, names, stamps])
-    header = _whole(folder, len(files))
+    header = _complete_header(folder, len(files))
     if header is None:
         make_folder(folder)
         with locked(folder / "lock"):
-            header = _whole(folder, len(files)) or _make(folder, files, stamps, field, progress)
+            header = _complete_header(folder, len(files)) or _build(folder, files, stamps, field, progress)
     return TextIndex(folder, files, stamps, header)
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """What a change of a file changes: its size and the time it was last written, in nanoseconds."""
+    """Detects a change of a file: its size and modification time in nanoseconds."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def _whole(folder: Path, files: int) -> dict | None:
-    """The content of index.json if both arrays are as it says."""
+def _complete_header(folder: Path, files: int) -> dict | None:
+    """The content of index.json, or None if it or one of the arrays is missing or damaged."""
     try:
         header = read_json(folder / "index.json")
     except UserError:
@@ -114,16 +113,14 @@ def _whole(folder: Path, files: int) -> dict | None:
     return header
 
 
-def _make(folder: Path, files: list[Path], stamps: list[tuple[int, int]], field: str, progress: bool) -> dict:
+def _build(folder: Path, files: list[Path], stamps: list[tuple[int, int]], field: str, progress: bool) -> dict:
     (folder / "index.json").unlink(missing_ok=True)
-    offsets, first, text_bytes = _scan(
-        noting_empty_files(read_with_bar(files, field, "indexing text", progress), files), len(files)
-    )
+    offsets, first, text_bytes = _scan(read_with_progress(files, field, "indexing text", progress), len(files))
     if not offsets:
         raise UserError(f"{', '.join(map(str, files))}: no document with text; give a file that holds one")
     content = _hash([field, [identity(path) for path in files]])
-    for path, then in zip(files, stamps):
-        if stamp(path) != then:
+    for path, before in zip(files, stamps):
+        if stamp(path) != before:
             raise UserError(f"{path} was written to while it was read; start again when it is finished")
     header = {
         "version": VERSION,
@@ -149,9 +146,9 @@ def _scan(documents: Iterator[Document], files: int) -> tuple[array, array, int]
 
 
 def _write(path: Path, values: array) -> str:
-    """Write an array as a whole file; returns its checksum."""
+    """Write an array atomically; returns its checksum."""
     with atomic_file(path) as file:
-        file.write(np.frombuffer(values, np.int64).astype(OFFSET, copy=False))
+        file.write(np.frombuffer(values, np.int64).astype(OFFSET, copy=False).data)
     return content_hash(path)
 
 

@@ -1,7 +1,7 @@
-"""The text of one document at a known place of a file: by seeking, never by reading what stands before it.
+"""Read one document at a known offset of a file, without reading the documents before it.
 
 Text and .jsonl files are mapped into memory; of Parquet files a few row groups are kept decoded, since a row cannot be
-read without its group. A file is looked at before each read: one that has changed since it was indexed is refused.
+read without its group. Each read checks the file first: one that has changed since it was indexed is refused.
 """
 
 import mmap
@@ -15,63 +15,65 @@ import pyarrow
 import pyarrow.parquet
 
 from trinity.data.sources.documents import parse_line, parse_text
-from trinity.data.sources.file_kinds import readable_kind
+from trinity.data.sources.file_formats import readable_kind
 from trinity.data.sources.text_index import stamp
 from trinity.errors import UserError
 
 OPEN_FILES = 64
+"""Of each kind: maps, and Parquet files."""
 ROW_GROUP_BYTES = 256 << 20
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Key, Value]):
-    """What was used last, as much of it as fits, but at least one thing however large it is."""
+class LRUCache(Generic[Key, Value]):
+    """The most recently used values, up to a total size, but at least one value of any size."""
 
     def __init__(self, limit: int) -> None:
-        """Hold things whose sizes sum to at most `limit`, in any unit."""
+        """`limit`: the total size, in any unit."""
         self._limit, self._size = limit, 0
-        self._things: dict[Key, tuple[Value, int]] = {}  # the oldest first
+        self._values: dict[Key, tuple[Value, int]] = {}  # the least recently used first
 
     def get(self, key: Key) -> Value | None:
-        """The thing, which becomes the latest, or None."""
-        if key not in self._things:
+        """The value, which becomes the most recently used, or None."""
+        if key not in self._values:
             return None
-        found = self._things[key] = self._things.pop(key)
-        return found[0]
+        entry = self._values[key] = self._values.pop(key)
+        return entry[0]
 
-    def put(self, key: Key, thing: Value, size: int) -> None:
-        """Add a thing that is not there, and let go of the oldest ones."""
-        assert key not in self._things
-        self._things[key] = thing, size
+    def put(self, key: Key, value: Value, size: int) -> None:
+        """Add a value under a new key, and drop the least recently used ones."""
+        assert key not in self._values
+        self._values[key] = value, size
         self._size += size
-        while self._size > self._limit and len(self._things) > 1:
-            _, gone = self._things.pop(next(iter(self._things)))
-            self._size -= gone
+        while self._size > self._limit and len(self._values) > 1:
+            _, dropped = self._values.pop(next(iter(self._values)))
+            self._size -= dropped
 
 
 class TextReader:
-    """Documents of some files by place. One thread at a time; after a fork each process goes on by itself."""
+    """Reads documents of some files by offset. One thread at a time; usable in both processes after a fork."""
 
     def __init__(self, files: list[Path], stamps: list[tuple[int, int]], field: str) -> None:
-        """Open nothing yet.
+        """Files are opened on first use.
 
         Args:
-            files: of any kind that is read, and not packed.
+            files: of any kind that is read, not compressed.
             stamps: of the files when they were indexed.
             field: name of the text in a JSON line or Parquet row.
         """
         self._files, self._stamps, self._field = files, stamps, field
-        self._open: Recent[int, mmap.mmap | _RowGroups] = Recent(OPEN_FILES)
-        self._groups: Recent[tuple[int, int], pyarrow.ChunkedArray] = Recent(ROW_GROUP_BYTES)
+        self._maps: LRUCache[int, mmap.mmap] = LRUCache(OPEN_FILES)
+        self._parquet: LRUCache[int, _ParquetFile] = LRUCache(OPEN_FILES)
+        self._groups: LRUCache[tuple[int, int], pyarrow.ChunkedArray] = LRUCache(ROW_GROUP_BYTES)
 
-    def text(self, file: int, place: int) -> str:
+    def text(self, file: int, offset: int) -> str:
         """A document's text.
 
         Args:
             file: number of its file.
-            place: byte in the file at which it begins, or row.
+            offset: its first byte in the file, or its row.
         Raises:
             UserError: the file has changed since it was indexed.
         """
@@ -79,13 +81,13 @@ class TextReader:
         self._check(file)
         kind = readable_kind(path).name
         if kind == "parquet":
-            return self._row(file, place)
-        content = self._opened(file, _mapped)
+            return self._row(file, offset)
+        content = _opened(self._maps, file, lambda: _mapped(path))
         if kind == "text":
             return parse_text(content[:], str(path), 1, 0, self._field)
-        end = content.find(b"\n", place)
-        line = content[place:] if end < 0 else content[place:end]
-        return parse_line(line, str(path), 1, place, self._field)
+        end = content.find(b"\n", offset)
+        line = content[offset:] if end < 0 else content[offset:end]
+        return parse_line(line, str(path), 1, offset, self._field)
 
     def _check(self, file: int) -> None:
         path = self._files[file]
@@ -96,15 +98,8 @@ class TextReader:
         if not same:
             raise UserError(f"{path} has changed since this run indexed it; put it back, or start again")
 
-    def _opened(self, file: int, opener: Callable) -> "mmap.mmap | _RowGroups":
-        opened = self._open.get(file)
-        if opened is None:
-            opened = opener(self._files[file])
-            self._open.put(file, opened, 1)
-        return opened
-
     def _row(self, file: int, row: int) -> str:
-        parquet = self._opened(file, _RowGroups)
+        parquet = _opened(self._parquet, file, lambda: _ParquetFile(self._files[file]))
         group, within = parquet.locate(row)
         column = self._groups.get((file, group))
         if column is None:
@@ -113,8 +108,16 @@ class TextReader:
         return column[within].as_py()
 
 
-class _RowGroups:
-    """An open Parquet file."""
+def _opened(cache: LRUCache[int, Value], file: int, opener: Callable[[], Value]) -> Value:
+    opened = cache.get(file)
+    if opened is None:
+        opened = opener()
+        cache.put(file, opened, 1)
+    return opened
+
+
+class _ParquetFile:
+    """An open Parquet file, read by row group."""
 
     def __init__(self, path: Path) -> None:
         self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
@@ -127,11 +130,11 @@ class _RowGroups:
         return group, row - self._first[group]
 
     def column(self, group: int, field: str) -> pyarrow.ChunkedArray:
-        # Without threads: a process that was forked has none of the pool that its parent made.
+        # Without threads: a forked process has none of its parent's thread pool.
         return self._file.read_row_group(group, columns=[field], use_threads=False).column(field)
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    # Unlike an open file, a map has no position that forked processes would share.
+    # Unlike an open file, a map has no file position, which forked processes would share.
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

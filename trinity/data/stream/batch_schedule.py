@@ -1,13 +1,14 @@
-"""Which sequences make which optimizer step: the global batch, how long its sequences are, and how both change.
+"""The batch schedule: the global batch of every optimizer step, the length of its sequences, and its data phase.
 
 The report: Nano and Mini 4096 sequences, then 8192; Large 12288, and 16384 after 4.9T tokens; longer sequences in
-context extension. Whatever begins at a token count begins with the first step that starts with at least that many seen.
+context extension. A change at a token count takes effect at the first step that starts with at least that many tokens.
 
-A run that goes on with another batch, ramp or phases keeps the steps it has made: their history is in its checkpoints,
+A run that resumes with another batch, ramp or phases keeps the steps it has made: its checkpoints hold their history,
 and the new schedule starts where the history ends.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,14 @@ from trinity.errors import UserError
 
 
 class StepPlan(NamedTuple):
-    """One step: number of its first sequence, how many, tokens of each, tokens seen before it, and its data phase."""
+    """One step.
+
+    first: number of its first sequence.
+    sequences: how many.
+    sequence_length: tokens of each.
+    tokens: tokens seen before the step.
+    phase: its data phase.
+    """
 
     first: int
     sequences: int
@@ -25,18 +33,18 @@ class StepPlan(NamedTuple):
 
     @property
     def tokens_after(self) -> int:
-        """Tokens seen when the step is done."""
+        """Tokens seen after the step."""
         return self.tokens + self.sequences * self.sequence_length
 
 
 class Segment(NamedTuple):
-    """Steps of one kind, from `step` on; `plan` is that of the first of them."""
+    """Equal steps from `step` on; `plan` is the first step's."""
 
     step: int
     plan: StepPlan
 
     def at(self, step: int) -> StepPlan:
-        """The step after `step` steps, if it is of this kind."""
+        """The step after `step` steps, where it belongs to this segment."""
         done = (step - self.step) * self.plan.sequences
         return self.plan._replace(
             first=self.plan.first + done, tokens=self.plan.tokens + done * self.plan.sequence_length
@@ -44,9 +52,9 @@ class Segment(NamedTuple):
 
 
 class BatchHistory(NamedTuple):
-    """The steps that a run has made: segments of equal steps, and where they end.
+    """The steps that a run has made: segments of equal steps, and the end.
 
-    step, sequences, tokens: how many were made and read.
+    step, sequences, tokens: at the end, steps made, sequences and tokens read.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -57,7 +65,7 @@ class BatchHistory(NamedTuple):
     def rows(self) -> list[list[int]]:
         """[segments + 1, 6] integers for a checkpoint: step and StepPlan of each segment, then of the end.
 
-        The end has 0 sequences of length 0 and phase 0.
+        The end has 0 sequences, length 0 and phase 0.
         """
         end = Segment(self.step, StepPlan(self.sequences, 0, 0, self.tokens, 0))
         return [[segment.step, *segment.plan] for segment in (*self.segments, end)]
@@ -70,17 +78,17 @@ class BatchHistory(NamedTuple):
 
 
 class BatchPlan:
-    """The global batch of every step, in whole numbers and without counting through the steps."""
+    """The batch schedule of a run, in integers; any step is found without counting through the steps before it."""
 
     def __init__(
         self,
         sequences: int,
-        ramp: list[tuple[int, int]],
+        ramp: Sequence[tuple[int, int]],
         sequence_length: int,
-        phases: list[tuple[int, int]] = (),
+        phases: Sequence[tuple[int, int]] = (),
         history: BatchHistory = BatchHistory(),  # noqa: B008 (immutable)
     ) -> None:
-        """Compute where each size and each phase begins.
+        """Compute where each batch size and each phase begins.
 
         Args:
             sequences: global batch at the start of the run.
@@ -88,7 +96,7 @@ class BatchPlan:
             sequence_length: tokens of a sequence at the start of the run, which is phase 0.
             phases: (tokens, sequence_length), tokens rising: the length of a sequence from that token count on, in
                 phase 1, 2, ….
-            history: steps made before, whatever the schedule was then; the other arguments hold from its end on.
+            history: steps made before, by any schedule; the other arguments apply from its end on.
         Raises:
             UserError: a batch or length below 1, or tokens that do not rise.
         """
@@ -114,11 +122,11 @@ class BatchPlan:
         return self._segments[bisect_right(self._segments, step, key=lambda segment: segment.step) - 1].at(step)
 
     def at_sequence(self, k: int) -> StepPlan:
-        """The first step of the kind that sequence k belongs to: its length and phase are the sequence's."""
+        """The first step of the segment that contains sequence k; its length and phase are those of the sequence."""
         return self._segments[bisect_right(self._segments, k, key=lambda segment: segment.plan.first) - 1].plan
 
     def segments(self, until_step: int) -> list[tuple[int, StepPlan]]:
-        """The first step and those before `until_step` at which batch, length or phase changes, each with its plan."""
+        """The steps before `until_step` that begin a segment (another batch, length or phase), each with its plan."""
         return [(segment.step, segment.plan) for segment in self._segments if segment.step < until_step]
 
     def steps_for_tokens(self, tokens: int) -> int:
@@ -136,12 +144,12 @@ class BatchPlan:
         return BatchHistory(begun, step, end.first, end.tokens)
 
     def lengths(self) -> list[int]:
-        """The lengths that sequences have in the course of the run, each once, in that order."""
+        """The sequence lengths of the run, each once, in the order of their first use."""
         return list(dict.fromkeys(segment.plan.sequence_length for segment in self._segments))
 
 
 def _merged(segments: list[Segment]) -> list[Segment]:
-    """The same steps without segments that have none, or that go on as the one before them."""
+    """The same steps without empty segments and without segments that continue the one before."""
     used = [segment for segment, following in pairwise(segments) if following.step > segment.step] + segments[-1:]
     return [
         segment
@@ -150,7 +158,7 @@ def _merged(segments: list[Segment]) -> list[Segment]:
     ]
 
 
-def _check_rising(key: str, what: str, entries: list[tuple[int, int]]) -> None:
+def _check_rising(key: str, what: str, entries: Sequence[tuple[int, int]]) -> None:
     last = 0
     for tokens, value in entries:
         if value < 1 or tokens <= last:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trinity.data.sources.source import Source
 from trinity.data.stream.packing import Piece
-from trinity.data.stream.shuffle import Source
 
 
 class PackedSequence(NamedTuple):

@@ -1,13 +1,13 @@
-"""Rows made ahead of training by worker processes, beside the state as of the last row that was used.
+"""The data loader: worker processes read sequences ahead of training; its state is that of the last one consumed.
 
-A rank's streams are dealt whole to its workers, row by row in turn. Workers start as copies of the stream and tell
-nothing of their state: the stream here goes over the same pieces, without reading tokens, when a row is used. So what a
-checkpoint holds does not depend on how far the workers have come, and each row is checked against what it should be
-made of.
+Each logical stream of the rank belongs to one worker; the workers send sequences in turn, round robin. Workers start as
+copies of the stream and never send their state: the training process packs each sequence again, without reading tokens,
+when it is consumed. So a checkpoint does not depend on how far ahead the workers are, and the pieces of each sequence
+are compared. The second packing costs 2 to 105 µs a sequence (README.md).
 
-Each worker has a pipe of its own, which ends with it, at whatever moment it dies. (torch's DataLoader has one queue for
-all, on which a message cut short is waited for without end; sends each tensor as a file of its own in shared memory, a
-millisecond a row; and raises a worker's death wherever the training process happens to be, in the middle of a save.)
+Each worker has its own pipe, which closes when the worker dies. (torch's DataLoader has one queue for all workers,
+where the reader of a truncated message waits forever; it sends each tensor as its own file in shared memory, a
+millisecond a sequence; and it raises a worker's death anywhere in the training process, even in the middle of a save.)
 """
 
 import ctypes
@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import NamedTuple
 
@@ -34,48 +35,49 @@ from trinity.errors import Failure, UserError
 
 
 class Lengths(NamedTuple):
-    """Lengths of documents [n] of a source, int64 both, that a worker asked for."""
+    """Lengths of documents [n] of a source that a worker has computed; both int64 [n]."""
 
     source: int
     documents: np.ndarray
     lengths: np.ndarray
 
 
-Made = tuple[PackedSequence, list[Lengths]] | Exception | None
-"""What a worker sends: a sequence and the lengths it asked for; why it cannot be read; or None at the data's end."""
+Message = tuple[PackedSequence, list[Lengths]] | Exception | None
+"""From a worker: a sequence with the lengths computed for it; the error met in reading it; or None at the data's end.
+"""
 
 
 class Loader:
-    """A rank's batches.
+    """One rank's batches.
 
     Attributes:
-        stream: stands behind the last row that was taken.
+        stream: stands just after the last sequence that was taken.
     """
 
     def __init__(self, stream: SequenceStream, workers: int, ahead: int, pin: bool = False) -> None:
-        """Start no process yet.
+        """Processes start with the first call of `take` or `ended`.
 
         Args:
-            stream: where to begin.
-            workers: processes; 0 makes rows when they are asked for. The largest divisor of the rank's streams that is
-                no larger is used.
-            ahead: rows that workers make in advance, in all.
-            pin: whether batches lie in pinned memory, from which a GPU copies by itself.
+            stream: the position to start from.
+            workers: processes; 0 reads sequences in this process, on demand. The largest divisor of the rank's number
+                of streams that is not above `workers` is used.
+            ahead: sequences that all workers together read in advance.
+            pin: allocate batches in pinned memory, from which copies to a GPU are asynchronous.
         """
         own = stream.streams // stream.ranks
         self.stream, self.pin = stream, pin
         self.workers = max((count for count in range(1, min(workers, own) + 1) if own % count == 0), default=0)
         self._ahead = max(2, -(-ahead // max(1, self.workers)))
         self._started: list[_Worker] = []
-        self._items: Iterator[Made] | None = None
-        self._waiting: deque[tuple[PackedSequence, list[Lengths]]] = deque()
+        self._messages: Iterator[Message] | None = None
+        self._received: deque[tuple[PackedSequence, list[Lengths]]] = deque()
         self._at_end = False
 
     def take(self, n: int) -> Batch:
-        """The rank's next n rows.
+        """The rank's next n sequences as one batch.
 
         Raises:
-            UserError: a source has ended before them, or cannot be read.
+            UserError: a source ends before them, or cannot be read.
             Failure: a worker has died.
         """
         if self.ended(n):
@@ -85,38 +87,38 @@ class Loader:
             )
         sequences = []
         for _ in range(n):
-            sequence, lengths = self._waiting.popleft()
-            self._learn(lengths)
-            pieces = self.stream.pass_over(1)[0]
+            sequence, lengths = self._received.popleft()
+            self._keep_lengths(lengths)
+            pieces = self.stream.advance(1)[0]
             assert sequence.pieces == pieces, "a worker made another sequence than the stream has here"
             sequences.append(sequence)
         return collate(sequences, self.stream.sequence_length(self.stream.k), self.pin)
 
     def ended(self, n: int) -> bool:
-        """Whether fewer than n rows are left, of which there are endlessly many where sources are repeated."""
-        if self._items is None:
-            self._items = self._start()
-        while len(self._waiting) < n and not self._at_end:
-            item = next(self._items)
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+        """Whether fewer than n sequences are left; never where sources are repeated (data.exhausted=repeat)."""
+        if self._messages is None:
+            self._messages = self._start()
+        while len(self._received) < n and not self._at_end:
+            message = next(self._messages)
+            if isinstance(message, Exception):
+                raise message
+            if message is None:
                 self._at_end = True
             else:
-                self._waiting.append(item)
-        return len(self._waiting) < n
+                self._received.append(message)
+        return len(self._received) < n
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As SequenceStream.state_dict, after the last row that was taken."""
+        """SequenceStream.state_dict after the last sequence that was taken."""
         return self.stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """As SequenceStream.load_state_dict; what workers have made ahead is thrown away."""
+        """SequenceStream.load_state_dict; sequences that workers have read ahead are dropped."""
         self.close()
         self.stream.load_state_dict(state)
 
     def jump(self, position: int) -> None:
-        """As SequenceStream.jump; what workers have made ahead is made again, for it may be of another phase."""
+        """SequenceStream.jump; sequences that were read ahead are dropped, because their phase may change."""
         self.close()
         self.stream.jump(position)
 
@@ -125,65 +127,67 @@ class Loader:
         for worker in self._started:
             worker.close()
         self._started.clear()
-        self._items = None
-        self._waiting.clear()
+        self._messages = None
+        self._received.clear()
         self._at_end = False
 
-    def _start(self) -> Iterator[Made]:
+    def _start(self) -> Iterator[Message]:
         if not self.workers:
-            return _make_rows(self.stream.fork(), 0, 1)
+            return _read_sequences(self.stream.fork(), 0, 1)
         for part in range(self.workers):
             self._started.append(_Worker(self.stream, part, self.workers, self._ahead, self._started))
-        return self._in_turn()
+        return self._round_robin()
 
-    def _in_turn(self) -> Iterator[Made]:
+    def _round_robin(self) -> Iterator[Message]:
         while True:
             for worker in self._started:
                 yield worker.receive()
 
-    def _learn(self, lengths: list[Lengths]) -> None:
-        for source, documents, found in lengths:
-            learn = getattr(self.stream.order.sources[source], "learn", None)
-            if learn is not None:
-                learn(documents, found)
+    def _keep_lengths(self, lengths: list[Lengths]) -> None:
+        """Hand lengths to the sources that tokenise on demand, so that the second packing tokenises nothing."""
+        for source, documents, values in lengths:
+            keep_lengths = getattr(self.stream.order.sources[source], "keep_lengths", None)
+            if keep_lengths is not None:
+                keep_lengths(documents, values)
 
 
-def _make_rows(stream: SequenceStream, part: int, parts: int) -> Iterator[Made]:
-    """Row number `part` of the rank and every so many'th after it; None without end where there are no more."""
-    heard: list[Lengths] = []
-    stream.order.heard = lambda *lengths: heard.append(Lengths(*lengths))
+def _read_sequences(stream: SequenceStream, part: int, parts: int) -> Iterator[Message]:
+    """Every `parts`-th sequence of the rank, from number `part` on; then None forever."""
+    lengths: list[Lengths] = []
+    stream.order.on_lengths = lambda *values: lengths.append(Lengths(*values))
     k = stream.next_own(stream.k) + part * stream.ranks
     while True:
         try:
-            yield stream.row(k), list(heard)
+            yield stream.row(k), list(lengths)
         except OutOfDocuments:
             yield None
         except (UserError, OSError) as error:
             yield error
-        heard.clear()
+        lengths.clear()
         k += parts * stream.ranks
 
 
 class _Worker:
-    """A process that makes rows and sends them, some ahead of those that are received."""
+    """A process that reads sequences and sends them, a bounded number ahead of the receiver."""
 
     def __init__(self, stream: SequenceStream, part: int, parts: int, ahead: int, others: "list[_Worker]") -> None:
-        # A fork takes no time and no second copy of what is imported; elsewhere than on Linux it is not safe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.pipe, theirs = context.Pipe(duplex=False)
-        ends = [worker.pipe for worker in [*others, self]] if context.get_start_method() == "fork" else []
-        self.process = context.Process(target=_work, args=(theirs, ends, stream, part, parts, ahead), daemon=True)
-        # What a terminal or a job system sends to all processes is the training process's to answer.
+        forks = sys.platform == "linux"  # a fork takes no time and shares imported modules; it is safe on Linux alone
+        context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
+        self.pipe, sender = context.Pipe(duplex=False)
+        inherited = [worker.pipe for worker in [*others, self]] if forks else []
+        arguments = (sender, inherited, stream, part, parts, ahead)
+        self.process: BaseProcess = context.Process(target=_run_worker, args=arguments, daemon=True)
+        # A terminal or a job system sends these signals to all processes; the training process alone answers them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        # Python ends what is left at its own end by SIGTERM, which a worker does not hear.
+        sender.close()
+        # At its exit Python sends SIGTERM to daemon processes, which workers block.
         Finalize(self, self.process.kill, exitpriority=1)
 
-    def receive(self) -> Made:
+    def receive(self) -> Message:
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
@@ -200,25 +204,25 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(
+def _run_worker(
     pipe: Connection, inherited: list[Connection], stream: SequenceStream, part: int, parts: int, ahead: int
 ) -> None:
-    """What a worker does until it is ended."""
+    """The main function of a worker process, which runs until it is killed."""
     for end in inherited:
-        end.close()  # else a pipe would live as long as any worker, and its end would tell nothing
+        end.close()  # otherwise a dead worker's pipe stays open in the others, and its death is not noticed
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     torch.set_num_threads(1)
-    made: queue.Queue = queue.Queue(ahead)
-    threading.Thread(target=_send, args=(pipe, made), daemon=True).start()
-    for item in _make_rows(stream, part, parts):
-        made.put(item)
+    messages: queue.Queue[Message] = queue.Queue(ahead)
+    threading.Thread(target=_send, args=(pipe, messages), daemon=True).start()
+    for message in _read_sequences(stream, part, parts):
+        messages.put(message)
 
 
-def _send(pipe: Connection, made: queue.Queue) -> None:
+def _send(pipe: Connection, messages: "queue.Queue[Message]") -> None:
     try:
         while True:
-            pipe.send(made.get())
-    except OSError:  # the training process is gone
+            pipe.send(messages.get())
+    except OSError:  # the training process has ended
         os._exit(1)

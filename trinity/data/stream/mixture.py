@@ -1,23 +1,23 @@
-"""How a stretch of the run, a phase, is drawn from the sources and packed.
+"""The mixture of sources: which source the next document comes from, in each phase of the run.
 
-Which source comes next: the one that is furthest behind its weight, counted in tokens that this stream has drawn in
-this phase; so each source's share follows its weight all the time, whatever the lengths of its documents. A stream
-counts as if it had drawn part of a document of each source already, another part in each stream: else all streams
-would begin with the same source, and a phase's first steps would be of one source alone.
+The next document comes from the source that is furthest behind its weight, counted in tokens that this stream has drawn
+in this phase; so each source's share follows its weight throughout, whatever the lengths of its documents. A stream
+starts as if it had already drawn part of a document of each source, a different part in each stream: otherwise all
+streams would begin with the same source, and a phase's first steps would hold one source alone.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from trinity.data.stream.permutation import random_key
+from trinity.data.stream.shuffle import random_key
 from trinity.errors import UserError
 
 
 class LengthBias(NamedTuple):
-    """Longer documents are taken more often: a document of n tokens with probability
-    floor + (ceiling − floor)·min(1, n/tokens). The report, for context extension: 1 %, 90 %, 128k tokens; that the way
-    between is straight is ours.
+    """Prefers longer documents: a document of n tokens is taken with probability
+    floor + (ceiling − floor)·min(1, n/tokens). The report, for context extension: 1 %, 90 %, 128k tokens. Not from the
+    report, which does not say it: the probability is linear in between.
     """
 
     tokens: int
@@ -25,15 +25,15 @@ class LengthBias(NamedTuple):
     ceiling: float
 
     def keep(self, length: int) -> float:
-        """The probability with which a document of so many tokens is taken."""
+        """The probability that a document of `length` tokens is taken."""
         return self.floor + (self.ceiling - self.floor) * min(1.0, length / self.tokens)
 
 
 class Phase(NamedTuple):
-    """Weights of the sources, in their order and summing to 1, and how documents fill rows.
+    """The mixture and the packing from a token count on.
 
-    weights: 0 leaves a source out.
-    rsdb_size: documents a stream's buffer is asked to hold (it holds up to twice as many); 0: sequential packing.
+    weights: of the sources, in their order, summing to 1; 0 leaves a source out.
+    rsdb_size: the size at which a stream's buffer is filled again, to twice that; 0: sequential packing.
     bias: None takes every document.
     """
 
@@ -45,24 +45,24 @@ class Phase(NamedTuple):
         """The source with the largest weight·(all tokens drawn) − (tokens drawn from it); the first of several."""
         if len(self.weights) == 1:
             return 0
-        total, found, most = sum(drawn), 0, -float("inf")
+        total, furthest, most = sum(drawn), 0, -float("inf")
         for source, weight in enumerate(self.weights):
             behind = weight * total - drawn[source]
             if behind > most and weight > 0:
-                found, most = source, behind
-        return found
+                furthest, most = source, behind
+        return furthest
 
     def head_start(self, names: Sequence[str], lengths: Sequence[int], *key: object) -> tuple[int, list[int]]:
-        """The source that a stream begins with, and tokens of each source that it counts as drawn before that.
+        """The source that a stream begins with, and the tokens of each source that count as drawn before that.
 
-        It begins with a source chosen by weight, which has no head start; each of the others has one of up to its first
-        document. So the first rows of many streams hold about the sources' shares, and of two sources neither is ever
-        more than a document away from its weight.
+        The first source is chosen by weight and has no head start; each other source has a head start of up to the
+        length of its first document. So the first sequences of many streams follow the weights approximately, and of
+        two sources neither is ever more than a document away from its weight.
 
         Args:
             names: of the sources.
-            lengths: tokens of the document with which each source would begin.
-            key: what the random numbers are a function of: seed, phase and stream.
+            lengths: tokens of each source's next document.
+            key: seed, phase and stream, which determine the random numbers.
         """
         chance = _uniform(*key, "begin") * sum(self.weights)
         bounds = accumulate(self.weights)

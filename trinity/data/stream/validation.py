@@ -1,7 +1,7 @@
-"""Held-out documents as sequences: in the order of the file, each once, for a loss that can be compared over a run.
+"""Held-out documents as sequences, in the order of the file, each once: the same for every evaluation of a run.
 
-Row i belongs to rank i mod R. All ranks take equally many, or the others would wait in a collective for ever: where the
-rows do not divide, those that lack one get a row without targets, which changes no mean.
+Sequence i belongs to rank i mod R. All ranks get equally many, because evaluation uses collectives: where the number
+does not divide by R, the remaining ranks get a sequence without targets, which changes no mean.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from itertools import islice
 
 import numpy as np
 
+from trinity.data.sources.source import Source
 from trinity.data.stream.collate import PackedSequence, read_pieces
 from trinity.data.stream.packing import Piece
-from trinity.data.stream.shuffle import Source
 from trinity_kernels.cross_entropy import IGNORE
 
 NAME = "validation"
@@ -25,27 +25,27 @@ def validation_sequences(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[PackedSequence]:
-    """Pack the documents one after the other and yield this rank's of the first `count` rows, or of all there are.
+    """Pack the documents one after the other and yield this rank's share of the first `count` sequences.
 
-    The last row of a source may be short: it is filled with BOS, as a document of its own, without targets.
+    The last sequence of a source may be short: it is padded with BOS, as a separate document, without targets.
 
     Args:
         source: held-out documents.
-        sequence_length: tokens of a row.
-        count: rows at most, over all ranks.
-        loss_on_document_start: whether BOS is the target of a document's last token, or nothing.
+        sequence_length: tokens of a sequence.
+        count: sequences at most, over all ranks.
+        loss_on_document_start: BOS is the target of a document's last token; otherwise it has no target.
         rank, ranks: r and R.
     """
     after_document = source.bos_id if loss_on_document_start else IGNORE
     number = -1
-    for number, pieces in enumerate(islice(_rows(source, sequence_length), count)):
+    for number, pieces in enumerate(islice(_packed(source, sequence_length), count)):
         if number % ranks == rank:
             yield _padded(read_pieces(pieces, {NAME: source}, after_document), sequence_length, source.bos_id)
-    if rank > number % ranks:  # the last round of rows did not reach this rank
+    if rank > number % ranks:  # the last sequences did not reach this rank
         yield _padded(PackedSequence(np.empty((3, 0), np.int32), []), sequence_length, source.bos_id)
 
 
-def _rows(source: Source, sequence_length: int) -> Iterator[list[Piece]]:
+def _packed(source: Source, sequence_length: int) -> Iterator[list[Piece]]:
     pieces: list[Piece] = []
     room = sequence_length
     for document in range(source.documents):

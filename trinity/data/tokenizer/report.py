@@ -1,7 +1,7 @@
-"""How many bytes of text a token stands for, by file or language, and how that compares with other tokenizers.
+"""Bytes of text per token of a tokenizer, by file or language, in comparison with other tokenizers.
 
-More bytes per token mean fewer tokens for the same text: shorter sequences, cheaper training. Only documents are
-counted, no BOS, and a special token that a document spells out is text.
+More bytes per token mean fewer tokens for the same text: shorter sequences, cheaper training. BOS is not counted, and a
+special token that a document spells out counts as text.
 """
 
 from collections import Counter, defaultdict
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-from trinity.data.sources.documents import AnyPaths, Document, read_documents
-from trinity.data.sources.file_kinds import readable_kind
+from trinity.data.sources.documents import read_documents, read_with_progress
+from trinity.data.sources.file_formats import readable_kind
+from trinity.data.sources.find_files import Paths
 from trinity.data.sources.inputs import expand_inputs
-from trinity.data.sources.progress import noting_empty_files, read_with_bar
 from trinity.data.tokenizer.tokenizer import load_text_encoder
 from trinity.errors import UserError
 
@@ -27,8 +27,8 @@ class Row(NamedTuple):
     """One group of documents.
 
     label: file name or value of the grouping field; "all" for the sum.
-    documents, text_bytes: how many, and their UTF-8 bytes.
-    tokens: of each tokenizer, the reported one first.
+    documents, text_bytes: their number and their UTF-8 bytes.
+    tokens: by tokenizer, the reported one first.
     """
 
     label: str
@@ -38,12 +38,12 @@ class Row(NamedTuple):
 
     @property
     def bytes_per_token(self) -> list[float]:
-        """Of each tokenizer; 0 where there is no text."""
+        """By tokenizer; 0 for a group without text."""
         return [self.text_bytes / count if count else 0.0 for count in self.tokens]
 
     @property
     def ratios(self) -> list[float]:
-        """Bytes per token of the reported tokenizer over that of each other; above 1 it needs fewer tokens."""
+        """Bytes per token of the reported tokenizer over those of each other one; above 1 it needs fewer tokens."""
         return [other / self.tokens[0] if self.tokens[0] else 0.0 for other in self.tokens[1:]]
 
 
@@ -56,17 +56,17 @@ def tokenizer_report(
     group_by: str | None = None,
     progress: bool = False,
 ) -> list[Row]:
-    """Count tokens of the files' documents.
+    """Count the tokens of the files' documents.
 
     Args:
         tokenizers: folders with tokenizer.json, the reported one first.
         inputs: files, folders, patterns and URLs, as for prepare_data.
         field: name of the text in a JSON line or Parquet row.
         kind: of files in folders and of patterns, if they are mixed (see expand_inputs).
-        group_by: name of the field to group by; None groups by file name. A text file goes by its name always.
+        group_by: name of the field to group by; None groups by file name. A text file is always grouped by its name.
         progress: draw a bar on stderr.
     Returns:
-        A row a group, in the order in which they are met, then the row "all".
+        A row for each group, in order of first appearance, then the row "all".
     Raises:
         UserError: bad files (see read_documents), a document without `group_by`, or a tokenizer that cannot be read.
     """
@@ -115,23 +115,19 @@ def as_values(rows: list[Row], names: list[str]) -> dict:
     }
 
 
-def _labelled(files: AnyPaths, field: str, group_by: str | None, progress: bool) -> Iterator[tuple[str, str]]:
+def _labelled(files: Paths, field: str, group_by: str | None, progress: bool) -> Iterator[tuple[str, str]]:
     """(label, text) of each document with text."""
     names = [Path(str(path)).name for path in files]
     if len(set(names)) < len(names):
         names = [str(path) for path in files]
     labels = iter(()) if group_by is None else _values(files, group_by)
-    for document, label in zip_longest(_counted(files, field, progress), labels):
+    for document, label in zip_longest(read_with_progress(files, field, "counting", progress), labels):
         if document.text:
             yield label or names[document.place.file], document.text
 
 
-def _counted(files: AnyPaths, field: str, progress: bool) -> Iterator[Document]:
-    return noting_empty_files(read_with_bar(files, field, "counting", progress), files)
-
-
-def _values(files: AnyPaths, group_by: str) -> Iterator[str | None]:
-    """What each document holds in another field; None in a text file, which has no fields."""
+def _values(files: Paths, group_by: str) -> Iterator[str | None]:
+    """The value of another field of each document; None for a text file, which has no fields."""
     try:
         for document in read_documents(files, group_by):
             has_fields = readable_kind(files[document.place.file]).name != "text"
@@ -141,7 +137,7 @@ def _values(files: AnyPaths, group_by: str) -> Iterator[str | None]:
 
 
 def _batches(labelled: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """(label, texts of it), a megabyte or so at a time: the library encodes many texts on all cores."""
+    """(label, its texts), about a megabyte at a time: the library encodes many texts on all cores."""
     waiting: dict[str, list[str]] = defaultdict(list)
     size = 0
     for label, text in labelled:

@@ -1,13 +1,13 @@
 """The tokenizer: byte-level BPE with the report's pre-tokenisation (section Tokenizer).
 
-Text is cut before BPE sees it, in four steps, and no token crosses a cut:
-1. runs of digits alone, in threes counted from the right: 1234567 → 1, 234, 567;
-2. runs of scripts that are written without spaces alone;
+The pre-tokenizer cuts a text in four steps, and no token crosses a cut:
+1. separate runs of digits, in threes counted from the right: 1234567 → 1, 234, 567;
+2. separate runs of scripts that are written without spaces;
 3. DeepSeek-V3's main expression: punctuation with letters, words, punctuation, white space;
 4. bytes: each byte is one of 256 printable characters, so that every text has tokens and none is unknown.
 
-A document is `<|begin_of_text|>` and its tokens. Whoever encodes with add_special_tokens=True (transformers does by
-default) gets that BOS; prepare_data encodes without special tokens and puts BOS itself.
+A document is `<|begin_of_text|>` and its tokens. Encoding with add_special_tokens=True (the default of transformers)
+adds that BOS; prepare_data encodes without special tokens and adds BOS itself.
 
 Shapes: V vocabulary.
 """
@@ -26,18 +26,18 @@ from trinity.io.local import make_folder, write_atomically
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 RESERVED = "<|reserved_{}|>"
-SMALLEST = 256 + 3
+MIN_VOCAB_SIZE = 256 + 3
 
 DIGITS = r"\p{N}+"
 
-# The second alternative places the first group so that the rest is a multiple of three; the first then needs no look
-# at the rest, so that a million digits take a million steps. The atomic group keeps that look from backtracking.
+# The second alternative ends the first group where a multiple of three digits is left; the first alternative then needs
+# no lookahead, so that a million digits take a million steps. The atomic group keeps the lookahead from backtracking.
 THREES = r"(?<=\p{N})\p{N}{3}|\p{N}{1,3}(?=(?>(?:\p{N}{3})*)\z)"
 
 NO_SPACES = (
     "["
     "\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff"  # CJK ideographs, extension A, compatibility
-    "\U00020000-\U0003ffff"  # the planes of the later extensions, which hold ideographs alone; the report has A only
+    "\U00020000-\U0003ffff"  # planes of the later extensions, ideographs only; the report has only A
     "\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f"  # hiragana, katakana, half-width katakana
     "\u2e80-\u2eff\u2f00-\u2fdf"  # CJK and Kangxi radicals
     "\u0e00-\u0e7f\u0e80-\u0eff\u1780-\u17ff"  # Thai, Lao, Khmer
@@ -52,25 +52,25 @@ MAIN = "|".join(
         r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",  # a word, with the space before it
         r" ?[\p{P}\p{S}]+[\r\n]*",  # punctuation and symbols, with the newlines after them
         r"\s*[\r\n]+",
-        r"\s+(?!\S)",  # white space, but for the last of it before a word
+        r"\s+(?!\S)",  # white space, except the last one before a word
         r"\s+",
     )
 )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
-    """Learn the merges that occur most often. The same texts give the same tokenizer.
+    """Learn the most frequent merges. The same texts give the same tokenizer.
 
     Args:
         texts: documents, read once.
         vocab_size: V, the number of ids exactly: 3 special tokens, 256 bytes, and merges.
         show_progress: draw the library's progress bars on stderr.
     Raises:
-        UserError: V is below 259, or the texts hold too few pairs that occur twice for that many merges.
+        UserError: V is below 259, or too few pairs occur twice in the texts for that many merges.
     """
-    if vocab_size < SMALLEST:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
-            f"--vocab-size {vocab_size} is too small for 256 bytes and 3 special tokens; use {SMALLEST} or more"
+            f"--vocab-size {vocab_size} is too small for 256 bytes and 3 special tokens; use {MIN_VOCAB_SIZE} or more"
         )
     tok = Tokenizer(models.BPE())
     cuts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in (DIGITS, THREES, NO_SPACES, MAIN)]
@@ -85,11 +85,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tok.train_from_iterator(texts, trainer)
-    reached = vocabulary_size(tok)
-    if reached != vocab_size:
+    size = vocabulary_size(tok)
+    if size != vocab_size:
         raise UserError(
-            f"--vocab-size {vocab_size} is more than the text gives: it ran out of pairs at {reached}; "
-            f"use {reached} or less, or more text"
+            f"--vocab-size {vocab_size} is more than the text gives: it ran out of pairs at {size}; "
+            f"use {size} or less, or more text"
         )
     bos = (BOS, tok.token_to_id(BOS))
     tok.post_processor = processors.TemplateProcessing(f"{BOS} $A", f"{BOS} $A {BOS} $B:1", special_tokens=[bos])
@@ -97,11 +97,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
 
 
 def pad_vocabulary(tok: Tokenizer, multiple: int) -> None:
-    """Fill the vocabulary up with unused special tokens <|reserved_0|>, …, so that its size divides by `multiple`.
+    """Pad the vocabulary with unused special tokens <|reserved_0|>, … to a multiple of `multiple`.
 
-    The embedding and the head have a row an id: a size that divides gives every rank an equal share of rows and every
-    tile of their GEMMs whole. 200,000 ids become 200,192 = 391·512, as the real ones have. What was learned keeps its
-    ids, and the new ones are free for later uses, such as the marks of a chat, without resizing a model.
+    The embedding and the head have one row per id: a padded size gives every rank an equal share of rows, and their
+    GEMMs whole tiles. 200,000 ids become 200,192 = 391·512, as in the report's models. Learned tokens keep their ids;
+    the new ones are free for later uses, such as chat markers, without resizing a model.
 
     Args:
         tok: its ids are 0 … V − 1.
@@ -127,7 +127,7 @@ def save_tokenizer(tok: Tokenizer, directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in a folder: ours, or any byte-level one of Hugging Face's.
+    """The tokenizer in a folder: from tools/train_tokenizer.py, or any byte-level one of Hugging Face.
 
     Raises:
         UserError: there is no tokenizer.json, or it cannot be read.
@@ -137,13 +137,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"{directory} holds no tokenizer.json; make a tokenizer with tools/train_tokenizer.py")
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+    except Exception as error:  # the library raises bare Exception for any damage
         raise UserError(f"{path} cannot be read as a tokenizer ({error}); make it again") from None
 
 
 def load_text_encoder(directory: Path) -> Tokenizer:
-    """The tokenizer in a folder, for documents: nothing is cut off or padded, and a special token that is spelled out
-    in a document is text like any other.
+    """The tokenizer in a folder, set to encode documents: without truncation or padding, and with special tokens that
+    a document spells out encoded as ordinary text.
 
     Raises:
         UserError: there is no tokenizer.json, or it cannot be read.
@@ -156,7 +156,7 @@ def load_text_encoder(directory: Path) -> Tokenizer:
 
 
 def vocabulary_size(tok: Tokenizer) -> int:
-    """V, the rows that a model needs: one more than the largest id, special tokens included."""
+    """V, the rows that a model needs: the largest id plus one, special tokens included."""
     return max(tok.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -164,7 +164,7 @@ def bos_id(tok: Tokenizer) -> int:
     """The id that every document begins with.
 
     Raises:
-        UserError: the tokenizer does not know <|begin_of_text|>.
+        UserError: the tokenizer has no <|begin_of_text|>.
     """
     token = tok.token_to_id(BOS)
     if token is None:
@@ -173,7 +173,7 @@ def bos_id(tok: Tokenizer) -> int:
 
 
 def fingerprint(directory: Path) -> str:
-    """Hash of tokenizer.json: equal where the same text has the same ids.
+    """Hash of tokenizer.json: equal fingerprints give the same ids.
 
     Raises:
         UserError: there is no tokenizer.json.
@@ -185,9 +185,9 @@ def fingerprint(directory: Path) -> str:
 
 
 def token_byte_lengths(tok: Tokenizer) -> Tensor:
-    """[V] int64: bytes of text that each id stands for, 0 for special tokens.
+    """[V] int64: bytes of text of each id, 0 for special tokens.
 
-    The lengths over a text's ids sum to len(text.encode()), where no special token is spelled out in the text.
+    The lengths over a text's ids sum to len(text.encode()), unless the text spells out a special token.
 
     Raises:
         UserError: the tokenizer is not byte-level.

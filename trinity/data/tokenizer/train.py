@@ -1,9 +1,9 @@
-"""Training a tokenizer from files, once: the same command again finds it there.
+"""Train a tokenizer from files, once: the same command again finds the finished tokenizer.
 
-More text than is wanted is sampled: documents are taken by a hash of their place, so that the sample is spread evenly
-over all inputs and is the same every time. Which hashes fit is found by a first pass that only adds up bytes; the
-second hands the chosen documents to the trainer, one at a time. So neither holds more than a document and some
-megabytes of counts, and what the trainer holds, its table of distinct words, is bounded by the sample.
+--sample-bytes samples the text: documents are chosen by a hash of their position, so that the sample is spread evenly
+over all inputs and is the same every time. A first pass over the files adds up bytes to find which hashes fit; the
+second passes the chosen documents to the trainer, one at a time. So both hold one document and some megabytes of
+counts, and the trainer's table of distinct words is bounded by the sample.
 """
 
 import hashlib
@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from trinity.data.sources.documents import AnyPaths, Document, Position
+from trinity.data.sources.documents import Document, Position, read_with_progress
+from trinity.data.sources.find_files import Paths
 from trinity.data.sources.inputs import FileInputs, expand_inputs
-from trinity.data.sources.progress import noting_empty_files, read_with_bar
 from trinity.data.tokenizer.tokenizer import pad_vocabulary, save_tokenizer, train_tokenizer
 from trinity.errors import UserError
 from trinity.io.json_files import read_json, write_json
 
 MADE_FROM = "made_from.json"
-# A sample is whole buckets of documents, so it misses what was asked by up to a millionth of the text, or a document.
 BUCKETS = 1 << 20
+"""A sample is whole buckets of documents, so it differs from --sample-bytes by up to a millionth of the text, or one
+document."""
 
 
 def train_from_files(
@@ -42,16 +43,16 @@ def train_from_files(
     Args:
         inputs: files, folders, patterns and URLs, as for prepare_data.
         vocab_size: ids, exactly, before padding.
-        out: folder for the tokenizer; new, empty, or that of an equal command.
+        out: folder for the tokenizer; new, empty, or written by the same command.
         field: name of the text in a JSON line or Parquet row.
         kind: of files in folders and of patterns, if they are mixed (see expand_inputs).
-        sample_bytes: learn from a sample of documents with about so many bytes of text in all; None: from all.
+        sample_bytes: learn from a sample of documents with about this many bytes of text; None: from all documents.
         seed: of the sample.
-        pad_to_multiple: fill up with unused special tokens to a multiple of this (see pad_vocabulary).
+        pad_to_multiple: pad with unused special tokens to a multiple of this (see pad_vocabulary).
         force: replace what is in `out`.
         progress: draw bars on stderr.
     Returns:
-        True; False if the tokenizer was there already, made from the same inputs with the same settings.
+        True; False if the same command has already written the tokenizer.
     Raises:
         UserError: bad inputs, too little text for `vocab_size`, or something else in `out`.
     """
@@ -70,51 +71,51 @@ def train_from_files(
         "seed": None if sample_bytes is None else seed,
         "pad_to_multiple": pad_to_multiple,
     }
-    made_from = _given(settings)
+    made_from = _without_none(settings)
     if not force and out.exists() and any(out.iterdir()):
-        if _given(read_json(out / MADE_FROM) or {}) == made_from:
+        if _without_none(read_json(out / MADE_FROM) or {}) == made_from:
             return False
         raise UserError(f"--out {out} holds something else already; give a new folder, or --force to write over it")
     tok = train_tokenizer(_texts(files, field, sample_bytes, seed, progress), vocab_size, progress)
     if pad_to_multiple is not None:
         pad_vocabulary(tok, pad_to_multiple)
-    (out / MADE_FROM).unlink(missing_ok=True)  # a kill between the files must not leave another tokenizer's
+    (out / MADE_FROM).unlink(missing_ok=True)  # after a kill between the files it would describe another tokenizer
     save_tokenizer(tok, out)
     write_json(out / MADE_FROM, made_from)
     return True
 
 
-def _given(settings: dict) -> dict:
-    """Settings without those that are None, so that a new option makes no older folder a stranger."""
+def _without_none(settings: dict) -> dict:
+    """Settings without those that are None, so that a folder from before a new option still matches."""
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _texts(files: AnyPaths, field: str, sample_bytes: int | None, seed: int, progress: bool) -> Iterator[str]:
+def _texts(files: Paths, field: str, sample_bytes: int | None, seed: int, progress: bool) -> Iterator[str]:
     if sample_bytes is None:
-        for document in noting_empty_files(read_with_bar(files, field, "reading", progress), files):
-            yield document.text
+        for document in read_with_progress(files, field, "reading", progress):
+            yield document.text or ""
         return
-    end = _sample_end(noting_empty_files(read_with_bar(files, field, "measuring", progress), files), sample_bytes, seed)
-    for document in read_with_bar(files, field, "reading the sample", progress):
+    end = _sample_end(read_with_progress(files, field, "measuring", progress), sample_bytes, seed)
+    for document in read_with_progress(files, field, "reading the sample", progress, note_empty=False):
         if _bucket(document.place, seed) < end:
-            yield document.text
+            yield document.text or ""
 
 
 def _sample_end(documents: Iterator[Document], sample_bytes: int, seed: int) -> int:
-    """The buckets [0, end) hold at most `sample_bytes` of text, and the next one would exceed it.
+    """The largest `end` for which buckets [0, end) hold at most `sample_bytes` of text.
 
-    If already the first bucket with text exceeds it, it is the sample: one document, as good as always.
+    If the first bucket with text exceeds `sample_bytes`, it is the sample; almost always it is one document.
     """
     bytes_B = np.zeros(BUCKETS, np.int64)
     for document in documents:
-        bytes_B[_bucket(document.place, seed)] += len(document.text.encode())
-    up_to_B = np.cumsum(bytes_B)
-    end = np.searchsorted(up_to_B, sample_bytes, side="right")
-    first_with_text = np.searchsorted(up_to_B, 1)
+        bytes_B[_bucket(document.place, seed)] += len((document.text or "").encode())
+    total_B = np.cumsum(bytes_B)
+    end = np.searchsorted(total_B, sample_bytes, side="right")
+    first_with_text = np.searchsorted(total_B, 1)
     return int(max(end, first_with_text + 1))
 
 
 def _bucket(place: Position, seed: int) -> int:
-    """A number below BUCKETS, as good as random, that a document has by its place."""
+    """A document's bucket, below BUCKETS: a hash of its position."""
     digest = hashlib.blake2b(f"{seed}/{place.file}/{place.item}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % BUCKETS

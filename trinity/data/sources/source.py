@@ -1,0 +1,35 @@
+"""The interface of a source: documents as token ids, whatever they are stored as."""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Source(Protocol):
+    """Documents as token ids: prepared shards (shards.TokenSource), or text tokenised on demand (text.TextSource).
+
+    Attributes:
+        documents, tokens: how many; BOS counts as a token.
+        lookahead: documents whose lengths are requested at once.
+        vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer.
+        fingerprint: hash of the content.
+    """
+
+    lookahead: int
+    documents: int
+    vocab_size: int
+    bos_id: int
+    tokenizer_fingerprint: str
+    fingerprint: str
+
+    @property
+    def tokens(self) -> int: ...
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """[n] int64: tokens of each of the documents [n], BOS counted."""
+
+    def length(self, document: int) -> int:
+        """Tokens of one document, BOS counted."""
+
+    def read(self, document: int, start: int, length: int) -> np.ndarray:
+        """[length] ids of a document, from token `start` on."""
