@@ -1,4 +1,4 @@
-"""The balancing rules against their equations, written out expert by expert in Python's float64."""
+"""The balancing rules against their equations, computed expert by expert with Python floats."""
 
 import math
 
@@ -67,7 +67,7 @@ def test_float64_equals_to_the_last_digits() -> None:
     torch.testing.assert_close(new_momentum, torch.tensor(plain_momentum, dtype=torch.float64), rtol=1e-13, atol=0)
 
 
-def test_layers_are_updated_on_their_own_and_one_without_tokens_keeps_its_state() -> None:
+def test_layers_are_independent_and_a_layer_without_tokens_keeps_its_state() -> None:
     torch.manual_seed(0)
     counts_LE = torch.randint(0, 50, (3, 8))
     counts_LE[1] = 0
@@ -85,8 +85,8 @@ def test_layers_are_updated_on_their_own_and_one_without_tokens_keeps_its_state(
         assert not torch.equal(new_bias[layer], bias_LE[layer])
 
 
-def test_counts_beyond_fp32_are_seen_exactly() -> None:
-    """2²⁴+1 is no fp32 number: rounded, the expert that has exactly the mean would seem to be off it."""
+def test_counts_beyond_fp32_are_exact() -> None:
+    """2²⁴+1 is no fp32 number: rounded, the expert with exactly the mean would seem to differ from it."""
     counts = torch.tensor([2**24, 2**24 + 1, 2**24 + 2])
     assert sign_update(torch.zeros(3), counts, gamma=0.5).tolist() == [0.5, 0.0, -0.5]
 
@@ -123,7 +123,7 @@ def test_sequence_loss_follows_the_equation(B, S, E, K, dtype) -> None:
     torch.testing.assert_close(loss_B.double(), torch.tensor(plain, dtype=torch.float64), rtol=bound, atol=0)
 
 
-def test_sequence_loss_has_its_gradient_through_the_shares_alone() -> None:
+def test_sequence_loss_has_gradient_through_the_shares_alone() -> None:
     """dL/ds_tj = (f_j − Σ_i f_i p_ti) / (T Σ_i s_ti), with f a constant."""
     torch.manual_seed(2)
     B, S, E, K = 2, 9, 6, 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trinity.command_line import local_path, place
+from trinity.command_line import local_path, path_or_url
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path for folder in ("tools", "launch") for path in (ROOT / folder).rglob("*.py"))
@@ -19,14 +19,14 @@ def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only at the beginning; a URL and an ordinary path stay what they are."""
     monkeypatch.setenv("HOME", "/home/somebody")
     assert local_path("~/a/~b") == Path("/home/somebody/a/~b")
-    assert place("~/x/**/*.txt") == "/home/somebody/x/**/*.txt"
-    assert place("~") == "/home/somebody"
+    assert path_or_url("~/x/**/*.txt") == "/home/somebody/x/**/*.txt"
+    assert path_or_url("~") == "/home/somebody"
     user = pwd.getpwuid(os.getuid())
-    assert place(f"~{user.pw_name}/a") == f"{user.pw_dir}/a"
+    assert path_or_url(f"~{user.pw_name}/a") == f"{user.pw_dir}/a"
     for text in ("a/~/b", "./~", "s3://bucket/~/a", "/x"):
-        assert place(text) == text
+        assert path_or_url(text) == text
         assert str(local_path("b/~")) == "b/~"
-    with pytest.raises(argparse.ArgumentTypeError, match=r"~no-such-user is no user's home .* write \./~no-such"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"~no-such-user is not a user's home .* write \./~no-such"):
         local_path("~no-such-user/a")
 
 

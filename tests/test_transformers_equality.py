@@ -1,4 +1,4 @@
-"""Our model is transformers' AfMoE: the same experts, logits and gradients, over configs that differ in every field.
+"""Trinity equals transformers' AfMoE: same experts, logits and gradients, over configs that differ in every field.
 
 Both run in fp32 and add the same numbers in another order, so results differ by a few units of 2⁻²⁴ per sum, and sums
 follow each other through the layers: 3e-5 of the largest value is five times what is seen. A wrong equation shows at
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from trinity.interop.weight_map import correspondence
+from trinity.interop.weight_map import weight_map
 from trinity.models import ModelConfig, Trinity
 
 BOUND = 3e-5
@@ -67,28 +67,28 @@ CONFIGS = {
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
-def pair(request: pytest.FixtureRequest) -> tuple[Trinity, AfmoeForCausalLM]:
-    """Our model and theirs with the same weights."""
+def models(request: pytest.FixtureRequest) -> tuple[Trinity, AfmoeForCausalLM]:
+    """Trinity and transformers' model with the same weights."""
     return make_pair(ModelConfig(**request.param))
 
 
 def make_pair(config: ModelConfig) -> tuple[Trinity, AfmoeForCausalLM]:
-    ours = Trinity(config)
-    ours.init_weights(3)
+    model = Trinity(config)
+    model.init_weights(3)
     torch.manual_seed(4)
     with torch.no_grad():
-        for name, parameter in ours.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith("gain"):  # all equal, a gain taken for another would not show
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
-        for block in ours.blocks:
+        for block in model.blocks:
             if block.sparse:  # wide enough to decide many of the choices
                 block.ffn.expert_bias.uniform_(-0.3, 0.3)
-    theirs = AfmoeForCausalLM(their_config(config))
-    theirs.load_state_dict(fused(ours.state_dict(), config))
-    return ours, theirs
+    hf_model = AfmoeForCausalLM(hf_config(config))
+    hf_model.load_state_dict(fused(model.state_dict(), config))
+    return model, hf_model
 
 
-def their_config(config: ModelConfig) -> AfmoeConfig:
+def hf_config(config: ModelConfig) -> AfmoeConfig:
     return AfmoeConfig(
         vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.dense_width,
         moe_intermediate_size=config.expert_width, num_hidden_layers=config.layers,
@@ -103,22 +103,22 @@ def their_config(config: ModelConfig) -> AfmoeConfig:
 
 
 def fused(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors under our names → under theirs in memory, where the experts of a layer are two tensors."""
-    found = {}
-    for name, ours, index in correspondence(config):
-        if ours in tensors and ".experts." not in name:
-            found[name] = tensors[ours][index]
+    """Tensors by Trinity's names → by transformers' in-memory names, where a layer's experts are two tensors."""
+    renamed = {}
+    for name, model, index in weight_map(config):
+        if model in tensors and ".experts." not in name:
+            renamed[name] = tensors[model][index]
     for layer in range(config.dense_layers, config.layers):
         experts = f"model.layers.{layer}.mlp.experts"
-        found[f"{experts}.gate_up_proj"] = tensors[f"blocks.{layer}.ffn.experts.gate_up"].flatten(1, 2)
-        found[f"{experts}.down_proj"] = tensors[f"blocks.{layer}.ffn.experts.down"]
-    return found
+        renamed[f"{experts}.gate_up_proj"] = tensors[f"blocks.{layer}.ffn.experts.gate_up"].flatten(1, 2)
+        renamed[f"{experts}.down_proj"] = tensors[f"blocks.{layer}.ffn.experts.down"]
+    return renamed
 
 
-def record_choices(ours: Trinity, theirs: AfmoeForCausalLM) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """From now on: the experts that each MoE layer chooses, ours and theirs [T, K]."""
+def record_choices(model: Trinity, hf_model: AfmoeForCausalLM) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Record the experts that each MoE layer of both models chooses from now on, [T, K]."""
     records = []
-    for block, layer in zip(ours.blocks, theirs.model.layers):
+    for block, layer in zip(model.blocks, hf_model.model.layers):
         if block.sparse:
             chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
             # (gates, scores, indices, counts) and (logits, gates, indices)
@@ -129,56 +129,56 @@ def record_choices(ours: Trinity, theirs: AfmoeForCausalLM) -> list[tuple[list[T
 
 
 def assert_same_choices(records: list[tuple[list[Tensor], list[Tensor]]]) -> None:
-    for ours, theirs in records:
-        assert torch.equal(torch.cat(ours).sort().values, torch.cat(theirs).sort().values)
+    for model, hf_model in records:
+        assert torch.equal(torch.cat(model).sort().values, torch.cat(hf_model).sort().values)
 
 
 def random_tokens(config: ModelConfig) -> Tensor:
     return torch.randint(config.vocab_size, (2, SEQUENCE), generator=torch.Generator().manual_seed(5))
 
 
-def distance(some: Tensor, other: Tensor) -> float:
+def distance(actual: Tensor, reference: Tensor) -> float:
     """Largest difference, as a fraction of the largest value."""
-    return ((some - other).abs().max() / other.abs().max()).item()
+    return ((actual - reference).abs().max() / reference.abs().max()).item()
 
 
-def test_logits_and_gradients(pair: tuple[Trinity, AfmoeForCausalLM]) -> None:
+def test_logits_and_gradients(models: tuple[Trinity, AfmoeForCausalLM]) -> None:
     """Every parameter's gradient of cross-entropy with z-loss, router, gains and experts among them."""
-    ours, theirs = pair
-    tokens_BS, records, z = random_tokens(ours.config), record_choices(ours, theirs), 0.01
-    logits_BSV = theirs(tokens_BS).logits
-    assert distance(ours(tokens_BS), logits_BSV) < BOUND
+    model, hf_model = models
+    tokens_BS, records, z = random_tokens(model.config), record_choices(model, hf_model), 0.01
+    logits_BSV = hf_model(tokens_BS).logits
+    assert distance(model(tokens_BS), logits_BSV) < BOUND
     assert_same_choices(records)
 
     targets_BS = tokens_BS.roll(-1, 1)
-    ours(tokens_BS, targets_BS=targets_BS, z=z).token_loss.backward()
-    their_loss = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="sum")
-    (their_loss + z * logits_BSV.logsumexp(-1).square().sum()).backward()
-    got = fused({name: parameter.grad for name, parameter in ours.named_parameters()}, ours.config)
-    wanted = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
-    assert got.keys() == wanted.keys()
+    model(tokens_BS, targets_BS=targets_BS, z=z).token_loss.backward()
+    hf_loss = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), reduction="sum")
+    (hf_loss + z * logits_BSV.logsumexp(-1).square().sum()).backward()
+    got = fused({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
+    expected = {name: parameter.grad for name, parameter in hf_model.named_parameters() if parameter.requires_grad}
+    assert got.keys() == expected.keys()
     # where terms cancel to 0 (queries that see one key; the gate of one active expert), rounding is all that is left
-    noise = 1e-6 * max(gradient.abs().max() for gradient in wanted.values())
-    for name, gradient in wanted.items():
+    noise = 1e-6 * max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
         assert (got[name] - gradient).abs().max() < BOUND * gradient.abs().max() + noise, name
 
 
 def test_packed_documents_are_separate_documents() -> None:
-    """A row of documents with document ids gives what transformers gives of each alone, without padding or mask.
+    """A packed row with document ids gives the logits that transformers gives for each document alone.
 
     The window (7) is shorter than some documents and longer than others. Positions run on through the row, so RoPE's
     angles are other fp32 numbers than those of a document that starts at 0; their differences are the same to 1e-6.
     """
-    ours, theirs = make_pair(ModelConfig(**SMALL))
+    model, hf_model = make_pair(ModelConfig(**SMALL))
     lengths = [[1, 12, 6], [9, 10]]
-    tokens_BS, records = random_tokens(ours.config), record_choices(ours, theirs)
+    tokens_BS, records = random_tokens(model.config), record_choices(model, hf_model)
     ids_BS = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
-    packed_BSV = ours(tokens_BS, document_ids_BS=ids_BS)
+    packed_BSV = model(tokens_BS, document_ids_BS=ids_BS)
     alone = [
-        theirs(document.unsqueeze(0)).logits[0]
+        hf_model(document.unsqueeze(0)).logits[0]
         for row, row_lengths in zip(tokens_BS, lengths)
         for document in row.split(row_lengths)
     ]
     assert_same_choices(records)
     assert distance(packed_BSV.flatten(0, 1), torch.cat(alone)) < BOUND
-    assert distance(ours(tokens_BS).flatten(0, 1), torch.cat(alone)) > 1e-2, "without ids attention must cross"
+    assert distance(model(tokens_BS).flatten(0, 1), torch.cat(alone)) > 1e-2, "without ids attention must cross"

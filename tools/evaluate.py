@@ -1,10 +1,10 @@
-"""Measures a Hugging Face folder of an AfMoE model: perplexity and multiple choice of files, and tasks of lm-eval.
+"""Evaluate a Hugging Face folder of an AfMoE model: perplexity, multiple choice, and tasks of lm-eval.
 
-Files need no network and no other package: the folder is read by trinity itself, which computes as in training.
-  --text      perplexity and bits per byte of texts (files as for prepare_data.py) or of token shards
-  --choices   JSONL lines {"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}
-  --tasks     names of lm-evaluation-harness, which runs transformers: pip install "trinity-moe[evaluation]"
-With --packed, --window is the length of packed rows: the figure is then the validation loss of a run on the same rows.
+--text and --choices need no network and no other package: Trinity loads the folder and computes as in training.
+  --text      perplexity and bits per byte of text (files as for prepare_data.py) or of token shards
+  --choices   multiple choice: JSONL lines {"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}
+  --tasks     tasks of lm-evaluation-harness, run by transformers: pip install "trinity-moe[evaluation]"
+With --packed, --window is the length of packed rows: the result is the validation loss of a run on the same rows.
 
 Example: python tools/evaluate.py runs/smoke/hf/final --text data/smoke/corpus/code.validation.jsonl --limit 50
          python tools/evaluate.py out/nano --tasks arc_easy,hellaswag --limit 100 --device cuda --json figures.json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from trinity.command_line import HelpFormatter, local_path, place
+from trinity.command_line import HelpFormatter, local_path, path_or_url
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.sources.find_files import note
 from trinity.data.sources.shards import TokenSource
@@ -33,11 +33,11 @@ from trinity.models.trinity import Trinity
 
 Results = dict[str, dict[str, float]]
 WINDOW = 2048
-"""Tokens of a window where the model has as many positions. Ours."""
+"""Default context, in tokens, if the model has as many positions. Not from the report."""
 
 
 def main() -> None:
-    """Measure all that is asked for and print one table."""
+    """Run all evaluations of the command line and print one table."""
     options = parse()
     check(options)
     results: Results = {}
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Results:
-    """Perplexity of each --text."""
+    """Perplexity of each --text argument."""
     if not options.text:
         return {}
     byte_lengths_V = token_byte_lengths(load_tokenizer(options.folder))
@@ -92,7 +92,7 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
 
 
 def text_sources(vocab_size: int, options: argparse.Namespace) -> Iterator[tuple[str, TokenSource | TextSource]]:
-    """Each --text and its documents; of several that name the same files the first alone."""
+    """(argument, documents) of each --text argument; of arguments with the same files only the first."""
     measured: list[set[Path]] = []
     for given in options.text:
         source = open_documents(given, options.folder, options.field, vocab_size, options.kind)
@@ -105,7 +105,7 @@ def text_sources(vocab_size: int, options: argparse.Namespace) -> Iterator[tuple
 
 
 def choice_results(model: Trinity, window: int, options: argparse.Namespace) -> Results:
-    """Accuracy of each --choices."""
+    """Accuracy of each --choices file."""
     results: Results = {}
     for path in {path.resolve(): path for path in options.choices}.values():
         items = read_items(path, options.limit)
@@ -123,15 +123,15 @@ def choice_results(model: Trinity, window: int, options: argparse.Namespace) -> 
 
 
 def table(results: Results) -> str:
-    """A line for each figure."""
+    """Format the results: one line per metric."""
     rows = [(task, name, f"{value:.6g}") for task, figures in results.items() for name, value in figures.items()]
     rows.insert(0, ("task", "figure", "value"))
-    wide = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what means nothing."""
+    """Refuse options that cannot be used."""
     if not (options.text or options.choices or options.tasks):
         raise UserError("there is nothing to measure; give --text, --choices or --tasks")
     for name in ("limit", "window", "stride", "batch_tokens"):
@@ -140,36 +140,38 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
     try:
         torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError):  # no such kind, none here, or not so many
-        raise UserError(f"--device {options.device} is not there; use cpu") from None
+    except (RuntimeError, AssertionError):  # unknown device type, none on this machine, or too high an index
+        raise UserError(f"--device {options.device} is not available; use cpu") from None
 
 
 def parse() -> argparse.Namespace:
-    """The command line's words."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("folder", type=local_path, metavar="HF_DIR", help="where the model and its tokenizer are")
-    parser.add_argument("--text", nargs="+", type=place, default=[], metavar="FILES", help="texts, or token shards")
-    parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
-    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
+    parser.add_argument("folder", type=local_path, metavar="HF_DIR", help="folder with the model and its tokenizer")
     parser.add_argument(
-        "--choices", nargs="+", type=local_path, default=[], metavar="FILE", help="multiple choice, JSONL"
+        "--text", nargs="+", type=path_or_url, default=[], metavar="FILES", help="text files or token shards"
+    )
+    parser.add_argument("--field", default="text", help="name of the text in a JSON line or Parquet row (%(default)s)")
+    parser.add_argument("--kind", choices=CHOICES, help="kind of files to read, if there are several")
+    parser.add_argument(
+        "--choices", nargs="+", type=local_path, default=[], metavar="FILE", help="multiple choice items, JSONL"
     )
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval")
-    parser.add_argument("--task-folder", type=local_path, metavar="DIR", help="YAML files of further tasks for lm-eval")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents, packed rows or items of each, at most")
-    parser.add_argument("--window", type=int, help=f"context in tokens; by default {WINDOW}, or its positions if fewer")
-    parser.add_argument("--stride", type=int, help="how far the window moves on; half of it by default")
-    parser.add_argument("--packed", action="store_true", help="pack documents into rows, as validation in a run does")
-    parser.add_argument("--document-mask", action="store_true", help="--packed: attention never crosses a document")
+    parser.add_argument("--task-folder", type=local_path, metavar="DIR", help="folder with YAML files of further tasks")
+    parser.add_argument("--limit", type=int, metavar="N", help="most documents, packed rows or items of each")
+    parser.add_argument("--window", type=int, help=f"tokens of context (by default {WINDOW}, or all positions)")
+    parser.add_argument("--stride", type=int, help="tokens by which the window moves; by default half of it")
+    parser.add_argument("--packed", action="store_true", help="pack documents into rows, as in a run's validation")
+    parser.add_argument("--document-mask", action="store_true", help="--packed: no attention between documents")
     parser.add_argument(
         "--no-loss-on-document-start", action="store_true", help="--packed: as data.loss_on_document_start=false"
     )
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a forward pass (%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens in a forward pass (%(default)s)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrices (%(default)s)"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="data type of the matrices (%(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures as values")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the results as JSON")
     return parser.parse_args()
 
 

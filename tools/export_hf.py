@@ -1,5 +1,5 @@
-"""Writes a run's checkpoint as a Hugging Face folder that transformers, vLLM and llama.cpp read.
-Under torchrun each process holds a part of it, for a model too large for one.
+"""Export a run's checkpoint as a Hugging Face folder that transformers, vLLM and llama.cpp read.
+For a model too large for one process, use torchrun: each process loads a part of it.
 
 Example: python tools/export_hf.py runs/smoke out/smoke-hf --dtype bfloat16 --verify
 """
@@ -22,11 +22,12 @@ from trinity.training.run_tokenizer import run_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 VERIFY_BOUND = 1e-4
-"""Of the largest |logit|: sums in fp32 in another order differ by 1e-6 a layer or so, another expert by 1e-2."""
+"""Largest difference, relative to the largest |logit|. Another order of fp32 sums differs by about 1e-6 per layer,
+another expert by 1e-2."""
 
 
 def main() -> int:
-    """Export, and compare with transformers where asked to."""
+    """Export the checkpoint and, with --verify, compare it with transformers."""
     options = parse()
     load = load_sharded_model if world_size() > 1 else load_model
     model, config, step = load(options.run_dir, options.step)
@@ -42,26 +43,26 @@ def main() -> int:
 
 
 def verify(folder: Path, config: ModelConfig) -> int:
-    """Compare logits of random tokens and say what came out; the exit code."""
+    """Compare logits on random tokens with transformers and print the result; returns the exit code."""
     length = min(256, config.max_positions)
     tokens_BS = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     difference, largest = largest_logit_difference(folder, folder, tokens_BS)
-    print(f"transformers' logits differ from ours by {difference:.2e} at most; the largest is {largest:.3g}")
+    print(f"transformers' logits differ by at most {difference:.2e}; the largest logit is {largest:.3g}")
     if difference <= VERIFY_BOUND * largest:
         return 0
-    print(f"error: that is more than {VERIFY_BOUND:.0e} of it; do not use {folder}", file=sys.stderr)
+    print(f"error: that is more than {VERIFY_BOUND:.0e} of the largest logit; do not use {folder}", file=sys.stderr)
     return FAILURE
 
 
 def parse() -> argparse.Namespace:
-    """The command line's words."""
+    """Parse the command line."""
     summary, example = __doc__.strip().split("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=example, formatter_class=HelpFormatter)
-    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR", help="directory of a run with a checkpoint")
+    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR", help="run directory with a checkpoint")
     parser.add_argument("out_dir", type=local_path, metavar="OUT_DIR", help="folder to make")
-    parser.add_argument("--step", type=int, help="which checkpoint; the newest complete one by default")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="format of the matrices")
-    parser.add_argument("--verify", action="store_true", help="compare logits with transformers afterwards, in fp32")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; by default the newest complete one")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="data type of the matrices")
+    parser.add_argument("--verify", action="store_true", help="afterwards compare logits with transformers, in fp32")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT_DIR")
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""Draw a run as one small picture: loss and expert imbalance over tokens.
+"""Plot a run as a small picture for a README or a note: loss and expert imbalance over tokens.
 
     python tools/plot_run.py runs/smoke --out smoke.svg
 
-The report (tools/report.py) has all of it, and more; this is a file to put into a README or a note.
+For all charts write a report with tools/report.py.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from trinity.errors import run_main
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=local_path, metavar="RUN_DIR", help="run directory")
     parser.add_argument(
@@ -22,11 +22,11 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Draw the picture and print where it is."""
+    """Write the plot and print its path."""
     arguments = parse()
-    from trinity.reporting.picture import save_picture
+    from trinity.reporting.run_plot import save_plot
 
-    print(save_picture(arguments.run, arguments.out))
+    print(save_plot(arguments.run, arguments.out))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Before a long run: measure every rank and every link, and name the slow ones.
+"""Measure every rank and every link before a long run, and name the slow ones.
 
 torchrun --standalone --nproc-per-node 8 tools/preflight.py
 PREFLIGHT=1 sbatch --nodes=256 launch/slurm.sh configs/large.yaml
@@ -46,24 +46,24 @@ def main() -> int:
     from trinity.parallel import preflight
     from trinity.parallel.preflight_report import find_outliers, mismatches, sentence, table
 
-    device = preflight.join()
-    effort = preflight.usual_effort(device.type == "cuda", arguments.quick)
-    given = {name: getattr(arguments, name) for name in effort._fields if getattr(arguments, name) is not None}
-    effort = effort._replace(**given)
-    reports = preflight.examine(effort, device)
+    device = preflight.init_process_group()
+    workload = preflight.default_workload(device.type == "cuda", arguments.quick)
+    given = {name: getattr(arguments, name) for name in workload._fields if getattr(arguments, name) is not None}
+    workload = workload._replace(**given)
+    reports = preflight.measure(workload, device)
     rank = dist.get_rank()
     dist.destroy_process_group()
-    odd = find_outliers(reports, arguments.threshold / 100)
-    differing = mismatches(reports)
+    outliers = find_outliers(reports, arguments.threshold / 100)
+    version_mismatches = mismatches(reports)
     if rank == 0:
         print(table(reports))
-        print("\n".join([*map(sentence, odd), *differing]) or "no rank and no node stands out")
+        print("\n".join([*map(sentence, outliers), *version_mismatches]) or "no rank and no node stands out")
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            found = {"effort": effort._asdict(), "threshold": arguments.threshold / 100, "ranks": reports}
-            found |= {"odd": [one._asdict() for one in odd], "mismatches": differing}
-            write_json(arguments.json, found)
-    return 1 if odd or differing else 0
+            written = {"effort": workload._asdict(), "threshold": arguments.threshold / 100, "ranks": reports}
+            written |= {"odd": [outlier._asdict() for outlier in outliers], "mismatches": version_mismatches}
+            write_json(arguments.json, written)
+    return 1 if outliers or version_mismatches else 0
 
 
 if __name__ == "__main__":

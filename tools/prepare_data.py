@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 
-from trinity.command_line import HelpFormatter, local_path, place
+from trinity.command_line import HelpFormatter, local_path, path_or_url
 from trinity.data.prepare.prepare import SHARD_TOKENS, prepare_data
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.sources.inputs import Dataset
@@ -29,10 +29,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", nargs="+", type=place, metavar="INPUT", help="files, folders, patterns, URLs: in this order"
+        "--input", nargs="+", type=path_or_url, metavar="INPUT", help="files, folders, patterns, URLs: in this order"
     )
     source.add_argument(
-        "--dataset", type=place, metavar="NAME", help="a data set of the Hugging Face hub, or its folder; streamed"
+        "--dataset",
+        type=path_or_url,
+        metavar="NAME",
+        help="a data set of the Hugging Face hub, or its folder; streamed",
     )
     parser.add_argument("--config", help="with --dataset: which configuration of it")
     parser.add_argument("--split", help="with --dataset: which part of it (train)")

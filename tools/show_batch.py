@@ -32,7 +32,7 @@ def main() -> None:
     from trinity.config import load_config
     from trinity.config.paths import check_paths
     from trinity.data.tokenizer.tokenizer import load_tokenizer
-    from trinity.training.build_data import go_near, open_stream
+    from trinity.training.build_data import open_stream, seek_near
     from trinity.training.run_tokenizer import tokenizer_to_read, with_tokenizer
 
     config = load_config(arguments.config, arguments.settings)
@@ -42,7 +42,7 @@ def main() -> None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")
     config = with_tokenizer(config, folder)
     tokenizer, stream = load_tokenizer(folder), open_stream(config, rank=0, ranks=1)
-    go_near(stream, config, arguments.step - 1)
+    seek_near(stream, config, arguments.step - 1)
     first, sequences = stream.first_of(arguments.step - 1), stream.plan.at(arguments.step - 1).sequences
     batch = stream.batch(arguments.step - 1)
     for row in range(min(sequences, arguments.rows or sequences)):

@@ -1,4 +1,4 @@
-"""The end of `make smoke`: export the run, check it against transformers, print a sample and one summary line.
+"""The last part of `make smoke`: export the run, compare it with transformers, print a sample and one summary line.
 
 python tools/smoke_summary.py runs/smoke --out runs/smoke/hf/final
 """
@@ -16,15 +16,15 @@ PROMPT = "def main("
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=local_path, help="run directory")
-    parser.add_argument("--out", type=local_path, required=True, help="folder of the export")
+    parser.add_argument("--out", type=local_path, required=True, help="folder to export to")
     return parser.parse_args()
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The metrics of each step, NaN where a number was not finite; without the validation before the first step."""
+    """The metrics of each training step, with NaN for a value that was not finite."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; run launch/pretrain.py first")
@@ -34,7 +34,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def main() -> None:
-    """Export, verify, sample, summarise."""
+    """Export, compare, sample, summarise."""
     arguments = parse()
     import torch
 
@@ -50,15 +50,15 @@ def main() -> None:
 
     records = read_metrics(arguments.run)
     model, config, _ = load_model(arguments.run)
-    folder = run_tokenizer(arguments.run, config)
-    export_hf(model, arguments.out, folder, dtype=torch.float32, overwrite=True)
+    tokenizer_folder = run_tokenizer(arguments.run, config)
+    export_hf(model, arguments.out, tokenizer_folder, dtype=torch.float32, overwrite=True)
 
     held_out = {name: TokenSource(folder) for name, folder in config.data.validation.items()}
     first = next(iter(held_out.values()))
     rows = list(validation_sequences(first, config.data.sequence_length, 2))
     difference, largest = largest_logit_difference(model, arguments.out, torch.stack([row.tokens for row in rows]))
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     prompt = [bos_id(tokenizer), *tokenizer.encode(PROMPT, add_special_tokens=False).ids]
     stop = [bos_id(tokenizer)]
     sample = generate(model, prompt, max_new_tokens=60, temperature=0.8, top_p=0.95, seed=0, stop_ids=stop)

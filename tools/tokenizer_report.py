@@ -7,7 +7,7 @@ A ratio above 1: the tokenizer needs fewer tokens for that text than the other o
 
 import argparse
 
-from trinity.command_line import HelpFormatter, local_path, place
+from trinity.command_line import HelpFormatter, local_path, path_or_url
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
@@ -18,7 +18,11 @@ def main() -> None:
     """Parse, count, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "files", nargs="+", type=place, metavar="FILES", help="files, folders, patterns, URLs, as for prepare_data.py"
+        "files",
+        nargs="+",
+        type=path_or_url,
+        metavar="FILES",
+        help="files, folders, patterns or URLs (see prepare_data.py)",
     )
     parser.add_argument("--tokenizer", type=local_path, required=True, help="folder with tokenizer.json")
     parser.add_argument(

@@ -6,7 +6,7 @@ The size of the real ones, from a sample: --vocab-size 200000 --pad-to-multiple 
 
 import argparse
 
-from trinity.command_line import HelpFormatter, local_path, place
+from trinity.command_line import HelpFormatter, local_path, path_or_url
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.tokenizer import load_tokenizer, vocabulary_size
 from trinity.data.tokenizer.train import train_from_files
@@ -17,7 +17,11 @@ def main() -> None:
     """Parse, train, print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--input", nargs="+", type=place, required=True, help="files, folders, patterns, URLs, as for prepare_data.py"
+        "--input",
+        nargs="+",
+        type=path_or_url,
+        required=True,
+        help="files, folders, patterns or URLs (see prepare_data.py)",
     )
     parser.add_argument(
         "--vocab-size", type=int, required=True, help="ids before padding: 259 of them are bytes and special"

@@ -7,4 +7,4 @@ import time
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 STARTED = time.monotonic()
-"""When this process first needed anything of ours, before torch: what a start takes is counted from here."""
+"""Time at which this process first imported the package, before torch: the start time of a run counts from here."""

@@ -1,13 +1,13 @@
-"""Expert balancing: the bias that steers routing, the loss that evens a sequence, and the signals of collapse.
+"""Expert balancing: the routing bias, the sequence-wise loss, and measures of router collapse.
 
-A router picks the top K of s + b, and b, one number per expert, is not trained: once per optimizer step it is moved by
-rule, from how many tokens each expert got in the whole global batch. Two rules:
+A router picks the top K of s + b. The bias b, one number per expert, is not trained: an update rule changes it once per
+optimizer step, from the number of tokens that each expert got in the global batch. There are two rules:
 
 - sign (Nano and Mini, eq. 19-22): a step of fixed size γ towards balance. It can never settle.
-- SMEBU (Large, eq. 23-28): a step that grows with the violation but is bounded by tanh, and damped by momentum.
+- SMEBU (Large, eq. 23-28): a step that grows with the violation, is bounded by tanh, and is damped by momentum.
 
-Both keep the mean of b where the routes do not see it, at 0: only differences between experts choose.
-Everything here is a pure function of tensors; a leading dimension for layers is allowed everywhere.
+Both keep the mean of b at 0: only differences between experts affect the choice. All functions here are pure functions
+of tensors and accept leading dimensions, e.g. layers.
 
 Shapes: B sequences (packed rows), S tokens of one sequence, E experts, K experts chosen per token.
 """
@@ -27,9 +27,9 @@ def smebu_update(
         counts: [..., E], integer or floating: tokens sent to each expert in the global batch, n.
         rate: λ, in units of the scores (Large: 5e-4).
         kappa: κ, the slope of tanh at balance (Large: 2).
-        beta: β, the share of the momentum that is kept (Large: 0.5).
+        beta: β, the decay of the momentum (Large: 0.5).
     Returns:
-        The new bias and momentum, in bias's dtype. A layer without any token keeps both as they were.
+        The new bias and momentum, in bias's dtype; both unchanged for a layer without tokens.
     """
     violation, routed = _violation(counts)
     step = rate * torch.tanh(kappa * violation.to(bias.dtype))
@@ -44,9 +44,9 @@ def sign_update(bias: Tensor, counts: Tensor, gamma: float) -> Tensor:
     Args:
         bias: [..., E], fp32 or float64: b.
         counts: [..., E], integer or floating: tokens sent to each expert in the global batch, n.
-        gamma: γ, in units of the scores (the report gives none; 1e-3 is DeepSeek-V3's).
+        gamma: γ, in units of the scores (not from the report, which gives none: 1e-3 is DeepSeek-V3's).
     Returns:
-        The new bias, in bias's dtype. A layer without any token keeps its own.
+        The new bias, in bias's dtype; unchanged for a layer without tokens.
     """
     violation, routed = _violation(counts)
     moved = bias + gamma * violation.sign().to(bias.dtype)
@@ -57,8 +57,8 @@ def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor) -> Tensor:
     """The sequence-wise auxiliary loss of one MoE layer without its factor α: Σ_i f_i P_i (eq. 29-32).
 
     f_i = E/(K·S) · (times i was chosen in the row), a constant: counting has no gradient.
-    P_i = mean over the row of s_i/Σ_j s_j: the gradient goes through it alone.
-    A row that spreads its tokens evenly has f_i = 1, and so a loss of 1.
+    P_i = mean over the row of s_i/Σ_j s_j, the only path of the gradient.
+    A row whose tokens are spread evenly has f_i = 1, and so a loss of 1.
 
     Args:
         scores_BSE: [B, S, E], fp32 or float64: the router's sigmoid scores, without the bias.
@@ -76,19 +76,19 @@ def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor) -> Tensor:
 
 
 def max_violation(counts: Tensor) -> Tensor:
-    """MaxVio (eq. 42): (max_i n_i − n̄)/n̄, the signal of collapse: flat for long, then it climbs suddenly.
+    """MaxVio (eq. 42): (max_i n_i − n̄)/n̄, a sign of router collapse: flat for a long time, then rising suddenly.
 
     Args:
         counts: [..., E], integer or floating: tokens sent to each expert.
     Returns:
-        [...], float64: 0 at perfect balance, E/K − 1 where K experts get all; 0 for a layer without any token.
+        [...], float64: 0 at perfect balance, E/K − 1 if K experts get all tokens; 0 for a layer without tokens.
     """
     violation, _ = _violation(counts)
     return -violation.amin(dim=-1)
 
 
 def dead_share(counts: Tensor) -> Tensor:
-    """The share of experts that got no token.
+    """Share of experts that got no token (dead experts).
 
     Args:
         counts: [..., E], integer or floating: tokens sent to each expert.
@@ -99,9 +99,9 @@ def dead_share(counts: Tensor) -> Tensor:
 
 
 def _violation(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(n̄−n)/n̄ as [..., E] in float64, 0 where there are no tokens; and whether there are any, as [..., 1].
+    """(n̄−n)/n̄ as [..., E] in float64, 0 for a layer without tokens; and whether it has tokens, as [..., 1].
 
-    float64 because fp32 does not hold every count above 2²⁴, and an expert that has exactly n̄ must give exactly 0.
+    In float64, because fp32 does not hold every count above 2²⁴, and an expert with exactly n̄ tokens must give 0.
     """
     counts = counts.double()
     mean = counts.mean(dim=-1, keepdim=True)

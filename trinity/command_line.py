@@ -1,4 +1,4 @@
-"""What the command lines of launch/ and tools/ share: types of path arguments, and how help is printed."""
+"""Shared by the programs of launch/ and tools/: argparse types for paths, and the help formatter."""
 
 import argparse
 import os
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 def local_path(text: str) -> Path:
-    """A path on this machine; ~ and ~user at its beginning are home folders, as in a shell.
+    """A path on this machine, with a leading ~ or ~user expanded to the home folder.
 
-    A shell itself expands them only where they begin a word: not in --out=~/x, nor between quotes.
+    A shell expands them only at the beginning of a word: not in --out=~/x, and not in quotes.
 
     Raises:
         ArgumentTypeError: there is no such user.
     """
-    return Path(place(text))
+    return Path(path_or_url(text))
 
 
-def place(text: str) -> str:
-    """A path on this machine (see local_path), or the URL of something that lies elsewhere, which stays as it is.
+def path_or_url(text: str) -> str:
+    """A path on this machine (see local_path), or a URL, which is not changed.
 
     Raises:
         ArgumentTypeError: there is no such user.
@@ -25,14 +25,14 @@ def place(text: str) -> str:
     expanded = os.path.expanduser(text)
     if text.startswith("~") and expanded == text:
         user = text.partition("/")[0]
-        raise argparse.ArgumentTypeError(f"{user} is no user's home folder; for a file of that name write ./{text}")
+        raise argparse.ArgumentTypeError(f"{user} is not a user's home folder; for a file of that name write ./{text}")
     return expanded
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and ends the help of each option with its default.
+    """Keep the line breaks of the description, and append the default to the help of each option.
 
-    What an option's help says of its default itself, as "%(default)s", "by default" or in parentheses, stays alone.
+    A help text that already gives the default ("%(default)s", "by default", parentheses) is not changed.
     """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -1,8 +1,7 @@
-"""How a mistake reaches the user: one sentence on stderr and a code, never a traceback.
+"""Errors for the user: one sentence on stderr and an exit code, never a traceback.
 
-Codes (the public contract): 2 the user's mistake, 1 anything else that went wrong outside our code (a full disk);
-130 Ctrl-C in a tool or before a run begins.
-Our own mistakes are not caught here: they are assertions, and their traceback is what we want to see.
+Exit codes (the public contract): 2 a mistake of the user; 1 another failure outside this program, such as a full disk;
+130 Ctrl-C in a tool or before a run begins. Bugs of this program are not caught here: they end with a traceback.
 """
 
 import errno
@@ -14,27 +13,27 @@ from collections.abc import Callable
 USER_MISTAKE = 2
 FAILURE = 1
 INTERRUPTED = 130
-"""128 + SIGINT, as shells count; a run in progress does not come here: it saves and ends with 75."""
-FIRST_RANK_SECONDS = 10
-"""How long the other processes of a launch wait before they end by a mistake, so that the first can print it."""
+"""128 + SIGINT, as in shells. A run in progress saves and ends with 75 instead."""
+RANK0_PRINT_SECONDS = 10
+"""Seconds that other ranks wait before they exit on an error, so that rank 0 can print it."""
 
 
 class UserError(ValueError):
-    """The user's mistake: the message names the value that is wrong and what to write instead, in one sentence."""
+    """A mistake of the user. The message is one sentence that names the wrong value and what to write instead."""
 
     def __init__(self, sentence: str) -> None:
-        """Keep the sentence on one line, whatever the values that it quotes hold."""
+        """Put the sentence on one line, also where a value that it quotes has line breaks."""
         super().__init__(" ".join(sentence.splitlines()))
 
 
 class Failure(RuntimeError):
-    """What went wrong outside our code, said in one sentence: a full disk on another rank."""
+    """A failure outside this program, in one sentence; for example, a full disk on another rank."""
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """(exit code, sentence) for an error that is not ours, None for one that is.
+    """(exit code, sentence) for an error outside this program; None for a bug.
 
-    Covers UserError and what the operating system says of files: full, unwritable, missing.
+    Covers UserError, Failure, and errors of the operating system on files: full disk, no permission, missing file.
     """
     if isinstance(error, UserError):
         return USER_MISTAKE, str(error)
@@ -44,9 +43,9 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         where = f" while writing {error.filename}" if error.filename else ""
         return FAILURE, f"the disk is full{where}; free some space and run the same command again"
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return FAILURE, f"{error.filename or 'a file'} is larger than files may be here; raise the limit (ulimit -f)"
+        return FAILURE, f"{error.filename or 'a file'} is larger than the file size limit; raise the limit (ulimit -f)"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
-        return USER_MISTAKE, f"{error.filename} is on a file system that is read-only; write elsewhere"
+        return USER_MISTAKE, f"{error.filename} is on a read-only file system; write to another folder"
     if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
         return USER_MISTAKE, f"{error.filename}: {error.strerror}"
     if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
@@ -57,13 +56,13 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command line's main and leave the process with its code (None is 0).
+    """Run a program's main and exit with its code (None is 0).
 
-    Of several processes, which all fail by the same mistake, the first alone prints; the others leave it time to.
+    Several processes fail by the same mistake: only rank 0 prints it, and the others wait so that it can.
     """
     try:
         code = main()
-    except BrokenPipeError:  # whoever read our output has seen enough, as head does
+    except BrokenPipeError:  # the reader of the output closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except KeyboardInterrupt:
@@ -77,5 +76,5 @@ def run_main(main: Callable[[], int | None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {sentence}", file=sys.stderr)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
-            time.sleep(FIRST_RANK_SECONDS)  # torchrun ends all processes once one has ended
+            time.sleep(RANK0_PRINT_SECONDS)  # torchrun ends all processes once one has ended
     sys.exit(code or 0)

@@ -1,6 +1,6 @@
-"""What a GPU or CPU can do: one table for plans and for MFU, a GPU that is described in words, and this machine.
+"""Peak FLOP/s, memory and links of GPUs: one table for plans and MFU, a GPU described by --gpu, and this machine.
 
-Memory is counted in bytes. A data sheet's GB is taken as 10⁹ bytes; drivers report up to 7 % more.
+Memory is in bytes. A data sheet's GB is taken as 10⁹ bytes; drivers report up to 7 % more.
 """
 
 import math
@@ -19,13 +19,13 @@ from trinity.errors import UserError
 
 
 class GPU(NamedTuple):
-    """One GPU, or one process's share of a CPU; rates are per GPU, links in one direction.
+    """One GPU, or one process's share of a CPU. Rates are per GPU, links in one direction.
 
-    bf16, fp32: FLOP/s, dense (data sheets print twice as much, "with sparsity", for bf16).
-    memory: bytes. bandwidth: of that memory, bytes/s.
-    node_link: bytes/s to the other GPUs of the node: NVLink, or PCIe where there is none.
-    network: bytes/s to other nodes. per_node: GPUs that node_link joins.
-    name: for messages. origin: where these values are from.
+    bf16, fp32: dense FLOP/s (data sheets print twice the bf16 rate, "with sparsity").
+    memory: bytes. bandwidth: memory bandwidth, bytes/s.
+    node_link: bytes/s to the other GPUs of the node, by NVLink or else PCIe.
+    network: bytes/s to other nodes. per_node: number of GPUs that node_link connects.
+    name: for messages. origin: source of these values.
     """
 
     bf16: float
@@ -40,14 +40,14 @@ class GPU(NamedTuple):
 
 
 PCIE4, PCIE5 = 31.5e9, 63e9
-"""Bytes/s of 16 lanes in one direction."""
+"""Bytes/s of 16 PCIe lanes in one direction."""
 
 # bf16 is the dense tensor-core rate with fp32 accumulation.
 # Data-centre GPUs: NVIDIA's data sheets (A100, H100, H200, GH200, B200/B300 of DGX, GB200/GB300 NVL72, L40S, L40, L4,
-#   A40, A10); network cards of the DGX systems: one a GPU, ConnectX-6 200, ConnectX-7 400, ConnectX-8 800 Gbit/s.
+#   A40, A10); network cards of the DGX systems: one per GPU, ConnectX-6 200, ConnectX-7 400, ConnectX-8 800 Gbit/s.
 # RTX 3090, 3090 Ti: whitepapers "NVIDIA Ampere GA102" and "NVIDIA Ada". RTX 4080, 4090: "NVIDIA Ada".
 # RTX 5080, 5090, PRO 6000: "NVIDIA RTX Blackwell". RTX A6000, RTX 6000 Ada: their data sheets.
-# Not from a data sheet: the network of cards without NVLink, 100 Gbit/s a GPU in servers and 10 in other machines.
+# Not from a data sheet: the network of cards without NVLink, 100 Gbit/s per GPU in servers and 10 in other machines.
 _SERVER, _DESKTOP = 12.5e9, 1.25e9
 _TABLE = {
     "a100": GPU(312e12, 19.5e12, 80e9, 2.04e12, 300e9, 25e9),
@@ -79,48 +79,48 @@ _TABLE = {
 }
 GPUS = {name: gpu._replace(name=name) for name, gpu in _TABLE.items()}
 
-_OTHERS = {"LAPTOP", "MIG", "SUPER", "TI", "D", "Q"}
+_OTHER_MODELS = {"LAPTOP", "MIG", "SUPER", "TI", "D", "Q"}
 """A device's name with such a word is another GPU than the one of the same name without it, or a slice of one."""
 
 _KEYS = {"tflops": 1e12, "gib": 2**30, "gbs": 1e9, "fp32": 1e12, "link": 1e9, "network": 1e9, "per_node": 1}
-"""What --gpu name=… may give, each with its unit."""
+"""Keys of --gpu name=…, each with its unit."""
 
 
-def find_gpu(words: str) -> GPU:
-    """The GPU that --gpu names: of the table, "cpu" (this machine's), or name=…,tflops=…,gib=…,gbs=….
+def find_gpu(option: str) -> GPU:
+    """The GPU of a --gpu option: a name of the table, "cpu" (this machine's), or name=…,tflops=…,gib=…,gbs=….
 
     Raises:
-        UserError: it is not known, or its description is not complete.
+        UserError: the name is unknown, or the description is incomplete.
     """
-    if "=" in words:
-        return _described(words)
-    if words == "cpu":
+    if "=" in option:
+        return _described(option)
+    if option == "cpu":
         return _cpu()
-    plain = re.sub(r"[^a-z0-9]", "", words.lower())
+    plain = re.sub(r"[^a-z0-9]", "", option.lower())
     for key in (plain, f"rtx{plain}"):  # "4090", "A6000"
         for name, gpu in GPUS.items():
             if re.sub("[^a-z0-9]", "", name) == key:
                 return gpu
     raise UserError(
-        f"--gpu {words} is not known; use one of {', '.join(GPUS)}, cpu, or describe it in full, for example "
+        f"--gpu {option} is not known; use one of {', '.join(GPUS)}, cpu, or describe it in full, for example "
         f"--gpu name={plain or 'mygpu'},tflops=100,gib=24,gbs=1000"
     )
 
 
-def _described(words: str) -> GPU:
-    form = "write --gpu name=mygpu,tflops=100,gib=24,gbs=1000 (bf16 TFLOP/s, GiB and GB/s of memory)"
+def _described(option: str) -> GPU:
+    usage = "write --gpu name=mygpu,tflops=100,gib=24,gbs=1000 (bf16 TFLOP/s, GiB and GB/s of memory)"
     given: dict[str, str] = {}
-    for word in words.split(","):
+    for word in option.split(","):
         key, equals, value = (part.strip() for part in word.partition("="))
         if not equals or not value or key in given or key not in {"name", *_KEYS}:
             why = "is given twice" if key in given else f"is none of name=, {'=, '.join(_KEYS)}="
-            raise UserError(f"--gpu {words}: {word.strip()!r} {why}; {form}")
+            raise UserError(f"--gpu {option}: {word.strip()!r} {why}; {usage}")
         given[key] = value
     for key in ("name", "tflops", "gib", "gbs"):
         if key not in given:
-            raise UserError(f"--gpu {words}: {key}= is missing; {form}")
+            raise UserError(f"--gpu {option}: {key}= is missing; {usage}")
     name = given.pop("name")
-    values = {key: _positive(words, key, value) * _KEYS[key] for key, value in given.items()}
+    values = {key: _positive(option, key, value) * _KEYS[key] for key, value in given.items()}
     return GPU(
         bf16=values["tflops"],
         fp32=values.get("fp32", values["tflops"] / 16),
@@ -130,11 +130,11 @@ def _described(words: str) -> GPU:
         network=values.get("network", _SERVER),
         per_node=int(values.get("per_node", 8)),
         name=name,
-        origin="as given (fp32 a 16th of bf16, link, network and per_node of 8 are assumed where not given)",
+        origin="as given (assumed where not given: fp32 a 16th of bf16, link, network, 8 GPUs per_node)",
     )
 
 
-def _positive(words: str, key: str, text: str) -> float:
+def _positive(option: str, key: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -142,40 +142,40 @@ def _positive(words: str, key: str, text: str) -> float:
     whole = key != "per_node" or value == math.floor(value)
     if not 0 < value < math.inf or not whole:
         what = "a whole number of at least 1" if key == "per_node" else "a number above 0"
-        raise UserError(f"--gpu {words}: {key}={text} is not {what}; write for example {key}=8")
+        raise UserError(f"--gpu {option}: {key}={text} is not {what}; write for example {key}=8")
     return value
 
 
 def known_gpu(device_name: str) -> GPU | None:
-    """The entry of the table for a device as CUDA names it, such as "NVIDIA H100 80GB HBM3"; None where none is."""
+    """The table's entry for a device by its CUDA name, such as "NVIDIA H100 80GB HBM3"; None if it has none."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
-    found = []
+    matches = []
     for name, gpu in GPUS.items():
-        asked = set(name.upper().split("-"))
-        if asked <= words and not (words - asked) & _OTHERS:
-            found.append((len(asked), gpu))
-    return max(found, key=lambda entry: entry[0])[1] if found else None
+        parts = set(name.upper().split("-"))
+        if parts <= words and not (words - parts) & _OTHER_MODELS:
+            matches.append((len(parts), gpu))
+    return max(matches, key=lambda match: match[0])[1] if matches else None
 
 
 def this_machine() -> GPU:
-    """What one process of a run has here: its GPU, or its share of the CPU and memory."""
+    """The hardware of one process of a run on this machine: its GPU, or its share of the CPU and memory."""
     if not torch.cuda.is_available():
         return _cpu()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     gpu = known_gpu(name)
-    origin = "of this machine: memory as the driver says, rates by its data sheet"
+    origin = "of this machine: memory as the driver reports, rates by its data sheet"
     if gpu is None:
         gpu = GPUS["a100"]._replace(name=name)
-        origin = "of this machine: memory as the driver says; its rates are not known here and an a100's stand in"
+        origin = "of this machine: memory as the driver reports; its rates are not known, those of an a100 are used"
     return gpu._replace(memory=float(memory), origin=origin)
 
 
 def _cpu() -> GPU:
-    """A process's share of this machine.
+    """One process's share of this machine's CPU.
 
-    FLOPs a cycle: two units of fused multiply-add on whole vectors. Bandwidth and link are typical values, no
-    measurements. bf16 is taken to be as fast as fp32.
+    FLOPs per cycle: two units of fused multiply-add on full vectors. Bandwidth and link are typical values, not
+    measured. bf16 is taken to be as fast as fp32.
     """
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = max(1, _cores() // share)
@@ -190,8 +190,8 @@ def _cpu() -> GPU:
         network=_DESKTOP,
         per_node=share,
         name="cpu",
-        origin=f"of this machine, no GPU: {cores} core{'s' * (cores > 1)} and {memory / 2**30:.1f} GiB a process, "
-        "rates a rough guess by its clock",
+        origin=f"of this machine, no GPU: {cores} core{'s' * (cores > 1)} and {memory / 2**30:.1f} GiB per process, "
+        "rates roughly estimated from its clock",
     )
 
 
@@ -201,16 +201,16 @@ def _cores() -> int:
 
 
 def _clock() -> float:
-    """Hertz of the fastest core; 2.5 GHz where the system does not say."""
+    """Clock of the fastest core, in Hz; 2.5 GHz if the system does not report it."""
     try:
-        found = re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        clocks = re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
-        found = []
-    return 1e6 * max(map(float, found), default=2500.0)
+        clocks = []
+    return 1e6 * max(map(float, clocks), default=2500.0)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of a known GPU; None where it is not known, and on a CPU."""
+    """Dense bf16 peak of a GPU, in FLOP/s; None for a GPU that is not in the table, and for a CPU."""
     if device.type != "cuda":
         return None
     gpu = known_gpu(torch.cuda.get_device_name(device))
@@ -218,7 +218,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory held so far, in GiB: by the allocator on a GPU, by the process on a CPU."""
+    """Peak memory so far, in GiB: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -226,7 +226,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or of the machine's CPU with its number of cores."""
+    """Name of the GPU, or of the machine's CPU with its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [platform.processor(), platform.machine()]

@@ -1,7 +1,6 @@
-"""Messages and progress on stderr: a bar on a terminal with lines above it, plain lines in a pipe or log file.
+"""Messages and progress on stderr: a progress bar with messages above it on a terminal, plain lines in a pipe or file.
 
-Everything that is printed while a bar may be open goes through `say`. Results of a tool go to stdout by print, when its
-bars are closed.
+While a bar may be open, print with `say`. Tools print their results to stdout with print, after their bars are closed.
 """
 
 import logging
@@ -12,33 +11,33 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from threading import RLock
-from typing import Any, TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 LINE_SECONDS = 30
-"""Between two lines of progress where no bar can be drawn. Not from the report."""
+"""Seconds between lines of progress where no bar can be drawn."""
 CLEAR_LINE = "\r\x1b[K"
 
 Item = TypeVar("Item")
 
-tqdm.set_lock(RLock())  # of this process alone: tqdm's own one takes a semaphore of the system, and helpers with it
+tqdm.set_lock(RLock())  # tqdm's default lock takes a system semaphore and starts a helper process
 
 
 def say(text: str) -> None:
     """Print a message on stderr, above an open bar.
 
-    A console that cannot be written (a closed pipe, a full disk under a log file) ends no run.
+    Errors of writing (a closed pipe, a full disk under a log file) are ignored, so that they end no run.
     """
-    if width():
-        text = CLEAR_LINE + text  # of another rank's bar, or of the ^C that the terminal wrote behind this one's
+    if terminal_width():
+        text = CLEAR_LINE + text  # clear another rank's bar, or the ^C that the terminal printed
     with suppress(OSError):
         tqdm.write(text, file=sys.stderr)
 
 
-def width() -> int:
-    """Columns of the terminal on stderr; 0 where no bar can be drawn: a pipe, or a terminal without a width."""
+def terminal_width() -> int:
+    """Columns of the terminal on stderr; 0 if no bar can be drawn: a pipe, or a terminal without a width."""
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         return 0
     try:
@@ -47,23 +46,30 @@ def width() -> int:
         return 0
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Hours, minutes and seconds: 3725 → 1:02:05."""
-    minutes, seconds = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 @contextmanager
 def messages_above_bar() -> Iterator[None]:
-    """Print warnings and log messages of libraries above an open bar too."""
+    """Context manager: print warnings and log messages of libraries above an open bar."""
     before = warnings.showwarning
 
-    def show(message: Any, category: Any, name: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if file is not None:
-            before(message, category, name, lineno, file, line)
+            before(message, category, filename, lineno, file, line)
         else:
-            say(warnings.formatwarning(message, category, name, lineno, line).rstrip("\n"))
+            say(warnings.formatwarning(message, category, filename, lineno, line).rstrip("\n"))
 
     warnings.showwarning = show
     try:
@@ -74,32 +80,33 @@ def messages_above_bar() -> Iterator[None]:
 
 
 class Progress:
-    """Progress of a long task: a bar on a terminal, a line every LINE_SECONDS elsewhere; a context manager.
+    """Context manager for the progress of a long task: a bar on a terminal, else a line every LINE_SECONDS.
 
     Args:
-        title: what is done, such as "reading".
-        total: how much there is, in units; None where that is not known.
-        unit: such as "document", without a plural s.
-        show: False draws and prints nothing.
-        scaled: write 1.24G for 1,240,000,000.
+        title: name of the task, such as "reading".
+        total: number of units; None if unknown.
+        unit: singular, such as "document".
+        show: if False, draw and print nothing.
+        scaled: print 1.24G for 1,240,000,000.
 
     Attributes:
         n: units done.
     """
 
     def __init__(self, title: str, total: float | None, unit: str, show: bool = True, scaled: bool = False) -> None:
-        self.n = 0
+        self.n: float = 0
         self._title, self._total, self._unit, self._scaled, self._show = title, total, unit, scaled, show
-        self._skipped, self._text = 0, ""
-        self._began = self._said = time.monotonic()
+        self._skipped: float = 0
+        self._text = ""
+        self._start = self._last_line = time.monotonic()
         self._bar: tqdm | None = None
-        if show and width():
+        if show and terminal_width():
             self._bar = tqdm(desc=title, total=total, unit=unit, unit_scale=scaled, file=sys.stderr, dynamic_ncols=True)
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._began
+        """Seconds since the start."""
+        return time.monotonic() - self._start
 
     def __enter__(self) -> "Progress":
         return self
@@ -109,44 +116,44 @@ class Progress:
             self._bar.close()
 
     def update(self, more: float = 1) -> None:
-        """Count `more` units as done."""
+        """Add `more` units to those done."""
         self.update_to(self.n + more)
 
     def update_to(self, done: float) -> None:
-        """Count `done` units in all as done."""
+        """Set the number of units done."""
         self.n = done
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
-        elif self._show and time.monotonic() - self._said >= LINE_SECONDS:
-            self._said = time.monotonic()
+        elif self._show and time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
             say(self._line())
 
     def skip_to(self, done: float) -> None:
-        """Count `done` units as done by an earlier process, which is no part of this one's speed."""
+        """Set the number of units that an earlier process did; they do not count for the speed."""
         self.n = self._skipped = done
         if self._bar is not None:
             self._bar.initial = self._bar.n = done
 
     def describe(self, text: str) -> None:
-        """Show `text` after the figures."""
+        """Show `text` after the numbers."""
         self._text = text
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield the items, each one unit."""
+        """Yield the items, counting each as one unit."""
         with self:
             for item in items:
                 yield item
                 self.update()
 
     def _line(self) -> str:
-        """For example "reading: 31%, 1.24GB of 4.00GB, 0:03:12 left"."""
+        """A line such as "reading: 31%, 1.24GB of 4.00GB, 0:03:12 left"."""
         parts = [f"{self._count(self.n)} {self._units}".strip()]
         if self._total:
             left = self.seconds / max(self.n - self._skipped, 1) * (self._total - self.n)
             parts[0] = f"{self._count(self.n)} of {self._count(self._total)} {self._units}".strip()
-            parts = [f"{self.n / self._total:.0%}", *parts, f"{clock(left)} left"]
+            parts = [f"{self.n / self._total:.0%}", *parts, f"{format_duration(left)} left"]
         return f"{self._title}: {', '.join(filter(None, [*parts, self._text]))}"
 
     @property

@@ -1,9 +1,13 @@
-"""The LM head and its loss in chunks of tokens, so that all logits are never held at once.
+"""The LM head and its loss in one op, computed in chunks of tokens, so that all logits are never held at once.
 
-Per valid token: CE + z·lse², CE = lse − logit[target], lse = log Σ exp(logits). The gradient of the sum with respect to
-the logits is p·(1 + 2·z·lse) − onehot; dX and dW are formed from it chunk by chunk in the forward pass (as Liger does).
-Saved for backward: dX, and dW in fp32; the backward pass scales them by the incoming scalar in fp32 and rounds dW once.
-Logits, their gradient and dX come out in x's dtype; everything between, and the sum of dW over chunks, is in fp32.
+Per valid token: CE + z·lse², with CE = lse − logit[target] and lse = log Σ exp(logits). The gradient of the sum with
+respect to the logits is p·(1 + 2·z·lse) − onehot; the forward pass computes it chunk by chunk and forms dX and dW from
+it (as Liger does).
+
+Saved for backward: dX, and dW in fp32; backward scales them by the incoming scalar in fp32 and rounds dW once.
+Precision: logits, their gradient and dX are in x's dtype; the rest, and the sum of dW over chunks, is in fp32.
+Triton (cross_entropy_triton.py): one kernel per chunk turns logits into their gradient in place, between products of
+cuBLAS.
 
 Shapes: T tokens, D width, V vocabulary, C tokens of one chunk.
 """
@@ -18,28 +22,28 @@ from trinity_kernels.norm import wide
 from trinity_kernels.op import Op
 
 IGNORE = -100
-"""A target that counts nowhere."""
+"""Target of a token that is ignored."""
 
 CHUNK_BYTES = 256 * 2**20
-"""The most that one chunk's logits take, of them the widest copy: fp32 on a CPU. The weight is read and its gradient
-read and written once per chunk, so larger is faster up to a point, not better."""
+"""Most bytes of one chunk's logits, counting their widest copy (fp32 on a CPU). Each chunk reads the weight once, and
+reads and writes its gradient once, so larger chunks are faster, up to a point."""
 
 CUDA_CHUNK_BYTES = 3200 * 2**20
 """The same on a GPU: 8192 tokens of Trinity's vocabulary in bf16 take 3128 MiB; adding to dW then costs about 3 %."""
 
 ChunkLoss = Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor, bool], Tensor]
-"""(logits_CV, targets_C, z, ce_C, lse_C, top_C, with_gradient) → dlogits_CV: writes the three results per token; the
-logits' memory is its own to write in, and what it returns counts only with a gradient."""
+"""(logits_CV, targets_C, z, ce_C, lse_C, top_C, with_gradient) → dlogits_CV: writes ce, lse and top; may overwrite the
+logits. Without with_gradient the result has no meaning."""
 
 
 def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, device: str) -> int:
-    """C: as many tokens as the bytes allow, in chunks of about the same size, multiples of 128 where they are larger.
+    """C: as many tokens as the limit in bytes allows, in chunks of about equal size; multiples of 128 above 128.
 
     Args:
         tokens: T.
         vocabulary: V.
         itemsize: bytes of one logit.
-        device: its type.
+        device: the device type.
     """
     most = max(1, (CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES) // (itemsize * vocabulary))
     if most > 128:
@@ -53,12 +57,14 @@ def forward_in_chunks(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float, for_x: bool, for_weight: bool,
     chunk_loss: ChunkLoss, itemsize: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The total, CE, lse and the largest logit per token, dX [T, D] in x's dtype and dW [V, D] in fp32 or float64.
+    """Loop over the chunks: the total loss; CE, lse and the largest logit per token; dX and dW.
 
     Args:
-        for_x, for_weight: whether dX and dW are wanted; one that is not has no elements.
+        for_x, for_weight: whether to compute dX and dW; otherwise they have no elements.
         chunk_loss: turns the logits of one chunk into their gradient.
         itemsize: bytes of a logit in the widest copy that chunk_loss holds.
+    Returns:
+        total, ce_T, lse_T, top_T, dX [T, D] in x's dtype, dW [V, D] in fp32 or float64.
     """
     T, V = x_TD.shape[0], weight_VD.shape[0]
     ce_T = torch.zeros(T, dtype=_high(x_TD.dtype), device=x_TD.device)
@@ -69,7 +75,7 @@ def forward_in_chunks(
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
         x_CD = widened(x_TD[rows])
-        # the product has no name here: the logits of two chunks are never held together
+        # no variable holds the logits, so that those of two chunks are never in memory together
         grad_CV = chunk_loss(
             x_CD @ weight.t(), targets_T[rows], z, ce_T[rows], lse_T[rows], top_T[rows], for_x or for_weight
         )
@@ -82,10 +88,10 @@ def forward_in_chunks(
 
 
 def add_product_(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """into += left·right, where into is as wide as the operands or wider.
+    """into += left·right, where into's dtype is the operands' or a wider one.
 
-    On CUDA products of 16-bit numbers are added in fp32 by the matrix product itself; elsewhere such a product is
-    rounded to its operands' dtype first.
+    On CUDA the matrix product itself accumulates 16-bit operands into fp32; on other devices the product is first
+    rounded to the operands' dtype.
     """
     if into.dtype == left.dtype:
         into.addmm_(left, right)
@@ -96,11 +102,11 @@ def add_product_(into: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient·by, a product in fp32 or wider, rounded once to dtype.
+    """gradient·by, computed in fp32 or float64, rounded once to dtype.
 
     Args:
-        by: scalar on the same device, fp32 or wider. As a vector of one element it takes part in the choice of the
-            product's dtype; a scalar would be rounded to bf16 first, an error that all elements share.
+        by: scalar on the same device, fp32 or float64. It is reshaped to one element, because torch ignores a scalar
+            in the choice of the product's dtype and would round it to bf16 first, an error shared by all elements.
     """
     return torch.mul(gradient, by.reshape(1), out=gradient.new_empty(gradient.shape, dtype=dtype))
 
@@ -108,9 +114,9 @@ def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
 def wanted_gradients(
     x_TD: Tensor, weight_VD: Tensor, grad_weight_dtype: torch.dtype | None
 ) -> tuple[bool, bool, torch.dtype]:
-    """Whether this call is to make dX and dW, neither under no_grad, and the dtype that dW is to end in."""
+    """Whether this call has to compute dX and dW (neither under no_grad), and the final dtype of dW."""
     if grad_weight_dtype is None:
-        # compile cannot look at grad_dtype
+        # torch.compile cannot read grad_dtype
         known = weight_VD.is_leaf and not torch.compiler.is_compiling()
         allowed = weight_VD.grad_dtype if known else weight_VD.dtype
         grad_weight_dtype = _high(weight_VD.dtype) if allowed is None else allowed
@@ -124,13 +130,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float,
         for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        *results, grad_x, grad_weight = forward_in_chunks(
+        total, ce_T, lse_T, top_T, grad_x, grad_weight = forward_in_chunks(
             x_TD, weight_VD, targets_T, z, for_x, for_weight, _chunk_loss, _high(x_TD.dtype).itemsize
         )
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.grad_weight_dtype = grad_weight_dtype
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
+        ctx.mark_non_differentiable(ce_T, lse_T, top_T)
+        return total, ce_T, lse_T, top_T
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def scaled_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """dX and dW from what forward_in_chunks made, saved in ctx; None where it is not needed."""
+    """dX and dW: the saved results of forward_in_chunks times the incoming gradient; None where not needed."""
     grad_x, grad_weight = ctx.saved_tensors
     return (
         scaled(grad_x, grad, grad_x.dtype) if ctx.needs_input_grad[0] else None,
@@ -147,7 +153,7 @@ def scaled_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _high(dtype: torch.dtype) -> torch.dtype:
-    """The precision of sums."""
+    """The dtype of sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -162,10 +168,10 @@ def _chunk_loss(
 
 
 def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Leaves exp(logit − top) where the logits were: the one exponential that loss and gradient share.
+    """Losses per token; overwrites the logits with exp(logit − top), the exponential that loss and gradient share.
 
     Returns:
-        CE and lse per token, both 0 where the target is ignored; the largest logit; the sum of what was left.
+        CE and lse per token, both 0 where the target is ignored; the largest logit; the row sums of the exponentials.
     """
     valid = targets_C != IGNORE
     top_C = logits_CV.amax(dim=1)
@@ -174,37 +180,37 @@ def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor,
     log_C = sum_C.log()
     zero = log_C.new_zeros(())
     # where, not a product: an ignored token with an infinite logit must not give NaN
-    # top − picked first: the logarithm would lose its digits in a large top
+    # top − picked first: added to a large top, the logarithm would lose its digits
     return torch.where(valid, top_C - picked_C + log_C, zero), torch.where(valid, top_C + log_C, zero), top_C, sum_C
 
 
 def _logits_gradient(exp_CV: Tensor, sum_C: Tensor, lse_C: Tensor, targets_C: Tensor, z: float) -> Tensor:
-    """p·(1 + 2·z·lse) − onehot in the memory of what _token_losses left; rows of ignored targets are 0."""
+    """p·(1 + 2·z·lse) − onehot, in place of the exponentials of _token_losses; rows of ignored targets are 0."""
     exp_CV.mul_(((1 + 2 * z * lse_C) / sum_C).unsqueeze(1))
     exp_CV.scatter_add_(1, targets_C.clamp_min(0).unsqueeze(1), exp_CV.new_full((len(exp_CV), 1), -1.0))
     ignored_C = targets_C == IGNORE
     if exp_CV.device.type == "cpu":
-        # by index: a mask would pass over all logits where mostly no target is ignored
+        # by index: a mask would read all logits, though mostly no target is ignored
         return exp_CV.index_fill_(0, ignored_C.nonzero().squeeze(1), 0.0)
-    return exp_CV.masked_fill_(ignored_C.unsqueeze(1), 0.0)  # the host does not wait for how many there are
+    return exp_CV.masked_fill_(ignored_C.unsqueeze(1), 0.0)  # by mask: an index would make the host wait for a count
 
 
 def _linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Head and loss: Σ over valid tokens of CE + z·lse², with what metrics need per token.
+    """Head and loss: Σ over valid tokens of CE + z·lse², and values per token for metrics.
 
     Args:
         x_TD: [T, D] floating point.
         weight_VD: [V, D], same dtype.
         targets_T: [T] int64, in [0, V) or IGNORE.
         z: coefficient of lse².
-        grad_weight_dtype: what dW, summed in fp32, is rounded to. By default the weight's grad_dtype: its own dtype
-            unless that was set, fp32 where it is None (any). Autograd casts what arrives at a leaf to its grad_dtype
-            in any case.
+        grad_weight_dtype: dtype to which dW, summed in fp32, is rounded. By default the weight's grad_dtype, which is
+            the weight's own dtype unless it was set; fp32 if it is None (any). Autograd casts a leaf's gradient to its
+            grad_dtype in any case.
     Returns:
-        total: scalar, differentiable; and without gradient, fp32 (float64 stays): ce_T [T] and lse_T [T], both 0 where
-        ignored, and the largest logit per token [T].
+        total: scalar, differentiable. Without gradient, in fp32 (float64 stays float64): ce_T [T] and lse_T [T], both 0
+        where ignored, and the largest logit per token [T].
     """
     gradients = wanted_gradients(x_TD, weight_VD, grad_weight_dtype)
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, z, *gradients)

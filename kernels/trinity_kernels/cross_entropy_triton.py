@@ -1,14 +1,15 @@
-"""The LM head and its loss with one Triton kernel per chunk, between matrix products of cuBLAS.
+"""The LM head and its loss: one Triton kernel per chunk between matrix products of cuBLAS.
 
-The kernel turns logits into their gradient in place, one program a token. A row of 200,192 logits fits no
-multiprocessor, so it is read twice:
+The kernel turns logits into their gradient in place, one program per token. A row of 200,192 logits does not fit into a
+multiprocessor, so the row is read twice:
 
-    1. largest logit and Σ exp(logit − largest so far), each kept by GROUP neighbouring logits, which one thread holds:
-       one exponential a logit, one more a group when its largest grows, nothing exchanged between threads
-    2. from the end of the row to its beginning, since its end is what the L2 cache still holds:
-       p·(1 + 2·z·lse) − onehot, written where the logits were
+    1. the largest logit and Σ exp(logit − largest so far), each kept per GROUP of neighbouring logits held by one
+       thread: one exponential per logit, one more per group when its largest grows, no exchange between threads
+    2. from the end of the row to its beginning, because the L2 cache still holds the end:
+       p·(1 + 2·z·lse) − onehot, written over the logits
 
-Without a gradient the second pass is left out.
+Without a gradient the second pass is skipped.
+Saved for backward: dX, and dW in fp32, as in the reference.
 
 Shapes: T tokens, D width, V vocabulary, C tokens of one chunk.
 """
@@ -23,18 +24,18 @@ from trinity_kernels.language import tl, triton
 
 
 class Tile(NamedTuple):
-    """How many logits one step of a program takes, and by how many warps."""
+    """Logits per step of a program, and warps of a program."""
 
     block: int
     warps: int
 
 
 def tile(vocabulary: int, itemsize: int) -> Tile:
-    """For rows of V logits: each thread has four loads of 16 bytes under way.
+    """Tile for rows of V logits: each thread has four loads of 16 bytes in flight.
 
-    A long row has a multiprocessor of its own: 1024 threads of 33 to 64 registers. The fewer rows are under way, the
-    more of each the L2 cache still holds when it is read again. Rows that do not all begin at 16 bytes are read one
-    logit at a time, for which so many addresses find no room in registers: half as many then.
+    A long row occupies a whole multiprocessor: 1024 threads of 33 to 64 registers. The fewer rows are processed at a
+    time, the more of each row is still in the L2 cache at the second reading. Rows that are not all aligned to 16 bytes
+    are read one logit at a time; the addresses of four loads would not fit into registers, so there are half as many.
     """
     warps = 4 if vocabulary <= 4096 else 8 if vocabulary <= 65536 else 32
     bytes_a_thread = 64 if vocabulary % 16 == 0 else 32
@@ -48,10 +49,10 @@ def logits_to_gradient(
 
     Args:
         logits_CV: [C, V] contiguous, fp32, fp16 or bf16; overwritten by the gradient.
-        targets_C: [C] int64. One that is neither in [0, V) nor IGNORE gives a loss of NaN.
+        targets_C: [C] int64. A target that is neither in [0, V) nor IGNORE gives a loss of NaN.
         ce_C, lse_C, top_C: [C] fp32 contiguous, written.
     Returns:
-        The logits' memory.
+        logits_CV itself.
     """
     C, V = logits_CV.shape
     block, warps = tile(V, logits_CV.element_size())
@@ -67,16 +68,16 @@ def losses_and_gradient(
     logits, targets, ce, lse, top, V, z,
     IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One token: its CE, lse and largest logit, and the gradient in place of its logits."""
+    """One token: its CE, lse and largest logit; with GRADIENT, overwrite its logits with their gradient."""
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * V
     target = tl.load(targets + token)
-    # read before anything is written; the sums over the row let no thread write before all have read
+    # read before the gradient is written: the reductions over the row keep any thread from writing before all have read
     picked = tl.load(row + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     groups: tl.constexpr = BLOCK_V // GROUP
     columns = tl.arange(0, groups)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
 
-    # the least number of fp32 rather than −∞, whose difference from itself is NaN
+    # the smallest fp32 number, not −∞, because −∞ − (−∞) is NaN
     group_top = tl.full([groups], -3.4028234663852886e38, tl.float32)
     group_sum = tl.zeros([groups], tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -90,10 +91,10 @@ def losses_and_gradient(
 
     valid = target != IGNORE
     log_sum = largest + tl.log(total)
-    # largest − picked first: the logarithm would lose its digits in a large logit
+    # largest − picked first: added to a large logit, the logarithm would lose its digits
     tl.store(ce + token, tl.where(valid, largest - picked + tl.log(total), 0.0))
     tl.store(lse + token, tl.where(valid, log_sum, 0.0))
-    # a maximum passes over NaN, a sum does not; an infinite logit leaves NaN in the sum too, and is the largest
+    # tl.max ignores NaN, the sum does not, so a NaN sum marks a NaN logit, unless the largest logit is infinite
     tl.store(top + token, tl.where((total != total) & (largest < float("inf")), total, largest))
 
     if GRADIENT:
@@ -118,9 +119,10 @@ def _(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float,
     for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    total, *per_token = (x_TD.new_empty(shape, dtype=torch.float32) for shape in ((), *[targets_T.shape] * 3))
+    total = x_TD.new_empty((), dtype=torch.float32)
+    ce_T, lse_T, top_T = (x_TD.new_empty(targets_T.shape, dtype=torch.float32) for _ in range(3))
     grad_weight = weight_VD.new_empty(weight_VD.shape if for_weight else 0, dtype=torch.float32)
-    return total, *per_token, x_TD.new_empty(x_TD.shape if for_x else 0), grad_weight
+    return total, ce_T, lse_T, top_T, x_TD.new_empty(x_TD.shape if for_x else 0), grad_weight
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -139,6 +141,6 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As trinity_kernels.linear_cross_entropy, in fp32, fp16 or bf16."""
+    """See trinity_kernels.linear_cross_entropy; in fp32, fp16 or bf16."""
     gradients = wanted_gradients(x_TD, weight_VD, grad_weight_dtype)
     return _forward(x_TD, weight_VD, targets_T, z, *gradients)[:4]

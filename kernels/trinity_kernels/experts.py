@@ -1,17 +1,20 @@
-"""The routed experts: every token's K SwiGLU experts and their weighted sum, as one differentiable op.
+"""The routed experts as one differentiable op: each token's K SwiGLU experts and their weighted sum.
 
 y_t = Σ_k s_tk · W2_e · (silu(gate) ∘ up), [gate; up] = W1_e · x_t, e the k-th expert of token t (eq. 15 and 18).
 
-Rows are grouped by expert (a stable sort of the choices), one matrix product per expert on its contiguous rows; an
-expert without rows is ordinary, and so are no tokens at all. Saved for backward (as in SonicMoE, arXiv 2512.14080): x,
-the pre-activations H, the choices and their weights; not the gathered x, the activations or the outputs. With
-dA' = dy_gathered·W2: dA = s·dA', ds = rowsum(dA'∘A), dW2 = dyᵀ·(s·A), dH = dSwiGLU(dA, H), dW1 = dHᵀ·x_gathered.
+Rows are grouped by expert (a stable sort of the choices); each expert multiplies its contiguous rows. An expert without
+rows and a batch without tokens are allowed.
 
-Where experts are split among processes, a token's other experts are elsewhere: such a choice is −1, takes no row and
-gets no gradient. How many choices are left is then said by the caller, so that no host waits for a device to count.
+Saved for backward (as in SonicMoE, arXiv 2512.14080): x, the pre-activations H, the choices and their weights; not the
+gathered x, the activations or the outputs. With dA' = dy_gathered·W2: dA = s·dA', ds = rowsum(dA'∘A), dW2 = dyᵀ·(s·A),
+dH = dSwiGLU(dA, H), dW1 = dHᵀ·x_gathered.
+Triton (experts_triton.py): gathering and SwiGLU happen inside the matrix products, and H may be computed again.
 
-Shapes: T tokens, D width, E experts, F expert width, K active experts, R rows sorted by expert, one for each choice
-that is not −1 (T·K without any), H = 2F.
+Under expert parallelism some of a token's experts are on other ranks. Such a choice is −1, takes no row and gets no
+gradient. The caller passes the number of remaining choices, so that the host does not wait for a count.
+
+Shapes: T tokens, D width, E experts, F expert width, K active experts, R rows sorted by expert, one per choice that is
+not −1 (T·K if there is no −1), H = 2F.
 """
 
 import torch
@@ -48,7 +51,7 @@ def _(
 
 
 def _sum_per_token(rows_RD: Tensor, groups: Groups, s_TK: Tensor | None) -> Tensor:
-    """Σ_k s_tk · row, in fp32, each token collecting its own rows: no atomics, so the same bits every time."""
+    """Σ_k s_tk · row in fp32, computed per token over its own rows: no atomics, so the same bits every time."""
     order_R, place_TK, _ = groups
     if len(order_R) < place_TK.numel():
         weights_R = None if s_TK is None else wide(s_TK).flatten()[order_R]
@@ -59,19 +62,19 @@ def _sum_per_token(rows_RD: Tensor, groups: Groups, s_TK: Tensor | None) -> Tens
     return torch.bmm(wide(s_TK).unsqueeze(1), rows_TKD).squeeze_(1)  # squeeze_: no view leaves the op
 
 
-def sum_of_rows(rows_RD: Tensor, place_R: Tensor, found_T: Tensor, weights_R: Tensor | None = None) -> Tensor:
-    """Each token's sum over its own rows, of which there may be any number: the same bits every time.
+def sum_of_rows(rows_RD: Tensor, place_R: Tensor, counts_T: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    """Each token's sum over its rows, any number of them; the same bits every time.
 
     Args:
         rows_RD: [R, D] floating point, in any order.
-        place_R: [R] int64, where the first token's rows are, then the second's, and so on; added up in this order.
-        found_T: [T] int64, how many rows each token has; they sum to R.
-        weights_R: [R], fp32 or float64 like the sum, of each row where it stands; 1 by default.
+        place_R: [R] int64, indices of the first token's rows, then of the second's, and so on; the order of summation.
+        counts_T: [T] int64, number of rows of each token; they sum to R.
+        weights_R: [R], weight of each row of rows_RD, fp32 or float64 like the sum; 1 by default.
     Returns:
         [T, D] fp32 (float64 for float64), not differentiable; zeros for a token without rows.
     """
     weights = None if weights_R is None else weights_R[place_R]
-    starts_T = found_T.cumsum(0) - found_T
+    starts_T = counts_T.cumsum(0) - counts_T
     return F.embedding_bag(place_R, wide(rows_RD), starts_T, mode="sum", per_sample_weights=weights)
 
 
@@ -137,18 +140,19 @@ def _expert_mlp(
     rows: int | None = None,
     keep_pre: bool = True,
 ) -> Tensor:
-    """Weighted sum of each token's K experts, of those that are here.
+    """Weighted sum of each token's K experts; a choice of −1 contributes nothing.
 
     Args:
         x_TD: [T, D] floating point; T may be 0.
         gate_up_E2FD: [E, 2, F, D], x's dtype, contiguous: gate first, then up.
         down_EDF: [E, D, F], x's dtype.
-        indices_TK: [T, K] int64, each in [0, E), or −1 for a choice that is not computed here.
-        s_TK: [T, K] fp32 or float64, the gates; that of a −1 may be anything and its gradient is 0.
-        rows: how many choices are not −1, exactly; None: all.
-        keep_pre: whether H is kept for backward, or made again there (2F numbers a row); the reference always keeps it.
+        indices_TK: [T, K] int64, each in [0, E), or −1 for a choice that is not computed on this rank.
+        s_TK: [T, K] fp32 or float64, the gates; the gate of a −1 is ignored and gets a gradient of 0.
+        rows: exact number of choices that are not −1; None: all.
+        keep_pre: save H for backward (2F numbers per row), or compute it again there; the reference always saves it.
     Returns:
-        [T, D], x's dtype; the sum over K is taken in fp32 (float64 stays float64). Zeros for a token of −1 alone.
+        [T, D], x's dtype; the sum over K is in fp32 (float64 stays float64). Zeros for a token whose choices are all
+        −1.
     """
     rows = indices_TK.numel() if rows is None else rows
     return _forward(x_TD, gate_up_E2FD.flatten(1, 2), down_EDF, indices_TK, s_TK, rows)[0]

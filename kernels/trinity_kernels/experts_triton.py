@@ -1,15 +1,15 @@
-"""The routed experts in Triton: SonicMoE's order of computation (arXiv 2512.14080), restated.
+"""The routed experts in Triton, in SonicMoE's order of computation (arXiv 2512.14080).
 
-forward     up       H = X[token]·W1ᵀ, rows of X picked inside the product; A = silu(gate)∘up in its epilogue
+forward     up       H = X[token]·W1ᵀ, gathering rows of X inside the product; A = silu(gate)∘up in its epilogue
             down     Y = A·W2ᵀ, contiguous in and out
-            combine  out_t = Σ_k s_tk · Y[place_tk] in fp32, each token collecting its own rows
-backward    dpre     dA' = dO[token]·W2; in its epilogue, with A made again from H: ds = rowsum(dA'∘A), A' = s·A,
+            combine  out_t = Σ_k s_tk · Y[place_tk] in fp32, computed per token over its own rows
+backward    dpre     dA' = dO[token]·W2; in its epilogue, with A computed again from H: ds = rowsum(dA'∘A), A' = s·A,
                      dH = the gradient of SwiGLU at s·dA'
             dW2 = Σ dO[token] ⊗ A',  dW1 = Σ dH ⊗ X[token]
             dX̃ = dH·W1, then combine without weights
 
-Kept for backward: X, H, the grouping and the gates; neither the picked X, nor A, nor Y. Where H is not kept either, the
-up product is done again.
+Saved for backward: X, H, the grouping and the gates; not the gathered X, A or Y. With keep_pre=False H is not saved
+either, and backward repeats the up product.
 
 Shapes: T tokens, K active experts, R rows sorted by expert, D width, F expert width, H = 2F, E experts.
 """
@@ -23,7 +23,7 @@ from trinity_kernels.language import TensorDescriptor, cdiv, tl, triton
 
 
 def up_tile(width: int, hidden: int, dtype: torch.dtype) -> Tile:
-    """For the up product: n is the expert width; two accumulators, gate and up."""
+    """Tile of the up product: n counts columns of the expert width; two accumulators, gate and up."""
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
     if hidden <= 256:
@@ -32,7 +32,7 @@ def up_tile(width: int, hidden: int, dtype: torch.dtype) -> Tile:
 
 
 def dpre_tile(width: int, hidden: int, dtype: torch.dtype) -> Tile:
-    """For dH: its epilogue holds four tiles at a time, so it goes through the accumulator in parts."""
+    """Tile of dpre: its epilogue holds four tiles at a time, so it processes the accumulator in parts."""
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
     if hidden <= 256:
@@ -57,7 +57,7 @@ def expert_mlp(
 def forward(
     x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The weighted sums and what backward needs: out [T, D], H [R, 2F] (or [0, 2F]), and the three of Groups."""
+    """The weighted sums, and the tensors for backward: out [T, D], H [R, 2F] (or [0, 2F]), and the three of Groups."""
     groups = group_rows.triton(indices_TK, len(w1_E2FD), rows)
     active = indices_TK.shape[1]
     pre_RH, act_RF = up(x_TD, w1_E2FD, groups.order_R, groups.ends_E, active, keep_pre)
@@ -79,8 +79,8 @@ def backward(
     """Gradients of x, the gates, and both weights.
 
     Args:
-        kept: H, order, place and ends, as forward returned them.
-        into: fp32 gradients of both weights to add to, in the weights' shapes; else new ones of `dtype`.
+        kept: H, order, place and ends, as returned by forward.
+        into: fp32 gradients of both weights to add to, in the weights' shapes; None: new tensors of `dtype`.
     """
     pre_RH, order_R, place_TK, ends_E = kept
     active = s_TK.shape[1]
@@ -97,7 +97,7 @@ def backward(
 def up(
     x_TD: Tensor, w1_E2FD: Tensor, order_R: Tensor, ends_E: Tensor, active: int, keep_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    """H [R, 2F], or [0, 2F] where it is not to be kept, and A [R, F]."""
+    """H [R, 2F], or [0, 2F] without keep_pre, and A [R, F]."""
     (_, _, F, D), R = w1_E2FD.shape, len(order_R)
     pre_RH, act_RF = x_TD.new_empty(R if keep_pre else 0, 2 * F), x_TD.new_empty(R, F)
     if R:
@@ -114,7 +114,7 @@ def up(
 def dpre(
     grad_TD: Tensor, w2_EDF: Tensor, pre_RH: Tensor, s_TK: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dH [R, 2F], s·A [R, F] and the gates' gradient [T, K] in the gates' dtype, 0 for a choice that is elsewhere."""
+    """dH [R, 2F], s·A [R, F] and the gates' gradient [T, K] in the gates' dtype, 0 for a choice of −1."""
     (_, D, F), (R, active) = w2_EDF.shape, (len(order_R), s_TK.shape[1])
     if not R:
         return pre_RH, pre_RH.new_empty(0, F), torch.zeros_like(s_TK)
@@ -122,7 +122,7 @@ def dpre(
     tiles = tile_table.triton(ends_E, R, tile.m)
     blocks = cdiv(F, tile.n)
     grad_pre_RH, scaled_RF = torch.empty_like(pre_RH), pre_RH.new_empty(R, F)
-    sums_BR = s_TK.new_empty(blocks, R, dtype=torch.float32)  # one partial sum of a row for each block of columns
+    sums_BR = s_TK.new_empty(blocks, R, dtype=torch.float32)  # one partial sum per row and block of columns
     dpre_kernel[(len(tiles) * blocks,)](
         grad_TD, TensorDescriptor.from_tensor(w2_EDF.flatten(0, 1), [tile.k, tile.n]), pre_RH, s_TK,
         grad_pre_RH, scaled_RF, sums_BR, order_R, tiles, D, F, R, active,
@@ -133,7 +133,7 @@ def dpre(
 
 
 def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None) -> Tensor:
-    """Each token's sum over its rows, weighted by s or not: [T, D], the rows' dtype, summed in fp32."""
+    """Each token's sum over its rows, weighted by s if given: [T, D], the rows' dtype, summed in fp32."""
     (T, active), D = place_TK.shape, rows_RD.shape[1]
     out_TD = rows_RD.new_empty(T, D)
     if T:
@@ -152,7 +152,7 @@ def up_kernel(
     KEEP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gate and up of [BLOCK_M rows, BLOCK_N features], accumulated together; SwiGLU while they are in registers."""
+    """Gate and up of [BLOCK_M rows, BLOCK_N features], accumulated together; SwiGLU is applied in registers."""
     blocks_n = tl.cdiv(F, BLOCK_N)
     entry = tiles + 3 * (tl.program_id(0) // blocks_n)
     n = (tl.program_id(0) % blocks_n) * BLOCK_N
@@ -185,7 +185,7 @@ def dpre_kernel(
     EVEN: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dA' of [BLOCK_M rows, BLOCK_N features], and in its epilogue dH, s·A and the rows' partial ds."""
+    """dA' of [BLOCK_M rows, BLOCK_N features]; its epilogue computes dH, s·A and the rows' partial ds."""
     blocks_n = tl.cdiv(F, BLOCK_N)
     entry = tiles + 3 * (tl.program_id(0) // blocks_n)
     block = tl.program_id(0) % blocks_n
@@ -221,7 +221,7 @@ def dpre_kernel(
 
 @triton.jit
 def _dpre_part(unscaled, pre, score, grad_pre, scaled, row, end, n, F, WIDTH: tl.constexpr):
-    """Some columns of the epilogue; returns rowsum(dA'∘A) over them."""
+    """The epilogue of WIDTH columns; returns rowsum(dA'∘A) over them."""
     column = n + tl.arange(0, WIDTH)
     inside = (row < end)[:, None] & (column < F)[None, :]
     row = row.to(tl.int64)[:, None]
@@ -243,7 +243,7 @@ def _dpre_part(unscaled, pre, score, grad_pre, scaled, row, end, n, F, WIDTH: tl
 
 @triton.jit
 def _columns(line, k, width, EVEN: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns k… of the rows that `line` points to; zeros past the width."""
+    """COLUMNS columns, from k on, of the rows that `line` points to; zeros past the width."""
     column = k + tl.arange(0, COLUMNS)
     if EVEN:
         return tl.load(line + column[None, :])
@@ -255,7 +255,7 @@ def combine_kernel(
     rows, out, places, s, T, D,
     ACTIVE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens' sums over BLOCK_D columns, added up in the order of the choices."""
+    """BLOCK_T tokens' sums over BLOCK_D columns, added in the order of the choices."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     there = token < T
@@ -277,7 +277,7 @@ def combine_kernel(
 def forward_op(
     x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`forward` as an operation that autograd, compile and recompute know."""
+    """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(x_TD, w1_E2FD, w2_EDF, indices_TK, s_TK, rows, keep_pre)
 
 
@@ -300,7 +300,7 @@ def backward_op(
     grad_TD: Tensor, x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, s_TK: Tensor,
     pre_RH: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`backward`; the weights' gradients in fp32 if wide, else in the weights' dtype."""
+    """`backward` as a custom op; the weights' gradients in fp32 if wide, else in the weights' dtype."""
     kept = pre_RH, order_R, place_TK, ends_E
     return backward(grad_TD, x_TD, w1_E2FD, w2_EDF, s_TK, kept, dtype=torch.float32 if wide else None)
 
@@ -320,7 +320,7 @@ def backward_into_op(
     grad_TD: Tensor, x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, s_TK: Tensor,
     pre_RH: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, into_1: Tensor, into_2: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`backward`, adding the weights' gradients to the fp32 ones that are there already."""
+    """`backward` as a custom op that adds the weights' gradients to existing fp32 ones."""
     kept = pre_RH, order_R, place_TK, ends_E
     return backward(grad_TD, x_TD, w1_E2FD, w2_EDF, s_TK, kept, into=(into_1, into_2))[:2]
 
@@ -355,5 +355,5 @@ forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _gradient_dtype(weight: Tensor) -> torch.dtype | None:
-    """What a leaf's gradient is to be kept in, where its owner has said so (`grad_dtype`); else its own dtype."""
+    """The dtype of the weight's gradient: a leaf's `grad_dtype` if it has that attribute, else the weight's dtype."""
     return getattr(weight, "grad_dtype", weight.dtype) if weight.is_leaf else weight.dtype

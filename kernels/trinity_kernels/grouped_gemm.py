@@ -1,10 +1,12 @@
-"""Grouped matrix products: rows sorted by expert times each expert's weight, and the gradients of that.
+"""Grouped matrix products: rows sorted by expert times each expert's weight, and their gradients.
 
     grouped_matmul   out[r] = rows[r]·W_eᵀ or rows[r]·W_e, e the expert of row r
     grouped_outer    out[e] = Σ over the rows r of e of left[r] ⊗ right[r]
-    grouped_linear   the first, differentiable: dx by grouped_matmul, dW by grouped_outer; saves x and W
+    grouped_linear   grouped_matmul, differentiable: dx by grouped_matmul, dW by grouped_outer
 
-An expert without rows is ordinary. Rows past the last expert's are not computed; the output is nobody's there.
+Saved for backward by grouped_linear: x and W. An expert without rows is allowed. Rows past the last expert's are not
+computed: the output is undefined there.
+Triton (grouped_gemm_triton.py): one kernel over a table of tiles kept on the device; the host does not wait.
 
 Shapes: R rows, E experts, O output width, I input width.
 """
@@ -24,11 +26,11 @@ def _grouped_matmul(rows: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose:
         rows: [R, I] with transpose, else [R, O]; sorted by expert.
         weight_EOI: [E, O, I], same dtype.
         ends_E: [E] int32, the row after each expert's last.
-        transpose: whether it is the weight's transpose.
+        transpose: multiply by the weight's transpose.
     Returns:
         [R, O], or [R, I] without transpose; same dtype.
     """
-    if not len(rows):  # no kernel is asked for nothing, and no device for its groups
+    if not len(rows):  # no kernel launch, and no wait for the group sizes
         return rows.new_empty(0, weight_EOI.shape[1 if transpose else 2])
     if _grouped_by_torch(rows):
         return F.grouped_mm(rows, weight_EOI.mT if transpose else weight_EOI, offs=ends_E)
@@ -60,7 +62,7 @@ def _grouped_outer(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def refuses(rows: Tensor, other: Tensor, *_: object, **__: object) -> str | None:
-    """What the Triton kernels cannot take: float64, and rows that TMA cannot read."""
+    """Why the Triton kernels do not support the operands (float64, rows that TMA cannot read), or None."""
     if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes 16-bit and 32-bit numbers, not {rows.dtype}"
     for width in (rows.shape[-1], other.shape[-1]):
@@ -103,8 +105,8 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, kernel: str
 
 
 def _grouped_by_torch(x: Tensor) -> bool:
-    # torch's grouped GEMM keeps the group sizes on the device: no host sync. It takes neither float64 nor a CPU's fp32
-    # faster than a loop does.
+    # torch's grouped GEMM keeps the group sizes on the device: no host sync. It does not support float64, and in fp32
+    # on a CPU it is no faster than a loop.
     return x.is_cuda and x.dtype == torch.bfloat16
 
 

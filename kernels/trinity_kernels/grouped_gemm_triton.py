@@ -1,16 +1,16 @@
 """Grouped matrix products in Triton: each expert's rows times its weight, and each expert's weight gradient.
 
-    rows × weights   out[r] = rows[r]·W_e or rows[r]·W_eᵀ, e the expert that row r belongs to
-    outer products   out[e] = Σ over the rows r of e of left[r] ⊗ right[r], stored or added to what is there
+    rows × weights   out[r] = rows[r]·W_e or rows[r]·W_eᵀ, e the expert of row r
+    outer products   out[e] = Σ over the rows r of e of left[r] ⊗ right[r], stored, or added to an existing gradient
 
 Rows are sorted by expert. A table on the device (trinity_kernels.grouping.tile_table) names expert and rows of each
-tile of BLOCK_M rows, the fullest experts first, so that the host never learns how many rows an expert has: the grid is
-as long as the longest table, and programs of unused entries end at once. Neighbouring programs share a tile of rows and
-read neighbouring columns of one weight, so both come out of the L2 cache.
+tile of BLOCK_M rows, the fullest experts first. So the host does not need the experts' row counts: the grid has the
+length of the longest possible table, and programs of unused entries return at once. Neighbouring programs share a tile
+of rows and read neighbouring columns of one weight, so both are read from the L2 cache.
 
-Operands whose rows are contiguous are read by TMA through descriptors made on the host; a tile that reaches past its
-expert reads a neighbour's numbers (zeros past the end), which meet either a zero or an element that is not stored.
-Rows that are picked by an index are read by pointers: Hopper's TMA cannot gather.
+Operands with contiguous rows are read by TMA through descriptors made on the host. A tile that extends past its expert
+reads the next expert's rows (zeros past the end); these are multiplied by zero, or their results are not stored.
+Gathered rows are read through pointers: Hopper's TMA cannot gather.
 
 Shapes: R rows, E experts, M and N an output's rows and columns, K the length of the sums.
 """
@@ -25,7 +25,7 @@ from trinity_kernels.language import TensorDescriptor, cdiv, tl, triton
 
 
 class Tile(NamedTuple):
-    """How one kernel cuts its work: block sizes, warps, pipeline stages, and parts of the epilogue if it has any."""
+    """Launch configuration of one kernel: block sizes, warps, pipeline stages, and parts of the epilogue."""
 
     m: int
     n: int
@@ -35,27 +35,27 @@ class Tile(NamedTuple):
     parts: int = 1
 
     def options(self) -> dict[str, int]:
-        """The launch arguments it decides."""
+        """The launch options, all but `parts`."""
         return {
             "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k, "num_warps": self.warps, "num_stages": self.stages,
         }  # fmt: skip
 
 
-# fp32 is for tests and small models: its products are exact and take no tensor core.
+# fp32 is for tests and small models: its products are exact and use no tensor core
 WIDE = Tile(64, 32, 32, 4, 2)
 
 
 def matmul_tile(columns: int, depth: int, dtype: torch.dtype) -> Tile:
-    """For rows × weights with N columns and sums of K terms."""
+    """Tile of rows × weights with N columns and sums of K terms."""
     if dtype == torch.float32:
         return WIDE
-    if depth <= 512:  # Nano: short sums, so two blocks a multiprocessor hide each other's beginning and end
+    if depth <= 512:  # Nano: short sums, so two blocks per multiprocessor hide each other's prologue and epilogue
         return Tile(128, 128, 64, 4, 3)
     return Tile(128, 256, 64, 8, 3)
 
 
 def outer_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    """For outer products [M, N]."""
+    """Tile of outer products [M, N]."""
     if dtype == torch.float32:
         return WIDE
     if min(rows, columns) <= 256:
@@ -69,7 +69,7 @@ def matmul(rows_RK: Tensor, weight: Tensor, ends_E: Tensor, transpose: bool) -> 
     Args:
         rows_RK: [R, K] contiguous, sorted by expert.
         weight: [E, N, K] contiguous with transpose, else [E, K, N]; rows of a multiple of 16 bytes.
-        ends_E: [E] int32, the row after each expert's last; rows past the last of them are not computed.
+        ends_E: [E] int32, the row after each expert's last; rows past the last expert's are not computed.
     Returns:
         [R, N], same dtype.
     """
@@ -104,11 +104,11 @@ def outer(
 
     Args:
         left_RM, right_RN: [R, M] and [R, N] contiguous, sorted by expert; the one named by `gathered` ("left" or
-            "right") is [T, ...] instead, and its row for r is order_R[r] // active.
-        ends_E: [E] int32.
-        into: [E, M, N] contiguous, fp32: the result is added to it. Else a new tensor of `dtype`, the rows' by default.
+            "right") is [T, ...] instead, and row r takes its row order_R[r] // active.
+        ends_E: [E] int32. into: [E, M, N] contiguous, fp32: the result is added to it. None: a new tensor of `dtype`,
+        by default the rows'.
     Returns:
-        [E, M, N]; zeros (or what was there) for an expert without rows.
+        [E, M, N]; zeros (or `into` unchanged) for an expert without rows.
     """
     M, N, E = left_RM.shape[1], right_RN.shape[1], len(ends_E)
     out = left_RM.new_empty(E, M, N, dtype=dtype) if into is None else into
@@ -133,7 +133,7 @@ def fullest_first(ends_E: Tensor) -> Tensor:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Products of fp32 are exact; 16-bit ones always are."""
+    """input_precision of tl.dot: exact products in fp32; products of 16-bit numbers are exact anyway."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -185,12 +185,12 @@ def outer_products(
         a = _rows(left, order, active, row, end, m, M, LEFT_GATHERED, False, BLOCK_K, BLOCK_M)
         b = _rows(right, order, active, row, end, n, N, RIGHT_GATHERED, False, BLOCK_K, BLOCK_N)
         sums = tl.dot(a.T, b, sums, input_precision=PRECISION)
-    if whole < end:  # apart, since masking a tile that TMA has read costs a way through the registers
+    if whole < end:  # outside the loop, because masking a tile read by TMA moves it through registers
         a = _rows(left, order, active, whole, end, m, M, LEFT_GATHERED, True, BLOCK_K, BLOCK_M)
         b = _rows(right, order, active, whole, end, n, N, RIGHT_GATHERED, True, BLOCK_K, BLOCK_N)
         sums = tl.dot(a.T, b, sums, input_precision=PRECISION)
     out += expert.to(tl.int64) * M * N
-    if ADD:  # in quarters: what is there would take as many registers again as the sums
+    if ADD:  # in quarters: the existing gradient would take as many registers as the sums
         left_half, right_half = halves(sums, BLOCK_M, BLOCK_N)
         WIDTH: tl.constexpr = BLOCK_N // 4
         one, two = halves(left_half, BLOCK_M, BLOCK_N // 2)
@@ -205,7 +205,7 @@ def outer_products(
 
 @triton.jit
 def _put(tile, out, m, n, M, N, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store a tile at (m, n) of out [M, N], or add it to what is there."""
+    """Store a tile at (m, n) of out [M, N]; with ADD, add it to the values there."""
     row = m + tl.arange(0, ROWS)
     column = n + tl.arange(0, COLUMNS)
     inside = (row < M)[:, None] & (column < N)[None, :]
@@ -226,15 +226,15 @@ def _rows(
     source, order, active, row, end, column, width,
     GATHERED: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile [ROWS, COLUMNS] of consecutive sorted rows; those from `end` on are zeros where it is the LAST tile."""
+    """A tile [ROWS, COLUMNS] of consecutive sorted rows; in the LAST tile, rows from `end` on are zeros."""
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
     if GATHERED:
         token = tl.load(order + rows, mask=rows < end, other=0) // active
         place = source + token.to(tl.int64)[:, None] * width + columns[None, :]
-        found = tl.load(place, mask=(columns < width)[None, :], other=0.0)
+        tile = tl.load(place, mask=(columns < width)[None, :], other=0.0)
     else:
-        found = source.load([row, column])
+        tile = source.load([row, column])
     if LAST:
-        found = tl.where((rows < end)[:, None], found, 0.0).to(found.dtype)
-    return found
+        tile = tl.where((rows < end)[:, None], tile, 0.0).to(tile.dtype)
+    return tile

@@ -1,10 +1,10 @@
-"""Grouping rows by expert in Triton: a stable counting sort without a float and without an atomic.
+"""Grouping of rows by expert in Triton: a stable counting sort, integers only, without atomics.
 
-    1. each block of choices: a choice's rank among the earlier ones of the block that chose the same expert, by
-       comparing all pairs; the last of them knows how many there are
-    2. the counts stand in one line, expert after expert and block after block: torch's running sum over that line is,
-       at each, the row after the block's last of the expert
-    3. place = the running sum before + rank; the inverse is written beside it
+    1. rank_kernel: within each block of choices, a choice's rank among the earlier choices of the same expert, by
+       comparing all pairs; the last choice of an expert writes the count
+    2. torch's cumulative sum over all counts, expert by expert and block by block: each element is the row after the
+       block's last choice of that expert
+    3. place_kernel: place = the cumulative sum before + rank; the inverse permutation is written as well
 
 Shapes: T tokens, K active experts, E experts, R rows, B blocks.
 """
@@ -16,7 +16,7 @@ from trinity_kernels.grouping import Groups, table_length
 from trinity_kernels.language import cdiv, tl, triton
 
 BLOCK = 128
-"""Choices of one program: its pairs, 16384, are 128 a thread."""
+"""Choices per program: 16384 pairs, 128 per thread."""
 
 
 def group_rows(indices_TK: Tensor, experts: int, rows: int) -> Groups:
@@ -30,7 +30,7 @@ def group_rows(indices_TK: Tensor, experts: int, rows: int) -> Groups:
     counts_EB = torch.zeros(experts, blocks, dtype=torch.int32, device=indices_TK.device)
     indices_TK = indices_TK.contiguous()
     rank_kernel[(blocks,)](indices_TK, place_TK, counts_EB, choices, blocks, BLOCK=BLOCK, num_warps=4)
-    # over one dimension alone: over the outer of two, torch on a GPU walks each column with one thread
+    # flattened, because along the outer of two dimensions torch uses one thread per column on a GPU
     ends_EB = counts_EB.flatten().cumsum(0, dtype=torch.int32)
     place_kernel[(blocks,)](indices_TK, place_TK, ends_EB, order_R, choices, blocks, BLOCK=BLOCK, num_warps=4)
     return Groups(order_R, place_TK, ends_EB.view(experts, blocks)[:, -1].contiguous())
@@ -47,7 +47,7 @@ def tile_table(ends_E: Tensor, rows: int, block: int) -> Tensor:
 
 @triton.jit
 def rank_kernel(indices, ranks, counts, choices, blocks, BLOCK: tl.constexpr):
-    """Each choice's rank in its block among those of its expert, and the block's count of each expert it has."""
+    """Each choice's rank within its block and expert, and the block's count of each expert that occurs in it."""
     mine = tl.arange(0, BLOCK)
     choice = tl.program_id(0) * BLOCK + mine
     expert = tl.load(indices + choice, mask=choice < choices, other=-1).to(tl.int32)
@@ -64,7 +64,7 @@ def rank_kernel(indices, ranks, counts, choices, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def place_kernel(indices, places, ends, order, choices, blocks, BLOCK: tl.constexpr):
-    """From ranks to rows, in place, and the rows' choices."""
+    """Turn ranks into rows, in place, and write the choice of each row."""
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = choice < choices
     expert = tl.load(indices + choice, mask=there, other=-1).to(tl.int32)

@@ -1,7 +1,8 @@
-"""Newton-Schulz, the iteration alone: X ← aX + b(XXᵀ)X + c(XXᵀ)²X, a triple (a, b, c) for each step.
+"""The Newton-Schulz iteration: X ← aX + b(XXᵀ)X + c(XXᵀ)²X, with a triple (a, b, c) for each step.
 
-It maps every singular value σ of X by a·σ + b·σ³ + c·σ⁵ and leaves the singular vectors alone. Which triples drive σ
-to 1, and from where, is the caller's business (`trinity.optim.newton_schulz`). Nothing is saved: there is no gradient.
+It maps every singular value σ of X to a·σ + b·σ³ + c·σ⁵ and keeps the singular vectors. The caller chooses triples that
+drive σ to 1 (`trinity.optim.newton_schulz`). Nothing is saved: there is no gradient.
+Triton (newton_schulz_triton.py): computes half the tiles of symmetric products, and a Gram form for flat matrices.
 
 Shapes: N matrices in a batch, each of m rows and n columns; k the shorter side.
 """
@@ -15,18 +16,18 @@ Triple = tuple[float, float, float]
 
 
 def _newton_schulz(y_Nmn: Tensor, triples: list[Triple]) -> Tensor:
-    """Some steps of the iteration on each matrix.
+    """One step of the iteration per triple, on each matrix.
 
     Args:
-        y_Nmn: [N, m, n], each matrix divided by its Frobenius norm, in the dtype that the products are to have; N may
-            be 0. A zero matrix gives zeros.
+        y_Nmn: [N, m, n], each matrix divided by its Frobenius norm, in the dtype of the products; N may be 0. A zero
+            matrix gives zeros.
         triples: (a, b, c) of each step.
     Returns:
         [N, m, n], same dtype.
     """
     m, n = y_Nmn.shape[1:]
     for a, b, c in triples:
-        # (XXᵀ)X = X(XᵀX): the products are taken on the shorter side, which is the same as transposing a tall matrix
+        # (XXᵀ)X = X(XᵀX): the products use the shorter side, which equals transposing a tall matrix
         gram_Nkk = y_Nmn.mT @ y_Nmn if m > n else y_Nmn @ y_Nmn.mT
         poly_Nkk = torch.baddbmm(gram_Nkk, gram_Nkk, gram_Nkk, beta=b, alpha=c)
         left, right = (y_Nmn, poly_Nkk) if m > n else (poly_Nkk, y_Nmn)
@@ -35,7 +36,7 @@ def _newton_schulz(y_Nmn: Tensor, triples: list[Triple]) -> Tensor:
 
 
 def refuses(y_Nmn: Tensor, triples: list[Triple]) -> str | None:
-    """What the Triton kernels cannot take: float64, rows that TMA cannot read, cubic steps, and on a GPU fp32."""
+    """Why Triton does not support the call (float64, fp32 on a GPU, cubic steps, rows unfit for TMA), or None."""
     if y_Nmn.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it takes 16-bit and 32-bit numbers, not {y_Nmn.dtype}"
     if y_Nmn.dtype == torch.float32 and not interpreted():

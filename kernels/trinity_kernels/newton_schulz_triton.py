@@ -1,25 +1,25 @@
-"""Newton-Schulz in Triton: symmetric products of which half the tiles are computed, and a Gram form for flat matrices.
+"""Newton-Schulz in Triton: only half the tiles of symmetric products are computed; flat matrices take a Gram form.
 
 plain form, a step   G = XXᵀ;  Z = bG + cG²;  X ← aX + ZX          (a tall X: G = XᵀX and X ← aX + XZ)
 Gram form, two steps G = XXᵀ;  P = aI + bG + cG²;  G ← PGP;  P' = a'I + b'G + c'G²;  X ← (P'P)X
 
 All k × k matrices are polynomials of one XXᵀ: they commute and are symmetric. `symmetric_kernel` computes the tiles on
-and below the diagonal and stores each below it a second time, transposed; in tiles on the diagonal the lower half is
-mirrored. So every result is symmetric to the last bit, and a second operand may be read as its own transpose.
+and below the diagonal and stores each tile below it a second time, transposed; in tiles on the diagonal it mirrors the
+lower half. So every result is symmetric to the last bit, and a second operand may be read as its own transpose.
 
-How long the Gram form may go on. G is updated and not seen again from X, so that its rounding e grows: where G's true
-eigenvalue is near 0, an update makes a²·e of it, and |b|·a²·e is added to the next factor a. One update in fp16
-(e = 2⁻¹², a ≤ 8.3) puts the factor off by about 1 %; a second one multiplies that by another a², up to 16: the
-eigenvalue may be -0.1 by then, and further steps run away. Hence a fresh G from X after every two steps. And hence fp16
-for the k × k matrices, which bf16 would leave 8 times coarser; none of their numbers exceeds 100. X itself stays as it
-came for the first two steps, then in fp16 too; the last product is rounded to the dtype asked for.
-How far beyond the bounds of trinity.optim.newton_schulz singular values came in simulations of these roundings, over 28
-spectra, five sizes from 16×64 to 512×1024 and all three sets (0.02 is allowed): 0.004 in this form, 0.011 in the plain
-form in bf16. With a fresh G after 2 and then 3 steps it was 0.026, after 3 and then 2 0.3; with k × k matrices in bf16
-more than 100; without a fresh G NaN.
+Why the Gram form recomputes G from X after two steps. G is updated without X, so its rounding error e grows: where G's
+true eigenvalue is near 0, an update turns e into a²·e, and |b|·a²·e is added to the next factor a. One update in fp16
+(e = 2⁻¹², a ≤ 8.3) changes the factor by about 1 %. A second one multiplies that by another a², up to 16: the
+eigenvalue may then be -0.1, and further steps diverge. The k × k matrices are in fp16, because bf16 would be 8 times
+coarser; none of their numbers exceeds 100. X itself stays in the input's dtype for the first two steps and is in fp16
+after them; the last product is rounded to the input's dtype. Simulations of these roundings over 28 spectra, five sizes
+from 16×64 to 512×1024 and all three sets of triples gave how far singular values leave the bounds of
+trinity.optim.newton_schulz (0.02 is allowed): 0.004 in this form, 0.011 in the plain form in bf16. With a fresh G after
+2 and then 3 steps it was 0.026, after 3 and then 2 it was 0.3; with k × k matrices in bf16 it was more than 100, and
+without a fresh G NaN.
 
-Operands and results go by TMA, through descriptors [N, rows, columns] made on the host: what a tile reads beyond its
-matrix is 0, whatever follows in memory, and what it would write there is dropped.
+Operands and results use TMA, through descriptors [N, rows, columns] made on the host: reads past a matrix give 0,
+whatever follows in memory, and writes past it are dropped.
 
 Shapes: N matrices, X of m rows and n columns, k the shorter side, l the longer.
 """
@@ -33,29 +33,30 @@ from trinity_kernels.newton_schulz import Triple
 
 
 def flat(rows: int, columns: int) -> bool:
-    """Whether the Gram form is taken: l ≥ 2k.
+    """Whether a matrix takes the Gram form: l ≥ 2k.
 
-    Flops of five steps, of all tiles or of those computed (half of the symmetric ones when k is many tiles):
+    Flops of five steps, with half the tiles of symmetric products in the two lower rows (k of many tiles):
     reference          5·(4k²l + 2k³)        l = 4k: 90 k³   l = 2k: 50 k³   l = k: 30 k³
     plain form here    5·(3k²l + k³)                 65 k³           35 k³          20 k³
     Gram form          3·3k²l + 11k³                 47 k³           29 k³          20 k³
-    With h the share of tiles computed, it has fewer flops when l > 3hk/(1 + h): between k (h = ½) and 1.5k (h = 1).
+    With h the share of tiles computed, the Gram form has fewer flops if l > 3hk/(1 + h): between k (h = ½) and 1.5k
+    (h = 1).
     """
     k, long = sorted((rows, columns))
     return long >= 2 * k
 
 
 def symmetric_tile(side: int, dtype: torch.dtype) -> Tile:
-    """For k × k results; the tile must be square."""
+    """Tile of k × k results; it must be square."""
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
-    if side <= 512:  # short sums, or few tiles: two blocks a multiprocessor hide each other's beginning and end
+    if side <= 512:  # short sums, or few tiles: two blocks per multiprocessor hide each other's latency
         return Tile(128, 128, 64, 4, 3)
     return Tile(128, 128, 64, 8, 4)
 
 
 def times_tile(depth: int, dtype: torch.dtype) -> Tile:
-    """For a k × k matrix times X."""
+    """Tile of a k × k matrix times X."""
     if dtype == torch.float32:
         return Tile(64, 32, 32, 4, 2)
     if depth <= 512:
@@ -84,7 +85,7 @@ def _(y_Nmn: Tensor, coefficients: list[float]) -> Tensor:
 
 
 def plain_form(x_Nmn: Tensor, triples: list[Triple]) -> Tensor:
-    """Step by step, all in x's dtype, as the reference does; at least one step."""
+    """The reference's steps, all in x's dtype; at least one triple."""
     for a, b, c in triples:
         z_Nkk = polynomial(gram(x_Nmn, x_Nmn.dtype), (0.0, b, c), x_Nmn.dtype)
         x_Nmn = times(z_Nkk, x_Nmn, x_Nmn.dtype, a)
@@ -92,19 +93,20 @@ def plain_form(x_Nmn: Tensor, triples: list[Triple]) -> Tensor:
 
 
 def gram_form(x_Nmn: Tensor, triples: list[Triple]) -> Tensor:
-    """Two steps at a time on XXᵀ, then their product times X; at least one step, any shape and dtype."""
-    wanted = x_Nmn.dtype
-    fine = torch.float16 if wanted == torch.bfloat16 else wanted
+    """Two steps at a time on XXᵀ, then their product times X; at least one triple, any shape and dtype."""
+    dtype = x_Nmn.dtype
+    fine = torch.float16 if dtype == torch.bfloat16 else dtype
     for start in range(0, len(triples), 2):
-        first, *second = triples[start : start + 2]
+        pair = triples[start : start + 2]
         g_Nkk = gram(x_Nmn, fine)
-        if second:  # what is multiplied by X has X's dtype, as both must go into one instruction
-            p_Nkk = polynomial(g_Nkk, first, fine)
+        # the factor of X has X's dtype, because both operands of a tensor-core instruction must
+        if len(pair) == 2:
+            p_Nkk = polynomial(g_Nkk, pair[0], fine)
             g_Nkk = symmetric(symmetric(p_Nkk, g_Nkk, fine), p_Nkk, fine)
-            p_Nkk = symmetric(polynomial(g_Nkk, *second, fine), p_Nkk, x_Nmn.dtype)
+            p_Nkk = symmetric(polynomial(g_Nkk, pair[1], fine), p_Nkk, x_Nmn.dtype)
         else:
-            p_Nkk = polynomial(g_Nkk, first, x_Nmn.dtype)
-        x_Nmn = times(p_Nkk, x_Nmn, wanted if start + 2 >= len(triples) else fine)
+            p_Nkk = polynomial(g_Nkk, pair[0], x_Nmn.dtype)
+        x_Nmn = times(p_Nkk, x_Nmn, dtype if start + 2 >= len(triples) else fine)
     return x_Nmn
 
 
@@ -119,12 +121,12 @@ def polynomial(g_Nkk: Tensor, triple: Triple, dtype: torch.dtype) -> Tensor:
 
 
 def symmetric(left_Nkk: Tensor, right_Nkk: Tensor, dtype: torch.dtype) -> Tensor:
-    """left·right of two symmetric matrices that commute, so that the product is symmetric too."""
+    """left·right of two symmetric matrices that commute; the product is symmetric too."""
     return _symmetric(left_Nkk, right_Nkk, dtype)
 
 
 def times(z_Nkk: Tensor, x_Nmn: Tensor, dtype: torch.dtype, a: float | None = None) -> Tensor:
-    """ZX, or XZ if X is tall, and aX on top where a is given: [N, m, n], rounded to dtype."""
+    """ZX, or XZ if X is tall, plus aX if a is given: [N, m, n], rounded to dtype."""
     N, m, n = x_Nmn.shape
     k = min(m, n)
     tile = times_tile(k, x_Nmn.dtype)
@@ -141,7 +143,7 @@ def times(z_Nkk: Tensor, x_Nmn: Tensor, dtype: torch.dtype, a: float | None = No
 def _symmetric(
     left: Tensor, right: Tensor, dtype: torch.dtype, tall: bool = False, triple: Triple | None = None
 ) -> Tensor:
-    """left·rightᵀ, or leftᵀ·right if tall; with a triple aI + b·left + c·left·rightᵀ."""
+    """left·rightᵀ, or leftᵀ·right if tall; with a triple, aI + b·left + c·left·rightᵀ."""
     N, k, depth = (left.shape[i] for i in ((0, 2, 1) if tall else (0, 1, 2)))
     tile = symmetric_tile(k, left.dtype)
     out_Nkk = left.new_empty(N, k, k, dtype=dtype)
@@ -157,7 +159,7 @@ def _symmetric(
 
 
 def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles of one matrix each out of [N, rows, columns]."""
+    """Descriptor of [N, rows, columns] whose tiles lie in one matrix each."""
     return TensorDescriptor.from_tensor(x, [1, rows, columns])
 
 
@@ -167,7 +169,7 @@ def symmetric_kernel(
     TALL: tl.constexpr, POLYNOMIAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile on or below the diagonal, stored there and transposed above; programs above the diagonal have no work."""
+    """A tile on or below the diagonal, stored there and transposed above; programs above the diagonal do nothing."""
     blocks = tl.cdiv(side, BLOCK_M)
     batch = tl.program_id(0) // (blocks * blocks)
     m = (tl.program_id(0) // blocks % blocks) * BLOCK_M
@@ -177,7 +179,7 @@ def symmetric_kernel(
     row = m + tl.arange(0, BLOCK_M)[:, None]
     column = n + tl.arange(0, BLOCK_M)[None, :]
     if POLYNOMIAL:
-        # before the products, hence over c: afterwards it would need registers beside the sums
+        # added before the products, hence divided by c: added after them, it would need registers besides the sums
         sums = b_over_c * add.load([batch, m, n]).reshape(BLOCK_M, BLOCK_M).to(tl.float32)
         sums += tl.where(row == column, a_over_c, 0.0)
     else:
@@ -194,7 +196,7 @@ def symmetric_kernel(
         sums *= c
     tile = sums.to(out.dtype)
     flipped = tile.T
-    # on the diagonal the order of summation of two mirrored elements need not be the same: one is taken for both
+    # on the diagonal two mirrored elements may be summed in different orders: one is used for both
     tile = tl.where(row >= column, tile, flipped)
     out.store([batch, m, n], tile.reshape(1, BLOCK_M, BLOCK_M))
     if m != n:
@@ -207,7 +209,7 @@ def times_kernel(
     ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of left·right, on top of a times the same tile of `add`."""
+    """One tile of left·right; with ADD, plus a times the same tile of `add`."""
     blocks_m, blocks_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     batch = tl.program_id(0) // (blocks_m * blocks_n)
     m = (tl.program_id(0) // blocks_n % blocks_m) * BLOCK_M

@@ -52,7 +52,7 @@ def forward_plan(width: int) -> Plan:
 
 
 def backward_plan(width: int) -> Plan:
-    """The same tiles, fewer programs: each also holds sums in registers, so 16 warps fit, with 32 kB or more in flight."""
+    """The same tiles, fewer programs: each also holds sums in registers, so 16 warps fit, with ≥ 32 kB in flight."""
     plan = forward_plan(width)
     return plan._replace(stages=3, programs=MULTIPROCESSORS * 16 // plan.warps)
 

@@ -1,9 +1,13 @@
-"""Top-K routing as one opaque op, so that recomputing a block in backward never routes again; and the gates.
+"""Top-K routing as one opaque custom op, so that recompute of a block in backward never routes again; and the gates.
 
-The choice is made on score + bias (eq. 17); gates are the unbiased scores of the chosen, normalised to sum 1, times the
-route scale (eq. 18). So the choice needs no gradient: `route` returns indices and counts, and `gates` takes the scores
-again. Activation checkpointing keeps the indices and counts (`trinity.parallel.recompute`) and makes scores and gates
-anew, which are 4·E bytes a token against 8·K of indices; compile and fake tensors see an op's shapes only.
+route   the K experts with the largest score + bias (eq. 17), and the tokens per expert
+gates   g = c · s / Σ chosen s: the scores without bias, normalised over the chosen, times the route scale c (eq. 18)
+
+The choice has no gradient, so `route` returns indices and counts, and `gates` takes the scores again.
+Saved for backward, by gates alone: scores and indices. Activation checkpointing keeps indices and counts
+(`trinity.parallel.activation_checkpoint`), 8·K bytes per token, and computes scores and gates again, which would take
+4·E. torch.compile and fake tensors see only the op's shapes.
+Triton (routing_triton.py): K rounds of taking the largest score in place of topk; one kernel for the gates.
 
 Shapes: T tokens, E experts, K active experts.
 """
@@ -14,19 +18,19 @@ from torch import Tensor
 from trinity_kernels.op import Op
 
 MOST_EXPERTS = 512
-"""For the Triton kernels; at 1024 they spill."""
+"""Most experts of the Triton kernels; at 1024 they spill registers."""
 
 TINY = 1e-20
-"""Added to the sum of the chosen scores, as in transformers: no token whose scores are all 0 divides by 0."""
+"""Added to the sum of the chosen scores, as in transformers, so that a token whose scores are all 0 divides by no 0."""
 
 
 @torch.library.custom_op("trinity::route", mutates_args=())
 def _route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
-    """The K experts of each token, and how many tokens each expert got.
+    """The K experts of each token, and the number of tokens per expert.
 
     Args:
         scores_TE: [T, E] fp32 or float64, σ(logits); no gradient flows through this op.
-        bias_E: [E], the balancing bias; it moves the choice and nothing else.
+        bias_E: [E], the balancing bias; it affects the choice alone.
         active: K.
     Returns:
         indices_TK [T, K] int64, highest biased score first; counts_E [E] int64, summing to T·K.

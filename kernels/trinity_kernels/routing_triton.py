@@ -1,10 +1,10 @@
-"""Routing in Triton: top K of a token's biased scores with the counts per expert, and the gates of the chosen.
+"""Routing in Triton: top K of each token's biased scores, the counts per expert, and the gates of the chosen.
 
-The choice is K rounds of taking the largest that is left, of equal ones the first; NaN counts as smaller than anything,
-so that a broken router still names K different experts. Counts are added up by integer atomics, whose order nobody
-sees.
+The choice is K rounds of taking the largest remaining score, the first of equal ones. NaN counts as the smallest, so
+that a broken router still names K different experts. Counts are summed by integer atomics, whose order has no effect.
 
 Gates: g_k = c·s_k/Σ, where Σ is the sum of the chosen scores plus 1e-20; so ds_k = c·(dg_k − (Σ_j dg_j·s_j)/Σ)/Σ.
+Saved for backward: scores and indices.
 
 Shapes: T tokens, E experts, K active experts.
 """
@@ -16,7 +16,7 @@ from trinity_kernels.language import cdiv, tl, triton
 from trinity_kernels.routing import TINY
 
 TOKENS = 16
-"""Tokens of one program."""
+"""Tokens per program."""
 
 
 @torch.library.custom_op("trinity::route_triton", mutates_args=())
@@ -26,7 +26,7 @@ def route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tenso
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
-    """The launch behind `route`."""
+    """Launch the kernel of `route`."""
     T, E = scores_TE.shape
     indices_TK = torch.empty(T, active, dtype=torch.int64, device=scores_TE.device)
     counts_E = torch.zeros(E, dtype=torch.int64, device=scores_TE.device)
@@ -49,7 +49,7 @@ def route_kernel(
     scores, bias, indices, counts, T, E,
     ACTIVE: tl.constexpr, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens' choices, one round a choice."""
+    """Choices of BLOCK_T tokens, one round per choice."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, EXPERTS)
     there = token < T
@@ -74,7 +74,7 @@ def _gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
 
 
 def weigh(scores_TE: Tensor, indices_TK: Tensor, scale: float, grad_TK: Tensor | None = None) -> Tensor:
-    """The gates [T, K], or where their gradient is given, that of the scores [T, E], 0 for those not chosen."""
+    """The gates [T, K]; with grad_TK, the gradient of the scores [T, E], 0 for experts that are not chosen."""
     (T, E), active = scores_TE.shape, indices_TK.shape[1]
     out = torch.empty(T, active if grad_TK is None else E, dtype=scores_TE.dtype, device=scores_TE.device)
     if T:
@@ -125,7 +125,7 @@ def gates_kernel(
     ACTIVE: tl.constexpr, BACKWARD: tl.constexpr,
     BLOCK_T: tl.constexpr, CHOICES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens' gates, or the gradient of their scores."""
+    """Gates of BLOCK_T tokens; with BACKWARD, the gradient of their scores."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     choice = tl.arange(0, CHOICES)
     there = token < T

@@ -1,8 +1,8 @@
 """SwiGLU (Shazeer, arXiv 2002.05202): y = silu(gate) ∘ up of [gate | up] side by side, in fp32, rounded once.
 
-Saved for backward: [gate | up], not silu(gate). With σ = σ(gate): dup = dy·gate·σ and dgate = dy·up·(σ + gate·σ·(1 −
-σ)), written side by side like the input. Triton (swiglu_triton.py): one kernel forward, one backward; gate and up are
-not split into tensors of their own.
+Saved for backward: [gate | up], not silu(gate). With σ = σ(gate), dup = dy·gate·σ and
+dgate = dy·up·(σ + gate·σ·(1 − σ)), written side by side like the input.
+Triton (swiglu_triton.py): one kernel forward, one backward; gate and up are not split into tensors of their own.
 
 Shapes: ... any leading dimensions, F width of the result.
 """

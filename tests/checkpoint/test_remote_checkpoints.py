@@ -23,7 +23,7 @@ from trinity.checkpoint.save import save
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import Failure, UserError
 from trinity.monitor.loss_spikes import SpikeDetector
-from trinity.training.build_data import go_near, open_stream
+from trinity.training.build_data import open_stream, seek_near
 
 register()
 URL = "memory://bucket/runs/one"
@@ -98,11 +98,11 @@ def test_a_look_at_the_data_begins_near(one: Path, recipe: Callable) -> None:
     """Also where the config that is given does not say where."""
     config = build_config([("test", OmegaConf.create(recipe(one)))])
     stream, begun = open_stream(config, 0, 1), open_stream(config, 0, 1)
-    go_near(stream, config, 7)
+    seek_near(stream, config, 7)
     assert stream.k == 48 == sum(config.batch.sequences * (2 if step > 4 else 1) for step in range(1, 7))
     assert stream.batch(7).pieces == begun.batch(7).pieces
     with failing_memory():
-        go_near(begun, config, 7)  # a store that does not answer: replayed from the beginning
+        seek_near(begun, config, 7)  # a store that does not answer: replayed from the beginning
     assert begun.k == 0
 
 

@@ -11,7 +11,7 @@ from trinity.config import RunConfig, load_config
 from trinity.config.check import BOUNDS, check_run
 from trinity.config.run import RunSection
 from trinity.errors import UserError
-from trinity.training.build import check_batches, check_mesh, process_counts
+from trinity.training.divisibility import check_batches, check_mesh, process_counts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -10,7 +10,7 @@ import yaml
 
 from trinity.config import ZOO, load_config, save_config
 from trinity.config.load import flatten
-from trinity.config.phases import whole_phases
+from trinity.config.phases import resolved_phases
 from trinity.planning.plan import make_plan
 from trinity.planning.tables import as_text
 
@@ -153,8 +153,8 @@ def test_nano_on_one_gpu_fits() -> None:
 def test_phases_are_the_reports(name: str, shares: tuple) -> None:
     """In 10¹² tokens; Large's last begins with the decay, which the report's figure has earlier than its text."""
     config = load_config(CONFIGS / f"{name}.yaml")
-    begins = [phase.tokens for phase in whole_phases(config.data)]
+    begins = [phase.tokens for phase in resolved_phases(config.data)]
     assert [end - begin for begin, end in pairwise([*begins, config.run.tokens])] == [int(t * 1e12) for t in shares]
-    last = whole_phases(config.data)[-1]
+    last = resolved_phases(config.data)[-1]
     assert (last.packing, last.rsdb_size) == (("rsdb", 1024) if name == "large" else ("sequential", 1024))
     assert begins[-1] == config.optim.schedule.decay_start_tokens

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trinity.config import RunConfig, load_config, run_directory, tokenizer_folder
-from trinity.config.paths import check_paths, does_not_exist, nearest_path
+from trinity.config.paths import check_paths, missing_path_hint, nearest_path
 from trinity.errors import UserError
 
 Write = Callable[[str], Path]
@@ -59,7 +59,7 @@ def test_the_nearest_path(tmp_path: Path, path: str, near: str | None) -> None:
     (tmp_path / "text.json").touch()
     found = nearest_path(tmp_path / path)
     assert found == (tmp_path / near if near else None)
-    sentence = does_not_exist(tmp_path / path)
+    sentence = missing_path_hint(tmp_path / path)
     assert sentence.startswith(f"{tmp_path / path} does not exist; ")
     assert sentence.endswith(f"did you mean {tmp_path / near}?" if near else (
         f"{tmp_path / 'shards'} holds train" if path == "shards/zzz" else

@@ -18,8 +18,8 @@ import torch
 
 from tests.docs.markdown_pages import DOCS, PAGES, ROOT, fenced, inline
 from trinity.config import ZOO, RunConfig, load_config, save_config
+from trinity.config.hf_config import to_hf_config
 from trinity.config.load import NAMED_MAPS, flatten
-from trinity.interop.hf_config import hf_config
 
 CHECKED = [ROOT / "README.md", *PAGES]
 UNKNOWN_YET = "add_balancing_rule.md"
@@ -119,7 +119,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "runs" / run).mkdir(parents=True)
         save_config(load_config("configs/smoke.yaml"), tmp_path / "runs" / run / "config.yaml")
     (tmp_path / "mine-hf").mkdir()
-    model = hf_config(ZOO["smoke"], bos_id=0, eos_id=0, pad_id=None, dtype=torch.bfloat16)
+    model = to_hf_config(ZOO["smoke"], bos_id=0, eos_id=0, pad_id=None, dtype=torch.bfloat16)
     (tmp_path / "mine-hf" / "config.json").write_text(json.dumps(model))
 
 

@@ -1,4 +1,4 @@
-"""A model that has learned a little, as the folder that its run exports, and its validation loss at that moment."""
+"""A briefly trained model: the folder exported from its run, and its validation loss at that step."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from trinity.training.load_run import load_model
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums keep their order."""
+    """One CPU thread, so that sums keep their order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes of texts do not outlive a test."""
+    """A cache of text indexes for each test."""
     monkeypatch.setenv("TRINITY_CACHE", str(tmp_path / "cache"))
 
 

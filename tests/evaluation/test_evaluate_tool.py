@@ -1,4 +1,4 @@
-"""tools/evaluate.py as a user calls it: one table on stdout, the same figures as JSON, one sentence for a mistake."""
+"""tools/evaluate.py as a user calls it: one table on stdout, the same values as JSON, one sentence for a mistake."""
 
 import json
 import runpy
@@ -28,10 +28,10 @@ def call(*words: object) -> int:
     return ended.value.code
 
 
-def test_files(
+def test_text_shards_and_choices(
     finished: SimpleNamespace, corpus: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Text and the shards made of it have equal figures, those of the function; choices come beside them."""
+    """Text and the shards made from it give the values of perplexity(); --choices adds its own."""
     text, shards, items = corpus.texts["held_out"], corpus.folder / "held_out", tmp_path / "items.jsonl"
     items.write_text('{"prompt": "def", "choices": [" train", " xyz"], "answer": 0}\n')
     out = tmp_path / "figures.json"
@@ -50,7 +50,7 @@ def test_files(
     assert len(lines) == 1 + sum(map(len, results.values()))
 
 
-def test_what_is_named_twice_is_measured_once(
+def test_duplicate_files_are_measured_once(
     finished: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A file, a link to it, its folder and a pattern; a question file and a link to it."""
@@ -70,13 +70,13 @@ def test_what_is_named_twice_is_measured_once(
     assert capsys.readouterr().err.count("names the same files as one before it, so it is not measured again") == 3
 
 
-def test_packed(finished: SimpleNamespace, tmp_path: Path) -> None:
-    """The words that make it the run's own figure."""
+def test_packed_equals_the_validation_loss(finished: SimpleNamespace, tmp_path: Path) -> None:
+    """With these options, the value is the run's validation loss."""
     place, out = finished.config.data.validation["held_out"], tmp_path / "figures.json"
     words = ("--packed", "--window", 24, "--limit", 5, "--document-mask", "--no-loss-on-document-start", "--json", out)
     assert call(finished.folder, "--text", place, *words) == 0
-    found = json.loads(out.read_text())["results"][f"packed {place}"]
-    assert abs(found["loss"] - finished.last["validation_loss.held_out"]) < 1e-5
+    metrics = json.loads(out.read_text())["results"][f"packed {place}"]
+    assert abs(metrics["loss"] - finished.last["validation_loss.held_out"]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_packed(finished: SimpleNamespace, tmp_path: Path) -> None:
         (("--text", "x.txt", "--batch-tokens", "-1"), "--batch-tokens -1 must be at least 1"),
         (("--text", "nowhere.txt"), "nowhere.txt"),
         (("--choices", "nowhere.jsonl"), "nowhere.jsonl: No such file or directory"),
-        (("--text", "x.txt", "--device", "cuda:77"), "--device cuda:77 is not there; use cpu"),
+        (("--text", "x.txt", "--device", "cuda:77"), "--device cuda:77 is not available; use cpu"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_user_errors_are_one_sentence(
     finished: SimpleNamespace, words: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert call(finished.folder, *words) == 2

@@ -1,4 +1,4 @@
-"""Scores of choices are those of a loop over single choices in float64; figures are counted by hand."""
+"""Choice scores equal a loop over single choices in float64; accuracies are computed by hand."""
 
 import json
 import math
@@ -22,13 +22,13 @@ ITEMS = [
 ]
 
 
-def test_scores_are_those_of_single_choices(exact: Trinity, config: RunConfig) -> None:
-    """1e-10 in float64. Where the prompt's last token goes on into a choice, scoring begins one token earlier."""
+def test_scores_equal_a_loop_over_single_choices(exact: Trinity, config: RunConfig) -> None:
+    """Within 1e-10 in float64. If the prompt's last token spans into a choice, scoring begins one token earlier."""
     tok = load_text_encoder(Path(config.data.tokenizer))
     begin = [bos_id(tok)]
-    found = choice_scores(exact, tok, ITEMS, begin=begin, window=64, batch_tokens=60)
+    scores = choice_scores(exact, tok, ITEMS, begin=begin, window=64, batch_tokens=60)
     merged = 0
-    for item, row in zip(ITEMS, found, strict=True):
+    for item, row in zip(ITEMS, scores, strict=True):
         prompt = begin + tok.encode(item.prompt, add_special_tokens=False).ids
         texts = [begin + tok.encode(item.prompt + text, add_special_tokens=False).ids for text in item.choices]
         start = 0
@@ -45,7 +45,7 @@ def test_scores_are_those_of_single_choices(exact: Trinity, config: RunConfig) -
     assert 0 < merged < len(ITEMS), "both kinds of boundary must occur"
 
 
-def test_long_prompts_lose_their_beginning(exact: Trinity, config: RunConfig) -> None:
+def test_window_cuts_the_beginning_of_a_prompt(exact: Trinity, config: RunConfig) -> None:
     tok = load_text_encoder(Path(config.data.tokenizer))
     long, short = Item("x y " * 40 + "a b c d e f", [" g", " h"], 0), Item("a b c d e f", [" g", " h"], 0)
     window = len(tok.encode("a b c d", add_special_tokens=False).ids)
@@ -53,12 +53,12 @@ def test_long_prompts_lose_their_beginning(exact: Trinity, config: RunConfig) ->
     assert one == other
     with pytest.raises(UserError, match="item 1 has a choice of over 1 tokens"):
         choice_scores(exact, tok, [Item("a", [" optimizers", " b c d"], 0)], begin=[0], window=1)
-    with pytest.raises(UserError, match="item 1 begins with what is asked for"):
+    with pytest.raises(UserError, match="item 1 has no token before its choices"):
         choice_scores(exact, tok, [Item("", ["a", "b"], 0)], begin=[], window=9)
 
 
-def test_figures() -> None:
-    """Sums choose the short one, bytes the long one; é is two bytes; equal scores give the first."""
+def test_accuracies() -> None:
+    """The sum picks the short choice, the score per byte the long one; é is two bytes; of equal scores the first."""
     items = [Item("", ["a", "bbbb"], 1), Item("", ["é", "ab", "c"], 0), Item("", ["a", "b"], 0)]
     found = accuracies(items, [[-1.0, -2.0], [-1.0, -1.5, -3.0], [-2.0, -2.0]])
     assert found["accuracy"] == 2 / 3
@@ -68,7 +68,7 @@ def test_figures() -> None:
     assert (found["items"], found["chance"]) == (3, (1 / 2 + 1 / 3 + 1 / 2) / 3)
 
 
-def test_files(tmp_path: Path) -> None:
+def test_read_items(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     rows = [{"prompt": "a", "choices": [" b", " c"], "answer": 1, "more": 0}, {"prompt": "", "choices": ["d", "e"]}]
     path.write_text(json.dumps(rows[0]) + "\n\n" + json.dumps(rows[1] | {"answer": 0}) + "\n")
@@ -80,9 +80,9 @@ def test_files(tmp_path: Path) -> None:
     ("text", "sentence"),
     [
         ("", "holds no items; write lines such as"),
-        ("{", "line 1 is no item; write"),
-        ("[1]", "line 1 is no item; write"),
-        ('{"prompt": "a", "choices": ["b", "c"]}', "line 1 is no item; write"),
+        ("{", "line 1 is not an item; write"),
+        ("[1]", "line 1 is not an item; write"),
+        ('{"prompt": "a", "choices": ["b", "c"]}', "line 1 is not an item; write"),
         ('{"prompt": 1, "choices": ["b", "c"], "answer": 0}', "line 1 must have a text"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "at least two texts"),
         ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "none empty"),
@@ -92,7 +92,7 @@ def test_files(tmp_path: Path) -> None:
         ("\xff", "is not UTF-8"),
     ],
 )
-def test_files_that_are_none(text: str, sentence: str, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(text: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=sentence):

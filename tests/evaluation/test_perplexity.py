@@ -1,4 +1,4 @@
-"""Each token is scored once, by the window the definition gives it; the packed figure is the run's own.
+"""Each token is scored once, in the window of the definition; packed perplexity equals the run's validation loss.
 
 Shapes: S tokens, V vocabulary.
 """
@@ -15,7 +15,7 @@ from trinity.config import RunConfig
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError
-from trinity.evaluation.perplexity import ContextWindow, open_documents, packed_perplexity, perplexity, windows
+from trinity.evaluation.perplexity import ContextWindow, open_documents, packed_perplexity, perplexity, sliding_windows
 from trinity.interop import load_hf
 from trinity.models import Trinity
 
@@ -26,10 +26,10 @@ DOCUMENTS = 3
 @pytest.mark.parametrize(
     "window", [ContextWindow(4, 4), ContextWindow(4, 1), ContextWindow(5, 3), ContextWindow(50, 20)]
 )
-def test_windows(length: int, window: ContextWindow) -> None:
-    """Every token but the first is scored once, in order, with W − stride before it or all there is, never over W."""
+def test_sliding_windows(length: int, window: ContextWindow) -> None:
+    """Every token but the first is scored once, in order, after at least W − stride tokens if the text has them."""
     tokens, scored = list(range(100, 100 + length)), []
-    for span in windows(tokens, window):
+    for span in sliding_windows(tokens, window):
         assert 1 <= span.start < len(span.tokens) <= window.length + 1
         before = span.tokens[0] - 100
         assert span.start >= min(before + span.start, window.length - window.stride)
@@ -37,10 +37,10 @@ def test_windows(length: int, window: ContextWindow) -> None:
     assert scored == tokens[1:]
 
 
-def test_is_the_definition(exact: Trinity, config: RunConfig) -> None:
-    """Documents of real text, longer than the window, in float64; a loop over tokens decides.
+def test_perplexity_equals_the_definition(exact: Trinity, config: RunConfig) -> None:
+    """Documents of real text, longer than the window, in float64, against a loop over tokens.
 
-    Window and stride are such that a token's window is found by counting: the first 12 targets, then by fours.
+    A token's window is counted by hand: the first has 12 targets, each later one four.
     """
     source = TokenSource(config.data.validation["held_out"])
     byte_lengths_V = token_byte_lengths(load_tokenizer(Path(config.data.tokenizer)))
@@ -55,21 +55,21 @@ def test_is_the_definition(exact: Trinity, config: RunConfig) -> None:
             nats -= torch.log_softmax(logits_V, dim=-1)[ids[place]].item()
             tokens += 1
         text += len(load_text_encoder(Path(config.data.tokenizer)).decode(ids[1:]).encode())
-    found = perplexity(
+    metrics = perplexity(
         exact, source, ContextWindow(12, 4), byte_lengths_V=byte_lengths_V, documents=DOCUMENTS, batch_tokens=100
     )
-    assert (found["tokens"], found["documents"], found["bytes"]) == (tokens, DOCUMENTS, text)
-    assert abs(found["loss"] - nats / tokens) < 1e-10
-    assert abs(found["bits_per_byte"] - nats / math.log(2) / text) < 1e-10
-    assert abs(found["perplexity"] - math.exp(nats / tokens)) < 1e-7
+    assert (metrics["tokens"], metrics["documents"], metrics["bytes"]) == (tokens, DOCUMENTS, text)
+    assert abs(metrics["loss"] - nats / tokens) < 1e-10
+    assert abs(metrics["bits_per_byte"] - nats / math.log(2) / text) < 1e-10
+    assert abs(metrics["perplexity"] - math.exp(nats / tokens)) < 1e-7
 
 
-def test_packed_is_the_validation_loss_of_the_run(finished: SimpleNamespace) -> None:
-    """The exported folder, read again, on the same rows. Both in fp32: batches of another size add in another order."""
+def test_packed_perplexity_equals_the_run_s_validation_loss(finished: SimpleNamespace) -> None:
+    """The exported folder on the same rows. Both in fp32: another batch size changes the order of sums."""
     config, folder = finished.config, finished.folder
     byte_lengths_V = token_byte_lengths(load_tokenizer(folder))
     source = open_documents(config.data.validation["held_out"], folder, "text", config.model.vocab_size)
-    found = packed_perplexity(
+    metrics = packed_perplexity(
         load_hf(folder),
         source,
         config.data.sequence_length,
@@ -78,11 +78,11 @@ def test_packed_is_the_validation_loss_of_the_run(finished: SimpleNamespace) -> 
         document_mask=config.data.document_mask,
         loss_on_document_start=config.data.loss_on_document_start,
     )
-    assert abs(found["loss"] - finished.last["validation_loss.held_out"]) < 1e-5
-    assert abs(found["bits_per_byte"] - finished.last["validation_bits_per_byte.held_out"]) < 1e-5
+    assert abs(metrics["loss"] - finished.last["validation_loss.held_out"]) < 1e-5
+    assert abs(metrics["bits_per_byte"] - finished.last["validation_bits_per_byte.held_out"]) < 1e-5
 
 
-def test_whole_documents_are_the_masked_rows(exact: Trinity, config: RunConfig, tmp_path: Path) -> None:
+def test_sliding_equals_packed_for_masked_whole_documents(exact: Trinity, config: RunConfig, tmp_path: Path) -> None:
     """Under a document mask, with the same documents whole in both, sliding and packing must agree."""
     lines = ["the model", "reads text", "in a row"]
     path = tmp_path / "short.jsonl"

@@ -1,7 +1,7 @@
-"""Greedy samples are those of a loop over single prompts; the texts end where a document does."""
+"""Greedy samples equal a loop over single prompts; texts end where the document ends."""
 
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from torch import Tensor
 from trinity.config import RunConfig
 from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
-from trinity.evaluation.samples import Sampler, greedy
+from trinity.evaluation.samples import Sampler, greedy_decode
 from trinity.models import Trinity
 
 CPU = torch.device("cpu")
 
 
-def test_greedy_is_that_of_single_prompts(exact: Trinity) -> None:
+def test_greedy_decode_equals_single_prompts(exact: Trinity) -> None:
     """Prompts of several lengths in one batch, past the attention window, in float64 so that padding moves no tie."""
     prompts = [[0], [0, 5, 17, 300, 2, 9, 11, 40], [0, 77, 3]]
     calls = []
@@ -24,26 +24,26 @@ def test_greedy_is_that_of_single_prompts(exact: Trinity) -> None:
         calls.append(tokens_PS.shape)
         return exact(tokens_PS)
 
-    found = greedy(counted, prompts, 14, CPU)
-    assert found == [generate(exact, prompt, 14, temperature=0) for prompt in prompts]
-    assert calls == [torch.Size([3, 8 + 14])] * 14, "as often and as large on every rank, whatever it says"
+    continuations = greedy_decode(counted, prompts, 14, CPU)
+    assert continuations == [generate(exact, prompt, 14, temperature=0) for prompt in prompts]
+    assert calls == [torch.Size([3, 8 + 14])] * 14, "the same calls on every rank, whatever tokens are generated"
 
 
-def scripted(texts: list[list[int]], prompt_lengths: list[int]) -> "SimpleNamespace":
-    """A model that says given tokens."""
+def scripted(texts: list[list[int]], prompt_lengths: list[int]) -> Callable[[Tensor], Tensor]:
+    """A model that generates given tokens."""
 
     def model(tokens_PS: Tensor) -> Tensor:
         logits_PSV = torch.zeros((*tokens_PS.shape, 512))
-        for row, (said, length) in enumerate(zip(texts, prompt_lengths)):
-            for place, token in enumerate(said):
-                logits_PSV[row, length - 1 + place, token] = 1
+        for row, (tokens, length) in enumerate(zip(texts, prompt_lengths)):
+            for index, token in enumerate(tokens):
+                logits_PSV[row, length - 1 + index, token] = 1
         return logits_PSV
 
     return model
 
 
 def test_texts_end_with_their_document(config: RunConfig) -> None:
-    """What comes after BOS or the end token is another document's; an id without a text says nothing."""
+    """Tokens after BOS or EOS belong to another document; an id without a text decodes to nothing."""
     folder = Path(config.data.tokenizer)
     tok = load_text_encoder(folder)
     bos, said = bos_id(tok), tok.encode(" and more", add_special_tokens=False).ids

@@ -1,9 +1,9 @@
-"""Batched, padded scores are those of each text alone, token by token from its logits, in float64."""
+"""Scores of padded batches equal those of each text alone, computed token by token from its logits, in float64."""
 
 import pytest
 import torch
 
-from trinity.evaluation.scoring import Span, batches, log_likelihoods
+from trinity.evaluation.scoring import Span, batch_by_length, log_likelihoods
 from trinity.models import Trinity
 
 LENGTHS = [(2, 1), (9, 1), (9, 8), (30, 12), (5, 3), (17, 1), (30, 29)]
@@ -17,8 +17,8 @@ def plain(model: Trinity, span: Span) -> float:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
-def test_scores_are_those_of_each_text_alone(exact: Trinity, batch_tokens: int) -> None:
-    """1e-10: float64 has 2⁻⁵², and some dozens of sums of numbers below 10 stand between; lengths pass the window."""
+def test_scores_equal_those_of_each_text_alone(exact: Trinity, batch_tokens: int) -> None:
+    """1e-10: float64 has 2⁻⁵², over some dozens of sums of numbers below 10. Lengths exceed the attention window."""
     generator = torch.Generator().manual_seed(5)
     spans = [Span(torch.randint(400, (n,), generator=generator).tolist(), start) for n, start in LENGTHS]
     scores = dict(log_likelihoods(exact, spans, batch_tokens))
@@ -27,9 +27,9 @@ def test_scores_are_those_of_each_text_alone(exact: Trinity, batch_tokens: int) 
         assert abs(scores[place] - plain(exact, span)) < 1e-10, span
 
 
-def test_batches_hold_what_they_may() -> None:
+def test_batch_by_length() -> None:
     lengths = [3, 50, 7, 7, 1, 20]
-    found = list(batches(lengths, 21))
-    assert sorted(place for batch in found for place in batch) == list(range(len(lengths)))
-    assert found == [[1], [5], [2, 3, 0], [4]]
-    assert list(batches([], 21)) == []
+    batches = list(batch_by_length(lengths, 21))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(lengths)))
+    assert batches == [[1], [5], [2, 3, 0], [4]]
+    assert list(batch_by_length([], 21)) == []

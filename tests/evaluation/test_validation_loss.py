@@ -1,4 +1,4 @@
-"""Loss and bits per byte of packed rows, against a count that knows nothing of rows or tokens' lengths."""
+"""Loss and bits per byte of packed rows, against a count without rows or token lengths."""
 
 import json
 import math
@@ -21,11 +21,11 @@ from trinity.models import Trinity
 def test_bits_per_byte(
     exact: Trinity, config: RunConfig, corpus: SimpleNamespace, loss_on_document_start: bool
 ) -> None:
-    """Nats from all logits in float64, over the bytes of the file's texts: every byte of them is foretold once."""
+    """Nats from all logits in float64, over the bytes of the file's texts: every byte is a target once."""
     source, tokenizer = TokenSource(corpus.folder / "held_out"), Path(config.data.tokenizer)
     rows = list(validation_sequences(source, 200, 1000, loss_on_document_start))
     beats = []
-    found = evaluate(
+    metrics = evaluate(
         exact,
         rows,
         3,
@@ -43,17 +43,17 @@ def test_bits_per_byte(
             nats -= logs_SV[place, row.targets[place]].item()
             targets += 1
     texts = [json.loads(line)["text"] for line in corpus.texts["held_out"].read_text().splitlines()]
-    assert abs(found["loss"] - nats / targets) < 1e-10
-    assert abs(found["bits_per_byte"] - nats / math.log(2) / sum(len(text.encode()) for text in texts)) < 1e-10
+    assert abs(metrics["loss"] - nats / targets) < 1e-10
+    assert abs(metrics["bits_per_byte"] - nats / math.log(2) / sum(len(text.encode()) for text in texts)) < 1e-10
 
 
 def test_bytes_are_those_of_the_targets(exact: Trinity, config: RunConfig, tmp_path: Path) -> None:
-    """One row of a longer text: the byte count is that of the text foretold, which is not that of the text read."""
+    """One row of a longer text: the byte count is that of the targets, not that of the inputs."""
     (tmp_path / "text.txt").write_text("The loss of a step is a mean over the valid targets of its global batch.")
     tok = load_tokenizer(Path(config.data.tokenizer))
     source = open_documents(str(tmp_path / "text.txt"), Path(config.data.tokenizer), "text", 512)
     (row,) = validation_sequences(source, 10, 1)
-    found = evaluate(exact, [row], 1, False, token_byte_lengths(tok), torch.device("cpu"))
+    metrics = evaluate(exact, [row], 1, False, token_byte_lengths(tok), torch.device("cpu"))
     text = tok.decode(row.targets.tolist())
     assert len(text) > 10
-    assert abs(found["bits_per_byte"] * len(text) - found["loss"] * 10 / math.log(2)) < 1e-10
+    assert abs(metrics["bits_per_byte"] * len(text) - metrics["loss"] * 10 / math.log(2)) < 1e-10

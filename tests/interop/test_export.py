@@ -18,7 +18,7 @@ from trinity.evaluation.lm_eval import _check_tokenizer
 from trinity.evaluation.samples import Sampler
 from trinity.interop import export_hf
 from trinity.interop.verify import largest_logit_difference
-from trinity.interop.weight_map import correspondence
+from trinity.interop.weight_map import weight_map
 from trinity.models import Trinity
 from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Ranks
@@ -40,7 +40,7 @@ def forms_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def test_table_of_names_covers_every_number_once(model: Trinity) -> None:
     counted = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    for _, ours, index in correspondence(model.config):
+    for _, ours, index in weight_map(model.config):
         counted[ours][index] += 1
     for name, count in counted.items():
         assert (count == (0 if name.endswith("expert_momentum") else 1)).all(), name

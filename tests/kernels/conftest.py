@@ -1,14 +1,14 @@
-"""Every test here runs with fresh memory full of NaN, so that a row read before it was written shows."""
+"""Every test here runs with fresh memory full of NaN, so that reading an unwritten row is noticed."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.kernels.triton_case import mend_bf16_in_the_interpreter
+from tests.kernels.triton_case import correct_bf16_in_the_interpreter
 
 if not torch.cuda.is_available():
-    mend_bf16_in_the_interpreter()
+    correct_bf16_in_the_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
-"""Every kernel with every tile of its table compiles for Hopper, without spills and within its shared memory.
+"""Every kernel compiles for Hopper with every tile of its table, without spills and within the shared memory.
 
-One process per module of cases, since there kernels must not be interpreted. Norms, Newton-Schulz and experts, which
-come in most sizes, take most of the time, and are compiled among the slow tests.
+One process per module of cases, because kernels must not be interpreted there. Norms, Newton-Schulz and experts, which
+have the most sizes, take most of the time; they are slow tests.
 """
 
 import json

@@ -18,7 +18,7 @@ BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and targets, a quarter of which count nowhere."""
+    """x, weight and targets; a quarter of the targets are ignored."""
     random = torch.Generator().manual_seed(0)
     x_TD = torch.randn(T, D, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
     weight_VD = torch.randn(V, D, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
@@ -60,8 +60,8 @@ def test_matches_whole_logits(z: float, dtype: torch.dtype) -> None:
     grads = torch.autograd.grad(3 * got[0], (x_TD, weight_VD))
     exact_grads = torch.autograd.grad(3 * exact[0], (x_TD, weight_VD))
     assert [g.dtype for g in grads] == [dtype, dtype]
-    found = [error(a, b) for a, b in zip((*got, *grads), (*exact, *exact_grads))]
-    assert max(found) <= BOUNDS[dtype], found
+    errors = [error(a, b) for a, b in zip((*got, *grads), (*exact, *exact_grads))]
+    assert max(errors) <= BOUNDS[dtype], errors
 
 
 def test_bf16_is_no_worse_than_torch_in_bf16() -> None:
@@ -69,9 +69,9 @@ def test_bf16_is_no_worse_than_torch_in_bf16() -> None:
     x_TD, weight_VD, targets_T = make(torch.bfloat16)
     naive = F.cross_entropy((x_TD @ weight_VD.t()).float(), targets_T, reduction="sum")
     results = linear_cross_entropy(x_TD, weight_VD, targets_T), (naive,), plain(x_TD, weight_VD, targets_T, 0.0)
-    ours, theirs, exact = ((y[0], *torch.autograd.grad(y[0], (x_TD, weight_VD))) for y in results)
-    for mine, their, true in zip(ours, theirs, exact):
-        assert error(mine, true) <= 2 * error(their, true)
+    fused, torch_results, exact = ((y[0], *torch.autograd.grad(y[0], (x_TD, weight_VD))) for y in results)
+    for actual, peer, true in zip(fused, torch_results, exact):
+        assert error(actual, true) <= 2 * error(peer, true)
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,24 +81,24 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, targets_T[:5], Z)[0], (x_TD[:5], weight_VD))
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
-def test_frozen_inputs(wanted: tuple[bool, bool]) -> None:
-    """What needs no gradient gets none, and nothing else changes."""
+@pytest.mark.parametrize("trains", [(True, False), (False, True), (False, False)])
+def test_frozen_inputs(trains: tuple[bool, bool]) -> None:
+    """An input that needs no gradient gets none, and nothing else changes."""
     x_TD, weight_VD, targets_T = make()
     exact = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
     exact_grads = torch.autograd.grad(exact[0], (x_TD, weight_VD))
-    inputs = [x.detach().requires_grad_(wants) for x, wants in zip((x_TD, weight_VD), wanted)]
+    inputs = [x.detach().requires_grad_(needs) for x, needs in zip((x_TD, weight_VD), trains)]
     got = linear_cross_entropy(*inputs, targets_T, Z)
     assert all(torch.equal(a, b) for a, b in zip(got, exact))
-    assert [y.requires_grad for y in got] == [any(wanted), False, False, False]
-    if any(wanted):
+    assert [y.requires_grad for y in got] == [any(trains), False, False, False]
+    if any(trains):
         got[0].backward()
-    for tensor, wants, gradient in zip(inputs, wanted, exact_grads):
-        assert torch.equal(tensor.grad, gradient) if wants else tensor.grad is None
+    for tensor, needs, gradient in zip(inputs, trains, exact_grads):
+        assert torch.equal(tensor.grad, gradient) if needs else tensor.grad is None
 
 
 def test_evaluation_forms_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad, though the weight trains; and the results are the same."""
+    """Under no_grad, though the weight requires a gradient; the results are the same."""
     x_TD, weight_VD, targets_T = make()
     exact = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
     for name in ("_logits_gradient", "add_product_"):
@@ -108,10 +108,10 @@ def test_evaluation_forms_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, exact))
 
 
-def test_a_leaf_may_ask_for_fp32_gradients() -> None:
-    """grad_dtype: dW of a bf16 weight arrives as it was summed, and rounding it gives what arrives without.
+def test_a_leaf_with_grad_dtype_fp32_gets_fp32_gradients() -> None:
+    """dW of a bf16 weight with grad_dtype fp32 is not rounded; rounding it gives the gradient without grad_dtype.
 
-    A bf16 number is as close to the fp32 one as 2⁻⁹ of it; equal they never all are, as only one is rounded.
+    The two differ by up to 2⁻⁹ of a number, so they are not all equal.
     """
     x_TD, weight_VD, targets_T = make(torch.bfloat16)
     precise_VD = weight_VD.detach().clone().requires_grad_()
@@ -123,13 +123,13 @@ def test_a_leaf_may_ask_for_fp32_gradients() -> None:
     assert not torch.equal(precise_VD.grad, weight_VD.grad.float())
 
 
-@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, None])
-def test_grad_weight_dtype_where_any_is_allowed(asked: torch.dtype | None) -> None:
-    """A leaf without a grad_dtype takes what comes: fp32 unless told otherwise."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_grad_weight_dtype_where_any_is_allowed(dtype: torch.dtype | None) -> None:
+    """A leaf whose grad_dtype is None gets an fp32 gradient, unless grad_weight_dtype is given."""
     x_TD, weight_VD, targets_T = make(torch.bfloat16)
     weight_VD.grad_dtype = None
-    linear_cross_entropy(x_TD, weight_VD, targets_T, Z, grad_weight_dtype=asked)[0].backward()
-    assert weight_VD.grad.dtype == (asked or torch.float32)
+    linear_cross_entropy(x_TD, weight_VD, targets_T, Z, grad_weight_dtype=dtype)[0].backward()
+    assert weight_VD.grad.dtype == (dtype or torch.float32)
 
 
 def test_incoming_gradient_is_not_rounded() -> None:
@@ -143,8 +143,8 @@ def test_incoming_gradient_is_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_needs_nothing_of_the_host(dtype: torch.dtype) -> None:
-    """On any device but a CPU: tensors without memory would refuse to tell it a value."""
+def test_the_host_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
+    """On meta tensors, which cannot return a value to the host, as on any device but a CPU."""
     x_TD, weight_VD, targets_T = (tensor.to("meta") for tensor in make(dtype))
     total, *_ = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
     grads = torch.autograd.grad(total, (x_TD, weight_VD))
@@ -174,7 +174,7 @@ def test_a_chunk_has_a_token_at_least() -> None:
 
 @pytest.mark.usefixtures("chunked")
 def test_all_targets_ignored() -> None:
-    """Loss and gradients are exact zeros; the largest logits are still told."""
+    """Loss and gradients are exact zeros; the largest logits are still returned."""
     x_TD, weight_VD, _ = make()
     total, ce_T, lse_T, top_T = linear_cross_entropy(x_TD, weight_VD, torch.full((T,), IGNORE), Z)
     total.backward()
@@ -194,7 +194,7 @@ def test_no_tokens() -> None:
 
 
 def test_an_ignored_token_may_overflow() -> None:
-    """Padding whose logits are infinite in fp32 changes no bit of the rest."""
+    """Padding whose logits are infinite in fp32 changes no bit of the other results."""
     x_TD, weight_VD, targets_T = make(torch.float32)
     targets_T[3] = IGNORE
     results = []
@@ -209,7 +209,7 @@ def test_an_ignored_token_may_overflow() -> None:
 
 
 def test_large_logits_do_not_overflow() -> None:
-    """Logits of ±1000: exp of them has no fp32; the largest must be taken off first. Rounding of 1000 is 6e-5."""
+    """exp of logits of ±1000 overflows fp32, so the largest must be subtracted first. Rounding of 1000 is 6e-5."""
     x_TD = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     weight_VD = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
     total, ce_T, _, _ = linear_cross_entropy(x_TD, weight_VD, torch.tensor([0, 0]), 0.0)
@@ -220,7 +220,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_cross_entropy_of_large_logits_keeps_its_digits() -> None:
-    """Two equal winners at 1e4: CE is log 2. Taken from lse, of which fp32 holds 5e-4, it would be 0.6934."""
+    """Two equal largest logits at 1e4: CE is log 2. From lse, which fp32 rounds to 5e-4, it would be 0.6934."""
     x_TD, weight_VD = torch.tensor([[1e4]]), torch.tensor([[1.0], [1.0], [-1.0]])
     _, ce_T, *_ = linear_cross_entropy(x_TD, weight_VD, torch.tensor([0]))
     assert ce_T.item() == pytest.approx(0.69314718, rel=1e-7)

@@ -20,8 +20,8 @@ Z = 0.01  # large enough that a wrong z-term shows at every bound
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
-    """small(logits a step, tokens a chunk): 200 logits in steps of 64, the last of them of 8; all in one chunk."""
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
+    """small_tiles(logits per step, tokens per chunk); by default steps of 64 of the 200 logits, and one chunk."""
 
     def set_(block: int, tokens: int) -> None:
         monkeypatch.setattr(cross_entropy_triton, "tile", lambda vocabulary, itemsize: Tile(block, 4))
@@ -32,7 +32,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None
 
 
 def make(T: int, dtype: torch.dtype = torch.float32, vocabulary: int = V) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and targets, a quarter of which count nowhere; logits of standard deviation 4."""
+    """x, weight and targets, a quarter of them ignored; logits of standard deviation 4."""
     random = torch.Generator().manual_seed(T)
     x_TD = torch.randn(T, D, generator=random).to(DEVICE, dtype)
     weight_VD = torch.randn(vocabulary, D, generator=random).to(DEVICE, dtype)
@@ -51,8 +51,8 @@ def plain(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float) -> list[
     return [total, ce_T, lse_T, logits_TV.amax(dim=1), *torch.autograd.grad(total, (x_TD, weight_VD))]
 
 
-def ours(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float) -> list[Tensor]:
-    """The same six."""
+def triton_results(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float) -> list[Tensor]:
+    """The same six results of the Triton op."""
     results = linear_cross_entropy(x_TD, weight_VD, targets_T, z, kernel="triton")
     assert [y.dtype for y in results] == [torch.float32] * 4
     assert [y.requires_grad for y in results] == [True, False, False, False]
@@ -67,7 +67,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 @pytest.mark.parametrize("z", [0.0, Z])
 def test_matches_whole_logits(z: float, dtype: torch.dtype) -> None:
     inputs = make(37, dtype)
-    got, exact = ours(*inputs, z), plain(*inputs, z)
+    got, exact = triton_results(*inputs, z), plain(*inputs, z)
     assert [g.dtype for g in got[4:]] == [dtype, dtype]
     for a, b in zip(got, exact):
         assert_close(a, b, BOUNDS[dtype])
@@ -75,27 +75,27 @@ def test_matches_whole_logits(z: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("T", [0, 1, 7, 63, 64, 65, 129])
 def test_any_number_of_tokens(T: int) -> None:
-    """With one step a row, as the interpreter is slow."""
+    """With one step per row, because the interpreter is slow."""
     inputs = make(T, vocabulary=50)
-    for a, b in zip(ours(*inputs, Z), plain(*inputs, Z)):
+    for a, b in zip(triton_results(*inputs, Z), plain(*inputs, Z)):
         assert_close(a, b, BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 63, 64, 65, 128])
 def test_any_vocabulary(vocabulary: int) -> None:
     inputs = make(7, vocabulary=vocabulary)
-    for a, b in zip(ours(*inputs, Z), plain(*inputs, Z)):
+    for a, b in zip(triton_results(*inputs, Z), plain(*inputs, Z)):
         assert_close(a, b, BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("block", "tokens"), [(64, 1), (64, 10), (512, 1000)])
-def test_chunks_and_tiles_do_not_matter(small: Callable, block: int, tokens: int, dtype: torch.dtype) -> None:
-    """Tokens see nothing of their chunk; sums within a row are grouped otherwise, and dW is summed otherwise."""
+def test_chunks_and_tiles_do_not_matter(small_tiles: Callable, block: int, tokens: int, dtype: torch.dtype) -> None:
+    """Up to rounding: other tiles group the sums within a row differently, other chunks those of dW."""
     inputs = make(37, dtype)
-    one = ours(*inputs, Z)
-    small(block, tokens)
-    other = ours(*inputs, Z)
+    one = triton_results(*inputs, Z)
+    small_tiles(block, tokens)
+    other = triton_results(*inputs, Z)
     for a, b in zip(other, one):
         assert_close(a, b, BOUNDS[dtype])
     if tokens == 10 and DEVICE == "cpu":  # logits of one row, or on a GPU, may come from another algorithm
@@ -104,15 +104,15 @@ def test_chunks_and_tiles_do_not_matter(small: Callable, block: int, tokens: int
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_the_tiles_of_the_table(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """One token with each real tile: 2, 3, 5 and 9 steps of theirs in fp32, 1, 2, 3 and 5 in 16 bits.
+    """One token with each real tile: 2, 3, 5 and 9 steps in fp32, 1, 2, 3 and 5 in 16 bits.
 
-    Logits of about 1, as with one token no errors of rounded logits average out.
+    Logits of about 1, because with one token the errors of rounded logits do not average out.
     """
     monkeypatch.undo()
     for vocabulary in (4000, 8208, 66000, 66001):
         x_TD, weight_VD, targets_T = make(1, dtype, vocabulary)
         inputs = (x_TD.detach() / 4).requires_grad_(), weight_VD, torch.full_like(targets_T, vocabulary - 1)
-        for a, b in zip(ours(*inputs, Z), plain(*inputs, Z)):
+        for a, b in zip(triton_results(*inputs, Z), plain(*inputs, Z)):
             assert_close(a, b, BOUNDS[dtype])
 
 
@@ -124,9 +124,9 @@ def loss_of(logits_CV: Tensor, targets_C: Tensor, z: float = 0.0) -> tuple[Tenso
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_large_logits(dtype: torch.dtype) -> None:
-    """±1e4, whose exponential has no fp32: one winner, two equal winners, a loser, and all alike.
+    """±1e4, whose exponential overflows fp32: one largest, two equal largest, target not the largest, all equal.
 
-    fp32 holds 1e4 to 5e-4, and log 2 beside nothing large to 1e-7: CE keeps its digits, lse cannot.
+    fp32 rounds 1e4 to 5e-4, and log 2 alone to 1e-7: CE keeps its digits, lse cannot.
     """
     logits_CV = torch.full((4, V), -1e4, device=DEVICE)
     logits_CV[:2, 150], logits_CV[1, 3], logits_CV[2, 0] = 1e4, 1e4, 1e4
@@ -149,8 +149,8 @@ def test_large_logits(dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # ∞ − ∞
 @pytest.mark.parametrize("filling", [torch.inf, -torch.inf, torch.nan])
-def test_what_an_ignored_row_holds_does_not_matter(filling: float) -> None:
-    """Its results are zeros and it changes no bit of the others; the largest logit is told as it is."""
+def test_the_content_of_an_ignored_row_has_no_effect(filling: float) -> None:
+    """Its results are zeros and no bit of the others changes; the largest logit is returned as it is."""
     logits_CV = torch.randn(3, V, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     targets_C = torch.tensor([5, IGNORE, 199], device=DEVICE)
     clean = loss_of(logits_CV, targets_C, Z)
@@ -164,13 +164,13 @@ def test_what_an_ignored_row_holds_does_not_matter(filling: float) -> None:
 
 
 @pytest.mark.parametrize("target", [-1, V, 2**40])
-def test_a_target_out_of_range_shows(target: int) -> None:
-    """NaN, and no memory of others is read."""
+def test_a_target_out_of_range_gives_nan(target: int) -> None:
+    """And no memory outside the row is read."""
     ce_C, *_ = loss_of(torch.zeros(2, V, device=DEVICE), torch.tensor([0, target], device=DEVICE))
     assert ce_C.isnan().tolist() == [False, True]
 
 
-def test_a_logit_that_is_not_a_number_shows() -> None:
+def test_a_nan_logit_gives_nan() -> None:
     logits_CV = torch.zeros(3, V, device=DEVICE)
     logits_CV[1, 100] = torch.nan
     ce_C, lse_C, top_C, gradient_CV = loss_of(logits_CV, torch.zeros(3, dtype=torch.int64, device=DEVICE))
@@ -181,7 +181,9 @@ def test_a_logit_that_is_not_a_number_shows() -> None:
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_all_targets_ignored(dtype: torch.dtype) -> None:
     x_TD, weight_VD, targets_T = make(5, dtype)
-    total, ce_T, lse_T, top_T, grad_x, grad_weight = ours(x_TD, weight_VD, torch.full_like(targets_T, IGNORE), Z)
+    total, ce_T, lse_T, top_T, grad_x, grad_weight = triton_results(
+        x_TD, weight_VD, torch.full_like(targets_T, IGNORE), Z
+    )
     for zero in (total.detach(), ce_T, lse_T, grad_x, grad_weight):
         assert torch.equal(zero, torch.zeros_like(zero))
     assert_close(top_T, plain(x_TD, weight_VD, targets_T, Z)[3], BOUNDS[dtype])
@@ -189,52 +191,52 @@ def test_all_targets_ignored(dtype: torch.dtype) -> None:
 
 def test_repetition_gives_the_same_bits() -> None:
     inputs = make(37, torch.bfloat16)
-    assert same(ours(*inputs, Z), ours(*inputs, Z))
+    assert same(triton_results(*inputs, Z), triton_results(*inputs, Z))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_agrees_with_the_reference(dtype: torch.dtype) -> None:
-    """The same equation in torch's own operations; in bf16 both round logits and their gradient to the same."""
+    """The reference computes the same equation with torch; in bf16 both round logits and their gradient alike."""
     inputs = make(37, dtype)
     results = linear_cross_entropy(*inputs, Z, kernel="reference")
     reference = [*results, *torch.autograd.grad(results[0], inputs[:2])]
-    for a, b in zip(ours(*inputs, Z), reference):
+    for a, b in zip(triton_results(*inputs, Z), reference):
         assert_close(a, b, BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
-def test_frozen_inputs(wanted: tuple[bool, bool]) -> None:
-    """What needs no gradient gets none, and nothing else changes."""
+@pytest.mark.parametrize("trains", [(True, False), (False, True), (False, False)])
+def test_frozen_inputs(trains: tuple[bool, bool]) -> None:
+    """An input that needs no gradient gets none, and nothing else changes."""
     x_TD, weight_VD, targets_T = make(7)
-    exact = ours(x_TD, weight_VD, targets_T, Z)
-    inputs = [x.detach().requires_grad_(wants) for x, wants in zip((x_TD, weight_VD), wanted)]
+    exact = triton_results(x_TD, weight_VD, targets_T, Z)
+    inputs = [x.detach().requires_grad_(needs) for x, needs in zip((x_TD, weight_VD), trains)]
     got = linear_cross_entropy(*inputs, targets_T, Z, kernel="triton")
     assert same(list(got), exact[:4])
-    assert [y.requires_grad for y in got] == [any(wanted), False, False, False]
-    if any(wanted):
+    assert [y.requires_grad for y in got] == [any(trains), False, False, False]
+    if any(trains):
         got[0].backward()
-    for tensor, wants, gradient in zip(inputs, wanted, exact[4:]):
-        assert torch.equal(tensor.grad, gradient) if wants else tensor.grad is None
+    for tensor, needs, gradient in zip(inputs, trains, exact[4:]):
+        assert torch.equal(tensor.grad, gradient) if needs else tensor.grad is None
 
 
 def test_evaluation_forms_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad the kernel leaves the logits alone and no gradient is multiplied out, though the weight trains."""
+    """Under no_grad the kernel leaves the logits unchanged and no gradient product runs, though the weight trains."""
     x_TD, weight_VD, targets_T = make(7)
-    exact = ours(x_TD, weight_VD, targets_T, Z)
-    seen = []
+    exact = triton_results(x_TD, weight_VD, targets_T, Z)
+    unchanged = []
 
-    def watched(logits_CV: Tensor, *rest: object) -> Tensor:
+    def spy(logits_CV: Tensor, *rest: object) -> Tensor:
         before = logits_CV.clone()
         after = logits_to_gradient(logits_CV, *rest)
-        seen.append(torch.equal(after, before))
+        unchanged.append(torch.equal(after, before))
         return after
 
-    monkeypatch.setattr(cross_entropy_triton, "logits_to_gradient", watched)
+    monkeypatch.setattr(cross_entropy_triton, "logits_to_gradient", spy)
     monkeypatch.setattr(cross_entropy, "add_product_", None)
     with torch.no_grad():
         got = linear_cross_entropy(x_TD, weight_VD, targets_T, Z, kernel="triton")
     assert same(list(got), exact[:4])
-    assert seen == [True]
+    assert unchanged == [True]
 
 
 def test_incoming_gradient_is_not_rounded() -> None:

@@ -1,6 +1,6 @@
 """Every engine of trinity_kernels.expert_engines against the float64 reference, output and gradients.
 
-grouped_mm runs everywhere; megablocks and transformer_engine where their package and a GPU are, else a line says why.
+grouped_mm runs everywhere; megablocks and transformer_engine need their package and a GPU, and are skipped otherwise.
 
 Shapes: T tokens, D width, E experts, F expert width, K active experts.
 """
@@ -46,12 +46,12 @@ def make(E: int, K: int, T: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def run(function: Callable[..., Tensor], inputs: list[Tensor], dy_TD: Tensor) -> list[Tensor]:
-    """Output and the gradients of x, gate_up, down and gates; None is no gradient."""
+    """Output and the gradients of x, gate_up, down and gates."""
     y_TD = function(*inputs, rows=(inputs[3] >= 0).sum().item())
     return [y_TD.detach(), *torch.autograd.grad(y_TD, [x for x in inputs if x.requires_grad], dy_TD.to(y_TD.dtype))]
 
 
-def widen(inputs: list[Tensor]) -> list[Tensor]:
+def to_float64(inputs: list[Tensor]) -> list[Tensor]:
     return [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
@@ -59,7 +59,7 @@ def compare(name: str, inputs: list[Tensor], dy_TD: Tensor | None = None) -> lis
     dtype = inputs[0].dtype
     if dy_TD is None:
         dy_TD = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-    got, exact = run(engine(name), inputs, dy_TD), run(expert_mlp.reference, widen(inputs), dy_TD)
+    got, exact = run(engine(name), inputs, dy_TD), run(expert_mlp.reference, to_float64(inputs), dy_TD)
     assert [x.dtype for x in got] == [dtype, dtype, dtype, dtype, torch.float32]
     errors = [relative_error(a, b) for a, b in zip(got, exact)]
     assert all(error <= BOUNDS[dtype] for error in errors), errors
@@ -69,7 +69,7 @@ def compare(name: str, inputs: list[Tensor], dy_TD: Tensor | None = None) -> lis
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("sizes", CASES)
 def test_matches_the_reference(name: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """128 experts of 4 rows on average; and, by the gradient of stride zero, what a sum would send back."""
+    """Up to 128 experts of 4 rows on average; random gradients, and a gradient of stride zero as from a sum."""
     if dtype not in DTYPES.get(name, [torch.bfloat16]):
         pytest.skip(f"{name} does not take {dtype} here")
     compare(name, make(*sizes, dtype))
@@ -77,15 +77,15 @@ def test_matches_the_reference(name: str, sizes: tuple[int, int, int], dtype: to
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_choices_elsewhere_and_empty_experts(name: str, share: float) -> None:
-    """Two experts of six are chosen; some or all choices are −1 with gates of NaN, which nobody may read."""
+def test_remote_choices_and_empty_experts(name: str, share: float) -> None:
+    """Two experts of six are chosen; some or all choices are −1 with gates of NaN, which must not be read."""
     inputs = make(6, 2, 33, DTYPES.get(name, [torch.bfloat16])[0])
     inputs[3] = inputs[3] % 2 + torch.tensor([0, 3], device=DEVICE)
-    gone_TK = (torch.rand(33, 2, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)
-    inputs[3] = inputs[3].masked_fill(gone_TK, -1)
-    inputs[4] = inputs[4].detach().masked_fill(gone_TK, torch.nan).requires_grad_()
+    remote_TK = (torch.rand(33, 2, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)
+    inputs[3] = inputs[3].masked_fill(remote_TK, -1)
+    inputs[4] = inputs[4].detach().masked_fill(remote_TK, torch.nan).requires_grad_()
     got = compare(name, inputs)
-    assert got[4][gone_TK].eq(0).all()
+    assert got[4][remote_TK].eq(0).all()
     assert all(gradient[[2, 5]].eq(0).all() for gradient in got[2:4])
 
 
@@ -101,16 +101,16 @@ def test_repetition_gives_the_same_bits(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_what_grouped_mm_does_not_take() -> None:
+def test_unsupported_arguments_of_grouped_mm() -> None:
     inputs = make(4, 2, 7, torch.float32)
     with pytest.raises(ValueError, match=r"takes .*bfloat16.* not torch\.float64; use auto"):
-        engine("grouped_mm")(*widen(inputs))
+        engine("grouped_mm")(*to_float64(inputs))
     with pytest.raises(ValueError, match="not 39 numbers"):
-        engine("grouped_mm")(*[x.to(torch.bfloat16) if x.is_floating_point() else x for x in narrowed(inputs)])
+        engine("grouped_mm")(*[x.to(torch.bfloat16) if x.is_floating_point() else x for x in drop_one_column(inputs)])
 
 
-def narrowed(inputs: list[Tensor]) -> list[Tensor]:
-    """One column less, so that rows are no multiple of 16 bytes."""
+def drop_one_column(inputs: list[Tensor]) -> list[Tensor]:
+    """Rows that are no multiple of 16 bytes."""
     x, gate_up, down, *others = inputs
     return [x[:, :39].contiguous(), gate_up[..., :39].contiguous(), down[:, :39].contiguous(), *others]
 
@@ -129,7 +129,7 @@ def test_a_missing_package_is_named(name: str, needs: str, monkeypatch: pytest.M
 
 
 class FakeGroupedGemm(ModuleType):
-    """grouped_gemm.ops as MegaBlocks calls it, by a loop: sizes on the host, weights transposed."""
+    """Stands in for grouped_gemm.ops as MegaBlocks calls it: sizes on the host, weights transposed."""
 
     @staticmethod
     def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
@@ -140,7 +140,7 @@ class FakeGroupedGemm(ModuleType):
 
 
 class FakeGroupedLinear(torch.nn.Module):
-    """te.pytorch.GroupedLinear as it is documented: one parameter an expert, sizes as a list."""
+    """Stands in for te.pytorch.GroupedLinear as documented: one parameter per expert, sizes as a list."""
 
     def __init__(self, num_gemms: int, in_features: int, out_features: int, *, bias: bool, **options) -> None:
         super().__init__()
@@ -156,8 +156,8 @@ class FakeGroupedLinear(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["megablocks", "transformer_engine"])
-def test_our_side_of_a_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Played by a loop on the CPU: what we hand over is what the package takes, and gradients come back to us."""
+def test_arguments_passed_to_a_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is replaced by a loop on the CPU that checks its arguments; gradients match the reference."""
     module = sys.modules[engine(name).__module__]
     package = ModuleType("te")
     package.GroupedLinear = FakeGroupedLinear
@@ -169,5 +169,5 @@ def test_our_side_of_a_package(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     dy_TD = torch.randn(63, D, generator=torch.Generator().manual_seed(0)).bfloat16()
     got = run(engine(name), inputs, dy_TD)
     monkeypatch.undo()
-    for a, b in zip(got, run(expert_mlp.reference, widen(inputs), dy_TD)):
+    for a, b in zip(got, run(expert_mlp.reference, to_float64(inputs), dy_TD)):
         assert relative_error(a, b) <= BOUNDS[torch.bfloat16]

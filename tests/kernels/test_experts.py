@@ -1,4 +1,4 @@
-"""expert_mlp against one expert at a time for one token at a time, in float64.
+"""expert_mlp against a loop over tokens and experts in float64.
 
 Shapes: T tokens, D width, E experts, F expert width, K active experts.
 """
@@ -33,7 +33,7 @@ def make(E: int, K: int, T: int, dtype: torch.dtype = torch.float64) -> list[Ten
 
 
 def plain(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor) -> Tensor:
-    """Σ_k s·W2·(silu(gate)∘up) in the inputs' dtype, no batching of any kind; −1 is nobody."""
+    """Σ_k s·W2·(silu(gate)∘up) in the inputs' dtype, without any batching; −1 is skipped."""
     rows = []
     for t, experts in enumerate(indices_TK.tolist()):
         y_D = 0 * x_TD[t]
@@ -46,17 +46,17 @@ def plain(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tens
     return torch.stack(rows) if rows else x_TD * 1.0
 
 
-def here(*inputs: Tensor) -> Tensor:
-    """expert_mlp, told how many choices are here."""
+def local_expert_mlp(*inputs: Tensor) -> Tensor:
+    """expert_mlp with the number of choices that are not −1."""
     return expert_mlp(*inputs, rows=(inputs[3] >= 0).sum().item())
 
 
 def run(function, inputs: list[Tensor], dy_TD: Tensor) -> list[Tensor]:
-    """The output and the gradients of x, gate_up, down and gates; zeros where nothing flows."""
-    wanted = [x for x in inputs if x.requires_grad]
+    """The output and the gradients of x, gate_up, down and gates; zeros for a gradient of None."""
+    leaves = [x for x in inputs if x.requires_grad]
     y_TD = function(*inputs)
-    grads = torch.autograd.grad(y_TD, wanted, dy_TD.to(y_TD.dtype), allow_unused=True)
-    return [y_TD.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted))]
+    grads = torch.autograd.grad(y_TD, leaves, dy_TD.to(y_TD.dtype), allow_unused=True)
+    return [y_TD.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves))]
 
 
 def errors(got: list[Tensor], exact: list[Tensor]) -> list[float]:
@@ -65,28 +65,28 @@ def errors(got: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item() for a, b in zip(got, exact)]
 
 
-def widen(inputs: list[Tensor]) -> list[Tensor]:
+def to_float64(inputs: list[Tensor]) -> list[Tensor]:
     return [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize(("E", "K", "T"), SIZES)
-def test_matches_one_token_at_a_time(E: int, K: int, T: int, dtype: torch.dtype) -> None:
+def test_matches_loops(E: int, K: int, T: int, dtype: torch.dtype) -> None:
     """Output and every gradient, float64 on the same rounded inputs."""
     inputs = make(E, K, T, dtype)
     dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T)).to(dtype)
-    got, exact = run(expert_mlp, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
+    got, exact = run(expert_mlp, inputs, dy_TD), run(plain, to_float64(inputs), dy_TD)
     assert [x.dtype for x in got] == [dtype, dtype, dtype, dtype, inputs[-1].dtype]
     assert all(error <= BOUNDS[dtype] for error in errors(got, exact)), errors(got, exact)
 
 
 def test_bf16_is_no_worse_than_plain_bf16() -> None:
-    """At most twice the error of the same sums written plainly in bf16; sums over K are fp32 here, so it is less."""
+    """At most twice the error of a naive loop in bf16; it is less, because the op sums over K in fp32."""
     inputs = make(7, 2, 64, torch.bfloat16)
     dy_TD = torch.randn(64, D, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = run(plain, widen(inputs), dy_TD)
-    ours, naive = errors(run(expert_mlp, inputs, dy_TD), exact), errors(run(plain, inputs, dy_TD), exact)
-    assert all(mine <= 2 * theirs for mine, theirs in zip(ours, naive)), (ours, naive)
+    exact = run(plain, to_float64(inputs), dy_TD)
+    fused, naive = errors(run(expert_mlp, inputs, dy_TD), exact), errors(run(plain, inputs, dy_TD), exact)
+    assert all(error <= 2 * peer for error, peer in zip(fused, naive)), (fused, naive)
 
 
 def test_gradcheck() -> None:
@@ -110,7 +110,7 @@ def test_all_tokens_on_one_expert(hot: int) -> None:
 
 
 def test_no_tokens_still_give_every_gradient() -> None:
-    """A rank without tokens must take part in the reduction of gradients: zeros, not None."""
+    """A rank without tokens takes part in the gradient reduction: its gradients are zeros, not None."""
     inputs = make(4, 2, 0)
     grads = torch.autograd.grad(expert_mlp(*inputs).sum(), [x for x in inputs if x.requires_grad])
     assert [g.shape for g in grads] == [x.shape for x in inputs if x.requires_grad]
@@ -133,41 +133,41 @@ def test_repetition_gives_the_same_bits(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def elsewhere(inputs: list[Tensor], kind: str) -> list[Tensor]:
-    """Some or all choices made −1, their gates NaN: nobody may read them."""
+def with_remote_choices(inputs: list[Tensor], kind: str) -> list[Tensor]:
+    """Set some or all choices to −1 and their gates to NaN, which must not be read."""
     indices_TK, s_TK = inputs[3], inputs[4].detach().clone()
-    if kind == "none here":
-        gone_TK = torch.ones_like(indices_TK, dtype=torch.bool)
-    elif kind == "one here":
-        gone_TK = torch.ones_like(indices_TK, dtype=torch.bool)
-        gone_TK[3:4, 1] = False
+    if kind == "none local":
+        remote_TK = torch.ones_like(indices_TK, dtype=torch.bool)
+    elif kind == "one local":
+        remote_TK = torch.ones_like(indices_TK, dtype=torch.bool)
+        remote_TK[3:4, 1] = False
     else:
-        gone_TK = torch.rand(indices_TK.shape, generator=torch.Generator().manual_seed(5)) < 0.6
-        gone_TK[:2] = True
-    s_TK[gone_TK] = torch.nan
-    return [*inputs[:3], indices_TK.masked_fill(gone_TK, -1), s_TK.requires_grad_()]
+        remote_TK = torch.rand(indices_TK.shape, generator=torch.Generator().manual_seed(5)) < 0.6
+        remote_TK[:2] = True
+    s_TK[remote_TK] = torch.nan
+    return [*inputs[:3], indices_TK.masked_fill(remote_TK, -1), s_TK.requires_grad_()]
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("kind", ["some here", "one here", "none here"])
+@pytest.mark.parametrize("kind", ["some local", "one local", "none local"])
 @pytest.mark.parametrize("T", [0, 7, 64])
-def test_choices_elsewhere(T: int, kind: str, dtype: torch.dtype) -> None:
-    """As if they were not there: no row, no gradient for their gates, zeros for a token without any."""
-    inputs = elsewhere(make(7, 3, T, dtype), kind)
+def test_remote_choices(T: int, kind: str, dtype: torch.dtype) -> None:
+    """A choice of −1 takes no row and its gate gets no gradient; a token with only such choices gives zeros."""
+    inputs = with_remote_choices(make(7, 3, T, dtype), kind)
     dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T)).to(dtype)
-    got, exact = run(here, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
+    got, exact = run(local_expert_mlp, inputs, dy_TD), run(plain, to_float64(inputs), dy_TD)
     assert [x.dtype for x in got] == [dtype, dtype, dtype, dtype, inputs[-1].dtype]
     assert all(error <= BOUNDS[dtype] for error in errors(got, exact)), errors(got, exact)
-    gone_TK = inputs[3] < 0
-    assert got[4][gone_TK].eq(0).all()
-    assert got[0][gone_TK.all(dim=1)].eq(0).all()
-    again = run(here, inputs, dy_TD)
+    remote_TK = inputs[3] < 0
+    assert got[4][remote_TK].eq(0).all()
+    assert got[0][remote_TK.all(dim=1)].eq(0).all()
+    again = run(local_expert_mlp, inputs, dy_TD)
     assert all(torch.equal(a, b) for a, b in zip(got, again))
 
 
-def test_choices_elsewhere_take_no_memory() -> None:
-    """Only the rows that are computed have pre-activations to keep."""
-    x, gate_up, down, indices, s = elsewhere(make(7, 3, 64), "some here")
+def test_remote_choices_take_no_memory() -> None:
+    """Pre-activations are saved only for rows that are computed."""
+    x, gate_up, down, indices, s = with_remote_choices(make(7, 3, 64), "some local")
     rows = (indices >= 0).sum().item()
     assert 0 < rows < indices.numel() / 2
     _, pre_RH = torch.ops.trinity.expert_mlp(x, gate_up.flatten(1, 2), down, indices, s, rows)
@@ -175,27 +175,27 @@ def test_choices_elsewhere_take_no_memory() -> None:
     assert pre_RH.untyped_storage().nbytes() == pre_RH.numel() * pre_RH.element_size()
 
 
-def test_gradcheck_with_choices_elsewhere() -> None:
+def test_gradcheck_with_remote_choices() -> None:
     x, gate_up, down, indices, s = make(3, 2, 5)
     indices = indices.masked_fill(torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0]], dtype=torch.bool), -1)
-    torch.autograd.gradcheck(lambda *a: here(*a[:3], indices, a[3]), (x, gate_up, down, s))
+    torch.autograd.gradcheck(lambda *a: local_expert_mlp(*a[:3], indices, a[3]), (x, gate_up, down, s))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sum_of_rows(dtype: torch.dtype) -> None:
     """Tokens of 2, 0, 1 and 3 rows, weighted or not, against a loop; sums in fp32 of a few terms are exact to 1e-6."""
     random = torch.Generator().manual_seed(0)
-    rows_RD, found = torch.randn(6, D, generator=random, dtype=torch.float64).to(dtype), [2, 0, 1, 3]
+    rows_RD, counts = torch.randn(6, D, generator=random, dtype=torch.float64).to(dtype), [2, 0, 1, 3]
     weights_R = torch.rand(6, generator=random, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     order = [5, 0, 3, 1, 4, 2]
     for weights in (None, weights_R):
-        got = sum_of_rows(rows_RD, torch.tensor(order), torch.tensor(found), weights)
+        got = sum_of_rows(rows_RD, torch.tensor(order), torch.tensor(counts), weights)
         assert got.dtype == weights_R.dtype
         places = iter(order)
-        for t, count in enumerate(found):
-            mine = [next(places) for _ in range(count)]
-            wanted = sum((1 if weights is None else weights[r].double()) * rows_RD[r].double() for r in mine)
-            torch.testing.assert_close(got[t].double(), wanted + torch.zeros(D).double(), rtol=1e-6, atol=1e-6)
+        for t, count in enumerate(counts):
+            rows = [next(places) for _ in range(count)]
+            expected = sum((1 if weights is None else weights[r].double()) * rows_RD[r].double() for r in rows)
+            torch.testing.assert_close(got[t].double(), expected + torch.zeros(D).double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [14, 5, 0])
@@ -215,20 +215,20 @@ def test_opcheck(T: int, rows: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("function", [expert_mlp, here])
+@pytest.mark.parametrize("function", [expert_mlp, local_expert_mlp])
 def test_on_a_gpu(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    """torch's grouped GEMM in bf16 wants rows of a multiple of 16 bytes: 64 and 32 wide here, one expert empty.
+    """torch's grouped GEMM in bf16 needs rows of a multiple of 16 bytes: 64 and 32 wide here, one expert empty.
 
-    `here`: half of the choices are elsewhere.
+    With `local_expert_mlp`, half of the choices are −1.
     """
     random = torch.Generator().manual_seed(0)
     shapes = [(100, 64), (8, 2, 32, 64), (8, 64, 32)]
     inputs = [torch.randn(shape, generator=random, dtype=torch.float64).to("cuda", dtype) / 8 for shape in shapes]
     indices_TK = torch.rand(100, 7, generator=random).argsort(dim=1)[:, :2].cuda()
-    if function is here:
+    if function is local_expert_mlp:
         indices_TK = indices_TK.where(torch.rand(100, 2, generator=random).cuda() < 0.5, -1)
     s_TK = torch.rand(100, 2, generator=random).to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in (*inputs, indices_TK, s_TK)]
     dy_TD = torch.randn(100, 64, generator=random).to("cuda", dtype)
-    got, exact = run(function, inputs, dy_TD), run(plain, widen(inputs), dy_TD)
+    got, exact = run(function, inputs, dy_TD), run(plain, to_float64(inputs), dy_TD)
     assert all(error <= BOUNDS[dtype] for error in errors(got, exact)), errors(got, exact)

@@ -1,4 +1,4 @@
-"""The experts in Triton against the float64 reference, which test_experts.py holds to one token at a time.
+"""The experts in Triton against the float64 reference, which test_experts.py compares with loops.
 
 Shapes: T tokens, D width, E experts, F expert width, K active experts.
 """
@@ -13,7 +13,7 @@ from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
 from trinity_kernels import expert_mlp, experts_triton, grouped_gemm_triton
 from trinity_kernels.grouped_gemm_triton import Tile
 
-# E, K, T, D, F. Many experts are many programs, which an interpreter takes one by one: in fp32 only.
+# E, K, T, D, F. Many experts are many programs, which the interpreter runs one by one: in fp32 only.
 CASES = [
     (1, 1, 7, 16, 8), (1, 1, 64, 40, 24), (4, 4, 1, 40, 24), (4, 4, 63, 16, 32), (4, 1, 129, 40, 40),
     (4, 2, 65, 72, 24), (7, 3, 63, 24, 40), (4, 2, 0, 16, 8),
@@ -31,7 +31,7 @@ WIDE_GRID = [
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that few rows fill and overflow, and an epilogue in two parts."""
+    """Small tiles, so that few rows fill and overflow them; the epilogue in two parts."""
     for module, name, tile in (
         (grouped_gemm_triton, "matmul_tile", Tile(16, 32, 16, 4, 2)),
         (grouped_gemm_triton, "outer_tile", Tile(32, 32, 16, 4, 2)),
@@ -57,7 +57,7 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], dy_TD: Tensor, **
     return [y_TD.detach(), *torch.autograd.grad(y_TD, [x for x in inputs if x.requires_grad], dy_TD.to(y_TD.dtype))]
 
 
-def widen(inputs: list[Tensor]) -> list[Tensor]:
+def to_float64(inputs: list[Tensor]) -> list[Tensor]:
     return [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
 
 
@@ -66,7 +66,7 @@ def compare(inputs: list[Tensor], dtype: torch.dtype, **options: object) -> list
     dy_TD = torch.randn(inputs[0].shape, generator=random).to(DEVICE, dtype)
     rows = (inputs[3] >= 0).sum().item()
     got = run(expert_mlp.triton, inputs, dy_TD, rows=rows, **options)
-    exact = run(expert_mlp.reference, widen(inputs), dy_TD, rows=rows)
+    exact = run(expert_mlp.reference, to_float64(inputs), dy_TD, rows=rows)
     assert [x.dtype for x in got] == [dtype, dtype, dtype, dtype, torch.float32]
     for a, b in zip(got, exact):
         assert_close(a, b, BOUNDS[dtype])
@@ -93,7 +93,7 @@ def test_matches_float64_on_the_wide_grid(sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("hot", [0, 3])
 def test_all_tokens_on_one_expert(hot: int) -> None:
-    """The others' gradients are exact zeros, in memory that was NaN."""
+    """The gradients of the other experts are exact zeros, in memory that held NaN."""
     inputs = make(4, 1, 65, 40, 24, torch.float32)
     inputs[3] = torch.full_like(inputs[3], hot)
     got = compare(inputs, torch.float32)
@@ -102,24 +102,24 @@ def test_all_tokens_on_one_expert(hot: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.97, 1.0])
-def test_choices_elsewhere(share: float) -> None:
-    """Choices of −1 with gates of NaN: no row, gradient 0, zeros for a token without any."""
+def test_remote_choices(share: float) -> None:
+    """Choices of −1 with gates of NaN: no row, gradient 0; zeros for a token with only such choices."""
     inputs = make(7, 3, 64, 40, 24, torch.float32)
-    gone_TK = (torch.rand(64, 3, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)
-    gone_TK[:2] = True
-    inputs[3] = inputs[3].masked_fill(gone_TK, -1)
-    inputs[4] = inputs[4].detach().masked_fill(gone_TK, torch.nan).requires_grad_()
+    remote_TK = (torch.rand(64, 3, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)
+    remote_TK[:2] = True
+    inputs[3] = inputs[3].masked_fill(remote_TK, -1)
+    inputs[4] = inputs[4].detach().masked_fill(remote_TK, torch.nan).requires_grad_()
     got = compare(inputs, torch.float32)
-    assert got[4][gone_TK].eq(0).all()
-    assert got[0][gone_TK.all(dim=1)].eq(0).all()
+    assert got[4][remote_TK].eq(0).all()
+    assert got[0][remote_TK.all(dim=1)].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pre_activations_made_again_are_the_same_bits(dtype: torch.dtype) -> None:
+def test_recomputed_pre_activations_have_the_same_bits(dtype: torch.dtype) -> None:
     inputs = make(4, 2, 65, 40, 24, dtype)
     dy_TD = torch.ones((), device=DEVICE, dtype=dtype).expand(65, 40)  # stride zero, as sum() gives
-    kept, made_again = (run(expert_mlp.triton, inputs, dy_TD, keep_pre=keep) for keep in (True, False))
-    assert all(torch.equal(a, b) for a, b in zip(kept, made_again))
+    saved, recomputed = (run(expert_mlp.triton, inputs, dy_TD, keep_pre=keep) for keep in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(saved, recomputed))
     outputs = torch.ops.trinity.expert_mlp_triton(*[x.detach() for x in inputs], 130, False)
     assert outputs[1].numel() == 0
 
@@ -133,10 +133,10 @@ def test_every_number_of_parts_gives_the_same_gradients(monkeypatch: pytest.Monk
 
 
 def test_weight_gradients_are_added_to_main_gradients_in_fp32() -> None:
-    """A bf16 weight whose owner keeps its gradient in fp32: made there, then added to, by the op itself.
+    """A bf16 weight with an fp32 gradient (grad_dtype): the op creates the gradient, then adds to it.
 
-    Two passes in bf16 arithmetic against float64; the sum of them has no rounding to bf16 in it: 1e-3 is far below the
-    2⁻⁹ that rounding each to bf16 would leave in single elements, and above what A' and dH, which are bf16, leave.
+    Two passes in bf16 arithmetic against float64; their sum is not rounded to bf16: 1e-3 is far below the 2⁻⁹ that
+    rounding each to bf16 would leave in single elements, and above the error of A' and dH, which are bf16.
     """
     inputs = make(4, 2, 65, 40, 24, torch.bfloat16)
     for weight in inputs[1:3]:
@@ -149,7 +149,7 @@ def test_weight_gradients_are_added_to_main_gradients_in_fp32() -> None:
         assert all(weight.grad.dtype == torch.float32 for weight in inputs[1:3])
         if seed:
             assert all(weight.grad is old for weight, old in zip(inputs[1:3], before))
-        for total, gradient in zip(exact, run(expert_mlp.reference, widen(inputs), dy_TD)[2:4]):
+        for total, gradient in zip(exact, run(expert_mlp.reference, to_float64(inputs), dy_TD)[2:4]):
             total += gradient
     for weight, total in zip(inputs[1:3], exact):
         assert_close(weight.grad, total, BOUNDS[torch.bfloat16])

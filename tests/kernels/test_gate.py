@@ -41,10 +41,10 @@ def test_matches_the_equation(op: Callable, plain: Callable, shape: tuple[int, .
     got, exact = op(*inputs), plain(*(x.double() for x in inputs))
     grads, exact_grads = (torch.autograd.grad(y, inputs, dy.to(y.dtype)) for y in (got, exact))
     assert got.is_contiguous()
-    for ours, theirs in zip((got, *grads), (exact, *exact_grads)):
-        assert ours.dtype == dtype
-        assert ours.shape == theirs.shape
-        distance = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-300)
+    for actual, true in zip((got, *grads), (exact, *exact_grads)):
+        assert actual.dtype == dtype
+        assert actual.shape == true.shape
+        distance = (actual.double() - true.double()).norm() / true.double().norm().clamp_min(1e-300)
         assert distance <= BOUNDS[dtype]
 
 
@@ -57,10 +57,10 @@ def test_gradcheck(op: Callable) -> None:
 
 @pytest.mark.parametrize("op", [sigmoid_gate, swiglu])
 def test_far_from_zero(op: Callable) -> None:
-    """Gates of ±1000 are open or shut, σ' is 0, and nothing is NaN."""
+    """Gates of ±1000 are fully open or closed, σ' is 0, and nothing is NaN."""
     ends = torch.tensor([[-1000.0, 1000.0]], requires_grad=True)
     twos = torch.full((1, 2), 2.0, requires_grad=True)
     y = sigmoid_gate(twos, ends) if op is sigmoid_gate else swiglu(torch.cat((ends, twos), dim=-1))
     grads = torch.autograd.grad(y.sum(), (ends, twos))
-    wanted = ([0, 2], [0, 0], [0, 1]) if op is sigmoid_gate else ([0, 2000], [0, 2], [0, 1000])
-    assert [x.flatten().tolist() for x in (y, *grads)] == [list(map(float, values)) for values in wanted]
+    expected = ([0, 2], [0, 0], [0, 1]) if op is sigmoid_gate else ([0, 2000], [0, 2], [0, 1000])
+    assert [x.flatten().tolist() for x in (y, *grads)] == [list(map(float, values)) for values in expected]

@@ -1,4 +1,4 @@
-"""The sigmoid gate and SwiGLU in Triton against the float64 references, which test_gate.py holds to their equations.
+"""The sigmoid gate and SwiGLU in Triton against the float64 references, which test_gate.py holds to the equations.
 
 Shapes: T rows, N width.
 """
@@ -41,9 +41,9 @@ def gradient(T: int, N: int, dtype: torch.dtype) -> Tensor:
 def compare(op: Op, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
     got = run(op.triton, inputs, dy)
     exact = run(op.reference, [x.detach().double().requires_grad_() for x in inputs], dy)
-    for ours, wanted in zip(got, exact):
-        assert ours.dtype == inputs[0].dtype
-        assert_close(ours, wanted, BOUNDS[ours.dtype])
+    for actual, expected in zip(got, exact):
+        assert actual.dtype == inputs[0].dtype
+        assert_close(actual, expected, BOUNDS[actual.dtype])
     return got
 
 
@@ -57,12 +57,12 @@ def test_matches_float64(name: str, sizes: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", OPS)
 def test_matches_float64_in_16_bits(name: str, dtype: torch.dtype) -> None:
-    """No more than 1.1 of the reference's own error, which rounds in the same places."""
+    """At most 1.1 times the error of the reference, which rounds in the same places."""
     inputs, dy = make(name, 65, 100, dtype), gradient(65, 100, dtype)
-    got, theirs = compare(OPS[name], inputs, dy), run(OPS[name].reference, inputs, dy)
+    got, references = compare(OPS[name], inputs, dy), run(OPS[name].reference, inputs, dy)
     exact = run(OPS[name].reference, [x.detach().double().requires_grad_() for x in inputs], dy)
-    for ours, reference, wanted in zip(got, theirs, exact):
-        assert (ours - wanted).norm() <= 1.1 * (reference - wanted).norm() + 1e-5 * wanted.norm()
+    for actual, reference, expected in zip(got, references, exact):
+        assert (actual - expected).norm() <= 1.1 * (reference - expected).norm() + 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -83,7 +83,7 @@ def test_repetition_gives_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_what_triton_does_not_take(name: str) -> None:
+def test_unsupported_arguments(name: str) -> None:
     inputs = [x.detach().double() for x in make(name, 3, 8, torch.float32)]
     with pytest.raises(ValueError, match="float64"):
         OPS[name](*inputs, kernel="triton")
@@ -103,7 +103,7 @@ def test_opcheck(T: int) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a GPU")
 @pytest.mark.parametrize("name", OPS)
 def test_rows_beyond_two_to_the_31(name: str) -> None:
-    """The last rows, where an element's number does not fit in 32 bits."""
+    """The last rows, where an element's index does not fit in 32 bits."""
     T, N = 2**31 // 2048 + 3, 1024
     wider = torch.randn(T, 2 * N, device=DEVICE, dtype=torch.bfloat16)
     inputs = [wider] if name == "swiglu" else [wider[:, :N], wider[:, N:]]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: one CUDA graph replayed with other routing, and addresses beyond 2³¹."""
+"""Tests that need a GPU: one CUDA graph replayed with other routing, and addresses beyond 2³¹."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def inputs(T: int, K: int, E: int, D: int, F: int) -> list[Tensor]:
     return [*tensors, indices_TK, torch.rand(T, K, generator=random, device="cuda")]
 
 
-def test_a_graph_holds_any_routing() -> None:
-    """Shapes do not depend on the routing and the host asks for nothing: captured once, replayed with all on one."""
+def test_one_cuda_graph_for_any_routing() -> None:
+    """Shapes do not depend on the routing and the host does not wait: captured once, replayed with other choices."""
     x, w1, w2, indices, s = inputs(512, 2, 8, 256, 128)
     expert_mlp.triton(x, w1, w2, indices, s)  # compiles
     torch.cuda.synchronize()

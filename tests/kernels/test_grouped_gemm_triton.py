@@ -16,7 +16,7 @@ SIZES = [[7], [0, 5, 0, 33, 16], [64, 0, 1], [0, 0, 17]]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that few rows fill and overflow; on a GPU too, so that the same code runs."""
+    """Small tiles, so that few rows fill and overflow them; on a GPU too, so that the same code runs."""
     monkeypatch.setattr(grouped_gemm_triton, "matmul_tile", lambda *_: Tile(16, 32, 16, 4, 2))
     monkeypatch.setattr(grouped_gemm_triton, "outer_tile", lambda *_: Tile(32, 32, 16, 4, 2))
 
@@ -58,8 +58,8 @@ def test_against_one_product_per_expert(sizes: list[int], O: int, I: int, dtype:
 
 @pytest.mark.parametrize("gathered", ["left", "right"])
 @pytest.mark.parametrize("dtype", list(BOUNDS))
-def test_rows_picked_by_an_index_added_to_what_is_there(gathered: str, dtype: torch.dtype) -> None:
-    """Row r of the picked side is row order[r] // 2; the sum lands in fp32 on a gradient that exists."""
+def test_gathered_rows_added_to_an_existing_gradient(gathered: str, dtype: torch.dtype) -> None:
+    """Row r of the gathered side is row order[r] // 2; the sum is added in fp32 to an existing gradient."""
     x_RI, grad_RO, _, ends_E = make([9, 0, 23], 40, 24, dtype)
     order_R = torch.randperm(32, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int32)
     token_R = (order_R // 2).long()
@@ -68,16 +68,16 @@ def test_rows_picked_by_an_index_added_to_what_is_there(gathered: str, dtype: to
     exact = torch.stack([a.t() @ b for a, b in zip(*(by_expert(x, ends_E) for x in rows))])
     into = torch.randn(3, 40, 24, device=DEVICE)
     before = into.clone()
-    wide = grouped_gemm_triton.outer(left, right, ends_E, order_R, 2, gathered, dtype=torch.float32)
+    in_fp32 = grouped_gemm_triton.outer(left, right, ends_E, order_R, 2, gathered, dtype=torch.float32)
     grouped_gemm_triton.outer(left, right, ends_E, order_R, 2, gathered, into=into)
-    assert wide.dtype == torch.float32
-    assert_close(wide, exact, 1e-5)  # sums and result in fp32, whatever the rows are in
+    assert in_fp32.dtype == torch.float32
+    assert_close(in_fp32, exact, 1e-5)  # sums and result in fp32, whatever the rows are in
     assert_close(into, before.double() + exact, 1e-5)
     assert torch.equal(into[1], before[1])
 
 
-def test_garbage_past_the_last_offset_is_not_read_into_anything() -> None:
-    """NaN in rows that no expert has: neither products nor sums see them."""
+def test_rows_past_the_last_expert_have_no_effect() -> None:
+    """NaN in rows of no expert reaches neither products nor sums."""
     x_RI, grad_RO, weight_EOI, ends_E = make([9, 14], 40, 24, torch.float32)
     longer = [torch.cat((x, torch.full_like(x[:9], torch.nan))) for x in (x_RI, grad_RO)]
     out = grouped_matmul(longer[0], weight_EOI, ends_E, True, kernel="triton")
@@ -95,15 +95,15 @@ def test_linear_is_differentiable_in_float64() -> None:
 
 def test_linear_takes_a_gradient_of_stride_zero() -> None:
     x_RI, _, weight_EOI, ends_E = make([5, 11], 40, 24, torch.float32)
-    found = []
+    results = []
     for kernel in ("triton", "reference"):
         inputs = x_RI.clone().requires_grad_(), weight_EOI.clone().requires_grad_()
-        found.append(torch.autograd.grad(grouped_linear(*inputs, ends_E, kernel).sum(), inputs))
-    for a, b in zip(*found):
+        results.append(torch.autograd.grad(grouped_linear(*inputs, ends_E, kernel).sum(), inputs))
+    for a, b in zip(*results):
         assert_close(a, b, 1e-5)
 
 
-def test_refuses_what_it_cannot_read() -> None:
+def test_unsupported_arguments() -> None:
     x_RI, _, weight_EOI, ends_E = make([5], 40, 6, torch.float32)
     with pytest.raises(ValueError, match="rows of 6 numbers are no multiple of 16 bytes; use auto or reference"):
         grouped_matmul(x_RI, weight_EOI, ends_E, True, kernel="triton")

@@ -1,4 +1,4 @@
-"""linear against float64, on machines with bf16 arithmetic and (pretended where need be) without.
+"""linear against float64, with bf16 arithmetic on the CPU and without (simulated).
 
 Shapes: ... any leading dimensions, I input width, O output width.
 """
@@ -17,7 +17,7 @@ I, O = 48, 24
 
 @pytest.fixture(params=[True, False], ids=["bf16 arithmetic", "widened"])
 def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Pretend that this CPU multiplies bf16, or that it does not; either way it can, only slowly."""
+    """Make linear believe that this CPU has bf16 arithmetic, or that it has none; the product works either way."""
     monkeypatch.setattr(MODULE, "_cpu_has_bf16", lambda: request.param)
     return request.param
 
@@ -39,7 +39,7 @@ def exact_results(x: Tensor, weight_OI: Tensor, dy: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3), (0,)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, has_bf16: bool) -> None:
-    """bf16: the float64 result rounded once, 2⁻⁹ of each number, and what fp32 sums of 48 products add to that."""
+    """bf16: the float64 result rounded once, 2⁻⁹ of each number, plus the error of fp32 sums of 48 products."""
     x, weight_OI, dy = make(shape, dtype)
     assert MODULE.widens(x) == (dtype == torch.bfloat16 and not has_bf16)
     y = linear(x, weight_OI)
@@ -49,25 +49,25 @@ def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, has_bf16: b
         torch.float32: (0, 1e-4),
         torch.bfloat16: (2**-8, 1e-4),
     }[dtype]
-    for mine, exact in zip(got, exact_results(x, weight_OI, dy)):
-        assert mine.dtype == dtype
-        assert torch.allclose(mine.double(), exact, rtol=relative, atol=absolute)
+    for actual, exact in zip(got, exact_results(x, weight_OI, dy)):
+        assert actual.dtype == dtype
+        assert torch.allclose(actual.double(), exact, rtol=relative, atol=absolute)
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+@pytest.mark.parametrize("trains", [(True, False), (False, True)])
 @pytest.mark.usefixtures("has_bf16")
-def test_frozen_inputs(wanted: tuple[bool, bool]) -> None:
-    """What needs no gradient gets none; the other's is the same."""
+def test_frozen_inputs(trains: tuple[bool, bool]) -> None:
+    """An input that needs no gradient gets none; the other gradient is the same."""
     x, weight_OI, dy = make((7,), torch.bfloat16)
     both = torch.autograd.grad(linear(x, weight_OI), (x, weight_OI), dy)
-    inputs = [tensor.detach().requires_grad_(wants) for tensor, wants in zip((x, weight_OI), wanted)]
+    inputs = [tensor.detach().requires_grad_(needs) for tensor, needs in zip((x, weight_OI), trains)]
     linear(*inputs).backward(dy)
-    for tensor, wants, gradient in zip(inputs, wanted, both):
-        assert torch.equal(tensor.grad, gradient) if wants else tensor.grad is None
+    for tensor, needs, gradient in zip(inputs, trains, both):
+        assert torch.equal(tensor.grad, gradient) if needs else tensor.grad is None
 
 
-def test_widening_saves_the_operands_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not their fp32 copies, which would double the memory of activations."""
+def test_the_operands_are_saved_in_their_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as fp32 copies, which would double the memory of activations."""
     monkeypatch.setattr(MODULE, "_cpu_has_bf16", lambda: False)
     x, weight_OI, _ = make((7,), torch.bfloat16)
     saved: list[Tensor] = []

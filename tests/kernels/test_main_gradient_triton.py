@@ -1,4 +1,4 @@
-"""Gradients of experts that stay on a rank over microbatches: kept in fp32 and added to by the op, through FSDP2.
+"""Expert gradients that stay on a rank over microbatches: in fp32, and the op adds to them, through FSDP2.
 
 bf16 compute on a mesh of one, in the same process, with Triton's interpreter; reduced after every microbatch or after
 the last one.
@@ -25,13 +25,13 @@ MICROBATCHES = 3
 
 @pytest.fixture(scope="module")
 def ranks() -> Ranks:
-    """One process, which leaves its group again."""
+    """A process group of one process, destroyed afterwards."""
     yield mesh.start(ParallelConfig(), CONFIG, 1, False)
     mesh.stop()
 
 
 def gradients(ranks: Ranks, compute: str, defer: bool, which: str) -> dict[str, Tensor]:
-    """Of three microbatches with sums of losses, by parameter."""
+    """Gradients of three microbatches' summed losses, by parameter."""
     model = Trinity(CONFIG, KernelsConfig(experts=which))
     model.init_weights(0)
     shard_model(model, ranks, PrecisionConfig(compute=compute))
@@ -46,31 +46,31 @@ def gradients(ranks: Ranks, compute: str, defer: bool, which: str) -> dict[str, 
 
 @pytest.mark.parametrize("which", ["triton", "reference"])
 def test_fp32_is_the_same_sum_either_way(ranks: Ranks, which: str) -> None:
-    """The order of adding up is the same, but for the op's own sums: 1e-6 is a few roundings of fp32."""
+    """The order of summation is the same, except within the op: 1e-6 is a few roundings of fp32."""
     deferred, reduced = (gradients(ranks, "float32", defer, which) for defer in (True, False))
     for name, gradient in reduced.items():
         assert (deferred[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
 def test_bf16_gradients_of_experts_are_added_up_without_rounding(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deferred, each microbatch but the first adds into the fp32 gradient. What is not the experts' has the same bits.
+    """Deferred, each microbatch but the first adds to the fp32 gradient; other parameters' gradients keep their bits.
 
-    Reduced each time, three gradients are rounded to bf16, 2⁻⁹ an element, then added up: 2⁻⁸ bounds the difference.
+    Reduced each time, three gradients are rounded to bf16, 2⁻⁹ an element, then summed: 2⁻⁸ bounds the difference.
     """
     from trinity_kernels import experts_triton
 
-    added, plain = [], experts_triton.backward
+    adds_to_gradient, backward = [], experts_triton.backward
 
-    def watched(*args: object, into: tuple[Tensor, Tensor] | None = None, **kwargs: object) -> tuple[Tensor, ...]:
-        added.append(into is not None)
-        return plain(*args, into=into, **kwargs)
+    def spy(*args: object, into: tuple[Tensor, Tensor] | None = None, **kwargs: object) -> tuple[Tensor, ...]:
+        adds_to_gradient.append(into is not None)
+        return backward(*args, into=into, **kwargs)
 
-    monkeypatch.setattr(experts_triton, "backward", watched)
+    monkeypatch.setattr(experts_triton, "backward", spy)
     reduced = gradients(ranks, "bfloat16", False, "triton")
-    assert added == [False] * MICROBATCHES
-    added.clear()
+    assert adds_to_gradient == [False] * MICROBATCHES
+    adds_to_gradient.clear()
     deferred = gradients(ranks, "bfloat16", True, "triton")
-    assert added == [False, True, True]
+    assert adds_to_gradient == [False, True, True]
     for name, gradient in reduced.items():
         if "experts" not in name:
             assert torch.equal(deferred[name], gradient), name

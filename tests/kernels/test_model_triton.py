@@ -1,7 +1,7 @@
-"""The model with every operation in Triton against the model with the references: figures and every gradient.
+"""The model with every operation in Triton against the model with the references: losses and every gradient.
 
 fp32 on both sides, products exact to 2⁻²⁴ and summed in another order: 1e-5 of a tensor's norm, as for a single kernel
-in triton_case.BOUNDS; the routes are equal, since no two scores here are that near.
+in triton_case.BOUNDS; the routes are equal, because no two scores here are that close.
 """
 
 from dataclasses import fields, replace
@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
 
 
 def kernels(which: str) -> KernelsConfig:
-    """Every operation but attention, which has no Triton of ours."""
+    """Every operation but attention, which has no Triton kernel in trinity_kernels."""
     return KernelsConfig(**{field.name: which for field in fields(KernelsConfig) if "reference" in str(field.type)})
 
 
@@ -45,10 +45,10 @@ def run(which: str, config: ModelConfig) -> tuple[Losses, dict[str, Tensor]]:
 @pytest.mark.parametrize("experts", [8, 3])
 def test_model_in_triton_is_the_model_in_torch(experts: int) -> None:
     config = replace(CONFIG, experts=experts)
-    (ours, gradients), (theirs, exact) = run("triton", config), run("reference", config)
-    assert torch.equal(ours.counts_ME, theirs.counts_ME)
+    (actual, gradients), (reference, exact) = run("triton", config), run("reference", config)
+    assert torch.equal(actual.counts_ME, reference.counts_ME)
     for name in ("token_loss", "ce_BS", "lse_BS", "top_logit", "sequence_loss_B", "entropy_M"):
-        assert_close(getattr(ours, name), getattr(theirs, name), 1e-5)
+        assert_close(getattr(actual, name), getattr(reference, name), 1e-5)
     assert gradients.keys() == exact.keys()
     for name, gradient in gradients.items():
         assert gradient is not None, name

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close, relative_error
 from trinity.optim.newton_schulz import COEFFICIENTS, coefficient_steps, orthogonalize
-from trinity_kernels import newton_schulz_triton as ours
+from trinity_kernels import newton_schulz_triton as kernels
 from trinity_kernels.grouped_gemm_triton import Tile
 from trinity_kernels.newton_schulz import newton_schulz
 
 DION = coefficient_steps("dion", 5)
 SHAPES = [(40, 72), (72, 40), (16, 16), (136, 24), (24, 136)]
-FORMS = [ours.plain_form, ours.gram_form]
+FORMS = [kernels.plain_form, kernels.gram_form]
 # (least for σ ≥ 0.01, largest for any σ): the table of trinity.optim.newton_schulz
 LIMITS = {"dion": (0.977, 1.146), "keller": (0.681, 1.203), "polar_express": (0.870, 1.124)}
 
@@ -25,8 +25,8 @@ LIMITS = {"dion": (0.977, 1.146), "keller": (0.681, 1.203), "polar_express": (0.
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that the shapes fill and overflow; on a GPU too, so that the same code runs."""
-    monkeypatch.setattr(ours, "symmetric_tile", lambda *_: Tile(32, 32, 64, 4, 2))
-    monkeypatch.setattr(ours, "times_tile", lambda *_: Tile(32, 64, 64, 4, 2))
+    monkeypatch.setattr(kernels, "symmetric_tile", lambda *_: Tile(32, 32, 64, 4, 2))
+    monkeypatch.setattr(kernels, "times_tile", lambda *_: Tile(32, 64, 64, 4, 2))
 
 
 def make(N: int, m: int, n: int, dtype: torch.dtype) -> Tensor:
@@ -37,13 +37,13 @@ def make(N: int, m: int, n: int, dtype: torch.dtype) -> Tensor:
     return x_Nmn.to(DEVICE, dtype)
 
 
-def exact(x_Nmn: Tensor, triples: list[ours.Triple]) -> Tensor:
+def exact(x_Nmn: Tensor, triples: list[kernels.Triple]) -> Tensor:
     """Σ of the SVD mapped by the polynomials, in float64."""
     u, sigma, vh = torch.linalg.svd(x_Nmn.double(), full_matrices=False)
     return u * mapped(sigma, triples).unsqueeze(-2) @ vh
 
 
-def mapped(sigma: Tensor, triples: list[ours.Triple]) -> Tensor:
+def mapped(sigma: Tensor, triples: list[kernels.Triple]) -> Tensor:
     for a, b, c in triples:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return sigma
@@ -61,20 +61,20 @@ def test_each_product_alone(m: int, n: int, dtype: torch.dtype) -> None:
     bound = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     x_Nmn = make(3, m, n, dtype)
     wide = (x_Nmn.mT if m > n else x_Nmn).double()
-    g_Nkk = ours.gram(x_Nmn, dtype)
+    g_Nkk = kernels.gram(x_Nmn, dtype)
     assert_close(g_Nkk, wide @ wide.mT, bound)
     a, b, c = 0.5, -1.5, 2.0
     eye = torch.eye(min(m, n), dtype=torch.float64, device=DEVICE)
-    p_Nkk = ours.polynomial(g_Nkk, (a, b, c), dtype)
+    p_Nkk = kernels.polynomial(g_Nkk, (a, b, c), dtype)
     assert_close(p_Nkk, a * eye + b * g_Nkk.double() + c * g_Nkk.double() @ g_Nkk.double(), bound)
-    w_Nkk = ours.symmetric(p_Nkk, g_Nkk, dtype)
+    w_Nkk = kernels.symmetric(p_Nkk, g_Nkk, dtype)
     assert_close(w_Nkk, p_Nkk.double() @ g_Nkk.double(), 3 * bound)
     for product in (g_Nkk, p_Nkk, w_Nkk):
         assert torch.equal(product, product.mT)
     z, x = p_Nkk.double(), x_Nmn.double()
     zx = x @ z if m > n else z @ x
-    assert_close(ours.times(p_Nkk, x_Nmn, dtype), zx, bound)
-    assert_close(ours.times(p_Nkk, x_Nmn, dtype, 3.0), 3 * x + zx, bound)
+    assert_close(kernels.times(p_Nkk, x_Nmn, dtype), zx, bound)
+    assert_close(kernels.times(p_Nkk, x_Nmn, dtype, 3.0), 3 * x + zx, bound)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -87,15 +87,15 @@ def test_both_forms_against_the_polynomial(m: int, n: int, form: Callable, dtype
     bf16: in the plain form five roundings of X and of Z show, as in the reference; no worse than 1.5 times that.
     """
     x_Nmn = make(3, m, n, dtype)
-    y_Nmn, right = form(x_Nmn, DION), exact(x_Nmn, DION)
+    y_Nmn, expected = form(x_Nmn, DION), exact(x_Nmn, DION)
     assert y_Nmn.dtype == dtype
     assert torch.equal(y_Nmn[1], torch.zeros_like(y_Nmn[1]))
     if dtype == torch.float32:
-        assert_close(y_Nmn, right, BOUNDS[dtype])
+        assert_close(y_Nmn, expected, BOUNDS[dtype])
         assert_close(y_Nmn, newton_schulz.reference(x_Nmn, DION).double(), BOUNDS[dtype])
     else:
-        allowed = relative_error(newton_schulz.reference(x_Nmn, DION), right)
-        assert relative_error(y_Nmn, right) <= 1.5 * allowed
+        allowed = relative_error(newton_schulz.reference(x_Nmn, DION), expected)
+        assert relative_error(y_Nmn, expected) <= 1.5 * allowed
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_singular_values_stay_within_the_table(form: Callable, coefficients: str
     sigma, x = spectra(64, 256)
     y = form(x.to(DEVICE, torch.bfloat16), triples).double().cpu()
     least, largest = LIMITS[coefficients]
-    found = torch.linalg.svdvals(y)
-    assert found.max() <= largest + 0.02
-    for one, values in zip(found, sigma):
-        assert (one >= least - 0.02).sum() >= (values >= 0.01).sum()
+    singular = torch.linalg.svdvals(y)
+    assert singular.max() <= largest + 0.02
+    for actual, values in zip(singular, sigma):
+        assert (actual >= least - 0.02).sum() >= (values >= 0.01).sum()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
@@ -123,16 +123,16 @@ def test_gram_form_follows_any_number_of_steps(steps: int) -> None:
     """Polar Express has the steepest start. fp32: slopes up to 1e3 of 2⁻²⁴; bf16: as near as the plain reference."""
     triples = coefficient_steps("polar_express", steps)
     x_Nmn = make(2, 16, 64, torch.float32)
-    assert_close(ours.gram_form(x_Nmn, triples), exact(x_Nmn, triples), 1e-4)
+    assert_close(kernels.gram_form(x_Nmn, triples), exact(x_Nmn, triples), 1e-4)
     x_Nmn = x_Nmn.bfloat16()
     allowed = relative_error(newton_schulz.reference(x_Nmn, triples), exact(x_Nmn, triples))
-    assert relative_error(ours.gram_form(x_Nmn, triples), exact(x_Nmn, triples)) <= 1.5 * allowed
+    assert relative_error(kernels.gram_form(x_Nmn, triples), exact(x_Nmn, triples)) <= 1.5 * allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n"), [(40, 72), (136, 24)])
 def test_matrices_are_independent_and_repeat_their_bits(m: int, n: int, dtype: torch.dtype) -> None:
-    """Tiles reach into the next matrix, here one with a row of NaN: nothing of it may come back."""
+    """Tiles extend into the next matrix, here one with a row of NaN, which must not spread."""
     x_Nmn = make(3, m, n, dtype)
     x_Nmn[2, 0] = torch.nan
     triples = DION[:3]
@@ -143,16 +143,16 @@ def test_matrices_are_independent_and_repeat_their_bits(m: int, n: int, dtype: t
     assert y_Nmn[2].isnan().any()
 
 
-def test_which_form() -> None:
-    """The models' flat matrices by Gram, square ones plainly."""
-    assert all(ours.flat(*shape) for shape in [(256, 1024), (1024, 256), (1024, 2048), (12288, 3072)])
-    assert not any(ours.flat(*shape) for shape in [(1024, 1024), (3072, 3072), (8, 15)])
-    for n, form in ((64, ours.gram_form), (24, ours.plain_form)):
+def test_choice_of_form() -> None:
+    """The models' flat matrices take the Gram form, square ones the plain form."""
+    assert all(kernels.flat(*shape) for shape in [(256, 1024), (1024, 256), (1024, 2048), (12288, 3072)])
+    assert not any(kernels.flat(*shape) for shape in [(1024, 1024), (3072, 3072), (8, 15)])
+    for n, form in ((64, kernels.gram_form), (24, kernels.plain_form)):
         x_Nmn = make(1, 16, n, torch.bfloat16)
         assert torch.equal(newton_schulz.triton(x_Nmn, DION), form(x_Nmn, DION))
 
 
-def test_nothing_to_do_and_odd_strides() -> None:
+def test_no_matrices_no_steps_and_odd_strides() -> None:
     """No matrices, no steps, and a batch that is a transposed view."""
     x_Nmn = make(2, 24, 40, torch.bfloat16)
     assert newton_schulz.triton(x_Nmn[:0], DION).shape == (0, 24, 40)
@@ -162,8 +162,8 @@ def test_nothing_to_do_and_odd_strides() -> None:
     assert torch.equal(newton_schulz.triton(x_Nmn.mT, DION), newton_schulz.triton(x_Nmn.mT.contiguous(), DION))
 
 
-def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto then takes the reference; rows of a wide matrix, of a tall one, and of its Gram matrix."""
+def test_unsupported_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a wide matrix, of a tall one, and of its Gram matrix; auto takes the reference then."""
     bf16 = torch.bfloat16
     assert newton_schulz._refuses(make(1, 9, 8, bf16), DION) is None
     assert "rows of 9 numbers" in newton_schulz._refuses(make(1, 9, 16, bf16), DION)
@@ -185,7 +185,7 @@ def test_orthogonalize_passes_the_kernel_on() -> None:
 @pytest.mark.parametrize(("m", "n"), [(16, 24), (16, 64)])
 def test_opcheck(m: int, n: int) -> None:
     """Schema, fake tensors and tracing of the custom op, by torch's own checker."""
-    torch.library.opcheck(ours.newton_schulz_op, (make(2, m, n, torch.bfloat16), [x for t in DION[:3] for x in t]))
+    torch.library.opcheck(kernels.newton_schulz_op, (make(2, m, n, torch.bfloat16), [x for t in DION[:3] for x in t]))
 
 
 def spectra(k: int, n: int) -> tuple[Tensor, Tensor]:

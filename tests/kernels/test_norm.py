@@ -44,8 +44,8 @@ def test_matches_the_equation(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     assert got.dtype == dtype
     grads, exact_grads = (torch.autograd.grad(y, (x, gain_D), dy.to(y.dtype)) for y in (got, exact))
     assert [g.dtype for g in grads] == [dtype, gain_D.dtype]
-    found = [error(a, b.double()) for a, b in zip((got, *grads), (exact, *exact_grads))]
-    assert max(found) <= BOUNDS[dtype], found
+    errors = [error(a, b.double()) for a, b in zip((got, *grads), (exact, *exact_grads))]
+    assert max(errors) <= BOUNDS[dtype], errors
 
 
 def test_gradcheck() -> None:
@@ -65,19 +65,19 @@ def test_a_row_of_zeros_is_zero() -> None:
 
 
 def test_bf16_rounds_once_after_the_gain() -> None:
-    """As AfMoE does: gain in fp32, then one rounding.
+    """As in AfMoE: gain in fp32, then one rounding.
 
-    The mean square is summed in another order, so now and then a result near the middle of two bf16 numbers goes the
-    other way: fewer than 1 in 200. Rounding before the gain, as Llama does, changes a quarter of them.
+    The mean square is summed in another order, so fewer than 1 in 200 results, near the middle of two bf16 numbers,
+    round the other way. Rounding before the gain, as in Llama, changes a quarter of them.
     """
     x, gain_D = make((64, 256), torch.bfloat16)
-    theirs = AfmoeRMSNorm(256, EPS)
-    theirs.weight.data.copy_(gain_D)
+    peer = AfmoeRMSNorm(256, EPS)
+    peer.weight.data.copy_(gain_D)
     llama = ((x.float() * (x.float().square().mean(-1, keepdim=True) + EPS).rsqrt()).bfloat16() * gain_D).bfloat16()
-    ours = rms_norm(x, gain_D, EPS)
-    assert (ours != theirs(x)).float().mean() < 1 / 200
-    assert (ours != llama).float().mean() > 1 / 5
-    assert torch.allclose(ours.float(), theirs(x).float(), rtol=2**-7, atol=0)  # none is off by more than one step
+    actual = rms_norm(x, gain_D, EPS)
+    assert (actual != peer(x)).float().mean() < 1 / 200
+    assert (actual != llama).float().mean() > 1 / 5
+    assert torch.allclose(actual.float(), peer(x).float(), rtol=2**-7, atol=0)  # none is off by more than one step
 
 
 def test_repetition_gives_the_same_bits() -> None:
@@ -90,7 +90,7 @@ def test_repetition_gives_the_same_bits() -> None:
 
 
 def make_stream(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """y, which a sublayer gave, x, which went into it, and two gains."""
+    """y, a sublayer's output; x, the residual stream before it; and two gains."""
     y, post_gain_D = make(shape, dtype)
     random = torch.Generator().manual_seed(2)
     x = torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
@@ -101,7 +101,7 @@ def make_stream(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 def plain_stream(
     y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """x + RMSNorm(y) in float64, and the norm of it as rounded to x's dtype; rounding is no matter of gradients."""
+    """x + RMSNorm(y) in float64, and the norm of it rounded to x's dtype; gradients ignore the rounding."""
     r = x.double() + plain(y, post_gain_D)
     if gain_D is None:
         return r, None
@@ -112,7 +112,7 @@ def plain_stream(
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 4, 48), (0, 48), (7, 3)])
 def test_sums_match_the_equation(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Both ops, every output and every gradient; r and u get gradients at once, u through r."""
+    """Both ops, every output and every gradient; r and u both get gradients, that of u through r."""
     inputs = make_stream(shape, dtype)
     dys = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (3, 4)]
     got, exact = add_norm(*inputs, EPS), plain_stream(*inputs)
@@ -124,8 +124,8 @@ def test_sums_match_the_equation(shape: tuple[int, ...], dtype: torch.dtype) -> 
     assert [x.dtype for x in (*got, alone)] == [dtype] * 3
     assert [g.dtype for g in grads] == [dtype, dtype, wide, wide, dtype, dtype, wide]
     pairs = zip((*got, alone, *grads), (*exact, exact_alone, *exact_grads))
-    found = [error(a, b.double()) for a, b in pairs]
-    assert max(found) <= BOUNDS[dtype], found
+    errors = [error(a, b.double()) for a, b in pairs]
+    assert max(errors) <= BOUNDS[dtype], errors
 
 
 @pytest.mark.parametrize("op", [norm_add, add_norm])
@@ -137,15 +137,15 @@ def test_gradcheck_of_sums(op: Callable) -> None:
 
 
 def test_add_norm_is_the_composition() -> None:
-    """In fp32 to a few roundings, of which there are fewer; u is bit for bit the norm of r, in bf16 as well."""
+    """In fp32 equal up to a few roundings; u is bit for bit the norm of r, in bf16 as well."""
     inputs = make_stream((5, 48), torch.float32)
     r = inputs[1] + rms_norm(inputs[0], inputs[2], EPS)
     composed, fused = (r, rms_norm(r, inputs[3], EPS)), add_norm(*inputs, EPS)
     dys = [torch.randn(5, 48, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)]
-    for ours, theirs in zip(
+    for actual, peer in zip(
         (*fused, *torch.autograd.grad(fused, inputs, dys)), (*composed, *torch.autograd.grad(composed, inputs, dys))
     ):
-        assert error(ours, theirs.double()) <= BOUNDS[torch.float32]
+        assert error(actual, peer.double()) <= BOUNDS[torch.float32]
     for dtype in (torch.float32, torch.bfloat16):
         inputs = make_stream((64, 48), dtype)
         r, u = add_norm(*inputs, EPS)
@@ -154,11 +154,11 @@ def test_add_norm_is_the_composition() -> None:
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_a_result_that_nobody_uses_has_no_gradient(used: int) -> None:
+def test_an_unused_result_has_no_gradient(used: int) -> None:
     """r alone is norm_add; u alone is as in the composition."""
     inputs = make_stream((5, 48), torch.float32)
     r = inputs[1] + rms_norm(inputs[0], inputs[2], EPS)
-    wanted = (r, rms_norm(r, inputs[3], EPS))[used].sum()
+    expected = (r, rms_norm(r, inputs[3], EPS))[used].sum()
     got = add_norm(*inputs, EPS)[used].sum()
-    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, materialize_grads=True) for y in (got, wanted))):
-        assert error(ours, theirs.double()) <= BOUNDS[torch.float32]
+    for actual, peer in zip(*(torch.autograd.grad(y, inputs, materialize_grads=True) for y in (got, expected))):
+        assert error(actual, peer.double()) <= BOUNDS[torch.float32]

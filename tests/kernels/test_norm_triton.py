@@ -1,5 +1,5 @@
-"""RMSNorm in Triton, alone and with the residual stream, against the float64 reference, which test_norm.py holds to its
-equation.
+"""RMSNorm in Triton, alone and with the residual stream, against the float64 reference, which test_norm.py compares
+with its equation.
 
 Shapes: T rows, D width.
 """
@@ -16,13 +16,13 @@ from trinity_kernels.op import Op
 
 EPS = 1e-3
 OPS = {"rms_norm": rms_norm, "norm_add": norm_add, "add_norm": add_norm}
-# T, D: rows that fill tiles of several and overflow them, and rows wider than a tile of 1024
+# T, D: rows that fill and overflow tiles of several rows, and rows wider than a tile of 1024
 SIZES = [(0, 40), (1, 256), (7, 100), (63, 64), (64, 33), (65, 40), (129, 24), (65, 1030)]
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few that each goes around several times, some once less than others."""
+    """Few programs, so that each loops several times, some once less than others."""
     monkeypatch.setattr(norm_triton, "MULTIPROCESSORS", 1)
 
 
@@ -55,8 +55,8 @@ def compare(op: Op, inputs: list[Tensor], dys: list[Tensor]) -> list[Tensor]:
     exact = run(op.reference, [x.detach().double().requires_grad_() for x in inputs], dys)
     outputs = len(got) - len(inputs)
     assert [x.dtype for x in got] == [dtype] * outputs + [x.dtype for x in inputs]
-    for ours, wanted in zip(got, exact):
-        assert_close(ours, wanted, BOUNDS[dtype])
+    for actual, expected in zip(got, exact):
+        assert_close(actual, expected, BOUNDS[dtype])
     return got
 
 
@@ -70,21 +70,21 @@ def test_matches_float64(name: str, sizes: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", OPS)
 def test_matches_float64_in_16_bits(name: str, dtype: torch.dtype) -> None:
-    """Against the reference's own error too, which rounds in the same places: no more than 1.1 of it.
+    """Also at most 1.1 times the error of the reference, which rounds in the same places.
 
-    A sum in another order moves a number over the middle between two of 16 bits now and then, hence not 1.
+    Not 1.0, because a sum in another order now and then rounds to the other neighbour in 16 bits.
     """
     inputs, dys = make(name, 65, 100, dtype), gradients(65, 100, dtype)
-    got, theirs = compare(OPS[name], inputs, dys), run(OPS[name].reference, inputs, dys)
+    got, references = compare(OPS[name], inputs, dys), run(OPS[name].reference, inputs, dys)
     exact = run(OPS[name].reference, [x.detach().double().requires_grad_() for x in inputs], dys)
-    for ours, reference, wanted in zip(got, theirs, exact):
-        assert (ours - wanted).norm() <= 1.1 * (reference - wanted).norm() + 1e-5 * wanted.norm()
+    for actual, reference, expected in zip(got, references, exact):
+        assert (actual - expected).norm() <= 1.1 * (reference - expected).norm() + 1e-5 * expected.norm()
 
 
 def test_second_norm_is_of_the_rounded_sum() -> None:
-    """In bf16: r and u are those of the reference but for sums in another order, fewer than 1 in 200.
+    """In bf16, fewer than 1 in 200 elements of r and u differ from the reference, by sums in another order.
 
-    Made of the sum before rounding, a third of u would differ.
+    Computed from the sum before rounding, a third of u would differ.
     """
     inputs = make("add_norm", 65, 256, torch.bfloat16)
     r, u = add_norm.triton(*inputs, EPS)
@@ -97,7 +97,7 @@ def test_second_norm_is_of_the_rounded_sum() -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_any_strides(name: str) -> None:
-    """Columns for rows in, and gradients of stride zero, as sum() gives."""
+    """A transposed input, and gradients of stride zero, as from sum()."""
     inputs = make(name, 65, 40, torch.float32)
     inputs[0] = inputs[0].detach().t().contiguous().t().requires_grad_()
     ones = torch.ones((), device=DEVICE).expand(65, 40)
@@ -106,7 +106,7 @@ def test_any_strides(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_leading_dimensions_and_gains_of_16_bits(name: str) -> None:
-    """[..., D] is [T, D]; any gain is widened, and its gradient is in its dtype."""
+    """[..., D] equals [T, D]; a gain of any dtype is cast to fp32, and its gradient has its dtype."""
     inputs, dys = make(name, 24, 40, torch.float32), gradients(24, 40, torch.float32)
     flat = run(OPS[name].triton, inputs, dys)
     deep = [x.detach().view(2, 3, 4, 40) if x.dim() == 2 else x.detach() for x in inputs]
@@ -125,17 +125,17 @@ def test_repetition_gives_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_a_result_that_nobody_uses_has_no_gradient(used: int) -> None:
+def test_an_unused_result_has_no_gradient(used: int) -> None:
     inputs = make("add_norm", 7, 40, torch.float32)
-    got, wanted = (
+    got, expected = (
         torch.autograd.grad(function(*inputs, EPS)[used].square().sum(), inputs, materialize_grads=True)
         for function in (add_norm.triton, add_norm.reference)
     )
-    for ours, theirs in zip(got, wanted):
-        assert_close(ours, theirs, BOUNDS[torch.float32])
+    for actual, reference in zip(got, expected):
+        assert_close(actual, reference, BOUNDS[torch.float32])
 
 
-def test_what_triton_does_not_take() -> None:
+def test_unsupported_arguments() -> None:
     x, gain_D = torch.randn(3, 8, dtype=torch.float64), torch.ones(8)
     assert rms_norm(x, gain_D, EPS).dtype == torch.float64  # auto takes the reference
     with pytest.raises(ValueError, match="float64"):
@@ -160,11 +160,11 @@ def test_opcheck(T: int) -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a GPU")
 def test_rows_beyond_two_to_the_31() -> None:
-    """The last rows, where an element's number does not fit in 32 bits."""
+    """The last rows, where an element's index does not fit in 32 bits."""
     T, D = 2**31 // 1024 + 3, 1024
     y, x = (torch.randn(T, D, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     gain_D = torch.rand(D, device=DEVICE)
-    for ours, exact in zip(
+    for actual, exact in zip(
         add_norm.triton(y, x, gain_D, gain_D, EPS), add_norm.reference(y[-3:], x[-3:], gain_D, gain_D, EPS)
     ):
-        assert_close(ours[-3:], exact, BOUNDS[torch.bfloat16])
+        assert_close(actual[-3:], exact, BOUNDS[torch.bfloat16])

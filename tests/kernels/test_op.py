@@ -1,4 +1,4 @@
-"""The one rule that picks an implementation."""
+"""Op: the rule that picks an implementation."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_reference_is_never_refused() -> None:
     assert double(torch.ones((), dtype=torch.float64), kernel="reference") == 2
 
 
-def test_triton_says_why_not() -> None:
+def test_triton_explains_a_refusal() -> None:
     with pytest.raises(ValueError, match="kernel=triton cannot be used: of float64; use auto or reference"):
         double(torch.ones((), dtype=torch.float64), kernel="triton")
 
@@ -33,7 +33,7 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
         double(torch.ones(()), kernel="triton")
 
 
-def test_triton_is_loaded_by_name_when_it_runs() -> None:
+def test_triton_is_imported_at_the_first_call() -> None:
     import math
 
     assert double.triton is math.hypot

@@ -12,7 +12,7 @@ BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
 def make(B: int, S: int, H: int, C: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Queries as a part of a wider projection, and a gain in the precision gains are kept in."""
+    """Queries as a part of a wider projection, and a gain in the master dtype."""
     random = torch.Generator().manual_seed(0)
     projection = torch.randn(B, S, (H + 3) * C, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
     gain_C = 1 + 0.3 * torch.randn(C, generator=random, dtype=torch.float64)
@@ -47,8 +47,8 @@ def test_matches_the_equation(tokens: int, rows: int | None, dtype: torch.dtype)
     got, exact = qk_norm(x, gain_C, EPS, rotation), plain(x, gain_C, angles)
     grads, exact_grads = (torch.autograd.grad(y, (x, gain_C), dy.to(y.dtype)) for y in (got, exact))
     assert [y.dtype for y in (got, *grads)] == [dtype, dtype, gain_C.dtype]
-    for ours, theirs in zip((got, *grads), (exact, *exact_grads)):
-        distance = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-300)
+    for actual, true in zip((got, *grads), (exact, *exact_grads)):
+        distance = (actual.double() - true.double()).norm() / true.double().norm().clamp_min(1e-300)
         assert distance <= BOUNDS[dtype]
 
 

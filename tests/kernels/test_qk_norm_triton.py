@@ -1,4 +1,4 @@
-"""QK-norm with RoPE in Triton against the float64 reference, which test_qk_norm.py holds to its equation.
+"""QK-norm with RoPE in Triton against the float64 reference, which test_qk_norm.py compares with its equation.
 
 Shapes: B batch, S sequence, T = B·S tokens, H heads, C head width.
 """
@@ -42,8 +42,8 @@ def compare(x: Tensor, gain_C: Tensor, rotation: tuple | None, dy: Tensor) -> No
     exact = run(qk_norm.reference, *wide, rotation, dy)
     assert [tensor.dtype for tensor in got] == [x.dtype, x.dtype, torch.float32]
     assert got[0].is_contiguous()
-    for ours, wanted in zip(got, exact):
-        assert_close(ours, wanted, BOUNDS[x.dtype])
+    for actual, expected in zip(got, exact):
+        assert_close(actual, expected, BOUNDS[x.dtype])
 
 
 def gradient(x: Tensor) -> Tensor:
@@ -62,30 +62,30 @@ def test_matches_float64(sizes: tuple[int, ...], batch_rows: str | None) -> None
 @pytest.mark.parametrize("rows", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_matches_float64_in_16_bits(dtype: torch.dtype, rows: int | None) -> None:
-    """No more than 1.1 of the reference's own error: neither rounds between norm and rotation.
+    """At most 1.1 times the reference's error: neither rounds between norm and rotation.
 
-    Rounding there would add as much again as the one rounding there is: 1.4.
+    A second rounding there would give 1.4 times the error.
     """
     x, gain_C, rotation = make(5, 13, 2, 64, dtype, rows)
     compare(x, gain_C, rotation, gradient(x))
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, gain_C)]
     exact = run(qk_norm.reference, *wide, rotation, gradient(x))
-    ours, theirs = (run(op, x, gain_C, rotation, gradient(x)) for op in (qk_norm.triton, qk_norm.reference))
-    for got, reference, wanted in zip(ours, theirs, exact):
-        assert (got - wanted).norm() <= 1.1 * (reference - wanted).norm() + 1e-5 * wanted.norm()
+    actuals, references = (run(op, x, gain_C, rotation, gradient(x)) for op in (qk_norm.triton, qk_norm.reference))
+    for actual, reference, expected in zip(actuals, references, exact):
+        assert (actual - expected).norm() <= 1.1 * (reference - expected).norm() + 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("dy", ["zero strides", "heads first", "features apart"])
 def test_gradients_of_any_strides(dy: str) -> None:
-    """As sum() gives them, as attention over [B, H, S, C] does, and with features that do not stand side by side."""
+    """As from sum(), as from attention over [B, H, S, C], and with features that are not contiguous."""
     x, gain_C, rotation = make(5, 13, 2, 16, torch.float32, 1)
     random = torch.Generator().manual_seed(0)
-    made = {
+    gradients = {
         "zero strides": torch.ones(()).expand(5, 13, 2, 16),
         "heads first": torch.randn(5, 2, 13, 16, generator=random).transpose(1, 2),
         "features apart": torch.randn(16, 5, 13, 2, generator=random).permute(1, 2, 3, 0),
     }
-    compare(x, gain_C, rotation, made[dy].to(DEVICE))
+    compare(x, gain_C, rotation, gradients[dy].to(DEVICE))
 
 
 def test_the_widest_head() -> None:
@@ -99,7 +99,7 @@ def test_repetition_gives_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_what_triton_does_not_take() -> None:
+def test_unsupported_arguments() -> None:
     x, gain_C = torch.randn(1, 2, 3, 9), torch.ones(9)
     with pytest.raises(ValueError, match="9 features have no two halves"):
         qk_norm(x, gain_C, EPS, kernel="triton")

@@ -33,15 +33,15 @@ def test_matches_sorting(E: int, K: int, T: int, dtype: torch.dtype) -> None:
     assert indices_TK.dtype == counts_E.dtype == torch.int64
 
 
-def test_the_bias_moves_the_choice() -> None:
-    """Without it expert 0 leads; with it expert 2 does."""
+def test_the_bias_changes_the_choice() -> None:
+    """Without it expert 0 is chosen; with it expert 2."""
     scores_TE = torch.tensor([[0.9, 0.5, 0.6]])
     assert route(scores_TE, torch.zeros(3), 1)[0].tolist() == [[0]]
     assert route(scores_TE, torch.tensor([-0.2, 0.0, 0.2]), 1)[0].tolist() == [[2]]
 
 
 def test_ties() -> None:
-    """Which of equal experts is taken is torch.topk's business; that K different ones of the highest are is ours."""
+    """torch.topk decides between equal experts; route returns K different ones of the highest scores."""
     scores_TE = torch.randint(3, (50, 8), generator=torch.Generator().manual_seed(0)) / 4
     indices_TK, counts_E = route(scores_TE, torch.zeros(8), 4)
     chosen = [[row[e] for e in experts] for row, experts in zip(scores_TE.tolist(), indices_TK.tolist())]

@@ -50,13 +50,13 @@ def test_gates_and_their_gradient(E: int, K: int, T: int) -> None:
     scores_TE, bias_E = make(E, T)
     indices_TK = route.reference(scores_TE, bias_E, K)[0]
     dy_TK = torch.randn(T, K, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    found = []
+    results = []
     for function, scores in ((gates.triton, scores_TE), (gates.reference, scores_TE.double())):
         scores.requires_grad_()
         y = function(scores, indices_TK, 2.448)
-        found.append((y, *torch.autograd.grad(y, scores, dy_TK.to(y.dtype))))
+        results.append((y, *torch.autograd.grad(y, scores, dy_TK.to(y.dtype))))
         scores.requires_grad_(False)
-    (got, gradient), (exact, exact_gradient) = found
+    (got, gradient), (exact, exact_gradient) = results
     assert_close(got, exact, 1e-6)
     if K > 1:
         assert_close(gradient, exact_gradient, 1e-6)

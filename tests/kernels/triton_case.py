@@ -1,4 +1,4 @@
-"""What tests of Triton kernels share: where they run, and how far from float64 they may be.
+"""Shared by the tests of Triton kernels: the device, and the bounds on the distance from float64.
 
 With an NVIDIA GPU they run on it and are marked gpu; without one under Triton's interpreter, on the CPU. The root
 conftest sets TRITON_INTERPRET before anything imports Triton.
@@ -10,8 +10,8 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# kernels.md: fp32 products and sums stay below 1e-5; a 16-bit number is half a unit in its last place off (2⁻⁹ in bf16,
-# 2⁻¹² in fp16) in every tensor that is rounded on the way, of which there are a few.
+# fp32 products and sums stay below 1e-5; each rounding to 16 bits is off by half a unit in the last place (2⁻⁹ in bf16,
+# 2⁻¹² in fp16), and a few tensors are rounded on the way
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -29,11 +29,11 @@ def assert_close(got: Tensor, exact: Tensor, bound: float) -> None:
     assert error <= bound, f"{error:.2e} > {bound:.0e}"
 
 
-def mend_bf16_in_the_interpreter() -> None:
-    """Make bf16 what it is on a GPU: the interpreter multiplies its raw bits, and rounds to it towards zero.
+def correct_bf16_in_the_interpreter() -> None:
+    """Make bf16 behave as on a GPU: Triton's interpreter multiplies raw bits and rounds to bf16 towards zero.
 
-    Operands of a product are widened to fp32, in which the product of two bf16 numbers is exact; fp32 is rounded to the
-    nearest bf16, of two equally near the even one.
+    Operands of a product are cast to fp32, where the product of two bf16 numbers is exact; fp32 is rounded to the
+    nearest bf16, ties to even.
     """
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl

@@ -1,4 +1,4 @@
-"""The preflight: who is named as the odd one, by made-up figures; who is measured together; and a run on two nodes."""
+"""Preflight: outliers among made-up figures, pairs of neighbours, and a run on three nodes."""
 
 import json
 import subprocess
@@ -11,13 +11,13 @@ import pytest
 
 from tests.launch.launch_fakes import ROOT
 from tests.launch.local_nodes import free_port, start
-from trinity.parallel.preflight import neighbours
-from trinity.parallel.preflight_report import MUST_AGREE, Outlier, Report, find_outliers, mismatches, sentence, table
+from trinity.parallel.preflight import neighbour_pairs
+from trinity.parallel.preflight_report import VERSIONS, Outlier, Report, find_outliers, mismatches, sentence, table
 
 
 def report(rank: int, **different: Any) -> Report:
     """A healthy rank of eight on two nodes."""
-    healthy = dict.fromkeys(MUST_AGREE, "1.0")
+    healthy = dict.fromkeys(VERSIONS, "1.0")
     healthy |= {"rank": rank, "node": rank // 4, "local_rank": rank % 4, "host": f"host{rank // 4}"}
     healthy |= {
         "gemm": 700.0,
@@ -36,12 +36,12 @@ def ranks(**different: dict[int, Any]) -> list[Report]:
 
 
 @pytest.mark.parametrize(
-    ("different", "odd"),
+    ("different", "expected"),
     [
         ({}, []),
         ({"gemm": {5: 629.0}}, [Outlier("host1", 1, "gemm", 629.0, 700.0)]),
         ({"gemm": {5: 631.0}}, []),  # within a tenth
-        ({"gemm": {5: 900.0}}, []),  # fast is not odd
+        ({"gemm": {5: 900.0}}, []),  # fast is no outlier
         (
             {"gemm": {2: 600.0, 3: 500.0}, "copy": {0: 1.0}},
             [
@@ -53,16 +53,16 @@ def ranks(**different: dict[int, Any]) -> list[Report]:
         # all ranks of a node have its bandwidth; the node is named once; the median of 400 and 300 is 350
         ({"node_bus": dict.fromkeys(range(4, 8), 300.0)}, [Outlier("host1", None, "node_bus", 300.0, 350.0)]),
         ({"node_bus": dict.fromkeys(range(8)), "pair_bus": dict.fromkeys(range(8))}, []),  # None: one rank, one node
-        ({"all_bus": {7: 1.0}}, []),  # belongs to everybody
+        ({"all_bus": {7: 1.0}}, []),  # a figure of all ranks
     ],
 )
-def test_odd_ones(different: dict, odd: list[Outlier]) -> None:
+def test_outliers(different: dict, expected: list[Outlier]) -> None:
     """More than 10 % below the median of a figure."""
-    assert find_outliers(ranks(**different), 0.1) == odd
+    assert find_outliers(ranks(**different), 0.1) == expected
 
 
 def test_threshold() -> None:
-    """It is a fraction of the median, and at 1 nothing is odd."""
+    """A fraction of the median; at 1 nothing is an outlier."""
     slow = ranks(gemm={1: 350.0})
     assert [one.local_rank for one in find_outliers(slow, 0.49)] == [1]
     assert find_outliers(slow, 0.51) == find_outliers(ranks(gemm={1: 0.0}), 1.0) == []
@@ -78,7 +78,7 @@ def test_sentences() -> None:
 
 @pytest.mark.parametrize("fact", ["python", "torch", "triton", "cuda", "nccl", "driver", "device"])
 def test_mismatches(fact: str) -> None:
-    """Whoever differs from most is named."""
+    """The ranks that differ from most are named."""
     assert mismatches(ranks()) == []
     assert mismatches(ranks(**{fact: {2: "0.9", 7: "0.9", 4: None}})) == [
         f"{fact} is 0.9 on host0 local rank 2, host1 local rank 3; 1.0 on 5 ranks",
@@ -87,27 +87,27 @@ def test_mismatches(fact: str) -> None:
 
 
 def test_table() -> None:
-    """A line a rank, with its own figures."""
+    """One line per rank, with its figures."""
     lines = table(ranks(gemm={6: 123.0}, pair_bus={6: None})).splitlines()
     assert lines[2 + 6].split() == ["host1", "6", "2", "123", "4000", "400", "-"]
     assert lines[-1] == "all-reduce among all 8 ranks: 50 GB/s algorithm, 80 GB/s bus bandwidth"
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 255, 256])
-def test_neighbours(nodes: int) -> None:
-    """Every two neighbours on the ring once; in a round no node twice, or two all-reduces would wait for each other."""
-    rounds = neighbours(nodes)
+def test_neighbour_pairs(nodes: int) -> None:
+    """Every pair of neighbours on the ring once; no node twice in a round, or two all-reduces would deadlock."""
+    rounds = neighbour_pairs(nodes)
     ring = {frozenset(pair) for pair in [*pairwise(range(nodes)), (nodes - 1, 0)] if pair[0] != pair[1]}
     pairs = [frozenset(pair) for pairs in rounds for pair in pairs]
     assert set(pairs) == ring
     assert len(pairs) == len(ring)
     for pairs in rounds:
-        met = [node for pair in pairs for node in pair]
-        assert len(met) == len(set(met))
+        nodes_of_round = [node for pair in pairs for node in pair]
+        assert len(nodes_of_round) == len(set(nodes_of_round))
 
 
-def test_nodes_meet_and_measure(run: Path) -> None:
-    """Three launch/node.py with the real torchrun over c10d, one process each: three pairs, no links within a node."""
+def test_three_nodes_measure_one_another(run: Path) -> None:
+    """Three launch/node.py with the real torchrun over c10d, one process each: three pairs, no link within a node."""
     found = run / "found.json"
     command = ["tools/preflight.py", "--quick", "--threshold", "100", "--json", str(found)]
     options = ["--nodes=3", f"--port={free_port()}"]
@@ -125,8 +125,8 @@ def test_nodes_meet_and_measure(run: Path) -> None:
     assert "".join(outputs).count("no rank and no node stands out") == 1
 
 
-def test_mistakes() -> None:
-    """One sentence, code 2, before anything is started."""
+def test_wrong_arguments_are_refused() -> None:
+    """One sentence and exit code 2, before any process group."""
     for words, expected in (
         (["--threshold", "0"], "--threshold 0 is not a percentage; write one in (0, 100]"),
         (["--copy-mib", "-1"], "--copy-mib -1 must be above 0"),

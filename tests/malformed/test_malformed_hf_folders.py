@@ -197,7 +197,7 @@ def test_an_index_that_lies(hf: Path, tmp_path: Path) -> None:
     for name in [*outside, 5, None, ["one.safetensors"], "one.bin", "a/one.safetensors"]:
         assert "only names of safetensors files in the folder" in indexed(hf, {"weight_map": {NORM: name}}), name
     for name in ["two.safetensors", ".safetensors", "one\0.safetensors"]:
-        assert "is missing or no file" in indexed(hf, {"weight_map": {NORM: name}}), name
+        assert "is missing or not a file" in indexed(hf, {"weight_map": {NORM: name}}), name
     assert "safetensors" in indexed(hf, {"weight_map": {NORM: "x" * 5000 + ".safetensors"}})
     (hf / "two.safetensors").write_bytes((hf / "one.safetensors").read_bytes())
     both = {NORM: "one.safetensors", EMBED: "two.safetensors"}

@@ -91,7 +91,7 @@ def test_matches_loops(tiny: ModelConfig, layer: int, window: int, documents: li
         assert torch.allclose(got[row], expected, rtol=0, atol=1e-12)
 
 
-def test_which_layers_are_global(tiny: ModelConfig) -> None:
+def test_global_layers(tiny: ModelConfig) -> None:
     """(index + 1) mod 4 = 0."""
     config = replace(tiny, layers=12)
     windows = [Attention(config, layer).window for layer in range(12)]
@@ -99,8 +99,8 @@ def test_which_layers_are_global(tiny: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def test_local_layers_know_distance_and_global_layers_no_order(tiny: ModelConfig) -> None:
-    """The last token's output when the tokens before it are shuffled: the same without positions, another with RoPE."""
+def test_local_layers_depend_on_distance_and_global_layers_not_on_order(tiny: ModelConfig) -> None:
+    """Shuffling the earlier tokens changes the last token's output with RoPE, and not without positions."""
     x_BSD = torch.randn(1, S, tiny.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shuffled = x_BSD[:, [*torch.randperm(S - 1, generator=torch.Generator().manual_seed(1)).tolist(), S - 1]]
     moved = {}
@@ -125,7 +125,7 @@ def test_rope_is_relative(shift: int) -> None:
     assert torch.allclose(*products, rtol=0, atol=1e-10)
 
 
-def test_rope_turns_bf16_in_fp32() -> None:
+def test_rope_rotates_bf16_in_fp32() -> None:
     """bf16 queries at positions up to 131071: the float64 rotation to one rounding of bf16 (2⁻⁹ of the result).
 
     fp32 holds such positions times θ^(−2i/C) to about 0.008 radians at worst, which is what the absolute bound allows.

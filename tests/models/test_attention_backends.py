@@ -1,6 +1,6 @@
-"""Engines of softmax attention: the visibility rule, agreement with each other, and refusals.
+"""Attention engines: the mask, agreement with each other, and refusals.
 
-The reference is sdpa with one document at a time; tests/models/test_attention.py compares that with loops.
+The reference is sdpa on one document at a time; tests/models/test_attention.py compares that with loops.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("packed", [False, True])
 def test_mask(window: int | None, packed: bool) -> None:
-    """Against the rule as a sentence, token by token; positions of the second row have gaps."""
+    """Against the mask's definition, token by token; positions of the second row have gaps."""
     positions_BS = torch.tensor([range(9), [3, 4, 5, 9, 10, 11, 12, 30, 31]])
     ids_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 7], [2] * 9]) if packed else None
     mask = AttentionMask(positions_BS, ids_BS).dense(window)
@@ -37,13 +37,13 @@ def test_mask(window: int | None, packed: bool) -> None:
                 assert mask[b, 0, i, j].item() == sees
 
 
-@pytest.mark.parametrize(("window", "seen"), [(None, [1, 2, 3, 4, 5]), (3, [1, 2, 3, 3, 3]), (1, [1] * 5)])
-def test_the_window_counts_the_token_itself(window: int | None, seen: list[int]) -> None:
-    assert AttentionMask(torch.arange(5).unsqueeze(0), None).dense(window).sum(dim=-1).flatten().tolist() == seen
+@pytest.mark.parametrize(("window", "allowed"), [(None, [1, 2, 3, 4, 5]), (3, [1, 2, 3, 3, 3]), (1, [1] * 5)])
+def test_the_window_counts_the_token_itself(window: int | None, allowed: list[int]) -> None:
+    assert AttentionMask(torch.arange(5).unsqueeze(0), None).dense(window).sum(dim=-1).flatten().tolist() == allowed
 
 
-def test_document_ends() -> None:
-    """Boundaries of the flattened batch: every row begins a document, even with the id of the row before."""
+def test_cu_seqlens() -> None:
+    """Boundaries in the flattened batch: every row starts a document, even with the id of the previous row."""
     ids_BS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [5, 0, 0, 9]])
     ends, longest = AttentionMask(torch.arange(4).unsqueeze(0), ids_BS).cu_seqlens(3)
     assert (ends.tolist(), ends.dtype, longest) == ([0, 2, 4, 8, 9, 11, 12], torch.int32, 4)
@@ -51,14 +51,14 @@ def test_document_ends() -> None:
     assert ends.tolist() == [0, 4, 8, 12]
 
 
-def test_masks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """One per kind of layer and forward pass, not one per layer."""
-    made = []
+    windows = []
     original = AttentionMask._dense
-    monkeypatch.setattr(AttentionMask, "_dense", lambda self, window: made.append(window) or original(self, window))
+    monkeypatch.setattr(AttentionMask, "_dense", lambda self, window: windows.append(window) or original(self, window))
     visible = AttentionMask(torch.arange(8).unsqueeze(0), None)
     masks = [visible.dense(window) for window in (3, None, 3, None, 3)]
-    assert made == [3, None]
+    assert windows == [3, None]
     assert masks[0] is masks[2] is masks[4]
 
 
@@ -71,7 +71,7 @@ def make(dtype: torch.dtype, device: str, grads: bool) -> list[Tensor]:
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Each document as a row of its own, float64, sdpa."""
+    """Each document as a row of its own, in float64, by sdpa."""
     outputs = []
     for parts in zip(*(x.double().split(LENGTHS, dim=1) for x in (q, k, v))):
         positions_BS = torch.arange(parts[0].shape[1], device=q.device).unsqueeze(0)
@@ -134,7 +134,7 @@ def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """The optional packages that are there, as far as pick_engine can tell: a set for the test to fill."""
+    """The optional packages that pick_engine finds installed: a set for the test to fill."""
     packages: set[str] = set()
     monkeypatch.setattr(attention_backends, "_is_installed", lambda module: module in packages)
     pick_engine.cache_clear()
@@ -150,7 +150,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         (("flash_attn.flash_attn_interface", "flash_attn.cute"), "flash4"),
     ],
 )
-def test_auto_takes_the_best_there_is(installed: set[str], packages: tuple[str, ...], engine: str) -> None:
+def test_auto_takes_the_best_available_engine(installed: set[str], packages: tuple[str, ...], engine: str) -> None:
     installed.update(packages)
     assert pick_engine("auto", "cuda", torch.bfloat16) == engine
     assert pick_engine("auto", "cuda", torch.float32) == "sdpa"
@@ -158,7 +158,7 @@ def test_auto_takes_the_best_there_is(installed: set[str], packages: tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "dtype", "sentence"),
+    ("engine", "device", "dtype", "sentence"),
     [
         ("flash3", "cuda", torch.bfloat16, "kernels.attention=flash3 is not known; use one of auto, sdpa, varlen"),
         ("varlen", "cpu", torch.bfloat16, "needs a CUDA device in 16 bits, not cpu in torch.bfloat16; use auto"),
@@ -168,9 +168,9 @@ def test_auto_takes_the_best_there_is(installed: set[str], packages: tuple[str, 
     ],
 )
 @pytest.mark.usefixtures("installed")
-def test_refusals(asked: str, device: str, dtype: torch.dtype, sentence: str) -> None:
+def test_refusals(engine: str, device: str, dtype: torch.dtype, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        pick_engine(asked, device, dtype)
+        pick_engine(engine, device, dtype)
     assert sentence in str(caught.value)
 
 

@@ -41,16 +41,16 @@ def test_counts_by_hand(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize("sequence", [1, 4, 5, 6, 24])
 def test_visible_tokens(tiny: ModelConfig, sequence: int) -> None:
-    """The attention core against a loop over layers and tokens: 4·h_q·d_h each time a token sees one."""
-    seen = 0
+    """The attention core against a loop over layers and tokens: 4·h_q·d_h for each token and visible key."""
+    visible = 0
     for layer in range(5):
         for t in range(sequence):
-            seen += len(range(0 if layer == 3 else max(0, t - 5 + 1), t + 1))
-    assert flops_per_token(tiny, sequence)["attention core"] == pytest.approx(4 * 32 * seen / sequence, rel=1e-14)
+            visible += len(range(0 if layer == 3 else max(0, t - 5 + 1), t + 1))
+    assert flops_per_token(tiny, sequence)["attention core"] == pytest.approx(4 * 32 * visible / sequence, rel=1e-14)
 
 
 def test_matrix_products_against_torchs_counter(tiny: ModelConfig) -> None:
-    """torch counts plain products; it does not look into our expert op, and attention's core is not a plain product."""
+    """torch counts matrix products; it does not see into the custom op of the experts or the attention core."""
     model = Trinity(tiny, KernelsConfig(attention="sdpa"))
     model.init_weights(seed=0)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,6 +1,6 @@
-"""8-bit projections (torchao's, emulated on a CPU) against exact products, and that nothing but forward changes.
+"""FP8 projections (torchao's, emulated on a CPU) against exact products; nothing but forward changes.
 
-Without torchao all but the refusals skip.
+Without torchao all tests but the refusals are skipped.
 """
 
 import copy
@@ -36,7 +36,7 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def test_products_are_as_far_off_as_eight_bits(torchao: None) -> None:
+def test_error_of_products(torchao: None) -> None:
     """e4m3 keeps 3 bits after the first: 0.026 an operand in the mean, 0.037 a product; twice 2⁻⁹ more from bf16.
 
     Below 0.02 nothing would have been rounded to 8 bits at all.
@@ -62,22 +62,22 @@ def test_products_are_as_far_off_as_eight_bits(torchao: None) -> None:
 
 
 def model(fp8: bool, recompute: str = "none") -> Trinity:
-    made = Trinity(CONFIG)
-    made.init_weights(0)
+    trinity = Trinity(CONFIG)
+    trinity.init_weights(0)
     if fp8:
-        use_fp8(made, "torchao", CPU)
+        use_fp8(trinity, "torchao", CPU)
     if recompute != "none":
-        recompute_blocks(made, recompute)
-    return made
+        recompute_blocks(trinity, recompute)
+    return trinity
 
 
-def gradients(made: Trinity) -> dict[str, Tensor]:
+def gradients(trinity: Trinity) -> dict[str, Tensor]:
     """The loss and every gradient on sixteen tokens twice."""
     text = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(1))
-    loss = made(text[:, :-1], targets_BS=text[:, 1:]).token_loss
+    loss = trinity(text[:, :-1], targets_BS=text[:, 1:]).token_loss
     loss.backward()
-    found = {name: x.grad for name, x in made.named_parameters()} | {"loss": loss.detach()}
-    return {name: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone() for name, x in found.items()}
+    results = {name: x.grad for name, x in trinity.named_parameters()} | {"loss": loss.detach()}
+    return {name: (x.full_tensor() if hasattr(x, "full_tensor") else x).clone() for name, x in results.items()}
 
 
 def test_names_and_values_stay(torchao: None) -> None:
@@ -93,14 +93,14 @@ def test_the_models_loss(torchao: None) -> None:
     loss, exact = changed.pop("loss"), plain.pop("loss")
     assert loss != exact
     assert loss.item() == pytest.approx(exact.item(), rel=0.01)
-    both = [torch.cat([x.flatten() for x in found.values()]) for found in (changed, plain)]
+    both = [torch.cat([x.flatten() for x in results.values()]) for results in (changed, plain)]
     assert torch.cosine_similarity(*both, dim=0) > 0.85
 
 
 @pytest.mark.parametrize("recompute", ["block", "selective"])
 def test_recompute_gives_the_same_bits(torchao: None, recompute: str) -> None:
-    kept, made_again = gradients(model(True)), gradients(model(True, recompute))
-    assert all(torch.equal(kept[name], made_again[name]) for name in kept)
+    kept, recomputed = gradients(model(True)), gradients(model(True, recompute))
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
 def test_sharded_with_masters_in_fp32(torchao: None) -> None:
@@ -127,7 +127,7 @@ def test_sharded_with_masters_in_fp32(torchao: None) -> None:
         assert torch.equal(got[name], exact[name].float()), name
 
 
-def test_widths_that_eight_bits_do_not_take(torchao: None) -> None:
-    made = copy.deepcopy(nn.Sequential(Linear(24, (32,))))
+def test_unsupported_widths(torchao: None) -> None:
+    trinity = copy.deepcopy(nn.Sequential(Linear(24, (32,))))
     with pytest.raises(UserError, match=r"multiples of 16 and 0 is 32 × 24; use precision\.fp8=none"):
-        use_fp8(made, "torchao", CPU)
+        use_fp8(trinity, "torchao", CPU)

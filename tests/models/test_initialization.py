@@ -1,4 +1,4 @@
-"""Initial values: their distribution, and that they are a function of seed, name and index alone."""
+"""Initial values: their distribution, and that they depend on seed, name and index alone."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,15 +23,15 @@ STD_AFTER_CUT = math.sqrt(1 - 2 * 3 * DENSITY_AT_3 / (1 - 2 * TAIL))
 
 
 def weights(model: Trinity) -> dict[str, Tensor]:
-    """Everything drawn at random."""
+    """The parameters with random initial values."""
     return {role.name: role.parameter.detach() for role in parameter_roles(model) if role.kind != "gain"}
 
 
-def test_the_deviation_after_the_cut_is_the_reports() -> None:
+def test_the_standard_deviation_after_truncation_is_the_reports() -> None:
     assert round(STD_AFTER_CUT, 4) == 0.9866
 
 
-def test_weights_are_cut_normal_numbers(tiny: ModelConfig) -> None:
+def test_weights_are_truncated_normal_numbers(tiny: ModelConfig) -> None:
     """Deviation and mean of each tensor within five standard errors of n draws, which are σ/√(2n) and σ/√n.
 
     (A cut distribution has lighter tails, so its own errors are smaller.) One such miss in a million is chance; the
@@ -52,7 +52,7 @@ def test_gains_and_buffers(tiny: ModelConfig) -> None:
     """Norms before a sublayer, inside attention and at the end begin at 1, those after a sublayer at 1/√L."""
     model = Trinity(tiny)
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.fill_(7.0)  # what to_empty may leave
+        tensor.data.fill_(7.0)  # as to_empty may leave it
     model.init_weights(seed=0)
     gains = {role.name: role.parameter for role in parameter_roles(model) if role.kind == "gain"}
     assert len(gains) == 5 * 6 + 1
@@ -68,7 +68,7 @@ def test_gains_and_buffers(tiny: ModelConfig) -> None:
 
 
 def test_a_new_model_is_initialised_with_seed_0(tiny: ModelConfig) -> None:
-    """Over fresh memory that holds NaN: the bits of init_weights(0)."""
+    """In fresh memory full of NaN: the bits of init_weights(0)."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
@@ -81,15 +81,15 @@ def test_a_new_model_is_initialised_with_seed_0(tiny: ModelConfig) -> None:
 
 
 def test_nothing_is_computed_on_the_meta_device(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of any size costs nothing there, and takes its values later."""
+    """A model of any size costs nothing there; its values are filled in later."""
     monkeypatch.setattr(trinity_module, "initialize", lambda *_: pytest.fail("initialised on the meta device"))
     with torch.device("meta"):
         model = Trinity(tiny)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
-def test_a_function_of_the_seed_and_nothing_else(tiny: ModelConfig) -> None:
-    """Same bits over other garbage and after other draws; another seed, another value in nearly every place."""
+def test_depends_on_the_seed_alone(tiny: ModelConfig) -> None:
+    """The same bits over other garbage and after other draws; another seed changes nearly every value."""
     first, again, other = Trinity(tiny), Trinity(tiny), Trinity(tiny)
     first.init_weights(seed=3)
     torch.manual_seed(5)
@@ -118,13 +118,13 @@ def test_a_wider_model_of_the_same_names_differs_only_in_scale(tiny: ModelConfig
     narrow, wide = Trinity(tiny), Trinity(replace(tiny, width=4 * tiny.width))
     narrow.init_weights(seed=0)
     wide.init_weights(seed=0)
-    ours, theirs = (model.blocks[1].ffn.router.weight[0, :24] for model in (narrow, wide))
-    assert torch.equal(ours, 2 * theirs)
+    first, second = (model.blocks[1].ffn.router.weight[0, :24] for model in (narrow, wide))
+    assert torch.equal(first, 2 * second)
 
 
 @pytest.mark.parametrize("chunk", [1, 17, 10_000])
-def test_chunks_do_not_matter(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """A tensor of many chunks and a rest has the bits of one chunk."""
+def test_chunk_size_has_no_effect(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """A tensor of many chunks and a remainder has the bits of one chunk."""
     shapes = {1: (3, 7), 17: (50, 24), 10_000: (200, 120)}
     whole, pieces = torch.empty(shapes[chunk]), torch.empty(shapes[chunk])
     _fill(whole, "some.weight", 0, 0.1, by_expert=False)
@@ -135,7 +135,7 @@ def test_chunks_do_not_matter(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def as_rank() -> Iterator[Callable[[int], None]]:
-    """A function that makes this process rank r of 4, without the other three: nothing here communicates."""
+    """A function that makes this process rank r of 4, without the other three; nothing here communicates."""
 
     def become(rank: int) -> None:
         if dist.is_initialized():
@@ -161,14 +161,14 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("shape", "by_expert", "mesh_shape", "placements"), LAYOUTS)
-def test_each_rank_makes_its_part_of_the_same_whole(
+def test_each_rank_computes_its_part_of_the_same_tensor(
     shape: tuple[int, ...],
     by_expert: bool,
     mesh_shape: tuple[int, ...],
     placements: tuple[Placement, ...],
     as_rank: Callable[[int], None],
 ) -> None:
-    """Whatever the mesh: rows, columns, experts, parts of experts, uneven and empty parts; compared bit for bit."""
+    """On any mesh: rows, columns, experts, parts of experts, uneven and empty parts; compared bit for bit."""
     whole = torch.empty(shape)
     _fill(whole, "some.weight", 0, 0.1, by_expert)
     for rank in range(4):
@@ -209,7 +209,7 @@ def test_sequences_are_independent(key: int, other: int) -> None:
 
 
 def test_splitmix64() -> None:
-    """The published generator started at 0, and its definition in Python's integers elsewhere, wrap-around included."""
+    """Published values for start 0; for other starts the definition with Python integers, wrap-around included."""
 
     def plain(state: int) -> int:
         mask = 2**64 - 1

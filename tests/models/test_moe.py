@@ -34,7 +34,7 @@ def swiglu(gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, x_D: Tensor) -> Tens
 
 
 def plain(moe: MoE, config: ModelConfig, x_BSD: Tensor) -> tuple[Tensor, list[list[int]], list[list[float]]]:
-    """Outputs, and of every token the experts chosen and all scores."""
+    """Outputs, and each token's chosen experts and scores."""
     outputs, chosen, scores = [], [], []
     for u in x_BSD.flatten(0, 1):
         s = [1 / (1 + math.exp(-(e @ u).item())) for e in moe.router.weight]
@@ -71,7 +71,7 @@ def test_matches_loops(tiny: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def test_the_bias_chooses_and_does_nothing_else(tiny: ModelConfig) -> None:
+def test_the_bias_affects_the_choice_alone(tiny: ModelConfig) -> None:
     """The same shift of every bias changes no bit of the output; a bias of ±10 on two experts sends all there."""
     moe, x_BSD = make(tiny), tokens(tiny)
     moe.expert_bias.copy_(torch.arange(6) / 4)
@@ -110,7 +110,7 @@ def test_gradients_against_finite_differences(tiny: ModelConfig) -> None:
 
 
 def test_the_sequence_loss_reaches_the_router_only(tiny: ModelConfig) -> None:
-    """And through it the layer's input; not the experts."""
+    """And through the router the layer's input; not the experts."""
     moe, x_BSD = make(tiny), tokens(tiny).requires_grad_()
     routing: Routing = moe(x_BSD)[1]
     routing.sequence_loss_B.sum().backward()
@@ -120,8 +120,8 @@ def test_the_sequence_loss_reaches_the_router_only(tiny: ModelConfig) -> None:
     assert not routing.entropy_sum.requires_grad
 
 
-def test_the_layer_does_not_know_its_dispatcher(tiny: ModelConfig) -> None:
-    """Another that does the same in halves gives the same; it gets the routing, and the experts as a module."""
+def test_another_dispatcher_gives_the_same(tiny: ModelConfig) -> None:
+    """A dispatcher that runs the experts on two halves; it receives the routing, and the experts as a module."""
     moe, x_BSD = make(tiny), tokens(tiny)
     expected, _ = moe(x_BSD)
     calls, hooked = [], []
@@ -134,8 +134,8 @@ def test_the_layer_does_not_know_its_dispatcher(tiny: ModelConfig) -> None:
 
     assert moe.dispatcher is local_dispatch
     moe.dispatcher = halves
-    found, routing = moe(x_BSD)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-12)  # matrix products of other shapes
+    actual, routing = moe(x_BSD)
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-12)  # matrix products of other shapes
     ((x_TD, indices_TK, gates_TK, experts),) = calls
     assert experts is moe.experts
     assert len(hooked) == 2
@@ -146,7 +146,7 @@ def test_the_layer_does_not_know_its_dispatcher(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize("rows", [(0, 7), (2, 0)])
 def test_no_tokens(tiny: ModelConfig, rows: tuple[int, int]) -> None:
-    """A rank without tokens is ordinary: nothing comes out, and every parameter still gets a gradient."""
+    """A rank without tokens is allowed: the output is empty, and every parameter still gets a gradient."""
     moe = make(tiny)
     x_BSD = torch.zeros(*rows, tiny.width, dtype=torch.float64)
     y_BSD, routing = moe(x_BSD)

@@ -1,4 +1,4 @@
-"""Roles: every parameter says what it is to the optimizer, and which matrices it holds."""
+"""Roles: every parameter has a declared role in the optimizer and a list of the matrices stacked in it."""
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ def test_every_parameter_has_one_role(tiny: ModelConfig) -> None:
 
 def test_kinds_and_matrices(tiny: ModelConfig) -> None:
     """The whole table of a dense and of a sparse block, from the architecture: q, k, v, gate; gate, up; experts."""
-    found = {role.name: (role.kind, role.rows, tuple(role.parameter.shape)) for role in parameter_roles(Trinity(tiny))}
+    declared = {
+        role.name: (role.kind, role.rows, tuple(role.parameter.shape)) for role in parameter_roles(Trinity(tiny))
+    }
     attention = {
         "attention.qkvg.weight": ("matrix", (32, 16, 16, 32), (96, 24)),
         "attention.out.weight": ("matrix", (24,), (24, 32)),
@@ -46,7 +48,7 @@ def test_kinds_and_matrices(tiny: ModelConfig) -> None:
     for layer in range(5):
         parts = common | (dense if layer == 0 else sparse)
         expected |= {f"blocks.{layer}.{name}": value for name, value in parts.items()}
-    assert found == expected
+    assert declared == expected
 
 
 def test_rows_fill_the_matrix(tiny: ModelConfig) -> None:
@@ -58,7 +60,7 @@ def test_rows_fill_the_matrix(tiny: ModelConfig) -> None:
 
 
 def test_a_parameter_without_a_role_is_an_error() -> None:
-    """Never guessed: torch's own Linear says nothing."""
+    """Roles are not guessed: torch's own Linear declares none."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(AssertionError, match=r"0\.weight has no role: Linear must declare it"):
         parameter_roles(model)

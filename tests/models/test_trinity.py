@@ -1,4 +1,4 @@
-"""The model whole: its equation, precisions, losses, positions, documents; and that forward changes nothing.
+"""The whole model: its equation, precisions, losses, positions, documents; forward changes no state.
 
 Shapes: B batch, S sequence, D width, V vocabulary, M MoE layers, E experts.
 """
@@ -22,7 +22,7 @@ B, S = 2, 24
 
 @pytest.fixture
 def model(tiny: ModelConfig) -> Trinity:
-    """float64; balancing biases that matter, gains away from 1."""
+    """In float64; balancing biases that change choices, gains different from 1."""
     model = Trinity(tiny).double()
     model.init_weights(seed=0)
     random = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def model(tiny: ModelConfig) -> Trinity:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Tokens and their targets, some of which count nowhere."""
+    """Tokens and targets, some of them ignored."""
     tokens_BS = torch.randint(50, (B, S + 1), generator=torch.Generator().manual_seed(0))
     targets_BS = tokens_BS[:, 1:].clone()
     targets_BS[0, 3:6] = -100
@@ -45,7 +45,7 @@ def batch() -> tuple[Tensor, Tensor]:
     ("name", "parameters"), [("nano", 6_120_003_328), ("mini", 26_123_974_400), ("large", 398_635_286_016)]
 )
 def test_published_sizes(name: str, parameters: int) -> None:
-    """Exact, expert_bias counted in as the published checkpoints do; built without memory."""
+    """Exact, expert_bias included as in the published checkpoints; built without memory."""
     with torch.device("meta"):
         model = Trinity(ZOO[name])
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
@@ -54,7 +54,7 @@ def test_published_sizes(name: str, parameters: int) -> None:
 
 @torch.no_grad()
 def test_sandwich(model: Trinity, tiny: ModelConfig) -> None:
-    """Eq. 33 and 39 written out around attention and FFN, which have tests of their own; 1e-12 after five layers."""
+    """Eq. 33 and 39 around attention and FFN, which have their own tests; 1e-12 after five layers."""
 
     def normed(x: Tensor, gain: Tensor) -> Tensor:
         return x / (x.square().mean(dim=-1, keepdim=True) + tiny.norm_eps).sqrt() * gain
@@ -137,8 +137,8 @@ def test_microbatches_add_up(model: Trinity) -> None:
 
 
 @torch.no_grad()
-def test_no_token_sees_a_later_one(model: Trinity) -> None:
-    """Another token at place 10 changes that place's logits and later ones, and no bit of those before it."""
+def test_no_token_attends_to_a_later_one(model: Trinity) -> None:
+    """Another token at position 10 changes the logits from there on, and none before it."""
     tokens_BS, _ = batch()
     changed = tokens_BS.clone()
     changed[:, 10] = (changed[:, 10] + 1) % 50
@@ -164,7 +164,7 @@ def test_positions_are_used(model: Trinity) -> None:
     assert not torch.allclose(model(tokens_BS), model(tokens_BS, 2 * torch.arange(S).unsqueeze(0)), atol=1e-4)
 
 
-def test_packed_documents_are_as_if_alone(model: Trinity) -> None:
+def test_packed_documents_equal_separate_documents(model: Trinity) -> None:
     """Logits and gradients of one packed row against its three documents one by one, 1e-11 after five layers."""
     lengths = [7, 1, 16]
     tokens_BS, targets_BS = (rows[:1] for rows in batch())
@@ -176,19 +176,19 @@ def test_packed_documents_are_as_if_alone(model: Trinity) -> None:
     crossing = model(tokens_BS)
     assert not torch.allclose(together, crossing, atol=1e-4)
     losses = [F.cross_entropy(logits.flatten(0, 1), targets_BS.flatten()) for logits in (together, alone)]
-    for ours, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in losses)):
-        assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    for packed, separate in zip(*(torch.autograd.grad(loss, parameters) for loss in losses)):
+        assert torch.allclose(packed, separate, rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture
 def dtypes(model: Trinity) -> Iterator[Callable[[], dict[str, set[torch.dtype]]]]:
-    """Of every module, by its full name: the floating-point dtypes that came out of it so far."""
-    seen: dict[str, set[torch.dtype]] = {}
+    """The floating-point dtypes of each module's outputs so far, by the module's full name."""
+    recorded: dict[str, set[torch.dtype]] = {}
 
     def record(name: str, output: object) -> None:
         if isinstance(output, Tensor):
             if output.is_floating_point():
-                seen.setdefault(name, set()).add(output.dtype)
+                recorded.setdefault(name, set()).add(output.dtype)
         elif isinstance(output, tuple):
             for part in output:
                 record(name, part)
@@ -197,20 +197,20 @@ def dtypes(model: Trinity) -> Iterator[Callable[[], dict[str, set[torch.dtype]]]
         module.register_forward_hook(lambda module, args, output, name=name: record(name, output))
         for name, module in model.named_modules()
     ]
-    yield lambda: seen
+    yield lambda: recorded
     for hook in hooks:
         hook.remove()
 
 
 def test_float64_stays_float64(model: Trinity, dtypes: Callable[[], dict[str, set[torch.dtype]]]) -> None:
-    """Outputs of all modules and all gradients: nothing passes through fp32 on the way."""
+    """Outputs of all modules and all gradients are float64."""
     tokens_BS, targets_BS = batch()
     model(tokens_BS)
     losses = model(tokens_BS, targets_BS=targets_BS, z=0.01)
     (losses.token_loss + losses.sequence_loss_B.sum()).backward()
-    seen = dtypes()
-    assert len(seen) == len([m for m in model.modules() if not isinstance(m, torch.nn.ModuleList)])
-    assert set().union(*seen.values()) == {torch.float64}
+    recorded = dtypes()
+    assert len(recorded) == len([m for m in model.modules() if not isinstance(m, torch.nn.ModuleList)])
+    assert set().union(*recorded.values()) == {torch.float64}
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float64}
 
 
@@ -222,15 +222,15 @@ def test_dtypes_in_bf16(model: Trinity, dtypes: Callable[[], dict[str, set[torch
             role.parameter.data = role.parameter.data.bfloat16()
     tokens_BS, targets_BS = batch()
     assert model(tokens_BS).dtype == torch.bfloat16
-    seen = dtypes()
+    recorded = dtypes()
     fp32_inside = {f"blocks.{layer}.ffn" for layer in range(1, 5)} | {f"blocks.{layer}" for layer in range(1, 5)}
-    for name, found in seen.items():
+    for name, dtypes_found in recorded.items():
         if name.endswith("router"):
-            assert found == {torch.float32}, name
+            assert dtypes_found == {torch.float32}, name
         elif name in fp32_inside:  # their Routing is fp32
-            assert found == {torch.bfloat16, torch.float32}, name
+            assert dtypes_found == {torch.bfloat16, torch.float32}, name
         else:
-            assert found == {torch.bfloat16}, name
+            assert dtypes_found == {torch.bfloat16}, name
     losses = model(tokens_BS, targets_BS=targets_BS, z=0.01)
     assert {value.dtype for value in losses if value.is_floating_point()} == {torch.float32}
     assert losses.counts_ME.dtype == torch.int64
@@ -250,7 +250,7 @@ def test_bf16_scores_are_not_rounded(model: Trinity) -> None:
     assert (scores_TE != scores_TE.bfloat16()).float().mean() > 0.9
 
 
-def test_forward_and_backward_change_nothing(model: Trinity) -> None:
+def test_forward_and_backward_change_no_state(model: Trinity) -> None:
     """Parameters and buffers bit for bit, in training and in evaluation mode: counts are returned, not kept."""
     tokens_BS, targets_BS = batch()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -120,7 +120,7 @@ def test_the_window_may_change(now: Clock, monkeypatch: pytest.MonkeyPatch) -> N
         sink = Console(0, 900, 1000)
         make_steps(sink, now, range(1, 2))
         before = len(screen.lines()[0])
-        monkeypatch.setattr(console, "width", lambda: 60)
+        monkeypatch.setattr(console, "terminal_width", lambda: 60)
         sink.write(record(2))
         warn("", "drawn anew")
         assert (before, len(screen.lines()[-1])) == (86, 56)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.run_files import metrics, refuse, train
-from trinity.config.profiled import profiled_steps
+from trinity.config.check import profiled_steps
 from trinity.config.run import ProfileConfig
 from trinity.errors import UserError
 from trinity.monitor.events import Events

@@ -1,13 +1,13 @@
-"""Jobs that wait make room for others; and whether sharing among replicas pays."""
+"""Overlap of waiting jobs, and whether sharing among replicas pays."""
 
 import pytest
 import torch
 
-from trinity.optim.muon_comm import Job, overlap, pays
+from trinity.optim.muon_comm import Job, overlap, sharing_pays
 
 
 @pytest.mark.parametrize(
-    ("most", "order"),
+    ("max_in_flight", "order"),
     [
         (1, "a0 a1 a2 b0 c0 c1 d0 d1"),
         (2, "a0 b0 c0 a1 c1 d0 a2 d1"),
@@ -15,7 +15,7 @@ from trinity.optim.muon_comm import Job, overlap, pays
         (9, "a0 b0 c0 d0 a1 c1 d1 a2"),
     ],
 )
-def test_while_one_waits_the_next_begins(most: int, order: str) -> None:
+def test_the_next_job_starts_while_one_waits(max_in_flight: int, order: str) -> None:
     """a waits twice, b never, c and d once."""
     log: list[str] = []
 
@@ -25,12 +25,12 @@ def test_while_one_waits_the_next_begins(most: int, order: str) -> None:
             yield
             log.append(f"{name}{part + 1}")
 
-    overlap((job(name, waits) for name, waits in (("a", 2), ("b", 0), ("c", 1), ("d", 1))), most)
+    overlap((job(name, waits) for name, waits in (("a", 2), ("b", 0), ("c", 1), ("d", 1))), max_in_flight)
     assert " ".join(log) == order
 
 
-def test_a_job_begins_only_when_there_is_room() -> None:
-    """What it needs in memory is made then, and no more than `most` are alive."""
+def test_a_job_starts_only_when_there_is_room() -> None:
+    """Its memory is allocated at its start, and at most `max_in_flight` jobs are alive."""
     alive, peak = 0, 0
 
     def job() -> Job:
@@ -62,4 +62,4 @@ def test_a_job_begins_only_when_there_is_room() -> None:
     ],
 )
 def test_sharing_pays(size: tuple[int, int, int], replicas: int, device: str, expected: bool) -> None:
-    assert pays(size, 5, replicas, torch.bfloat16, device) == expected
+    assert sharing_pays(size[0], size[1:], 5, replicas, torch.bfloat16, device) == expected

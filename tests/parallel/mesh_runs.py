@@ -207,17 +207,17 @@ def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
 def _shards_orthogonalised(_model: torch.nn.Module) -> Iterator[None]:
     """Newton-Schulz on the rows that a rank holds, as if they were the matrix."""
 
-    def on_shards(optimizer: Muon, batch: MatrixBatch, _fades: Any, rate: float) -> Iterator[None]:
-        for run in batch.held:
-            u = run.of(optimizer.state[run.role.parameter]["momentum"]) * optimizer.momentum
-            u += run.of(run.role.parameter.grad)
+    def on_shards(optimizer: Muon, batch: MatrixBatch, _factors: Any, rate: float) -> Iterator[None]:
+        for stack in batch.stacks:
+            u = stack.view(optimizer.state[stack.role.parameter]["momentum"]) * optimizer.momentum
+            u += stack.view(stack.role.parameter.grad)
             if not u.numel():
                 continue
             update = orthogonalize(u, optimizer.coefficients, optimizer.steps, optimizer.dtype)
-            run.of(run.role.parameter.detach()).add_(update, alpha=-rate * rate_factor(*batch.shape))
+            stack.view(stack.role.parameter.detach()).add_(update, alpha=-rate * rate_factor(*batch.shape))
         yield
 
-    with mock.patch.object(Muon, "_update", on_shards):
+    with mock.patch.object(Muon, "_update_batch", on_shards):
         yield
 
 

@@ -348,18 +348,22 @@ class PlayedBuffer:
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
-            return expert_parallel.wait(handle.send(x)), None, None, None, None, None
-        trip = expert_parallel.Trip(topk_idx // self.share, dist.get_world_size(), dist.group.WORLD.group_name)
-        x_UD, indices, gates = (expert_parallel.wait(trip.send(rows)) for rows in (x, topk_idx, topk_weights))
+            return expert_parallel.wait(handle.start_dispatch(x)), None, None, None, None, None
+        exchange = expert_parallel.TokenExchange(
+            topk_idx // self.share, dist.get_world_size(), dist.group.WORLD.group_name
+        )
+        x_UD, indices, gates = (
+            expert_parallel.wait(exchange.start_dispatch(rows)) for rows in (x, topk_idx, topk_weights)
+        )
         indices -= self.share * dist.get_rank()
         indices = indices.where((indices >= 0) & (indices < self.share), -1)
         received = [(indices == expert).sum().item() for expert in range(self.share)]
         arrived = type("Event", (), {"current_stream_wait": lambda self: None})()
-        return x_UD, indices, gates, received, trip, arrived
+        return x_UD, indices, gates, received, exchange, arrived
 
     def combine(self, x: Tensor, handle: Any, topk_weights: Tensor | None = None) -> tuple[Tensor, Tensor | None, None]:
-        weights = None if topk_weights is None else handle.collect(handle.give_back(topk_weights))
-        return handle.collect(handle.give_back(x)), weights, None
+        weights = None if topk_weights is None else handle.finish_combine(handle.start_combine(topk_weights))
+        return handle.finish_combine(handle.start_combine(x)), weights, None
 
 
 def played_deep_ep(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""The plan of a run against the run: what rank 0 of four real processes holds and says in one step.
+"""A plan against a real step: memory and collectives of rank 0 of four processes.
 
-A plan takes routing as even, and in a run it is not; so here every token goes to all experts, and the two must agree to
-the byte. Some sizes do not divide by the ranks: rank 0 has whole chunks, the last ranks less.
+A plan assumes even routing. Here every token goes to all experts, so that plan and run must agree to the byte. Some
+sizes do not divide by the ranks: rank 0 has whole chunks, the last ranks less.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from trinity.parallel.collectives import all_gather_single
 from trinity.parallel.comm_counter import count_collectives
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.activations import block_activations
-from trinity.planning.communication import flows
-from trinity.planning.fake_rank import sharded, state_bytes
-from trinity.planning.stretches import load_of, stretches
+from trinity.planning.communication import communication_flows
+from trinity.planning.fake_rank import fake_rank, state_bytes
+from trinity.planning.schedule_segments import rank_load, schedule_segments
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.train_step import train_step
 
@@ -54,7 +54,7 @@ CASES = [
 
 
 def one_step(words: list[str]) -> dict[str, Any]:
-    """What this rank holds and says in the first step of a run."""
+    """Bytes held and collectives made by this rank in the first step of a run."""
     config = config_of(SETTINGS, words)
     ranks = mesh.start(config.parallel, config.model, 1, False)
     model = build_model(config, ranks)
@@ -62,27 +62,27 @@ def one_step(words: list[str]) -> dict[str, Any]:
     optimizers = make_optimizers(config, model)
     update, held = optimizers.step, {}
 
-    def watched() -> None:
-        held["gradients"] = storages([p.grad for p in model.parameters()])
+    def record_gradients_and_step() -> None:
+        held["gradients"] = storage_bytes([p.grad for p in model.parameters()])
         update()
 
-    optimizers.step = watched
+    optimizers.step = record_gradients_and_step
     tokens = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(ranks.rank))
-    with count_collectives() as seen:
+    with count_collectives() as collected:
         train_step(model, optimizers, Batch(tokens[:, :-1], tokens[:, 1:], None), config, 1.0, ranks)
-    held["parameters"] = storages(list(model.parameters()))
+    held["parameters"] = storage_bytes(list(model.parameters()))
     for name, optimizer in (("Muon momentum", optimizers.muon), ("AdamW moments", optimizers.adamw)):
-        held[name] = storages([x for state in optimizer.state.values() for x in state.values()])
-    held["expert biases"] = storages(list(model.buffers()))
-    return {"held": held, "traffic": {key: tuple(value) for key, value in seen.items() if key[1] > 1}}
+        held[name] = storage_bytes([x for state in optimizer.state.values() for x in state.values()])
+    held["expert biases"] = storage_bytes(list(model.buffers()))
+    return {"held": held, "traffic": {key: tuple(value) for key, value in collected.items() if key[1] > 1}}
 
 
 def collectives() -> list[tuple]:
-    """Every kind once or twice, over all four and over pairs, called plainly, by a DTensor and in backward."""
+    """Every kind of collective, over all four ranks and over pairs, called directly, by a DTensor and in backward."""
     rank, x = dist.get_rank(), torch.ones(8)  # 32 bytes
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     pair = pairs.get_group("inner")
-    with count_collectives() as seen:
+    with count_collectives() as collected:
         dist.all_reduce(x)
         all_gather_single(torch.empty(32), x)
         dist.all_gather([torch.empty(8), torch.empty(8)], x, group=pair)
@@ -96,12 +96,12 @@ def collectives() -> list[tuple]:
         y = torch.ones(6, requires_grad=True)
         functional.all_to_all_single_autograd(y, [3, 3], [3, 3], pair).sum().backward()
         functional.all_reduce(x, "sum", pair)
-    dist.all_reduce(x)  # too late to be seen
-    return sorted((*key, *value) for key, value in seen.items())
+    dist.all_reduce(x)  # after the counter: not counted
+    return sorted((*key, *value) for key, value in collected.items())
 
 
-def test_the_counter(processes: Callable) -> None:
-    """By hand: what is gathered, what is to be reduced, what is sent; a backward pass sends as its forward."""
+def test_counter(processes: Callable) -> None:
+    """By hand: bytes gathered, reduced or sent; a backward all-to-all sends as many as its forward."""
     expected = [
         ("all_gather", 2, 2, 64 + 64),
         ("all_gather", 4, 1, 128),
@@ -114,27 +114,27 @@ def test_the_counter(processes: Callable) -> None:
     assert processes(4).run(collectives) == [expected] * 4
 
 
-def storages(tensors: list[Tensor]) -> int:
-    """Bytes of the memory under all of them, counted once."""
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
     parts = [getattr(x, "_local_tensor", x.detach()).untyped_storage() for x in tensors]
     return sum({part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}.values())
 
 
 def planned(config: RunConfig) -> dict[str, Any]:
-    """The same from the plan."""
-    load = load_of(config, stretches(config)[0], 4)
-    with sharded(config, check_parallel(config.parallel, config.model, 4)) as rank:
+    """The same values from the plan."""
+    load = rank_load(config, schedule_segments(config)[0], 4)
+    with fake_rank(config, check_parallel(config.parallel, config.model, 4)) as rank:
         exchanged = [block.exchange for block in block_activations(config, rank.ranks, load.microbatch)]
         traffic: dict[tuple[str, int], tuple[int, float]] = {}
-        for flow in flows(config, rank, load, exchanged, config.parallel.defer_reduce == "on"):
+        for flow in communication_flows(config, rank, load, exchanged, config.parallel.defer_reduce == "on"):
             calls, size = traffic.get((flow.kind, flow.ranks), (0, 0))
             traffic[flow.kind, flow.ranks] = calls + flow.calls, size + flow.bytes
         return {"held": state_bytes(rank.model, rank.optimizers), "traffic": traffic}
 
 
 @pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words))
-def test_what_rank_0_holds_and_says(processes: Callable, words: list[str]) -> None:
-    """Bytes and calls, exactly; no rank holds more."""
+def test_memory_and_collectives_of_rank_0(processes: Callable, words: list[str]) -> None:
+    """Bytes and calls are equal; no rank holds more than rank 0."""
     expected = planned(config_of(SETTINGS, words))
     runs = processes(4).run(one_step, words)
     assert all(run["held"][part] <= size for run in runs for part, size in expected["held"].items())

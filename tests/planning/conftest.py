@@ -1,4 +1,4 @@
-"""A model small enough to count by hand, with sizes that are easy to tell apart."""
+"""A model small enough to count by hand, with distinct sizes."""
 
 import pytest
 

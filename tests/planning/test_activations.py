@@ -1,4 +1,4 @@
-"""What a block keeps and sends: by hand, on the meta device against real memory, and what recompute leaves of it."""
+"""Activation memory and expert exchange of a block: by hand, meta against real memory, and under recompute."""
 
 import sys
 from dataclasses import replace
@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import BalancingConfig, DataConfig, ParallelConfig, PrecisionConfig, RunConfig
@@ -16,9 +16,14 @@ from trinity.models.attention_backends import AttentionMask
 from trinity.models.trinity import Block
 from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import check_parallel
-from trinity.planning.activations import Activations, block_activations, destinations, head_activations
-from trinity.planning.fake_rank import sharded
-from trinity.planning.meta_memory import LiveBytes
+from trinity.planning.activations import (
+    Activations,
+    LiveBytes,
+    block_activations,
+    head_activations,
+    mean_destination_ranks,
+)
+from trinity.planning.fake_rank import fake_rank
 from trinity_kernels import linear_cross_entropy
 
 ROWS, LENGTH = 3, 16
@@ -37,22 +42,22 @@ def config_of(model: ModelConfig, parallel: ParallelConfig | None = None, recomp
 
 
 def measured(config: RunConfig, gpus: int = 1) -> list[Activations]:
-    with sharded(config, check_parallel(config.parallel, config.model, gpus)) as rank:
+    with fake_rank(config, check_parallel(config.parallel, config.model, gpus)) as rank:
         return block_activations(config, rank.ranks, ROWS)
 
 
 @pytest.mark.parametrize(("experts", "active", "ranks"), [(6, 2, 3), (8, 3, 2), (8, 8, 4), (4, 1, 4), (9, 4, 1)])
 def test_destinations(experts: int, active: int, ranks: int) -> None:
-    """Against all choices there are."""
+    """Against an enumeration of all choices of experts."""
     choices = list(combinations(range(experts), active))
     counted = sum(len({expert // (experts // ranks) for expert in choice}) for choice in choices)
-    assert destinations(experts, active, ranks) == pytest.approx(counted / len(choices), rel=1e-12)
+    assert mean_destination_ranks(experts, active, ranks) == pytest.approx(counted / len(choices), rel=1e-12)
 
 
 def test_dense_block_by_hand(tiny: ModelConfig) -> None:
-    """Each tensor that backward needs, per token; 2 bytes a number but for the fp32 ones.
+    """Every tensor that backward needs, per token; 2 bytes a number except the fp32 ones.
 
-    Flash attention's seeds, a few bytes, depend on no size.
+    Flash attention's seeds take a few bytes whatever the size.
     """
     D, P, HC, GC, F = 24, 2 * (32 + 16), 32, 16, 40
     sixteen_bits = D + P + HC + GC  # first norm's output; q, k, v and gate; q and k after their norms (and RoPE)
@@ -67,12 +72,12 @@ def test_dense_block_by_hand(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 3])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_meta_keeps_what_memory_keeps(
+def test_meta_device_matches_memory(
     tiny: ModelConfig, layer: int, compute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same block on the CPU, with the CPU's flash attention: bytes kept, and both peaks.
+    """The same block on the CPU, with the CPU's flash attention: saved bytes and both peaks.
 
-    Meta's flash attention has besides a few seeds. Inside the expert operation neither side sees anything.
+    Meta's flash attention also has a few seeds. Neither side measures inside the expert operation.
     """
 
     def flash(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
@@ -80,10 +85,10 @@ def test_meta_keeps_what_memory_keeps(
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), 0.0, True)[0].transpose(1, 2)
 
     monkeypatch.setitem(attention_backends._ENGINES, "sdpa", flash)
-    # a CPU's way out of bf16; the package has an operation of the module's name
+    # the CPU would widen bf16; sys.modules because the package exports an operation of the module's name
     monkeypatch.setattr(sys.modules["trinity_kernels.linear"], "widens", lambda _: False)
-    monkeypatch.setattr("trinity.planning.activations._inside_experts", lambda *_: 0)
-    tiny = replace(tiny, kv_heads=tiny.heads)  # the CPU's takes no groups
+    monkeypatch.setattr("trinity.planning.activations._expert_workspace", lambda *_: 0)
+    tiny = replace(tiny, kv_heads=tiny.heads)  # the CPU's flash attention has no grouped queries
     on_meta = measured(replace(config_of(tiny), precision=PrecisionConfig(compute=compute)))[layer]
     block, x_BSD = Block(tiny, layer).to(getattr(torch, compute)), torch.randn(ROWS, LENGTH, tiny.width)
     x_BSD = x_BSD.to(getattr(torch, compute)).requires_grad_()
@@ -105,7 +110,7 @@ def test_meta_keeps_what_memory_keeps(
 
 
 def test_recompute(tiny: ModelConfig) -> None:
-    """`block` keeps a block's output, which is the next one's input, and its routing; `selective` lies between."""
+    """`block` saves a block's output, the next block's input, and its routing; `selective` saves more, `none` most."""
     kept = {kind: [block.kept for block in measured(config_of(tiny, recompute=kind))] for kind in KINDS}
     output, routing = TOKENS * 24 * 2, TOKENS * 2 * 8 + 6 * 8  # indices [T, K] and counts [E], int64
     assert kept["block"][0] == output
@@ -120,32 +125,32 @@ def test_recompute(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("selective", 1), ("block", 2)])
 def test_exchange_by_hand(tiny: ModelConfig, recompute: str, forwards: int) -> None:
-    """Rows in bf16 and, in fp32, K gates with K choices, there; sums back; and the gradients of all three.
+    """Sent: rows in bf16, K gates and K choices in fp32; returned: sums; then the gradients of all three.
 
-    Every forward pass has three calls, backward three; counts travel once, two int64 for each rank.
+    Each forward pass has three calls, backward three; counts are exchanged once, two int64 for each rank.
     """
     config = config_of(tiny, ParallelConfig(shard=3, expert=3), recompute)
-    sent = round(TOKENS * destinations(6, 2, 3) / 3) * 3
+    sent = round(TOKENS * mean_destination_ranks(6, 2, 3) / 3) * 3
     passes = forwards + 1
     rows, gates = sent * 24 * 2, sent * 2 * 2 * 4
     expected = Traffic(1 + 3 * passes, 3 * 2 * 8 + passes * (2 * rows + gates))
     assert [block.exchange for block in measured(config, 3)] == [Traffic(0, 0), expected, expected, expected]
 
 
-def test_working_space_is_on_top(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sparse blocks alone have it: nine fp32 tensors [T·K, F] and a bf16 one [T·K, D] are the most here."""
-    with_it = measured(config_of(tiny))
-    monkeypatch.setattr("trinity.planning.activations._inside_experts", lambda *_: 0)
+def test_expert_workspace(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added in sparse blocks only: here at most nine fp32 tensors [T·K, F] and a bf16 one [T·K, D]."""
+    with_workspace = measured(config_of(tiny))
+    monkeypatch.setattr("trinity.planning.activations._expert_workspace", lambda *_: 0)
     without = measured(config_of(tiny))
     rows = TOKENS * 2
-    added = [a.backward - b.backward for a, b in zip(with_it, without)]
+    added = [a.backward - b.backward for a, b in zip(with_workspace, without)]
     assert added == [0, *[max(rows * (9 * 4 * 10 + 2 * 24), rows * (8 * 4 * 10 + 10 * 24))] * 3]
 
 
 def test_head(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the loss with memory, in fp32 and chunks of ten tokens.
+    """Against the loss in real memory, in fp32 and chunks of ten tokens.
 
-    The formula is a GPU's, so the CPU is given chunks of the same size; it leaves out a few numbers a token.
+    The formula is for a GPU, so the CPU gets chunks of the same size; it leaves out a few numbers a token.
     """
     chunk = 10 * 50 * 4
     for name in ("CHUNK_BYTES", "CUDA_CHUNK_BYTES"):
@@ -161,3 +166,34 @@ def test_head(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         live.peak = before = live.now
         losses[0].backward()
         assert 0 <= live.peak - before - expected.backward <= few
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_live_bytes(device: str) -> None:
+    """Views and in-place operations add nothing; tensors from before the mode are not counted."""
+    outside = torch.empty(100, device=device)
+    with LiveBytes() as live:
+        a = torch.empty(10, device=device)  # 40 bytes
+        view = a[2:].view(2, 4)
+        outside.mul_(2)[:50].add_(1)
+        assert (live.now, live.peak) == (40, 40)
+        b = a.double()  # 80
+        assert live.now == 120
+        del b
+        assert (live.now, live.peak) == (40, 120)
+        del a
+        assert live.now == 40
+        del view
+    assert (live.now, live.peak) == (0, 120)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_live_bytes_of_autograd(device: str) -> None:
+    """exp saves its result, which only autograd refers to; x is from before the mode."""
+    x = nn.Parameter(torch.empty(25, device=device))
+    with LiveBytes() as live:
+        y = x.exp().sum()
+        assert live.now == 100 + 4
+        y.backward()
+        del y
+        assert live.now == 100  # x's gradient

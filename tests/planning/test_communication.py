@@ -1,9 +1,9 @@
-"""Seconds of collectives against the arithmetic of links, by hand."""
+"""Seconds of collectives, by hand from sizes and link rates."""
 
 import pytest
 
 from trinity.hardware import GPU
-from trinity.planning.communication import Flow, seconds
+from trinity.planning.communication import Flow, flow_seconds
 
 CARD = GPU(bf16=1.0, fp32=1.0, memory=1.0, bandwidth=1.0, node_link=80.0, network=8.0)
 
@@ -26,13 +26,13 @@ CARD = GPU(bf16=1.0, fp32=1.0, memory=1.0, bandwidth=1.0, node_link=80.0, networ
     ],
 )
 def test_seconds(kind: str, ranks: int, stride: int, expected: float) -> None:
-    """With half of each rate reached."""
+    """At half of each rate."""
     card = CARD._replace(network=80.0) if (kind, ranks) == ("all_to_all", 9) else CARD
     flow = Flow("passes", "any", kind, "shard", ranks, stride, 7, 1600)
-    assert seconds(flow, card, achieved=0.5) == pytest.approx(2 * expected, rel=1e-12)
+    assert flow_seconds(flow, card, achieved=0.5) == pytest.approx(2 * expected, rel=1e-12)
 
 
-def test_nvlink_limits_many_cards() -> None:
-    """Eight fast cards bring more into a node than NVLink takes on."""
+def test_node_link_is_the_limit() -> None:
+    """Eight fast network cards deliver more than NVLink carries."""
     flow = Flow("passes", "any", "all_gather", "shard", 16, 1, 1, 1600)
-    assert seconds(flow, CARD._replace(network=50.0), achieved=1.0) == pytest.approx(1500 / 80, rel=1e-12)
+    assert flow_seconds(flow, CARD._replace(network=50.0), achieved=1.0) == pytest.approx(1500 / 80, rel=1e-12)

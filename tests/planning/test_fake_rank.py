@@ -1,4 +1,4 @@
-"""Rank 0's bytes against closed forms: FSDP's chunks of rows, rounded up, and an even share of the experts."""
+"""Rank 0's bytes against closed forms: FSDP's row chunks, rounded up, and an even share of the experts."""
 
 import math
 from pathlib import Path
@@ -14,9 +14,9 @@ from trinity.hardware import GPUS
 from trinity.models import Trinity, parameter_roles
 from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import check_parallel
-from trinity.planning.communication import Flow, flows, seconds
-from trinity.planning.fake_rank import fsdp_groups, sharded, state_bytes
-from trinity.planning.stretches import load_of, stretches
+from trinity.planning.communication import Flow, communication_flows, flow_seconds
+from trinity.planning.fake_rank import fake_rank, fsdp_groups, state_bytes
+from trinity.planning.schedule_segments import rank_load, schedule_segments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -33,9 +33,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 )
 @pytest.mark.parametrize("compute", ["bfloat16", "float64"])
 def test_state_by_hand(tiny: ModelConfig, parallel: ParallelConfig, gpus: int, compute: str) -> None:
-    """Every parameter, its gradient and momentum in the master format, or two moments and a step count in fp32.
+    """Parameters, gradients and momentum in the master dtype; AdamW: two moments, and a step count in fp32.
 
-    Starved steps: one fp32 number for each expert matrix that the rank holds or has a part of.
+    Starved steps: one fp32 number for each expert matrix that the rank holds wholly or in part.
     """
     if gpus == 16:
         tiny = ModelConfig(**(vars(tiny) | {"expert_width": 16}))
@@ -58,16 +58,16 @@ def test_state_by_hand(tiny: ModelConfig, parallel: ParallelConfig, gpus: int, c
             expected["Muon momentum"] += size * held
         else:
             expected["AdamW moments"] += 2 * size * held + 4
-    with sharded(config, sizes) as rank:
+    with fake_rank(config, sizes) as rank:
         assert state_bytes(rank.model, rank.optimizers) == expected | {"expert biases": 3 * 2 * 6 * size}
         assert rank.ranks.device == torch.device("meta")
     assert not dist.is_initialized()
 
 
 def test_groups_by_hand(tiny: ModelConfig) -> None:
-    """Three groups a sparse block, padded: norms and router in fp32, the rest gathered in bf16 and reduced in fp32."""
+    """Three padded groups a sparse block: norms and router in fp32, the others gathered in bf16, reduced in fp32."""
     config = RunConfig(model=tiny, parallel=ParallelConfig(shard=4, expert=2))
-    with sharded(config, check_parallel(config.parallel, tiny, 4)) as rank:
+    with fake_rank(config, check_parallel(config.parallel, tiny, 4)) as rank:
         groups = fsdp_groups(rank.model)
     assert [(group.part, group.kind) for group in groups] == [
         ("embed", "dense"),
@@ -86,14 +86,14 @@ def test_groups_by_hand(tiny: ModelConfig) -> None:
     assert by_name["blocks.1", "experts"] == (2, 2 * experts, 4 * experts, 2)
 
 
-def test_a_process_in_a_run_cannot_plan(tiny: ModelConfig) -> None:
-    """And its group stays as it was."""
+def test_refused_inside_a_process_group(tiny: ModelConfig) -> None:
+    """The process's own group stays."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         config = RunConfig(model=tiny)
         with (
             pytest.raises(AssertionError, match="not joined"),
-            sharded(config, check_parallel(config.parallel, tiny, 1)),
+            fake_rank(config, check_parallel(config.parallel, tiny, 1)),
         ):
             pass
         assert dist.get_backend() == "gloo"
@@ -102,17 +102,17 @@ def test_a_process_in_a_run_cannot_plan(tiny: ModelConfig) -> None:
 
 
 def test_large_on_2048() -> None:
-    """A 128th of 398.6 billion parameters on each; 391 GB for experts a microbatch, 3.7 s at 100 GB/s."""
+    """Each rank holds a 128th of 398.6 billion parameters; experts move 391 GB a microbatch, 3.7 s at 100 GB/s."""
     config = load_config(CONFIGS / "large.yaml", ["batch.microbatch=1"])
-    with sharded(config, check_parallel(config.parallel, config.model, 2048)) as rank:
+    with fake_rank(config, check_parallel(config.parallel, config.model, 2048)) as rank:
         state = state_bytes(rank.model, rank.optimizers)
-        load = load_of(config, stretches(config)[0], 2048)
-        found = flows(config, rank, load, [Traffic(0, 0)], defer=False)
+        load = rank_load(config, schedule_segments(config)[0], 2048)
+        found = communication_flows(config, rank, load, [Traffic(0, 0)], defer=False)
     assert state["parameters"] / 4 == pytest.approx(398_635_272_192 / 128, rel=1e-4)  # more by some padding
     assert state["parameters"] / 4 >= 398_635_272_192 / 128
     experts: list[Flow] = [flow for flow in found if flow.purpose in ("weights, experts", "gradients, experts")]
     assert load.microbatch * config.data.sequence_length == 8192
     # gathered twice in two bytes, reduced in four: a rank's share of 391 billion weights
     assert sum(flow.bytes for flow in experts) / load.microbatches == (2 + 2 + 4) * 391_378_894_848 / 8
-    took = sum(seconds(flow, GPUS["b300"], achieved=1.0) for flow in experts) / load.microbatches
+    took = sum(flow_seconds(flow, GPUS["b300"], achieved=1.0) for flow in experts) / load.microbatches
     assert took == pytest.approx(3.7, abs=0.05)

@@ -1,4 +1,4 @@
-"""The fullest moment of a step, with numbers chosen such that each moment in turn is the fullest."""
+"""Peak memory of a step, with sizes that make each moment in turn the peak."""
 
 from itertools import product
 
@@ -8,8 +8,8 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import ParallelConfig, RunConfig
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.activations import Activations
-from trinity.planning.fake_rank import Group, Sharded, sharded, state_bytes
-from trinity.planning.memory import fullest, unreduced_gradients
+from trinity.planning.fake_rank import FakeRank, FsdpGroup, fake_rank, state_bytes
+from trinity.planning.memory import peak_moment, unreduced_gradients
 
 NAMES = ["the embedding", "block 0", "block 1", "block 2", "block 3", "the head"]
 PARTS = [["embed"], ["blocks.0"], ["blocks.1"], ["blocks.2"], ["blocks.3"], ["norm", "head"]]
@@ -17,26 +17,26 @@ MUCH = 10**9
 KEPT = [100, 200, 300, 400, 500, 600]
 
 
-def size_of(groups: list[Group], field: str, part: int) -> float:
-    """Sum over the groups of one part; nothing beyond the ends."""
+def size_of(groups: list[FsdpGroup], field: str, part: int) -> float:
+    """Sum over the groups of one part; 0 beyond the first and last part."""
     names = PARTS[part] if 0 <= part < len(PARTS) else []
     return sum(getattr(group, field) for group in groups if group.part in names)
 
 
 def test_each_moment(tiny: ModelConfig) -> None:
-    """Every part's forward and backward in turn, with one microbatch and with more."""
+    """Forward and backward of every part, with one and with three microbatches."""
     config = RunConfig(model=tiny, parallel=ParallelConfig(shard=2))
-    with sharded(config, check_parallel(config.parallel, tiny, 2)) as rank:
+    with fake_rank(config, check_parallel(config.parallel, tiny, 2)) as rank:
         for part, backward, microbatches in product(range(6), (False, True), (1, 3)):
             check_moment(rank, part, backward, microbatches)
 
 
-def check_moment(rank: Sharded, part: int, backward: bool, microbatches: int) -> None:
-    """By hand: what is kept so far, this part's and a neighbour's weights, gradients on their way and done."""
+def check_moment(rank: FakeRank, part: int, backward: bool, microbatches: int) -> None:
+    """By hand: saved activations, weights of this part and a neighbour, gradients in flight and done."""
     work = [Activations(kept, kept, 0) for kept in KEPT]
     work[part] = work[part]._replace(**{"backward": MUCH} if backward else {"forward": MUCH + KEPT[part]})
-    found = fullest(rank, work, microbatches, unreduced=0.0)
-    assert found.moment == f"{'backward' if backward else 'forward'} of {NAMES[part]}"
+    peak = peak_moment(rank, work, microbatches, unreduced=0.0)
+    assert peak.moment == f"{'backward' if backward else 'forward'} of {NAMES[part]}"
     gathered, reduced = ([size_of(rank.groups, field, i) for i in range(-1, 7)] for field in ("gathered", "reduced"))
     state = state_bytes(rank.model, rank.optimizers)
     gradients = state.pop("gradients")
@@ -49,47 +49,48 @@ def check_moment(rank: Sharded, part: int, backward: bool, microbatches: int) ->
     }
     if backward:
         expected["whole gradients being reduced"] = reduced[part + 1] + reduced[part + 2]
-    assert found.parts == pytest.approx(expected, rel=1e-12)
-    assert found.total == pytest.approx(sum(expected.values()), rel=1e-12)
+    assert peak.parts == pytest.approx(expected, rel=1e-12)
+    assert peak.total == pytest.approx(sum(expected.values()), rel=1e-12)
 
 
-def test_alone_nothing_is_freed(tiny: ModelConfig) -> None:
-    """On one rank all gathered weights stay."""
-    with sharded(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
-        found = fullest(rank, [Activations(0, MUCH, 0)] * 6, 1, 0.0)
-        assert found.parts["gathered weights"] == sum(group.gathered for group in rank.groups)
+def test_one_rank_keeps_all_weights(tiny: ModelConfig) -> None:
+    """Without sharding, FSDP frees no gathered weights."""
+    with fake_rank(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
+        peak = peak_moment(rank, [Activations(0, MUCH, 0)] * 6, 1, 0.0)
+        assert peak.parts["gathered weights"] == sum(group.gathered for group in rank.groups)
 
 
 def test_update(tiny: ModelConfig) -> None:
-    """Where nothing is kept, the optimizers' step is fullest: six times its largest batch, in fp32.
+    """Without activations, the optimizers' step is the peak: six times its largest matrix batch, in fp32.
 
-    That is all gate and up matrices of the experts, 3·2·6, and of the shared ones, 3·2: each [10, 24].
+    The batch has the gate and up matrices of the experts, 3·2·6, and of the shared experts, 3·2, each [10, 24].
     """
-    with sharded(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
+    with fake_rank(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
         small = rank._replace(groups=[group._replace(gathered=0, reduced=0) for group in rank.groups])
         small = small._replace(groups=[group._replace(reduced=1) for group in small.groups])
-        found = fullest(small, [Activations(0, 0, 0)] * 6, 1, 0.0)
-    assert found.moment == "update"
-    assert found.parts["update of the largest matrices"] == 6 * 4 * 42 * 240
+        peak = peak_moment(small, [Activations(0, 0, 0)] * 6, 1, 0.0)
+    assert peak.moment == "update"
+    assert peak.parts["update of the largest matrices"] == 6 * 4 * 42 * 240
 
 
 def test_unreduced(tiny: ModelConfig) -> None:
-    """On two ranks that split the experts: the whole dense part, half of the experts, in fp32."""
+    """Two ranks that split the experts keep all dense gradients and half of the experts', in fp32."""
     config = RunConfig(model=tiny, parallel=ParallelConfig(shard=2, expert=2))
     experts = 3 * 6 * 3 * 10 * 24
-    with sharded(config, check_parallel(config.parallel, tiny, 2)) as rank:
+    with fake_rank(config, check_parallel(config.parallel, tiny, 2)) as rank:
         whole = 4 * (sum(p.numel() for p in rank.model.parameters()) - experts / 2)
-        asked = {
-            (word, parts, room): unreduced_gradients(rank, word, parts, room * whole) for word, parts, room in CASES
+        kept = {
+            (setting, microbatches, room): unreduced_gradients(rank, setting, microbatches, room * whole)
+            for setting, microbatches, room in CASES
         }
-        found = fullest(rank, [Activations(0, MUCH, 0)] * 6, 3, whole)
-    assert asked == {case: whole * deferred for case, deferred in CASES.items()}
-    assert found.parts["gradients"] == whole
-    with sharded(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
-        assert unreduced_gradients(rank, "auto", 2, 100 * whole) == 0  # alone, there is nothing to save
+        peak = peak_moment(rank, [Activations(0, MUCH, 0)] * 6, 3, whole)
+    assert kept == {case: whole * deferred for case, deferred in CASES.items()}
+    assert peak.parts["gradients"] == whole
+    with fake_rank(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
+        assert unreduced_gradients(rank, "auto", 2, 100 * whole) == 0  # one rank has no communication to save
 
 
-# asked, microbatches, memory of the device in whole gradients → whether they are deferred; a quarter is the most
+# defer_reduce, microbatches, device memory in multiples of the gradients → deferred; the limit is a quarter
 CASES = {
     ("auto", 2, 4.0): True,
     ("auto", 2, 3.9): False,

@@ -1,4 +1,4 @@
-"""FLOPs and seconds of a step, by hand."""
+"""FLOPs and seconds of a step, calculated by hand."""
 
 from dataclasses import replace
 
@@ -12,17 +12,17 @@ from trinity.models.flops import flops_per_token
 from trinity.optim.newton_schulz import newton_schulz_flops
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.communication import Flow
-from trinity.planning.fake_rank import sharded
-from trinity.planning.roofline import ACHIEVED, PASSES, UPDATE_PASSES, Seconds, Work, seconds_of, work_of
-from trinity.planning.stretches import Load
+from trinity.planning.fake_rank import fake_rank
+from trinity.planning.roofline import ACHIEVED, PASSES, UPDATE_PASSES, StepSeconds, StepWork, step_seconds, step_work
+from trinity.planning.schedule_segments import RankLoad
 
 CARD = GPU(bf16=1e12, fp32=1e11, memory=1.0, bandwidth=1e10, node_link=1e9, network=1e8)
-LOAD = Load(rows=6, microbatch=2, microbatches=3, tokens=60)
+LOAD = RankLoad(rows=6, microbatch=2, microbatches=3, tokens=60)
 
 
-def work(config: RunConfig, gpus: int = 1) -> Work:
-    with sharded(config, check_parallel(config.parallel, config.model, gpus)) as rank:
-        return work_of(config, rank.optimizers.muon, LOAD, rank.ranks.sizes.replicate)
+def work(config: RunConfig, gpus: int = 1) -> StepWork:
+    with fake_rank(config, check_parallel(config.parallel, config.model, gpus)) as rank:
+        return step_work(config, rank.optimizers.muon, LOAD, rank.ranks.sizes.replicate)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def work(config: RunConfig, gpus: int = 1) -> Work:
     ],
 )
 def test_products(tiny: ModelConfig, recompute: str, again: list[str]) -> None:
-    """Three times forward, what is computed again a fourth time; attention's core 3.5 times, 4.5 in `block`."""
+    """Forward and backward are 3 times forward, recompute adds one; attention's core is 3.5 times, 4.5 in `block`."""
     done = work(RunConfig(model=tiny, data=DataConfig(sequence_length=10), recompute=recompute))
     flops = flops_per_token(tiny, 10)
     products = 3 * (flops["total"] - flops["attention core"]) + sum(flops[part] for part in again)
@@ -44,7 +44,7 @@ def test_products(tiny: ModelConfig, recompute: str, again: list[str]) -> None:
 
 
 def test_newton_schulz(tiny: ModelConfig) -> None:
-    """Alone, every matrix of the model; two copies that share do half each, of seven matrices four."""
+    """One replica: every matrix of the model. Two replicas that share: half each, four of seven matrices."""
     config = RunConfig(model=tiny)
     total, halves = 0, 0
     counts: dict[tuple[int, int], int] = {}
@@ -64,14 +64,14 @@ def test_newton_schulz(tiny: ModelConfig) -> None:
 @pytest.mark.parametrize(("compute", "peak"), [("bfloat16", 1e12), ("float32", 1e11)])
 @pytest.mark.parametrize(("recompute", "passes"), [("none", PASSES), ("block", PASSES + 2)])
 def test_seconds(tiny: ModelConfig, compute: str, peak: float, recompute: str, passes: int) -> None:
-    """Work over rates; a flow counts in its phase: 4 ranks of a node send 3/4 of 1e9 bytes over NVLink."""
+    """Work divided by rates; a flow counts in its phase: 4 ranks of a node send 3/4 of 1e9 bytes over NVLink."""
     config = RunConfig(model=tiny, precision=PrecisionConfig(compute=compute), recompute=recompute)
     phases = ["passes", "passes", "exchange", "update"]
     flows = [Flow(phase, str(i), "all_gather", "shard", 4, 1, 1, 1e9) for i, phase in enumerate(phases)]
-    took = seconds_of(config, Work(7e12, 3e12, 2e12, 1e12), flows, made=1e9, state=2e9, gpu=CARD)
+    took = step_seconds(config, StepWork(7e12, 3e12, 2e12, 1e12), flows, produced=1e9, state=2e9, gpu=CARD)
     travel = 0.75 / ACHIEVED["links"]
     assert took == pytest.approx(
-        Seconds(
+        StepSeconds(
             products=3e12 / peak / ACHIEVED["products"],
             attention=2e12 / peak / ACHIEVED["attention"],
             memory=passes * 0.1 / ACHIEVED["memory"],
@@ -89,12 +89,12 @@ def test_seconds(tiny: ModelConfig, compute: str, peak: float, recompute: str, p
     ("seconds", "step"),
     [
         # compute 1 + 2 + 4 hides gathers of 6 and not of 9; the update's 1 + 2 hides 3 and not 5
-        (Seconds(1, 2, 4, 6, 10, 1, 2, 3), 7 + 10 + 3),
-        (Seconds(1, 2, 4, 9, 10, 1, 2, 5), 9 + 10 + 5),
+        (StepSeconds(1, 2, 4, 6, 10, 1, 2, 3), 7 + 10 + 3),
+        (StepSeconds(1, 2, 4, 9, 10, 1, 2, 5), 9 + 10 + 5),
     ],
 )
-def test_what_hides_what(seconds: Seconds, step: float) -> None:
-    """The step as the module's docstring adds it up."""
+def test_overlap(seconds: StepSeconds, step: float) -> None:
+    """The step's seconds by the formula of the module's docstring."""
     assert seconds.step == step
     assert seconds.computing == 10
     assert seconds.traffic == seconds.gathers + 10 + seconds.moved

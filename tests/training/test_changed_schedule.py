@@ -12,8 +12,8 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig, RunSection
 from trinity.errors import UserError
 from trinity.training import train_step
-from trinity.training.build_data import go_near, open_stream
-from trinity.training.lr_schedule import check_decay
+from trinity.training.build_data import open_stream, seek_near
+from trinity.training.learning_rate import check_decay
 
 S = 24
 PHASES = "data.phases=[{tokens: 800, mixture: {prose: 2, code: 1}, packing: sequential, sequence_length: 16}]"
@@ -102,7 +102,7 @@ def test_show_batch_knows_the_history(settings: dict, planned: Path) -> None:
     told = config_with(settings, f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES)
     for step in (0, 2, 3, 6, 9):
         stream, replayed = open_stream(config, 0, 1), open_stream(told, 0, 1)
-        go_near(stream, config, step)
+        seek_near(stream, config, step)
         assert stream.batch(step).pieces == replayed.batch(step).pieces
 
 
@@ -112,12 +112,12 @@ def test_show_batch_of_a_fork_that_has_not_begun(settings: dict, uninterrupted: 
     for step in (6, 8):
         config = config_with(settings, *words, f"init.step={step}")
         stream, replayed = open_stream(config, 0, 1), open_stream(config_with(settings), 0, 1)
-        go_near(stream, config, step)
+        seek_near(stream, config, step)
         assert stream.k == replayed.plan.at(step).first  # from the other run's checkpoint, not replayed
         assert stream.batch(step).pieces == replayed.batch(step).pieces
     changed = config_with(settings, *words, "batch.sequences=24", "batch.ramp=[]")
     stream = open_stream(changed, 0, 1)
-    go_near(stream, changed, 8)
+    seek_near(stream, changed, 8)
     assert stream.plan.at(8)[:2] == (72, 24)
 
 

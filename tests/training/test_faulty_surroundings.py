@@ -65,7 +65,7 @@ def test_a_run_directory_that_becomes_read_only(settings: dict, undisturbed: Cal
     before, last = folder.with_suffix(".log").read_text().splitlines()[-2:]
     assert before.startswith("step 6/8 ")
     place = folder / "checkpoints/step_00000006"
-    assert last == f"error: {place} is on a file system that is read-only; write elsewhere"
+    assert last == f"error: {place} is on a read-only file system; write to another folder"
     assert status(folder)["state"] == ("running" if shut == "." else "stopped")
     assert run(settings, *words, world=world) == [0] * world
     assert metrics(folder) == metrics(undisturbed(world))

@@ -13,7 +13,7 @@ from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import KernelsConfig
 from trinity.errors import UserError
 from trinity.parallel.mesh import Sizes
-from trinity.planning.fake_rank import sharded
+from trinity.planning.fake_rank import fake_rank
 from trinity.training.build import check_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -51,7 +51,7 @@ def test_a_plan_is_made_anywhere(settings: dict, no_interpreter: None) -> None:
     """What a run on GPUs will do is asked for on a machine without one."""
     raw = OmegaConf.create(settings | {"kernels": {"norms": "triton", "experts": "megablocks"}})
     raw.precision = {"compute": "bfloat16", "fp8": "transformer_engine"}
-    with sharded(build_config([("test", raw)]), Sizes(1, 1, 1, 1, "experts")) as plan:
+    with fake_rank(build_config([("test", raw)]), Sizes(1, 1, 1, 1, "experts")) as plan:
         assert plan.model.embed.weight.is_meta
 
 

@@ -72,7 +72,7 @@ def test_a_damaged_shard(settings: dict, corpus: SimpleNamespace, tmp_path: Path
 
 def test_batches_must_divide(settings: dict) -> None:
     """By hand: 7 sequences for 2 data ranks; the nearest that does is named, and it is accepted."""
-    from trinity.training.build import check_batches
+    from trinity.training.divisibility import check_batches
 
     config = build_config([("test", OmegaConf.create(settings | {"batch": {"sequences": 7}}))])
     with pytest.raises(
@@ -233,19 +233,19 @@ def test_show_batch_is_what_the_run_read(settings: dict, config_file: Callable, 
 
 def test_show_batch_starts_from_the_nearest_checkpoint(settings: dict, config_file: Callable) -> None:
     """Of those before the step; one of a run of other data is no help, and no harm."""
-    from trinity.training.build_data import go_near, open_stream
+    from trinity.training.build_data import open_stream, seek_near
 
     assert train(settings, "run.steps=7", "checkpoint.keep=9") == 0  # 6 sequences a step, from the fifth on 12
     for step, k in ((0, 0), (2, 0), (3, 18), (5, 18), (6, 48), (7, 60)):
         config = build_config([("test", OmegaConf.create(settings))])
         stream, replayed = (open_stream(config, 0, 1) for _ in range(2))
-        go_near(stream, config, step)
+        seek_near(stream, config, step)
         assert stream.k == k
         assert stream.batch(step).pieces == replayed.batch(step).pieces
     settings["data"]["mixture"] = {"code": 5, "prose": 1}
     config = build_config([("test", OmegaConf.create(settings))])
     stream = open_stream(config, 0, 1)
-    go_near(stream, config, 6)
+    seek_near(stream, config, 6)
     assert stream.k == 0
 
 

@@ -13,7 +13,7 @@ from trinity.errors import UserError
 from trinity.monitor.loggers import JsonLines
 from trinity.parallel import deep_ep
 from trinity.training import prerequisites
-from trinity.training.build import microbatch_notes
+from trinity.training.divisibility import microbatch_notes
 from trinity.training.prerequisites import check_engines
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

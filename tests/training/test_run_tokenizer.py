@@ -56,7 +56,7 @@ def test_a_new_run_takes_what_its_config_names(run: Path, tmp_path: Path) -> Non
     assert tokenizer_at_start(config_with(other, hf=str(hf)), new, resumes=False) == other
     assert tokenizer_at_start(config_with(hf=str(hf)), new, resumes=False) == hf
     assert tokenizer_at_start(config_with(run=str(run)), new, resumes=False) == tmp_path / "first"
-    keep_tokenizer(other, run, anew=True)
+    keep_tokenizer(other, run, replace_copy=True)
     assert tokenizer_at_start(config_with(run=str(run)), new, resumes=False) == run / "tokenizer"
     assert tokenizer_at_start(config_with(hf=str(hf)), run, resumes=False) == hf  # and not the copy of an earlier try
 
@@ -72,7 +72,7 @@ def test_a_resumed_run_keeps_its_own(run: Path, tmp_path: Path, capsys: pytest.C
         with pytest.raises(UserError) as refused:
             tokenizer_at_start(config_with(other), run, resumes=True)
         assert str(refused.value).startswith(f"{run} was begun with another tokenizer than data.tokenizer={other}; ")
-        assert keep_tokenizer(first, run, anew=False) == run / "tokenizer"
+        assert keep_tokenizer(first, run, replace_copy=False) == run / "tokenizer"
     shutil.rmtree(first)
     assert capsys.readouterr().err == ""
     assert tokenizer_at_start(config_with(first), run, resumes=True) == run / "tokenizer"
@@ -85,17 +85,17 @@ def test_the_copy_is_that_of_the_start(run: Path, tmp_path: Path) -> None:
     """A run without a checkpoint starts afresh, with other files too; one with a checkpoint keeps what it has."""
     first, other = tmp_path / "first", make(tmp_path / "other", "1")
     (first / "chat_template.jinja").write_text("a template")
-    copy = keep_tokenizer(first, run, anew=True)
+    copy = keep_tokenizer(first, run, replace_copy=True)
     files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name: path.read_text() for path in copy.iterdir()} == {
         name: (first / name).read_text() for name in files
     }
-    keep_tokenizer(other, run, anew=False)
+    keep_tokenizer(other, run, replace_copy=False)
     assert fingerprint(copy) == fingerprint(first)
-    keep_tokenizer(other, run, anew=True)
+    keep_tokenizer(other, run, replace_copy=True)
     assert {path.name for path in copy.iterdir()} == files - {"chat_template.jinja"}
     assert fingerprint(copy) == fingerprint(other)
-    assert keep_tokenizer(copy, run, anew=True) == copy  # onto itself
+    assert keep_tokenizer(copy, run, replace_copy=True) == copy  # onto itself
     assert fingerprint(copy) == fingerprint(other)
 
 
@@ -103,7 +103,7 @@ def test_what_tools_read(run: Path, tmp_path: Path) -> None:
     first, config = tmp_path / "first", config_with(tmp_path / "first")
     assert run_tokenizer(run, config) == first
     assert run_tokenizer(run, config_with()) is None
-    copy = keep_tokenizer(first, run, anew=True)
+    copy = keep_tokenizer(first, run, replace_copy=True)
     shutil.rmtree(first)
     assert run_tokenizer(run, config) == run_tokenizer(run, config_with()) == copy
     assert tokenizer_to_read(config, run) == copy

@@ -19,8 +19,9 @@ from trinity.models import ZOO, Trinity
 from trinity.models.trinity import moe_layers
 from trinity.optim.grad_clip import global_norm
 from trinity.parallel import mesh
-from trinity.training.build import build_model, make_optimizers, microbatch_size
+from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_data
+from trinity.training.divisibility import microbatch_size
 from trinity.training.train_step import StepResult, train_step
 
 BOUND = 1e-12

@@ -1,9 +1,9 @@
-"""Softmax attention of one layer, forward and backward, by every engine of trinity.models.backends that runs here.
+"""Softmax attention of one layer, forward and backward, with each engine of trinity.models.attention_backends.
 
 Heads of the report's models, a local layer's window and a global layer, rows of 4096 and 8192 tokens, with and without
-a document mask; bf16 on a GPU. On a CPU configs/smoke.yaml's, in fp32. What a mask lets through is counted exactly:
-4 flops per head, feature and pair seen in forward, 10 in backward, in which scores are made again. A figure is the
-median over rounds, engines taking turns. Compilation is not counted.
+a document mask; bf16 on a GPU. On a CPU the heads of configs/smoke.yaml, in fp32. FLOPs count exactly the pairs that
+the mask allows: 4 per head, feature and pair in forward, 10 in backward, which computes the scores again. A figure is
+the median over rounds in which the engines take turns. Compilation is not counted.
 
 Shapes: B rows, S sequence, H query heads, G key/value heads, C head width.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 ENGINES = ("flash4", "flash2", "varlen", "sdpa", "flex")
-"""In the order of preference; flex last, as it compiles for each mask."""
+"""In order of preference; flex last, because it compiles for each mask."""
 
 MEAN_DOCUMENT = 1024
-"""Tokens, in rows with documents, whose lengths are drawn from an exponential distribution. Ours."""
+"""Mean length in tokens; lengths follow an exponential distribution. Not from the report: chosen for this benchmark."""
 
 TOKENS = 16_384
 """B·S on a GPU."""
@@ -40,20 +40,20 @@ class Case(NamedTuple):
 
 
 def cases() -> dict[str, Case]:
-    """By name, those without documents first."""
+    """Cases by name, those without documents first."""
     if not torch.cuda.is_available():
         heads, lengths, tokens = {"smoke": (4, 2, 64, 128)}, (256,), 2048
     else:
         heads = {"Nano": (8, 2, 128, 2048), "Mini": (32, 4, 128, 2048), "Large": (48, 8, 128, 4096)}
         lengths, tokens = (4096, 8192), TOKENS
-    found = {}
+    named = {}
     for documents in (False, True):
         for S in lengths:
             for name, (H, G, C, window) in heads.items():
                 for kind, limit in (("local", window), ("global", None)):
                     words = f"{name}, {kind}, {S}" + (", documents" if documents else "")
-                    found[words] = Case(H, G, C, limit, S, tokens // S, documents)
-    return found
+                    named[words] = Case(H, G, C, limit, S, tokens // S, documents)
+    return named
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def run(quick: bool) -> dict[str, Any]:
     for name, case in tqdm(cases().items(), unit="case", file=sys.stderr, disable=None):
         try:
             results["cases"][name] = _measure(case, rounds=2 if quick else 5)
-        except Exception as error:  # a device that an engine has broken: what was measured before stays
+        except Exception as error:  # an engine may break the device: keep what was measured before
             results["cases"][name] = {"all": {"failed": one_line(error)}}
     return results
 
@@ -78,13 +78,15 @@ def table(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     reasons: dict[str, list[str]] = {}
     for name, engines in results["cases"].items():
-        for engine, found in engines.items():
-            if "failed" in found:
-                reasons.setdefault(f"{engine}: {found['failed']}", []).append(name)
+        for engine, figures in engines.items():
+            if "failed" in figures:
+                reasons.setdefault(f"{engine}: {figures['failed']}", []).append(name)
                 continue
             scale = {"TF": 1, "GF": 1000}[unit]
-            share = f"{found['tf_both'] / DENSE_TF:.0%}" if unit == "TF" else ""
-            cells = [f"{value:.3g}" for s, r in zip(found["seconds"], found["tf"]) for value in (1000 * s, scale * r)]
+            share = f"{figures['tf_both'] / DENSE_TF:.0%}" if unit == "TF" else ""
+            cells = [
+                f"{value:.3g}" for s, r in zip(figures["seconds"], figures["tf"]) for value in (1000 * s, scale * r)
+            ]
             lines.append("| " + " | ".join([name, engine, *cells, share]) + " |")
     total = len(results["cases"])
     lines += [""] + [f"{why} ({'everywhere' if len(w) == total else '; '.join(w)})" for why, w in reasons.items()]
@@ -92,7 +94,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def pairs_seen(documents_BS: Tensor, window: int | None) -> int:
-    """How many (query, key) pairs the mask lets through, by place in the document and window.
+    """Number of (query, key) pairs that the mask allows.
 
     Args:
         documents_BS: [B, S] integers, equal within a document, contiguous.
@@ -100,20 +102,20 @@ def pairs_seen(documents_BS: Tensor, window: int | None) -> int:
     B, S = documents_BS.shape
     starts_BS = torch.ones(B, S, dtype=torch.bool)
     starts_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
-    place_S = torch.arange(S)
-    first_BS = torch.where(starts_BS, place_S, 0).cummax(dim=1).values
-    seen_BS = place_S - first_BS + 1
-    return int((seen_BS if window is None else seen_BS.clamp_max(window)).sum())
+    position_S = torch.arange(S)
+    first_BS = torch.where(starts_BS, position_S, 0).cummax(dim=1).values
+    keys_BS = position_S - first_BS + 1
+    return int((keys_BS if window is None else keys_BS.clamp_max(window)).sum())
 
 
 def flops(case: Case, documents_BS: Tensor) -> tuple[int, int]:
-    """Forward (QKᵀ, PV) and backward (those of dV, dP, dQ, dK and QKᵀ again)."""
+    """FLOPs of forward (QKᵀ, PV) and of backward (dV, dP, dQ, dK and QKᵀ again)."""
     product = 2 * case.H * case.C * pairs_seen(documents_BS, case.window)
     return 2 * product, 5 * product
 
 
 def make_documents(case: Case) -> Tensor:
-    """[B, S] int64; one document a row where there are none."""
+    """Document ids [B, S] int64; one document per row if the case has none."""
     if not case.documents:
         return torch.zeros(case.B, case.S, dtype=torch.int64)
     begins = torch.rand(case.B, case.S, generator=torch.Generator().manual_seed(0)) < 1 / MEAN_DOCUMENT
@@ -129,32 +131,32 @@ def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     shapes = [(case.B, case.S, count, case.C) for count in heads]
     *qkv, grad = (torch.randn(shape, generator=random, device=where, dtype=dtype) for shape in shapes)
     documents_BS = make_documents(case)
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     calls = {}
     for engine in ENGINES:
         try:
             pick_engine(engine, where.type, dtype)
             calls[engine] = _timed(engine, case, [x.requires_grad_() for x in qkv], documents_BS.to(where), grad)
         except ValueError as error:
-            found[engine] = {"failed": one_line(error)}
+            results[engine] = {"failed": one_line(error)}
     work = flops(case, documents_BS)
     for engine, figures in take_turns(calls, rounds).items():
         if "seconds" in figures:
             figures["tf"] = [flop / seconds / 1e12 for flop, seconds in zip(work, figures["seconds"])]
             figures["tf_both"] = sum(work) / sum(figures["seconds"]) / 1e12
-        found[engine] = figures
-    return found
+        results[engine] = figures
+    return results
 
 
 def _timed(engine: str, case: Case, qkv: list[Tensor], documents_BS: Tensor, grad: Tensor) -> Callable[[Marks], None]:
     from trinity.models.attention_backends import AttentionMask, attend
 
     positions = torch.arange(case.S, device=documents_BS.device).unsqueeze(0)
-    # as in a model: masks are made once a forward pass and shared by its layers, of which this is not the first
-    visible = AttentionMask(positions, documents_BS if case.documents else None, default_positions=True, engine=engine)
+    # masks are cached, as in a model, where all layers of a forward pass share them: only the first call computes them
+    mask = AttentionMask(positions, documents_BS if case.documents else None, default_positions=True, engine=engine)
 
     def call(mark: Marks) -> None:
-        mixed = attend(*qkv, case.window, visible)
+        mixed = attend(*qkv, case.window, mask)
         mark()
         torch.autograd.grad(mixed, qkv, grad)
 

@@ -1,6 +1,6 @@
-"""Who takes part in the suite `experts`: ours, our engines, transformers, Liger, SonicMoE.
+"""Contenders of the suite `experts`: trinity_kernels, its engines, transformers, Liger, SonicMoE.
 
-Each contender is a function of the inputs that returns its forward; it raises, with the reason, what it cannot do.
+Each contender is a function of the inputs that returns its forward; it raises, with the reason, if it cannot run.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,23 @@ Make = Callable[[Inputs], Forward]
 
 
 def contenders(case: Case) -> dict[str, Make]:
-    """Name → what makes it; ours first, so that a suite cut short has it."""
+    """Name → its maker; trinity_kernels first, so that a suite cut short contains it."""
     from trinity_kernels.expert_engines import ENGINES
 
-    found: dict[str, Make] = {}
+    makers: dict[str, Make] = {}
     if torch.cuda.is_available():
-        found["trinity triton"] = lambda _: _ours("triton")
-    found["trinity reference"] = lambda _: _ours("reference")
+        makers["trinity triton"] = lambda _: _trinity("triton")
+    makers["trinity reference"] = lambda _: _trinity("reference")
     for name in ENGINES:
-        found[f"trinity's engine {name}"] = lambda inputs, name=name: _engine(name, inputs)
+        makers[f"trinity's engine {name}"] = lambda inputs, name=name: _engine(name, inputs)
     for name in ("eager", "batched_mm", "grouped_mm"):
-        found[f"transformers {name}"] = lambda inputs, name=name: _transformers(name, case, inputs)
-    found["Liger fused MoE"] = _liger
-    found["SonicMoE"] = _sonic
-    return found
+        makers[f"transformers {name}"] = lambda inputs, name=name: _transformers(name, case, inputs)
+    makers["Liger fused MoE"] = _liger
+    makers["SonicMoE"] = _sonic
+    return makers
 
 
-def _ours(kernel: str) -> Forward:
+def _trinity(kernel: str) -> Forward:
     from trinity_kernels import expert_mlp
 
     return lambda inputs: expert_mlp(*inputs[:5], kernel=kernel)
@@ -45,7 +45,7 @@ def _engine(name: str, inputs: Inputs) -> Forward:
 
 
 def _transformers(name: str, case: Case, inputs: Inputs) -> Forward:
-    """AfmoeExperts, its weights ours; batched_mm copies a weight for every row."""
+    """AfmoeExperts with the inputs' weights; batched_mm copies a weight for every row."""
     from transformers import AfmoeConfig
     from transformers.models.afmoe.modeling_afmoe import AfmoeExperts
 
@@ -79,9 +79,9 @@ def _liger(inputs: Inputs) -> Forward:
 
 
 def _sonic(inputs: Inputs) -> Forward:
-    """Its general routing, which takes choices and gates as they are; it wants gate and up in alternating rows.
+    """SonicMoE with general routing, which takes choices and gates as inputs; it needs gate and up in alternating rows.
 
-    That copy of W1 is made beforehand; its gradient is computed like all, and nobody asks for it.
+    That copy of W1 is made before timing; its gradient is computed and discarded.
     """
     if not inputs.x_TD.is_cuda:
         raise ValueError("needs a GPU")

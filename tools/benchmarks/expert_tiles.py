@@ -1,6 +1,6 @@
-"""What can be tuned in the experts: six products at the sizes of Nano, Mini and Large, 32,768 tokens, in bf16.
+"""Tunable kernels of the experts: six products at the sizes of Nano, Mini and Large, 32,768 tokens, in bf16.
 
-The tensors of one kernel and model are made at its first call and dropped when another one runs.
+The tensors of one kernel and model are created at its first call and freed when another one runs.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ CASES = {"Nano": CUDA_CASES["Nano"], "Mini": CUDA_CASES["Mini"], "Large": CUDA_C
 
 
 def candidates(kernel: str) -> list[Any]:
-    """Tiles that compile for sm_90 or are near one that does; what spills or does not fit shows as slow or failed."""
+    """Tiles that compile for sm_90, and neighbours of those; one that spills or does not fit is slow or fails."""
     from trinity_kernels.grouped_gemm_triton import Tile
 
     shapes = {
@@ -37,7 +37,7 @@ class Kernel:
         self.candidates = candidates(name)
 
     def run(self, candidate: Any) -> None:
-        """One call with this tile in the place of the table's."""
+        """One call with this tile instead of the table's."""
         from trinity_kernels import experts_triton, grouped_gemm_triton
 
         call, module, function = _calls(self.case)[self.name]
@@ -51,7 +51,7 @@ class Kernel:
 
     @property
     def chosen(self) -> Any:
-        """The table's tile."""
+        """The tile that the table picks."""
         from trinity_kernels import experts_triton, grouped_gemm_triton
 
         D, F, dtype = self.case.D, self.case.F, _dtype()
@@ -66,13 +66,13 @@ class Kernel:
 
 
 def _dtype() -> torch.dtype:
-    """fp32 where kernels are interpreted, for the tests."""
+    """bf16; fp32 without a GPU, where tests interpret the kernels."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 @lru_cache(maxsize=1)
 def _calls(case: Case) -> dict[str, tuple[Callable[[], object], str, str]]:
-    """Each kernel's call, and whose table picks its tile."""
+    """Each kernel's call, and the module and function of the table that picks its tile."""
     from trinity_kernels.experts_triton import dpre, up
     from trinity_kernels.grouped_gemm_triton import matmul, outer
     from trinity_kernels.grouping import group_rows

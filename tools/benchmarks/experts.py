@@ -1,10 +1,11 @@
 """The routed experts of one layer, forward and backward, against every implementation that can be imported.
 
-Shapes are the report's models' and Qwen3-30B-A3B's, in bf16 on a GPU; on a CPU configs/smoke.yaml's, in fp32. Routing
-is balanced (each expert the same number of tokens) or Zipf (see zipf_routing), already done: choices and gates are
-given. Each contender's output is compared with our reference's before it is timed. Products count 6·T·K·D·F forward and
-12·T·K·D·F backward, whatever a contender does besides. "Kept" is memory between forward and backward, x included, the
-weights and the output not. A figure is the median over rounds, contenders taking turns.
+Shapes are those of the report's models and of Qwen3-30B-A3B, in bf16 on a GPU; on a CPU those of configs/smoke.yaml, in
+fp32. Routing is balanced (each expert gets the same number of tokens) or Zipf (see zipf_routing) and not measured:
+choices and gates are inputs. Each contender's output is compared with trinity_kernels' reference before it is timed.
+FLOPs are 6·T·K·D·F forward and 12·T·K·D·F backward, whatever else a contender computes. "Kept" is the memory between
+forward and backward, x included, weights and output not. A figure is the median over rounds in which the contenders
+take turns.
 
 Shapes: T tokens, D width, F expert width, E experts, K active experts.
 """
@@ -20,11 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 ZIPF = 0.5
-"""Expert i is chosen with weight i^−ZIPF: of 128 experts and 8 choices the fullest gets some 4 times the mean. Ours."""
+"""Expert i is chosen with weight i^−ZIPF: of 128 experts and 8 choices the fullest gets about 4 times the mean.
+
+Not from the report: chosen for this benchmark."""
 
 
 class Case(NamedTuple):
-    """One layer and its tokens; `layers` MoE layers are in the model."""
+    """One layer and its tokens; `layers` is the number of MoE layers of the model."""
 
     D: int
     F: int
@@ -49,17 +52,17 @@ GOALS = {
     "Large, 2048 tokens an expert": (600, 590),
     "Large, 512 tokens an expert": (560, 540),
 }
-"""TFLOP/s forward and backward that ours is to reach on an H200."""
+"""Goals of trinity_kernels on an H200, TFLOP/s forward and backward."""
 
 GOAL_KEPT_GIB = ("Nano", 17)
-"""All MoE layers' activations at 32,768 tokens."""
+"""Most memory of all MoE layers' activations at 32,768 tokens."""
 
 AGREES = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
-"""Relative L2 distance from our reference beyond which a contender computes something else."""
+"""Largest relative L2 distance from the reference that is still accepted."""
 
 
 class Inputs(NamedTuple):
-    """What every contender gets; the gradient of the output is random."""
+    """Inputs of every contender; the gradient of the output is random."""
 
     x_TD: Tensor
     gate_up_E2FD: Tensor
@@ -84,7 +87,7 @@ def run(quick: bool) -> dict[str, Any]:
         case = results["cases"][f"{name}, {routing}"] = {"sizes": cases[name]._asdict(), "contenders": {}}
         try:
             _measure(case, cases[name], routing, rounds=2 if quick else 7)
-        except Exception as error:  # a device that a contender has broken: what was measured before stays
+        except Exception as error:  # a contender may break the device: keep what was measured before
             case["contenders"]["the rest"] = {"failed": one_line(error)}
     results["goals"] = goals(results)
     return results
@@ -99,21 +102,21 @@ def table(results: dict[str, Any]) -> str:
         unit = results["unit"]
         lines += [f"| | forward, ms | {unit} | backward, ms | {unit} | in all, {unit} | of 789 TF | kept, MiB | GiB |"]
         lines += ["|---" * 9 + "|"]
-        lines += [_row(contender, found, case, unit) for contender, found in case["contenders"].items()]
+        lines += [_row(contender, entry, case, unit) for contender, entry in case["contenders"].items()]
         lines += ["", f"GiB: kept, times the {case['sizes']['layers']} layers of the model", ""]
     lines += ["Goals (one H200): " + "; ".join(f"{goal}: {how}" for goal, how in results["goals"].items())]
     return "\n".join(lines)
 
 
-def _row(name: str, found: dict[str, Any], case: dict[str, Any], unit: str) -> str:
-    if "tf" not in found:
-        found = {"failed": "not timed"} | found
-        return f"| {name} | {found['failed']}" + " |" * 8
+def _row(name: str, entry: dict[str, Any], case: dict[str, Any], unit: str) -> str:
+    if "tf" not in entry:
+        entry = {"failed": "not timed"} | entry
+        return f"| {name} | {entry['failed']}" + " |" * 8
     scale = {"TF": 1, "GF": 1000}[unit]
-    rates = [f"{scale * rate:.3g}" for rate in (*found["tf"], found["tf_both"])]
-    times = [f"{1000 * seconds:.2f}" for seconds in found["seconds"]]
-    share = f"{found['tf_both'] / DENSE_TF:.1%}" if unit == "TF" else ""
-    kept = found.get("kept_mib")
+    rates = [f"{scale * rate:.3g}" for rate in (*entry["tf"], entry["tf_both"])]
+    times = [f"{1000 * seconds:.2f}" for seconds in entry["seconds"]]
+    share = f"{entry['tf_both'] / DENSE_TF:.1%}" if unit == "TF" else ""
+    kept = entry.get("kept_mib")
     memory = ["", ""] if kept is None else [f"{kept:,.0f}", f"{kept * case['sizes']['layers'] / 1024:.1f}"]
     return "| " + " | ".join([name, times[0], rates[0], times[1], rates[1], rates[2], share, *memory]) + " |"
 
@@ -125,37 +128,37 @@ def flops(case: Case) -> tuple[int, int]:
 
 
 def goals(results: dict[str, Any]) -> dict[str, str]:
-    """Each goal as met, missed or not measured, by our best implementation with balanced routing."""
+    """Each goal as met, missed or not measured, with balanced routing and the faster op of trinity_kernels."""
     verdicts = {}
-    for name, wanted in GOALS.items():
-        found = _ours(results, name)
+    for name, goal in GOALS.items():
+        best = _best_trinity(results, name)
         for index, way in enumerate(("forward", "backward")):
-            got = found["tf"][index] if found else None
-            verdicts[f"{name} {way} ≥ {wanted[index]} TF"] = _verdict(got, wanted[index], 1)
+            got = best["tf"][index] if best else None
+            verdicts[f"{name} {way} ≥ {goal[index]} TF"] = _verdict(got, goal[index], 1)
     name, most = GOAL_KEPT_GIB
-    found = _ours(results, name)
-    kept = found["kept_mib"] * results["cases"][f"{name}, balanced"]["sizes"]["layers"] / 1024 if found else None
+    best = _best_trinity(results, name)
+    kept = best["kept_mib"] * results["cases"][f"{name}, balanced"]["sizes"]["layers"] / 1024 if best else None
     verdicts[f"{name} activations ≤ {most} GiB"] = _verdict(kept, most, -1)
     return verdicts
 
 
-def _ours(results: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The faster of ours on an H200, None where it was not measured."""
+def _best_trinity(results: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Figures of trinity_kernels' faster implementation on an H200; None if not measured."""
     case = results["cases"].get(f"{name}, balanced")
     if case is None or "H200" not in results["on"]:
         return None
-    ours = [v for k, v in case["contenders"].items() if k.startswith("trinity ") and "tf" in v]
-    return max(ours, key=lambda found: found["tf_both"], default=None)
+    figures = [v for k, v in case["contenders"].items() if k.startswith("trinity ") and "tf" in v]
+    return max(figures, key=lambda entry: entry["tf_both"], default=None)
 
 
-def _verdict(got: float | None, wanted: float, sign: int) -> str:
+def _verdict(got: float | None, goal: float, sign: int) -> str:
     if got is None:
         return "not measured"
-    return f"{'met' if sign * (got - wanted) >= 0 else 'missed'} ({got:.0f})"
+    return f"{'met' if sign * (got - goal) >= 0 else 'missed'} ({got:.0f})"
 
 
 def balanced_routing(tokens: int, experts: int, active: int) -> Tensor:
-    """[T, K] int64: K neighbours for each token, tokens and experts in random order; loads differ by 1 at most."""
+    """[T, K] int64: K consecutive experts per token, tokens and experts in random order; loads differ by at most 1."""
     random = torch.Generator().manual_seed(0)
     token_T = torch.randperm(tokens, generator=random)
     place_TK = token_T.unsqueeze(1) * active + torch.arange(active)
@@ -163,7 +166,7 @@ def balanced_routing(tokens: int, experts: int, active: int) -> Tensor:
 
 
 def zipf_routing(tokens: int, experts: int, active: int, exponent: float = ZIPF) -> Tensor:
-    """[T, K] int64: K distinct experts for each token, drawn one after the other with weights i^−exponent."""
+    """[T, K] int64: K distinct experts per token, drawn one after the other with weights i^−exponent."""
     random = torch.Generator().manual_seed(0)
     noise_TE = torch.empty(tokens, experts).exponential_(generator=random)
     # the K smallest of exponential times are K draws without replacement, by their rates
@@ -172,7 +175,7 @@ def zipf_routing(tokens: int, experts: int, active: int, exponent: float = ZIPF)
 
 
 def make_inputs(case: Case, routing: str) -> Inputs:
-    """On the device, in its dtype; all but the choices want gradients."""
+    """Inputs on the device, in its dtype; all but the choices require gradients."""
     where, dtype = device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32
     random = torch.Generator(where).manual_seed(0)
 
@@ -183,35 +186,35 @@ def make_inputs(case: Case, routing: str) -> Inputs:
     indices_TK = (balanced_routing if routing == "balanced" else zipf_routing)(T, E, K).to(where)
     s_TK = torch.rand(T, K, generator=random, device=where)
     weights = normal(E, 2, F, D).div_(D**0.5), normal(E, D, F).div_(F**0.5)
-    wanting = [x.requires_grad_() for x in (normal(T, D), *weights, s_TK)]
-    return Inputs(*wanting[:3], indices_TK, wanting[3], normal(T, D))
+    leaves = [x.requires_grad_() for x in (normal(T, D), *weights, s_TK)]
+    return Inputs(*leaves[:3], indices_TK, leaves[3], normal(T, D))
 
 
-def _measure(found: dict[str, Any], case: Case, routing: str, rounds: int) -> None:
-    """Fill a case's figures in."""
+def _measure(entry: dict[str, Any], case: Case, routing: str, rounds: int) -> None:
+    """Fill in the figures of a case."""
     from benchmarks.expert_peers import contenders
 
     from trinity_kernels import expert_mlp
 
     counts_E = torch.bincount(make_indices(case, routing).flatten(), minlength=case.E)
-    found["fullest"] = (counts_E.max() / counts_E.double().mean()).item()
-    rows, ready = found["contenders"], {}
+    entry["fullest"] = (counts_E.max() / counts_E.double().mean()).item()
+    rows, ready = entry["contenders"], {}
     if out_of_time():
         raise TimeoutError("the suite's time was up")
     inputs = make_inputs(case, routing)
     with torch.no_grad():
-        right_TD = expert_mlp.reference(*inputs[:5])
+        expected_TD = expert_mlp.reference(*inputs[:5])
     for name, make in contenders(case).items():
         try:
             if out_of_time():
                 raise TimeoutError("the suite's time was up")
             forward = make(inputs)
-            rows[name] = {"kept_mib": _check(forward, inputs, right_TD)}
+            rows[name] = {"kept_mib": _check(forward, inputs, expected_TD)}
             ready[name] = _timed(forward, inputs)
-        except Exception as error:  # absent, or it cannot do this: that is its row
+        except Exception as error:  # not installed, or not able to: the reason is its row
             rows[name] = {"failed": one_line(error)}
         gc.collect()
-    del right_TD
+    del expected_TD
     work = flops(case)
     for name, figures in take_turns(ready, rounds).items():
         rows[name] |= figures
@@ -221,15 +224,15 @@ def _measure(found: dict[str, Any], case: Case, routing: str, rounds: int) -> No
 
 
 def make_indices(case: Case, routing: str) -> Tensor:
-    """The choices alone."""
+    """The choices of a routing."""
     return (balanced_routing if routing == "balanced" else zipf_routing)(case.T, case.E, case.K)
 
 
-def _check(forward: Forward, inputs: Inputs, right_TD: Tensor) -> float | None:
-    """MiB kept by one forward pass on a GPU, else None; refuses an output that is not the reference's."""
+def _check(forward: Forward, inputs: Inputs, expected_TD: Tensor) -> float | None:
+    """MiB kept by one forward pass on a GPU, else None; raises if the output is not close to the reference."""
     on_gpu = inputs.x_TD.is_cuda
-    y_TD = forward(inputs)  # compiles what is to be compiled
-    error = ((y_TD.detach().float() - right_TD.float()).norm() / right_TD.float().norm()).item()
+    y_TD = forward(inputs)  # compiles on the first call
+    error = ((y_TD.detach().float() - expected_TD.float()).norm() / expected_TD.float().norm()).item()
     if not error <= AGREES[inputs.x_TD.dtype]:
         raise ValueError(f"computes something else: {error:.1e} from the reference")
     del y_TD
@@ -243,11 +246,12 @@ def _check(forward: Forward, inputs: Inputs, right_TD: Tensor) -> float | None:
 
 
 def _timed(forward: Forward, inputs: Inputs) -> Callable[[Marks], None]:
-    wanted = [x for x in inputs if x.requires_grad]
+    leaves = [x for x in inputs if x.requires_grad]
 
     def call(mark: Marks) -> None:
         y_TD = forward(inputs)
         mark()
-        torch.autograd.grad(y_TD, wanted, inputs.grad_TD, allow_unused=True)  # of a weight that a peer holds otherwise
+        # allow_unused: SonicMoE holds a copy of W1 in another layout
+        torch.autograd.grad(y_TD, leaves, inputs.grad_TD, allow_unused=True)
 
     return call

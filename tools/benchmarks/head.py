@@ -1,12 +1,14 @@
-"""The LM head and its loss, forward and backward: ours against Liger's fused one and plain torch, in one run.
+"""The LM head and its loss, forward and backward: trinity_kernels ("ours"), Liger's fused loss and plain torch.
 
 On a GPU the widths of Nano, Mini and Large with Trinity's vocabulary and 32768 tokens in bf16; on a CPU the head of
-configs/smoke.yaml in fp32, without Liger, whose kernels need a GPU. Ours and Liger's have the z-loss, plain torch does
-not: it has less to do. Plain torch in chunks goes backward after each, so that it holds one chunk's logits too.
+configs/smoke.yaml in fp32, without Liger, whose kernels need a GPU. trinity_kernels and Liger compute the z-loss, plain
+torch does not, so it has less to do. Plain torch in chunks runs backward after each chunk, so it also holds the logits
+of one chunk only.
 
-Effective TFLOP/s count 6·T·D·V, whatever a contender computes besides. Memory is the most above what was there before,
-both gradients included. On a GPU a figure is the median of triton.testing.do_bench, each contender warm; on a CPU the
-median over rounds, the contenders taking turns. Their losses stand beside the figures: all compute the same.
+Effective TFLOP/s count 6·T·D·V, whatever else a contender computes. Memory is the peak above the memory before the
+call, both gradients included. On a GPU a figure is the median of triton.testing.do_bench, with each contender warmed
+up; on a CPU the median over rounds in which the contenders take turns. The losses are printed to show that all compute
+the same.
 
 Shapes: T tokens, D width, V vocabulary.
 """
@@ -27,13 +29,13 @@ from trinity.config.model import ZOO
 
 Z = 1e-6
 PEAK = 789
-"""TFLOP/s: what cuBLAS reaches on an H200 with dense bf16 matrices of random numbers."""
+"""TFLOP/s that cuBLAS reaches on an H200 with dense bf16 matrices of random numbers."""
 TOKENS = {"cpu": 2048, "cuda": 32768}
 TORCH_CHUNK = {"cpu": 512, "cuda": 4096}
-"""Tokens whose logits plain torch holds: in bf16 and fp32, with their gradients."""
+"""Tokens per chunk of plain torch, which holds their logits in bf16 and fp32, with gradients."""
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_TD, weight_VD, targets_T) → the loss, gradients left in x and weight."""
+"""(x_TD, weight_VD, targets_T) → the loss; writes the gradients of x and weight."""
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def run(quick: bool) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = ("smoke",) if device == "cpu" else ("nano",) if quick else ("nano", "mini", "large")
-    found = {}
+    results = {}
     for name in tqdm(models, unit="width", file=sys.stderr, disable=None):
         inputs = _inputs(ZOO[name].vocab_size, ZOO[name].width, device)
         flops = 6 * TOKENS[device] * ZOO[name].vocab_size * ZOO[name].width
@@ -51,15 +53,15 @@ def run(quick: bool) -> dict[str, Any]:
         for figure in figures.values():
             if "seconds" in figure:
                 figure["tflops"] = flops / figure["seconds"] / 1e12
-        found[name] = {"shape": [TOKENS[device], ZOO[name].width, ZOO[name].vocab_size], "contenders": figures}
-    return {"on": machine(), "dtype": str(inputs[0].dtype).removeprefix("torch."), "models": found}
+        results[name] = {"shape": [TOKENS[device], ZOO[name].width, ZOO[name].vocab_size], "contenders": figures}
+    return {"on": machine(), "dtype": str(inputs[0].dtype).removeprefix("torch."), "models": results}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as Markdown tables, one a width, with ratios to ours."""
+    """The figures as Markdown tables, one per width, with ratios to trinity_kernels."""
     lines = [f"{results['on']}; {results['dtype']}"]
-    for name, found in results["models"].items():
-        T, D, V = found["shape"]
+    for name, entry in results["models"].items():
+        T, D, V = entry["shape"]
         lines += [
             "",
             f"{name}: T = {T}, D = {D}, V = {V}",
@@ -67,8 +69,8 @@ def table(results: dict[str, Any]) -> str:
             f"| | forward + backward, ms | against ours | TFLOP/s | of {PEAK} | peak memory, GiB | loss a token |",
             "|---|---|---|---|---|---|---|",
         ]
-        ours = found["contenders"]["ours"]["seconds"]
-        for contender, figure in found["contenders"].items():
+        baseline = entry["contenders"]["ours"]["seconds"]
+        for contender, figure in entry["contenders"].items():
             if "failed" in figure:
                 lines.append(f"| {contender} | {figure['failed']} | | | | | |")
                 continue
@@ -76,14 +78,14 @@ def table(results: dict[str, Any]) -> str:
             memory = f"{figure['memory_gib']:.2f}" if on_gpu else ""
             share = f"{figure['tflops'] / PEAK:.1%}" if on_gpu else ""
             lines.append(
-                f"| {contender} | {figure['seconds'] * 1e3:.1f} | {figure['seconds'] / ours:.2f} "
+                f"| {contender} | {figure['seconds'] * 1e3:.1f} | {figure['seconds'] / baseline:.2f} "
                 f"| {figure['tflops']:.3g} | {share} | {memory} | {figure['loss'] / T:.4f} |"
             )
     return "\n".join(lines)
 
 
 def _inputs(vocabulary: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """As at the start of a run: x as a norm leaves it, the weight's σ 0.5/√d; so logits of about 0.5."""
+    """As at the start of a run: x like the output of a norm, the weight's σ 0.5/√d; so logits of about 0.5."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     random = torch.Generator(device).manual_seed(0)
     x_TD = torch.randn(TOKENS[device], width, generator=random, device=device)
@@ -93,20 +95,20 @@ def _inputs(vocabulary: int, width: int, device: str) -> tuple[Tensor, Tensor, T
 
 
 def _contenders(device: str) -> dict[str, Loss]:
-    contenders = {"ours": _ours("auto")}
+    contenders = {"ours": _trinity("auto")}
     if device == "cuda":
-        contenders["ours, reference"] = _ours("reference")
+        contenders["ours, reference"] = _trinity("reference")
         try:
             contenders["Liger"] = _liger()
         except ImportError:
             print("liger_kernel is not installed: without Liger", file=sys.stderr)
     chunk = TORCH_CHUNK[device]
-    contenders[f"torch, chunks of {chunk}"] = lambda *inputs: _plain(*inputs, chunk)
-    contenders["torch, all logits"] = lambda *inputs: _plain(*inputs, TOKENS[device])
+    contenders[f"torch, chunks of {chunk}"] = lambda *inputs: _torch(*inputs, chunk)
+    contenders["torch, all logits"] = lambda *inputs: _torch(*inputs, TOKENS[device])
     return contenders
 
 
-def _ours(kernel: str) -> Loss:
+def _trinity(kernel: str) -> Loss:
     def loss(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
         total = trinity_kernels.linear_cross_entropy(x_TD, weight_VD, targets_T, Z, kernel=kernel)[0]
         total.backward()
@@ -128,7 +130,7 @@ def _liger() -> Loss:
     return loss
 
 
-def _plain(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
+def _torch(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
     total = torch.zeros((), device=x_TD.device)
     for x_CD, targets_C in zip(x_TD.split(chunk), targets_T.split(chunk)):
         loss = F.cross_entropy((x_CD @ weight_VD.t()).float(), targets_C, reduction="sum")

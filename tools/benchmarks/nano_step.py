@@ -4,7 +4,7 @@ configs/nano_1gpu.yaml as it is: 6.1B parameters in bf16 with fp32 masters, rows
 its own with a time limit, so that what runs out of memory or time is a row; one that ends late keeps the rows before.
 Weights are random numbers and routing is forced (benchmarks.experts: balanced, or Zipf), so that a step costs what it
 would in mid-run. A short version of the model follows on a GPU that cannot hold the whole one. MFU counts
-trinity.models.accounting.flops_per_token over the data sheet's peak.
+trinity.models.flops.flops_per_token over the data sheet's peak.
 """
 
 import json

@@ -1,12 +1,15 @@
-"""The memory-bound ops, norms, QK-norm with RoPE, gate and SwiGLU: against torch, torch.compile and Liger's norm.
+"""Memory-bound ops (norms, QK-norm with RoPE, gate, SwiGLU) against torch, torch.compile and Liger's norm.
 
-Each op forward and backward, at the widths of Nano, Mini and Large with 32,768 tokens in bf16 on a GPU: Triton, the
-same written with torch's own operations, that compiled, and for the lone norm Liger's, where its package is there. On a
-CPU at toy size in fp32: our reference against torch's own operations; Triton's interpreter is no measure of anything.
+Each op forward and backward. On a GPU, at the widths of Nano, Mini and Large with 32,768 tokens in bf16: Triton
+("ours"), the same equation in torch's own operations, that compiled, and for rms_norm Liger's if its package is
+installed. On a CPU at a small size in fp32: trinity_kernels' reference against torch's own operations; timing Triton's
+interpreter would mean nothing.
 
-A figure on a GPU is the median of Triton's do_bench, which empties the L2 cache before each run; on a CPU the median of
-turns. GB/s count what an op must read and write at the least, once, in the tensors' dtype, gains and angles left out;
-on a GPU they are set beside a copy's 4.3 TB/s on an H200.
+On a GPU a figure is the median of Triton's do_bench, which clears the L2 cache before each run; on a CPU the median
+over turns. GB/s count the least an op must read and write, each tensor once, in the tensors' dtype, without gains and
+angles; on a GPU they are compared with the 4.3 TB/s of a copy on an H200.
+
+Shapes: B rows, S sequence, T = B·S tokens, D width, C head width.
 """
 
 import sys
@@ -36,14 +39,14 @@ Outputs = tuple[Tensor, ...]
 class Case(NamedTuple):
     """One op at one size.
 
-    inputs: want gradients, all of them.
-    ours, plain: the op, and the same in torch's own operations.
-    forward, backward: numbers that each must read and write.
+    inputs: all require gradients.
+    op, plain: the op of trinity_kernels, and the same in torch's own operations.
+    forward, backward: how many numbers each must read and write.
     """
 
     name: str
     inputs: tuple[Tensor, ...]
-    ours: Callable[..., Any]
+    op: Callable[..., Any]
     plain: Callable[..., Any]
     forward: int
     backward: int
@@ -52,21 +55,21 @@ class Case(NamedTuple):
 def run(quick: bool) -> dict[str, Any]:
     """Measure every contender; returns the figures and what they were measured on."""
     where = device().type
-    found = []
+    rows = []
     for model in tqdm(MODELS[where][: 1 if quick else None], unit="model", file=sys.stderr, disable=None):
         for case in _cases(ZOO[model], where):
             size = DTYPES[where].itemsize
-            found.append({
+            rows.append({
                 "model": model,
                 "op": case.name,
                 "bytes": [case.forward * size, case.backward * size],
-                "contenders": _measured(case, where, quick),
+                "contenders": _measure(case, where, quick),
             })  # fmt: skip
-    return {"on": machine(), "device": where, "tokens": ROWS[where][0] * ROWS[where][1], "found": found}
+    return {"on": machine(), "device": where, "tokens": ROWS[where][0] * ROWS[where][1], "found": rows}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as a Markdown table, with the time of each contender's whole against ours."""
+    """The figures as a Markdown table, with each contender's total time relative to trinity_kernels."""
     lines = [
         f"{results['on']}; {results['tokens']} tokens",
         "",
@@ -74,7 +77,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["found"]:
-        ours = row["contenders"]["ours"]
+        baseline = row["contenders"]["ours"]
         for name, figures in row["contenders"].items():
             head = f"| {row['model']}, {row['op']} | {name} | "
             if "failed" in figures:
@@ -85,27 +88,27 @@ def table(results: dict[str, Any]) -> str:
                 speed = bytes_ / seconds
                 share = f"{speed / COPY_TBS / 1e10:.0f}" if results["device"] == "cuda" else "–"
                 cells.append(f"{seconds * 1e6:.1f} | {speed / 1e9:.3g} | {share}")
-            against = f"{sum(figures['seconds']) / sum(ours['seconds']):.2f}" if "seconds" in ours else "–"
+            against = f"{sum(figures['seconds']) / sum(baseline['seconds']):.2f}" if "seconds" in baseline else "–"
             lines.append(head + " | ".join([*cells, against]) + " |")
     return "\n".join(lines)
 
 
-def _measured(case: Case, where: str, quick: bool) -> dict[str, dict[str, Any]]:
-    contenders = {"ours": case.ours, "torch": case.plain}
+def _measure(case: Case, where: str, quick: bool) -> dict[str, dict[str, Any]]:
+    contenders = {"ours": case.op, "torch": case.plain}
     if where == "cpu":
         turns = {name: _in_parts(function, case.inputs) for name, function in contenders.items()}
         return take_turns(turns, 5 if quick else 40)
     contenders["torch.compile"] = torch.compile(case.plain, dynamic=False)
     if case.name == "rms_norm" and find_spec("liger_kernel"):
         contenders["Liger"] = _liger_norm
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, function in contenders.items():
         try:
-            found[name] = {"seconds": _on_gpu(function, case.inputs, quick)}
-        except Exception as error:  # whatever a peer raises is its result here
-            found[name] = {"failed": one_line(error)}
-    torch._dynamo.reset()  # one compiled function more for each case would pass the limit of recompilations
-    return found
+            results[name] = {"seconds": _on_gpu(function, case.inputs, quick)}
+        except Exception as error:  # any error of a contender is its result
+            results[name] = {"failed": one_line(error)}
+    torch._dynamo.reset()  # one more compiled function per case would exceed the limit of recompilations
+    return results
 
 
 def _in_parts(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[Marks], None]:
@@ -161,7 +164,7 @@ def _cases(config: ModelConfig, where: str) -> Iterator[Case]:
     q, k = (part.detach().unflatten(-1, (-1, C)).requires_grad_() for part in (q, k))
     numbers = T * (q_width + kv_width)
     for name, turn in (("QK-norm and RoPE", rotation), ("QK-norm", None)):
-        yield Case(name, (q, k, gain(C), gain(C)), _ours_of_both(turn), _plain_of_both(turn), 2 * numbers, 3 * numbers)
+        yield Case(name, (q, k, gain(C), gain(C)), _trinity_qk(turn), _plain_qk(turn), 2 * numbers, 3 * numbers)
     mixed, numbers = tensor(B, S, q_width), T * q_width
     yield Case("gate", (mixed, gate), trinity_kernels.sigmoid_gate, _gate, 3 * numbers, 5 * numbers)
     numbers = T * config.dense_width
@@ -169,7 +172,7 @@ def _cases(config: ModelConfig, where: str) -> Iterator[Case]:
     yield Case("SwiGLU, dense", (pre,), trinity_kernels.swiglu, _swiglu, 3 * numbers, 5 * numbers)
 
 
-def _ours_of_both(turn: tuple[Tensor, Tensor] | None) -> Callable[..., Outputs]:
+def _trinity_qk(turn: tuple[Tensor, Tensor] | None) -> Callable[..., Outputs]:
     def both(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor) -> Outputs:
         qk_norm = trinity_kernels.qk_norm
         return qk_norm(q, q_gain, EPS, turn), qk_norm(k, k_gain, EPS, turn)
@@ -177,10 +180,10 @@ def _ours_of_both(turn: tuple[Tensor, Tensor] | None) -> Callable[..., Outputs]:
     return both
 
 
-def _plain_of_both(turn: tuple[Tensor, Tensor] | None) -> Callable[..., Outputs]:
+def _plain_qk(turn: tuple[Tensor, Tensor] | None) -> Callable[..., Outputs]:
     def both(q: Tensor, k: Tensor, q_gain: Tensor, k_gain: Tensor) -> Outputs:
         q, k = _norm(q, q_gain), _norm(k, k_gain)
-        return (q, k) if turn is None else (_turned(q, *turn), _turned(k, *turn))
+        return (q, k) if turn is None else (_rotate(q, *turn), _rotate(k, *turn))
 
     return both
 
@@ -199,7 +202,7 @@ def _add_norm(y: Tensor, x: Tensor, post_gain: Tensor, gain: Tensor) -> Outputs:
     return r, _norm(r, gain)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -216,5 +219,5 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 def _liger_norm(x: Tensor, gain: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_rms_norm
 
-    # all in fp32, rounded once, as ours; not in place, since the incoming gradient is used again
+    # in fp32, rounded once, as trinity_kernels; not in place, because the incoming gradient is used again
     return liger_rms_norm(x, gain, EPS, casting_mode="gemma", in_place=False)

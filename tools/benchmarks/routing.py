@@ -2,10 +2,12 @@
 
 From the scores on: the choice of experts with the counts, the gates, their gradient, the grouping of rows by expert,
 and one table of tiles of 128 rows. Routing is balanced, or skewed by a bias that falls from +½ to −½ over the experts.
-32,768 tokens on a GPU, where a figure is Triton's do_bench, the median with the L2 cache emptied before each run. On a
-CPU the reference alone, at toy size: Triton's interpreter is no measure of anything.
+On a GPU 32,768 tokens, timed by Triton's do_bench: the median, with the L2 cache cleared before each run. On a CPU the
+reference alone, at a small size, because timing Triton's interpreter would mean nothing.
 
-GB/s count what an op must read and write at the least, once: an implementation's scratch adds time and no bytes.
+GB/s count the least an op must read and write, each tensor once: scratch memory costs time and adds no bytes.
+
+Shapes: T tokens, E experts, K active experts, R rows.
 """
 
 import statistics
@@ -35,17 +37,17 @@ def run(quick: bool) -> dict[str, Any]:
     from benchmarks.step import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
+    rows = []
     for model in tqdm(MODELS[device], unit="model", file=sys.stderr, disable=None):
         for skew, most in SKEWS.items():
             for op, bytes_, calls in _ops(model, most, device):
                 seconds = {kernel: _seconds(call, device, quick) for kernel, call in calls.items()}
-                found.append({"model": model, "routing": skew, "op": op, "bytes": bytes_, "seconds": seconds})
-    return {"on": machine(), "tokens": TOKENS[device], "kernels": KERNELS[device], "found": found}
+                rows.append({"model": model, "routing": skew, "op": op, "bytes": bytes_, "seconds": seconds})
+    return {"on": machine(), "tokens": TOKENS[device], "kernels": KERNELS[device], "found": rows}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as a Markdown table; with two kernels, how many times the first one's time the second takes."""
+    """The figures as a Markdown table; with two kernels, also the ratio of their times."""
     kernels = results["kernels"]
     heads = [f"{kernel}, {unit}" for kernel in kernels for unit in ("µs", "GB/s")]
     heads += [f"{kernel} against {kernels[0]}" for kernel in kernels[1:]]
@@ -64,7 +66,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _ops(model: str, most: float, device: str) -> Iterator[tuple[str, int, dict[str, Callable[[], Any]]]]:
-    """Each op's name, its least bytes, and a call of it per kernel."""
+    """Each op's name, the bytes it must read and write, and one call per kernel."""
     config, T = ZOO[model], TOKENS[device]
     E, K = config.experts, config.active_experts
     R = T * K

@@ -1,15 +1,15 @@
-"""Which tiles are fastest: every candidate of an op's kernels, timed on this GPU; a table to paste into the op's file.
+"""Time every candidate tile of an op's kernels on this GPU, and print a table to paste into the op's file.
 
-An op's Triton module says what can be tuned by an attribute
+An op's Triton module declares its tunable kernels in an attribute
 
     TUNABLE: dict[str, object]      name → an object with
         candidates                  a list of tiles, any values that repr() writes as Python
         run(candidate)              one call of the kernel with that tile, on tensors of its own on the GPU
         chosen                      the tile that the module's table picks now, or None (optional)
 
-made when it is asked for (a module-level __getattr__), so that importing a module makes no tensors. The experts' are in
-benchmarks/expert_tiles.py. A candidate that fails, for want of shared memory or registers, is a row. The first call,
-which compiles, is not timed; candidates take turns; a figure is a median.
+created on access (a module-level __getattr__), so that importing the module creates no tensors. Those of the experts
+are in benchmarks/expert_tiles.py. A candidate that fails, for lack of shared memory or registers, is a row. The first
+call, which compiles, is not timed; candidates take turns; a figure is a median.
 
     python tools/bench.py tune experts --json tiles.json
 """
@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from trinity.errors import UserError
 
-ELSEWHERE = {"experts": "benchmarks.expert_tiles"}
-"""Ops whose tunables are not in their own module."""
+TUNABLE_MODULES = {"experts": "benchmarks.expert_tiles"}
+"""Ops whose TUNABLE is not in their Triton module → the module that has it."""
 
 
 class Tunable(Protocol):
@@ -44,19 +44,19 @@ def run(quick: bool, op: str) -> dict[str, Any]:
     """
     from benchmarks.step import machine
 
-    found = {}
+    kernels = {}
     for name, tunable in tqdm(tunables(op).items(), unit="kernel", file=sys.stderr, disable=None):
-        found[name] = measure(tunable, rounds=2 if quick else 7)
-    return {"on": machine(), "op": op, "kernels": found}
+        kernels[name] = measure(tunable, rounds=2 if quick else 7)
+    return {"on": machine(), "op": op, "kernels": kernels}
 
 
 def tunables(op: str) -> dict[str, Tunable]:
-    """An op's, by name.
+    """The tunable kernels of an op, by name.
 
     Raises:
         UserError: no such op, or it has nothing to tune.
     """
-    module = ELSEWHERE.get(op, f"trinity_kernels.{op}_triton")
+    module = TUNABLE_MODULES.get(op, f"trinity_kernels.{op}_triton")
     try:
         return import_module(module).TUNABLE
     except ModuleNotFoundError as error:
@@ -88,12 +88,12 @@ def table(results: dict[str, Any]) -> str:
     lines = [results["on"], "", f"| {results['op']} | tile | ms | against the best |", "|---|---|---|---|"]
     for name, kernel in results["kernels"].items():
         best = kernel["tiles"][kernel["best"]]["seconds"] if kernel["best"] else None
-        for tile, found in sorted(kernel["tiles"].items(), key=lambda item: item[1].get("seconds", float("inf"))):
+        for tile, entry in sorted(kernel["tiles"].items(), key=lambda item: item[1].get("seconds", float("inf"))):
             mark = " (now)" if tile == kernel["chosen"] else ""
-            if "failed" in found:
-                lines.append(f"| {name} | {tile}{mark} | {found['failed']} | |")
+            if "failed" in entry:
+                lines.append(f"| {name} | {tile}{mark} | {entry['failed']} | |")
             else:
-                seconds = found["seconds"]
+                seconds = entry["seconds"]
                 lines.append(f"| {name} | {tile}{mark} | {1000 * seconds:.3f} | {seconds / best:.2f} |")
     return "\n".join([*lines, "", literal(results)])
 

@@ -21,7 +21,7 @@ from trinity.models.trinity import Trinity
 from trinity.parallel import mesh
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
-from trinity.training.lr_schedule import rates_at
+from trinity.training.learning_rate import lr_fraction
 from trinity.training.train_step import train_step
 
 CURVES = ("loss", "batch_het", "grad_norm")
@@ -104,7 +104,7 @@ def train_arm(config: RunConfig, after_step: Callable[[], Any]) -> dict[str, Any
         for step in range(config.run.steps):
             plan = stream.plan.at(step)
             batch = take_by_stream(stream, config.batch.sequences)
-            result = train_step(model, optimizers, batch, config, rates_at(config, step, plan.tokens), ranks)
+            result = train_step(model, optimizers, batch, config, lr_fraction(config, step, plan.tokens), ranks)
             assert result.skip_reason is None, f"step {step} is not finite"
             for name, values in curves.items():
                 values.append(result.metrics[name])

@@ -1,8 +1,8 @@
-"""What may differ when a run is resumed with a changed config.
+"""Which config keys may change when a run is resumed.
 
-free: how the run is done (meshes, kernels, logs), and its length. accept: how it learns; needs --accept-change KEY.
-fixed: what the run is. content: compared by what the files hold when they are opened, not by their path. A key obeys
-the longest rule that it begins with. Paths are compared absolute.
+free: how the run is executed (mesh, kernels, logs), and its length. accept: how the model learns; needs --accept-change
+KEY. fixed: what the run trains on. content: the files are compared when they are opened, not their paths. The rule of a
+key is that of the longest prefix in RULES. Paths are compared as absolute paths.
 """
 
 from itertools import zip_longest
@@ -10,7 +10,7 @@ from typing import Literal
 
 from trinity.config.load import flatten
 from trinity.config.paths import absolute_paths
-from trinity.config.phases import whole_phases
+from trinity.config.phases import resolved_phases
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 
@@ -19,10 +19,10 @@ Rule = Literal["free", "accept", "fixed", "content"]
 RULES: dict[str, Rule] = {
     "run": "free",
     "run.seed": "fixed",
-    "init": "free",  # read once, when the run starts
+    "init": "free",  # used only at the run's first start
     "model": "fixed",
     "data": "fixed",
-    "data.train": "free",  # the state of the data knows the content of every source, wherever it lies
+    "data.train": "free",  # the saved data state identifies each source by its content, not by its path
     "data.tokenizer": "content",  # trinity.training.run_tokenizer
     "data.mixture": "free",  # compared by phase, as data.phases
     "data.phases": "free",
@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
 }
 
 DECAY_LENGTHS = ("optim.schedule.decay_steps", "optim.schedule.decay_tokens")
-"""Compared by trinity.training.lr_schedule, which knows the length that follows from the run's where none is given."""
+"""Compared by trinity.training.learning_rate: a default decay length follows from the run's length."""
 
 
 def rule_of(key: str) -> Rule:
@@ -69,18 +69,18 @@ def check_changes(
     where: str,
     instead: str = "start afresh with another run.dir",
 ) -> list[str]:
-    """Refuse changes that a resumed run must not make; the length of a decay is not looked at (DECAY_LENGTHS).
+    """Refuse changes that a resumed run must not make, except in DECAY_LENGTHS.
 
     Args:
-        before, now: config of the run so far, and the one asked for.
-        seen: tokens that the run had seen before its last step: phases of the data up to there have begun.
+        before, now: the config of the run so far, and the new one.
+        seen: tokens that the run had seen before its last step; data phases that start at or below have begun.
         accepted: keys given with --accept-change; a key accepts everything below it.
         where: the run directory, for the message.
-        instead: what to do where a fixed key is to differ, for the message.
+        instead: what to do to change a fixed key, for the message.
     Returns:
         the changed keys that are allowed, for the log.
     Raises:
-        UserError: naming every key that is fixed or not accepted.
+        UserError: naming every changed key that is fixed or not accepted.
     """
     old, new = flatten(absolute_paths(before)), flatten(absolute_paths(now))
     changed = [key for key in new if old.get(key) != new[key] and rule_of(key) != "content"]
@@ -90,23 +90,23 @@ def check_changes(
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in fixed)
         raise UserError(f"{where} holds a run of another config ({shown}); give it back, or {instead}")
     _check_phases(before, now, seen, where)
-    asking = [key for key in changed if rule_of(key) == "accept" and not accepts(accepted, key)]
-    if asking:
-        shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in asking)
-        words = " ".join(f"--accept-change {key}" for key in asking)
+    unaccepted = [key for key in changed if rule_of(key) == "accept" and not accepts(accepted, key)]
+    if unaccepted:
+        shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in unaccepted)
+        words = " ".join(f"--accept-change {key}" for key in unaccepted)
         raise UserError(f"going on from {where} would change how it learns ({shown}); say {words} if that is meant")
     return changed
 
 
 def _check_phases(before: RunConfig, now: RunConfig, seen: int, where: str) -> None:
-    """Phases that have begun are fixed: the history of a run is what it is."""
-    old, new = ([p for p in whole_phases(config.data) if p.tokens <= seen] for config in (before, now))
-    for number, (then, asked) in enumerate(zip_longest(old, new)):
-        if then is not None and asked is not None:
-            differing = [name for name in then._fields if getattr(then, name) != getattr(asked, name)]
-            shown = ", ".join(f"{name} was {getattr(then, name)} and is {getattr(asked, name)}" for name in differing)
+    """Refuse changes of data phases that have begun."""
+    old, new = ([p for p in resolved_phases(config.data) if p.tokens <= seen] for config in (before, now))
+    for number, (past, present) in enumerate(zip_longest(old, new)):
+        if past is not None and present is not None:
+            differing = [name for name in past._fields if getattr(past, name) != getattr(present, name)]
+            shown = ", ".join(f"{name} was {getattr(past, name)} and is {getattr(present, name)}" for name in differing)
         else:
-            shown = "there was one, which is gone" if asked is None else "there was none"
+            shown = "there was one, which is gone" if present is None else "there was none"
         if shown:
             raise UserError(
                 f"{where} has begun with data phase {number} ({shown}); a phase that has begun stays as it is: "
@@ -115,5 +115,5 @@ def _check_phases(before: RunConfig, now: RunConfig, seen: int, where: str) -> N
 
 
 def accepts(accepted: list[str], key: str) -> bool:
-    """Whether a key, or one above it, is among those given with --accept-change."""
+    """Whether a key, or a section that holds it, is among those given with --accept-change."""
     return any(key == word or key.startswith(f"{word}.") for word in accepted)

@@ -1,11 +1,14 @@
-"""What must hold of the values of a run and between them, each failure with its mend. Types are checked before."""
+"""Check the values of a run: bounds of single values, and combinations that do not fit together.
+
+Each refusal names the value and what to write instead. Types are checked before, while loading (trinity.config.load).
+"""
 
 import math
-from functools import reduce
+from operator import attrgetter
+from typing import Any
 
 from trinity.config.model import check_size
 from trinity.config.paths import kept_tokenizer, run_directory, tokenizer_folder
-from trinity.config.profiled import check_last_step, profiled_steps
 from trinity.config.run import LengthBiasConfig, RunConfig
 from trinity.errors import UserError
 
@@ -59,12 +62,15 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "health.dead_steps": (0, None),
     "health.slow_factor": (0, None),
 }
-"""Key → the smallest and the largest value; None: no largest. NaN is neither. The largest ones are far above
-what anybody runs, and refuse a slip of the keyboard that would take all memory, or never end."""
+"""Key → smallest and largest allowed value; None: no largest one. NaN is refused. The largest values are far above
+any real run: they refuse typing errors that would take all memory or never end."""
+
+MOST_PROFILED = 1000
+"""Most steps in one range of profile.steps: each makes a trace of megabytes, so a longer range is a typing error."""
 
 
 def check_run(config: RunConfig) -> None:
-    """Refuse a run whose values do not fit together.
+    """Refuse values that are out of bounds or do not fit together.
 
     Raises:
         UserError: naming the value and what to write instead.
@@ -98,7 +104,7 @@ def check_run(config: RunConfig) -> None:
 
 def _check_bounds(config: RunConfig) -> None:
     for key, (least, most) in BOUNDS.items():
-        value = reduce(getattr, key.split("."), config)
+        value: float | None = attrgetter(key)(config)
         if value is None:
             continue
         if not value >= least:
@@ -107,33 +113,32 @@ def _check_bounds(config: RunConfig) -> None:
             raise UserError(f"{key}={value} must be finite")
         if most is not None and value > most:
             raise UserError(f"{key}={value} must be at most {most}")
-    beta = {"optim.muon.momentum": config.optim.muon.momentum, "balancing.beta": config.balancing.beta}
-    for index, value in enumerate(config.optim.adamw.betas):
-        beta[f"optim.adamw.betas[{index}]"] = value
-    for key, value in beta.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{key}={value} must be at least 0 and less than 1")
+    decays = {"optim.muon.momentum": config.optim.muon.momentum, "balancing.beta": config.balancing.beta}
+    decays |= {f"optim.adamw.betas[{index}]": beta for index, beta in enumerate(config.optim.adamw.betas)}
+    for key, decay in decays.items():
+        if not 0 <= decay < 1:
+            raise UserError(f"{key}={decay} must be at least 0 and less than 1")
 
 
 def _check_entries(config: RunConfig) -> None:
-    """What omegaconf lets through: lists and maps inside of lists and maps of single values, and empty names."""
-    data, betas = config.data, config.optim.adamw.betas
-    lists = {"evaluation.prompts": config.evaluation.prompts, "profile.ranks": config.profile.ranks}
-    maps = {"data.train": data.train, "data.validation": data.validation, "data.mixture": data.mixture}
+    """Refuse what omegaconf accepts: lists and maps in place of a single entry, and empty names."""
+    data = config.data
+    lists: dict[str, Any] = {
+        "evaluation.prompts": config.evaluation.prompts,
+        "profile.ranks": config.profile.ranks,
+        "optim.adamw.betas": config.optim.adamw.betas,
+    }
+    maps: dict[str, Any] = {"data.train": data.train, "data.validation": data.validation, "data.mixture": data.mixture}
     maps |= {f"data.phases[{index}].mixture": phase.mixture for index, phase in enumerate(data.phases)}
-    found = [
-        (f"{key}[{i}]", v)
-        for key, values in {**lists, "optim.adamw.betas": betas}.items()
-        for i, v in enumerate(values)
-    ]
-    found += [(f"{key}.{name}", value) for key, values in maps.items() for name, value in values.items()]
-    for key, value in found:
+    entries = [(f"{key}[{index}]", value) for key, values in lists.items() for index, value in enumerate(values)]
+    entries += [(f"{key}.{name}", value) for key, values in maps.items() for name, value in values.items()]
+    for key, value in entries:
         if isinstance(value, list | dict):
             raise UserError(f"{key}={value} is a {type(value).__name__}; write a single value")
-    for key in ("data.train", "data.validation"):
-        for name, place in maps[key].items():
-            if not name or not place:
-                raise UserError(f"{key} has {name!r}: {place!r}, and neither may be empty; write NAME: FOLDER")
+    for key, folders in {"data.train": data.train, "data.validation": data.validation}.items():
+        for name, folder in folders.items():
+            if not name or not folder:
+                raise UserError(f"{key} has {name!r}: {folder!r}, and neither may be empty; write NAME: FOLDER")
     if not config.run.dir and not config.run.name.strip("./ "):
         raise UserError(
             f"run.name={config.run.name!r} names no folder below runs/; give the run a name, or set run.dir"
@@ -145,14 +150,19 @@ def _check_length(config: RunConfig) -> None:
     if (steps is None) == (tokens is None):
         given = "neither is" if steps is None else "both are"
         raise UserError(f"the length of the run is run.steps or run.tokens, and {given} given; set exactly one")
-    last, (_, most) = 0, BOUNDS["batch.sequences"]
+    last, (least, most) = 0, _both_bounds("batch.sequences")
     for entry in config.batch.ramp:
-        if entry.tokens <= last or not 1 <= entry.sequences <= most:
+        if entry.tokens <= last or not least <= entry.sequences <= most:
             raise UserError(
                 f"batch.ramp has {{tokens: {entry.tokens}, sequences: {entry.sequences}}} after {last} tokens; "
                 f"each entry must begin later than the one before it and have at least 1 sequence, at most {most}"
             )
         last = entry.tokens
+
+
+def _both_bounds(key: str) -> tuple[float, float]:
+    least, most = BOUNDS[key]
+    return least, math.inf if most is None else most
 
 
 def _check_schedule(config: RunConfig) -> None:
@@ -168,14 +178,14 @@ def _check_schedule(config: RunConfig) -> None:
     }  # fmt: skip
     if len(units) > 1:
         raise UserError("optim.schedule mixes decay in tokens with decay in steps; write both in one unit")
-    started = schedule.decay_start_tokens is not None or schedule.decay_start_steps is not None
-    if schedule.decay != "none" and not started:
+    has_start = schedule.decay_start_tokens is not None or schedule.decay_start_steps is not None
+    if schedule.decay != "none" and not has_start:
         raise UserError(
             f"optim.schedule.decay={schedule.decay} has no beginning; set decay_start_tokens or decay_start_steps"
         )
     length = schedule.decay_tokens if schedule.decay_start_tokens is not None else schedule.decay_steps
-    whole = config.run.tokens if schedule.decay_start_tokens is not None else config.run.steps
-    if schedule.decay != "none" and length is None and whole is None:
+    run_length = config.run.tokens if schedule.decay_start_tokens is not None else config.run.steps
+    if schedule.decay != "none" and length is None and run_length is None:
         raise UserError(
             "optim.schedule gives no length of decay and the run's length is in another unit; "
             "set decay_tokens or decay_steps"
@@ -183,9 +193,9 @@ def _check_schedule(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    data, named = config.data, set(config.data.mixture)
+    data, weighted = config.data, set(config.data.mixture)
     _check_mixture("data.mixture", data.mixture, data.train)
-    _check_bias("data.length_bias", data.length_bias)
+    _check_length_bias("data.length_bias", data.length_bias)
     last = 0
     for index, phase in enumerate(data.phases):
         key = f"data.phases[{index}]"
@@ -193,29 +203,29 @@ def _check_data(config: RunConfig) -> None:
             raise UserError(f"{key}.tokens={phase.tokens} does not come after {last}; a phase must begin later")
         last = phase.tokens
         for name in ("sequence_length", "rsdb_size"):
-            value, (least, most) = getattr(phase, name), BOUNDS[f"data.{name}"]
+            value, (least, most) = getattr(phase, name), _both_bounds(f"data.{name}")
             if value is not None and not least <= value <= most:
                 bound = f"least {least}" if value < least else f"most {most}"
                 raise UserError(f"{key}.{name}={value} must be at {bound}")
         _check_mixture(f"{key}.mixture", phase.mixture, data.train)
         if phase.length_bias is not None:
-            _check_bias(f"{key}.length_bias", phase.length_bias)
-        named |= set(phase.mixture)
-    forgotten = sorted(set(data.train) - named) if data.mixture else []
-    if forgotten:
-        raise UserError(f"data.mixture gives {forgotten[0]} no weight; add one, 0 to leave it out")
+            _check_length_bias(f"{key}.length_bias", phase.length_bias)
+        weighted |= set(phase.mixture)
+    missing = sorted(set(data.train) - weighted) if data.mixture else []
+    if missing:
+        raise UserError(f"data.mixture gives {missing[0]} no weight; add one, 0 to leave it out")
 
 
 def _check_prompts(config: RunConfig) -> None:
-    # the tokenizer of init.run is looked up at the start
-    known = tokenizer_folder(config) or config.init.run or kept_tokenizer(run_directory(config))
-    if config.evaluation.prompts and not known:
+    # the tokenizer of init.run is looked up when the run starts
+    tokenizer = tokenizer_folder(config) or config.init.run or kept_tokenizer(run_directory(config))
+    if config.evaluation.prompts and not tokenizer:
         raise UserError("evaluation.prompts are texts and there is no tokenizer; set data.tokenizer, or leave them out")
 
 
 def _check_profile(config: RunConfig) -> None:
     steps = profiled_steps(config.profile.steps)
-    if config.run.steps is not None:  # else the trainer checks, which knows how many steps make run.tokens
+    if config.run.steps is not None:  # with run.tokens the trainer checks: it knows the number of steps
         check_last_step(steps, config.run.steps)
     if any(rank < 0 for rank in config.profile.ranks):
         raise UserError(f"profile.ranks={list(config.profile.ranks)} names a rank below 0; ranks count from 0")
@@ -225,17 +235,57 @@ def _check_mixture(key: str, mixture: dict[str, float], train: dict[str, str]) -
     unknown = sorted(set(mixture) - set(train))
     if unknown:
         weights = f"{{{', '.join(f'{name}: 1' for name in sorted(train))}}}"
-        words = f"mixture: {weights}" if "[" in key else f"'{key}={weights}'"  # an entry of a list, or a setting
-        mend = f"; write {words}" if train else ""
+        setting = f"mixture: {weights}" if "[" in key else f"'{key}={weights}'"  # an entry of a list, or a setting
+        mend = f"; write {setting}" if train else ""
         raise UserError(f"{key} names {unknown[0]}, which data.train does not (known: {sorted(train)}){mend}")
-    weights = mixture.values()
-    if any(not 0 <= weight < math.inf for weight in weights) or (weights and not 0 < sum(weights) < math.inf):
+    valid = all(0 <= weight < math.inf for weight in mixture.values())
+    if not valid or (mixture and not 0 < sum(mixture.values()) < math.inf):
         raise UserError(f"{key}={dict(mixture)} must hold weights of at least 0, one of them above 0")
 
 
-def _check_bias(key: str, bias: LengthBiasConfig) -> None:
+def _check_length_bias(key: str, bias: LengthBiasConfig) -> None:
     if bias.tokens < 1 or not 0 < bias.floor <= bias.ceiling <= 1:
         raise UserError(
             f"{key} has tokens={bias.tokens}, floor={bias.floor}, ceiling={bias.ceiling}; "
             "tokens must be at least 1, and 0 < floor <= ceiling <= 1"
         )
+
+
+def profiled_steps(value: Any) -> list[int]:
+    """The steps that profile.steps names, each once, ascending, counted from 1; empty for None.
+
+    Args:
+        value: 10, "10-12" (first to last), or a list of either.
+    Raises:
+        UserError: any other value, or a step below 1.
+    """
+    parts = value if isinstance(value, list) else [] if value is None else [value]
+    return sorted({step for part in parts for step in _step_range(part)})
+
+
+def check_last_step(steps: list[int], total: int) -> None:
+    """Refuse steps to profile beyond the run's last one, `total`.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    late = [step for step in steps if step > total]
+    if late:
+        raise UserError(f"profile.steps names step {late[0]} and the run ends with step {total}; name earlier ones")
+
+
+def _step_range(part: Any) -> range:
+    first, dash, last = str(part).partition("-")
+    if (
+        isinstance(part, bool)
+        or len(str(part)) > 40
+        or not first.strip().isdecimal()
+        or (dash and not last.strip().isdecimal())
+    ):
+        raise UserError(f"profile.steps={part} is not a step; write 10, 10-12, or a list such as [10, 20-22]")
+    begin, end = int(first), int(last if dash else first)
+    if not 1 <= begin <= end:
+        raise UserError(f"profile.steps={part} names no step; steps count from 1, the first one first")
+    if end - begin >= MOST_PROFILED:
+        raise UserError(f"profile.steps={part} is {end - begin + 1} steps; ask for at most {MOST_PROFILED}")
+    return range(begin, end + 1)

@@ -1,6 +1,7 @@
-"""From a YAML file and dotted words to a checked RunConfig; every mistake becomes one sentence.
+"""Load a RunConfig from a YAML file and command-line overrides (`a.b=value`), and check it.
 
-The order: the model that init or model.name names (trinity.config.start), then the file, then the command line's words.
+Later sources win: the sizes of the model that init or model.name names (trinity.config.model_sizes), then the file,
+then the overrides. Every mistake becomes a UserError of one sentence.
 """
 
 import re
@@ -23,56 +24,59 @@ from omegaconf.errors import (
 from omegaconf.omegaconf import get_yaml_loader
 
 from trinity.config.check import check_run
+from trinity.config.key_suggestions import all_keys, nearest_keys, unknown_key_hint
 from trinity.config.model import ModelConfig
+from trinity.config.model_sizes import initial_model
 from trinity.config.paths import expand_home, expand_user, nearest_path
 from trinity.config.run import RunConfig
-from trinity.config.scalars import fields_of, read_word, read_yaml, typed
-from trinity.config.start import starting_model
-from trinity.config.suggest import about_key, all_keys, nearest_keys
+from trinity.config.yaml_scalars import fields_of, is_section, read_override, read_yaml, resolve_scalars
 from trinity.errors import UserError
 from trinity.io.local import write_atomically
 
 COMMAND_LINE = "the command line"
 SWITCHES = ("parallel.defer_reduce", "optim.muon.share")
-"""auto, on or off: the last two are booleans to YAML."""
-LIMIT = 1 << 63
-"""Integers are smaller, so that they fit into what counts tokens and steps."""
+"""Keys with the values auto, on and off. YAML reads the last two as booleans."""
+INTEGER_LIMIT = 1 << 63
+"""Integers must be smaller, so that counts of tokens and steps fit into 64 bits."""
 NAMED_MAPS = ("data.train", "data.validation", "data.mixture")
+"""Keys whose value maps names that the user chooses."""
 
 
-def load_config(path: str | Path, words: list[str] | None = None) -> RunConfig:
-    """Read a config file and the command line's `a.b=value` words.
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Load and check a config.
 
+    Args:
+        path: YAML file.
+        overrides: words of the command line, each `a.b=value`; they win over the file.
     Raises:
         UserError: a missing or broken file, an unknown key (naming the nearest known one), a wrong type, or values
             that do not fit together.
     """
     path = expand_user(str(path), "the config")
-    from_file, from_words = _read_file(Path(path)), _read_words(words or [])
+    from_file, from_command_line = _read_file(Path(path)), _read_overrides(overrides or [])
     for key in NAMED_MAPS:
-        # data.train={mine: FOLDER} says what there is; data.train.mine=FOLDER adds to what the file says
-        if any(word.replace(" ", "").startswith(f"{key}={{") for word in words or []):
+        # data.train={mine: FOLDER} replaces the file's map; data.train.mine=FOLDER adds an entry to it
+        if any(word.replace(" ", "").startswith(f"{key}={{") for word in overrides or []):
             OmegaConf.update(from_file, key, {}, merge=False)
-    return build_config([(path, from_file), (COMMAND_LINE, from_words)])
+    return build_config([(path, from_file), (COMMAND_LINE, from_command_line)])
 
 
 def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
-    """Merge named sources, later ones winning, over the model that they name or start from."""
-    model = starting_model(sources)
+    """Merge (name, settings) sources, later ones winning, over the sizes of the model that they start from."""
+    model = initial_model(sources)
     merged = deepcopy(_defaults(model))
     for where, raw in sources:
         for key in SWITCHES:
             if isinstance(value := OmegaConf.select(raw, key), bool):
                 OmegaConf.update(raw, key, "on" if value else "off")
         _merge(merged, raw, where)
-    merged.model.name = model.name  # init may have brought another model than the one that was named
+    merged.model.name = model.name  # init may give another model than model.name does
     try:
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # an entry of a list that lacks a value, an interpolation
+    except OmegaConfBaseException as error:  # a list's entry without a required value, or a wrong ${reference}
         where = " or ".join(name for name, _ in sources)
-        raise UserError(
-            f"{error.full_key} in {where}: {str(error).splitlines()[0]}{_about_references(error)}"
-        ) from None
+        raise UserError(f"{error.full_key} in {where}: {str(error).splitlines()[0]}{_reference_hint(error)}") from None
+    assert isinstance(config, RunConfig)  # the schema of _defaults
     check_run(config)
     expand_home(config)
     return config
@@ -80,14 +84,14 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
 
 @cache
 def _defaults(model: ModelConfig) -> DictConfig:
-    """A run of a model; made once, because omegaconf takes five times as long for it as for a copy."""
-    made = OmegaConf.structured(RunConfig(model=model))
-    OmegaConf.set_readonly(made.model, False)  # frozen dataclasses arrive read-only
-    return made
+    """The default run of a model. Cached: building it takes omegaconf five times as long as copying it."""
+    defaults = OmegaConf.structured(RunConfig(model=model))
+    OmegaConf.set_readonly(defaults.model, False)  # omegaconf makes frozen dataclasses read-only
+    return defaults
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML, whole or not at all."""
+    """Write the resolved config as YAML, atomically."""
     write_atomically(path, to_yaml(config))
 
 
@@ -97,7 +101,7 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _escaped(node: Any) -> Any:
-    """Texts with ${ in them, written so that loading takes it for characters and not for a reference."""
+    """Escape ${ in texts, so that loading does not take it for a reference to another setting."""
     if isinstance(node, dict):
         return {name: _escaped(value) for name, value in node.items()}
     if isinstance(node, list | tuple):
@@ -106,7 +110,7 @@ def _escaped(node: Any) -> Any:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted key → value for every setting; named maps such as data.train count as one value."""
+    """Dotted key → value of every setting; a map such as data.train is one value."""
 
     def walk(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
         plain = asdict(node)
@@ -128,7 +132,7 @@ def _read_file(path: Path) -> DictConfig:
         hint = f"did you mean {near}?" if near else "give a YAML file such as configs/smoke.yaml"
         raise UserError(f"the config {path} does not exist; {hint}")
     try:
-        checked = _checked(path)
+        checked = _load_with_omegaconf(path)
         raw = read_yaml(path.read_text(encoding="utf-8")) if OmegaConf.is_dict(checked) else None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
@@ -136,15 +140,15 @@ def _read_file(path: Path) -> DictConfig:
         raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not OmegaConf.is_dict(checked):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
-    content = raw if isinstance(raw, dict) else OmegaConf.to_container(checked)  # an empty file, or a lone word
-    return _plain(typed(content, RunConfig, "", str(path)), str(path))
+    content = raw if isinstance(raw, dict) else OmegaConf.to_container(checked)  # an empty file, or a single word
+    return _plain(resolve_scalars(content, RunConfig, "", str(path)), str(path))
 
 
-def _checked(path: Path) -> Any:
-    """The file as OmegaConf.load reads it; None where it holds a lone number.
+def _load_with_omegaconf(path: Path) -> Any:
+    """The file as OmegaConf.load reads it; None if it holds a single number.
 
-    Its loader refuses what is unsafe: recursion, aliases that explode, a key named twice. It would refuse << and = as
-    values too, which are texts.
+    omegaconf's loader refuses unsafe YAML: recursion, exploding aliases, duplicate keys. It would also refuse the
+    values << and =, which are read as texts here.
     """
     loader = get_yaml_loader()
     for sign in ("merge", "value"):
@@ -156,19 +160,19 @@ def _checked(path: Path) -> Any:
     return OmegaConf.create(content) if isinstance(content, list | dict | str) else None
 
 
-def _read_words(words: list[str]) -> DictConfig:
-    for word in words:
+def _read_overrides(overrides: list[str]) -> DictConfig:
+    for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals or not all(key.split(".")) or "[" in key:
             hint = ", and a whole list as a.b=[…]" if "[" in key else ""
-            if word.endswith(("}", "]")):  # the end of a value that a shell has cut at its spaces
+            if word.endswith(("}", "]")):  # the end of a value that the shell split at its spaces
                 hint += "; a value with spaces needs quotes, as in 'data.train={mine: data/mine/train}'"
             raise UserError(f"{word} is not a setting; write a.b=value{hint}")
     raw = OmegaConf.create()
-    for word in words:
+    for word in overrides:
         key, _, text = word.partition("=")
         try:
-            OmegaConf.update(raw, key, read_word(text, key, RunConfig, COMMAND_LINE))
+            OmegaConf.update(raw, key, read_override(text, key, RunConfig, COMMAND_LINE))
         except UserError:
             raise
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
@@ -176,11 +180,11 @@ def _read_words(words: list[str]) -> DictConfig:
     return _plain(OmegaConf.to_container(raw), COMMAND_LINE)
 
 
-def _plain(raw: dict, where: str) -> DictConfig:
-    """Turn 17e12, a float to YAML, into the integer it is; where a float is wanted the integer turns back.
+def _plain(raw: Any, where: str) -> DictConfig:
+    """Convert whole floats such as 17e12 to integers; the schema converts them back where it has a float.
 
     Raises:
-        UserError: an integer of more than 64 bits, or a text that the system would refuse as a path.
+        UserError: an integer of more than 64 bits, or a text with a zero byte, which no path may hold.
     """
 
     def walk(key: str, node: Any) -> Any:
@@ -188,83 +192,86 @@ def _plain(raw: dict, where: str) -> DictConfig:
             return {name: walk(f"{key}.{name}" if key else str(name), value) for name, value in node.items()}
         if isinstance(node, list):
             return [walk(f"{key}[{index}]", value) for index, value in enumerate(node)]
-        if isinstance(node, int) and abs(node) >= LIMIT:
+        if isinstance(node, int) and abs(node) >= INTEGER_LIMIT:
             raise UserError(f"{key} in {where} is a number of {len(str(node))} digits; write one below 2^63")
         if isinstance(node, str) and "\0" in node:
             raise UserError(f"{key} in {where} holds a zero byte; write plain text")
-        return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < LIMIT else node
+        return int(node) if isinstance(node, float) and node.is_integer() and abs(node) < INTEGER_LIMIT else node
 
     try:
         return OmegaConf.create(walk("", raw))
-    except OmegaConfBaseException as error:  # ${ that is never closed
+    except OmegaConfBaseException as error:  # an unclosed ${
         raise UserError(f"{where} is not valid YAML: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) + _about_references(error)
+    return " ".join(str(error).split()) + _reference_hint(error)
 
 
-def _about_references(error: Exception) -> str:
-    """What to write where a ${…} that is no reference made an error."""
-    known = isinstance(error, InterpolationKeyError | InterpolationResolutionError | GrammarParseError)
-    return r"; write \${ for the characters themselves" if known else ""
+def _reference_hint(error: Exception) -> str:
+    """What to write if the error is a ${…} that refers to no setting."""
+    reference = isinstance(error, InterpolationKeyError | InterpolationResolutionError | GrammarParseError)
+    return r"; write \${ for the characters themselves" if reference else ""
 
 
 def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
-    """Merge in place: OmegaConf.merge would copy the whole for each section, a tenth of a second a config."""
+    """Merge in place: OmegaConf.merge would copy everything for each section, a tenth of a second per config."""
+    plain: Any = OmegaConf.to_container(raw)
     for section in raw:
         try:
             merged.merge_with({section: raw[section]})
         except OmegaConfBaseException as error:
-            named = str(getattr(error, "full_key", None) or section)
-            if isinstance(error, ConfigKeyError) and named.startswith(str(section)):
-                given = reduce(_inside, named.split("."), OmegaConf.to_container(raw))
-                raise UserError(_unknown_key(named, given, where)) from None
-            narrow = _narrowed(merged, str(section), OmegaConf.to_container(raw)[section])
-            # of a list's entry omegaconf names the last word alone
-            inside = "" if narrow.startswith(named) or named.startswith(narrow) else f"{named} of "
-            key = named if named.startswith(narrow) else f"{inside}{narrow}"
-            about = _about_entry(error) or _about_map(key)
-            raise UserError(f"{key} in {where}: {str(error).splitlines()[0]}{about}") from None
+            error_key = str(getattr(error, "full_key", None) or section)
+            if isinstance(error, ConfigKeyError) and error_key.startswith(str(section)):
+                value = reduce(_child, error_key.split("."), plain)
+                raise UserError(_unknown_key(error_key, value, where)) from None
+            deepest = _deepest_failing_key(merged, str(section), plain[section])
+            # for an entry of a list, omegaconf names only the last part of the key
+            inside = "" if deepest.startswith(error_key) or error_key.startswith(deepest) else f"{error_key} of "
+            key = error_key if error_key.startswith(deepest) else f"{inside}{deepest}"
+            hint = _entry_hint(error) or _map_hint(key)
+            message = re.sub(r"^Key '.*?' not in '\w+'", "not a known key", str(error).splitlines()[0])
+            raise UserError(f"{key} in {where}: {message}{hint}") from None
 
 
-def _about_map(key: str) -> str:
-    """How a map of names is written."""
-    of = next((known for known in NAMED_MAPS if key == known or key.startswith(f"{known}.")), "")
-    value = "WEIGHT" if of == "data.mixture" else "PATH"
-    return f"; write '{of}={{NAME: {value}}}', in quotes and with a space after the colon" if of else ""
+def _map_hint(key: str) -> str:
+    """How to write the map that `key` is, or lies in; empty for other keys."""
+    map_key = next((name for name in NAMED_MAPS if key == name or key.startswith(f"{name}.")), "")
+    value = "WEIGHT" if map_key == "data.mixture" else "PATH"
+    return f"; write '{map_key}={{NAME: {value}}}', in quotes and with a space after the colon" if map_key else ""
 
 
-def _about_entry(error: OmegaConfBaseException) -> str:
-    """What a list's entry has, where a key in it is like none of it; else omegaconf names the nearest."""
-    unknown = isinstance(error, ConfigKeyError) and is_dataclass(error.object_type) and "Did you mean" not in str(error)
-    return f", which has {', '.join(fields_of(error.object_type))}" if unknown else ""
+def _entry_hint(error: OmegaConfBaseException) -> str:
+    """The keys of a list's entry, if an unknown key in it resembles none; otherwise omegaconf names the nearest."""
+    entry: Any = error.object_type
+    unknown = isinstance(error, ConfigKeyError) and is_section(entry) and "Did you mean" not in str(error)
+    return f"; an entry has {', '.join(fields_of(entry))}" if unknown else ""
 
 
-def _narrowed(merged: DictConfig, key: str, value: Any) -> str:
-    """The longest key below `key` that cannot be merged, which omegaconf's errors do not always name."""
+def _deepest_failing_key(merged: DictConfig, key: str, value: Any) -> str:
+    """The longest key at or below `key` that cannot be merged. omegaconf's errors do not always name it."""
     for name in value if isinstance(value, dict) else ():
         below = f"{key}.{name}"
         nested = reduce(lambda inner, part: {part: inner}, reversed(below.split(".")), value[name])
         try:
             merged.merge_with(nested)
         except OmegaConfBaseException:
-            return _narrowed(merged, below, value[name])
+            return _deepest_failing_key(merged, below, value[name])
     return key
 
 
-def _inside(node: Any, name: str) -> Any:
+def _child(node: Any, name: str) -> Any:
     return node.get(name) if isinstance(node, dict) else None
 
 
-def _unknown_key(full_key: str, given: Any, where: str) -> str:
-    """The sentence about a key that does not exist; `given`: what was to be set there."""
+def _unknown_key(full_key: str, value: Any, where: str) -> str:
+    """The message for an unknown key, whose value in the source is `value`."""
     if full_key in set(all_keys()):  # in a file, dots do not nest
         nested = ": {".join(full_key.split(".")) + ": …" + "}" * full_key.count(".")
         return f"{full_key} in {where} is written with dots; in a file write {nested}"
     deeper = full_key
-    while isinstance(given, dict) and given and not nearest_keys(deeper, list(all_keys())):
-        name, given = next(iter(given.items()))
+    while isinstance(value, dict) and value and not nearest_keys(deeper, list(all_keys())):
+        name, value = next(iter(value.items()))
         deeper = f"{deeper}.{name}"
-    named = deeper if nearest_keys(deeper, list(all_keys())) else full_key
-    return f"{named} in {where} is not a known key; {about_key(named)}"
+    key = deeper if nearest_keys(deeper, list(all_keys())) else full_key
+    return f"{key} in {where} is not a known key; {unknown_key_hint(key)}"

@@ -1,6 +1,6 @@
-"""The shape of one model, and the report's models (table 1) as values.
+"""ModelConfig, the sizes of one model, and ZOO: the report's models (table 1).
 
-A config only holds values and checks that they fit together; trinity.models builds from it.
+A ModelConfig only holds values and checks that they fit together; trinity.models builds the model.
 """
 
 import math
@@ -8,26 +8,27 @@ from dataclasses import dataclass, replace
 
 from trinity.errors import UserError
 
-MOST = 1 << 16
-"""Most layers, heads and features of a head: a thousand times the report's, and still quick to build."""
-LARGEST = 1 << 44
+MOST_PER_FIELD = 1 << 16
+"""Most layers, heads and features per head: a thousand times the report's, and still quick to build."""
+MOST_ELEMENTS = 1 << 44
 """Most elements of one tensor: thousands of times those of the report's largest."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of one model. Widths are numbers of features, never bytes."""
+    """Architecture of one model. Widths are numbers of features."""
 
     name: str = "smoke"
-    """Model whose sizes the other fields start from: smoke, nano, mini or large. init.hf and init.run win over it."""
+    """Model of the zoo whose sizes are the defaults of the other fields: smoke, nano, mini or large. The sizes of
+    init.hf or init.run win over it."""
     vocab_size: int = 8192
     """V: vocabulary size, the rows of the embedding and of the LM head."""
     width: int = 256
     """d: model width (hidden size)."""
     layers: int = 5
-    """L: number of transformer blocks, dense ones included."""
+    """L: number of transformer blocks (layers), dense ones included."""
     dense_layers: int = 1
-    """Number of first blocks with a dense FFN in place of an MoE layer."""
+    """Number of blocks, from the first, with a dense FFN in place of an MoE layer."""
     dense_width: int = 768
     """Width of the dense FFN (intermediate size)."""
     heads: int = 4
@@ -35,34 +36,34 @@ class ModelConfig:
     kv_heads: int = 2
     """h_kv: number of key and value heads; divides h_q."""
     head_dim: int = 64
-    """d_h: width of one head, even; h_q·d_h need not be d."""
+    """d_h: width of one attention head, even; h_q·d_h may differ from d."""
     window: int = 128
-    """w: sliding window of local layers, in tokens, the token itself included."""
+    """w: sliding attention window of local layers, in tokens, including the token itself."""
     global_every: int = 4
-    """Layer i is global where (i + 1) mod global_every = 0, else local."""
+    """Period of global attention: layer i (from 0) is global if (i + 1) mod global_every = 0, else local."""
     experts: int = 16
     """N_r: number of routed experts per MoE layer."""
     active_experts: int = 4
     """K_r: routed experts per token (top-k)."""
     shared_experts: int = 1
-    """Number of shared experts, which see every token; held as one FFN of this many expert widths."""
+    """Number of shared experts, which process every token; stored as one FFN of shared_experts · expert_width."""
     expert_width: int = 96
     """Width of one expert (intermediate size)."""
     route_scale: float = 2.826
-    """Factor on the gates after they are normalised, eq. 18."""
+    """Factor on the normalised gates of the routed experts, eq. 18."""
     rope_theta: float = 10_000.0
-    """Base of RoPE, which local layers alone have."""
+    """Base θ of RoPE, which only local layers have."""
     norm_eps: float = 1e-5
     """ε of every RMSNorm."""
     max_positions: int = 2048
-    """Context length stated in exported configs, in tokens; nothing in the model depends on it."""
+    """Context length in exported configs, in tokens; it does not change the model."""
 
     def __post_init__(self) -> None:
         check_model(self)
 
     @property
     def init_std(self) -> float:
-        """σ = 0.5/√d of the truncated normal, before its cut (eq. 37)."""
+        """σ = 0.5/√d of the normal distribution before truncation (eq. 37)."""
         return 0.5 / math.sqrt(self.width)
 
     @property
@@ -71,7 +72,7 @@ class ModelConfig:
         return self.layers - self.dense_layers
 
     def is_global(self, layer: int) -> bool:
-        """Whether layer (0-based) sees everything before it, without positional encoding."""
+        """Whether layer `layer`, from 0, has global attention, without positional encoding."""
         return (layer + 1) % self.global_every == 0
 
 
@@ -106,8 +107,8 @@ def check_model(config: ModelConfig) -> None:
         if getattr(c, name) == math.inf:
             raise UserError(f"model.{name}={getattr(c, name)} must be finite")
     for name in ("layers", "heads", "head_dim"):
-        if getattr(c, name) > MOST:
-            raise UserError(f"model.{name}={getattr(c, name)} must be at most {MOST}")
+        if getattr(c, name) > MOST_PER_FIELD:
+            raise UserError(f"model.{name}={getattr(c, name)} must be at most {MOST_PER_FIELD}")
     if c.heads % c.kv_heads:
         allowed = [n for n in range(1, c.heads + 1) if c.heads % n == 0]
         raise UserError(
@@ -126,10 +127,10 @@ def check_model(config: ModelConfig) -> None:
 
 
 def check_size(config: ModelConfig) -> None:
-    """Refuse a model of which a single matrix, or the experts' of a layer, is larger than any machine holds.
+    """Refuse a model with a matrix, or a layer's stacked expert matrices, larger than any machine holds.
 
     Raises:
-        UserError: naming the sizes whose product it is.
+        UserError: naming the sizes whose product is too large.
     """
     c = config
     products = {
@@ -141,8 +142,8 @@ def check_size(config: ModelConfig) -> None:
         "shared_experts × expert_width × width": c.shared_experts * c.expert_width * c.width,
     }
     for names, numbers in products.items():
-        if numbers > LARGEST:
-            raise UserError(f"model.{names} makes {numbers} numbers, at most {LARGEST} can be; use smaller sizes")
+        if numbers > MOST_ELEMENTS:
+            raise UserError(f"model.{names} makes {numbers} numbers, at most {MOST_ELEMENTS} can be; use smaller sizes")
 
 
 _SMOKE = ModelConfig()

@@ -1,12 +1,12 @@
-"""The data of a run by phases: each with everything it inherits from the one before."""
+"""The phases of a run's data, each with the values that it inherits from the phase before."""
 
 from typing import NamedTuple
 
 from trinity.config.run import DataConfig, LengthBiasConfig
 
 
-class WholePhase(NamedTuple):
-    """One phase with every value. mixture holds the sources that are read, with weights that sum to 1."""
+class ResolvedPhase(NamedTuple):
+    """One phase with all of its values. mixture: the sources that are read, with weights that sum to 1."""
 
     tokens: int
     mixture: dict[str, float]
@@ -16,16 +16,18 @@ class WholePhase(NamedTuple):
     length_bias: LengthBiasConfig
 
 
-def whole_phases(data: DataConfig) -> list[WholePhase]:
-    """Phase 0, which begins the run, and those of data.phases."""
+def resolved_phases(data: DataConfig) -> list[ResolvedPhase]:
+    """Phase 0, which starts the run, and the phases of data.phases."""
     mixture = data.mixture or dict.fromkeys(data.train, 1.0)
-    phases = [WholePhase(0, _shares(mixture), data.sequence_length, data.packing, data.rsdb_size, data.length_bias)]
+    phases = [
+        ResolvedPhase(0, _normalized(mixture), data.sequence_length, data.packing, data.rsdb_size, data.length_bias)
+    ]
     for phase in data.phases:
         last = phases[-1]
         phases.append(
-            WholePhase(
+            ResolvedPhase(
                 phase.tokens,
-                _shares(phase.mixture) or last.mixture,
+                _normalized(phase.mixture) or last.mixture,
                 phase.sequence_length or last.sequence_length,
                 phase.packing or last.packing,
                 phase.rsdb_size or last.rsdb_size,
@@ -35,6 +37,6 @@ def whole_phases(data: DataConfig) -> list[WholePhase]:
     return phases
 
 
-def _shares(mixture: dict[str, float]) -> dict[str, float]:
+def _normalized(mixture: dict[str, float]) -> dict[str, float]:
     total = sum(mixture.values())
     return {name: weight / total for name, weight in mixture.items() if weight}

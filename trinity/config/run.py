@@ -1,8 +1,8 @@
-"""The settings of a run: every key that a config file may hold, with its type, default and meaning.
+"""RunConfig, all settings of a run: every key that a config file may hold, with its type, default and meaning.
 
-docs/config.md is made of these docstrings (trinity.config.reference). A default that is the report's says "From the
-report", with the equation or model; one of the recipe's that the report does not give says "Not from the report" and
-why. Token counts may be written 17e12. Fields are checked together in trinity.config.check.
+docs/config.md is made from these docstrings (trinity.config.reference). "From the report": the default is the
+report's, for the model named. "Not from the report: why": the recipe needs a value that the report does not give. Token
+counts may be written 17e12. Values are checked in trinity.config.check.
 """
 
 from dataclasses import dataclass, field
@@ -16,127 +16,132 @@ class RunSection:
     """Name, directory, seed and length of the run."""
 
     name: str = "trinity"
-    """Name in logs and reports; also the run directory, runs/NAME, where run.dir is not given."""
+    """Name of the run in logs and reports. Also names the run directory, runs/NAME, if run.dir is not given."""
     dir: str | None = None
-    """Run directory: configs, metrics, checkpoints, exports. Default: runs/NAME of run.name."""
+    """Run directory, for configs, metrics, checkpoints and exports. Default: runs/NAME, with NAME from run.name."""
     seed: int = 0
-    """Random seed of the initial weights and of the order of the data."""
+    """Random seed for the initial weights and the order of the data."""
     steps: int | None = None
-    """Length of the run in optimizer steps. Give this or run.tokens."""
+    """Length of the run, in optimizer steps. Give either this or run.tokens."""
     tokens: int | None = None
-    """Length of the run in tokens: it ends after the first step that reaches them. Give this or run.steps."""
+    """Length of the run, in tokens: it ends after the first step that reaches this number. Give either this or
+    run.steps."""
     deterministic: bool = False
-    """Use deterministic operations only, and fail where there is none (CUDA; on a CPU all are deterministic)."""
+    """Use only deterministic CUDA operations, and fail on an operation that has no deterministic version. On a CPU all
+    are deterministic."""
     threads: int | None = None
-    """CPU threads per process. Default: the machine's cores divided by its processes."""
+    """CPU threads per process. Default: the machine's cores divided by the number of processes on it."""
 
 
 @dataclass
 class InitConfig:
-    """Initial weights of the run: random by default, or those of a Hugging Face folder or of another run.
+    """Initial weights: random by default, or from a Hugging Face folder (init.hf) or another run (init.run).
 
-    The model's sizes then come from there as well, whatever model.name says; a size given under `model` must be equal.
-    The first evaluation is made before the first step.
+    init.hf and init.run also set the model's sizes, and win over model.name; a size given under `model` must be equal
+    to theirs. With either, the first evaluation comes before the first step.
     """
 
     hf: str | None = None
-    """Hugging Face folder of an AfMoE model: config.json, safetensors, and a tokenizer unless data.tokenizer is
-    given."""
+    """Hugging Face folder of an AfMoE model, with config.json and safetensors files; also with a tokenizer, unless
+    data.tokenizer is given."""
     run: str | None = None
-    """Directory of another run."""
+    """Run directory of another run, to start from one of its checkpoints."""
     step: int | None = None
     """Step of the checkpoint of init.run. Default: the newest complete one."""
     keep: Literal["weights", "optimizer", "all"] = "weights"
-    """What to take from init.run. weights: with the balancing state; optimizer: also its state; all: also data and
-    step."""
+    """What to load from init.run. weights: weights and balancing state (expert biases and their momentum);
+    optimizer: also the optimizer state; all: also the position in the data, the step and the token count."""
 
 
 @dataclass
 class LengthBiasConfig:
-    """Sample long documents more often: one of n tokens with probability floor + (ceiling − floor)·min(1, n/tokens).
+    """Keep a document of n tokens with probability floor + (ceiling − floor)·min(1, n/tokens): favours long documents.
 
-    The report uses 1 % to 90 % at 128k tokens for context extension. By default every document is used.
+    The report uses 1 % to 90 % at 128k tokens for context extension. By default every document is kept.
     """
 
     tokens: int = 131072
-    """Document length, in tokens, from which on the probability is `ceiling`. From the report: 128k."""
+    """Document length, in tokens, from which the probability is `ceiling`. From the report: 128k."""
     floor: float = 1.0
-    """Probability of the shortest documents, above 0; the report's context extension has 0.01."""
+    """Probability of keeping the shortest documents, above 0. The report has 0.01 for context extension."""
     ceiling: float = 1.0
-    """Probability of the longest documents; the report's context extension has 0.9."""
+    """Probability of keeping the longest documents, at most 1. The report has 0.9 for context extension."""
 
 
 @dataclass
 class DataPhaseConfig:
-    """A later phase of the data. A field that is not given stays as in the phase before."""
+    """A later phase of the data. A field that is not given keeps the value of the phase before."""
 
     tokens: int
-    """Start of the phase, in tokens seen before its first step."""
+    """Start of the phase, in tokens trained on before its first step."""
     mixture: dict[str, float] = field(default_factory=dict)
-    """Source name → sampling weight, by tokens. A source that is not named is not read in this phase."""
+    """Source name → sampling weight, by tokens. A source that is not named is not read in this phase. Default: the
+    weights of the phase before."""
     sequence_length: int | None = None
     """Sequence length, in tokens."""
     packing: Literal["sequential", "rsdb"] | None = None
-    """Packing of documents into sequences. Documents that are open at the start of the phase are continued."""
+    """Packing of documents into sequences. A document that is partly used at the start of the phase is continued."""
     rsdb_size: int | None = None
-    """Documents in the RSDB buffer of each stream."""
+    """Documents in the RSDB buffer of each stream (see data.rsdb_size)."""
     length_bias: LengthBiasConfig | None = None
-    """Sampling of documents by length."""
+    """Sampling of documents by length (see data.length_bias)."""
 
 
 @dataclass
 class DataConfig:
-    """Training and validation data, tokenizer, and how documents become sequences."""
+    """Training and validation data, tokenizer, and how documents are packed into sequences."""
 
     train: dict[str, str] = field(default_factory=dict)
-    """Source name → folder or URL of token shards made by tools/prepare_data.py; or text that is tokenised while the
-    run reads it: a file, a folder or a pattern, as tools/prepare_data.py takes."""
+    """Source name → training data: a folder or URL of token shards made by tools/prepare_data.py; or text, which is
+    tokenised during the run: a file, a folder or a pattern, as for tools/prepare_data.py."""
     validation: dict[str, str] = field(default_factory=dict)
-    """Validation set name → folder or URL of token shards, or text."""
+    """Validation set name → validation data: a folder or URL of token shards, or text, as for data.train."""
     text_field: str = "text"
-    """Field of a JSON line, or column of a Parquet file, that holds the text."""
+    """Field of a JSON line, or column of a Parquet file, with the text. Only for sources that are text."""
     tokenizer: str | None = None
-    """Tokenizer folder. It is copied into the run directory and into exports, and its byte lengths give bits per byte.
-    Default: that of init.hf."""
+    """Tokenizer folder. It is copied into the run directory and into exports. Bits per byte are computed from the byte
+    lengths of its tokens. Default: the tokenizer of init.hf."""
     sequence_length: int = 2048
     """Sequence length, in tokens. The report has 4096 for Nano and Mini, 8192 for Large."""
     packing: Literal["sequential", "rsdb"] = "sequential"
-    """Packing of documents into sequences. sequential: the rest of a document begins its stream's next sequence. rsdb:
-    each sequence from documents picked at random among those that the stream has open (Random Sequential Document
-    Buffer). From the report: sequential, and rsdb in Large's last phase."""
+    """Packing of documents into sequences. sequential: a document that does not fit is continued in its stream's next
+    sequence. rsdb: Random Sequential Document Buffer; each sequence takes its documents at random from the buffer of
+    its stream. From the report: sequential, and rsdb in Large's last phase."""
     rsdb_size: int = 1024
-    """Documents in the RSDB buffer of each stream; it holds up to twice as many. Not from the report per stream: 1024
-    in each of Large's 8192 streams are 4096 for each GPU."""
+    """Documents in the RSDB buffer of each stream; up to twice this number are held. Not from the report: it counts
+    documents per GPU; 1024 in each of Large's 8192 streams are 4096 per GPU on 2048 GPUs."""
     document_mask: bool = False
-    """Mask attention between documents. From the report: off for Nano and Mini, on for Large."""
+    """Document masking: no attention between documents of one sequence. From the report: off for Nano and Mini, on for
+    Large."""
     loss_on_document_start: bool = True
-    """Whether the beginning-of-text token after a document is a target of the loss. Not from the report."""
+    """Whether the BOS token that begins the next document is a target of the loss. Not from the report: it does not
+    say."""
     streams: int = 48
-    """V: logical streams that the data is split into; fixed for the run, and a multiple of any number of data ranks.
-    Not from the report: they make the order of the data independent of the number of processes."""
+    """V: number of logical data streams; fixed for the run. Must be a multiple of every number of data ranks that the
+    run will use. Not from the report: streams make the order of the data independent of the number of processes."""
     mixture: dict[str, float] = field(default_factory=dict)
-    """Source name → sampling weight, by tokens. Default: equal weights."""
+    """Source name → sampling weight, by tokens. Weights need not sum to 1. Default: equal weights."""
     length_bias: LengthBiasConfig = field(default_factory=LengthBiasConfig)
-    """Sampling of documents by length; all are used by default."""
+    """Sampling of documents by length. Default: every document is kept."""
     phases: list[DataPhaseConfig] = field(default_factory=list)
-    """Later phases of the data, each from a number of tokens on."""
+    """Later phases of the data, each from its number of tokens on, in ascending order."""
     exhausted: Literal["repeat", "end"] = "repeat"
-    """At the end of a stream's documents of a source. repeat: read them again in another order; end: end the run with
-    the last whole step. Not from the report."""
+    """What to do when a stream has read all documents of a source. repeat: read them again in another order; end: end
+    the run after the last complete step. Not from the report: it does not say."""
     workers: int = 1
-    """Data loader processes per rank; 0: the training process makes each batch when it needs it."""
+    """Data loader processes per rank; 0: the training process itself makes each batch."""
     verify: Literal["auto", "always", "never"] = "auto"
-    """Check the checksums of shards at the start; auto: of shards below 256 MiB. Sizes are always checked."""
+    """Verify checksums of shards at the start. auto: only for shards below 256 MiB. File sizes are always checked."""
 
 
 @dataclass
 class RampEntryConfig:
-    """A later global batch size."""
+    """A later size of the global batch."""
 
     tokens: int
-    """Start, in tokens seen before the first step of this size."""
+    """Start, in tokens trained on before the first step with this size."""
     sequences: int
-    """Global batch from there on, in sequences."""
+    """Size of the global batch, in sequences."""
 
 
 @dataclass
@@ -144,21 +149,22 @@ class BatchConfig:
     """Global batch and microbatch."""
 
     sequences: int = 8
-    """Global batch of one optimizer step, in sequences. The report has 4096 for Nano and Mini, 12288 for Large."""
+    """Global batch: sequences per optimizer step, over all ranks. The report has 4096 for Nano and Mini, 12288 for
+    Large."""
     microbatch: int = 8
-    """Largest number of sequences in one forward pass of a rank; the largest divisor of its share of the batch that is
-    not larger is used."""
+    """Microbatch: most sequences in one forward pass of a rank. The rank uses the largest divisor of its share of the
+    global batch up to this number, and accumulates gradients."""
     ramp: list[RampEntryConfig] = field(default_factory=list)
-    """Later global batches, each from a number of tokens on. The report has 8192 for Nano and Mini, 16384 for Large
-    from 4.9e12 tokens on."""
+    """Later sizes of the global batch, each from its number of tokens on. The report has 8192 for Nano and Mini, 16384
+    for Large from 4.9e12 tokens on."""
 
 
 @dataclass
 class MuonConfig:
-    """Muon, for the hidden matrices.
+    """Muon, the optimizer of the hidden matrices.
 
-    The report gives the learning rates, and says that it built on the Dion repository; that repository's defaults stand
-    for what the report does not give.
+    The report gives the learning rates and says that its Muon builds on the Dion repository; values that the report
+    does not give are that repository's defaults.
     """
 
     lr: float = 1e-3
@@ -169,8 +175,8 @@ class MuonConfig:
     nesterov: bool = True
     """Nesterov momentum. Not from the report: Dion's default."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, multiplied by the learning rate before eq. 41's factor. Not from the report: Dion's
-    default."""
+    """Decoupled weight decay; it is multiplied by the learning rate, without the factor of eq. 41. Not from the report:
+    Dion's default."""
     coefficients: Literal["dion", "keller", "polar_express"] = "dion"
     """Set of Newton-Schulz coefficients. Not from the report: Dion's default."""
     steps: int = 5
@@ -178,48 +184,50 @@ class MuonConfig:
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Data type of the Newton-Schulz iteration. Not from the report: Dion's default."""
     starved: Literal["decay", "full"] = "decay"
-    """Update of an expert that had no token in this step. decay: shrinks with its momentum; full: a full step along its
-    old momentum. Not from the report: it does not say; decay keeps an unused expert from drifting at full speed."""
+    """Update of an expert that got no token in this step. decay: scaled down as its momentum decays; full: a full step
+    along its old momentum. Not from the report: it does not say; decay keeps an unused expert from moving at full
+    speed."""
     wire: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
-    """Data type in which matrices are sent to the rank that orthogonalises them, and results back and among replicas;
-    auto: optim.muon.dtype. Not from the report."""
+    """Communication data type: for sending matrices to the rank that orthogonalises them, and the results back and
+    between replicas. auto: optim.muon.dtype. Not from the report: it does not say."""
     share: Literal["auto", "on", "off"] = "auto"
-    """Split the orthogonalisation among replicas; auto: where that saves more time than it takes. Not from the
-    report."""
+    """Divide the orthogonalisation among the HSDP replicas. auto: if that saves more time than its communication takes.
+    Not from the report."""
 
 
 @dataclass
 class AdamWConfig:
-    """AdamW, for the embedding, the LM head and the norms' gains (and the router, where optim.router says so)."""
+    """AdamW, the optimizer of the embedding, the LM head and the norms' gains; also of the router with
+    optim.router=adamw."""
 
     lr: float = 3e-4
     """Peak learning rate. From the report: Nano; 2e-4 for Mini and Large."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """β₁ and β₂: decay of the first and second moment. Not from the report: the usual values of language models."""
+    """β₁ and β₂: decay of the first and second moment. Not from the report: the usual values for language models."""
     eps: float = 1e-8
-    """ε: added to the root of the second moment. Not from the report: the usual value."""
+    """ε: added to the square root of the second moment. Not from the report: the usual value."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; the norms' gains have none. Not from the report: the same as Muon's."""
+    """Decoupled weight decay, for all but the norms' gains. Not from the report: the same as Muon's."""
 
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate schedule, as a fraction of the peak rates: linear warm-up, constant, decay, then `final`."""
+    """Learning rate schedule, as a fraction of the peak rates: linear warm-up, constant, decay, constant `final`."""
 
     warmup_steps: int = 2000
-    """Linear warm-up, in optimizer steps; 0: none. From the report."""
+    """Length of the linear warm-up from 0, in optimizer steps; 0: none. From the report."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """Shape of the decay from the peak to `final`. The report has linear for Nano and Mini, cosine for Large."""
     decay_start_tokens: int | None = None
-    """Start of the decay, in tokens seen. Give this or decay_start_steps."""
+    """Start of the decay, in tokens trained on. Give either this or decay_start_steps."""
     decay_start_steps: int | None = None
-    """Start of the decay, in optimizer steps."""
+    """Start of the decay, in optimizer steps. Give either this or decay_start_tokens."""
     decay_tokens: int | None = None
-    """Length of the decay, in tokens. Default: to the end of the run."""
+    """Length of the decay, in tokens, with decay_start_tokens. Default: to the end of the run."""
     decay_steps: int | None = None
-    """Length of the decay, in optimizer steps. Default: to the end of the run."""
+    """Length of the decay, in optimizer steps, with decay_start_steps. Default: to the end of the run."""
     final: float = 0.0
-    """Fraction of the peak rate at the end of the decay and after it. From the report: Nano and Mini; 0.1 for Large."""
+    """Fraction of the peak rate from the end of the decay on. From the report: Nano and Mini; 0.1 for Large."""
 
 
 @dataclass
@@ -229,19 +237,20 @@ class OptimConfig:
     muon: MuonConfig = field(default_factory=MuonConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     router: Literal["muon", "adamw"] = "muon"
-    """Optimizer of the router. From the report, as far as it says: Muon for "hidden layers"."""
+    """Optimizer of the router. From the report, which names Muon for "hidden layers" and not the router itself."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip_norm: float = 1.0
-    """Clip gradients to this global norm; 0: no clipping. Not from the report: the usual value."""
+    """Gradient clipping: largest global norm of the gradients; 0: no clipping. Not from the report: the usual value."""
 
 
 @dataclass
 class BalancingConfig:
-    """Load balancing of the experts: once per optimizer step, by the token counts of the whole global batch."""
+    """Load balancing of the experts. The expert biases change once per optimizer step, by the token counts of the whole
+    global batch."""
 
     kind: Literal["smebu", "sign", "none"] = "smebu"
-    """smebu: eq. 23-28; sign: auxiliary-loss-free with re-centring, eq. 19-22. From the report: smebu for Large, sign
-    for Nano and Mini."""
+    """Rule that updates the expert biases. smebu: SMEBU, eq. 23-28; sign: auxiliary-loss-free balancing with
+    re-centring, eq. 19-22. From the report: smebu for Large, sign for Nano and Mini."""
     rate: float = 5e-4
     """λ of SMEBU: step size of the expert bias. From the report: Large."""
     kappa: float = 2.0
@@ -256,44 +265,45 @@ class BalancingConfig:
 
 @dataclass
 class LossConfig:
-    """Terms of the loss beside cross-entropy."""
+    """Terms of the loss in addition to the cross-entropy."""
 
     z: float = 0.0
-    """z-loss: coefficient of lse² of the LM head's logits; 0: none. The report has 1e-6 for Large."""
+    """Coefficient of the z-loss, logsumexp² of the LM head's logits; 0: none. The report has 1e-6 for Large."""
 
 
 @dataclass
 class ParallelConfig:
-    """Mesh: processes = replicate · shard · context; `expert` divides shard · context."""
+    """Device mesh: processes = replicate · shard · context; `expert` divides shard · context."""
 
     replicate: int = 1
-    """HSDP replicas: copies of the model; −1: what is left of the processes."""
+    """HSDP: number of replicas (copies of the model); −1: the number of processes divided by shard · context."""
     shard: int = -1
-    """FSDP: ranks that one copy is sharded over; −1: what is left of the processes. The report has 128."""
+    """FSDP: ranks that one copy of the model is sharded over; −1: the number of processes divided by
+    replicate · context. The report has 128."""
     expert: int = 1
-    """Expert parallelism: neighbouring ranks that split the experts among them. The report has 8 for Large."""
+    """Expert parallelism: neighbouring ranks that divide the experts among themselves. The report has 8 for Large."""
     context: int = 1
-    """Context parallelism: ranks that split a sequence. Not built yet: 1 is the only value."""
+    """Context parallelism: ranks that divide a sequence among themselves. Not built yet: must be 1."""
     exchange: Literal["auto", "all_to_all", "deep_ep"] = "auto"
-    """How tokens are sent to experts on other ranks; auto: all_to_all, of torch.distributed. deep_ep needs that
-    package."""
+    """Token dispatch to experts on other ranks. all_to_all: by torch.distributed; deep_ep: by the package DeepEP. auto:
+    all_to_all."""
     defer_reduce: Literal["auto", "on", "off"] = "auto"
-    """Reduce gradients after the step's last microbatch only, which saves traffic and costs memory for whole gradients;
-    auto: where these take at most a quarter of the device's memory."""
+    """Reduce gradients only after the step's last microbatch. Saves communication, but holds unsharded gradients.
+    auto: on if these take at most a quarter of the device's memory."""
 
 
 @dataclass
 class KernelsConfig:
-    """Implementation of each operation; auto: the fastest that is installed and runs on the device."""
+    """Implementation of each operation. auto: the fastest one that is installed and runs on the device."""
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
-    """Softmax attention. auto: flash4, flash2 (packages) or varlen (torch) on a GPU in 16 bits, else sdpa."""
+    """Softmax attention. auto: on a GPU in 16 bits flash4 or flash2 (packages) or varlen (torch), else sdpa (torch)."""
     experts: Literal["auto", "triton", "reference", "grouped_mm", "megablocks", "transformer_engine"] = "auto"
-    """Routed experts. The last three are other packages', to measure against. Here and below, auto: triton on a GPU,
-    for the sizes that it takes, else reference (torch)."""
+    """Routed experts. grouped_mm (torch), megablocks and transformer_engine (packages) are for comparison. Here and
+    below, auto: triton on a GPU, for the sizes that it supports, else reference (torch)."""
     experts_recompute: bool = False
-    """Recompute the experts' pre-activations in backward (triton): 4·F bytes per row less memory, a ninth more
-    arithmetic. F: expert width."""
+    """Recompute the experts' pre-activations in backward (triton only). Saves 4·F bytes per routed row, F the expert
+    width, for a ninth more arithmetic."""
     routing: Literal["auto", "triton", "reference"] = "auto"
     """Router: scores, top-k and gates."""
     head: Literal["auto", "triton", "reference"] = "auto"
@@ -309,46 +319,46 @@ class KernelsConfig:
 
 
 AUTOMATIC = KernelsConfig()
-"""The defaults, shared; nobody writes to it."""
+"""The defaults, as one shared object; read only."""
 
 
 @dataclass
 class PrecisionConfig:
-    """Data types. Parameters and optimizer state are float32, or float64 where precision.compute is."""
+    """Data types. Parameters and optimizer state are float32, or float64 with precision.compute=float64."""
 
     compute: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Matrix products and the residual stream; router, norms and losses are float32 at least. From the report:
-    bfloat16."""
+    """Data type of matrix products and of the residual stream; router, norms and losses are at least float32. From the
+    report: bfloat16."""
     reduce: Literal["bfloat16", "float32", "float64"] = "float32"
-    """Gradient reduction between ranks."""
+    """Data type of the gradient reduction between ranks."""
     fp8: Literal["none", "torchao", "transformer_engine"] = "none"
-    """Library of the 8-bit products of attention, dense FFN and shared experts (trinity.models.fp8). From the report:
-    none; it turned MXFP8 off in Large's run, as one of six changes for stability."""
+    """Library for 8-bit matrix products in attention, dense FFN and shared experts (trinity.models.fp8). From the
+    report: none; MXFP8 was turned off during Large's run, as one of six changes for stability."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints: the whole state of the run."""
+    """Checkpoints: the complete state of the run."""
 
     every: int = 500
-    """Optimizer steps between checkpoints; 0: only at the end and when asked to stop."""
+    """Optimizer steps between checkpoints; 0: only at the end of the run and when it is asked to stop."""
     keep: int = 2
-    """Newest complete checkpoints that are kept."""
+    """Number of newest complete checkpoints to keep."""
     keep_every: int = 0
-    """Keep every checkpoint whose step is a multiple of this, for ever; 0: none."""
+    """Also keep every checkpoint whose step is a multiple of this number, forever; 0: none."""
     asynchronous: bool = True
-    """Write in the background, from a copy of the state in host memory, while training goes on."""
+    """Write checkpoints in the background, from a copy of the state in host memory, while training continues."""
     url: str | None = None
-    """Folder, or URL that fsspec can write such as s3://bucket/run, for this run's checkpoints alone. Default:
-    checkpoints/ of the run directory."""
+    """Folder or fsspec URL, such as s3://bucket/run, for the checkpoints of this run only. Default: checkpoints/ in the
+    run directory."""
 
 
 @dataclass
 class ExportConfig:
-    """Export to Hugging Face folders during the run."""
+    """Exports to Hugging Face folders during the run."""
 
     every: int = 0
-    """Optimizer steps between exports into hf/ of the run directory; 0: only by tools/export_hf.py."""
+    """Optimizer steps between exports into hf/ in the run directory; 0: only by tools/export_hf.py."""
 
 
 @dataclass
@@ -356,85 +366,88 @@ class EvaluationConfig:
     """Validation loss and samples during the run."""
 
     every: int = 0
-    """Optimizer steps between evaluations; 0: none. Otherwise the last step is evaluated as well, and a model that init
-    continues before its first step."""
+    """Optimizer steps between evaluations; 0: none. If not 0, the last step is evaluated as well; with init, also the
+    model before its first step."""
     sequences: int = 64
-    """Most sequences of each validation set that are read."""
+    """Most sequences to read from each validation set."""
     prompts: list[str] = field(default_factory=list)
-    """Prompts that every evaluation continues greedily, into samples.jsonl; needs a tokenizer."""
+    """Prompts that each evaluation continues by greedy decoding, into samples.jsonl. Needs a tokenizer."""
     sample_tokens: int = 64
-    """Most tokens generated for each prompt; fewer where the document ends."""
+    """Most tokens to generate per prompt; fewer if the document ends."""
 
 
 @dataclass
 class ProfileConfig:
-    """torch.profiler on some steps, into profile/ of the run directory."""
+    """Profiling of some steps with torch.profiler, into profile/ in the run directory."""
 
     steps: Any = None
-    """Steps to profile: 10, 10-12 (first to last), or a list of either. Default: none."""
+    """Steps to profile, counted from 1: 10, 10-12 (first to last), or a list of either. Default: none."""
     ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that are profiled."""
+    """Ranks to profile, counted from 0."""
     memory: bool = False
-    """Also profile memory: a column of the table and, on a GPU, a snapshot for pytorch.org/memory_viz."""
+    """Profile memory as well: a column in the table and, on a GPU, a snapshot for pytorch.org/memory_viz."""
 
 
 @dataclass
 class LogConfig:
-    """Console, experiment trackers, and how often costlier figures are taken."""
+    """Console output, experiment trackers, and intervals of the costlier measurements."""
 
     every: int = 1
-    """Optimizer steps between lines on the console; metrics.jsonl has every step."""
+    """Optimizer steps between lines on the console. metrics.jsonl records every step."""
     wandb: str | None = None
-    """Weights & Biases project; offline where there is no API key. Default: off."""
+    """Weights & Biases project; offline if there is no API key. Default: no logging to Weights & Biases."""
     tensorboard: bool = False
-    """Write TensorBoard events into tensorboard/ of the run directory."""
+    """Write TensorBoard events into tensorboard/ in the run directory."""
     router_every: int = 50
-    """Optimizer steps between lines of router.jsonl: load and bias of every expert; 0: none."""
+    """Optimizer steps between lines of router.jsonl, with load and bias of every expert; 0: none."""
     norms_every: int = 100
-    """Optimizer steps between weight and update norms by parameter group; 0: none. Takes a copy of the rank's weights
-    in host memory during the step."""
+    """Optimizer steps between measurements of weight and update norms per parameter group; 0: none. Each takes a copy
+    of the rank's weights in host memory during the step."""
     probe_every: int = 100
-    """Optimizer steps between probes: the largest attention logit (sampled), and how far the ranks' speeds differ; 0:
-    none. Takes one more forward pass of one sequence per rank."""
+    """Optimizer steps between probes of the largest attention logit (sampled) and of straggler ranks; 0: none. Each
+    takes one more forward pass of one sequence per rank."""
     het_sequences: int = 1
-    """Group size of BatchHet (eq. 40), in sequences in stream order, so that it does not depend on the microbatch. Not
-    from the report."""
+    """Group size of BatchHet (eq. 40), in sequences in stream order. Not from the report: fixed groups make the value
+    independent of the microbatch."""
 
 
 @dataclass
 class SpikeConfig:
-    """Loss spikes: a step whose loss or gradient norm is far above those of the last steps (OLMo's rule)."""
+    """Loss spikes: steps whose loss or gradient norm is far above that of the steps before (OLMo's rule)."""
 
     action: Literal["none", "warn", "skip", "rollback"] = "warn"
-    """warn: log an event; skip: skip the update; rollback: load the last checkpoint, and go on past the data since
-    then. Not from the report: OLMo's rule."""
+    """Reaction to a spike. warn: log an event; skip: skip the optimizer update; rollback: load the last checkpoint and
+    skip the data read since then. Not from the report: OLMo's rule."""
     sigma: float = 6.0
-    """Standard deviations above the mean that make a spike. Not from the report: OLMo's value."""
+    """Threshold of a spike, in standard deviations above the mean. Not from the report: OLMo's value."""
     window: int = 128
-    """Ordinary steps that mean and deviation are taken over. Not from the report: OLMo's value."""
+    """Number of steps without a spike over which mean and deviation are taken. Not from the report: OLMo's value."""
 
 
 @dataclass
 class HealthConfig:
-    """When the run warns, rolls back or stops by itself."""
+    """Monitoring: when the run warns, rolls back or stops."""
 
     bad_steps: int = 10
-    """Consecutive steps with a loss or gradient that is not finite, after which the run stops with exit code 3. Not
-    from the report."""
+    """Stop with exit code 3 after this many consecutive steps with a loss or gradient that is not finite. Not from the
+    report: it does not say."""
     heartbeat_seconds: float = 180
-    """Watchdog: seconds without progress after which a process ends with code 1, ten times as long until the first step
-    is done; 0: never. From the report: an alarm after 3 minutes."""
+    """Watchdog timeout, in seconds: a process without progress for this long exits with code 1; 0: off. The timeout is
+    ten times as long until the first step is done. From the report: an alarm after 3 minutes."""
     spike: SpikeConfig = field(default_factory=SpikeConfig)
-    """Reaction to loss spikes."""
+    """Detection of loss spikes, and the reaction to them."""
     rollbacks: int = 10
-    """Most rollbacks after spikes; then the run stops with exit code 3. Not from the report."""
+    """Most rollbacks after loss spikes; the next spike stops the run with exit code 3. Not from the report: it does not
+    say."""
     violation_factor: float = 3.0
-    """Warn of a layer whose MaxVio is this many times its lowest so far, and above 1; 0: never. Not from the report."""
+    """Warn of a layer whose MaxVio is above 1 and at least this many times its lowest value so far; 0: never. Not from
+    the report: it does not say."""
     dead_steps: int = 200
-    """Warn of an expert without a token for this many consecutive steps; 0: never. Not from the report."""
+    """Warn of an expert that got no token for this many consecutive steps; 0: never. Not from the report: it does not
+    say."""
     slow_factor: float = 1.5
-    """Straggler detection: warn of a rank whose attention takes this many times as long as the median rank's, in three
-    consecutive probes (log.probe_every); 0: never. Not from the report."""
+    """Straggler detection: warn of a rank whose attention time is this many times the median of the ranks, in three
+    consecutive probes (log.probe_every); 0: never. Not from the report: it does not say."""
 
 
 @dataclass
@@ -453,10 +466,10 @@ class RunConfig:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: Literal["none", "block", "selective"] = "none"
-    """Activation checkpointing. block: recompute each block in backward, but for its routing; selective: recompute what
-    is cheap, and keep attention, experts and exchanges."""
+    """Activation checkpointing: activations to recompute in backward. block: all of each block but its routing;
+    selective: only cheap operations, keeping the outputs of attention, experts and communication."""
     compile: Literal["none", "block"] = "none"
-    """torch.compile of each block, without the routed experts."""
+    """torch.compile. block: compile each block, without its routed experts."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -1,7 +1,7 @@
-"""Sampling from a model, for a look at what it has learned.
+"""Sample text from a model, for a quick look at what it has learned.
 
-Every new token is one whole forward over everything before it: there is no cache of keys and values, so the time grows
-with the square of the length. Serving is what exported folders are for.
+Every new token takes a forward pass over the whole text: there is no key-value cache, so the time grows with the square
+of the length. To serve a model, export it.
 
 Shapes: S tokens so far, V vocabulary.
 """
@@ -24,7 +24,7 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = (),
 ) -> list[int]:
-    """The tokens that `stream` yields, as a list."""
+    """The new tokens as a list; for the arguments see `stream`."""
     return list(stream(model, token_ids, max_new_tokens, temperature, top_p, seed, stop_ids))
 
 
@@ -37,18 +37,19 @@ def stream(
     seed: int = 0,
     stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """Tokens that continue a text, each as soon as it is chosen.
+    """Continue a prompt; yields each new token as soon as it is sampled.
 
     Args:
         model: on any device; not sharded.
-        token_ids: what comes before, at least one token.
-        max_new_tokens: the most that come.
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_p: only the likeliest tokens that together have this probability (Holtzman et al., arXiv 1904.09751).
+        token_ids: the prompt, at least one token.
+        max_new_tokens: most tokens to generate.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_p: nucleus sampling: sample from the likeliest tokens that together have this probability (Holtzman et al.,
+            arXiv 1904.09751).
         seed: the same seed gives the same tokens.
-        stop_ids: tokens that end the text; the one that does comes last.
+        stop_ids: tokens that end the text; the stop token is yielded last.
     Raises:
-        UserError: no token to begin with, or a temperature or top_p that means nothing.
+        UserError: the prompt is empty, or temperature or top_p is out of range.
     """
     if not token_ids:
         raise UserError("there is no token to continue; give a prompt that is not empty")
@@ -78,14 +79,14 @@ def distribution(logits_V: Tensor, temperature: float, top_p: float) -> Tensor:
     Args:
         logits_V: [V] fp32.
         temperature: greater than 0.
-        top_p: the smallest set of likeliest tokens whose probability reaches it stays; the others get 0.
+        top_p: the smallest set of likeliest tokens whose total probability reaches it is kept; the others get 0.
     Returns:
         [V] fp32, summing to 1.
     """
     probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
-    if top_p == 1:  # rounding in the sum below would drop a few of the unlikeliest
+    if top_p == 1:  # rounding of the sum below could drop the least likely tokens
         return probabilities_V
     ranked_V, order_V = probabilities_V.sort(descending=True, stable=True)
-    before_V = ranked_V.cumsum(dim=-1) - ranked_V  # the first token has nothing before it, so it always stays
+    before_V = ranked_V.cumsum(dim=-1) - ranked_V  # 0 for the likeliest token, so that it is always kept
     kept_V = ranked_V.where(before_V < top_p, 0)
     return torch.zeros_like(probabilities_V).scatter(0, order_V, kept_V / kept_V.sum())

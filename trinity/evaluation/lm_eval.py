@@ -1,8 +1,8 @@
-"""Named tasks through lm-evaluation-harness (the package lm-eval), where it is installed.
+"""Run tasks of lm-evaluation-harness (the optional package lm-eval) on a Hugging Face folder.
 
-It runs the folder with transformers, whose AfMoE computes what ours does, and which has what generating tasks need: a
-cache of keys and values. Documents of our models begin with BOS, so every prompt is given it. Tasks fetch their data
-sets from the Hugging Face hub unless these are in its cache, or the task is of a folder of the user's own.
+lm-eval runs the folder with transformers, whose AfMoE computes the same as Trinity and which has a key-value cache for
+tasks that generate. Training documents begin with BOS, so every prompt gets BOS. Tasks download their data sets from
+the Hugging Face hub, unless these are in its cache or the task is a file of the user's own.
 """
 
 from pathlib import Path
@@ -25,19 +25,20 @@ def run_tasks(
     device: str = "cpu",
     task_folder: Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Every figure that the harness finds, by task: {"arc_easy": {"acc": 0.25, "acc_stderr": …}}.
+    """Task → metric → value, as lm-eval reports them: {"arc_easy": {"acc": 0.25, "acc_stderr": …}}.
 
     Args:
         folder: a Hugging Face folder with a tokenizer.
-        tasks: names that lm-eval knows, or of files in task_folder.
-        limit: items of each task, at most.
-        window: tokens that the model sees, at most; by default what its config.json says.
-        dtype: of the matrices; float32, because transformers routes in this format, and bfloat16 picks other experts.
+        tasks: tasks of lm-eval, or of files in task_folder.
+        limit: most items of each task.
+        window: most tokens of context. Default: the context length of config.json.
+        dtype: data type of the matrices. float32, because transformers computes the router in this data type, and in
+            bfloat16 it would choose other experts.
         device: where to compute.
-        task_folder: YAML files of tasks of one's own.
+        task_folder: folder with YAML files of the user's own tasks.
     Raises:
-        UserError: lm-eval is not installed, or does not know a task; the tokenizer has ids that the model does not.
-        Failure: a data set that cannot be fetched.
+        UserError: lm-eval is not installed or does not know a task; or the tokenizer has ids beyond the model's.
+        Failure: a data set cannot be downloaded.
     """
     try:
         import lm_eval
@@ -47,15 +48,20 @@ def run_tasks(
     manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise UserError(f"--tasks {unknown[0]} is not known to lm-eval; `lm-eval ls tasks` lists what is")
+        raise UserError(f"--tasks {unknown[0]} is not known to lm-eval; `lm-eval ls tasks` lists the known ones")
     _check_tokenizer(folder)
-    arguments = {"pretrained": str(folder), "dtype": dtype, "add_bos_token": True, "local_files_only": True}
+    model_args: dict[str, Any] = {
+        "pretrained": str(folder),
+        "dtype": dtype,
+        "add_bos_token": True,
+        "local_files_only": True,
+    }
     if window is not None:
-        arguments["max_length"] = window
+        model_args["max_length"] = window
     try:
-        found = lm_eval.simple_evaluate(
+        evaluation = lm_eval.simple_evaluate(
             model="hf",
-            model_args=arguments,
+            model_args=model_args,
             tasks=tasks,
             limit=limit,
             device=device,
@@ -63,25 +69,26 @@ def run_tasks(
             task_manager=manager,
             log_samples=False,
         )
-    except ImportError as error:  # its transformers backend needs more than the package alone
+    except ImportError as error:  # its transformers backend needs further packages
         raise UserError(f"{INSTALL} ({error})") from None
     except (ConnectionError, OSError) as error:
-        raise Failure(f"lm-eval could not get what its tasks need ({' '.join(str(error).split())})") from error
-    return {task: _figures(values) for task, values in found["results"].items()}
+        raise Failure(f"lm-eval could not download the data of its tasks ({' '.join(str(error).split())})") from error
+    return {task: _metrics(values) for task, values in evaluation["results"].items()}
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raises UserError for a tokenizer that does not fit the model, where transformers would fail at the first such id.
+    """Refuse a tokenizer with ids beyond the model's: transformers would fail at the first such id.
 
-    A folder that lacks one of the files is left to transformers.
+    If one of the files is missing, transformers reports it.
     """
-    if (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file():
-        rows = read_json(folder / "config.json").get("vocab_size")
+    config = read_json(folder / "config.json") if (folder / "tokenizer.json").is_file() else None
+    if config is not None:
+        rows = config.get("vocab_size")
         if isinstance(rows, int):
             special_ids(folder, rows)
 
 
-def _figures(values: dict[str, Any]) -> dict[str, float]:
-    """`acc_norm,none` is lm-eval's name for the figure acc_norm of the filter none, which filters nothing."""
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """Metric → value. lm-eval names the metric acc_norm with the filter none (no filter) `acc_norm,none`."""
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
     return {name.removesuffix(",none"): value for name, value in numbers.items()}

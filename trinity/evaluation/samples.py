@@ -1,11 +1,11 @@
-"""What a model in training says: fixed prompts, each continued by the likeliest tokens.
+"""Samples during training: fixed prompts, each continued by greedy decoding.
 
-A sharded model is called by all ranks or not at all. So every rank continues every prompt, always by the same number of
-tokens: a rank that stopped at a document's end would leave the others waiting. Texts are cut there afterwards.
+The forward pass of a sharded model is a collective. So every rank continues every prompt by the same number of tokens:
+a rank that stopped at the end of a document would leave the others waiting. Texts are cut at that end afterwards.
 
-All prompts go together, padded on the right to one length that never changes: attention looks only to the left and
-routing drops no token, so what stands on the right changes nothing, and compiled blocks are compiled once. Each token
-is a whole forward pass, in which a sharded model gathers all of its weights: on a large mesh ask for few tokens.
+All prompts form one batch, padded on the right to a constant length: attention is causal and routing drops no token, so
+padding changes nothing, and compiled blocks are compiled once. Each token takes a forward pass, in which a sharded
+model gathers all of its weights: generate few tokens on a large mesh.
 
 Shapes: P prompts, S tokens of the longest prompt with its continuation, V vocabulary.
 """
@@ -21,21 +21,23 @@ from trinity.interop.tokenizer_files import special_ids
 
 
 @torch.no_grad()
-def greedy(
+def greedy_decode(
     model: Callable[[Tensor], Tensor],
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     device: torch.device,
     beat: Callable[[], None] | None = None,
 ) -> list[list[int]]:
-    """The likeliest continuation of each prompt, token by token; ties go to the smaller id.
+    """Continue each prompt by greedy decoding; of equally likely tokens the smaller id is taken.
 
     Args:
         model: tokens [P, S] → logits [P, S, V]; called `new_tokens` times, sharded or not.
-        prompts: each at least one token.
-        new_tokens: how many are made for each.
+        prompts: token ids, at least one per prompt.
+        new_tokens: tokens to generate per prompt.
         device: where the model computes.
-        beat: called when a forward pass is done.
+        beat: called after each forward pass.
+    Returns:
+        the new tokens of each prompt.
     """
     longest = max(map(len, prompts))
     tokens_PS = torch.zeros((len(prompts), longest + new_tokens), dtype=torch.int64, device=device)
@@ -43,20 +45,20 @@ def greedy(
         row_S[: len(prompt)] = torch.tensor(prompt)
     rows_P = torch.arange(len(prompts), device=device)
     ends_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    for made in range(new_tokens):
-        logits_PV = model(tokens_PS)[rows_P, ends_P + made - 1]
-        tokens_PS[rows_P, ends_P + made] = logits_PV.argmax(dim=-1)
+    for step in range(new_tokens):
+        logits_PV = model(tokens_PS)[rows_P, ends_P + step - 1]
+        tokens_PS[rows_P, ends_P + step] = logits_PV.argmax(dim=-1)
         if beat is not None:
             beat()
     return [row[len(prompt) : len(prompt) + new_tokens] for row, prompt in zip(tokens_PS.tolist(), prompts)]
 
 
 class Sampler:
-    """Continues the same texts again and again, each as the beginning of a document.
+    """Continue the same prompts at every evaluation, each as the beginning of a document.
 
     Args:
-        prompts: the texts, at least one; an empty one lets the model begin by itself.
-        new_tokens: tokens that are made for each.
+        prompts: the texts, at least one; an empty one is BOS alone.
+        new_tokens: tokens to generate per prompt.
         tokenizer: folder with tokenizer.json.
         vocab_size: V of the model.
     Raises:
@@ -74,10 +76,12 @@ class Sampler:
     def __call__(
         self, model: Callable[[Tensor], Tensor], device: torch.device, beat: Callable[[], None] | None = None
     ) -> list[dict[str, str]]:
-        """{"prompt", "text"} for each prompt, the text without the prompt; every rank must call it."""
-        made = greedy(model, self._ids, self._new_tokens, device, beat)
-        return [{"prompt": prompt, "text": self._text(tokens)} for prompt, tokens in zip(self._prompts, made)]
+        """{"prompt", "text"} for each prompt; the text excludes the prompt. Every rank must call this."""
+        continuations = greedy_decode(model, self._ids, self._new_tokens, device, beat)
+        return [
+            {"prompt": prompt, "text": self._decode(tokens)} for prompt, tokens in zip(self._prompts, continuations)
+        ]
 
-    def _text(self, tokens: list[int]) -> str:
-        end = next((place for place, token in enumerate(tokens) if token in self._stop), len(tokens))
+    def _decode(self, tokens: list[int]) -> str:
+        end = next((index for index, token in enumerate(tokens) if token in self._stop), len(tokens))
         return self._tokenizer.decode(tokens[:end], skip_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Loss on held-out text: nats per token, and bits per byte, which does not depend on the tokenizer."""
+"""Validation loss: nats per token, and bits per byte, which does not depend on the tokenizer."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -22,19 +22,19 @@ def evaluate(
     device: torch.device,
     beat: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: evaluation moves no bias.
+    """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: expert biases do not change.
 
     Args:
-        sequences: this rank's packed rows, as many as the other ranks'.
+        sequences: this rank's packed rows, the same number on every rank.
         microbatch: rows per forward pass.
         byte_lengths_V: [V] bytes of text per token; without it there are no bits per byte.
-        beat: called when a forward pass is done.
+        beat: called after each forward pass.
     Returns:
-        "loss", and "bits_per_byte": Σ CE / ln 2 over the bytes that the targets stand for. The start of the next
-        document is a target of no bytes, so its cost is spread over the text.
+        "loss", and "bits_per_byte": Σ CE / ln 2 / bytes of the targets. BOS, which begins the next document, is a
+        target of 0 bytes, so its loss is spread over the text.
     """
     ce, valid, text_bytes = 0.0, 0, 0
-    for rows in _grouped(sequences, microbatch):
+    for rows in _microbatches(sequences, microbatch):
         targets_BS = torch.stack([row.targets for row in rows])
         documents = torch.stack([row.document_ids for row in rows]).to(device) if document_mask else None
         losses = model(
@@ -53,13 +53,13 @@ def evaluate(
     if dist.is_initialized():
         dist.all_reduce(sums)
     ce, valid, text_bytes = sums.tolist()
-    figures = {"loss": ce / max(valid, 1)}
+    metrics = {"loss": ce / max(valid, 1)}
     if byte_lengths_V is not None:
-        figures["bits_per_byte"] = ce / math.log(2) / max(text_bytes, 1)
-    return figures
+        metrics["bits_per_byte"] = ce / math.log(2) / max(text_bytes, 1)
+    return metrics
 
 
-def _grouped(sequences: Iterable[PackedSequence], size: int) -> Iterator[list[PackedSequence]]:
+def _microbatches(sequences: Iterable[PackedSequence], size: int) -> Iterator[list[PackedSequence]]:
     group: list[PackedSequence] = []
     for sequence in sequences:
         group.append(sequence)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: export_hf writes one of our model, load_hf reads one into it."""
+"""Hugging Face folders: export_hf writes a Trinity model as one, load_hf reads one."""
 
 from trinity.interop.export import export_hf
 from trinity.interop.load import load_hf

@@ -1,8 +1,8 @@
-"""Writes a model as the Hugging Face folder that transformers itself would write.
+"""Export a model as a Hugging Face folder, the same as transformers itself would write.
 
-Tensors are streamed: at any moment there is, beside the model, one matrix of it and one file's tensors on rank 0, and
-one matrix on each rank that helps to gather it.
-The folder is written under another name and renamed when it is complete, so half an export is never taken for one.
+Tensors are streamed. In addition to the model, rank 0 holds one matrix and the tensors of one file, and each rank that
+takes part in a gather holds one matrix. The folder is written under a temporary name and renamed when it is complete,
+so a partial export is never read.
 """
 
 import os
@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trinity.config.hf_config import to_hf_config
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
-from trinity.interop.hf_config import hf_config
-from trinity.interop.tensors import dtypes_of, part_on_first_rank, part_shape
+from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
-from trinity.interop.weight_map import Index, correspondence
+from trinity.interop.weight_map import Index, weight_map
 from trinity.io.json_files import read_json, write_json
 from trinity.io.local import atomic_path, make_folder, sync_folder
 from trinity.models.trinity import Trinity
@@ -34,7 +34,7 @@ from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
 from trinity.terminal import Progress
 
 SHARD_BYTES = 5 * 10**9
-"""The most that one file holds by default."""
+"""Default size limit of one file."""
 
 
 def export_hf(
@@ -49,30 +49,31 @@ def export_hf(
 ) -> Path:
     """Write a model as a folder that transformers, vLLM and llama.cpp read.
 
-    Of a sharded model every rank calls this, because gathering a parameter takes all of them; the first writes.
+    Every rank of a sharded model must call this: gathering a parameter is a collective. Rank 0 writes.
 
     Args:
         model: sharded by FSDP2 or not, on any device; not changed.
         directory: the folder to make.
-        tokenizer: folder of a tokenizer, whose files and special tokens are taken over.
-        dtype: format of the matrices; gains, routers and expert_bias are fp32 in any case.
-        max_shard_bytes: the most bytes of tensors in one file; a larger tensor has a file of its own.
+        tokenizer: folder of a tokenizer, to copy its files and special tokens.
+        dtype: data type of the matrices; gains, routers and expert_bias are always fp32.
+        max_shard_bytes: most bytes of tensors in one file; a larger tensor gets a file of its own.
         overwrite: replace an earlier export in `directory`.
-        beat: called when a file is done.
-        progress: show on stderr how many bytes are gathered.
+        beat: called after each file.
+        progress: show progress on stderr, in bytes gathered.
     Returns:
         directory.
     Raises:
-        UserError: something else, or without `overwrite` anything at all, is in the way; or the tokenizer is not one.
+        UserError: `directory` is not empty and not an earlier export, or is one and `overwrite` is False; or the
+            tokenizer cannot be used.
     """
     directory = Path(directory).resolve()
     partial = directory.parent / f".{directory.name}.partial"
     first = not dist.is_initialized() or dist.get_rank() == 0
 
     def begin() -> None:
-        _refuse_to_replace(directory, overwrite)
+        _check_replaceable(directory, overwrite)
         ids = SpecialIds() if tokenizer is None else special_ids(Path(tokenizer), model.config.vocab_size)
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that died
+        shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted export
         make_folder(partial)
         _write_configs(model.config, ids, dtype, partial)
         if tokenizer is not None:
@@ -84,8 +85,7 @@ def export_hf(
 
     try:
         run_on_rank0(begin)
-        # FSDP2 puts its sharded parameters back for this: after a forward without backward it may still show gathered
-        # ones
+        # state_dict makes FSDP2 reshard: after a forward without backward, parameters may still be gathered
         state = model.state_dict()
         files = _plan(model, state, dtype, max_shard_bytes)
         total = sum(part.bytes for parts in files.values() for part in parts)
@@ -94,17 +94,17 @@ def export_hf(
         run_on_rank0(end)
     except BaseException:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to stay full by it
+            shutil.rmtree(partial, ignore_errors=True)  # free the space on a full disk
         raise
     return directory
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One tensor on disk: what of ours it is, and how it is stored."""
+    """One tensor on disk: its name there, the part of the parameter or buffer that it holds, and its storage."""
 
     name: str
-    ours: str
+    parameter: str
     index: Index
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -115,13 +115,14 @@ class _Part:
 
 
 def _plan(model: Trinity, state: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[_Part]]:
-    """Each file's name and what goes into it; the parts of a parameter follow each other."""
-    dtypes = dtypes_of(model, dtype)
+    """File name → its tensors. The parts of a parameter are consecutive."""
+    dtypes = storage_dtypes(model, dtype)
     by_parameter: dict[str, list[_Part]] = {}
-    for name, ours, index in correspondence(model.config):
-        shape, stored = part_shape(state[ours].shape, index), dtypes.get(ours, torch.float32)
-        by_parameter.setdefault(ours, []).append(_Part(name, ours, index, shape, stored))
-    files, room = [[]], max_shard_bytes
+    for name, parameter, index in weight_map(model.config):
+        shape, stored = part_shape(state[parameter].shape, index), dtypes.get(parameter, torch.float32)
+        by_parameter.setdefault(parameter, []).append(_Part(name, parameter, index, shape, stored))
+    files: list[list[_Part]] = [[]]
+    room = max_shard_bytes
     for part in chain.from_iterable(by_parameter.values()):
         if files[-1] and part.bytes > room:
             files.append([])
@@ -140,13 +141,14 @@ def _write_tensors(
     beat: Callable[[], None],
     gathered: Progress,
 ) -> None:
-    """Gather every part in turn, and write the files into `folder`; None on the ranks that only help to gather."""
+    """Gather the tensors of each file and write it into `folder`; None on ranks that only take part in the gather."""
     for name, parts in files.items():
         tensors = {}
         for part in parts:
-            tensor = part_on_first_rank(state[part.ours], part.index)
+            tensor = gather_part(state[part.parameter], part.index)
             if folder is not None:
-                # a copy even where nothing changes: safetensors wants every tensor in memory of its own
+                assert tensor is not None  # rank 0
+                # always a copy: safetensors needs every tensor in memory of its own
                 tensors[part.name] = tensor.to("cpu", part.dtype, copy=True)
             gathered.update(part.bytes)
         with errors_reach_all_ranks():
@@ -168,7 +170,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, folder: Path) -> None:
-    written = hf_config(config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
+    written = to_hf_config(config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
     _write_json(folder / "config.json", written)
     tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.stop or None, "pad_token_id": ids.pad}
     generation = {key: value for key, value in tokens.items() if value is not None}
@@ -176,7 +178,7 @@ def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, fol
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """As transformers writes it: keys in their own order, characters as they are."""
+    """Write JSON as transformers does: keys in insertion order, characters not escaped."""
     write_json(path, content, indent=2, ensure_ascii=False)
 
 
@@ -188,12 +190,12 @@ def _write_index(files: dict[str, list[_Part]], folder: Path) -> None:
         "total_parameters": sum(prod(part.shape) for part in parts),
         "total_size": sum(part.bytes for part in parts),
     }
-    weight_map = {part.name: file for file, parts in files.items() for part in parts}
-    index = {"metadata": totals, "weight_map": dict(sorted(weight_map.items()))}
+    file_by_tensor = {part.name: file for file, parts in files.items() for part in parts}
+    index = {"metadata": totals, "weight_map": dict(sorted(file_by_tensor.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
+def _check_replaceable(directory: Path, overwrite: bool) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not _is_export(directory):
@@ -205,7 +207,7 @@ def _refuse_to_replace(directory: Path, overwrite: bool) -> None:
 
 
 def _is_export(directory: Path) -> bool:
-    """An AfMoE config, and files only: a folder in it was put there by somebody else."""
+    """Whether the folder has an AfMoE config and only files: an export makes no subfolder."""
     try:
         raw = read_json(directory / "config.json")
     except (UserError, OSError):
@@ -216,7 +218,7 @@ def _is_export(directory: Path) -> bool:
 
 
 def _move(partial: Path, directory: Path) -> None:
-    """Rename, an earlier export giving way first: a folder cannot be renamed onto a full one."""
+    """Rename `partial` to `directory`; first move an earlier export away: a rename cannot replace a full folder."""
     old = directory.parent / f".{directory.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

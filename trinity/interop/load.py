@@ -1,8 +1,8 @@
-"""Reads a Hugging Face AfMoE folder into our model, trusting nothing in it.
+"""Load a Hugging Face AfMoE folder into a Trinity model, without trusting the folder.
 
-Only safetensors are read, never a pickle; only files in the folder itself, or in the blobs of the Hugging Face cache
-that it is part of; and all names and shapes are compared with the config's before memory is taken or a number is read.
-Then tensors are streamed, and a rank of a sharded model reads just the rows that it owns.
+Only safetensors files are read, never a pickle, and only files in the folder itself or in the blobs of the Hugging Face
+cache that it belongs to. All names and shapes are compared with the config before memory is allocated or weights are
+read. Tensors are then streamed; a rank of a sharded model reads only the rows of its shard.
 """
 
 from contextlib import ExitStack
@@ -15,64 +15,58 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trinity.config.hf_config import architecture, read_hf_config
 from trinity.config.model import ModelConfig, check_size
 from trinity.errors import UserError
-from trinity.interop.hf_config import architecture, model_config
-from trinity.interop.tensors import dtypes_of, owned_part, part_shape
-from trinity.interop.weight_map import Index, correspondence
+from trinity.interop.tensors import local_part, part_shape, storage_dtypes
+from trinity.interop.weight_map import Index, weight_map
 from trinity.io.json_files import read_json
 from trinity.models.trinity import Trinity
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _FLOATING = ("F64", "F32", "BF16", "F16")
-_NAMED = 3  # how many tensors a message names
+_LISTED = 3  # most tensors that a message names
 
 _Sources = dict[str, Any]
-"""Tensor's name → its slice in an open file: shape and format are known, its numbers still on disk."""
+"""Name on disk → the tensor's slice in an open file: shape and data type are known, the values still on disk."""
 
 
 def load_hf(directory: str | Path, into: Trinity | None = None, dtype: torch.dtype = torch.float32) -> Trinity:
-    """The model of a Hugging Face folder; its expert_momentum is 0.
+    """Load the model of a Hugging Face folder. Its expert_momentum is 0.
 
     Args:
-        directory: config.json and safetensors, one file or an index of several.
-        into: fill this model, sharded by FSDP2 or not, of the same architecture, instead of making one on the CPU.
-        dtype: format of a new model's matrices; gains and routers are at least fp32, buffers fp32. Not for `into`.
+        directory: folder with config.json and safetensors: one file, or several with an index.
+        into: model to load into, of the same architecture, sharded by FSDP2 or not. Default: make one on the CPU.
+        dtype: data type of a new model's matrices; gains and routers are at least fp32, buffers fp32. Not for `into`.
     Returns:
         the model.
     Raises:
-        UserError: naming what is missing, unexpected, misshaped, not floating point, not a model of ours, or not this
-            model (`into`).
+        UserError: naming what is missing, unexpected, misshaped or not floating point; or the model is not a Trinity
+            model, or not of the architecture of `into`.
     """
     directory = Path(directory)
-    config = model_config(_read_json(directory / "config.json"))
+    config = read_hf_config(directory)
     if into is not None:
-        _refuse_other_model(directory, architecture(config), architecture(into.config))
+        _check_architecture(directory, architecture(config), architecture(into.config))
     with ExitStack() as open_files:
-        sources = _open(directory, open_files)
-        _refuse_other_names(directory, sources, config)
-        _refuse_size(directory, config)
+        sources = _open_tensors(directory, open_files)
+        _check_names(directory, sources, config)
+        _check_size(directory, config)
         with torch.device("meta"):
             empty = Trinity(config)
-        _refuse_other_tensors(directory, sources, empty)
+        _check_shapes_and_dtypes(directory, sources, empty)
         model = _materialize(empty, dtype) if into is None else into
         _fill(model, sources)
     return model
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a folder written by transformers or by tools/export_hf.py")
-    return read_json(path, "fetch or export it again") or {}
-
-
-def _refuse_other_model(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    different = [f"{key}={value}, not {ours[key]}" for key, value in theirs.items() if value != ours[key]]
+def _check_architecture(directory: Path, in_folder: dict[str, Any], expected: dict[str, Any]) -> None:
+    different = [f"{key}={value}, not {expected[key]}" for key, value in in_folder.items() if value != expected[key]]
     if different:
         raise UserError(f"{directory} is not the model that the config describes: model.{'; model.'.join(different)}")
 
 
-def _open(directory: Path, open_files: ExitStack) -> _Sources:
+def _open_tensors(directory: Path, open_files: ExitStack) -> _Sources:
     sources: _Sources = {}
     for path in _weight_files(directory):
         try:
@@ -87,7 +81,7 @@ def _open(directory: Path, open_files: ExitStack) -> _Sources:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The files with tensors: the single one, else those of the index; each a file of this folder itself."""
+    """The safetensors files: the single one, or those of the index; each in this folder itself."""
     names = {_SINGLE}
     if not (directory / _SINGLE).exists():
         if not (directory / _INDEX).exists():
@@ -95,19 +89,21 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"{directory} has neither {_SINGLE} nor {_INDEX}; pickled weights are not read: "
                 "load such a folder with transformers and save_pretrained it"
             )
-        weight_map = _read_json(directory / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        index = read_json(directory / _INDEX, "fetch or export it again") or {}
+        file_by_tensor = index.get("weight_map")
+        if not isinstance(file_by_tensor, dict) or not file_by_tensor:
             raise UserError(f"{directory / _INDEX} has no weight_map; fetch or export it again")
-        names = set(map(str, weight_map.values()))
-    return [_inside(directory, name) for name in sorted(names)]
+        names = set(map(str, file_by_tensor.values()))
+    return [_file_in_folder(directory, name) for name in sorted(names)]
 
 
-def _inside(directory: Path, name: str) -> Path:
+def _file_in_folder(directory: Path, name: str) -> Path:
+    """Refuse a file that is missing, or outside the folder and its Hugging Face cache."""
     path = directory / name
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise UserError(f"{directory / _INDEX} names {name!r}; only names of safetensors files in the folder are read")
     if not path.is_file():
-        raise UserError(f"{path} is missing or no file, though the folder must have it; fetch or export it again")
+        raise UserError(f"{path} is missing or not a file; fetch or export the folder again")
     target = path.resolve()
     if target.parent not in (directory.resolve(), _blobs(directory)):
         copy = f"cp --remove-destination {quote(str(target))} {quote(str(path))}"
@@ -116,62 +112,62 @@ def _inside(directory: Path, name: str) -> Path:
 
 
 def _blobs(directory: Path) -> Path | None:
-    """Where the cache of huggingface_hub keeps the files of MODEL/snapshots/REVISION: MODEL/blobs. None elsewhere."""
+    """MODEL/blobs, where the cache of huggingface_hub keeps the files of MODEL/snapshots/REVISION; else None."""
     snapshots = directory.resolve().parent
     return snapshots.parent / "blobs" if snapshots.name == "snapshots" else None
 
 
-def _refuse_other_names(directory: Path, sources: _Sources, config: ModelConfig) -> None:
-    missing = (name for name, _, _ in correspondence(config) if name not in sources)
-    if first := list(islice(missing, _NAMED + 1)):  # no more: a config may speak of any number of layers
-        raise UserError(f"{directory} lacks tensors that its config.json asks for: {_some(first)}")
-    unexpected = sorted(sources.keys() - {name for name, _, _ in correspondence(config)})
+def _check_names(directory: Path, sources: _Sources, config: ModelConfig) -> None:
+    missing = (name for name, _, _ in weight_map(config) if name not in sources)
+    if first := list(islice(missing, _LISTED + 1)):  # a malicious config may have any number of layers
+        raise UserError(f"{directory} lacks tensors that its config.json asks for: {_listed(first)}")
+    unexpected = sorted(sources.keys() - {name for name, _, _ in weight_map(config)})
     if unexpected:
-        raise UserError(f"{directory} holds tensors that its config.json has no place for: {_some(unexpected)}")
+        raise UserError(f"{directory} holds tensors that its config.json has no place for: {_listed(unexpected)}")
 
 
-def _refuse_size(directory: Path, config: ModelConfig) -> None:
+def _check_size(directory: Path, config: ModelConfig) -> None:
     try:
         check_size(config)
     except UserError as error:
         raise UserError(f"{directory / 'config.json'}: {error}") from None
 
 
-def _refuse_other_tensors(directory: Path, sources: _Sources, empty: Trinity) -> None:
+def _check_shapes_and_dtypes(directory: Path, sources: _Sources, empty: Trinity) -> None:
     state, wrong = empty.state_dict(), []
-    for name, ours, index in correspondence(empty.config):
-        shape, wanted = tuple(sources[name].get_shape()), part_shape(state[ours].shape, index)
-        if shape != wanted:
-            wrong.append(f"{name} has shape {shape}, not {wanted}")
+    for name, parameter, index in weight_map(empty.config):
+        shape, expected = tuple(sources[name].get_shape()), part_shape(state[parameter].shape, index)
+        if shape != expected:
+            wrong.append(f"{name} has shape {shape}, not {expected}")
         elif sources[name].get_dtype() not in _FLOATING:
             wrong.append(f"{name} is {sources[name].get_dtype()}, not one of {'/'.join(_FLOATING)}")
     if wrong:
-        raise UserError(f"{directory} does not fit its config.json: {_some(wrong)}")
+        raise UserError(f"{directory} does not fit its config.json: {_listed(wrong)}")
 
 
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:_NAMED]) + (" and more" if len(items) > _NAMED else "")
+def _listed(items: list[str]) -> str:
+    return ", ".join(items[:_LISTED]) + (" and more" if len(items) > _LISTED else "")
 
 
 def _materialize(empty: Trinity, dtype: torch.dtype) -> Trinity:
-    for name, stored in dtypes_of(empty, dtype).items():
+    for name, stored in storage_dtypes(empty, dtype).items():
         parameter = empty.get_parameter(name)
-        parameter.data = parameter.data.to(stored)  # while it takes no memory
+        parameter.data = parameter.data.to(stored)  # on the meta device: takes no memory
     return empty.to_empty(device="cpu")
 
 
 def _fill(model: Trinity, sources: _Sources) -> None:
-    state = model.state_dict()  # of FSDP2 the sharded parameters, whatever it shows between forward and backward
-    for name, ours, index in correspondence(model.config):
-        _copy(state[ours], index, sources[name])
+    state = model.state_dict()  # FSDP2's sharded parameters, also between forward and backward
+    for name, parameter, index in weight_map(model.config):
+        _copy(state[parameter], index, sources[name])
     for name, tensor in state.items():
         if name.endswith(".expert_momentum"):
             tensor.zero_()
 
 
 def _copy(tensor: Tensor, index: Index, source: Any) -> None:
-    """tensor[index] = source, as far as this rank owns it."""
-    owned = owned_part(tensor, index)
-    if owned is not None:
-        mine, there = owned
-        mine.copy_(source[there])
+    """tensor[index] = source, for the rows of this rank's shard."""
+    local = local_part(tensor, index)
+    if local is not None:
+        view, where = local
+        view.copy_(source[where])

@@ -1,4 +1,4 @@
-"""The tokenizer's part of a Hugging Face folder: which files it is, and which ids its special tokens have."""
+"""The tokenizer of a Hugging Face folder: its files, and the ids of its special tokens."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ from trinity.io.local import copy_atomically
 
 CONFIG = "tokenizer_config.json"
 FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "chat_template.jinja")
-"""What transformers writes of a fast tokenizer; only the first must be there."""
+"""Files that transformers writes for a fast tokenizer; only the first is required."""
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the special tokens; None where there is none."""
+    """Ids of the special tokens; None for a token that the tokenizer does not have."""
 
     bos: int | None = None
     eos: int | None = None
@@ -25,9 +25,9 @@ class SpecialIds:
 
     @property
     def stop(self) -> list[int]:
-        """The tokens that end a text: its own end, and the beginning of the next document.
+        """The tokens that end a text: EOS, and BOS, the beginning of the next document.
 
-        In pretraining documents follow each other with nothing but the latter between them.
+        In pretraining only BOS separates documents.
         """
         return [token for token in (self.eos, self.bos) if token is not None]
 
@@ -36,10 +36,10 @@ def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
     """The special tokens that tokenizer_config.json names.
 
     Args:
-        folder: of the tokenizer.
+        folder: the tokenizer's.
         vocab_size: rows of the model's embedding.
     Raises:
-        UserError: there is no tokenizer, it has an id beyond the model's, or it names one that it does not have.
+        UserError: there is no tokenizer; it has an id beyond vocab_size; or it names a token that it does not have.
     """
     tokenizer = load_tokenizer(folder)
     if vocabulary_size(tokenizer) > vocab_size:
@@ -48,17 +48,19 @@ def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
             "give the tokenizer that the model was trained with"
         )
     config = read_json(folder / CONFIG, "fetch the folder or make the tokenizer again") or {}
-    return SpecialIds(*(_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad")))
+    return SpecialIds(
+        *(_token_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad"))
+    )
 
 
-def _id(tokenizer: Tokenizer, token: str | dict[str, str] | None, path: Path) -> int | None:
+def _token_id(tokenizer: Tokenizer, token: str | dict[str, str] | None, path: Path) -> int | None:
     if token is None:
         return None
     text = token.get("content") if isinstance(token, dict) else token  # transformers writes either
-    found = tokenizer.token_to_id(str(text))
-    if found is None:
+    token_id = tokenizer.token_to_id(str(text))
+    if token_id is None:
         raise UserError(f"{path} names the token {text!r}, which tokenizer.json does not have")
-    return found
+    return token_id
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

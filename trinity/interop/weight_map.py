@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face AfMoE folder is which part of which of our parameters and buffers.
+"""The single table of tensor names: tensors of a Hugging Face AfMoE folder ↔ parts of Trinity's parameters and buffers.
 
-On disk every matrix stands alone: q, k, v and gate; gate and up; one of each per expert. Here they share tensors. This
-table is the only place that knows both; export and import walk it in opposite directions. `expert_momentum` has no
-place on disk: a folder holds a model, not a run.
+On disk every matrix is a tensor of its own: q, k, v and gate; gate and up; one of each per expert. In the model they
+share tensors. Export and import both walk this table, in opposite directions. `expert_momentum` is not on disk: a
+folder holds a model, not a run.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from itertools import accumulate
 from trinity.config.model import ModelConfig
 
 Index = tuple[int | slice, ...]
-"""An index into our tensor that gives a view: the part that one tensor on disk holds."""
+"""An index into a parameter or buffer; it gives a view of the part that one tensor on disk holds."""
 
 _NORMS = {
     "attention_norm": "input_layernorm",
@@ -21,8 +21,8 @@ _NORMS = {
 }
 
 
-def correspondence(config: ModelConfig) -> Iterator[tuple[str, str, Index]]:
-    """Every tensor on disk: (its name there, our parameter's or buffer's name, the part of ours that it is)."""
+def weight_map(config: ModelConfig) -> Iterator[tuple[str, str, Index]]:
+    """(name on disk, name of the parameter or buffer, its part) for every tensor on disk."""
     yield "model.embed_tokens.weight", "embed.weight", ()
     for layer in range(config.layers):
         yield from _block(config, layer)
@@ -31,34 +31,36 @@ def correspondence(config: ModelConfig) -> Iterator[tuple[str, str, Index]]:
 
 
 def _block(config: ModelConfig, layer: int) -> Iterator[tuple[str, str, Index]]:
-    theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
-    for our_norm, their_norm in _NORMS.items():
-        yield f"{theirs}.{their_norm}.weight", f"{ours}.{our_norm}.gain", ()
+    hf_prefix, prefix = f"model.layers.{layer}", f"blocks.{layer}"
+    for norm, hf_norm in _NORMS.items():
+        yield f"{hf_prefix}.{hf_norm}.weight", f"{prefix}.{norm}.gain", ()
     q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
     projections = {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width, "gate_proj": q_width}
-    yield from _stacked(f"{theirs}.self_attn", f"{ours}.attention.qkvg.weight", projections)
-    yield f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out.weight", ()
+    yield from _stacked(f"{hf_prefix}.self_attn", f"{prefix}.attention.qkvg.weight", projections)
+    yield f"{hf_prefix}.self_attn.o_proj.weight", f"{prefix}.attention.out.weight", ()
     for norm in ("q_norm", "k_norm"):
-        yield f"{theirs}.self_attn.{norm}.weight", f"{ours}.attention.{norm}.gain", ()
+        yield f"{hf_prefix}.self_attn.{norm}.weight", f"{prefix}.attention.{norm}.gain", ()
     if layer < config.dense_layers:
-        yield from _swiglu(f"{theirs}.mlp", f"{ours}.ffn", config.dense_width)
+        yield from _swiglu(f"{hf_prefix}.mlp", f"{prefix}.ffn", config.dense_width)
         return
-    yield f"{theirs}.mlp.router.gate.weight", f"{ours}.ffn.router.weight", ()
-    yield f"{theirs}.mlp.expert_bias", f"{ours}.ffn.expert_bias", ()
+    yield f"{hf_prefix}.mlp.router.gate.weight", f"{prefix}.ffn.router.weight", ()
+    yield f"{hf_prefix}.mlp.expert_bias", f"{prefix}.ffn.expert_bias", ()
     shared_width = config.shared_experts * config.expert_width
-    yield from _swiglu(f"{theirs}.mlp.shared_experts", f"{ours}.ffn.shared", shared_width)
+    yield from _swiglu(f"{hf_prefix}.mlp.shared_experts", f"{prefix}.ffn.shared", shared_width)
     for expert in range(config.experts):
+        hf_expert = f"{hf_prefix}.mlp.experts.{expert}"
         for half, projection in enumerate(("gate_proj", "up_proj")):
-            yield f"{theirs}.mlp.experts.{expert}.{projection}.weight", f"{ours}.ffn.experts.gate_up", (expert, half)
-        yield f"{theirs}.mlp.experts.{expert}.down_proj.weight", f"{ours}.ffn.experts.down", (expert,)
+            yield f"{hf_expert}.{projection}.weight", f"{prefix}.ffn.experts.gate_up", (expert, half)
+        yield f"{hf_expert}.down_proj.weight", f"{prefix}.ffn.experts.down", (expert,)
 
 
-def _swiglu(theirs: str, ours: str, hidden: int) -> Iterator[tuple[str, str, Index]]:
-    yield from _stacked(theirs, f"{ours}.gate_up.weight", {"gate_proj": hidden, "up_proj": hidden})
-    yield f"{theirs}.down_proj.weight", f"{ours}.down.weight", ()
+def _swiglu(hf_prefix: str, prefix: str, width: int) -> Iterator[tuple[str, str, Index]]:
+    yield from _stacked(hf_prefix, f"{prefix}.gate_up.weight", {"gate_proj": width, "up_proj": width})
+    yield f"{hf_prefix}.down_proj.weight", f"{prefix}.down.weight", ()
 
 
-def _stacked(theirs: str, ours: str, rows: dict[str, int]) -> Iterator[tuple[str, str, Index]]:
+def _stacked(hf_prefix: str, parameter: str, rows: dict[str, int]) -> Iterator[tuple[str, str, Index]]:
+    """Matrices that are stacked by rows in one parameter; rows: name on disk → number of rows."""
     ends = list(accumulate(rows.values()))
     for name, count, end in zip(rows, rows.values(), ends):
-        yield f"{theirs}.{name}.weight", ours, (slice(end - count, end),)
+        yield f"{hf_prefix}.{name}.weight", parameter, (slice(end - count, end),)

@@ -57,10 +57,22 @@ class RMSNorm(Norm):
         return trinity_kernels.rms_norm(x, self.gain, self.eps, kernel=self.kernel)
 
 
+class ResidualStream:
+    """The residual stream x, wrapped in an object in which FSDP2's hooks find no tensor.
+
+    In recompute, the hooks of a module that runs after the experts treat the call as a new forward pass and put a view
+    on each input tensor, which the first pass did not have. Selective checkpointing tolerates one such extra view; the
+    sublayer's output already uses it, so x is hidden.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
 class PostNorm(Norm):
     """The norm after the last sublayer of a block, added to the residual stream: r = x + RMSNorm(y) (eq. 33)."""
 
-    def forward(self, y: Tensor, residual: "ResidualStream") -> Tensor:
+    def forward(self, y: Tensor, residual: ResidualStream) -> Tensor:
         """The residual stream after the sublayer.
 
         Args:
@@ -70,31 +82,6 @@ class PostNorm(Norm):
             [..., width], x's dtype.
         """
         return trinity_kernels.norm_add(y, residual.x, self.gain, self.eps, kernel=self.kernel)
-
-
-class ResidualStream:
-    """The residual stream x, wrapped in an object in which FSDP2's hooks find no tensor.
-
-    In recompute, the hooks of a module that runs after the experts treat its inputs as a new forward pass and put a
-    view on each tensor that the first pass did not have. Selective checkpointing tolerates one such extra view; the
-    sublayer's output already uses it, so x is hidden.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-
-class FusedPostNorm(Norm):
-    """The norm after the first sublayer of a block, computed together with the norm before the second sublayer.
-
-    One op, trinity_kernels.add_norm, needs the gains of both norms. They stay two modules because checkpoint keys and
-    initial values follow the parameter names `attention_post_norm.gain` and `ffn_norm.gain`. This one's forward calls
-    the other, because FSDP2 frees the gathered gains of a block once each of its norms has run: both have to run.
-    """
-
-    def forward(self, y: Tensor, x: Tensor, next_norm: "FusedPreNorm") -> tuple[Tensor, Tensor]:
-        """Call `next_norm`, which has the same ε, with this norm's gain; see FusedPreNorm.forward."""
-        return next_norm(y, x, self.gain)
 
 
 class FusedPreNorm(Norm):
@@ -111,6 +98,19 @@ class FusedPreNorm(Norm):
             r and its norm, each [..., width], x's dtype.
         """
         return trinity_kernels.add_norm(y, x, post_gain, self.gain, self.eps, kernel=self.kernel)
+
+
+class FusedPostNorm(Norm):
+    """The norm after the first sublayer of a block, computed together with the norm before the second sublayer.
+
+    One op, trinity_kernels.add_norm, needs the gains of both norms. They stay two modules because checkpoint keys and
+    initial values follow the parameter names `attention_post_norm.gain` and `ffn_norm.gain`. This one's forward calls
+    the other, because FSDP2 frees the gathered gains of a block once each of its norms has run: both have to run.
+    """
+
+    def forward(self, y: Tensor, x: Tensor, next_norm: FusedPreNorm) -> tuple[Tensor, Tensor]:
+        """Call `next_norm`, which has the same ε, with this norm's gain; see FusedPreNorm.forward."""
+        return next_norm(y, x, self.gain)
 
 
 class QKNorm(Norm):

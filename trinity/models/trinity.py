@@ -78,10 +78,10 @@ class Block(nn.Module):
         x_BSD, u_BSD = self.attention_post_norm(y_BSD, x_BSD, self.ffn_norm)
         routing = None
         if self.sparse:
-            y_BSD, routing = self.ffn(u_BSD)
+            out_BSD, routing = self.ffn(u_BSD)
         else:
-            y_BSD = self.ffn(u_BSD)
-        return self.ffn_post_norm(y_BSD, ResidualStream(x_BSD)), routing
+            out_BSD = self.ffn(u_BSD)
+        return self.ffn_post_norm(out_BSD, ResidualStream(x_BSD)), routing
 
 
 class Trinity(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trinity.terminal import clock, messages_above_bar, say, width
+from trinity.terminal import format_duration, messages_above_bar, say, terminal_width
 
 BAR = "{desc} |{bar}| {percentage:.0f}%"
 MARGIN = 4
@@ -41,19 +41,19 @@ class Console:
             return
         self._steps += 1
         left = (time.monotonic() - self._started) / self._steps * (self._total - step)
-        if width():
-            self._draw(step, f"{head}  {loss_text(record)}  ETA {clock(left)}")
+        if terminal_width():
+            self._draw(step, f"{head}  {loss_text(record)}  ETA {format_duration(left)}")
         if step % self._every == 0 or step == self._total or validation:
-            say("  ".join([head, *_step_fields(record), *validation, f"ETA {clock(left)}"]))
+            say("  ".join([head, *_step_fields(record), *validation, f"ETA {format_duration(left)}"]))
 
     def _draw(self, step: int, text: str) -> None:
         if self._bar is None:
             self._open.enter_context(messages_above_bar())
             start: dict[str, Any] = {"total": self._total, "initial": step - 1, "desc": text}
-            start["ncols"] = max(width() - MARGIN, 1)
+            start["ncols"] = max(terminal_width() - MARGIN, 1)
             bar = tqdm(file=sys.stderr, bar_format=BAR, leave=False, miniters=1, **start)
             self._bar = self._open.enter_context(bar)
-        self._bar.ncols = max(width() - MARGIN, 1)  # the window may have been resized
+        self._bar.ncols = max(terminal_width() - MARGIN, 1)  # the window may have been resized
         self._bar.set_description_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
 

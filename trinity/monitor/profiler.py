@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trinity.config.profiled import check_last_step, profiled_steps
+from trinity.config.check import check_last_step, profiled_steps
 from trinity.config.run import ProfileConfig
 from trinity.errors import UserError
 from trinity.io.local import write_atomically

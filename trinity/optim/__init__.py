@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices, AdamW for the rest, the learning-rate schedule and gradient clipping."""
+"""Muon for the matrices of the hidden layers, AdamW for the rest, learning-rate schedule, gradient clipping."""
 
 from trinity.optim.build import Optimizers, build_optimizers, ownership_table
 from trinity.optim.grad_clip import clip_, global_norm

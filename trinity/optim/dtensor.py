@@ -1,12 +1,12 @@
-"""The one place where the optimizer looks through a DTensor: what this rank holds of it, and who holds the rest.
+"""What the optimizers need to know of a DTensor: this rank's part of it, and the ranks that hold the rest.
 
-A dimension of a mesh does one of three things to a parameter whose last two dimensions are matrices:
+A mesh dimension does one of three things to a parameter whose last two dimensions are matrices:
 
-    "replicate"                            cuts nothing: all ranks along it hold the same
-    cuts a leading dimension (experts)     every matrix lies whole on one rank
-    cuts one of the last two               every matrix is spread over the ranks along it, in order, as torch.chunk cuts
+    "replicate"                              replicates it: all ranks along the dimension hold the same part
+    shards a leading dimension (experts)     every matrix lies whole on one rank
+    shards one of the last two dimensions    every matrix is spread over the ranks along it, in order, as by torch.chunk
 
-A dimension of size 1 does nothing.
+A mesh dimension of size 1 does nothing. No other module of this folder unwraps a DTensor.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 
-class Spread(NamedTuple):
-    """Over which ranks each matrix of a parameter is spread; the defaults are for whole matrices.
+class MatrixSharding(NamedTuple):
+    """The ranks over which each matrix of a parameter is sharded; the defaults stand for whole matrices.
 
-    group: those ranks, how many they are, and which of them this one is. dim: what they cut, -2 rows, -1 columns.
+    group: those ranks. ranks: their number. rank: this one's number among them.
+    dim: the sharded dimension, -2 rows or -1 columns.
     """
 
     group: ProcessGroup | None = None
@@ -31,41 +32,43 @@ class Spread(NamedTuple):
 
 
 def local_tensor(x: Tensor) -> Tensor:
-    """x's own storage on this rank: of a DTensor its local tensor (call it under no_grad), of any other x itself.
+    """This rank's part of x, not a copy: a DTensor's local tensor (call it under no_grad), any other x itself.
 
-    It may be a part of x, even a part of one of x's matrices (`spread` says), or empty.
+    The part may be empty, or hold only a part of one of x's matrices (see `matrix_sharding`).
     """
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def spread(x: Tensor) -> Spread:
-    """Over which ranks each matrix of x [..., m, n] is spread.
+def matrix_sharding(x: Tensor) -> MatrixSharding:
+    """The ranks over which each matrix of x [..., m, n] is sharded.
 
     Raises:
-        AssertionError: two dimensions of the mesh cut x's matrices, or one other than "replicate" does not cut x.
+        AssertionError: two mesh dimensions shard x's matrices, or one other than "replicate" does not shard x.
     """
-    found = [(x.device_mesh.get_group(i), dim - x.ndim) for i, dim in cuts(x) if dim >= x.ndim - 2]
-    if not found:
-        return Spread()
-    assert len(found) == 1, f"the matrices are cut twice, by {x.placements}"
-    group, dim = found[0]
-    return Spread(group, group.size(), group.rank(), dim)
+    if not isinstance(x, DTensor):
+        return MatrixSharding()
+    shardings = [(x.device_mesh.get_group(i), dim - x.ndim) for i, dim in sharded_dims(x) if dim >= x.ndim - 2]
+    if not shardings:
+        return MatrixSharding()
+    assert len(shardings) == 1, f"the matrices are cut twice, by {x.placements}"
+    group, dim = shardings[0]
+    return MatrixSharding(group, group.size(), group.rank(), dim)
 
 
-def replicas(x: Tensor) -> ProcessGroup | None:
-    """The ranks that hold the same part of x as this one; None if it is alone."""
+def replica_group(x: Tensor) -> ProcessGroup | None:
+    """The ranks that hold the same part of x as this one; None if this rank is the only one."""
     if not isinstance(x, DTensor) or "replicate" not in (x.device_mesh.mesh_dim_names or ()):
         return None
     group = x.device_mesh.get_group("replicate")
     return group if group.size() > 1 else None
 
 
-def cuts(x: Tensor) -> Iterator[tuple[int, int]]:
-    """(dimension of the mesh, dimension of x that it cuts), for every dimension of the mesh that does.
+def sharded_dims(x: Tensor) -> Iterator[tuple[int, int]]:
+    """(mesh dimension, the dimension of x that it shards) for every mesh dimension that shards x.
 
     Raises:
-        AssertionError: several ranks along a dimension other than "replicate" hold the same of x, which would count
-            once for each of them in a sum over the ranks of one copy.
+        AssertionError: a mesh dimension of several ranks, other than "replicate", does not shard x. A sum over the
+            ranks of one copy of the model would count x once for each of them.
     """
     if not isinstance(x, DTensor):
         return
@@ -74,17 +77,18 @@ def cuts(x: Tensor) -> Iterator[tuple[int, int]]:
         if x.device_mesh.size(i) > 1 and name != "replicate":
             same = placement.is_replicate() or placement.is_partial()
             assert not same, f"{placement} over mesh dimension {i} {name!r}: each but replicate must cut the parameter"
-            yield i, placement.dim  # a strided shard has a dim as well, but its is_shard() says no
+            # not isinstance(placement, Shard): a strided shard is another class, and its is_shard() is False
+            yield i, placement.dim  # type: ignore[attr-defined]
 
 
 def zeros_per_matrix(x: Tensor) -> Tensor:
-    """fp32 zeros [*batch, 1, 1] for x [*batch, m, n], placed as x, but whole where x's matrices are spread."""
+    """fp32 zeros [*batch, 1, 1] for x [*batch, m, n], placed as x, but replicated where x's matrices are sharded."""
     part = local_tensor(x)
     zeros = torch.zeros((*part.shape[:-2], 1, 1), dtype=torch.float32, device=part.device)
     if not isinstance(x, DTensor):
         return zeros
-    spreading = {i for i, dim in cuts(x) if dim >= x.ndim - 2}
-    placements = [Replicate() if i in spreading else placement for i, placement in enumerate(x.placements)]
+    within_matrices = {i for i, dim in sharded_dims(x) if dim >= x.ndim - 2}
+    placements = [Replicate() if i in within_matrices else placement for i, placement in enumerate(x.placements)]
     shape = torch.Size((*x.shape[:-2], 1, 1))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(zeros, x.device_mesh, placements, run_check=False, shape=shape, stride=stride)

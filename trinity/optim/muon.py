@@ -1,24 +1,24 @@
-"""Muon (eq. 41): momentum, made orthogonal, for every matrix in the hidden layers.
+"""Muon (eq. 41): momentum, orthogonalized, for every matrix of the hidden layers. Read `muon_reference.py` first.
 
-What a matrix is, a role says and not the tensor's shape: a parameter may hold several, stacked in its rows (q, k, v and
-gate) or in its leading dimensions (experts). Each is orthogonalised on its own; matrices of one shape, wherever they
-come from, go through Newton-Schulz together, in batches of at most BATCH_BYTES.
+A parameter's role says which matrices it holds, not its shape: it may pack several in its rows (q, k, v and gate) or
+stack them in its leading dimensions (experts). Each matrix is orthogonalized alone. Matrices of one shape, from all
+parameters, go through Newton-Schulz together, in batches of at most BATCH_BYTES.
 
 With G the gradient of one matrix [m, n], μ the momentum, λ the weight decay and η the learning rate:
 
     M ← μM + G;   U = G + μM with Nesterov, else M
     W ← W·(1 − ηλ) − η·√max(1, m/n)·orthogonalize(U)
 
-The decay is decoupled and on the unadjusted rate. There is no matching of AdamW's RMS. Where G is missing it is 0.
+The decay is decoupled and uses the unadjusted rate. The update is not scaled to AdamW's RMS. A missing G counts as 0.
 
-Starved experts (ours). Newton-Schulz does not see scale: an expert that gets no token would go on making full steps
-along its old momentum for hundreds of steps. With starved="decay", the orthogonalised update of a matrix that has had
-no gradient (all zeros) for k steps in a row is multiplied by μᵏ: by how much its momentum has shrunk since its last
-gradient. With "full" it is not. Weight decay goes on in both.
+Starved experts. Newton-Schulz ignores scale: an expert without tokens would keep making full steps along its old
+momentum for hundreds of steps. With starved="decay", the orthogonalized update of a matrix whose gradient has been zero
+for k steps in a row is multiplied by μᵏ, the factor by which its momentum has shrunk since its last gradient. With
+"full" it is not. Weight decay applies in both cases. Not from the report: it does not treat starved experts.
 
-Over a mesh. Each rank works on its own elements, but for orthogonalize: matrices that lie whole on a rank (experts) go
-through it there; one that is spread over ranks is brought to its owner (`layout.py`), and the result back, while other
-batches compute (`exchange.py`). Replicas may share the work.
+Over a mesh. Momentum, decay and the update are elementwise on each rank's shards. Matrices that lie whole on a rank
+(experts) are orthogonalized there. A sharded matrix is sent to its owner (`muon_layout.py`), and the result back, while
+other batches are computed (`muon_comm.py`). Replicas may share the work.
 """
 
 import math
@@ -30,17 +30,27 @@ from torch import Tensor
 
 from trinity.errors import UserError
 from trinity.models.param_roles import Role
-from trinity.optim.dtensor import local_tensor, spread, zeros_per_matrix
-from trinity.optim.muon_comm import Job, Transfer, divided, from_owners, on_every_rank, overlap, pays, pieces, to_owners
-from trinity.optim.muon_layout import MatrixBatch, lay_out
+from trinity.optim.dtensor import local_tensor, matrix_sharding, zeros_per_matrix
+from trinity.optim.muon_comm import (
+    Job,
+    Transfer,
+    all_reduce_and,
+    map_over_replicas,
+    overlap,
+    return_from_owners,
+    send_to_owners,
+    sharing_pays,
+    split_like,
+)
+from trinity.optim.muon_layout import MatrixBatch, make_batches
 from trinity.optim.newton_schulz import coefficient_steps, orthogonalize
 
-# The most bytes of matrices (in the momentum's dtype) in one batch on its owner, unless a single matrix is larger. A
-# batch takes about four times as much on top of weights, gradients and state. Large enough to fill a GPU; ours.
+# Bytes of matrices (in the momentum's dtype) in one batch on its owner, unless a single matrix is larger. A batch takes
+# about four times as much on top of weights, gradients and state. Not from the report: large enough to fill a GPU.
 BATCH_BYTES = 256 * 2**20
 
-# Batches begun and not finished: the transfers of some overlap the maths of another. Ours.
-UNDER_WAY = 3
+# Batches started and not finished: the transfers of some overlap the computation of another. Not from the report.
+MAX_IN_FLIGHT = 3
 
 STARVED, WIRE, SHARE = ("decay", "full"), ("auto", "bfloat16", "float32", "float64"), ("auto", "on", "off")
 
@@ -49,18 +59,18 @@ class Muon(torch.optim.Optimizer):
     """Muon over the matrices that roles declare.
 
     Args:
-        roles: the parameters to own, with `rows` given, alike on all ranks; `kind` matters only for "experts".
-        lr: the peak of the schedule, which sets param_groups[0]["lr"] step by step.
+        roles: the parameters to update, each with `rows`, the same on all ranks; `kind` matters only for "experts".
+        lr: initial η; param_groups[0]["lr"] sets it for each step.
         momentum: μ.
-        nesterov: look ahead by one momentum step.
+        nesterov: whether U looks one momentum step ahead.
         weight_decay: λ.
         coefficients, steps, dtype: as in `orthogonalize`.
-        starved: what an expert matrix without gradient does; see the module's docstring.
-        wire: the number format in which matrices travel, and results among replicas; auto is `dtype`.
-        share: whether replicas divide the work and gather the results; auto weighs it batch by batch (`pays`).
-        kernel: which implementation of Newton-Schulz.
+        starved: update of an expert matrix without gradient; see the module's docstring.
+        wire: dtype in which matrices, and results among replicas, are sent; auto is `dtype`.
+        share: whether replicas divide the work and gather the results; auto decides batch by batch (`sharing_pays`).
+        kernel: implementation of Newton-Schulz.
     Raises:
-        UserError: an unknown set of coefficients, or another word that is not known.
+        UserError: an unknown set of coefficients, or an unknown value of starved, wire or share.
     """
 
     def __init__(
@@ -78,7 +88,7 @@ class Muon(torch.optim.Optimizer):
         share: Literal["auto", "on", "off"] = "auto",
         kernel: Literal["auto", "triton", "reference"] = "auto",
     ) -> None:
-        coefficient_steps(coefficients, steps)  # refuses what orthogonalize would, but before the first step
+        coefficient_steps(coefficients, steps)  # refuse wrong values before the first step
         for word, value, known in (("starved", starved, STARVED), ("wire", wire, WIRE), ("share", share, SHARE)):
             if value not in known:
                 raise UserError(f"optim.muon.{word}={value!r} is not known; use {' or '.join(known)}")
@@ -94,11 +104,11 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def init_state(self) -> None:
-        """Make the state that is not there yet, so that a checkpoint can be loaded before the first step.
+        """Create the state that does not exist yet, so that a checkpoint can be loaded before the first step.
 
-        Per parameter: "momentum", fp32 (or float64 with the parameter), shape and placement of the parameter. Per
-        parameter of experts: "starved_steps", fp32, [*batch, 1, 1]: consecutive steps without gradient, per matrix;
-        placed as the parameter, but whole on all ranks over which its matrices are spread.
+        "momentum" of each parameter: fp32 (float64 for a float64 parameter), shape and placement of the parameter.
+        "starved_steps" of each parameter of experts: fp32 [*batch, 1, 1], consecutive steps without gradient of each
+        matrix; placed as the parameter, but replicated over the ranks that shard its matrices.
         """
         for role in self.roles:
             state = self.state[role.parameter]
@@ -109,22 +119,22 @@ class Muon(torch.optim.Optimizer):
                 state["starved_steps"] = zeros_per_matrix(role.parameter)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every parameter, those without gradient too, by all ranks together; `closure` is torch's."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's closures are not supported
+        """Update every parameter once, those without gradient too; every rank calls this."""
         assert closure is None, "Muon takes no closure"
         self.init_state()
         rate = self.param_groups[0]["lr"]
-        self._accumulate()
+        self._update_momentum()
         torch._foreach_mul_([local_tensor(role.parameter) for role in self.roles], 1 - rate * self.weight_decay)
-        fades = self._fades()
-        overlap((self._update(batch, fades, rate) for batch in self.batches), UNDER_WAY)
+        factors = self._starved_factors()
+        overlap((self._update_batch(batch, factors, rate) for batch in self.batches), MAX_IN_FLIGHT)
 
     @cached_property
     def batches(self) -> list[MatrixBatch]:
-        """What goes through Newton-Schulz together, and what of it travels; settled at the first step."""
-        return lay_out(self.roles, BATCH_BYTES)
+        """The layout of every step, computed at the first one."""
+        return make_batches(self.roles, BATCH_BYTES)
 
-    def _accumulate(self) -> None:
+    def _update_momentum(self) -> None:
         """M ← μM + G."""
         momenta = [local_tensor(self.state[role.parameter]["momentum"]) for role in self.roles]
         torch._foreach_mul_(momenta, self.momentum)
@@ -134,72 +144,74 @@ class Muon(torch.optim.Optimizer):
         if pairs:
             torch._foreach_add_([m for m, _ in pairs], [grad for _, grad in pairs])
 
-    def _fades(self) -> dict[str, Tensor]:
-        """Count starved steps; the factors μᵏ, by name of a parameter of experts: [matrices held, 1, 1]."""
+    def _starved_factors(self) -> dict[str, Tensor]:
+        """Count starved steps; return the factors μᵏ by name of each parameter of experts: [local matrices, 1, 1]."""
         experts = {role.name: role.parameter for role in self.roles if role.kind == "experts"}
-        starving = {name: _without_gradient(parameter) for name, parameter in experts.items()}
-        cuts = {name: spread(parameter) for name, parameter in experts.items()}
-        for group in dict.fromkeys(cut.group for cut in cuts.values() if cut.group):
-            together = [name for name in experts if cuts[name].group is group]
-            starving |= zip(together, on_every_rank([starving[name] for name in together], group))
-        fades = {}
+        starved = {name: _has_no_gradient(parameter) for name, parameter in experts.items()}
+        groups = {name: matrix_sharding(parameter).group for name, parameter in experts.items()}
+        for group in dict.fromkeys(groups.values()):
+            if group:
+                names = [name for name in experts if groups[name] is group]
+                starved |= zip(names, all_reduce_and([starved[name] for name in names], group))
+        factors = {}
         for name, parameter in experts.items():
             steps = local_tensor(self.state[parameter]["starved_steps"])
-            steps.add_(1).mul_(starving[name])
+            steps.add_(1).mul_(starved[name])
             if self.starved == "decay":
-                fades[name] = self.momentum ** steps.double().view(-1, 1, 1)
-        return fades
+                factors[name] = self.momentum ** steps.double().view(-1, 1, 1)
+        return factors
 
-    def _update(self, batch: MatrixBatch, fades: dict[str, Tensor], rate: float) -> Job:
+    def _update_batch(self, batch: MatrixBatch, starved_factors: dict[str, Tensor], rate: float) -> Job:
         """W ← W − η·√max(1, m/n)·orthogonalize(U), for one batch of matrices of one shape."""
-        if batch.travel is None:
-            o = yield from self._orthogonalize(self._look_ahead(batch).view(-1, *batch.shape), batch)
+        if batch.exchange is None:
+            o = yield from self._orthogonalize(self._flat_u(batch).view(-1, *batch.shape), batch)
         else:
-            u_Nmn = yield from to_owners(self._look_ahead(batch).to(self.wire), batch)
+            u_Nmn = yield from send_to_owners(self._flat_u(batch).to(self.wire), batch.exchange, batch.shape)
             o_Nmn = yield from self._orthogonalize(u_Nmn, batch)
-            o = yield from from_owners(o_Nmn, batch)
-        weights = [run.of(run.role.parameter) for run in batch.held]
-        updates = pieces(o.flatten().to(torch.promote_types(weights[0].dtype, torch.float32)), weights)
-        for update_kmn, run in zip(updates, batch.held):
-            if run.role.name in fades:
-                update_kmn.mul_(fades[run.role.name][run.first : run.first + run.count])
+            o = yield from return_from_owners(o_Nmn, batch.exchange)
+        weights = [stack.view(stack.role.parameter) for stack in batch.stacks]
+        updates = split_like(o.flatten().to(torch.promote_types(weights[0].dtype, torch.float32)), weights)
+        for update_kmn, stack in zip(updates, batch.stacks):
+            if stack.role.name in starved_factors:
+                update_kmn.mul_(starved_factors[stack.role.name][stack.first : stack.first + stack.length])
         torch._foreach_add_(weights, updates, alpha=-rate * rate_factor(*batch.shape))
 
-    def _look_ahead(self, batch: MatrixBatch) -> Tensor:
-        """U of all that this rank holds of a batch, flat, in the momentum's dtype."""
-        momenta = [run.of(self.state[run.role.parameter]["momentum"]) for run in batch.held]
+    def _flat_u(self, batch: MatrixBatch) -> Tensor:
+        """U of this rank's stacks of a batch, flattened one after the other, in the momentum's dtype."""
+        momenta = [stack.view(self.state[stack.role.parameter]["momentum"]) for stack in batch.stacks]
         u = torch.cat([momentum_kmn.flatten() for momentum_kmn in momenta])
         if self.nesterov:
             u.mul_(self.momentum)
-            for u_kmn, run in zip(pieces(u, momenta), batch.held):
-                if run.role.parameter.grad is not None:
-                    u_kmn.add_(run.of(run.role.parameter.grad))
+            for u_kmn, stack in zip(split_like(u, momenta), batch.stacks):
+                if stack.role.parameter.grad is not None:
+                    u_kmn.add_(stack.view(stack.role.parameter.grad))
         return u
 
     def _orthogonalize(self, u_Nmn: Tensor, batch: MatrixBatch) -> Transfer:
-        """O of whole matrices, perhaps with the replicas' help."""
+        """O of whole matrices; replicas share the work where that is set or pays."""
 
         def newton_schulz(x_kmn: Tensor) -> Tensor:
             return orthogonalize(x_kmn, self.coefficients, self.steps, self.dtype, self.kernel)
 
         if batch.replicas is None:
             return newton_schulz(u_Nmn)
-        worth = self.share != "off" and len(u_Nmn) > 1
+        share = self.share != "off" and len(u_Nmn) > 1
         if self.share == "auto":
-            worth = pays(u_Nmn.shape, self.steps, batch.replicas.size(), self.wire, u_Nmn.device.type)
-        return (yield from divided(u_Nmn, newton_schulz, batch.replicas, self.wire, worth))
+            replicas, device = batch.replicas.size(), u_Nmn.device.type
+            share = sharing_pays(len(u_Nmn), batch.shape, self.steps, replicas, self.wire, device)
+        return (yield from map_over_replicas(newton_schulz, u_Nmn, batch.replicas, self.wire, share))
 
 
 def rate_factor(rows: int, columns: int) -> float:
-    """What eq. 41 multiplies the learning rate of a matrix [rows, columns] by: √max(1, fan_out/fan_in)."""
+    """Factor of eq. 41 on the learning rate of a matrix [rows, columns]: √max(1, fan_out/fan_in)."""
     return math.sqrt(max(1.0, rows / columns))
 
 
-def _without_gradient(parameter: Tensor) -> Tensor:
-    """Which matrices held here have no gradient, or only zeros, on this rank: bool [*batch, 1, 1]."""
+def _has_no_gradient(parameter: Tensor) -> Tensor:
+    """For each local matrix, whether its gradient on this rank is missing or all zeros: bool [*batch, 1, 1]."""
     if parameter.grad is None:
         part = local_tensor(parameter)
         return torch.ones((*part.shape[:-2], 1, 1), dtype=torch.bool, device=part.device)
     gradient = local_tensor(parameter.grad)
-    # NaN is not 0 to either; two passes over the data are a fifth of what `any` takes on CPU
+    # NaN equals 0 in neither; on CPU the two passes take a fifth of the time of `any`
     return (gradient.amax(dim=(-2, -1), keepdim=True) == 0) & (gradient.amin(dim=(-2, -1), keepdim=True) == 0)

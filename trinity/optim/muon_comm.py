@@ -1,11 +1,12 @@
-"""How matrices travel: parts to their owners and back, results among replicas, and all of it while others compute.
+"""Communication of Muon: matrices to their owners and back, results among replicas, overlapped with computation.
 
-Whatever waits for a transfer is a generator that yields where it would wait; `overlap` keeps a few of them under way.
-Every rank must run the same generators in the same order, and each must yield equally often on all ranks, whatever a
-rank holds or owns: then all ranks call the collectives of every group in one order. Gloo and NCCL take the same lines.
-A generator's locals keep the tensors of a transfer alive until it has been waited for.
+A job is a generator that updates one batch and yields where it would wait for a transfer; `overlap` keeps several in
+flight. Every rank must run the same jobs in the same order, and a job must yield equally often on all ranks, whatever a
+rank holds or owns: then all ranks call the collectives of every group in one order. The code is the same for gloo and
+NCCL. A generator's local variables keep the tensors of a transfer alive until it is complete.
 
-Shapes: N matrices of a batch on their owner, each [m, n]; flat tensors hold parts one after the other.
+Shapes: N matrices of a batch on their owner, k of them on one replica, each [m, n]; flat tensors hold this rank's
+shards one after the other.
 """
 
 import math
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
-from trinity.optim.muon_layout import MatrixBatch
+from trinity.optim.muon_layout import OwnerExchange
 from trinity.optim.newton_schulz import newton_schulz_flops
+from trinity.parallel.collectives import all_gather_single
 
-# What `pays` reckons with: FLOP/s of Newton-Schulz, and bytes/s that one rank gets from other replicas. Round numbers
-# of ours, for a large GPU with one network card and for a CPU core or two.
+# Rates that `sharing_pays` assumes: FLOP/s of Newton-Schulz, and bytes/s that one rank receives from other replicas.
+# Round numbers for a large GPU with one network card and for a CPU core or two; not from the report.
 FLOPS = {"cuda": 400e12, "cpu": 50e9}
 BYTES = {"cuda": 40e9, "cpu": 1e9}
 
@@ -30,94 +32,98 @@ Job = Generator[None, None, None]
 Transfer = Generator[None, None, Tensor]
 
 
-def overlap(jobs: Iterable[Job], most: int) -> None:
-    """Run jobs, at most so many at a time: while one waits the next begins, or the one that waited longest goes on."""
+def overlap(jobs: Iterable[Job], max_in_flight: int) -> None:
+    """Interleave jobs, at most `max_in_flight` at a time, resuming the one that has waited longest.
+
+    A job is created only when there is room for it, so its memory is allocated then.
+    """
     waiting: deque[Job] = deque()
     for job in jobs:
         _advance(job, waiting)
-        while len(waiting) >= most:
+        while len(waiting) >= max_in_flight:
             _advance(waiting.popleft(), waiting)
     while waiting:
         _advance(waiting.popleft(), waiting)
 
 
 def _advance(job: Job, waiting: deque[Job]) -> None:
-    """Let a job run until it waits, which puts it at the end of the row, or is over."""
+    """Run a job to its next wait, which appends it to `waiting`, or to its end."""
     if next(job, "over") != "over":
         waiting.append(job)
 
 
-def to_owners(parts: Tensor, batch: MatrixBatch) -> Transfer:
-    """One exchange: this rank's parts of a batch leave, flat and in the order of batch.held; all parts of the matrices
-    that it owns come: [N, m, n] in the same dtype, N may be 0.
+def send_to_owners(flat: Tensor, exchange: OwnerExchange, shape: tuple[int, int]) -> Transfer:
+    """One all-to-all: send this rank's shards of a batch, in the order of batch.stacks; return its own matrices.
+
+    Returns:
+        [N, m, n], the whole matrices that this rank owns, in the dtype of `flat`; N may be 0.
     """
-    travel = batch.travel
-    arrived = yield from _swap(parts, travel.sent, travel.received, travel.group)
-    whole_Nmn = parts.new_empty(travel.owned, *batch.shape)
-    if windows := [whole_Nmn[place, *window] for place, window in travel.windows]:
-        torch._foreach_copy_(windows, pieces(arrived, windows))
+    arrived = yield from _all_to_all(flat, exchange.sent, exchange.received, exchange.group)
+    whole_Nmn = flat.new_empty(exchange.owned, *shape)
+    if shards := [whole_Nmn[index, *shard] for index, shard in exchange.shards]:
+        torch._foreach_copy_(shards, split_like(arrived, shards))
     return whole_Nmn
 
 
-def from_owners(whole_Nmn: Tensor, batch: MatrixBatch) -> Transfer:
-    """The way back: all parts of the matrices that this rank owns leave, and its parts of the batch's come, flat."""
-    travel = batch.travel
-    leaving = whole_Nmn.new_empty(sum(travel.received))
-    if windows := [whole_Nmn[place, *window] for place, window in travel.windows]:
-        torch._foreach_copy_(pieces(leaving, windows), windows)
-    return (yield from _swap(leaving, travel.received, travel.sent, travel.group))
+def return_from_owners(whole_Nmn: Tensor, exchange: OwnerExchange) -> Transfer:
+    """The reverse all-to-all: send the shards of the owned matrices back; return this rank's own shards, flat."""
+    flat = whole_Nmn.new_empty(sum(exchange.received))
+    if shards := [whole_Nmn[index, *shard] for index, shard in exchange.shards]:
+        torch._foreach_copy_(split_like(flat, shards), shards)
+    return (yield from _all_to_all(flat, exchange.received, exchange.sent, exchange.group))
 
 
-def _swap(leaving: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Transfer:
-    arriving = leaving.new_empty(sum(received))
-    work = dist.all_to_all_single(arriving, leaving, received, sent, group=group, async_op=True)
+def _all_to_all(flat: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Transfer:
+    arriving = flat.new_empty(sum(received))
+    work = dist.all_to_all_single(arriving, flat, received, sent, group=group, async_op=True)
     yield
     work.wait()
     return arriving
 
 
-def divided(
-    x_Nmn: Tensor, function: Callable[[Tensor], Tensor], replicas: ProcessGroup, wire: torch.dtype, worth: bool
+def map_over_replicas(
+    function: Callable[[Tensor], Tensor], x_Nmn: Tensor, replicas: ProcessGroup, wire: torch.dtype, share: bool
 ) -> Transfer:
-    """function(x_Nmn), of which each replica computes a part, if that is worth it; one gather makes it whole.
+    """function(x_Nmn); if `share`, each replica computes a part, and one all-gather makes it whole on all.
 
     Args:
+        function: maps [k, m, n] to [k, m, n], each matrix on its own.
         x_Nmn: the same on all replicas.
-        function: takes [k, m, n] to [k, m, n], each matrix on its own.
-        worth: the same on all replicas; otherwise each computes all of it.
+        wire: dtype of the gathered results.
+        share: the same on all replicas; if False, each computes everything.
     Returns:
-        [N, m, n] in x's dtype, the same bits on all replicas; it has been rounded to `wire` where it travelled.
+        [N, m, n] in x's dtype, the same bits on all replicas; rounded to `wire` if it was gathered.
     """
-    if not worth:
+    if not share:
         y_Nmn = function(x_Nmn)
-        yield  # other ranks may have more matrices, and share: see the module
+        yield  # other ranks may have more matrices, and share: a job yields equally often on all ranks
         return y_Nmn
-    share = math.ceil(len(x_Nmn) / replicas.size())
-    mine_kmn = x_Nmn[replicas.rank() * share :][:share]
-    y_kmn = pad(function(mine_kmn).to(wire), (0, 0, 0, 0, 0, share - len(mine_kmn)))
-    y_Nmn = y_kmn.new_empty(replicas.size() * share, *y_kmn.shape[1:])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-    work = gather(y_Nmn, y_kmn, group=replicas, async_op=True)
+    part = math.ceil(len(x_Nmn) / replicas.size())
+    x_kmn = x_Nmn[replicas.rank() * part :][:part]
+    y_kmn = pad(function(x_kmn).to(wire), (0, 0, 0, 0, 0, part - len(x_kmn)))
+    y_Nmn = y_kmn.new_empty(replicas.size() * part, *y_kmn.shape[1:])
+    work = all_gather_single(y_Nmn, y_kmn, group=replicas, async_op=True)
     yield
     work.wait()
     return y_Nmn[: len(x_Nmn)].to(x_Nmn.dtype)
 
 
-def pays(size: tuple[int, int, int], steps: int, replicas: int, wire: torch.dtype, device: str) -> bool:
-    """Whether sharing N matrices [m, n] (`size`) among replicas saves more seconds of maths than the gather takes."""
-    matrices, rows, columns = size
-    share = math.ceil(matrices / replicas)
-    saved = (matrices - share) * newton_schulz_flops(rows, columns, steps) / FLOPS[device]
-    return saved > (replicas - 1) * share * rows * columns * wire.itemsize / BYTES[device]
+def sharing_pays(
+    matrices: int, shape: tuple[int, int], steps: int, replicas: int, wire: torch.dtype, device: str
+) -> bool:
+    """Whether dividing `matrices` of `shape` among replicas saves more computing time than the all-gather takes."""
+    part = math.ceil(matrices / replicas)
+    saved = (matrices - part) * newton_schulz_flops(*shape, steps) / FLOPS[device]
+    return saved > (replicas - 1) * part * math.prod(shape) * wire.itemsize / BYTES[device]
 
 
-def on_every_rank(flags: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Which of the flags are set on all ranks of a group, in one reduction. bool tensors, any shapes."""
+def all_reduce_and(flags: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Logical and of boolean tensors of any shapes over the ranks of a group, in one all-reduce."""
     flat = torch.cat([flag.flatten() for flag in flags]).to(torch.uint8)
     dist.all_reduce(flat, dist.ReduceOp.MIN, group=group)
-    return pieces(flat.bool(), flags)
+    return split_like(flat.bool(), flags)
 
 
-def pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """A flat tensor as views that have the shapes of these tensors, one after the other."""
-    return [part.view(one.shape) for part, one in zip(flat.split([one.numel() for one in like]), like)]
+def split_like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Consecutive views of a flat tensor, with the shapes of `tensors`."""
+    return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]

@@ -1,24 +1,25 @@
-"""Recompute of blocks in backward: what is kept instead of being computed again.
+"""Activation checkpointing (config `recompute`): which activations of a block are saved, the rest being recomputed.
 
-The choice of experts is kept always, 8·K bytes a token and the counts. Choosing anew in backward may choose others than
-the forward did (a tie, another rounding): shapes would differ and counts would double. Scores and gates are made again;
-with the choice kept that cannot change a route. The counts of an exchange are kept with it, so that backward
-neither asks the other ranks for them nor waits for the device.
+The routes (indices of the chosen experts, 8·K bytes per token, and the counts) are always saved. Routing again in
+backward could choose other experts than forward did (a tie, another rounding): shapes would differ and counts would
+double. Scores and gates are recomputed, which cannot change a saved route. The counts of the token exchange are saved
+too, so that backward needs neither another collective for them nor a wait for the device.
 
-    block      keeps each block's input besides; everything else, the exchange of tokens included, is done again.
-    selective  keeps also what takes long to make for its bytes: attention, experts, exchanges. Projections, norms,
-               RoPE, gates, dense and shared FFN are computed again.
+    block      saves each block's input as well; everything else is recomputed, the token exchange included.
+    selective  saves also the outputs that are expensive for their bytes: attention, experts, all-to-alls. Projections,
+               norms, RoPE, gates, dense and shared FFN are recomputed.
 
-Per token and MoE layer of Large in bf16 (D 3072, 4 experts of 256 on 8 ranks, so 3.3 ranks a token on average), by
+Per token and MoE layer of Large in bf16 (D 3072, 4 experts of 256 on 8 ranks, so 3.3 ranks per token on average), by
 arithmetic and not measured: matrix products at 600 TFLOP/s, attention at 450, exchanges at 400 GB/s within a node.
 
-    the block's input                           6 kB   (routing, and which row went where: 0.1)
-    attention: output, log-sum-exp             12 kB   180 ns to make again, 14 a kB
-    experts: pre-activations, weighted sums    69 kB   380 ns, 5.5 a kB
-    exchange: tokens there, sums back          41 kB   100 ns, 2.5 a kB in a node, 20 between nodes
-    not kept: q, k, v, gate                    29 kB   150 ns, 5 a kB: the next to keep, were there memory
+    saved activation                            size   recomputing it
+    the block's input                           6 kB   (routing and the order of rows: 0.1 kB)
+    attention: output, log-sum-exp             12 kB   180 ns, 14 ns per kB
+    experts: pre-activations, weighted sums    69 kB   380 ns, 5.5 ns per kB
+    exchange: tokens and sums received         41 kB   100 ns, 2.5 ns per kB in a node, 20 between nodes
+    not saved: q, k, v, gate                   29 kB   150 ns, 5 ns per kB: the next candidate
 
-So `block` holds 6 kB a token and layer and `selective` some 130. Gradients have the same bits as without recompute.
+So `block` saves 6 kB per token and layer and `selective` about 130. Gradients have the same bits as without recompute.
 """
 
 from functools import partial
@@ -28,10 +29,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trinity.models.trinity import Trinity
 
-# Operations by name, since those of a package exist only once it is imported.
+# Operations by name: the operations of an optional package exist only once it is imported.
 ALL_TO_ALL = "_c10d_functional::all_to_all_single"
-KEPT = frozenset({"trinity::route", "trinity::route_triton", "trinity::exchanged_counts"})
-KEPT_SELECTIVELY = KEPT | {
+SAVED = frozenset({"trinity::route", "trinity::route_triton", "trinity::exchanged_counts"})
+SAVED_SELECTIVE = SAVED | {
     ALL_TO_ALL,
     "trinity::expert_mlp",
     "trinity::expert_mlp_triton",
@@ -45,18 +46,18 @@ KEPT_SELECTIVELY = KEPT | {
 
 
 def recompute_blocks(model: Trinity, kind: Literal["block", "selective"] = "block") -> None:
-    """Make every block keep only what the kind says; apply before sharding.
+    """Checkpoint every block's forward in place; apply before sharding.
 
-    The engines flex and flash4 are no operations that can be seen here: `selective` computes them again.
+    The attention backends flex and flash4 are not visible as operations: `selective` recomputes them.
     """
-    kept = KEPT if kind == "block" else KEPT_SELECTIVELY
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
+    saved = SAVED if kind == "block" else SAVED_SELECTIVE
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, saved))
     for block in model.blocks:
-        # on the instance: names of parameters stay as they are
+        # on the instance, without a wrapper module: parameter names stay as they are
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
-def _policy(kept: frozenset[str], _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    # what an exchange sends as integers are its counts
+def _policy(saved: frozenset[str], _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    # an all-to-all of integers carries counts
     counts = op.name() == ALL_TO_ALL and not args[0].is_floating_point()
-    return CheckpointPolicy.MUST_SAVE if counts or op.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if counts or op.name() in saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,11 +1,11 @@
-"""What one process says to the others: calls and bytes of every collective, seen as it is made.
+"""Count this process's collectives: calls and bytes of each kind.
 
-    with count_collectives() as seen:
+    with count_collectives() as traffic:
         train_step(...)
-    calls, size = seen["all_gather", 8]  # over groups of 8 ranks
+    calls, size = traffic["all_gather", 8]  # over groups of 8 ranks
 
-Every collective passes torch's dispatcher, from a hook of FSDP or from a backward pass as from plain code; there it is
-counted, whichever backend carries it.
+Every collective passes torch's dispatcher, whether an FSDP hook, a backward pass or plain code calls it, and whichever
+backend runs it. It is counted there.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
 class Traffic(NamedTuple):
-    """How often, and how many bytes in all."""
+    """Number of calls, and bytes in total."""
 
     calls: int
     bytes: int
@@ -57,35 +58,35 @@ def count_collectives() -> Iterator[dict[tuple[str, int], Traffic]]:
 
     Yields:
         (kind, size of the group) → calls and bytes; kinds: "all_gather", "reduce_scatter", "all_reduce", "all_to_all",
-        "broadcast". Bytes are of the whole that the call is about on this rank: the tensor gathered, the tensor to be
-        reduced or broadcast, the rows given to an all-to-all, its own among them. Object collectives, which pickle,
-        count as the tensors they send.
+        "broadcast". Bytes are those of the full tensor on this rank: the gathered tensor, the tensor to be reduced or
+        broadcast, all rows given to an all-to-all, the rank's own included. Object collectives count as the tensors
+        that they send.
     """
-    seen: dict[tuple[str, int], Traffic] = {}
-    with _Counter(seen):
-        yield seen
+    traffic: dict[tuple[str, int], Traffic] = {}
+    with _Counter(traffic):
+        yield traffic
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, seen: dict[tuple[str, int], Traffic]) -> None:
+    def __init__(self, traffic: dict[tuple[str, int], Traffic]) -> None:
         super().__init__()
-        self.seen = seen
+        self.traffic = traffic
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it unpacks itself, and its collectives come here again
+            return NotImplemented  # a DTensor unwraps itself, and its collectives arrive here
         result = func(*args, **(kwargs or {}))
         namespace, _, name = func.name().partition("::")
         kind = _KINDS.get(name.partition(".")[0].rstrip("_")) if "c10d" in namespace else None
         if kind is not None:
-            # c10d's own operations take the output before the input, those in place the only tensor; functional ones
-            # take the input and return the output
+            # c10d operations take the output before the input, or one tensor in place; functional ones take the input
+            # and return the output
             outputs = args[0] if namespace == "c10d" else result
             inputs = args[int(func._schema.arguments[0].name.startswith("output"))]
             whole = outputs if kind == "all_gather" else inputs
             key = kind, _group_size(args)
-            before = self.seen.get(key, Traffic(0, 0))
-            self.seen[key] = Traffic(before.calls + 1, before.bytes + _bytes(whole))
+            before = self.traffic.get(key, Traffic(0, 0))
+            self.traffic[key] = Traffic(before.calls + 1, before.bytes + _bytes(whole))
         return result
 
 
@@ -94,13 +95,14 @@ def _bytes(tensors: Any) -> int:
 
 
 def _group_size(args: tuple) -> int:
-    """Ranks of the group among an operation's arguments: an object, or in functional ones a name, the last string."""
+    """Size of the process group among an operation's arguments: an object, or (functional) a name, the last string."""
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
             try:
                 return dist.ProcessGroup.unbox(argument).size()
-            except RuntimeError:  # a reduction is such an object too
+            except RuntimeError:  # a ReduceOp is a ScriptObject too
                 continue
     name = [argument for argument in args if isinstance(argument, str | dist.ProcessGroup)][-1]
-    group = dist.distributed_c10d._resolve_process_group(name) if isinstance(name, str) else name
-    return group.size()
+    if isinstance(name, str):
+        return dist.distributed_c10d._resolve_process_group(GroupName(name)).size()
+    return name.size()

@@ -1,11 +1,11 @@
-"""torch.compile, block by block: one compiled graph serves every block of a kind, and compiling takes seconds.
+"""torch.compile per block: one compiled graph serves every block of a kind, and compiling takes seconds.
 
-Routing, experts and exchanges are custom operations or collectives, which compiled code calls as they are. FSDP's hooks
-on the parts of a block cut its graph in pieces; so it is applied before sharding and never asks for a whole graph.
+Routing, experts and token exchange are custom operations or collectives, which compiled code calls unchanged. FSDP's
+hooks on the parts of a block split its graph, so compile before sharding and without fullgraph.
 
 Each kind of block (dense or sparse, local or global) is compiled for each shape of rows, with and without gradients:
-phases of the data, a ramp, validation and samples multiply. torch compiles one function at most 8 times by default and
-then runs it uncompiled; here it may LIMIT times, and what is beyond is said.
+data phases, batch ramp, validation and samples multiply the number. torch compiles one function at most 8 times by
+default and then runs it uncompiled. Here the limit is LIMIT, and a warning is printed when it is reached.
 """
 
 import logging
@@ -18,30 +18,32 @@ from trinity.models.trinity import Trinity
 from trinity.terminal import say
 
 LIMIT = 256
-"""How often torch may compile one function: its own bound for all objects together."""
+"""Largest number of compilations of one function: torch's own limit over all objects."""
 
 
 def compile_blocks(model: Trinity) -> None:
     """Compile every block's forward; apply before sharding."""
     dynamo.recompile_limit = max(dynamo.recompile_limit, LIMIT)
     logger = logging.getLogger("torch._dynamo.convert_frame")
-    if not any(isinstance(known, _Fallback) for known in logger.filters):
-        logger.addFilter(_Fallback())
+    if not any(isinstance(present, _RecompileLimitWarning) for present in logger.filters):
+        logger.addFilter(_RecompileLimitWarning())
     for block in model.blocks:
-        # On the instance: names of parameters stay as they are. A run's shapes do not change, but for rows that have
-        # travelled, which no compiled code sees; taken for changing, they cost speed (and inductor 2.13 stumbles).
+        # On the instance, without a wrapper module: parameter names stay as they are. dynamic=False: compiled code sees
+        # fixed shapes only (dispatched rows vary, but pass through custom operations). Dynamic shapes would be slower,
+        # and inductor 2.13 fails on them.
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
-class _Fallback(logging.Filter):
-    """Says once, in the words of the config, that torch has given up compiling a function."""
+class _RecompileLimitWarning(logging.Filter):
+    """Print a warning once, with config keys, when torch reaches its limit and stops compiling a function."""
 
-    said = False
+    printed = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """True: torch's own lines, which name the function and the last reason, are shown too."""
-        if not self.said and str(record.msg).startswith("torch._dynamo hit config."):
-            self.said = True
+        """Return True always, so that torch's own lines (function and last reason) are shown too."""
+        if not self.printed and str(record.msg).startswith("torch._dynamo hit config."):
+            self.printed = True
+            assert isinstance(record.args, tuple)
             _, limit, function, *_ = record.args
             if os.environ.get("RANK", "0") == "0":
                 say(

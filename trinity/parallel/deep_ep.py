@@ -1,15 +1,15 @@
-"""Expert parallelism through DeepEP (github.com/deepseek-ai/DeepEP): the same exchange by kernels of its own.
+"""Expert parallelism by DeepEP's dispatch and combine kernels (github.com/deepseek-ai/DeepEP).
 
-Written after DeepEP's documentation of `Buffer` (1.x; 2.x keeps it as its legacy interface) and NOT RUN on a GPU by
-this project: only our side of it is tested. Measure it, and compare its gradients with all_to_all's, before relying on
-it. It takes bf16 tokens, over NVLink and RDMA; sends a token once to a rank; waits on the host for the counts inside
+Written from DeepEP's documentation of `Buffer` (1.x; 2.x keeps it as its legacy interface) and NOT RUN on a GPU by this
+project: the tests replace its kernels. Measure it, and compare its gradients with those of all_to_all, before relying
+on it. It takes bf16 tokens, over NVLink and RDMA; sends a token once to a rank; waits on the host for the counts inside
 `dispatch`; and overlaps the shared expert in forward, nothing in backward. Recompute cannot see DeepEP's calls: both
-kinds exchange again, along the same routes, and rely on rows coming in the same order.
+kinds exchange again, along the same routes, and rely on rows arriving in the same order.
 
-Dispatching is the adjoint of combining: gradients of tokens are combined, gradients of sums dispatched along the handle
-that the forward made.
+Combine is the adjoint of dispatch: gradients of tokens are combined, and gradients of sums are dispatched with the
+handle of the forward pass.
 
-Shapes: T tokens here, U tokens received, D width, K active experts.
+Shapes: T tokens of this rank, U tokens received, D width, K active experts.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ from trinity.models.token_dispatcher import RunExperts
 
 
 def check_deep_ep(dtype: torch.dtype, device: str) -> None:
-    """Refuse DeepEP where it cannot run, before anything is built.
+    """Refuse DeepEP where it cannot run, before a model is built.
 
     Args:
-        dtype: of the tokens that travel.
-        device: its type.
+        dtype: of the dispatched tokens.
+        device: type of the device.
     Raises:
         UserError: the package is not installed, or the tokens are not bf16 on a GPU.
     """
@@ -43,7 +43,7 @@ class DeepEP:
 
     Args:
         group: the ranks that hold the experts, each an equal share, in order.
-        experts: of a layer, in all.
+        experts: number of experts of a layer, over all ranks.
     Raises:
         UserError: the package is not installed.
     """
@@ -57,16 +57,16 @@ class DeepEP:
     def __call__(
         self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, meanwhile: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """See trinity.models.dispatch.Dispatcher; every rank of the group calls it."""
-        trip = SimpleNamespace(buffer=self._buffer_for(x_TD), experts=self.experts)
-        x_UD, gates_UK = _Dispatch.apply(x_TD, gates_TK, indices_TK, trip)
+        """See trinity.models.token_dispatcher.Dispatcher; every rank of the group calls it."""
+        exchange = SimpleNamespace(buffer=self._buffer_for(x_TD), experts=self.experts)
+        x_UD, gates_UK = _Dispatch.apply(x_TD, gates_TK, indices_TK, exchange)
         done = meanwhile()
-        trip.event.current_stream_wait()
-        y_UD = experts(x_UD, trip.indices_UK, gates_UK, trip.choices_received)
-        return _Combine.apply(y_UD, trip), done
+        exchange.event.current_stream_wait()
+        y_UD = experts(x_UD, exchange.indices_UK, gates_UK, exchange.choices_received)
+        return _Combine.apply(y_UD, exchange), done
 
     def _buffer_for(self, x_TD: Tensor) -> Any:
-        """One buffer for all layers, as large as DeepEP advises for rows of this many bytes."""
+        """The buffer of all layers, of the size that DeepEP recommends for these rows."""
         _check_tokens(x_TD.dtype, x_TD.device.type)
         if self._buffer is None:
             from deep_ep import Buffer
@@ -98,34 +98,34 @@ def _check_tokens(dtype: torch.dtype, device: str) -> None:
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, trip: SimpleNamespace
+        ctx, x_TD: Tensor, gates_TK: Tensor, indices_TK: Tensor, exchange: SimpleNamespace
     ) -> tuple[Tensor, Tensor]:
-        ctx.trip = trip
-        per_rank, per_node, per_expert, goes, _ = trip.buffer.get_dispatch_layout(indices_TK, trip.experts)
-        # indices received are among this rank's experts, −1 for those of others
-        x_UD, trip.indices_UK, gates_UK, received, trip.handle, trip.event = trip.buffer.dispatch(
+        ctx.exchange = exchange
+        per_rank, per_node, per_expert, is_sent, _ = exchange.buffer.get_dispatch_layout(indices_TK, exchange.experts)
+        # received indices count this rank's experts from 0; −1 stands for experts of other ranks
+        x_UD, exchange.indices_UK, gates_UK, received, exchange.handle, exchange.event = exchange.buffer.dispatch(
             x_TD, topk_idx=indices_TK, topk_weights=gates_TK, num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node, is_token_in_rank=goes, num_tokens_per_expert=per_expert,
+            num_tokens_per_rdma_rank=per_node, is_token_in_rank=is_sent, num_tokens_per_expert=per_expert,
             async_finish=True,
         )  # fmt: skip
-        trip.choices_received = sum(received)
+        exchange.choices_received = sum(received)
         return x_UD, gates_UK
 
     @staticmethod
     def backward(ctx, grad_UD: Tensor, grad_UK: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        trip = ctx.trip
-        grad_x, grad_gates, _ = trip.buffer.combine(
-            grad_UD.contiguous(), trip.handle, topk_weights=grad_UK.contiguous()
+        exchange = ctx.exchange
+        grad_x, grad_gates, _ = exchange.buffer.combine(
+            grad_UD.contiguous(), exchange.handle, topk_weights=grad_UK.contiguous()
         )
         return grad_x, grad_gates, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_UD: Tensor, trip: SimpleNamespace) -> Tensor:
-        ctx.trip = trip
-        return trip.buffer.combine(y_UD, trip.handle)[0]
+    def forward(ctx, y_UD: Tensor, exchange: SimpleNamespace) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.buffer.combine(y_UD, exchange.handle)[0]
 
     @staticmethod
     def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.buffer.dispatch(grad_TD.contiguous(), handle=ctx.trip.handle)[0], None
+        return ctx.exchange.buffer.dispatch(grad_TD.contiguous(), handle=ctx.exchange.handle)[0], None

@@ -1,12 +1,13 @@
-"""The processes of a run as two meshes of one rank order, the same code path for one process and for many.
+"""Device meshes: all processes of a run as two meshes over one rank order. One process is a mesh of size 1.
 
     processes = replicate · shard · context
 
-    dense:    ("replicate", "shard")                   "shard" counts the ranks of one copy, shard · context of them
-    experts:  ("replicate", "expert_shard", "expert")  the same ranks of a copy: neighbours split the experts among
-                                                       them, and expert_shard ranks each hold a part of that share
+    dense:    ("replicate", "shard")                   "shard" has the ranks of one replica: S = shard · context
+    experts:  ("replicate", "expert_shard", "expert")  the same ranks: neighbours ("expert") split the experts, and the
+                                                       ranks of "expert_shard" shard each such share
 
-Rank = (replica · S + place in the copy), place = expert_shard · expert's size + expert; S = shard · context.
+Rank = replica · S + r, where r is the coordinate in "shard"; r = (coordinate in "expert_shard") · expert + (coordinate
+in "expert").
 """
 
 import math
@@ -25,11 +26,11 @@ from trinity.errors import UserError
 
 
 class Sizes(NamedTuple):
-    """A mesh in numbers.
+    """Sizes of the mesh dimensions.
 
-    replicate: copies of the model. shard: ranks of one copy (shard · context of the config).
-    expert: neighbouring ranks that split the experts. expert_shard: ranks that share each part of the split.
-    experts_by: what expert_shard cuts: "experts", or "width" of each expert where it has more ranks than experts.
+    replicate: replicas of the model. shard: ranks of one replica (shard · context of the config).
+    expert: neighbouring ranks that split the experts. expert_shard: ranks that shard each share of the experts.
+    experts_by: what expert_shard shards: "experts", or the "width" of each expert where it has more ranks than experts.
     """
 
     replicate: int
@@ -41,11 +42,11 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run.
+    """This process's rank, device and meshes.
 
-    rank, world: this process and how many there are; all of them hold different tokens.
-    device: where its tensors live.
-    sizes: of the meshes. dense, experts: the two views, see the module.
+    rank, world: this process's number and the number of processes; each has different tokens.
+    device: of this process's tensors.
+    sizes: sizes of the mesh dimensions. dense, experts: the two meshes of the module's docstring.
     """
 
     rank: int
@@ -57,30 +58,30 @@ class Ranks:
 
     @property
     def data_ranks(self) -> int:
-        """How many processes hold different sequences."""
+        """Number of processes with different sequences."""
         return self.world
 
     @property
     def copy_group(self) -> dist.ProcessGroup:
-        """The ranks that hold one copy of the model among them, each parameter's parts disjoint."""
+        """The ranks of this replica, which together hold one copy of the model in disjoint shards."""
         return self.dense.get_group("shard")
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that prints and writes what is written once."""
+        """Whether this is rank 0, which prints and writes what is written once."""
         return self.rank == 0
 
 
 def world_size() -> int:
-    """Processes of this run, as the launcher says; 1 without one."""
+    """Number of processes, from the launcher's WORLD_SIZE; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_parallel(parallel: ParallelConfig, model: ModelConfig, world: int) -> Sizes:
-    """The mesh that a config means on this many processes.
+    """The mesh of a config on `world` processes.
 
     Raises:
-        UserError: naming what does not come out, and the nearest mesh that does.
+        UserError: the config fits no mesh; the message names the wrong value and the nearest valid mesh.
     """
     try:
         return mesh_sizes(parallel, model, world)
@@ -89,9 +90,9 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world: int) -> 
 
 
 def meshes(model: ModelConfig, world: int) -> Iterator[tuple[int, int, int]]:
-    """Every mesh of this many processes on which a model can be laid, as (replicate, shard, expert).
+    """Every valid mesh of `world` processes for a model, as (replicate, shard, expert).
 
-    There is one at least: copies on all of them.
+    There is always one: a replica on each process.
     """
     for shard in divisors(world):
         for expert in divisors(shard):
@@ -103,10 +104,10 @@ def meshes(model: ModelConfig, world: int) -> Iterator[tuple[int, int, int]]:
 
 
 def nearest_mesh(parallel: ParallelConfig, model: ModelConfig, world: int) -> list[str]:
-    """The fewest settings, as dotted words, that make a mesh of a config on this many processes.
+    """The fewest settings, as dotted words, that make a config valid on `world` processes.
 
-    Of several meshes that take as few: the one with most shards, which needs the least memory, then with as many ranks
-    that split the experts as were asked for, or the next number below.
+    Among meshes with equally few: the one with most shards, which needs the least memory; then the one whose `expert`
+    is as configured, or else the next smaller.
     """
 
     def distance(mesh: tuple[int, int, int]) -> tuple[int, int, bool, int]:
@@ -117,22 +118,22 @@ def nearest_mesh(parallel: ParallelConfig, model: ModelConfig, world: int) -> li
 
 
 def mesh_words(parallel: ParallelConfig, replicate: int, shard: int, expert: int) -> list[str]:
-    """The settings that turn a config's mesh into this one; a -1 that comes out the same is left."""
-    asked = {"context": parallel.context, "replicate": parallel.replicate, "shard": parallel.shard}
-    wanted = {"context": 1, "replicate": replicate, "shard": shard}
-    free = [name for name, value in asked.items() if value == -1]
-    changed = {name for name, value in asked.items() if value not in (-1, wanted[name])}
-    if len(free) == 2:  # one of them must be given
+    """The settings that change a config's mesh to this one; a -1 with the right result is not changed."""
+    configured = {"context": parallel.context, "replicate": parallel.replicate, "shard": parallel.shard}
+    target = {"context": 1, "replicate": replicate, "shard": shard}
+    free = [name for name, value in configured.items() if value == -1]
+    changed = {name for name, value in configured.items() if value not in (-1, target[name])}
+    if len(free) == 2:  # only one may be -1
         changed.add("shard")
-    words = [f"parallel.{name}={wanted[name]}" for name in asked if name in changed]
+    words = [f"parallel.{name}={target[name]}" for name in configured if name in changed]
     return words + ([f"parallel.expert={expert}"] if expert != parallel.expert else [])
 
 
 def mesh_sizes(parallel: ParallelConfig, model: ModelConfig, world: int) -> Sizes:
-    """check_parallel, without what to write instead.
+    """As check_parallel, but the error message does not name a valid mesh.
 
     Raises:
-        UserError: naming what does not come out.
+        UserError: the config fits no mesh; the message names the wrong value.
     """
     for name in ("replicate", "shard", "expert", "context"):
         value = getattr(parallel, name)
@@ -140,15 +141,15 @@ def mesh_sizes(parallel: ParallelConfig, model: ModelConfig, world: int) -> Size
             raise UserError(f"parallel.{name}={value} must be at least 1 (or -1, for replicate or shard alone)")
     if parallel.context > 1:
         raise UserError(f"parallel.context={parallel.context} is not built yet (parallel.shard takes its ranks)")
-    replicate, shard = _fill_in(parallel, world)
+    replicate, shard = _replicate_and_shard(parallel, world)
     if shard % parallel.expert:
         raise UserError(f"parallel.expert={parallel.expert} does not divide shard × context = {shard}")
     outer = shard // parallel.expert
     return Sizes(replicate, shard, parallel.expert, outer, _experts_by(model, parallel.expert, outer))
 
 
-def _fill_in(parallel: ParallelConfig, world: int) -> tuple[int, int]:
-    """replicate and shard, a -1 replaced by what is left."""
+def _replicate_and_shard(parallel: ParallelConfig, world: int) -> tuple[int, int]:
+    """replicate and shard, with -1 replaced by the remaining factor of `world`."""
     replicate, shard = parallel.replicate, parallel.shard
     if replicate == -1 and shard == -1:
         raise UserError("parallel.replicate and parallel.shard are both -1 and only one can be what is left")
@@ -180,16 +181,16 @@ def _experts_by(model: ModelConfig, expert: int, outer: int) -> str:
 
 
 def divisors(n: int) -> list[int]:
-    """Of a number of at least 1, smallest first."""
+    """Divisors of n ≥ 1, smallest first."""
     small = [size for size in range(1, math.isqrt(n) + 1) if n % size == 0]
     return sorted({*small, *(n // size for size in small)})
 
 
 def start(parallel: ParallelConfig, model: ModelConfig, threads: int | None, deterministic: bool) -> Ranks:
-    """Join the process group, choose the device, and fix what decides the order of sums.
+    """Join the process group, select the device, and set threads and deterministic algorithms.
 
-    torchrun gives each process one OpenMP thread and plain python gives it all cores; sums over threads change bits, so
-    the number is set here, from the config or the machine alone.
+    torchrun gives each process one OpenMP thread, plain python all cores. The number of threads changes the order of
+    sums and so the bits of results; it is set here, from the config or the machine only.
     """
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world))
@@ -201,29 +202,29 @@ def start(parallel: ParallelConfig, model: ModelConfig, threads: int | None, det
     if on_gpu:
         torch.cuda.set_device(device)
     sizes = check_parallel(parallel, model, world_size())
-    _join(on_gpu)
+    _init_process_group(on_gpu)
     return join_meshes(sizes, device)
 
 
 def join_meshes(sizes: Sizes, device: torch.device) -> Ranks:
-    """The two views of a process group that exists; every rank of it calls this."""
-    copies = sizes.replicate
-    dense = init_device_mesh(device.type, (copies, sizes.shard), mesh_dim_names=("replicate", "shard"))
-    experts = init_device_mesh(
-        device.type, (copies, sizes.expert_shard, sizes.expert), mesh_dim_names=("replicate", "expert_shard", "expert")
-    )
+    """The two meshes over an existing process group; every rank of it calls this."""
+    replicas = sizes.replicate
+    dense = init_device_mesh(device.type, (replicas, sizes.shard), mesh_dim_names=("replicate", "shard"))
+    expert_names = ("replicate", "expert_shard", "expert")
+    experts = init_device_mesh(device.type, (replicas, sizes.expert_shard, sizes.expert), mesh_dim_names=expert_names)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, sizes, dense, experts)
 
 
-def _join(on_gpu: bool) -> None:
+def _init_process_group(on_gpu: bool) -> None:
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if "MASTER_ADDR" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun on one node keeps its store over restarts, and torch 2.13 looks in it for the others where they
-            # were before. Several nodes meet anew each time, and count their restarts each for itself.
+            # A prefix for each restart: on one node torchrun keeps its store over restarts, and torch 2.13 would find
+            # the addresses of the previous processes in it. Several nodes have a new store at each restart, and each
+            # node counts its restarts separately.
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         return
@@ -231,6 +232,6 @@ def _join(on_gpu: bool) -> None:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

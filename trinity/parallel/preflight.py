@@ -1,6 +1,6 @@
-"""Measures every rank and every link before a long run, on all ranks at the same time, as a run would load them.
+"""Measure every rank and every link before a long run, on all ranks at the same time, as training would load them.
 
-What the figures are, and which rank stands out by them, is in `preflight_report.py`.
+`preflight_report.py` defines the figures and finds outliers among them.
 """
 
 import importlib.metadata
@@ -18,12 +18,15 @@ import torch.distributed as dist
 
 from trinity.parallel.preflight_report import Report
 
-PATIENCE = timedelta(minutes=5)
-"""How long a collective may hang before the ranks give up."""
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+"""Time after which a collective that hangs fails."""
 
 
-class Effort(NamedTuple):
-    """gemm: side of the matrices. copy_mib, reduce_mib: bytes, in MiB. seconds: of each measurement, about."""
+class Workload(NamedTuple):
+    """Sizes of the measurements.
+
+    gemm: side of the matrices. copy_mib, reduce_mib: size of the tensor, MiB. seconds: approximate time for each.
+    """
 
     gemm: int
     copy_mib: int
@@ -31,15 +34,15 @@ class Effort(NamedTuple):
     seconds: float
 
 
-def usual_effort(on_gpu: bool, quick: bool) -> Effort:
-    """Sizes that fill a GPU, or that a CPU does in a moment; quick: to see that everything answers."""
+def default_workload(on_gpu: bool, quick: bool) -> Workload:
+    """Sizes that fill a GPU, or that take a CPU a second; quick: only to see that every rank answers."""
     if on_gpu:
-        return Effort(4096, 256, 128, 0.2) if quick else Effort(8192, 1024, 1024, 3.0)
-    return Effort(256, 8, 1, 0.05) if quick else Effort(1024, 128, 16, 1.0)
+        return Workload(4096, 256, 128, 0.2) if quick else Workload(8192, 1024, 1024, 3.0)
+    return Workload(256, 8, 1, 0.05) if quick else Workload(1024, 128, 16, 1.0)
 
 
-def join() -> torch.device:
-    """Enter the process group that the launcher describes, or one of this process alone; this rank's device."""
+def init_process_group() -> torch.device:
+    """Join the process group of the launcher, or make one of this process alone; return this rank's device."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -47,32 +50,32 @@ def join() -> torch.device:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 
-def examine(effort: Effort, device: torch.device) -> list[Report]:
-    """Measure; every rank calls this, and gets the reports of all in order of rank."""
-    places = _gathered(_place() | _facts(device))
-    figures = {"gemm": _gemm(effort, device), "copy": _copy(effort, device)}
-    figures |= _all_reduces(effort, device, [place["node"] for place in places])
-    return _gathered(places[dist.get_rank()] | figures)
+def measure(workload: Workload, device: torch.device) -> list[Report]:
+    """Measure this rank and its links; every rank calls this and gets the reports of all, in order of rank."""
+    infos = _gather(_rank_info() | _versions(device))
+    figures: Report = {"gemm": _gemm(workload, device), "copy": _copy(workload, device)}
+    figures |= _all_reduces(workload, device, [info["node"] for info in infos])
+    return _gather(infos[dist.get_rank()] | figures)
 
 
-def neighbours(nodes: int) -> list[list[tuple[int, int]]]:
-    """The pairs of neighbours on a ring of nodes, in rounds in which no node stands twice."""
+def neighbour_pairs(nodes: int) -> list[list[tuple[int, ...]]]:
+    """The pairs of neighbours on a ring of nodes, in rounds in which no node appears twice."""
     if nodes < 3:
         return [[(0, 1)]] if nodes == 2 else []
-    rounds: list[list[tuple[int, int]]] = [[], [], []]
+    rounds: list[list[tuple[int, ...]]] = [[], [], []]
     for node in range(nodes):
         last_of_odd_ring = nodes % 2 and node == nodes - 1
         rounds[2 if last_of_odd_ring else node % 2].append((node, (node + 1) % nodes))
     return [pairs for pairs in rounds if pairs]
 
 
-def _place() -> Report:
+def _rank_info() -> Report:
     environment = os.environ
     return {
         "rank": dist.get_rank(),
@@ -82,7 +85,7 @@ def _place() -> Report:
     }
 
 
-def _facts(device: torch.device) -> Report:
+def _versions(device: torch.device) -> Report:
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -100,51 +103,51 @@ def _facts(device: torch.device) -> Report:
     }
 
 
-def _gathered(report: Report) -> list[Report]:
+def _gather(report: Report) -> list[Report]:
     reports: list[Report] = [{}] * dist.get_world_size()
     dist.all_gather_object(reports, report)
     return reports
 
 
-def _gemm(effort: Effort, device: torch.device) -> float:
+def _gemm(workload: Workload, device: torch.device) -> float:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    n = effort.gemm
+    n = workload.gemm
     # random, because a GPU draws less power, and so runs faster, on zeros
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / _seconds(lambda: torch.mm(a, b, out=out), effort, device) / 1e12
+    return 2 * n**3 / _mean_seconds(lambda: torch.mm(a, b, out=out), workload, device) / 1e12
 
 
-def _copy(effort: Effort, device: torch.device) -> float:
-    source = torch.ones(effort.copy_mib * 2**20, dtype=torch.uint8, device=device)
+def _copy(workload: Workload, device: torch.device) -> float:
+    source = torch.ones(workload.copy_mib * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source), effort, device) / 1e9
+    return 2 * source.numel() / _mean_seconds(lambda: target.copy_(source), workload, device) / 1e9
 
 
-def _all_reduces(effort: Effort, device: torch.device, node_of: list[int]) -> Report:
-    """Bus bandwidths among node, pair and all, and the algorithm bandwidth among all; None for a group of one rank."""
+def _all_reduces(workload: Workload, device: torch.device, node_of: list[int]) -> Report:
+    """Bus bandwidths within node, pair and all ranks, and algorithm bandwidth of all; None for a group of one rank."""
     nodes = max(node_of) + 1
-    tensor = torch.zeros(effort.reduce_mib * 2**18, device=device)  # fp32
+    tensor = torch.zeros(workload.reduce_mib * 2**18, device=device)  # fp32
 
     def algorithm_bandwidth(group: dist.ProcessGroup | None) -> float:
-        seconds = _seconds(lambda: dist.all_reduce(tensor, group=group), effort, device, group)
+        seconds = _mean_seconds(lambda: dist.all_reduce(tensor, group=group), workload, device, group)
         return tensor.nbytes / seconds / 1e9
 
     def bus_bandwidth(sets_of_nodes: list[tuple[int, ...]]) -> float | None:
-        """Among the ranks of that set of nodes in which this one is; all sets at the same time."""
+        """Over the ranks of the set of nodes that contains this rank; all sets measure at the same time."""
         sets = [[rank for rank, node in enumerate(node_of) if node in members] for members in sets_of_nodes]
-        group, _ = dist.new_subgroups_by_enumeration(sets, timeout=PATIENCE)
-        mine = next((ranks for ranks in sets if dist.get_rank() in ranks), [])
-        return algorithm_bandwidth(group) * _bus_factor(len(mine)) if len(mine) > 1 else None
+        group, _ = dist.new_subgroups_by_enumeration(sets, timeout=COLLECTIVE_TIMEOUT)
+        own_set = next((ranks for ranks in sets if dist.get_rank() in ranks), [])
+        return algorithm_bandwidth(group) * _bus_factor(len(own_set)) if len(own_set) > 1 else None
 
     node = bus_bandwidth([(node,) for node in range(nodes)])
-    pairs = [bus_bandwidth(pairs) for pairs in neighbours(nodes)]
-    among_all = algorithm_bandwidth(None) if len(node_of) > 1 else None
+    pairs = [bus_bandwidth(pairs) for pairs in neighbour_pairs(nodes)]
+    algorithm = algorithm_bandwidth(None) if len(node_of) > 1 else None
     return {
         "node_bus": node,
         "pair_bus": max((pair for pair in pairs if pair is not None), default=None),
-        "all_bus": among_all and among_all * _bus_factor(len(node_of)),
-        "all_algorithm": among_all,
+        "all_bus": algorithm and algorithm * _bus_factor(len(node_of)),
+        "all_algorithm": algorithm,
     }
 
 
@@ -152,13 +155,13 @@ def _bus_factor(ranks: int) -> float:
     return 2 * (ranks - 1) / ranks
 
 
-def _seconds(
-    call: Callable[[], Any], effort: Effort, device: torch.device, group: dist.ProcessGroup | None = None
+def _mean_seconds(
+    call: Callable[[], Any], workload: Workload, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> float:
-    """Mean time of a call, repeated for about effort.seconds; the group's ranks begin together and repeat as often."""
+    """Mean time of a call over about workload.seconds; the group's ranks start together and repeat equally often."""
 
     def timed(repeats: int) -> float:
-        _slowest(0.0, group)  # a barrier
+        _max_over_ranks(0.0, group)  # a barrier
         began = time.perf_counter()
         for _ in range(repeats):
             call()
@@ -166,11 +169,11 @@ def _seconds(
             torch.cuda.synchronize(device)
         return (time.perf_counter() - began) / repeats
 
-    timed(1)  # the first is slower: memory is touched, connections are made
-    return timed(max(1, int(effort.seconds / _slowest(timed(1), group))))
+    timed(1)  # warm-up: first use of memory and connections is slower
+    return timed(max(1, int(workload.seconds / _max_over_ranks(timed(1), group))))
 
 
-def _slowest(seconds: float, group: dist.ProcessGroup | None) -> float:
-    times = torch.tensor(seconds, dtype=torch.float64)  # on the CPU: over gloo, so that it waits for no kernel
+def _max_over_ranks(seconds: float, group: dist.ProcessGroup | None) -> float:
+    times = torch.tensor(seconds, dtype=torch.float64)  # on the CPU, over gloo: does not wait for kernels
     dist.all_reduce(times, dist.ReduceOp.MAX, group=group)
     return times.item()

@@ -1,26 +1,29 @@
-"""What autograd keeps of one microbatch, and how far memory rises above it: one block of each kind, run on meta.
+"""Activation memory of one microbatch: bytes saved for backward and the peaks above them.
 
-The blocks are the model's own, with the config's recompute and exchange; on meta nothing is computed and all sizes are
-right. Three things are not the run's own:
+One block of each kind runs on the meta device with the config's recompute and exchange: nothing is computed, all sizes
+are exact. Three things differ from a run:
 
-    attention      torch's flash attention: it keeps q, k, v, the output and one fp32 number per head and token, as all
+    attention      torch's flash attention: it saves q, k, v, the output and one fp32 number per head and token, as all
                    engines but sdpa do (on a GPU in 16 bits, auto never takes sdpa)
     routing        even: a token's K experts are any K of all, and every rank gets equally many rows
-    expert         what the reference of trinity_kernels holds at most inside the operation, by formula: such an
-    operation      operation shows meta nothing but its results
+    expert         its peak inside is a formula for the reference of trinity_kernels, because an opaque operation
+    operation      allocates nothing on meta but its results
 
 Shapes: B rows of a microbatch, S sequence, D width, V vocabulary, F expert width, K active experts, P ranks.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import RunConfig
@@ -29,22 +32,21 @@ from trinity.models.attention import rope_cos_sin
 from trinity.models.attention_backends import AttentionMask
 from trinity.models.layers import Norm
 from trinity.models.moe import Router
-from trinity.models.trinity import Block
+from trinity.models.trinity import Block, Trinity
 from trinity.parallel import expert_parallel
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.comm_counter import Traffic, count_collectives
 from trinity.parallel.fsdp import master_dtype
 from trinity.parallel.mesh import Ranks
-from trinity.planning.meta_memory import LiveBytes
 from trinity_kernels.cross_entropy import chunk_tokens
 
 
 class Activations(NamedTuple):
     """Bytes of one part of the model for one microbatch.
 
-    kept: from its forward pass to its backward pass, its output included, its input not.
-    forward, backward: the most above what was there when it began; backward includes its whole weights' gradients.
-    exchange: calls and bytes of its all-to-alls, as trinity.parallel.traffic counts them, forward to backward.
+    kept: saved from its forward to its backward pass, including its output, without its input.
+    forward, backward: peak of the pass above memory at its start; backward includes the unsharded weight gradients.
+    exchange: calls and bytes of its all-to-alls in both passes, counted as in trinity.parallel.comm_counter.
     """
 
     kept: float
@@ -53,26 +55,27 @@ class Activations(NamedTuple):
     exchange: Traffic = Traffic(0, 0)
 
 
-def destinations(experts: int, active: int, ranks: int) -> float:
-    """Ranks that a token goes to on average, its K experts being any K of all: P·(1 − C(E − E/P, K)/C(E, K))."""
+def mean_destination_ranks(experts: int, active: int, ranks: int) -> float:
+    """Mean number of ranks that a token is sent to under even routing: P·(1 − C(E − E/P, K)/C(E, K))."""
     return ranks * (1 - math.comb(experts - experts // ranks, active) / math.comb(experts, active))
 
 
 def block_activations(config: RunConfig, ranks: Ranks, rows: int) -> list[Activations]:
-    """Of every block, in order, for a microbatch of `rows` rows.
+    """Activations of every block, in order, for a microbatch of `rows` rows.
 
     Args:
-        ranks: on meta, over a fake group (trinity.planning.sharded).
+        ranks: on meta, over a fake group (trinity.planning.fake_rank).
     """
-    model, kinds = config.model, {}
+    model = config.model
+    by_kind: dict[tuple[bool, bool], Activations] = {}
     for layer in range(model.layers):
         kind = layer >= model.dense_layers, model.is_global(layer)
-        if kind not in kinds:
-            kinds[kind] = _measured(config, ranks, layer, rows)
-    return [kinds[layer >= model.dense_layers, model.is_global(layer)] for layer in range(model.layers)]
+        if kind not in by_kind:
+            by_kind[kind] = _measure_block(config, ranks, layer, rows)
+    return [by_kind[layer >= model.dense_layers, model.is_global(layer)] for layer in range(model.layers)]
 
 
-def _measured(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activations:
+def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activations:
     model, length = config.model, config.data.sequence_length
     compute, master = getattr(torch, config.precision.compute), master_dtype(config.precision)
     with torch.device("meta"):
@@ -84,59 +87,104 @@ def _measured(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activat
         positions = torch.arange(length).unsqueeze(0)
     expert_parallel.split_experts(block, ranks.experts, config.parallel.exchange)
     if config.recompute != "none":
-        recompute_blocks(SimpleNamespace(blocks=[block]), config.recompute)
+        only_block = cast(Trinity, SimpleNamespace(blocks=[block]))  # recompute_blocks reads the blocks alone
+        recompute_blocks(only_block, config.recompute)
     rotation = rope_cos_sin(positions, model.head_dim, model.rope_theta, master)
-    with _stand_ins(rows * length, model), LiveBytes() as live, count_collectives() as seen:
+    with _patched_for_meta(rows * length, model), LiveBytes() as live, count_collectives() as collectives:
         y_BSD, routing = block(x_BSD, rotation, AttentionMask(positions, None, True, "sdpa"))
         kept, forward = live.now, live.peak
         live.peak = live.now
         losses = [routing.sequence_loss_B] if routing and config.balancing.sequence_loss else []
         outputs = [y_BSD, *losses]
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
-    inside = _inside_experts(model, rows * length) if block.sparse else 0
-    travelled = seen.get(("all_to_all", ranks.sizes.expert), Traffic(0, 0))
-    return Activations(kept, forward, live.peak - kept + inside, travelled)
+    workspace = _expert_workspace(model, rows * length) if block.sparse else 0
+    exchange = collectives.get(("all_to_all", ranks.sizes.expert), Traffic(0, 0))
+    return Activations(kept, forward, live.peak - kept + workspace, exchange)
 
 
 @contextmanager
-def _stand_ins(tokens: int, model: ModelConfig) -> Iterator[None]:
-    """While this lasts, attention runs on meta, and an exchange is told even counts instead of asking."""
+def _patched_for_meta(tokens: int, model: ModelConfig) -> Iterator[None]:
+    """Patch attention to run on meta and the exchange to take even counts, without a collective for them."""
 
-    def even(own_P2: Tensor, _others_P2: Tensor) -> Tensor:
+    def even_counts(own_P2: Tensor, _others_P2: Tensor) -> Tensor:
         ranks = len(own_P2)
-        sent = round(tokens * destinations(model.experts, model.active_experts, ranks) / ranks)
+        sent = round(tokens * mean_destination_ranks(model.experts, model.active_experts, ranks) / ranks)
         return torch.tensor([[[sent, tokens * model.active_experts // ranks]] * ranks] * 2)
 
-    with patch.dict(attention_backends._ENGINES, sdpa=_flash), patch.object(expert_parallel, "exchanged_counts", even):
+    with (
+        patch.dict(attention_backends._ENGINES, sdpa=_flash_attention),
+        patch.object(expert_parallel, "exchanged_counts", even_counts),
+    ):
         yield
 
 
-def _flash(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, _window: int | None, _visible: AttentionMask) -> Tensor:
+def _flash_attention(
+    q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, _window: int | None, _mask: AttentionMask
+) -> Tensor:
     flash: Callable[..., tuple] = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(q_BSHC.transpose(1, 2), k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2), 0.0, True)[0].transpose(1, 2)
 
 
-def _inside_experts(model: ModelConfig, tokens: int) -> float:
-    """Bytes inside the backward pass of trinity_kernels.experts in bf16, at its two fullest moments.
+def _expert_workspace(model: ModelConfig, tokens: int) -> float:
+    """Peak bytes inside the backward pass of trinity_kernels.experts in bf16, the larger of two moments.
 
-    Where SwiGLU is differentiated there are nine tensors [R, F] in fp32 and the gathered gradient; where rows are
-    summed up, seven, the pre-activations' gradient, and the rows in bf16 twice and once in fp32.
+    SwiGLU's backward holds nine tensors [R, F] in fp32 and the gathered gradient. The sum over a token's rows holds
+    seven, the pre-activations' gradient, and the rows twice in bf16 and once in fp32.
     """
     D, F = model.width, model.expert_width
     return tokens * model.active_experts * max(9 * 4 * F + 2 * D, 7 * 4 * F + 4 * F + 2 * D + 8 * D)
 
 
 def embedding_activations(config: RunConfig, rows: int) -> Activations:
-    """Of the embedding, by formula: its output before and after scaling; backward makes a gradient for every row."""
+    """Activations of the embedding, by formula: its output, unscaled and scaled; backward forms a dense gradient."""
     size = getattr(torch, config.precision.compute).itemsize
     x = rows * config.data.sequence_length * config.model.width * size
     return Activations(x, 2 * x, x + config.model.vocab_size * config.model.width * size)
 
 
 def head_activations(config: RunConfig, rows: int) -> Activations:
-    """Of the head and the loss, by formula: it forms both its gradients in the forward pass, in chunks of tokens."""
+    """Activations of head and loss, by formula: the forward pass forms both gradients, in chunks of tokens."""
     size, V, D = getattr(torch, config.precision.compute).itemsize, config.model.vocab_size, config.model.width
     tokens = rows * config.data.sequence_length
     kept = tokens * D * size + V * D * max(size, 4)  # the weight's gradient is summed in fp32 at least
     # on a GPU one chunk's logits become their gradient in place; backward scales both gradients into new memory
     return Activations(kept, kept + chunk_tokens(tokens, V, size, "cuda") * V * size, (tokens + V) * D * size)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of live tensors that were created inside the mode; works on meta, where tensors have sizes alone.
+
+    Counts each storage that an operation creates until nothing refers to it.
+
+        with LiveBytes() as live:
+            y = model(x)
+        live.now, live.peak
+
+    Attributes:
+        now: bytes alive, including autograd's saved tensors. peak: the maximum of `now`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        inputs = {id(x.untyped_storage()) for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            # a view of an input has the input's storage
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in inputs | self._counted:
+                self._add(x.untyped_storage())
+        return result
+
+    def _add(self, storage: UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._counted.add(id(storage))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, id(storage), size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self.now -= size

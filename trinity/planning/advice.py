@@ -1,31 +1,32 @@
-"""What to change in a plan: so that it fits in memory, or so that GPUs wait less for links. All of it was tried.
+"""Advice for a plan: changes that make it fit in memory, or that reduce exposed communication.
 
-Every change is checked and planned as a run with it would be, before it is named.
+Each change is checked and planned before it is advised.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trinity.config.check import check_run
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.parallel.mesh import mesh_words, meshes
-from trinity.planning.gpus import least_state, with_mesh
 from trinity.planning.memory import Memory
-from trinity.planning.plan import USABLE, Plan, Step, fits, fullest_moment, replanned
-from trinity.training.build import dealt_counts
+from trinity.planning.mesh_search import min_state_bytes, with_mesh
+from trinity.planning.plan import USABLE_SHARE, Plan, StepEstimate, fits, peak_memory, replan
+from trinity.training.divisibility import batch_process_counts
 
-WAITING = 0.15
-"""Share of the run's time that computing waits for links, from which on that is said."""
-HELPS = 0.95
-"""A change is named where the run takes at most this much of the time."""
-TRIED = 6
-"""Meshes that are tried against slow links."""
+EXPOSED_LIMIT = 0.15
+"""Warn from this share of exposed communication in the run's time on. Not from the report."""
+MAX_TIME_RATIO = 0.95
+"""Advise a change against exposed communication if the run then takes at most this share of its time. Not from the
+report."""
+MESHES_TRIED = 6
+"""Meshes planned against exposed communication. Not from the report."""
 
 
 class Change(NamedTuple):
-    """Settings in dotted words, the config with them, and the number of GPUs that it is for."""
+    """Settings as `a.b=value`, the config with them, and its number of GPUs."""
 
     words: list[str]
     config: RunConfig
@@ -33,44 +34,43 @@ class Change(NamedTuple):
 
 
 def warnings(plan: Plan) -> list[str]:
-    """A sentence for everything that is wrong, with what would mend it; none for a good plan."""
+    """A sentence for each problem of the plan, with a change that solves it; empty for a good plan."""
     if not plan.fits:
-        most = USABLE * plan.card.memory
+        most = USABLE_SHARE * plan.card.memory
         return [
-            f"it does not fit: {plan.memory.total / 1e9:.1f} GB at the fullest moment, of {most / 1e9:.1f} GB for "
-            f"tensors; {_mend(plan)}"
+            f"it does not fit: {plan.memory.total / 1e9:.1f} GB at the peak, of {most / 1e9:.1f} GB for tensors; "
+            f"{_memory_advice(plan)}"
         ]
-    return [_waiting(plan)] if waiting(plan) >= WAITING else []
+    return [_links_advice(plan)] if exposed_communication(plan) >= EXPOSED_LIMIT else []
 
 
-def waiting(plan: Plan) -> float:
-    """Share of the run's time that is spent on links and not hidden behind computing."""
-    weights = [step.stretch.steps or 1 for step in plan.steps]
-    idle = sum(weight * _idle(step) for weight, step in zip(weights, plan.steps))
-    return idle / sum(weight * step.seconds.step for weight, step in zip(weights, plan.steps))
+def exposed_communication(plan: Plan) -> float:
+    """Share of the run's time in communication that does not overlap with computation."""
+    weights = [step.segment.steps or 1 for step in plan.steps]
+    exposed = sum(weight * _exposed_seconds(step) for weight, step in zip(weights, plan.steps))
+    return exposed / sum(weight * step.seconds.step for weight, step in zip(weights, plan.steps))
 
 
-def _idle(step: Step) -> float:
+def _exposed_seconds(step: StepEstimate) -> float:
     return step.seconds.step - step.seconds.computing
 
 
-def _mend(plan: Plan) -> str:
-    """A change that fits: the first of a group, or smaller microbatches alone where the run is then shorter.
+def _memory_advice(plan: Plan) -> str:
+    """A change that fits: the first of a group that does, or smaller microbatches alone if the run is then faster.
 
-    Of each group the last, which needs the least memory, shows whether any may fit.
+    The last change of a group needs the least memory, so it decides whether the group is searched.
     """
-    for group in _leaner_changes(plan):
+    for group in _memory_saving_changes(plan):
         if not group or not _fits_after(plan, group[-1]):
             continue
         first = next((change for change in group if _fits_after(plan, change)), None)
         if first is not None:
-            change = _shorter(plan, [first, *_smaller_microbatches(plan)])
-            return f"{_in_words(plan, change)} would, with {_memory_after(plan, change).total / 1e9:.1f} GB"
-    return _mend_with_more_gpus(plan)
+            return _fits_text(plan, _fastest(plan, [first, *_smaller_microbatches(plan)]))
+    return _gpu_count_advice(plan)
 
 
 def _smaller_microbatches(plan: Plan) -> list[Change]:
-    """The largest microbatch that fits with the recompute that the config has; none where no microbatch does."""
+    """The largest microbatch that fits with the config's recompute; empty if none does."""
     batch, most = plan.config.batch, plan.config.batch.microbatch
     while most > 1:
         most //= 2
@@ -81,35 +81,34 @@ def _smaller_microbatches(plan: Plan) -> list[Change]:
     return []
 
 
-def _shorter(plan: Plan, changes: list[Change]) -> Change:
-    """The change with which the run takes the least time."""
+def _fastest(plan: Plan, changes: list[Change]) -> Change:
+    """The change with the shortest run; every change must be one that fits."""
     if len(changes) == 1:
         return changes[0]
-    return min(changes, key=lambda change: _time(_plan_after(plan, change)))
+    return min(changes, key=lambda change: _run_seconds(replan(plan, change.config, change.gpus)))
 
 
-def _mend_with_more_gpus(plan: Plan) -> str:
-    """The fewest GPUs tried on which the plan fits; a plan of thousands takes seconds, so fewest come first."""
-    config, counts = plan.config, _more_gpus(plan)
-    neither = "neither recompute nor smaller microbatches nor more shards"
+def _gpu_count_advice(plan: Plan) -> str:
+    """The fewest GPUs tried on which the run fits. Counts ascend, since a plan of thousands of GPUs takes seconds."""
+    config, counts = plan.config, _larger_gpu_counts(plan)
+    no_change = "neither recompute nor smaller microbatches nor more shards"
     if not counts:
-        return f"{neither} would, and batches and streams divide by no larger number of GPUs than {plan.gpus}"
-    starts = [([], config), *_leaner(config)[-1:]]
+        return f"{no_change} would, and batches and streams divide by no larger number of GPUs than {plan.gpus}"
+    starts = [([], config), *_leaner_configs(config)[-1:]]
     for gpus in counts:
-        if least_state(config) / gpus > USABLE * plan.card.memory:
+        if min_state_bytes(config) / gpus > USABLE_SHARE * plan.card.memory:
             continue
-        leanest_first = [_most_sharded(plan, *start, gpus) for start in reversed(starts)]
+        leanest_first = [_with_most_shards(plan, *start, gpus) for start in reversed(starts)]
         if _fits_after(plan, leanest_first[0]):
-            change = next(change for change in reversed(leanest_first) if _fits_after(plan, change))
-            return f"{_in_words(plan, change)} would, with {_memory_after(plan, change).total / 1e9:.1f} GB"
-    return f"{neither} nor more GPUs would; batches and streams divide by {counts[-1]} at most"
+            return _fits_text(plan, next(change for change in reversed(leanest_first) if _fits_after(plan, change)))
+    return f"{no_change} nor more GPUs would; batches and streams divide by {counts[-1]} at most"
 
 
-def _more_gpus(plan: Plan) -> list[int]:
-    """Numbers that batches and streams divide by, each at least twice the one before it; and the largest of them."""
-    every, counts = dealt_counts(plan.config), [plan.gpus]
-    for count in every:
-        if count >= 2 * counts[-1] or (count == every[-1] > counts[-1]):
+def _larger_gpu_counts(plan: Plan) -> list[int]:
+    """Larger GPU counts that divide batches and streams, each at least twice the one before, and the largest."""
+    possible, counts = batch_process_counts(plan.config), [plan.gpus]
+    for count in possible:
+        if count >= 2 * counts[-1] or (count == possible[-1] > counts[-1]):
             counts.append(count)
     return counts[1:]
 
@@ -119,30 +118,38 @@ def _fits_after(plan: Plan, change: Change) -> bool:
     return memory is not None and fits(memory, plan.card)
 
 
-def _waiting(plan: Plan) -> str:
-    """What links cost, and the best of the changes that help."""
-    now = _time(plan)
+def _fits_text(plan: Plan, change: Change) -> str:
+    """The advice for a change that fits."""
+    memory = peak_memory(change.config, change.gpus, plan.card, plan.cache)
+    return f"{_settings_text(plan, change)} would, with {memory.total / 1e9:.1f} GB"
+
+
+def _links_advice(plan: Plan) -> str:
+    """The cost of exposed communication, and the change that reduces the run's time most."""
+    now = _run_seconds(plan)
     faster = []
     for change in _faster_changes(plan):
         changed = _plan_after(plan, change)
-        if changed is not None and changed.fits and _time(changed) <= HELPS * now:
-            faster.append((_time(changed), change))
-    said = (
-        f"GPUs wait for links during {waiting(plan):.0%} of the time: a step of {plan.main.stretch.sequences:,} "
-        f"sequences takes {plan.main.seconds.step:.3g} s and its computing {plan.main.seconds.computing:.3g} s"
+        if changed is not None and changed.fits and _run_seconds(changed) <= MAX_TIME_RATIO * now:
+            faster.append((_run_seconds(changed), change))
+    cost = (
+        f"GPUs wait for links during {exposed_communication(plan):.0%} of the time: a step of "
+        f"{plan.main.segment.sequences:,} sequences takes {plan.main.seconds.step:.3g} s and its computing "
+        f"{plan.main.seconds.computing:.3g} s"
     )
     if not faster:
-        return f"{said}; no mesh or microbatch that was tried is faster"
+        return f"{cost}; no mesh or microbatch that was tried is faster"
     best, change = min(faster, key=lambda entry: entry[0])
-    return f"{said}; {_in_words(plan, change)} would take {best / now:.0%} of the time"
+    return f"{cost}; {_settings_text(plan, change)} would take {best / now:.0%} of the time"
 
 
-def _time(plan: Plan) -> float:
+def _run_seconds(plan: Plan) -> float:
+    """Seconds of the run, or of one step for a run of zero steps."""
     return plan.total_seconds or plan.main.seconds.step
 
 
-def _in_words(plan: Plan, change: Change) -> str:
-    """Everything to add to the command: the mesh that was picked is part of it."""
+def _settings_text(plan: Plan, change: Change) -> str:
+    """The words to add to the command, including a picked mesh."""
     words = {word.partition("=")[0]: word for word in [*plan.picked, *change.words]}
     if change.gpus == plan.gpus:
         return " ".join(words.values())
@@ -150,36 +157,38 @@ def _in_words(plan: Plan, change: Change) -> str:
 
 
 def _memory_after(plan: Plan, change: Change) -> Memory | None:
-    """The fullest moment after a change; None where the run would be refused."""
+    """Peak memory after a change; None if the changed config is invalid."""
     try:
         check_run(change.config)
-        return fullest_moment(change.config, change.gpus, plan.card, plan.measured)
+        return peak_memory(change.config, change.gpus, plan.card, plan.cache)
     except UserError:
         return None
 
 
 def _plan_after(plan: Plan, change: Change) -> Plan | None:
-    """The plan after a change; None where the run would be refused."""
+    """The plan after a change; None if the changed config is invalid."""
     try:
         check_run(change.config)
-        return replanned(plan, change.config, change.gpus)
+        return replan(plan, change.config, change.gpus)
     except UserError:
         return None
 
 
-def _leaner_changes(plan: Plan) -> Iterator[list[Change]]:
-    """Groups of changes that save memory on as many GPUs, in both orders those that cost least first: recompute and
-    microbatches, more shards."""
+def _memory_saving_changes(plan: Plan) -> Iterator[list[Change]]:
+    """Groups of changes that save memory on the same GPUs: recompute with microbatches, then more shards.
+
+    Groups, and the changes of a group, are ordered by the time they cost, least first.
+    """
     config, gpus = plan.config, plan.gpus
-    leaner = _leaner(config)
+    leaner = _leaner_configs(config)
     yield [Change(words, changed, gpus) for words, changed in leaner]
     starts = [([], config), *leaner[-1:]]
     shards = sorted({shard for _, shard, _ in meshes(config.model, gpus) if shard > plan.sizes.shard})
-    yield [_resharded(plan, before, start, gpus, shard) for before, start in starts for shard in shards]
+    yield [_with_shards(plan, words, start, gpus, shard) for words, start in starts for shard in shards]
 
 
 def _faster_changes(plan: Plan) -> Iterator[Change]:
-    """Changes that send less: the whole share of a step at once, gradients once a step, other meshes."""
+    """Changes that communicate less: one microbatch a step, gradients reduced once a step, other meshes."""
     config, gpus = plan.config, plan.gpus
     rows = max(step.load.rows for step in plan.steps)
     if any(step.load.microbatches > 1 for step in plan.steps):
@@ -190,37 +199,40 @@ def _faster_changes(plan: Plan) -> Iterator[Change]:
         (mesh for mesh in meshes(config.model, gpus) if mesh[1:] != (plan.sizes.shard, plan.sizes.expert)),
         key=lambda mesh: (abs(mesh[1].bit_length() - plan.sizes.shard.bit_length()), mesh[2] > plan.card.per_node),
     )
-    for mesh in near[:TRIED]:
+    for mesh in near[:MESHES_TRIED]:
         words = mesh_words(config.parallel, *mesh)
         yield Change(words, with_mesh(config, words), gpus)
 
 
-def _most_sharded(plan: Plan, before: list[str], start: RunConfig, gpus: int) -> Change:
-    """The largest number of shards on a number of GPUs, which needs the least memory."""
-    return _resharded(plan, before, start, gpus, max(shard for _, shard, _ in meshes(start.model, gpus)))
+def _with_most_shards(plan: Plan, words: list[str], start: RunConfig, gpus: int) -> Change:
+    """`start` with the largest number of shards on `gpus` GPUs, which needs the least memory."""
+    return _with_shards(plan, words, start, gpus, max(shard for _, shard, _ in meshes(start.model, gpus)))
 
 
-def _resharded(plan: Plan, before: list[str], start: RunConfig, gpus: int, shard: int) -> Change:
-    """Other shards, with as many ranks that split the experts as before where those divide, else the nearest number."""
-    experts = [number for _, size, number in meshes(start.model, gpus) if size == shard] or [plan.sizes.expert]
-    nearest = min(experts, key=lambda number: abs(number - plan.sizes.expert))
-    words = mesh_words(start.parallel, gpus // shard, shard, nearest)
-    return Change([*before, *words], with_mesh(start, words), gpus)
+def _with_shards(plan: Plan, words: list[str], start: RunConfig, gpus: int, shard: int) -> Change:
+    """`start`, which has the settings `words`, with `shard` shards and the expert size nearest to the plan's."""
+    experts = [expert for _, size, expert in meshes(start.model, gpus) if size == shard] or [plan.sizes.expert]
+    nearest = min(experts, key=lambda expert: abs(expert - plan.sizes.expert))
+    mesh = mesh_words(start.parallel, gpus // shard, shard, nearest)
+    return Change([*words, *mesh], with_mesh(start, mesh), gpus)
 
 
-def _leaner(config: RunConfig) -> list[tuple[list[str], RunConfig]]:
-    """More recompute, then smaller microbatches with it; what is compiled cannot be computed again."""
-    kinds = ["none", "selective", "block"]
+def _leaner_configs(config: RunConfig) -> list[tuple[list[str], RunConfig]]:
+    """More recompute, then smaller microbatches with it; turns compile off, which excludes recompute."""
+    kinds: list[Literal["none", "selective", "block"]] = ["none", "selective", "block"]
     stronger = kinds[kinds.index(config.recompute) + 1 :]
-    plain = ["compile=none"] if config.compile != "none" and stronger else []
-    found = [
-        ([f"recompute={kind}", *plain], replace(config, recompute=kind, compile="none" if plain else config.compile))
+    compile_off = ["compile=none"] if config.compile != "none" and stronger else []
+    configs = [
+        (
+            [f"recompute={kind}", *compile_off],
+            replace(config, recompute=kind, compile="none" if compile_off else config.compile),
+        )
         for kind in stronger
     ]
-    words, most = ([f"recompute={kinds[-1]}", *plain] if stronger else []), config.batch.microbatch
+    words, most = ([f"recompute={kinds[-1]}", *compile_off] if stronger else []), config.batch.microbatch
     while most > 1:
         most //= 2
         batch = replace(config.batch, microbatch=most)
-        leanest = found[len(stronger) - 1][1] if stronger else config
-        found.append(([*words, f"batch.microbatch={most}"], replace(leanest, batch=batch)))
-    return found
+        leanest = configs[len(stronger) - 1][1] if stronger else config
+        configs.append(([*words, f"batch.microbatch={most}"], replace(leanest, batch=batch)))
+    return configs

@@ -1,14 +1,14 @@
-"""What one rank says to others in a step: collectives by purpose, their bytes, and the seconds these take.
+"""Estimate communication per step: one rank's collectives by purpose, their bytes and seconds.
 
-    passes     FSDP gathers each group of weights in forward, and again in backward where it was freed, every
-               microbatch; gradients go to shards every microbatch or once a step (parallel.defer_reduce), and over the
-               copies of the model once
-    exchange   tokens to their experts and sums back, and their gradients (activations.py)
-    update     Muon's matrices to their owners and back, results among copies: as the optimizer has laid them out; and
-               what a step says about itself, some kilobytes
+    passes     FSDP gathers each group of weights in forward, and again in backward if it was freed, every microbatch;
+               gradients are reduce-scattered every microbatch or once a step (parallel.defer_reduce), and all-reduced
+               over the replicas once a step
+    exchange   tokens to their experts and outputs back, and their gradients (activations.py)
+    update     Muon's matrices to their owner ranks and back, and results among replicas, from the optimizer's layout;
+               the step's metrics, some kilobytes
 
-Calls and bytes are those of trinity.parallel.traffic: the whole that a collective is about on this rank. On the wire
-goes (n − 1)/n of that in groups of n, twice for an all-reduce. A group with k ranks in a node has k network cards.
+Calls and bytes are counted as in trinity.parallel.comm_counter: the full size of a collective on this rank. On the wire
+it sends (n − 1)/n of that in groups of n, an all-reduce twice. A group with k ranks in a node has k network cards.
 """
 
 from typing import NamedTuple
@@ -16,20 +16,21 @@ from typing import NamedTuple
 from trinity.config.run import RunConfig
 from trinity.hardware import GPU
 from trinity.optim.muon import Muon
-from trinity.optim.muon_comm import pays
+from trinity.optim.muon_comm import sharing_pays
 from trinity.optim.muon_layout import MatrixBatch
 from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import Sizes
-from trinity.planning.fake_rank import Group, Sharded
-from trinity.planning.stretches import Load
+from trinity.planning.fake_rank import FakeRank, FsdpGroup
+from trinity.planning.schedule_segments import RankLoad
 
 
 class Flow(NamedTuple):
-    """One purpose's collectives of one kind in one step of one rank.
+    """The collectives of one kind and purpose in one step of one rank.
 
-    phase: "passes" (beside forward and backward), "exchange" (in their midst) or "update" (in the optimizers' step).
-    along: the dimension of the mesh, of `ranks` ranks that stand `stride` apart in rank order; "world" is all.
-    calls, bytes: as trinity.parallel.traffic counts them.
+    phase: "passes" (overlaps with forward and backward), "exchange" (inside them) or "update" (the optimizers' step).
+    kind: "all_gather", "reduce_scatter", "all_reduce" or "all_to_all".
+    along: the mesh dimension, `ranks` ranks that are `stride` apart in rank order; "world" is all ranks.
+    calls, bytes: counted as in trinity.parallel.comm_counter.
     """
 
     phase: str
@@ -42,64 +43,70 @@ class Flow(NamedTuple):
     bytes: float
 
 
-def flows(config: RunConfig, rank: Sharded, load: Load, exchanged: list[Traffic], defer: bool) -> list[Flow]:
-    """Everything that rank 0 says in a step, summed by purpose.
+def communication_flows(
+    config: RunConfig, rank: FakeRank, load: RankLoad, exchanges: list[Traffic], defer: bool
+) -> list[Flow]:
+    """All collectives of rank 0 in a step, summed by purpose.
 
     Args:
-        load: its part of the step.
-        exchanged: each block's expert exchange for one microbatch.
+        load: the rank's share of the step.
+        exchanges: each block's expert exchange for one microbatch.
         defer: whether gradients are reduced once a step.
     """
     sizes = rank.ranks.sizes
-    calls, exchange = (load.microbatches * sum(column) for column in zip(*exchanged))
-    found = [
-        *_weights(rank.groups, load.microbatches),
-        *_gradients(rank.groups, 1 if defer else load.microbatches),
-        ("exchange", "tokens to experts and back", "all_to_all", "expert", calls, exchange),
+    exchange_calls, exchange_bytes = (load.microbatches * sum(column) for column in zip(*exchanges))
+    entries = [
+        *_weight_gathers(rank.groups, load.microbatches),
+        *_gradient_reductions(rank.groups, 1 if defer else load.microbatches),
+        ("exchange", "tokens to experts and back", "all_to_all", "expert", exchange_calls, exchange_bytes),
         *_muon(rank.optimizers.muon, sizes),
-        *_figures(config, sizes, load),
+        *_step_metrics(config, sizes, load),
     ]
-    sums: dict[tuple, tuple[int, float]] = {}
-    for *key, calls, size in found:
-        before = sums.get(tuple(key), (0, 0))
-        sums[tuple(key)] = before[0] + calls, before[1] + size
-    places = _places(sizes)
-    spoken = [Flow(*key, *places[key[-1]], *amount) for key, amount in sums.items()]
-    return [flow for flow in spoken if flow.ranks > 1 and flow.calls]
+    sums: dict[tuple[str, str, str, str], tuple[int, float]] = {}
+    for phase, purpose, kind, along, calls, size in entries:
+        before = sums.get((phase, purpose, kind, along), (0, 0))
+        sums[phase, purpose, kind, along] = before[0] + calls, before[1] + size
+    dimensions = _mesh_dimensions(sizes)
+    flows = [
+        Flow(phase, purpose, kind, along, *dimensions[along], *total)
+        for (phase, purpose, kind, along), total in sums.items()
+    ]
+    return [flow for flow in flows if flow.ranks > 1 and flow.calls]
 
 
-def seconds(flow: Flow, gpu: GPU, achieved: float) -> float:
-    """How long a flow takes where nothing else uses the links.
+def flow_seconds(flow: Flow, gpu: GPU, achieved: float) -> float:
+    """Seconds of a flow that has the links to itself.
 
-    All-to-alls go straight to their targets. The others may go round in rings that enter a node once and leave it once,
-    so that the network cards of all members in a node share the work.
+    An all-to-all sends directly to each target. The others use rings that enter and leave a node once, so the network
+    cards of all members in a node share the work.
 
     Args:
-        achieved: share of the links' rates.
+        achieved: share of the links' rates that is reached.
     """
-    near = max(1, min(flow.ranks, gpu.per_node // flow.stride))
+    in_node = max(1, min(flow.ranks, gpu.per_node // flow.stride))
     if flow.kind == "all_to_all":
         to_each = flow.bytes / flow.ranks
-        return max((near - 1) * to_each / gpu.node_link, (flow.ranks - near) * to_each / gpu.network) / achieved
+        return max((in_node - 1) * to_each / gpu.node_link, (flow.ranks - in_node) * to_each / gpu.network) / achieved
     wire = flow.bytes * (flow.ranks - 1) / flow.ranks * (2 if flow.kind == "all_reduce" else 1)
-    rate = gpu.node_link if near == flow.ranks else min(gpu.node_link, near * gpu.network)
+    rate = gpu.node_link if in_node == flow.ranks else min(gpu.node_link, in_node * gpu.network)
     return wire / rate / achieved
 
 
-def orthogonalized(muon: Muon, batch: MatrixBatch, replicas: int) -> tuple[int, bool]:
-    """How many matrices of a batch this rank has, and whether the copies of the model divide them, on GPUs."""
-    matrices = batch.travel.owned if batch.travel else sum(run.count for run in batch.held)
+def matrices_per_rank(muon: Muon, batch: MatrixBatch, replicas: int) -> tuple[int, bool]:
+    """Number of matrices of a batch that this rank orthogonalizes, and whether replicas share them on GPUs."""
+    matrices = batch.owned
     if batch.replicas is None or muon.share == "off" or matrices < 2:
         return matrices, False
-    return matrices, muon.share == "on" or pays((matrices, *batch.shape), muon.steps, replicas, muon.wire, "cuda")
+    pays = sharing_pays(matrices, batch.shape, muon.steps, replicas, muon.wire, "cuda")
+    return matrices, muon.share == "on" or pays
 
 
-_Spoken = tuple[str, str, str, str, int, float]
-"""A flow before it has ranks: phase, purpose, kind, along, calls, bytes."""
+_FlowEntry = tuple[str, str, str, str, int, float]
+"""A Flow without ranks and stride: phase, purpose, kind, along, calls, bytes."""
 
 
-def _places(sizes: Sizes) -> dict[str, tuple[int, int]]:
-    """Each dimension's ranks and how far apart they stand."""
+def _mesh_dimensions(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """Ranks and stride of each mesh dimension."""
     return {
         "shard": (sizes.shard, 1),
         "expert": (sizes.expert, 1),
@@ -109,59 +116,61 @@ def _places(sizes: Sizes) -> dict[str, tuple[int, int]]:
     }
 
 
-def _by_mesh(groups: list[Group]) -> list[tuple[str, str, list[Group]]]:
-    """Name, dimension and groups of what is not experts, and of experts."""
+def _by_mesh_dimension(groups: list[FsdpGroup]) -> list[tuple[str, str, list[FsdpGroup]]]:
+    """Name, mesh dimension and groups: of the dense parameters, then of the experts."""
     experts = [group for group in groups if group.kind == "experts"]
     dense = [group for group in groups if group.kind != "experts"]
     return [("dense", "shard", dense), ("experts", "expert_shard", experts)]
 
 
-def _weights(groups: list[Group], microbatches: int) -> list[_Spoken]:
-    """For each pass of a microbatch that needs them and does not find them still there."""
-    found = []
-    for name, along, own in _by_mesh(groups):
-        calls = microbatches * sum(group.gathers for group in own)
-        size = microbatches * sum(group.gathers * group.gathered for group in own)
-        found.append(("passes", f"weights, {name}", "all_gather", along, calls, size))
-    return found
+def _weight_gathers(groups: list[FsdpGroup], microbatches: int) -> list[_FlowEntry]:
+    """FSDP's all-gathers, in each pass of a microbatch for which the weights are not gathered already."""
+    entries: list[_FlowEntry] = []
+    for name, along, members in _by_mesh_dimension(groups):
+        calls = microbatches * sum(group.gathers for group in members)
+        size = microbatches * sum(group.gathers * group.gathered for group in members)
+        entries.append(("passes", f"weights, {name}", "all_gather", along, calls, size))
+    return entries
 
 
-def _gradients(groups: list[Group], times: int) -> list[_Spoken]:
-    """To shards so many times a step; over the copies of the model once."""
-    found = []
-    for name, along, own in _by_mesh(groups):
-        whole, shards = sum(group.reduced for group in own), sum(group.reduced // group.shards for group in own)
-        found.append(("passes", f"gradients, {name}", "reduce_scatter", along, times * len(own), times * whole))
-        found.append(("passes", f"copies, {name}", "all_reduce", "replicate", len(own), shards))
-    return found
+def _gradient_reductions(groups: list[FsdpGroup], times: int) -> list[_FlowEntry]:
+    """Reduce-scatter of the gradients `times` times a step, and all-reduce of the shards over the replicas once."""
+    entries: list[_FlowEntry] = []
+    for name, along, members in _by_mesh_dimension(groups):
+        whole, shards = sum(group.reduced for group in members), sum(group.reduced // group.shards for group in members)
+        entries.append(("passes", f"gradients, {name}", "reduce_scatter", along, times * len(members), times * whole))
+        entries.append(("passes", f"copies, {name}", "all_reduce", "replicate", len(members), shards))
+    return entries
 
 
-def _muon(muon: Muon, sizes: Sizes) -> list[_Spoken]:
-    """By batch: parts out and back, and results among copies, each of which computes as many, rounded up.
+def _muon(muon: Muon, sizes: Sizes) -> list[_FlowEntry]:
+    """For each matrix batch: parts to their owners and back; results gathered among replicas, padded to equal counts.
 
-    Where experts are cut by width, the ranks also agree once, a byte a matrix, which of them are starved.
+    If experts are sharded by width, one all-reduce, a byte a matrix, agrees on which experts are starved.
     """
     flags = sum(state["starved_steps"].to_local().numel() for state in muon.state.values() if "starved_steps" in state)
-    cut = sizes.experts_by == "width" and flags > 0
-    found = [("update", "Muon, starved experts", "all_reduce", "expert_shard", 1, flags)] if cut else []
+    entries: list[_FlowEntry] = []
+    if sizes.experts_by == "width" and flags > 0:
+        entries.append(("update", "Muon, starved experts", "all_reduce", "expert_shard", 1, flags))
     for batch in muon.batches:
-        matrices, shared = orthogonalized(muon, batch, sizes.replicate)
-        if batch.travel:
-            along = "shard" if batch.travel.group.size() == sizes.shard else "expert_shard"
-            elements = sum(batch.travel.sent) + sum(batch.travel.received)
+        matrices, shared = matrices_per_rank(muon, batch, sizes.replicate)
+        if batch.exchange:
+            along = "shard" if batch.exchange.group.size() == sizes.shard else "expert_shard"
+            elements = sum(batch.exchange.sent) + sum(batch.exchange.received)
             size = elements * muon.wire.itemsize
-            found.append(("update", "Muon, to owners and back", "all_to_all", along, 2, size))
+            entries.append(("update", "Muon, to owners and back", "all_to_all", along, 2, size))
         if shared:
             numel = -(-matrices // sizes.replicate) * sizes.replicate * batch.shape[0] * batch.shape[1]
             size = numel * muon.wire.itemsize
-            found.append(("update", "Muon, among copies", "all_gather", "replicate", 1, size))
-    return found
+            entries.append(("update", "Muon, among copies", "all_gather", "replicate", 1, size))
+    return entries
 
 
-def _figures(config: RunConfig, sizes: Sizes, load: Load) -> list[_Spoken]:
-    """Valid targets, tokens per layer and expert; the gradient's norm; what each rank has to say of its rows.
+def _step_metrics(config: RunConfig, sizes: Sizes, load: RankLoad) -> list[_FlowEntry]:
+    """Collectives of the step's metrics.
 
-    That is losses and valid targets by row, four sums, and the entropy of each router.
+    Summed over ranks: valid targets, tokens per layer and expert, and the gradient norm. Gathered from each rank: loss
+    and valid targets of each row, four sums, and the entropy of each router.
     """
     moe_layers, world = config.model.moe_layers, sizes.replicate * sizes.shard
     counts = 8 * moe_layers * config.model.experts

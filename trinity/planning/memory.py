@@ -1,12 +1,13 @@
-"""The memory of one rank over a step, moment by moment, and the fullest moment.
+"""Peak memory of one rank in a step, from an estimate at each moment of the step.
 
-    forward   state, what the blocks so far keep, what this block holds besides, its gathered weights and the next one's
-    backward  the blocks up to this one, what this one holds besides, weights of this one and the one before it,
-              whole gradients on their way (this block's and the one's after it), and shards of those that are done
-    update    state, gradients, and what Newton-Schulz works on
+    forward   state, saved activations of the blocks so far, this block's temporaries, gathered weights of this block
+              and the next
+    backward  state, saved activations up to this block, its temporaries, gathered weights of this block and the one
+              before, unsharded gradients of this block and the one after, gradient shards of the blocks that are done
+    update    state, gradients, and buffers of Newton-Schulz
 
 State is exact; activations are measured on meta (activations.py); buffers of FSDP and of the update are estimated.
-What the allocator wastes, and what CUDA and NCCL take, is not in it (advice.py).
+Fragmentation, CUDA and NCCL are not included: plan.py's USABLE_SHARE leaves room for them.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from typing import NamedTuple
 from trinity.optim.muon import Muon
 from trinity.parallel.grad_accumulation import SHARE_OF_DEVICE, unreduced_bytes
 from trinity.planning.activations import Activations
-from trinity.planning.fake_rank import Group, Sharded, state_bytes
+from trinity.planning.fake_rank import FakeRank, FsdpGroup, state_bytes
 
-NEWTON_SCHULZ = 6
-"""Times the largest batch that an update takes: four while it computes, two for those under way. Ours."""
+NEWTON_SCHULZ_BUFFERS = 6
+"""Buffers of an update, in multiples of the largest matrix batch in fp32: four for the computation, two for batches in
+flight. Not from the report: estimated."""
 
 
 class Memory(NamedTuple):
@@ -29,36 +31,40 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
-def fullest(rank: Sharded, parts: list[Activations], microbatches: int, unreduced: float) -> Memory:
-    """The moment of a step at which memory is fullest.
+def peak_moment(rank: FakeRank, parts: list[Activations], microbatches: int, unreduced: float) -> Memory:
+    """The moment of a step at which memory is highest.
 
     Args:
-        parts: embedding, blocks and head, for one microbatch.
-        microbatches: of a step; after the first, gradients are there from the beginning.
-        unreduced: bytes of gradients that stay whole until the last microbatch; 0 where they are reduced each time.
+        parts: activations of embedding, blocks and head, for one microbatch.
+        microbatches: of a step; from the second on, gradients exist from the start of the forward pass.
+        unreduced: bytes of unsharded gradients kept until the last microbatch; 0 if every microbatch reduces them.
     """
     state = state_bytes(rank.model, rank.optimizers)
     gradients = state.pop("gradients")
     update = {"gradients": gradients, "update of the largest matrices": _newton_schulz(rank.optimizers.muon)}
-    moments = [*_passes(_buffers(rank.groups), parts, gradients, microbatches, unreduced), Memory("update", update)]
-    fullest = max(moments, key=lambda memory: memory.total)
-    return Memory(fullest.moment, state | fullest.parts)
+    passes = _forward_and_backward(_fsdp_buffers(rank.groups), parts, gradients, microbatches, unreduced)
+    peak = max([*passes, Memory("update", update)], key=lambda memory: memory.total)
+    return Memory(peak.moment, state | peak.parts)
 
 
-def unreduced_gradients(rank: Sharded, asked: str, microbatches: int, memory: float) -> float:
-    """Bytes of gradients that parallel.defer_reduce leaves whole on a GPU with so much memory; 0 where it does not."""
+def unreduced_gradients(rank: FakeRank, defer_reduce: str, microbatches: int, memory: float) -> float:
+    """Bytes of unsharded gradients that parallel.defer_reduce keeps on a GPU with `memory` bytes; 0 if it does not."""
     sizes = rank.ranks.sizes
     whole = unreduced_bytes(rank.model, sizes.expert)
     auto = sizes.shard > 1 and whole <= SHARE_OF_DEVICE * memory
-    return whole if microbatches > 1 and (asked == "on" or (asked == "auto" and auto)) else 0.0
+    return whole if microbatches > 1 and (defer_reduce == "on" or (defer_reduce == "auto" and auto)) else 0.0
 
 
 class _Buffers(NamedTuple):
-    """What FSDP holds of one part: weights gathered for use, or for good; its whole gradient on the way, and shards."""
+    """FSDP's bytes for one part of the model.
+
+    gathered: weights gathered for use. kept: weights that are not sharded and stay. reduced: the unsharded gradient.
+    shards: the gradient's shards.
+    """
 
     gathered: float
     kept: float
@@ -66,26 +72,27 @@ class _Buffers(NamedTuple):
     shards: float
 
 
-def _buffers(groups: list[Group]) -> list[_Buffers]:
-    """Of embedding, blocks and (final norm and) head."""
+def _fsdp_buffers(groups: list[FsdpGroup]) -> list[_Buffers]:
+    """Of the embedding, each block, and the head with the final norm."""
     names = [name for name in dict.fromkeys(group.part for group in groups) if name != "norm"]
-    found = []
+    buffers = []
     for name in names:
-        own = [group for group in groups if group.part == name or (name == "head" and group.part == "norm")]
-        found.append(
+        members = [group for group in groups if group.part == name or (name == "head" and group.part == "norm")]
+        buffers.append(
             _Buffers(
-                sum(group.gathered for group in own if group.shards > 1),
-                sum(group.gathered for group in own if group.shards == 1),
-                sum(group.reduced for group in own),
-                sum(group.reduced / group.shards for group in own),
+                sum(group.gathered for group in members if group.shards > 1),
+                sum(group.gathered for group in members if group.shards == 1),
+                sum(group.reduced for group in members),
+                sum(group.reduced / group.shards for group in members),
             )
         )
-    return found
+    return buffers
 
 
-def _passes(
+def _forward_and_backward(
     buffers: list[_Buffers], parts: list[Activations], gradients: float, microbatches: int, unreduced: float
 ) -> Iterator[Memory]:
+    """Memory beside the state at the forward and backward pass of each part."""
     always, shards = sum(buffer.kept for buffer in buffers), sum(buffer.shards for buffer in buffers)
     before = unreduced or (gradients if microbatches > 1 else 0.0)
     for i, (buffer, part) in enumerate(zip(buffers, parts)):
@@ -115,9 +122,10 @@ def _passes(
 
 
 def _newton_schulz(muon: Muon) -> float:
+    """Bytes of the update's buffers, for the largest batch of matrices."""
     largest = 0
     for batch in muon.batches:
-        whole = batch.travel.owned if batch.travel else sum(run.count for run in batch.held)
-        sent = sum(batch.travel.sent) if batch.travel else 0
+        whole = batch.owned
+        sent = sum(batch.exchange.sent) if batch.exchange else 0
         largest = max(largest, whole * batch.shape[0] * batch.shape[1], sent)
-    return NEWTON_SCHULZ * 4 * largest
+    return NEWTON_SCHULZ_BUFFERS * 4 * largest

@@ -1,4 +1,4 @@
-"""A plan as text, the verdict first and then tables, and as values for a program."""
+"""Format a plan: as text, with the verdict first and then tables, and as values for JSON."""
 
 from textwrap import fill
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from trinity.config.run import RunConfig
 from trinity.hardware import GPU
 from trinity.planning.advice import warnings
-from trinity.planning.communication import seconds
-from trinity.planning.plan import USABLE, Plan, Step, make_plan
+from trinity.planning.communication import Flow, flow_seconds
+from trinity.planning.plan import USABLE_SHARE, Plan, StepEstimate, make_plan
 from trinity.planning.roofline import ACHIEVED, PASSES, UPDATE_PASSES
-from trinity.training.build import process_counts
+from trinity.training.divisibility import process_counts
 
 GB = 1e9
 """Bytes are shown in units of 10⁹, as vendors count a GPU's memory."""
@@ -18,12 +18,12 @@ Rows = list[tuple[str, ...]]
 
 
 def describe(config: RunConfig, gpus: int | None = None, gpu: str | GPU = "h200", pick: bool = False) -> str:
-    """What a run costs, as text: make_plan's arguments."""
+    """The plan of a run as text; arguments as for make_plan."""
     return as_text(make_plan(config, gpus, gpu, pick))
 
 
 def as_text(plan: Plan) -> str:
-    """The verdict and what to change; then aligned tables, and the assumptions behind them."""
+    """Verdict and warnings, then aligned tables, then the assumptions of the estimates."""
     tables = [_parameter_rows(plan), _flop_rows(plan), _length_rows(plan), _memory_rows(plan)]
     if plan.main.flows:
         tables.append(_traffic_rows(plan, plan.main))
@@ -32,7 +32,7 @@ def as_text(plan: Plan) -> str:
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
-    """Everything in it, for JSON: bytes, FLOPs and seconds of rank 0."""
+    """The plan as values for JSON: bytes, FLOPs and seconds of rank 0."""
     return {
         "gpus": plan.gpus,
         "gpu": plan.gpu,
@@ -53,53 +53,53 @@ def as_values(plan: Plan) -> dict[str, Any]:
 
 
 def table(rows: Rows) -> str:
-    """Columns as wide as their widest cell, the first to the left, the others to the right."""
+    """Aligned text: the first column to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join(lines)
 
 
-def _step_values(plan: Plan, step: Step) -> dict[str, Any]:
-    took = step.seconds
-    derived = {name: getattr(took, name) for name in ("compute", "update", "traffic", "step")}
+def _step_values(plan: Plan, step: StepEstimate) -> dict[str, Any]:
+    seconds = step.seconds
+    derived = {name: getattr(seconds, name) for name in ("compute", "update", "traffic", "step")}
     return {
-        **step.load._asdict(),  # "tokens" are a rank's in one step, the stretch's are steps × sequences × length
-        **step.stretch._asdict(),
+        **step.load._asdict(),  # "tokens" counts one rank's step; the segment's are steps × sequences × length
+        **step.segment._asdict(),
         "flops_per_token": step.flops,
         "deferred": step.deferred,
         "memory": _memory_values(step),
         "work": step.work._asdict(),
         "traffic": [flow._asdict() | {"seconds": _seconds(plan, flow)} for flow in step.flows],
-        "seconds": took._asdict() | derived,
+        "seconds": seconds._asdict() | derived,
         "mfu": plan.mfu(step),
         "tokens_per_second_per_gpu": plan.tokens_per_second(step),
     }
 
 
-def _memory_values(step: Step) -> dict[str, Any]:
+def _memory_values(step: StepEstimate) -> dict[str, Any]:
     return {"moment": step.memory.moment, "parts": step.memory.parts, "total": step.memory.total}
 
 
-def _seconds(plan: Plan, flow: Any) -> float:
-    return seconds(flow, plan.card, ACHIEVED["links"])
+def _seconds(plan: Plan, flow: Flow) -> float:
+    return flow_seconds(flow, plan.card, ACHIEVED["links"])
 
 
-def _verdict(plan: Plan, found: list[str]) -> str:
-    """What a reader wants to know, in a few lines, with everything to change."""
-    most = USABLE * plan.card.memory
-    seen = sum(step.stretch.tokens for step in plan.steps)
-    took, hours = _long(plan, plan.total_seconds)
+def _verdict(plan: Plan, sentences: list[str]) -> str:
+    """Whether the run fits, its speed and its length, then the warnings."""
+    most = USABLE_SHARE * plan.card.memory
+    tokens = sum(step.segment.tokens for step in plan.steps)
+    duration, hours = _duration_and_gpu_hours(plan, plan.total_seconds)
     one = "process" if plan.gpu == "cpu" else "GPU"
-    each = plan.tokens_per_second(plan.main)
+    speed = plan.tokens_per_second(plan.main)
     lines = [
         f"{plan.config.run.name} on {plan.gpus} × {plan.gpu}",
         f"{'fits' if plan.fits else 'DOES NOT FIT':<14} {plan.memory.total / GB:.1f} of {most / GB:.1f} GB a {one}",
-        f"speed          {each:,.0f} tokens/s a {one}, {each * plan.gpus:,.0f} in all, MFU {plan.mfu(plan.main):.0%}",
-        f"the run        {seen:,} tokens, {took}, {hours} {one}-hours",
+        f"speed          {speed:,.0f} tokens/s a {one}, {speed * plan.gpus:,.0f} in all, MFU {plan.mfu(plan.main):.0%}",
+        f"the run        {tokens:,} tokens, {duration}, {hours} {one}-hours",
     ]
     if plan.picked:
         lines.append(f"mesh picked    {plan.refusal}; planned with: {' '.join(plan.picked)}")
-    return "\n".join([*lines, *(f"warning: {sentence}" for sentence in found)])
+    return "\n".join([*lines, *(f"warning: {sentence}" for sentence in sentences)])
 
 
 def _gpu_hours(plan: Plan) -> float:
@@ -114,8 +114,8 @@ def _mesh(plan: Plan) -> str:
     ]
     if model.moe_layers:
         share = model.experts // sizes.expert
-        cut = "split" if sizes.experts_by == "experts" else "each cut by its width"
-        lines[-1] += f": {share} of {model.experts} experts a rank of expert, {cut} over expert_shard"
+        how = "split" if sizes.experts_by == "experts" else "each split by its width"
+        lines[-1] += f": {share} of {model.experts} experts a rank of expert, {how} over expert_shard"
     numbers = ", ".join(map(str, process_counts(plan.config)))
     return "\n".join([*lines, f"runs on        {numbers} GPUs: mesh, batches and streams divide"])
 
@@ -128,7 +128,7 @@ def _parameter_rows(plan: Plan) -> Rows:
 
 def _flop_rows(plan: Plan) -> Rows:
     """A pair of columns for each sequence length of the run."""
-    by_length = {step.stretch.sequence_length: step.flops for step in plan.steps}
+    by_length = {step.segment.sequence_length: step.flops for step in plan.steps}
     head = [cell for length in by_length for cell in (f"rows of {length:,}", "of total")]
     rows: Rows = [("GFLOP per token", *head)]
     for name in plan.steps[0].flops:
@@ -138,26 +138,25 @@ def _flop_rows(plan: Plan) -> Rows:
 
 
 def _length_rows(plan: Plan) -> Rows:
-    """One row for each batch size × sequence length, and their sum."""
+    """A row for each segment of the schedule (batch size × sequence length), and their sum."""
     columns = ("steps", "sequences", "length", "rows a GPU", "tokens", "GB", "s a step", "MFU", "tokens/s a GPU")
     rows: Rows = [("the run", *columns, "time", "GPU-hours")]
     for step in plan.steps:
-        stretch, load = step.stretch, step.load
+        segment, load = step.segment, step.load
         rows.append((
-            f"from step {stretch.step:,}", f"{stretch.steps:,}", f"{stretch.sequences:,}",
-            f"{stretch.sequence_length:,}", f"{load.microbatches} × {load.microbatch}", f"{stretch.tokens:,}",
+            f"from step {segment.step:,}", f"{segment.steps:,}", f"{segment.sequences:,}",
+            f"{segment.sequence_length:,}", f"{load.microbatches} × {load.microbatch}", f"{segment.tokens:,}",
             f"{step.memory.total / GB:,.1f}", f"{step.seconds.step:.3g}", f"{plan.mfu(step):.0%}",
-            f"{plan.tokens_per_second(step):,.0f}", *_long(plan, step.total_seconds),
+            f"{plan.tokens_per_second(step):,.0f}", *_duration_and_gpu_hours(plan, step.total_seconds),
         ))  # fmt: skip
-    steps, tokens = (sum(column) for column in zip(*((s.stretch.steps, s.stretch.tokens) for s in plan.steps)))
+    steps, tokens = (sum(column) for column in zip(*((s.segment.steps, s.segment.tokens) for s in plan.steps)))
     most = f"{plan.memory.total / GB:,.1f}"
-    total = (f"{steps:,}", "", "", "", f"{tokens:,}", most, "", "", "", *_long(plan, plan.total_seconds))
-    return [*rows, ("in all", *total)]
+    length = _duration_and_gpu_hours(plan, plan.total_seconds)
+    return [*rows, ("in all", f"{steps:,}", "", "", "", f"{tokens:,}", most, "", "", "", *length)]
 
 
-def _long(plan: Plan, took: float) -> tuple[str, str]:
-    """Seconds as a time to read, and as hours of all GPUs."""
-    return _duration(took), _number(plan.gpus * took / 3600)
+def _duration_and_gpu_hours(plan: Plan, seconds: float) -> tuple[str, str]:
+    return _duration(seconds), _number(plan.gpus * seconds / 3600)
 
 
 def _duration(seconds: float) -> str:
@@ -170,58 +169,58 @@ def _number(value: float) -> str:
 
 
 def _memory_rows(plan: Plan) -> Rows:
-    """State beside the fullest moment, at which some gradients may not be there yet."""
+    """State beside the peak. At the peak some gradients may not exist yet."""
     memory, card = plan.memory, plan.card
     parts = {**dict.fromkeys(plan.state), **memory.parts}
     rows = [(name, _gigabytes(plan.state.get(name)), _gigabytes(memory.parts.get(name))) for name in parts]
     return [
-        (f"GB on rank 0, {_of(plan.worst)}", "state", f"in {memory.moment}"),
+        (f"GB on rank 0, {_batch_text(plan.worst)}", "state", f"in {memory.moment}"),
         *rows,
         ("in all", _gigabytes(sum(plan.state.values())), _gigabytes(memory.total)),
-        (f"for tensors on a {plan.gpu} of {card.memory / GB:.0f}", "", _gigabytes(USABLE * card.memory)),
+        (f"for tensors on a {plan.gpu} of {card.memory / GB:.0f}", "", _gigabytes(USABLE_SHARE * card.memory)),
     ]
 
 
-def _of(step: Step) -> str:
-    return f"{step.stretch.sequences} sequences of {step.stretch.sequence_length}"
+def _batch_text(step: StepEstimate) -> str:
+    return f"{step.segment.sequences} sequences of {step.segment.sequence_length}"
 
 
 def _gigabytes(size: float | None) -> str:
     return "" if size is None else f"{size / GB:,.2f}"
 
 
-def _traffic_rows(plan: Plan, step: Step) -> Rows:
+def _traffic_rows(plan: Plan, step: StepEstimate) -> Rows:
     rows = [
         (flow.purpose, flow.kind, f"{flow.along} {flow.ranks}", f"{flow.calls:,}", _size(flow.bytes),
          f"{_seconds(plan, flow):.3f}")
         for flow in step.flows
     ]  # fmt: skip
     total = ("in all", "", "", "", _size(sum(flow.bytes for flow in step.flows)), f"{step.seconds.traffic:.3f}")
-    return [("rank 0 says in a step", "how", "to", "calls", "GB", "s"), *rows, total]
+    return [("rank 0 communicates in a step", "collective", "over", "calls", "GB", "s"), *rows, total]
 
 
 def _size(size: float) -> str:
     return f"{size / GB:,.3f}" if size >= 1e6 else "< 0.001"
 
 
-def _time_rows(plan: Plan, step: Step) -> Rows:
-    took, work = step.seconds, step.work
+def _time_rows(plan: Plan, step: StepEstimate) -> Rows:
+    seconds, work = step.seconds, step.work
     return [
-        (f"rank 0 does in a step of {_of(step)}", "TFLOP", "s"),
-        ("the model, as MFU counts it", _tera(work.model), ""),
-        ("matrix products, with what recompute repeats", _tera(work.products), f"{took.products:.3f}"),
-        ("attention's core", _tera(work.attention), f"{took.attention:.3f}"),
-        ("reading and writing activations", "", f"{took.memory:.3f}"),
-        ("traffic beside these", "", f"{took.gathers:.3f}"),
-        ("traffic in their midst", "", f"{took.tokens:.3f}"),
-        ("Newton-Schulz", _tera(work.newton_schulz), f"{took.newton_schulz:.3f}"),
-        ("reading and writing the state", "", f"{took.state:.3f}"),
-        ("traffic of the update", "", f"{took.moved:.3f}"),
-        ("the step", "", f"{took.step:.3f}"),
+        (f"rank 0 in a step of {_batch_text(step)}", "TFLOP", "s"),
+        ("the model, as MFU counts it", _teraflops(work.model), ""),
+        ("matrix products, including recompute", _teraflops(work.products), f"{seconds.products:.3f}"),
+        ("attention's core", _teraflops(work.attention), f"{seconds.attention:.3f}"),
+        ("reading and writing activations", "", f"{seconds.memory:.3f}"),
+        ("communication that overlaps with these", "", f"{seconds.gathers:.3f}"),
+        ("expert exchange, not overlapped", "", f"{seconds.tokens:.3f}"),
+        ("Newton-Schulz", _teraflops(work.newton_schulz), f"{seconds.newton_schulz:.3f}"),
+        ("reading and writing the state", "", f"{seconds.state:.3f}"),
+        ("communication of the update", "", f"{seconds.moved:.3f}"),
+        ("the step", "", f"{seconds.step:.3f}"),
     ]
 
 
-def _tera(flops: float) -> str:
+def _teraflops(flops: float) -> str:
     return f"{flops / 1e12:,.2f}"
 
 
@@ -237,13 +236,13 @@ def _assumptions(plan: Plan) -> str:
         f"memory {card.bandwidth / 1e12:.2g} TB/s; in each direction {card.node_link / GB:.3g} GB/s to the "
         f"{card.per_node} of a node and {card.network / GB:.3g} to others. "
     )
-    ours = (
+    assumed = (
         f"Assumed and not measured: of these rates, {shares} are reached; {PASSES} passes over activations (2 more "
-        f"with recompute) and {UPDATE_PASSES} over the state; routing is even; weights and gradients travel beside the "
-        "computing, the longer of the two counts; tokens do not. "
+        f"with recompute) and {UPDATE_PASSES} over the state; routing is even; gathers and reductions of weights and "
+        "gradients overlap with computation, so the longer of the two counts; the expert exchange does not overlap. "
     )
     exact = (
-        "State, calls and bytes are what runs, but for tokens, which follow the routing. Activations are measured "
-        "without a GPU; buffers, and all seconds, are estimates."
+        "State, calls and bytes are those of the run, except the expert exchange, which depends on the routing. "
+        "Activations are measured without a GPU; buffers, and all seconds, are estimates."
     )
-    return fill(sheet + ours + exact, 118)
+    return fill(sheet + assumed + exact, 118)

@@ -1,4 +1,4 @@
-"""What a run directory says, as one HTML page: `write_report`."""
+"""The report of a run directory as one HTML page: `write_report`."""
 
 from trinity.reporting.page import report_page, write_report
 

@@ -1,6 +1,7 @@
-"""Line charts over tokens: which fields of metrics.jsonl stand in which chart, and how they are drawn.
+"""Line charts of metrics.jsonl over tokens.
 
-One run: a colour a field. Several: a colour a run, a dash a field. To add a chart, add a line to SECTIONS.
+One run: a colour for each field. Several runs: a colour for each run, a dash for each field. To add a chart, add a
+`Chart` to the list of its section: LOSS, OPTIMIZER, SPEED, BATCHES or ROUTING.
 """
 
 from html import escape
@@ -10,36 +11,37 @@ import numpy as np
 import plotly.graph_objects as go
 
 from trinity.reporting import axes
-from trinity.reporting.downsample import MOST_POINTS, smooth, thin
+from trinity.reporting.downsample import MAX_POINTS, downsample, smooth
 from trinity.reporting.run_log import RunLog
 from trinity.reporting.unigram import unigram_entropies
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#7F7F7F"]
-"""Okabe and Ito's, for colour-blind people; not their black and yellow, which one of the two backgrounds swallows."""
-THINNED = f"Thinned to {MOST_POINTS} points a curve."
+"""Okabe and Ito's palette for colour-blind readers, without black and yellow, which are invisible on one of the two
+backgrounds."""
+DOWNSAMPLED = f"Downsampled to {MAX_POINTS} points a curve."
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
-FEW, SOME = 10, 60
-"""Points that are drawn without a line between them, and with markers on a line. Not from the report."""
+MARKERS_ONLY, MARKERS_ON_LINE = 10, 60
+"""Curves with at most this many points are drawn as markers, or as a line with markers. Not from the report."""
 MARK_COLOUR = "#CC3311"
-MARKS = {
+EVENT_MARKS = {
     "skipped": ("x", "update skipped"),
     "spike": ("triangle-up", "spike"),
     "rollback": ("triangle-left", "rollback"),
     "collapse": ("diamond", "router warning"),
     "resume": ("line-ns", "restart"),
 }
-"""Event kinds that are marked on a curve: symbol and words."""
+"""Event kinds that are marked on a curve: symbol and name in the legend."""
 
 
 class Chart(NamedTuple):
-    """One chart.
+    """The specification of one chart.
 
-    title: above it.
-    unit: of its height.
-    fields: of metrics.jsonl, with their words in the legend; a field that ends in "." stands for all that begin so.
-    smoothed: the field that is drawn raw and smoothed, "" for none.
+    unit: of the vertical axis.
+    fields: fields of metrics.jsonl → name in the legend; a field that ends in "." stands for all with that prefix.
+    log: logarithmic vertical axis.
+    smoothed: the field that is drawn raw and smoothed; "" for none.
     marks: event kinds marked on the first field.
-    unigram: draw the unigram entropy of what the run reads.
+    unigram: draw the unigram entropy of the run's data.
     """
 
     title: str
@@ -51,11 +53,11 @@ class Chart(NamedTuple):
     unigram: bool = False
 
 
-class Picture(NamedTuple):
-    """A chart that is drawn.
+class RenderedChart(NamedTuple):
+    """A drawn chart.
 
-    title, axes: above it: what it is, and what stands by what; a narrow window has no room for titles of axes.
-    note: below it.
+    title, axes: text above it; axes describes both axes, since a narrow window has no room for axis titles.
+    note: text below it.
     """
 
     title: str
@@ -110,80 +112,83 @@ ROUTING = [
 ]  # fmt: skip
 
 
-class Drawn(NamedTuple):
-    """The charts of a section: those that are drawn, and the titles of those without data or with zeros alone."""
+class RenderedSection(NamedTuple):
+    """The charts of a section: the drawn ones, and the titles of those without data and of those that are always 0."""
 
-    pictures: list[Picture]
+    charts: list[RenderedChart]
     missing: list[str]
     zero: list[str]
 
 
-def pictures(charts: list[Chart], runs: list[RunLog]) -> Drawn:
-    """Draw what there is data for."""
-    drawn = Drawn([], [], [])
+def render_charts(charts: list[Chart], runs: list[RunLog]) -> RenderedSection:
+    """Draw the charts that have data."""
+    section = RenderedSection([], [], [])
     for chart in charts:
         values = [run.metrics[field] for run in runs for field, _ in _fields(chart, run)]
         if not values:
-            drawn.missing.append(chart.title)
+            section.missing.append(chart.title)
         elif not any(np.nan_to_num(y_N).any() for y_N in values):
-            drawn.zero.append(chart.title)
-        elif (picture := draw(chart, runs)) is not None:
-            drawn.pictures.append(picture)
+            section.zero.append(chart.title)
+        elif (rendered := render_chart(chart, runs)) is not None:
+            section.charts.append(rendered)
         else:  # negative values on a logarithmic axis
-            drawn.missing.append(chart.title)
-    return drawn
+            section.missing.append(chart.title)
+    return section
 
 
-def draw(chart: Chart, runs: list[RunLog]) -> Picture | None:
-    """One chart of all runs; None where none has its fields."""
-    figure, notes = go.Figure(), []
-    places: dict[str, int] = {}
-    alone = len(runs) == 1
-    for number, run in enumerate(runs):
-        prefix = "" if alone else f"{run.name} · "
-        for field, words in _fields(chart, run):
-            place = places.setdefault(words, len(places))
-            colour = COLOURS[(place if alone else number) % len(COLOURS)]
-            line = {"color": colour, "dash": "solid" if alone else DASHES[place % len(DASHES)], "width": 2}
-            notes += _add_curves(figure, run, field, prefix + words, line, chart)
+def render_chart(chart: Chart, runs: list[RunLog]) -> RenderedChart | None:
+    """One chart of all runs; None if no run has values to draw."""
+    figure = go.Figure()
+    notes: list[str] = []
+    curve_numbers: dict[str, int] = {}
+    single = len(runs) == 1
+    for run_number, run in enumerate(runs):
+        prefix = "" if single else f"{run.name} · "
+        for field, label in _fields(chart, run):
+            curve_number = curve_numbers.setdefault(label, len(curve_numbers))
+            colour = COLOURS[(curve_number if single else run_number) % len(COLOURS)]
+            line = {"color": colour, "dash": "solid" if single else DASHES[curve_number % len(DASHES)], "width": 2}
+            notes += _add_curves(figure, run, field, prefix + label, line, chart)
         if chart.unigram:
             _add_unigram(figure, run, prefix)
-        _add_marks(figure, run, chart, prefix, MARK_COLOUR if alone else COLOURS[number % len(COLOURS)])
+        _add_marks(figure, run, chart, prefix, MARK_COLOUR if single else COLOURS[run_number % len(COLOURS)])
     if not figure.data:
         return None
     vertical = {"type": "log"} if chart.log else {"rangemode": "nonnegative"}
     columns = [run.metrics for run in runs]
-    counted = {"exponentformat": "B"} if chart.unit.startswith("tokens") else {}
-    figure.update_layout(yaxis=vertical | counted, **axes.layout(columns))
-    return Picture(chart.title, f"{chart.unit}, by {axes.words(columns)}", figure, " ".join(dict.fromkeys(notes)))
+    number_format = {"exponentformat": "B"} if chart.unit.startswith("tokens") else {}
+    figure.update_layout(yaxis=vertical | number_format, **axes.layout(columns))
+    return RenderedChart(
+        chart.title, f"{chart.unit}, by {axes.x_label(columns)}", figure, " ".join(dict.fromkeys(notes))
+    )
 
 
-def mode(points: int) -> str:
-    """How plotly draws a curve of so few or many points."""
-    if points <= FEW:
+def line_mode(points: int) -> str:
+    """Plotly's mode for a curve of `points` points."""
+    if points <= MARKERS_ONLY:
         return "markers"
-    return "lines+markers" if points <= SOME else "lines"
+    return "lines+markers" if points <= MARKERS_ON_LINE else "lines"
 
 
-def plain(text: object, most: int = 200) -> str:
-    """Text for a figure, where plotly would take tags and entities for markup; cut where it is long."""
+def escaped(text: object, most: int = 200) -> str:
+    """Text with tags and entities escaped, which plotly would interpret, and cut to `most` characters."""
     text = str(text)
     return escape(text if len(text) <= most else text[: most - 1] + "…", quote=False)
 
 
 def _fields(chart: Chart, run: RunLog) -> list[tuple[str, str]]:
-    """(field, words) of what the run has."""
-    found = []
-    for field, words in chart.fields.items():
+    """(field, legend name) of the chart's fields that the run has."""
+    present = []
+    for field, label in chart.fields.items():
         if field.endswith("."):
-            found += [(name, words + name.removeprefix(field)) for name in run.metrics.names(field)]
+            present += [(name, label + name.removeprefix(field)) for name in run.metrics.names(field)]
         elif field in run.metrics:
-            found.append((field, words))
-    return found
+            present.append((field, label))
+    return present
 
 
 def _add_curves(figure: go.Figure, run: RunLog, field: str, name: str, line: dict, chart: Chart) -> list[str]:
-    """One field of one run, raw and smoothed where the chart says so; returns what the reader must know."""
+    """Add one field of one run, raw and smoothed if the chart smooths it; returns notes for the reader."""
     y_N = run.metrics[field]
     if chart.log:
         y_N = np.where(y_N > 0, y_N, np.nan)
@@ -196,66 +201,66 @@ def _add_curves(figure: go.Figure, run: RunLog, field: str, name: str, line: dic
 
 
 def _add_line(figure: go.Figure, run: RunLog, y_N: np.ndarray, name: str, line: dict, **options: object) -> list[str]:
-    drawn = thin(y_N)
-    if not len(drawn):
+    points = downsample(y_N)
+    if not len(points):
         return []
     figure.add_scatter(
-        x=axes.positions(run.metrics)[drawn], y=y_N[drawn], customdata=np.array(run.metrics.steps)[drawn],
-        name=plain(name, 60), meta=name, line=line, mode=mode(len(drawn)),
+        x=axes.x_values(run.metrics)[points], y=y_N[points], customdata=np.array(run.metrics.steps)[points],
+        name=escaped(name, 60), meta=name, line=line, mode=line_mode(len(points)),
         hovertemplate="step %{customdata}<br>%{x:,}: %{y:.6g}", **options,
     )  # fmt: skip
-    return [THINNED] if len(drawn) < np.isfinite(y_N).sum() else []
+    return [DOWNSAMPLED] if len(points) < np.isfinite(y_N).sum() else []
 
 
 def _add_unigram(figure: go.Figure, run: RunLog, prefix: str) -> None:
-    """A level line for each set whose tokens can be counted."""
+    """Add a horizontal line for each data set whose unigram entropy is available."""
     entropies = unigram_entropies(run.config) if run.config else {}
     for number, (name, entropy) in enumerate(entropies.items()):
-        words = f"{prefix}unigram entropy, {name}"
+        label = f"{prefix}unigram entropy, {name}"
         line = {"color": COLOURS[number % len(COLOURS)], "dash": "dot", "width": 1.5}
         figure.add_scatter(
-            x=[0, axes.positions(run.metrics)[-1]], y=[entropy, entropy], mode="lines", line=line,
-            name=plain(words, 60), meta=words, hovertemplate="%{y:.6g}",
+            x=[0, axes.x_values(run.metrics)[-1]], y=[entropy, entropy], mode="lines", line=line,
+            name=escaped(label, 60), meta=label, hovertemplate="%{y:.6g}",
         )  # fmt: skip
 
 
 def _add_marks(figure: go.Figure, run: RunLog, chart: Chart, prefix: str, colour: str) -> None:
-    """Events on the chart's first field: at the curve's last finite height before them."""
+    """Add markers for events on the chart's first field, at the curve's last finite value before the event."""
     field = next(iter(chart.fields))
     if not chart.marks or field not in run.metrics:
         return
     y_N = run.metrics[field]
     if chart.smoothed:
         y_N = smooth(y_N)[0]
-    y_N = _filled(y_N)
+    y_N = _forward_fill(y_N)
     for kind in chart.marks:
-        found = _marked(run, kind)
-        if not found:
+        events = _marked_events(run, kind)
+        if not events:
             continue
-        symbol, words = MARKS[kind]
-        at = [run.nearest(step) for step, _ in found]
+        symbol, label = EVENT_MARKS[kind]
+        indices = [run.index_at(step) for step, _ in events]
         line = {"width": 2, "color": colour}
         figure.add_scatter(
-            x=axes.positions(run.metrics)[at], y=y_N[at], mode="markers",
-            name=plain(prefix + words, 60), meta=prefix + words,
+            x=axes.x_values(run.metrics)[indices], y=y_N[indices], mode="markers",
+            name=escaped(prefix + label, 60), meta=prefix + label,
             marker={"symbol": symbol, "size": 12, "color": MARK_COLOUR, "line": line},
-            text=[plain(message) for _, message in found], customdata=[step for step, _ in found],
+            text=[escaped(message) for _, message in events], customdata=[step for step, _ in events],
             hovertemplate="step %{customdata}<br>%{text}",
         )  # fmt: skip
 
 
-def _marked(run: RunLog, kind: str) -> list[tuple[int, str]]:
-    """(step, message) of each event of a kind; skipped steps are known to metrics.jsonl too."""
-    found = [(event.step, event.message) for event in run.events if event.kind == kind and event.step is not None]
+def _marked_events(run: RunLog, kind: str) -> list[tuple[int, str]]:
+    """(step, message) of each event of a kind; skipped steps are also taken from metrics.jsonl."""
+    events = [(event.step, event.message) for event in run.events if event.kind == kind and event.step is not None]
     if kind == "skipped":
-        told = {step for step, _ in found}
+        steps = {step for step, _ in events}
         skipped = [run.metrics.steps[index] for index in np.flatnonzero(run.metrics["skipped"] == 1)]
-        found += [(step, "the update was skipped") for step in skipped if step not in told]
-    return sorted(found)[-MOST_POINTS:]
+        events += [(step, "the update was skipped") for step in skipped if step not in steps]
+    return sorted(events)[-MAX_POINTS:]
 
 
-def _filled(y_N: np.ndarray) -> np.ndarray:
-    """NaN replaced by the last finite value before it, or by the first one."""
+def _forward_fill(y_N: np.ndarray) -> np.ndarray:
+    """Replace NaN by the last finite value before it, or by the first finite value."""
     finite = np.flatnonzero(np.isfinite(y_N))
     if not len(finite):
         return y_N

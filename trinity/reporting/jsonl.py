@@ -1,7 +1,7 @@
-"""Files of one JSON object a line, read while somebody may still be writing them, and columns of their numbers.
+"""Read JSON Lines files that may still be written, and keep their numbers as columns by step.
 
-A last line that is cut off is one that is being written. Where steps go back (a rollback), what came after the step to
-which they go back is dropped, so that each step counts once.
+An incomplete last line is still being written and is left out. If steps go back (a rollback), the records from that
+step on are dropped, so that each step counts once.
 """
 
 import bisect
@@ -18,33 +18,33 @@ NAN = float("nan")
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """(offset of the line in bytes, its object) for each line; None for one that cannot be read.
+    """(byte offset, object) of each line; the object is None for a line that is no JSON object.
 
-    The last line is left out if it lacks its end, unless it can be read all the same.
+    A last line without its line break is left out, unless it is a complete object.
     """
     with open(path, "rb") as file:
         offset = 0
         for line in file:
-            found = _object(line)
-            if line.strip() and (found is not None or line.endswith(b"\n")):
-                yield offset, found
+            record = _parse_object(line)
+            if line.strip() and (record is not None or line.endswith(b"\n")):
+                yield offset, record
             offset += len(line)
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _parse_object(line: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 class Columns:
-    """Numbers by step: N steps in rising order, a column a field; NaN where a step lacks the field.
+    """Numbers by step: one column for each field over N ascending steps; NaN where a step lacks the field.
 
     Attributes:
         steps: [N] ascending.
-        not_finite: of each field, how many values were NaN or infinite.
+        not_finite: number of NaN or infinite values of each field.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,10 @@ class Columns:
         self._columns: dict[str, array] = {}
 
     def add(self, step: int, record: dict[str, Any]) -> int:
-        """Take the numbers of one record; null is one that is not finite, and what is no number is passed over.
+        """Add the numbers of one record; null counts as not finite, other values that are no numbers are ignored.
 
         Returns:
-            how many steps are kept from before: those below `step`.
+            the number of earlier steps that are kept: those below `step`.
         """
         kept = bisect.bisect_left(self.steps, step)
         if kept < len(self.steps):
@@ -74,7 +74,7 @@ class Columns:
         return kept
 
     def __contains__(self, name: str) -> bool:
-        """Whether some step has a finite value of this field."""
+        """Whether any step has a finite value of this field."""
         return name in self._columns and bool(np.isfinite(self[name]).any())
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -85,12 +85,12 @@ class Columns:
         return values
 
     def names(self, prefix: str) -> list[str]:
-        """The fields that begin so and have values, in the order of their first appearance."""
+        """The fields that begin with `prefix` and have values, in order of first appearance."""
         return [name for name in self._columns if name.startswith(prefix) and name in self]
 
 
-def whole_step(record: dict[str, Any] | None) -> int | None:
-    """The record's step, None where it names none that can be."""
+def valid_step(record: dict[str, Any] | None) -> int | None:
+    """The record's step; None if it has no valid one."""
     step = (record or {}).get("step")
     return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 53 else None
 

@@ -1,8 +1,8 @@
-"""From run directories to one HTML file that needs no network: sections, figures as JSON, plotly.js packed into it.
+"""Write the report of run directories as one HTML file that needs no network.
 
-plotly.js stands in the file once, gzipped (5 MB become 2); the browser unpacks it. Figures are drawn when they come
-near the window, so that a phone does not draw thirty at once. Text from files never becomes markup: it is escaped in
-HTML and in figures, and no "<" stands in the JSON.
+The file holds the sections as HTML, the figures as JSON, and plotly.js once, gzipped (5 MB become 2); the browser
+unpacks it. A figure is drawn when it comes near the window, so that a phone does not draw thirty at once. Text from
+files is escaped in HTML and in figures, and the JSON has no "<".
 """
 
 import base64
@@ -25,47 +25,47 @@ from trinity.reporting.run_log import RunLog, read_run
 from trinity.reporting.template import PAGE, SCRIPT, STYLE, fill
 
 if TYPE_CHECKING:  # plotly may not be installed
-    from trinity.reporting.curves import Drawn
+    from trinity.reporting.curves import RenderedSection
 
 MARKER = "<!-- a report of trinity runs -->"
-"""In the first line: only such a file may be overwritten."""
+"""Stands in the first line of a report; only a file with it may be overwritten."""
 
 
 @dataclass
 class Section:
-    """A heading with what stands below it.
+    """A heading and its content.
 
     Attributes:
-        pictures: drawn charts.
+        charts: rendered charts.
         html: a table, already escaped.
-        missing: what had no data.
-        zero: what was 0 in every step.
+        missing: titles without data.
+        zero: titles whose values were 0 in every step.
     """
 
     title: str
-    pictures: list = field(default_factory=list)
+    charts: list = field(default_factory=list)
     html: str = ""
     missing: list[str] = field(default_factory=list)
     zero: list[str] = field(default_factory=list)
 
 
 def write_report(directories: list[Path], out: Path | None = None) -> Path:
-    """Write the report of one run, or of several drawn over each other.
+    """Write the report of one run, or of several runs in the same charts.
 
     Args:
-        directories: run directories; the runs may still be going.
-        out: the HTML file; by default report.html in the first directory. An older report there is replaced.
+        directories: run directories; the runs may still be running.
+        out: the HTML file; default: report.html in the first directory. An older report there is replaced.
     Returns:
         the file.
     Raises:
-        UserError: not a run directory, no step yet, a directory named twice, `out` is something else than a report,
-            or plotly is not installed.
+        UserError: not a run directory, no step yet, a directory given twice, `out` is a file but no report, or plotly
+            is not installed.
     """
     out = out or directories[0] / "report.html"
     _check_out(out)
-    doubled = [str(path) for path, times in Counter(path.resolve() for path in directories).items() if times > 1]
-    if doubled:
-        raise UserError(f"{doubled[0]} is given twice; name each run directory once")
+    repeated = [str(path) for path, times in Counter(path.resolve() for path in directories).items() if times > 1]
+    if repeated:
+        raise UserError(f"{repeated[0]} is given twice; name each run directory once")
     page = report_page([read_run(path) for path in directories])
     make_folder(out.parent)
     write_atomically(out, page)
@@ -73,7 +73,7 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
 
 
 def report_page(runs: list[RunLog]) -> str:
-    """The whole HTML text.
+    """The report as HTML.
 
     Raises:
         UserError: plotly is not installed.
@@ -82,12 +82,12 @@ def report_page(runs: list[RunLog]) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UserError('the report needs plotly; install it: pip install "trinity-moe[report]"') from None
-    _distinguish(runs)
+    _make_names_unique(runs)
     figures: list[dict] = []
-    shown = sections(runs)
-    marks = _anchors([section.title for section in shown])
-    body = _contents(shown, marks) + "".join(
-        _section_html(section, mark, figures) for section, mark in zip(shown, marks)
+    page_sections = sections(runs)
+    anchors = _anchors([section.title for section in page_sections])
+    body = _contents(page_sections, anchors) + "".join(
+        _section_html(section, anchor, figures) for section, anchor in zip(page_sections, anchors)
     )
     parts = {
         "MARKER": MARKER,
@@ -96,19 +96,19 @@ def report_page(runs: list[RunLog]) -> str:
         "STYLE": STYLE,
         "BODY": _ascii(body),
         "FIGURES": to_json(figures).replace("<", "\\u003c"),
-        "PLOTLY": _packed(get_plotlyjs()),
+        "PLOTLY": _gzip_base64(get_plotlyjs()),
         "SCRIPT": SCRIPT,
     }
     return fill(PAGE, parts)
 
 
 def sections(runs: list[RunLog]) -> list[Section]:
-    """Everything the runs have data for, in the order of the page."""
+    """The report's sections, in the order of the page."""
     from trinity.reporting import curves
-    from trinity.reporting.routing import router_pictures
+    from trinity.reporting.routing import render_router_charts
 
-    def charts(title: str, some: list) -> Section:
-        return _drawn(title, curves.pictures(some, runs))
+    def charts(title: str, specs: list) -> Section:
+        return _section(title, curves.render_charts(specs, runs))
 
     found = [
         Section("Summary", html=tables.summary(runs)),
@@ -120,7 +120,7 @@ def sections(runs: list[RunLog]) -> list[Section]:
     ]
     for run in runs:
         title = "Routers by layer" if len(runs) == 1 else f"Routers by layer: {run.name}"
-        found.append(_drawn(title, router_pictures(run)))
+        found.append(_section(title, render_router_charts(run)))
     if any(run.samples for run in runs):
         found.append(Section("Samples", html=tables.samples(runs)))
     for title, html, file in (
@@ -134,34 +134,34 @@ def sections(runs: list[RunLog]) -> list[Section]:
     return found
 
 
-def _drawn(title: str, drawn: "Drawn") -> Section:
-    return Section(title, drawn.pictures, missing=drawn.missing, zero=drawn.zero)
+def _section(title: str, rendered: "RenderedSection") -> Section:
+    return Section(title, rendered.charts, missing=rendered.missing, zero=rendered.zero)
 
 
 def _anchors(titles: list[str]) -> list[str]:
-    """A name for each section that links can end with: its title's letters, and a number where two are alike."""
-    found: list[str] = []
+    """An HTML id for each section: its title's letters and digits, with a number added where two are equal."""
+    anchors: list[str] = []
     for title in titles:
         name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-        found.append(name if name not in found else f"{name}-{len(found)}")
-    return found
+        anchors.append(name if name not in anchors else f"{name}-{len(anchors)}")
+    return anchors
 
 
-def _contents(shown: list[Section], marks: list[str]) -> str:
-    links = (f"<a href=#{mark}>{escape(section.title)}</a>" for section, mark in zip(shown, marks))
+def _contents(page_sections: list[Section], anchors: list[str]) -> str:
+    links = (f"<a href=#{anchor}>{escape(section.title)}</a>" for section, anchor in zip(page_sections, anchors))
     return f"<nav>{''.join(links)}</nav>"
 
 
-def _section_html(section: Section, mark: str, figures: list[dict]) -> str:
-    """A section's HTML; its figures are added to the page's list, and each has its place by number."""
-    parts = [f"<section id={mark}><h2>{escape(section.title)}</h2>", section.html]
-    for picture in section.pictures:
-        spec = json.loads(picture.figure.to_json(engine="json"))  # numbers as base64, exactly
+def _section_html(section: Section, anchor: str, figures: list[dict]) -> str:
+    """A section's HTML. Appends its figures to `figures`; the HTML refers to each by its index."""
+    parts = [f"<section id={anchor}><h2>{escape(section.title)}</h2>", section.html]
+    for chart in section.charts:
+        spec = json.loads(chart.figure.to_json(engine="json"))  # numbers as base64, exactly
         spec["layout"].pop("template", None)
-        head = f"<h3>{escape(picture.title)}</h3><p class=note>{escape(picture.axes)}</p>"
-        note = f"<p class=note>{escape(picture.note)}</p>" if picture.note else ""
+        head = f"<h3>{escape(chart.title)}</h3><p class=note>{escape(chart.axes)}</p>"
+        note = f"<p class=note>{escape(chart.note)}</p>" if chart.note else ""
         parts.append(f"{head}<div class=figure data-figure={len(figures)}></div><div class=legend></div>{note}")
-        figures.append({"title": picture.title, **spec})
+        figures.append({"title": chart.title, **spec})
     if section.missing:
         parts.append(f"<p class=note>Left out, no data: {escape(', '.join(section.missing))}.</p>")
     if section.zero:
@@ -170,17 +170,17 @@ def _section_html(section: Section, mark: str, figures: list[dict]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _packed(script: str) -> str:
+def _gzip_base64(script: str) -> str:
     return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()
 
 
 def _ascii(html: str) -> str:
-    """The same to a browser, and no encoding can harm it, half a character of a broken file included."""
+    """HTML in ASCII with character references: independent of encodings, also for lone surrogates of a broken file."""
     return html.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def _distinguish(runs: list[RunLog]) -> None:
-    """Runs of one name are told apart by their folders."""
+def _make_names_unique(runs: list[RunLog]) -> None:
+    """Add the folder to the name of runs that share a name."""
     names = Counter(run.name for run in runs)
     for run in runs:
         if names[run.name] > 1:
@@ -194,6 +194,6 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out} must end in .html")
     if out.exists():
         with open(out, "rb") as file:
-            ours = MARKER.encode() in file.read(200)
-        if not ours:
-            raise UserError(f"{out} is there and is not a report; give another --out")
+            is_report = MARKER.encode() in file.read(200)
+        if not is_report:
+            raise UserError(f"{out} exists and is not a report; give another --out")

@@ -1,6 +1,7 @@
-"""A run directory as values, also of a run that is still going or that is from before some file existed.
+"""Read a run directory: metrics, events, router entries, samples, status and configs.
 
-Only metrics.jsonl must be there. The tails that a resume keeps aside (metrics.tail.N.jsonl) are not read.
+The run may still be running, or be from an older version without some of the files. Only metrics.jsonl is required.
+The tails that a resume keeps aside (metrics.tail.N.jsonl) are not read.
 
 Shapes: N entries of router.jsonl, M MoE layers, E experts.
 """
@@ -8,6 +9,7 @@ Shapes: N entries of router.jsonl, M MoE layers, E experts.
 import bisect
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,25 +21,25 @@ from trinity.config.load import load_config
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
 from trinity.io.json_files import to_json
-from trinity.reporting.jsonl import Columns, read_objects, whole_step
+from trinity.reporting.jsonl import Columns, read_objects, valid_step
 
 ROUTER_FIELDS = ("max_violation", "dead", "entropy", "bias_range", "bias_step_norm")
-"""One number a layer in each entry."""
+"""Fields of router.jsonl with one number for each layer."""
 
 
 class Event(NamedTuple):
-    """A line of events.jsonl. figures: what it says besides, as JSON."""
+    """A line of events.jsonl. details: its other fields, as JSON."""
 
     time: str
     step: int | None
     kind: str
     rank: str
     message: str
-    figures: str
+    details: str
 
 
 class Sample(NamedTuple):
-    """A line of samples.jsonl: a prompt, and how the model went on after a step."""
+    """A line of samples.jsonl: a prompt and the model's continuation at a step."""
 
     step: int
     prompt: str
@@ -46,12 +48,13 @@ class Sample(NamedTuple):
 
 @dataclass
 class Router:
-    """router.jsonl: the numbers by layer in memory, the matrices of layers and experts where they lie.
+    """router.jsonl: numbers by layer in memory; matrices of layers and experts are read from the file on demand.
 
     Attributes:
-        columns: N entries; field `max_violation.3` is that of the fourth MoE layer.
+        columns: N entries; field `max_violation.3` belongs to the fourth MoE layer.
         layers: M.
-        first: the first MoE layer's number in the model, where dense ones may come before it.
+        first: the first MoE layer's number in the model; dense layers may come before it.
+        offsets: byte offset of each entry in the file.
     """
 
     path: Path
@@ -61,11 +64,11 @@ class Router:
     offsets: list[int] = field(default_factory=list)
 
     def by_layer(self, name: str) -> np.ndarray:
-        """[M, N] of one of ROUTER_FIELDS."""
+        """[M, N]: one of ROUTER_FIELDS."""
         return np.stack([self.columns[f"{name}.{layer}"] for layer in range(self.layers)])
 
     def matrix(self, entry: int, name: str) -> np.ndarray | None:
-        """[M, E] of `load` or `bias` in one entry, None where it has none."""
+        """[M, E]: `load` or `bias` of one entry; None if it has none."""
         with open(self.path, "rb") as file:
             file.seek(self.offsets[entry])
             return as_matrix(json.loads(file.readline()).get(name))
@@ -73,17 +76,17 @@ class Router:
 
 @dataclass
 class RunLog:
-    """What a run directory holds.
+    """The contents of a run directory.
 
     Attributes:
-        name: what the page calls it.
+        name: the run's name on the page.
         metrics: the columns of metrics.jsonl, at least one step.
-        status: status.json; empty where there is none.
-        configs: (file name, settings) of each start, the first one first.
-        config_text: the newest config as it stands in its file.
-        config: the same, checked; None where this version cannot load it.
+        status: status.json; empty if it does not exist.
+        configs: (file name, settings) of each start, in order.
+        config_text: the newest config file's text.
+        config: the newest config, loaded; None if this version cannot load it.
         router: None without router.jsonl.
-        notes: what could not be read, as sentences.
+        notes: sentences on what could not be read.
     """
 
     name: str
@@ -98,8 +101,8 @@ class RunLog:
     router: Router | None
     notes: list[str]
 
-    def nearest(self, step: int) -> int:
-        """The index of the last recorded step that is not after this one; 0 if all are."""
+    def index_at(self, step: int) -> int:
+        """Index of the last recorded step that is not after `step`; 0 if all are."""
         return max(bisect.bisect_right(self.metrics.steps, step) - 1, 0)
 
 
@@ -107,7 +110,7 @@ def read_run(path: Path) -> RunLog:
     """Read a run directory.
 
     Raises:
-        UserError: it is none, or the run has no step yet.
+        UserError: not a run directory, or the run has no step yet.
     """
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; give a run directory, the folder that run.dir names")
@@ -121,7 +124,7 @@ def read_run(path: Path) -> RunLog:
     metrics = _read_metrics(path / "metrics.jsonl", notes)
     section = configs[-1][1].get("run") if configs else None
     name = section.get("name") if isinstance(section, dict) else None
-    config = _load(path / configs[-1][0]) if configs else None
+    config = _load_config(path / configs[-1][0]) if configs else None
     router = _read_router(path / "router.jsonl", notes)
     if router is not None and config is not None:
         router.first = config.model.dense_layers
@@ -141,7 +144,7 @@ def read_run(path: Path) -> RunLog:
 
 
 def as_matrix(value: object) -> np.ndarray | None:
-    """A list of equally long lists of numbers as float64, None if it is something else."""
+    """A list of equally long lists of numbers as float64; None for anything else."""
     try:
         matrix = np.array(value, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
@@ -152,8 +155,8 @@ def as_matrix(value: object) -> np.ndarray | None:
 def _read_metrics(path: Path, notes: list[str]) -> Columns:
     columns, broken = Columns(), 0
     for _, record in read_objects(path):
-        step = whole_step(record)
-        if step is None:
+        step = valid_step(record)
+        if record is None or step is None:
             broken += 1
         else:
             columns.add(step, record)
@@ -171,9 +174,9 @@ def _read_router(path: Path, notes: list[str]) -> Router | None:
         return None
     router, broken = Router(path), 0
     for offset, record in read_objects(path):
-        step = whole_step(record)
-        load = None if step is None else as_matrix(record.get("load"))
-        if load is None or (router.layers and len(load) != router.layers):
+        step = valid_step(record)
+        load = None if record is None or step is None else as_matrix(record.get("load"))
+        if record is None or step is None or load is None or (router.layers and len(load) != router.layers):
             broken += 1
             continue
         router.layers = len(load)
@@ -195,11 +198,11 @@ def _read_events(path: Path, notes: list[str]) -> list[Event]:
         if record is None or not isinstance(record.get("kind"), str):
             broken += 1
             continue
-        known = {"time", "step", "kind", "rank", "message"}
-        rest = {name: value for name, value in record.items() if name not in known}
+        own_columns = {"time", "step", "kind", "rank", "message"}
+        rest = {name: value for name, value in record.items() if name not in own_columns}
         time, rank, message = (str(record.get(name, "")) for name in ("time", "rank", "message"))
-        figures = to_json(rest, ensure_ascii=False) if rest else ""
-        events.append(Event(time, whole_step(record), record["kind"], rank, message, figures))
+        details = to_json(rest, ensure_ascii=False) if rest else ""
+        events.append(Event(time, valid_step(record), record["kind"], rank, message, details))
     _note_broken(path, broken, notes)
     return events
 
@@ -210,8 +213,8 @@ def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
     samples: list[Sample] = []
     broken = 0
     for _, record in read_objects(path):
-        step = whole_step(record)
-        if step is None or not all(isinstance(record.get(name), str) for name in ("prompt", "text")):
+        step = valid_step(record)
+        if record is None or step is None or not all(isinstance(record.get(name), str) for name in ("prompt", "text")):
             broken += 1
         else:
             samples.append(Sample(step, record["prompt"], record["text"]))
@@ -219,7 +222,7 @@ def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
     return samples
 
 
-def _load(path: Path) -> RunConfig | None:
+def _load_config(path: Path) -> RunConfig | None:
     try:
         return load_config(path)
     except UserError:
@@ -241,17 +244,13 @@ def _read_status(path: Path, notes: list[str]) -> dict[str, Any]:
 
 def _config_files(path: Path) -> list[Path]:
     """config.yaml, config.1.yaml, config.2.yaml, …"""
-    numbered = [(int(file.name.split(".")[1]), file) for file in path.glob("config.*.yaml") if _has_number(file)]
     first = [path / "config.yaml"] if (path / "config.yaml").is_file() else []
-    return first + [file for _, file in sorted(numbered)]
-
-
-def _has_number(file: Path) -> bool:
-    return file.name.split(".")[1].isdecimal() and file.name.count(".") == 2
+    numbered = [file for file in path.glob("config.*.yaml") if re.fullmatch(r"config\.\d+\.yaml", file.name)]
+    return first + sorted(numbered, key=lambda file: (int(file.name.split(".")[1]), file))
 
 
 def _read_configs(files: list[Path], notes: list[str]) -> tuple[list[tuple[str, dict]], str]:
-    """(file name, settings) of each that can be read, and the newest one's text."""
+    """(file name, settings) of each readable file, and the text of the newest."""
     configs, newest = [], ""
     for file in files:
         try:
@@ -273,6 +272,6 @@ def _note_broken(path: Path, broken: int, notes: list[str]) -> None:
 
 
 def last_finite(values: np.ndarray) -> float:
-    """The last value that is a number; NaN if none is."""
+    """The last finite value; NaN if there is none."""
     finite = values[np.isfinite(values)]
     return float(finite[-1]) if len(finite) else math.nan

@@ -1,4 +1,4 @@
-"""The tables of a report as HTML: summary, events, settings and how they differ. Everything from files is escaped."""
+"""The tables of a report as HTML: summary, events, samples, settings and their differences. Text is escaped."""
 
 import json
 import math
@@ -10,42 +10,42 @@ from typing import Any
 
 import numpy as np
 
-from trinity.reporting.downsample import moments
+from trinity.reporting.downsample import evenly_spaced
 from trinity.reporting.run_log import Event, RunLog, last_finite
-from trinity.terminal import clock
+from trinity.terminal import format_duration
 
-MOST_EVENTS = 300
-"""Rows of the table of events. Ours."""
+MAX_EVENTS = 300
+"""Rows of the table of events. Not from the report."""
 SAMPLED_STEPS = 6
-"""Steps in the table of samples, evenly over the run, the last among them. Not from the report."""
+"""Steps in the table of samples, evenly spaced, with the last. Not from the report."""
 ROUTINE = ("checkpoint", "evaluation", "profile")
-"""Kinds that are counted but fill no rows."""
+"""Event kinds that are counted but not listed."""
 ABSENT = "–"
 
 Rows = list[list[str]]
 
 
 def summary(runs: list[RunLog]) -> str:
-    """A row a figure, a column a run."""
+    """A row for each summary value, a column for each run."""
     columns = [_summary_of(run) for run in runs]
-    words = list(dict.fromkeys(word for column in columns for word in column))
-    rows = [[word, *(column.get(word, ABSENT) for column in columns)] for word in words]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(column.get(name, ABSENT) for column in columns)] for name in names]
     return table(["", *(run.name for run in runs)], rows)
 
 
 def events(runs: list[RunLog]) -> str:
-    """How often each kind was noted, and the rows of what is not routine; "" where no run has events."""
-    rows: list[tuple[str, Event]] = [(run.name, event) for run in runs for event in run.events]
-    if not rows:
+    """Counts of all event kinds and a table of the events that are not routine; "" if no run has events."""
+    events_by_run: list[tuple[str, Event]] = [(run.name, event) for run in runs for event in run.events]
+    if not events_by_run:
         return ""
-    counts = Counter(event.kind for _, event in rows)
-    told = [(name, event) for name, event in rows if event.kind not in ROUTINE]
-    shown = told[-MOST_EVENTS:]
-    words = ", ".join(f"{times} × {kind}" for kind, times in counts.items())
+    counts = Counter(event.kind for _, event in events_by_run)
+    listed = [(name, event) for name, event in events_by_run if event.kind not in ROUTINE]
+    shown = listed[-MAX_EVENTS:]
+    totals = ", ".join(f"{times} × {kind}" for kind, times in counts.items())
     routine = f" Not in the table: {', '.join(kind for kind in ROUTINE if kind in counts)}."
-    left_out = f" Only the last {MOST_EVENTS} of {len(told)} are shown." if len(shown) < len(told) else ""
-    note = f"{words}.{routine if set(ROUTINE) & set(counts) else ''}{left_out}"
-    head = ["time (UTC)", "step", "kind", "rank", "message", "figures"]
+    left_out = f" Only the last {MAX_EVENTS} of {len(listed)} are shown." if len(shown) < len(listed) else ""
+    note = f"{totals}.{routine if set(ROUTINE) & set(counts) else ''}{left_out}"
+    head = ["time (UTC)", "step", "kind", "rank", "message", "details"]
     body = [
         [
             _clock(event.time),
@@ -53,7 +53,7 @@ def events(runs: list[RunLog]) -> str:
             event.kind,
             event.rank,
             event.message,
-            event.figures,
+            event.details,
         ]
         for _, event in shown
     ]
@@ -63,16 +63,16 @@ def events(runs: list[RunLog]) -> str:
 
 
 def samples(runs: list[RunLog]) -> str:
-    """How each run went on from the prompts after some of its steps, the newest first."""
+    """Each run's continuations of the prompts at some of its steps, the newest first."""
     head, body, notes = ["step", "prompt", "continuation"], [], []
     for run in runs:
         steps = sorted({sample.step for sample in run.samples}, reverse=True)
-        shown = [steps[place] for place in moments(len(steps), SAMPLED_STEPS)] if steps else []
+        shown = [steps[index] for index in evenly_spaced(len(steps), SAMPLED_STEPS)] if steps else []
         if len(shown) < len(steps):
             notes.append(f"{len(shown)} of {len(steps)} steps; all are in {run.path / 'samples.jsonl'}.")
         for step in shown:
-            found = [sample for sample in run.samples if sample.step == step]
-            body += [[f"{step:,}", sample.prompt, sample.text, run.name] for sample in found]
+            of_step = [sample for sample in run.samples if sample.step == step]
+            body += [[f"{step:,}", sample.prompt, sample.text, run.name] for sample in of_step]
     if len(runs) == 1:
         rows = [row[:3] for row in body]
     else:
@@ -82,7 +82,7 @@ def samples(runs: list[RunLog]) -> str:
 
 
 def settings(runs: list[RunLog]) -> str:
-    """What differs between the runs and between a run's starts, and each run's settings to unfold; "" without any."""
+    """Settings that differ between runs and between a run's starts, and each run's settings; "" if no run has any."""
     with_settings = [run for run in runs if run.configs]
     if not with_settings:
         return ""
@@ -94,30 +94,29 @@ def settings(runs: list[RunLog]) -> str:
         for (before, old), (after, new) in pairwise(run.configs):
             both = {before: flatten(old), after: flatten(new)}
             parts.append(_difference_table(f"{run.name}: changed at a restart", both))
-    return "".join([*parts, *map(_unfolding, with_settings)])
+    return "".join([*parts, *map(_collapsed_settings, with_settings)])
 
 
 def differences(flat: dict[str, dict[str, Any]]) -> Rows:
-    """[key, value in each] of the settings that are not the same in all; where one runs and what it is called aside."""
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    ours = ("run.name", "run.dir")
-    rows = [[key, *(str(values.get(key, ABSENT)) for values in flat.values())] for key in keys if key not in ours]
+    """[key, value of each run] of the settings that are not equal in all, except the run's name and directory."""
+    keys = dict.fromkeys(key for values in flat.values() for key in values if key not in ("run.name", "run.dir"))
+    rows = [[key, *(str(values.get(key, ABSENT)) for values in flat.values())] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
     """Dotted key → value; a list is one value."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
-            found |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def table(head: list[str], rows: Rows) -> str:
-    """An HTML table that scrolls sideways in a narrow window; the first cell of a row names it."""
+    """An HTML table that scrolls sideways in a narrow window; the first cell of a row is its header."""
     cells = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in head)
     body = "".join(
         f"<tr><th scope=row>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
@@ -127,11 +126,11 @@ def table(head: list[str], rows: Rows) -> str:
 
 
 def _clock(time: str) -> str:
-    """2026-01-01T12:00:00.000+00:00 without its fractions; the events are in UTC."""
+    """An event's UTC time without fractions: 2026-01-01T12:00:00.000+00:00 → 2026-01-01 12:00:00."""
     return time[:19].replace("T", " ")
 
 
-def _unfolding(run: RunLog) -> str:
+def _collapsed_settings(run: RunLog) -> str:
     title = f"{run.name}: {run.configs[-1][0]}"
     return f"<details><summary>{escape(title)}</summary><pre>{escape(run.config_text)}</pre></details>"
 
@@ -144,21 +143,20 @@ def _difference_table(title: str, flat: dict[str, dict[str, Any]]) -> str:
 
 
 def goodput(run: RunLog) -> float:
-    """The share of the time from the first start to the last event that went into steps which count.
+    """Share of the wall time, from the first start to the last event, spent in steps that count.
 
-    A step that was made again counts once, and the time between two starts is time in which none was made. NaN where
-    the events do not tell.
+    A repeated step counts once, a skipped step not at all; time between two starts is lost. NaN without event times.
     """
     seconds = wall_seconds(run)
     if math.isnan(seconds):
         return math.nan
-    made = np.array(run.metrics.steps) <= (run.events[-1].step or 0)  # what came after it has no time yet
-    useful = np.nansum(run.metrics["step_seconds"][made & (run.metrics["skipped"] != 1)])
+    timed = np.array(run.metrics.steps) <= (run.events[-1].step or 0)  # later steps are outside the wall time
+    useful = np.nansum(run.metrics["step_seconds"][timed & (run.metrics["skipped"] != 1)])
     return float(useful) / seconds if seconds > 0 else math.nan
 
 
 def wall_seconds(run: RunLog) -> float:
-    """From the first start to the last event, the time between starts included; NaN where the events do not tell."""
+    """Seconds from the first start to the last event, including time between starts; NaN without event times."""
     try:
         times = [datetime.fromisoformat(event.time) for event in run.events]
         return (times[-1] - times[0]).total_seconds()
@@ -167,17 +165,17 @@ def wall_seconds(run: RunLog) -> float:
 
 
 def device(run: RunLog) -> str:
-    """What the newest start ran on, such as "8 × NVIDIA H200"."""
+    """Processes and device of the newest start, such as "8 × NVIDIA H200"."""
     for event in reversed(run.events):
-        more = json.loads(event.figures) if event.kind in ("start", "resume") and event.figures else {}
-        if "device" in more:
-            return f"{more.get('processes', 1)} × {more['device']}"
+        details = json.loads(event.details) if event.kind in ("start", "resume") and event.details else {}
+        if "device" in details:
+            return f"{details.get('processes', 1)} × {details['device']}"
     return ABSENT
 
 
 def _summary_of(run: RunLog) -> dict[str, str]:
     metrics = run.metrics
-    found = {
+    values = {
         "state": _state(run),
         "steps": f"{metrics.steps[-1]:,}",
         "tokens": _count(last_finite(metrics["tokens"])),
@@ -186,13 +184,13 @@ def _summary_of(run: RunLog) -> dict[str, str]:
         "loss, lowest step": _lowest(run, "loss"),
     }
     for name in metrics.names("validation_loss."):
-        found[f"validation {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
-        found[f"validation {name.partition('.')[2]}, lowest"] = _lowest(run, name)
+        values[f"validation {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
+        values[f"validation {name.partition('.')[2]}, lowest"] = _lowest(run, name)
     for name in metrics.names("validation_bits_per_byte."):
-        found[f"bits per byte {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
+        values[f"bits per byte {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
     seconds = wall_seconds(run)
-    return found | {
-        "wall time": ABSENT if math.isnan(seconds) else clock(seconds),
+    return values | {
+        "wall time": ABSENT if math.isnan(seconds) else format_duration(seconds),
         "device": device(run),
         "tokens/s, median": _count(_median(metrics["tokens_per_second"])),
         "MFU, median": _percent(_median(metrics["mfu"])),
@@ -207,7 +205,7 @@ def _summary_of(run: RunLog) -> dict[str, str]:
 
 
 def restarts(run: RunLog) -> int:
-    """Starts after the first: each is noted as an event and leaves a numbered config; the larger count is told."""
+    """Starts after the first, counted by "resume" events and by numbered configs; the larger count."""
     numbers = [int(name.split(".")[1]) for name, _ in run.configs if name != "config.yaml"]
     return max(sum(event.kind == "resume" for event in run.events), max(numbers, default=0))
 
@@ -218,7 +216,7 @@ def _state(run: RunLog) -> str:
 
 
 def _parameters(run: RunLog) -> str:
-    """Of the model in the newest config: all, and those that one token uses; absent where it cannot be loaded."""
+    """Total and active parameters of the newest config's model; ABSENT if the config cannot be loaded."""
     if run.config is None:
         return ABSENT
     from trinity.models.flops import parameter_counts

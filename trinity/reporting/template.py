@@ -1,4 +1,4 @@
-"""The page around the figures: its HTML, its looks, and the script that draws. %%NAME%% is where a part is put in."""
+"""The report's page: HTML, CSS, and the JavaScript that draws the figures. `fill` replaces %%NAME%% with a part."""
 
 PAGE = """<!doctype html>%%MARKER%%
 <html lang=en>
@@ -13,8 +13,8 @@ PAGE = """<!doctype html>%%MARKER%%
 <body>
 <main>
 <h1>%%TITLE%%</h1>
-<p class=note>Made %%WHEN%%. Drag over a figure to zoom, click twice to go back, click a name below it to hide its
-curve. A long curve is thinned: of each of equal stretches its lowest and highest point are drawn.</p>
+<p class=note>Made %%WHEN%%. Drag over a figure to zoom, double-click to reset, click a name below it to hide its
+curve. A long curve is downsampled: it is cut into equal parts, and the lowest and highest point of each are drawn.</p>
 <noscript><p>The figures need JavaScript.</p></noscript>
 %%BODY%%
 </main>
@@ -85,8 +85,8 @@ SCRIPT = """
     font: { size: 16, color: dark.matches ? "#e6e6e6" : "#1c1c1e" },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 10, r: 10, t: 10, b: 10 },
-    showlegend: false, // the page has one of its own, which breaks its lines
-    hovermode: "closest", dragmode: touch ? false : "zoom", // else a finger on a figure cannot scroll the page
+    showlegend: false, // the page has its own legend, which wraps
+    hovermode: "closest", dragmode: touch ? false : "zoom", // with zoom, touching a figure would not scroll the page
   });
   const config = { responsive: true, displaylogo: false, displayModeBar: false };
   const symbols = {
@@ -125,7 +125,7 @@ SCRIPT = """
   const draw = place => {
     const { data, layout: own } = figures[place.dataset.figure];
     if (!place.data) legend(place, data);
-    // plotly draws an axis only for a curve: one without points
+    // plotly draws an axis only if a curve uses it: add a curve without points
     const upper = own.xaxis2 ? [{ x: [null], y: [null], xaxis: "x2", showlegend: false, hoverinfo: "skip" }] : [];
     return Plotly.react(place, [...data, ...upper], layout(own), config);
   };
@@ -145,6 +145,6 @@ SCRIPT = """
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
-    """Put the parts in their places; what is put in is not looked at again, so it may hold %%."""
-    pieces = page.split("%%")  # text and names in turn
+    """Replace each %%NAME%% by parts[NAME]; the parts are not scanned again, so they may contain %%."""
+    pieces = page.split("%%")  # text and names alternate
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))

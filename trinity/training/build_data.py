@@ -1,4 +1,4 @@
-"""What a run reads: its training rows and its validation sets, opened and checked against model and tokenizer."""
+"""Build the data of a run: open its training and validation sources, and check them against model and tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import empty_tensors, load
 from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory, tokenizer_folder
-from trinity.config.phases import WholePhase, whole_phases
+from trinity.config.phases import ResolvedPhase, resolved_phases
 from trinity.config.run import RunConfig
 from trinity.data.sources.inputs import holds_text
 from trinity.data.sources.shards import TokenSource
@@ -26,17 +26,19 @@ from trinity.run_directory import newest_config
 from trinity.training.build import batch_plan
 from trinity.training.resume import history_of
 
-STEPS_AHEAD = 2
-LEARNING = ["batch", "optim", "balancing", "loss", "precision"]  # what may have changed without changing the data
+PREFETCHED_STEPS = 2
+"""Steps whose rows the data workers prepare ahead."""
+LEARNING = ["batch", "optim", "balancing", "loss", "precision"]
+"""Sections of the config that may change without changing the data."""
 
 
 @dataclass
 class RunData:
-    """What a run reads.
+    """The data of a run.
 
     loader: this rank's training rows, in order.
-    validation: named held-out sources.
-    byte_lengths_V: bytes of text that each token stands for; None without a tokenizer.
+    validation: held-out sources by name.
+    byte_lengths_V: bytes of text per token of the vocabulary; None without a tokenizer.
     """
 
     loader: Loader
@@ -50,16 +52,16 @@ def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan | None = None, st
     Args:
         config: the run.
         ranks: the mesh.
-        plan: the sequences of each step; None: those of a run that begins.
-        step: the steps made so far.
+        plan: the batch of each step; None: that of a new run.
+        step: steps made so far.
 
     Raises:
-        UserError: no training data, a damaged source, another tokenizer, a vocabulary larger than the model's.
+        UserError: no training data, a damaged source, another tokenizer, or a vocabulary larger than the model's.
     """
     stream = open_stream(config, ranks.rank, ranks.data_ranks, plan)
     for source in stream.sources.values():
-        _ = source.tokens  # of text they are counted here, and not within the first step
-    ahead = STEPS_AHEAD * stream.plan.at(step).sequences // ranks.data_ranks
+        _ = source.tokens  # counts the tokens of text sources now, not within the first step
+    ahead = PREFETCHED_STEPS * stream.plan.at(step).sequences // ranks.data_ranks
     loader = Loader(stream, config.data.workers, ahead, pin=ranks.device.type == "cuda")
     validation = _open_sources("validation", config.data.validation, config)
     folder = tokenizer_folder(config)
@@ -67,14 +69,14 @@ def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan | None = None, st
 
 
 def open_stream(config: RunConfig, rank: int, ranks: int, plan: BatchPlan | None = None) -> SequenceStream:
-    """The training sequences of one data rank, from the first on."""
+    """The training sequences of one data rank, from the first sequence on."""
     data = config.data
     if not data.train:
         raise UserError("data.train names no source; give one, as data.train.mine=FOLDER (see tools/prepare_data.py)")
     sources = _open_sources("train", data.train, config)
     return SequenceStream(
         sources,
-        [_phase(phase, list(sources)) for phase in whole_phases(data)],
+        [_phase(phase, list(sources)) for phase in resolved_phases(data)],
         streams=data.streams,
         seed=config.run.seed,
         bos_id=next(iter(sources.values())).bos_id,
@@ -87,7 +89,7 @@ def open_stream(config: RunConfig, rank: int, ranks: int, plan: BatchPlan | None
 
 
 def document_notes(stream: SequenceStream) -> list[str]:
-    """A sentence for each source with fewer documents than streams, which several streams then read side by side."""
+    """A note for each source with fewer documents than streams: several streams then read the same documents."""
     notes = []
     for name, source in stream.sources.items():
         if source.documents < stream.streams:
@@ -100,12 +102,12 @@ def document_notes(stream: SequenceStream) -> list[str]:
     return notes
 
 
-def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
-    """Put a stream to where the run's nearest checkpoint before a step has it, so that less is to be replayed.
+def seek_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
+    """Set a stream to its state in the nearest checkpoint before a step, so that less must be replayed.
 
-    Its plan becomes that of the run: the steps of its newest checkpoint's history, then those of the config. A run of
-    other data, or none, in the config's directory leaves the stream where it is, as does a store that cannot be
-    reached. Before the first checkpoint of a run with init.keep=all, those of the run that it goes on from count.
+    Its batch plan becomes the run's: the history in the newest checkpoint, then the config's batches. The stream stays
+    where it is if the config's directory holds no run or a run on other data, or if the checkpoints cannot be reached.
+    A run with init.keep=all and no checkpoint of its own uses those of the run that it continues.
     """
     try:
         path, complete = _checkpoints_before(config)
@@ -128,7 +130,7 @@ def go_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
 
 
 def _checkpoints_before(config: RunConfig) -> tuple[Path, list[int]]:
-    """The run directory that a config's run goes on from, its own where it has checkpoints, and their steps."""
+    """The run directory whose checkpoints a config's run continues, and their steps: its own, else that of init.run."""
     own, init = run_directory(config), config.init
     steps = _complete_steps(own)
     if steps or not init.run or init.keep != "all":
@@ -141,7 +143,7 @@ def _complete_steps(run: Path) -> list[int]:
     return CheckpointDirectory.of_run(run).complete_steps() if config_files(run) else []
 
 
-def _phase(phase: WholePhase, names: list[str]) -> Phase:
+def _phase(phase: ResolvedPhase, names: list[str]) -> Phase:
     bias = phase.length_bias
     return Phase(
         normalised(names, phase.mixture),
@@ -159,7 +161,7 @@ def _open_sources(kind: str, places: dict[str, str], config: RunConfig) -> dict[
 
 
 def _open_source(label: str, place: str, config: RunConfig) -> Source:
-    """Shards, from a folder that holds them or is to; or text, tokenised as it is read."""
+    """Open a folder of shards, or text that is tokenised as it is read."""
     if not holds_text(place):
         return TokenSource(place, config.data.verify)
     folder = tokenizer_folder(config)

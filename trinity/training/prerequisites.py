@@ -1,4 +1,4 @@
-"""What a run asks of its machine, checked before its directory is made: engines, packages, paths, batches."""
+"""Check that a run can start on this machine, before its directory is made: engines, packages, paths, batches."""
 
 from importlib.util import find_spec
 
@@ -13,25 +13,26 @@ from trinity.models.fp8 import use_fp8
 from trinity.models.trinity import Trinity
 from trinity.parallel.deep_ep import check_deep_ep
 from trinity.parallel.mesh import Ranks
-from trinity.training.build import check_batches, check_kernels
+from trinity.training.build import check_kernels
+from trinity.training.divisibility import check_batches
 
 
 def check_prerequisites(config: RunConfig, ranks: Ranks) -> None:
-    """Refuse a run that cannot start here; writes nothing, and talks to no other rank.
+    """Refuse a run that cannot start here; writes no file and does not communicate.
 
     Raises:
         UserError: naming the setting and what to write or install.
     """
     check_batches(config, ranks.data_ranks)
     check_paths(config, fresh=not (run_directory(config) / "config.yaml").is_file())
-    check_stores(config)
+    check_remote_paths(config)
     check_engines(config, ranks.device)
     if ranks.is_first:
         check_loggers(config)
 
 
 def check_engines(config: RunConfig, device: torch.device) -> None:
-    """Refuse engines that are asked for by name and are not installed or cannot run on a device.
+    """Refuse engines that the config names and that are not installed or cannot run on a device.
 
     Raises:
         UserError: naming the setting.
@@ -48,19 +49,19 @@ def check_engines(config: RunConfig, device: torch.device) -> None:
             use_fp8(Trinity(config.model), fp8, device)
 
 
-def check_stores(config: RunConfig) -> None:
-    """Refuse URLs whose kind of store needs a package that is not installed.
+def check_remote_paths(config: RunConfig) -> None:
+    """Refuse URLs whose file system needs a package that is not installed.
 
     Raises:
         UserError: naming the setting.
     """
-    named: dict[str, str | None] = {f"data.train.{name}": place for name, place in config.data.train.items()}
-    named |= {f"data.validation.{name}": place for name, place in config.data.validation.items()}
-    named["checkpoint.url"] = config.checkpoint.url
-    for key, place in named.items():
-        if place and "://" in place:
+    paths: dict[str, str | None] = {f"data.train.{name}": path for name, path in config.data.train.items()}
+    paths |= {f"data.validation.{name}": path for name, path in config.data.validation.items()}
+    paths["checkpoint.url"] = config.checkpoint.url
+    for key, path in paths.items():
+        if path and "://" in path:
             try:
-                filesystem(place)
+                filesystem(path)
             except UserError as error:
                 raise UserError(f"{key}: {error}") from None
 
@@ -71,9 +72,9 @@ def check_loggers(config: RunConfig) -> None:
     Raises:
         UserError: naming the setting and the command that installs it.
     """
-    for key, package, asked in (
+    for key, package, enabled in (
         ("log.wandb", "wandb", config.log.wandb),
         ("log.tensorboard", "tensorboard", config.log.tensorboard),
     ):
-        if asked and find_spec(package) is None:
+        if enabled and find_spec(package) is None:
             raise UserError(f'{key} needs {package}; install it: pip install "trinity-moe[{package}]", or leave it out')

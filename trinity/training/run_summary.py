@@ -18,10 +18,11 @@ from trinity.io.remote_path import AnyPath
 from trinity.monitor.console import loss_text, prefixed
 from trinity.optim.build import Optimizers, ownership_table
 from trinity.parallel.mesh import Ranks
-from trinity.terminal import clock
-from trinity.training.build import microbatch_notes, microbatch_size, total_steps
+from trinity.terminal import format_duration
+from trinity.training.build import total_steps
 from trinity.training.build_data import document_notes
-from trinity.training.lr_schedule import decay_follows_length, schedule_notes
+from trinity.training.divisibility import microbatch_notes, microbatch_size
+from trinity.training.learning_rate import decay_ends_with_run, schedule_notes
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -50,7 +51,7 @@ def opening(
     if step >= total:
         done = f"{path} has made {step} steps of {total}; nothing is left to do"
         accept = " with --accept-change optim.schedule, since the decay ends with the run"
-        return [f"{done} (a larger run.steps or run.tokens goes on{accept if decay_follows_length(config) else ''})"]
+        return [f"{done} (a larger run.steps or run.tokens goes on{accept if decay_ends_with_run(config) else ''})"]
     rows = plan.at(step).sequences // ranks.data_ranks
     size = (
         f"{'resuming after step ' + str(step) if step else 'starting'}: {total} steps on {ranks.world} × "
@@ -89,7 +90,7 @@ def closing(
     """
     done = f"saved at step {step} of {total}" if stop_signal else f"finished: {step} steps"
     losses = [loss_text(record), *prefixed(record, "validation_loss.")] if "loss" in record else []
-    head = [f"{done} in {clock(seconds)}", *losses]
+    head = [f"{done} in {format_duration(seconds)}", *losses]
     if stop_signal:
         head.append(f"stopped by {stop_signal}; the same command resumes")
     places = {"run": path, "checkpoint": saved, "export": _newest_export(path)}

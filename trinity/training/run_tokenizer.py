@@ -1,7 +1,7 @@
 """The tokenizer of a run: copied into the run directory when the run starts.
 
-From then on the copy is the run's tokenizer, whatever becomes of the folder that it came from: resumed runs, exports
-and tools use it. Run directories without a copy use the folder that their config names, and get one at the next start.
+Resumed runs, exports and tools use the copy, so the folder that it was copied from may move or go. A run directory
+without a copy uses the folder that its config names, and gets a copy at the next start.
 """
 
 from dataclasses import replace
@@ -18,16 +18,16 @@ from trinity.terminal import say
 
 
 def run_tokenizer(run: Path, config: RunConfig) -> Path | None:
-    """The folder of a run's tokenizer: the copy in the run directory, else what its config names; None without one."""
+    """Folder of a run's tokenizer: the copy in the run directory, else the one its config names; None without one."""
     return kept_tokenizer(run) or tokenizer_folder(config)
 
 
 def tokenizer_to_read(config: RunConfig, beside: Path) -> Path | None:
-    """The tokenizer to decode what a config reads, whether or not its run has begun.
+    """Folder of the tokenizer that decodes a config's data, whether or not its run has started.
 
     Args:
         config: the run's.
-        beside: folder of the config file; where that is a run directory that was moved, its copy is there.
+        beside: folder of the config file; if that is a run directory that was moved, it holds the copy.
     """
     named = tokenizer_folder(config)
     if named is not None and (named / "tokenizer.json").is_file():
@@ -36,48 +36,49 @@ def tokenizer_to_read(config: RunConfig, beside: Path) -> Path | None:
 
 
 def tokenizer_at_start(config: RunConfig, run: Path, resumes: bool) -> Path | None:
-    """The tokenizer of a run that is about to start or to go on.
+    """Folder of the tokenizer of a run that is about to start or to resume; None without one.
 
     Args:
         config: of this start.
         run: the run directory.
-        resumes: whether the run has a checkpoint; then its tokenizer is fixed, and may lie anywhere.
+        resumes: whether the run has a checkpoint; then its tokenizer is fixed, but data.tokenizer may name any copy.
     Raises:
-        UserError: data.tokenizer is another one than the run began with, or prompts are given without any.
+        UserError: data.tokenizer differs from the run's tokenizer, or there are prompts but no tokenizer.
     """
-    folder = _of_resumed(config, run) if resumes else _of_new(config, run)
+    folder = _for_resumed_run(config, run) if resumes else _for_new_run(config, run)
     if folder is None and config.evaluation.prompts:
         raise UserError("evaluation.prompts are texts and there is no tokenizer; set data.tokenizer, or leave them out")
     return folder
 
 
-def _of_new(config: RunConfig, run: Path) -> Path | None:
-    """What the config names, else that of the run it starts from."""
+def _for_new_run(config: RunConfig, run: Path) -> Path | None:
+    """The one that the config names, else that of the run that it starts from."""
     named = tokenizer_folder(config)
     if named is None and config.init.run:
         named = run_tokenizer(Path(config.init.run), newest_config(Path(config.init.run)))
     return named or kept_tokenizer(run)
 
 
-def _of_resumed(config: RunConfig, run: Path) -> Path | None:
+def _for_resumed_run(config: RunConfig, run: Path) -> Path | None:
+    """The run's own, which must equal the one that the config names if that exists."""
     own = run_tokenizer(run, newest_config(run))
-    asked = Path(config.data.tokenizer) if config.data.tokenizer else None
-    if own is None or not (own / "tokenizer.json").is_file():  # shards and texts are compared with what is asked for
-        return asked or own or tokenizer_folder(config)
-    if asked is None:
+    named = Path(config.data.tokenizer) if config.data.tokenizer else None
+    if own is None or not (own / "tokenizer.json").is_file():  # the run's shards and texts are checked against `named`
+        return named or own or tokenizer_folder(config)
+    if named is None:
         return own
-    if not asked.exists():
-        say(f"note: data.tokenizer={asked} does not exist; the run goes on with its copy in {own}")
-    elif fingerprint(asked) != fingerprint(own):
+    if not named.exists():
+        say(f"note: data.tokenizer={named} does not exist; the run goes on with its copy in {own}")
+    elif fingerprint(named) != fingerprint(own):
         raise UserError(
-            f"{run} was begun with another tokenizer than data.tokenizer={asked}; leave data.tokenizer out to go on "
+            f"{run} was begun with another tokenizer than data.tokenizer={named}; leave data.tokenizer out to go on "
             f"with its own in {own}, or start afresh with another run.dir"
         )
     return own
 
 
 def on_this_node(folder: Path | None, config: RunConfig) -> Path | None:
-    """The folder that the first rank chose, or what the config names where the run directory is on no shared disk."""
+    """The folder that rank 0 chose, or the one that the config names if the run directory is on no shared disk."""
     return folder if folder is None or folder.exists() else tokenizer_folder(config) or folder
 
 
@@ -86,18 +87,18 @@ def with_tokenizer(config: RunConfig, folder: Path | None) -> RunConfig:
     return config if folder is None else replace(config, data=replace(config.data, tokenizer=str(folder)))
 
 
-def keep_tokenizer(folder: Path, run: Path, anew: bool) -> Path:
+def keep_tokenizer(folder: Path, run: Path, replace_copy: bool) -> Path:
     """Copy a tokenizer's files into a run directory.
 
     Args:
         folder: the tokenizer.
         run: the run directory.
-        anew: whether a copy that is there already is replaced: the run has no checkpoint yet.
+        replace_copy: replace a copy from an earlier start, as the run has no checkpoint yet.
     Returns:
-        the copy.
+        folder of the copy.
     """
     copy = run / "tokenizer"
-    if folder.resolve() == copy.resolve() or (kept_tokenizer(run) and not anew):
+    if folder.resolve() == copy.resolve() or (kept_tokenizer(run) and not replace_copy):
         return copy
     make_folder(copy)
     for name in FILES:

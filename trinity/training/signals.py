@@ -1,8 +1,9 @@
-"""SIGTERM and SIGINT: finish the step, save, end with 75. A second SIGINT ends at once, and so does any while starting.
+"""Stop on SIGTERM or SIGINT: finish the step, save, exit with 75. A second SIGINT exits at once, as does any signal
+while the run starts.
 
-While the ranks look for each other, Python runs no handler: a rank whose neighbour was killed would sit there until its
-launcher loses patience, half a minute of every restart. So a thread hears of signals too, and ends a process that has
-nothing to save yet.
+Python runs no signal handler while the ranks connect to each other: a rank whose peer was killed would wait until its
+launcher kills it, half a minute of every restart. So a thread receives signals too, and ends a process that has nothing
+to save yet.
 """
 
 import os
@@ -18,46 +19,46 @@ SAVING = "asked to stop: the step is finished and saved first (a second Ctrl-C e
 
 
 class StopRequest:
-    """Notes that the process was asked to stop; read at the edge of a step.
+    """Records a signal that asks the process to stop; the trainer reads it between steps.
 
     Attributes:
-        number: the signal, 0 for none.
+        number: of the signal, 0 for none.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._starting = True
-        self._heard, heard = os.pipe()
-        os.set_blocking(heard, False)
-        self._written, self._wakeup_before = heard, signal.set_wakeup_fd(heard, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._old_wakeup_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def started(self) -> None:
-        """From now on a step's edge will come, where the request is seen."""
+        """The process group exists: from now on requests wait for the end of a step."""
         self._starting = False
 
     def restore(self) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the previous handlers."""
         self._starting = False
-        for number, handler in self._before.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._written)  # which ends the thread
+        signal.set_wakeup_fd(self._old_wakeup_fd)
+        os.close(self._write_end)  # ends the thread
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def _listen(self) -> None:
-        """The interpreter writes each signal's number as it arrives, whatever the main thread is doing."""
-        told = os.environ.get("RANK", "0") != "0"  # one process of the run says it
-        while numbers := os.read(self._heard, 16):
-            asked = {signal.SIGTERM, signal.SIGINT} & set(numbers)
-            if asked and not told:
+        """Read signal numbers from the pipe: Python writes each on arrival, whatever the main thread does."""
+        printed = os.environ.get("RANK", "0") != "0"  # rank 0 prints the message
+        while numbers := os.read(self._read_end, 16):
+            stops = {signal.SIGTERM, signal.SIGINT} & set(numbers)
+            if stops and not printed:
                 say(NOTHING_TO_SAVE if self._starting else SAVING)
-                told = True
-            if asked and self._starting:
-                os._exit(SAVED)  # the newest checkpoint is all there is
-        os.close(self._heard)
+                printed = True
+            if stops and self._starting:
+                os._exit(SAVED)  # no step was made since the newest checkpoint
+        os.close(self._read_end)

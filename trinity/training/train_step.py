@@ -23,7 +23,7 @@ from trinity.optim.build import Optimizers
 from trinity.optim.grad_clip import clip_, global_norm
 from trinity.parallel.grad_accumulation import defers_reduction, set_reduction
 from trinity.parallel.mesh import Ranks
-from trinity.training.build import microbatch_size
+from trinity.training.divisibility import microbatch_size
 from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
 from trinity_kernels.cross_entropy import IGNORE
 

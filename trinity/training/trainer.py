@@ -45,14 +45,13 @@ from trinity.terminal import say
 from trinity.training.build import (
     batch_plan,
     build_model,
-    check_batches,
-    check_mesh,
     make_optimizers,
     total_steps,
 )
 from trinity.training.build_data import open_data
+from trinity.training.divisibility import check_batches, check_mesh
 from trinity.training.evaluator import Evaluator
-from trinity.training.lr_schedule import rates_at
+from trinity.training.learning_rate import lr_fraction
 from trinity.training.prerequisites import check_prerequisites
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_summary import closing, opening
@@ -265,7 +264,7 @@ class Trainer:
         data_seconds = time.perf_counter() - start
         if not self.config.data.document_mask:
             batch.document_ids_BS = None
-        rate = rates_at(self.config, self.step, plan.tokens)
+        rate = lr_fraction(self.config, self.step, plan.tokens)
         source_counts = torch.from_numpy(self.data.loader.stream.tokens_read())
         hooks = self.monitor.before_step(self.model, self.step + 1)
         every = self.config.log.norms_every

@@ -1,8 +1,8 @@
-"""The routed experts by torch.nn.functional.grouped_mm, forward and backward, through autograd as it is.
+"""The routed experts by torch.nn.functional.grouped_mm, forward and backward through autograd.
 
-Group sizes stay on the device, so the host does not wait. Two things that it does are kept away from here: rows past
-the last group, which it leaves unwritten (there are none: R rows are exactly those of all experts), and its refusal of
-gradients of stride zero (what weighs the rows makes theirs).
+Group sizes stay on the device, so the host does not wait. Two limits of grouped_mm do not matter here: it leaves rows
+past the last group unwritten (there are none: the R rows are exactly those of all experts), and it refuses gradients of
+stride zero (the weighting of rows makes contiguous ones).
 
 Shapes: see trinity_kernels.expert_engines.rows.
 """
@@ -20,7 +20,7 @@ def expert_mlp(
     """See trinity_kernels.expert_mlp; bf16 on a GPU, fp32 and 16 bits on a CPU.
 
     Raises:
-        ValueError: a dtype or a width that grouped_mm does not take, or a torch without it.
+        ValueError: grouped_mm does not support the dtype or a width, or this torch does not have it.
     """
     package()
     taken = (torch.bfloat16,) if x_TD.is_cuda else (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +36,7 @@ def expert_mlp(
 
 
 def package() -> None:
-    """See trinity_kernels.expert_engines."""
+    """Check that torch has grouped_mm; see trinity_kernels.expert_engines."""
     if not hasattr(F, "grouped_mm"):
         raise ValueError(f"the experts engine grouped_mm needs torch 2.10 or later, not {torch.__version__}")
 

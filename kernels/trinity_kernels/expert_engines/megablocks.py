@@ -1,6 +1,6 @@
 """The routed experts by MegaBlocks' grouped GEMM (Gale et al., arXiv 2211.15841), as its GroupedGLU uses it.
 
-It takes bf16 on a GPU, and the group sizes on the host: the host waits for the device once a call.
+It supports bf16 on a GPU. It needs the group sizes on the host, so the host waits for the device once per call.
 
 Shapes: see trinity_kernels.expert_engines.rows.
 """
@@ -20,7 +20,7 @@ def expert_mlp(
     """See trinity_kernels.expert_mlp; bf16 on a GPU.
 
     Raises:
-        ValueError: the package is missing, or tensors that it does not take.
+        ValueError: the package is missing, or does not support the tensors.
     """
     ops = package()
     if not (x_TD.is_cuda and x_TD.dtype == torch.bfloat16):
@@ -28,7 +28,7 @@ def expert_mlp(
             f"the experts engine megablocks takes bfloat16 on a GPU, not {x_TD.dtype} on the {x_TD.device.type}; "
             "use auto"
         )
-    sizes: list[Tensor] = []  # of one call, which both products share
+    sizes: list[Tensor] = []  # computed once per call and shared by both products
 
     def linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         if not sizes:
@@ -39,7 +39,7 @@ def expert_mlp(
 
 
 def package() -> ModuleType:
-    """megablocks' grouped_gemm_util.ops, which is the package grouped_gemm; see trinity_kernels.expert_engines."""
+    """Import megablocks' grouped_gemm_util.ops, the package grouped_gemm; see trinity_kernels.expert_engines."""
     install = (
         "pip install --no-deps --no-build-isolation megablocks==0.10.0 grouped_gemm==0.3.0 stanford-stk==0.7.1, "
         "on a machine with a GPU"

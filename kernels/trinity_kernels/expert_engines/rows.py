@@ -1,9 +1,9 @@
-"""What the engines have in common: rows picked for the experts, and each token's weighted sum over its rows.
+"""The part that all engines share: gather the rows of the experts, and sum each token's weighted rows.
 
-    x_TD ─pick─► rows_RD ─linear─► [gate; up] ─silu(gate)∘up─► ─linear─► y_RD ─weigh─► out_TD
+    x_TD ─gather─► x_RD ─linear─► [gate; up] ─silu(gate)∘up─► ─linear─► y_RD ─weigh─► out_TD
 
-Saved for backward, of this file: the grouping, y_RD and the gates; by `linear`, the picked rows and the activations;
-by torch, gate and up. So a row keeps 2·D + 4·F numbers and more, where trinity_kernels.experts keeps 2·F.
+Saved for backward: by this file the grouping, y_RD and the gates; by `linear` the gathered rows and the activations; by
+torch gate and up. So a row keeps at least 2·D + 4·F numbers, where trinity_kernels.experts keeps 2·F.
 
 Shapes: T tokens, K active experts, R rows sorted by expert, D width, F expert width, E experts, O and I a weight's
 output and input width.
@@ -22,30 +22,30 @@ Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows_RI, weight_EOI, ends_E) → [R, O], differentiable: each expert's rows times its weight transposed; R > 0."""
 
 
-@torch.compiler.disable  # compile has no fake of the packages' products, and torch's own refuses ours
+@torch.compiler.disable  # the packages' products have no fake, and the fake of torch's grouped_mm refuses these
 def expert_mlp_by(
     linear: Linear, x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor,
     rows: int | None,
 ) -> Tensor:  # fmt: skip
-    """trinity_kernels.expert_mlp with its two products done by `linear`.
+    """trinity_kernels.expert_mlp with `linear` as its two products.
 
     Args:
         linear: see Linear.
         x_TD … rows: as trinity_kernels.expert_mlp takes them.
     Returns:
-        [T, D], x's dtype; the sum over K is taken in fp32. Gradients are zeros where no row is, never None.
+        [T, D], x's dtype; the sum over K is in fp32. Gradients without rows are zeros, never None.
     """
     rows = indices_TK.numel() if rows is None else rows
-    if not rows:  # no engine is asked for nothing
-        return _Nothing.apply(x_TD, gate_up_E2FD, down_EDF, s_TK)
+    if not rows:  # the engines need at least one row
+        return _NoRows.apply(x_TD, gate_up_E2FD, down_EDF, s_TK)
     groups = group_rows(indices_TK, len(gate_up_E2FD), rows)
-    x_RD = _Pick.apply(x_TD, *groups)
+    x_RD = _Gather.apply(x_TD, *groups)
     gate_RF, up_RF = linear(x_RD, gate_up_E2FD.flatten(1, 2), groups.ends_E).chunk(2, dim=-1)
     return _Weigh.apply(linear(F.silu(gate_RF) * up_RF, down_EDF, groups.ends_E), s_TK, *groups)
 
 
-class _Nothing(torch.autograd.Function):
-    """Zeros, and gradients of zeros."""
+class _NoRows(torch.autograd.Function):
+    """An output of zeros, with gradients of zeros."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, *others: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ class _Nothing(torch.autograd.Function):
         return tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
 
 
-class _Pick(torch.autograd.Function):
-    """The row of each choice; backward adds up each token's gradients, in the order of its choices."""
+class _Gather(torch.autograd.Function):
+    """One row per choice; backward adds each token's gradients in the order of its choices."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, order_R: Tensor, place_TK: Tensor, _ends_E: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class _Pick(torch.autograd.Function):
 
 
 class _Weigh(torch.autograd.Function):
-    """Σ_k s_tk · row, in fp32. Saves the rows as they came, and not widened."""
+    """Σ_k s_tk · row in fp32. Saves the rows in their own dtype."""
 
     @staticmethod
     def forward(ctx, y_RD: Tensor, s_TK: Tensor, order_R: Tensor, place_TK: Tensor, _ends_E: Tensor) -> Tensor:
@@ -90,11 +90,12 @@ class _Weigh(torch.autograd.Function):
 
 
 def _sum_per_token(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None) -> Tensor:
-    """[T, D] in fp32 or wider; a choice of −1 adds nothing, whatever its gate is."""
-    gone_TK = place_TK < 0
+    """[T, D] in fp32 or float64; a choice of −1 adds nothing, whatever its gate is."""
+    skipped_TK = place_TK < 0
     rows_TKD = wide(rows_RD.index_select(0, place_TK.clamp_min(0).flatten())).view(*place_TK.shape, -1)
     if len(rows_RD) < place_TK.numel():
-        rows_TKD = rows_TKD.masked_fill(gone_TK.unsqueeze(-1), 0)
+        rows_TKD = rows_TKD.masked_fill(skipped_TK.unsqueeze(-1), 0)
     if s_TK is None:
         return rows_TKD.sum(dim=1)
-    return torch.bmm(wide(s_TK).masked_fill(gone_TK, 0).unsqueeze(1), rows_TKD).squeeze_(1)  # no view leaves
+    # squeeze_ returns no view
+    return torch.bmm(wide(s_TK).masked_fill(skipped_TK, 0).unsqueeze(1), rows_TKD).squeeze_(1)

@@ -1,7 +1,8 @@
-"""The routed experts by Transformer Engine's GroupedLinear, a product of cuBLAS for each expert on several streams.
+"""The routed experts by Transformer Engine's GroupedLinear: one cuBLAS product per expert, on several streams.
 
-Its module is a shell without memory: at each call our weights take the place of its parameters, so that names,
-optimizer and checkpoints are ours. It takes the group sizes on the host, which waits for the device once a call.
+The GroupedLinear is built on the meta device, without memory; each call replaces its parameters by the model's weights,
+so that parameter names, optimizer and checkpoints do not change. It needs the group sizes on the host, so the host
+waits for the device once per call.
 
 Shapes: see trinity_kernels.expert_engines.rows.
 """
@@ -22,7 +23,7 @@ def expert_mlp(
     """See trinity_kernels.expert_mlp; 16 and 32 bits on a GPU.
 
     Raises:
-        ValueError: the package is missing, or tensors that it does not take.
+        ValueError: the package is missing, or does not support the tensors.
     """
     package()
     if not x_TD.is_cuda or x_TD.dtype == torch.float64:
@@ -30,7 +31,7 @@ def expert_mlp(
             f"the experts engine transformer_engine takes 16 and 32 bits on a GPU, not {x_TD.dtype} on the "
             f"{x_TD.device.type}; use auto"
         )
-    sizes: list[list[int]] = []  # of one call, which both products share
+    sizes: list[list[int]] = []  # computed once per call and shared by both products
 
     def linear(rows_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         if not sizes:
@@ -43,7 +44,7 @@ def expert_mlp(
 
 
 def package() -> ModuleType:
-    """transformer_engine.pytorch; see trinity_kernels.expert_engines."""
+    """Import transformer_engine.pytorch; see trinity_kernels.expert_engines."""
     install = "pip install --no-build-isolation 'transformer-engine[pytorch,core-cu13]', on a machine with a GPU"
     return import_package("transformer_engine.pytorch", "transformer_engine", install)
 

@@ -1,12 +1,12 @@
-"""One small picture of a run, for a README or a note: loss and MaxVio over tokens, as an SVG or PNG file."""
+"""A small plot of a run for a README or a note: loss and MaxVio over tokens, as an SVG or PNG file."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trinity.errors import UserError
-from trinity.reporting.downsample import smooth, thin
+from trinity.reporting.downsample import downsample, smooth
 from trinity.reporting.jsonl import Columns
 from trinity.reporting.run_log import read_run
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 FORMATS = (".svg", ".png")
 VALIDATION = "validation_loss."
-_LOOKS = {"svg.fonttype": "none", "svg.hashsalt": "trinity"}  # text stays text; the same run gives the same bytes
+# text stays text; the same run gives the same bytes. Any: matplotlib's stubs list every key as a Literal
+_RC_PARAMS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "trinity"}
 
 
-def save_picture(run_dir: Path, out: Path) -> Path:
-    """Draw a run into a file.
+def save_plot(run_dir: Path, out: Path) -> Path:
+    """Write the plot of a run to a file.
 
     Args:
         run_dir: a run directory with at least one step.
@@ -33,16 +34,16 @@ def save_picture(run_dir: Path, out: Path) -> Path:
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out={out} is not an image that can be written; end its name in {' or '.join(FORMATS)}")
     run = read_run(run_dir)
-    figure = draw(run.name, run.metrics)
+    figure = plot_run(run.name, run.metrics)
     from matplotlib import rc_context
 
     metadata = {"Date": None} if out.suffix.lower() == ".svg" else None
-    with rc_context(_LOOKS):
+    with rc_context(_RC_PARAMS):
         figure.savefig(out, dpi=120, metadata=metadata)
     return out
 
 
-def draw(name: str, metrics: Columns) -> "Figure":
+def plot_run(name: str, metrics: Columns) -> "Figure":
     """Two charts side by side: training and validation loss, and expert imbalance (MaxVio), over tokens.
 
     Raises:
@@ -52,7 +53,7 @@ def draw(name: str, metrics: Columns) -> "Figure":
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
     except ImportError:
-        raise UserError('the picture needs matplotlib; install it: pip install "trinity-moe[experiments]"') from None
+        raise UserError('the plot needs matplotlib; install it: pip install "trinity-moe[experiments]"') from None
     figure = Figure(figsize=(8.5, 3), layout="constrained")
     loss, violation = figure.subplots(1, 2)
     tokens = metrics["tokens"]
@@ -73,11 +74,11 @@ def draw(name: str, metrics: Columns) -> "Figure":
 
 
 def _curve(axes: "Axes", x_N: np.ndarray, y_N: np.ndarray, label: str, faint: bool = False) -> None:
-    kept = thin(y_N)
-    if len(kept):
-        axes.plot(x_N[kept], y_N[kept], label=label, linewidth=0.8 if faint else 1.5, alpha=0.4 if faint else 1.0)
+    points = downsample(y_N)
+    if len(points):
+        axes.plot(x_N[points], y_N[points], label=label, linewidth=0.8 if faint else 1.5, alpha=0.4 if faint else 1.0)
 
 
 def _points(axes: "Axes", x_N: np.ndarray, y_N: np.ndarray, label: str) -> None:
-    kept = thin(y_N)
-    axes.plot(x_N[kept], y_N[kept], "o", label=label, markersize=5)
+    points = downsample(y_N)
+    axes.plot(x_N[points], y_N[points], "o", label=label, markersize=5)

@@ -1,7 +1,7 @@
-"""The sizes that a run's model starts from: the zoo's, or those of the folder or run that init names.
+"""Where a model's sizes come from: the zoo (model.name), a Hugging Face folder (init.hf) or another run (init.run).
 
-init.hf and init.run decide the sizes, whatever model.name says; a size that a file or the command line gives all the
-same must be equal to theirs. Where every size is given, as in the config that a run saves, nothing else is read.
+init.hf and init.run win over model.name. A size that the config gives as well must be equal to theirs. If the config
+gives every size, as the config that a run saves does, neither the folder nor the run is read.
 """
 
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from trinity.config.hf_sizes import architecture, hf_sizes, zoo_name
+from trinity.config.hf_config import architecture, read_hf_config, zoo_name
 from trinity.config.model import ZOO, ModelConfig
-from trinity.config.paths import config_files, does_not_exist, expand_user
+from trinity.config.paths import config_files, expand_user, missing_path_hint
 from trinity.errors import UserError
 
 Sources = list[tuple[str, DictConfig]]
-"""(where it was said, settings), later ones winning."""
+"""(name of the source, its settings); later sources win."""
 
 
-def starting_model(sources: Sources) -> ModelConfig:
-    """The model whose fields the sources then replace.
+def initial_model(sources: Sources) -> ModelConfig:
+    """The sizes that the fields of `model` in the sources then replace.
 
     Raises:
-        UserError: an unknown model.name; an init that cannot be read, or has another size than the sources give.
+        UserError: model.name is unknown; init names what cannot be read, or has another size than the sources give.
     """
-    name, given = _name(sources), dict(_given(sources))
-    origin = _origin(sources)
+    name, given = _model_name(sources), dict(_given_sizes(sources))
+    origin = _init_origin(sources)
     if origin is None or given.keys() >= {field.name for field in fields(ModelConfig)} - {"name"}:
         return ZOO[name]
     key, folder = origin
@@ -43,7 +43,7 @@ def starting_model(sources: Sources) -> ModelConfig:
     return replace(sizes, name=zoo_name(sizes, name))
 
 
-def _name(sources: Sources) -> str:
+def _model_name(sources: Sources) -> str:
     name = "smoke"
     for _, raw in sources:
         model = raw.get("model")
@@ -54,22 +54,22 @@ def _name(sources: Sources) -> str:
     return name
 
 
-def _given(sources: Sources) -> Iterator[tuple[str, tuple[Any, str]]]:
-    """(field of the model, (value, where it is said)), but for the name."""
+def _given_sizes(sources: Sources) -> Iterator[tuple[str, tuple[Any, str]]]:
+    """(field of ModelConfig, (value, name of its source)) for each size that the sources give."""
     for where, raw in sources:
         model = raw.get("model")
         if OmegaConf.is_dict(model):
             yield from ((str(key), (model[key], where)) for key in model if key != "name")
 
 
-def _origin(sources: Sources) -> tuple[str, Path] | None:
-    """init.hf or init.run with its folder; None where neither is given, or both, which is refused elsewhere."""
-    chosen = {}
+def _init_origin(sources: Sources) -> tuple[str, Path] | None:
+    """("init.hf" or "init.run", folder); None if neither is given, or both, which trinity.config.check refuses."""
+    init_keys: dict[str, Any] = {}
     for _, raw in sources:
         init = raw.get("init")
         if OmegaConf.is_dict(init):
-            chosen |= {key: init[key] for key in ("hf", "run") if key in init}
-    named = {f"init.{key}": value for key, value in chosen.items() if isinstance(value, str) and value}
+            init_keys |= {key: init[key] for key in ("hf", "run") if key in init}
+    named = {f"init.{key}": value for key, value in init_keys.items() if isinstance(value, str) and value}
     if len(named) != 1:
         return None
     ((key, folder),) = named.items()
@@ -78,28 +78,28 @@ def _origin(sources: Sources) -> tuple[str, Path] | None:
 
 def _sizes(key: str, folder: Path, sources: Sources) -> ModelConfig:
     if not folder.is_dir():
-        saved = _saved_model(sources)
+        saved = _sizes_of_own_run(sources)
         if saved is None:
-            raise UserError(f"{key}={does_not_exist(folder)}")
+            raise UserError(f"{key}={missing_path_hint(folder)}")
         return saved
-    return hf_sizes(folder) if key == "init.hf" else _sizes_of_run(folder)
+    return read_hf_config(folder) if key == "init.hf" else _sizes_of_run(folder)
 
 
-def _saved_model(sources: Sources) -> ModelConfig | None:
-    """The model that the run's own directory holds: a run that resumes no longer needs what it was started from."""
+def _sizes_of_own_run(sources: Sources) -> ModelConfig | None:
+    """The sizes saved in the run's own directory, if it exists: a resumed run does not need init's folder any more."""
     name, folder = "trinity", None
     for _, raw in sources:
         name = OmegaConf.select(raw, "run.name") or name
         folder = OmegaConf.select(raw, "run.dir") or folder
-    home = Path(expand_user(str(folder), "run.dir")) if folder else Path("runs") / str(name)
-    return _sizes_of_run(home) if config_files(home) else None
+    directory = Path(expand_user(str(folder), "run.dir")) if folder else Path("runs") / str(name)
+    return _sizes_of_run(directory) if config_files(directory) else None
 
 
 def _sizes_of_run(run: Path) -> ModelConfig:
     """The model of a run directory's newest config.
 
     Raises:
-        UserError: it is no run directory, or that config is no Trinity model's.
+        UserError: it is not a run directory, or the config describes no Trinity model.
     """
     files = config_files(run)
     if not files:
@@ -112,7 +112,7 @@ def _sizes_of_run(run: Path) -> ModelConfig:
 
 
 def _differs(value: Any, size: float) -> bool:
-    """Whether a value that is a number is another one; what is no number is left for the schema to refuse."""
+    """Whether `value` is a number other than `size`; the schema refuses what is not a number."""
     try:
         return float(value) != size
     except (TypeError, ValueError):

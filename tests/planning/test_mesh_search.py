@@ -1,4 +1,4 @@
-"""The numbers of GPUs that a config runs on."""
+"""GPU counts that a config runs on."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,8 @@ from trinity.config import load_config
 from trinity.config.model import ModelConfig
 from trinity.config.run import BatchConfig, DataConfig, ParallelConfig, RampEntryConfig, RunConfig
 from trinity.errors import UserError
-from trinity.planning.gpus import check_gpus, gpus_needed
-from trinity.training.build import process_counts
+from trinity.planning.mesh_search import check_gpus, min_gpus
+from trinity.training.divisibility import process_counts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -28,8 +28,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         (ParallelConfig(shard=5, replicate=1), []),
     ],
 )
-def test_numbers(tiny: ModelConfig, parallel: ParallelConfig, numbers: list[int]) -> None:
-    """By hand; each of them is accepted, and any other refused with the list."""
+def test_gpu_counts(tiny: ModelConfig, parallel: ParallelConfig, numbers: list[int]) -> None:
+    """By hand; each of these counts is accepted, all others are refused with the list."""
     batch = BatchConfig(sequences=24, ramp=[RampEntryConfig(tokens=100, sequences=36)])
     config = RunConfig(model=tiny, parallel=parallel, batch=batch, data=DataConfig(streams=48))
     assert process_counts(config) == numbers
@@ -45,8 +45,8 @@ def test_numbers(tiny: ModelConfig, parallel: ParallelConfig, numbers: list[int]
             assert ("start" in str(refused.value)) == bool(numbers)
 
 
-def test_each_reason_is_named(tiny: ModelConfig) -> None:
-    """A later batch, the streams, each with what mends all of them."""
+def test_reasons_of_refusals(tiny: ModelConfig) -> None:
+    """A ramp entry, the streams; each message names a setting that works."""
     config = RunConfig(model=tiny, batch=BatchConfig(sequences=12, ramp=[RampEntryConfig(tokens=9, sequences=15)]))
     with pytest.raises(UserError) as refused:
         check_gpus(config, 2)
@@ -63,7 +63,7 @@ def test_each_reason_is_named(tiny: ModelConfig) -> None:
 
 @pytest.mark.parametrize(("name", "needed", "meant"), [("large", 128, 2048), ("mini", 128, 512), ("nano_1gpu", 1, 1)])
 def test_configs(name: str, needed: int, meant: int) -> None:
-    """The project's own run on the numbers they are for."""
+    """The repository's configs run on their intended GPU counts."""
     config = load_config(CONFIGS / f"{name}.yaml")
-    assert gpus_needed(config) == needed
+    assert min_gpus(config) == needed
     assert {needed, meant} <= set(process_counts(config))

@@ -1,16 +1,22 @@
-"""The sizes that the config.json of a Hugging Face AfMoE folder describes.
+"""ModelConfig ↔ the config.json of a Hugging Face AfMoE folder.
 
-The fields that transformers' AfmoeConfig holds. What would make another model than Trinity's is refused by name, never
-passed over. The other direction is trinity.interop.hf_config.
+Writing: the keys of transformers' AfmoeConfig, and those that only vLLM (score_func, route_norm, n_group, topk_group),
+llama.cpp (route_norm: without it the conversion leaves the gates unnormalised) and mlx-lm (rope_theta) read.
+Reading: a value that would make a different model from Trinity's is refused by name, never ignored.
 """
 
-from dataclasses import fields, replace
+from __future__ import annotations
+
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from trinity.config.model import ZOO, ModelConfig
 from trinity.errors import UserError
 from trinity.io.json_files import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
@@ -33,7 +39,7 @@ SIZES = {
     "norm_eps": "rms_norm_eps",
     "max_positions": "max_position_embeddings",
 }
-"""Field of ModelConfig → their key, where both hold the same number."""
+"""Field of ModelConfig → key of config.json, where both hold the same number."""
 
 FIXED = {
     "hidden_act": "silu",
@@ -45,7 +51,7 @@ FIXED = {
     "n_group": 1,
     "topk_group": 1,
 }
-"""Their key → what it says of every Trinity model; a folder may leave the key out."""
+"""Key of config.json → its value for every Trinity model. Read: the key may be missing."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_expert_groups": (1,),
@@ -53,37 +59,65 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_scaling": ({"rope_type": "default"}, {"type": "default"}),
     "quantization_config": (),
 }
-"""Their key → the values that change nothing beside null; exports do not write it."""
+"""Key of config.json → the values that, like null, have no effect. Exports do not write these keys."""
 
 
-def hf_sizes(folder: Path) -> ModelConfig:
-    """The sizes of a folder's model.
+def to_hf_config(
+    config: ModelConfig, *, bos_id: int | None, eos_id: int | None, pad_id: int | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The content of config.json for a model.
+
+    Args:
+        config: the model's sizes.
+        bos_id, eos_id, pad_id: special tokens, None where the tokenizer has none.
+        dtype: data type in which the matrices are stored.
+    """
+    return {
+        "architectures": ["AfmoeForCausalLM"],
+        "model_type": "afmoe",
+        "dtype": str(dtype).removeprefix("torch."),
+        **{hf_key: getattr(config, field) for field, hf_key in SIZES.items()},
+        **FIXED,
+        "layer_types": _layer_types(config),
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "mup_enabled": True,
+        "initializer_range": config.init_std,
+        "use_cache": True,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+    }
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """The model's sizes from the config.json of a folder.
 
     Raises:
-        UserError: it has no config.json, or one of another model.
+        UserError: the folder has no config.json, or the model is not a Trinity model.
     """
     raw = read_json(folder / "config.json", "fetch or export it again")
     if raw is None:
         raise UserError(
             f"{folder / 'config.json'} does not exist; give a folder written by transformers or by tools/export_hf.py"
         )
-    return model_config(raw)
+    return from_hf_config(raw)
 
 
-def model_config(raw: dict[str, Any]) -> ModelConfig:
-    """The sizes that a config.json describes; `name` is the zoo's where the sizes are.
+def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
+    """The model's sizes from the content of a config.json; `name` is that of the zoo's model of these sizes, if any.
 
     Raises:
-        UserError: naming the key that is missing, of the wrong type, or says something that no Trinity model is.
+        UserError: naming the key that is missing, of the wrong type, or has a value that no Trinity model has.
     """
-    _refuse_other_models(raw)
-    kinds = {field.name: field.type for field in fields(ModelConfig)}
-    sizes = {name: _number(_with_defaults(raw), theirs, kinds[name]) for name, theirs in SIZES.items()}
+    _check_is_trinity(raw)
+    kinds, present = get_type_hints(ModelConfig), _with_defaults(raw)
+    sizes: dict[str, Any] = {field: _number(present, hf_key, kinds[field]) for field, hf_key in SIZES.items()}
     try:
         config = ModelConfig(**sizes, rope_theta=_rope_theta(raw))
     except UserError as error:
         raise UserError(f"config.json: {error}") from None
-    if raw.get("layer_types") not in (None, layer_types(config)):
+    if raw.get("layer_types") not in (None, _layer_types(config)):
         raise UserError(
             f"config.json: layer_types is not {GLOBAL} in every layer whose 1-based index is a multiple of "
             f"global_attn_every_n_layers={config.global_every} and {LOCAL} in the others; only that is supported"
@@ -91,7 +125,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     return replace(config, name=zoo_name(config, config.name))
 
 
-def _refuse_other_models(raw: dict[str, Any]) -> None:
+def _check_is_trinity(raw: dict[str, Any]) -> None:
     wrong = {key: value for key, value in FIXED.items() if raw.get(key, value) != value}
     wrong |= {key: None for key, values in _NEUTRAL.items() if raw.get(key) not in (None, *values)}
     for key, value in {"model_type": "afmoe", "mup_enabled": True}.items():  # transformers' defaults differ
@@ -101,18 +135,19 @@ def _refuse_other_models(raw: dict[str, Any]) -> None:
         raise UserError(f"config.json: {key}={raw.get(key)!r} is not supported; only {value!r} is")
 
 
-def layer_types(config: ModelConfig) -> list[str]:
-    """The kind of attention of each layer, in transformers' words."""
+def _layer_types(config: ModelConfig) -> list[str]:
+    """The attention type of each layer, by transformers' names."""
     return [GLOBAL if config.is_global(layer) else LOCAL for layer in range(config.layers)]
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """The keys that transformers too lets a folder leave out."""
+    """Fill in the keys that transformers too lets a folder leave out."""
     missing = {"global_attn_every_n_layers": 4, "num_key_value_heads": raw.get("num_attention_heads")}
     return missing | {key: value for key, value in raw.items() if value is not None or key not in missing}
 
 
-def _number(raw: dict[str, Any], key: str, kind: type) -> int | float:
+def _number(raw: dict[str, Any], key: str, kind: type[int] | type[float]) -> float:
+    """The number at `key`: an int where `kind` is int, else a float."""
     if key not in raw:
         raise UserError(f"config.json: {key} is missing; a folder written by transformers or by export_hf has it")
     value = raw[key]
@@ -124,7 +159,7 @@ def _number(raw: dict[str, Any], key: str, kind: type) -> int | float:
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:
-    """θ from rope_parameters, else from the top level, where older folders have it."""
+    """θ of RoPE, from rope_parameters or, in older folders, from the top level."""
     rope = raw.get("rope_parameters")
     if rope is None:
         return _number({"rope_theta": 10_000.0} | raw, "rope_theta", float)
@@ -134,12 +169,12 @@ def _rope_theta(raw: dict[str, Any]) -> float:
     return _number({"rope_theta": raw.get("rope_theta", 10_000.0)} | rope, "rope_theta", float)
 
 
-def zoo_name(config: ModelConfig, otherwise: str) -> str:
-    """The name of the zoo's model of these sizes, or another where there is none."""
-    same = (name for name, known in ZOO.items() if architecture(known) == architecture(config))
-    return next(same, otherwise)
+def zoo_name(config: ModelConfig, default: str) -> str:
+    """The name of the zoo's model of these sizes, or `default` if the zoo has none."""
+    same = (name for name, model in ZOO.items() if architecture(model) == architecture(config))
+    return next(same, default)
 
 
 def architecture(config: ModelConfig) -> dict[str, int | float]:
-    """The fields that decide what the model computes: all but its name and the positions that it promises."""
+    """The fields that affect what the model computes: all but `name` and `max_positions`."""
     return {key: value for key, value in vars(config).items() if key not in ("name", "max_positions")}

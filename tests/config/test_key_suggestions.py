@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trinity.config import load_config
-from trinity.config.suggest import SYNONYMS, about_key, all_keys, nearest_keys
+from trinity.config.key_suggestions import SYNONYMS, all_keys, nearest_keys, unknown_key_hint
 from trinity.errors import UserError
 
 KEYS = list(all_keys())
@@ -61,7 +61,7 @@ def test_every_synonym_finds_its_key_at_every_level() -> None:
     ],
 )  # fmt: skip
 def test_what_was_meant(key: str, expected: str) -> None:
-    assert about_key(key) == f"did you mean {expected}?"
+    assert unknown_key_hint(key) == f"did you mean {expected}?"
 
 
 @pytest.mark.parametrize("key", ["optim.muon.zzz", "optim.muon.rotation", "loss.quux", "zzz", "export.foo"])
@@ -75,7 +75,7 @@ def test_what_is_like_nothing(key: str) -> None:
         "": "it must begin with one of run, model, init, data, batch, optim, balancing, loss, parallel, kernels, "
         "precision, recompute, compile, checkpoint, export, evaluation, profile, log, health",
     }  # fmt: skip
-    assert about_key(key) == lists[section]
+    assert unknown_key_hint(key) == lists[section]
 
 
 def test_in_a_file_and_in_words(tmp_path: Path, write: Callable[[str], Path]) -> None:
@@ -95,5 +95,5 @@ def test_in_a_file_and_in_words(tmp_path: Path, write: Callable[[str], Path]) ->
     assert sentence == "lr in the command line is not a known key; did you mean optim.muon.lr or optim.adamw.lr?"
     assert refusal("run: {steps: 1}\nbatch: {ramp: [{tokens: 5, sequence: 3}]}").endswith("Did you mean: 'sequences'?")
     assert refusal("run: {steps: 1}", "data.phases=[{tokens: 5, qqq: 3}]").endswith(
-        ", which has tokens, mixture, sequence_length, packing, rsdb_size, length_bias"
+        "; an entry has tokens, mixture, sequence_length, packing, rsdb_size, length_bias"
     )

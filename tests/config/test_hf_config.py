@@ -7,8 +7,8 @@ import torch
 from transformers import AfmoeConfig
 
 from tests.interop.small_model import CONFIG
+from trinity.config.hf_config import from_hf_config, to_hf_config
 from trinity.errors import UserError
-from trinity.interop.hf_config import hf_config, model_config
 from trinity.models import ZOO, ModelConfig
 
 CONFIGS = {
@@ -20,7 +20,7 @@ CONFIGS = {
 
 
 def written(config: ModelConfig = CONFIG) -> dict[str, Any]:
-    return hf_config(config, bos_id=0, eos_id=1, pad_id=2, dtype=torch.bfloat16)
+    return to_hf_config(config, bos_id=0, eos_id=1, pad_id=2, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -28,8 +28,8 @@ def test_comes_back_directly_and_through_transformers(name: str) -> None:
     """transformers reads ours, and we read what transformers makes of it."""
     config = CONFIGS[name]
     theirs = AfmoeConfig.from_dict(written(config))
-    assert model_config(written(config)) == config
-    assert model_config(theirs.to_dict()) == config
+    assert from_hf_config(written(config)) == config
+    assert from_hf_config(theirs.to_dict()) == config
     assert theirs.layer_types == [
         "full_attention" if config.is_global(i) else "sliding_attention" for i in range(config.layers)
     ]
@@ -67,7 +67,7 @@ def test_older_folders() -> None:
     """Keys that transformers lets a folder leave out mean the same here: θ at the top level, one key head a head."""
     raw = {key: value for key, value in written().items() if key not in OLDER}
     raw |= {"rope_scaling": None, "num_expert_groups": 1, "load_balance_coeff": 0.001}
-    assert model_config(raw) == ModelConfig(**{**vars(CONFIG), "kv_heads": CONFIG.heads})
+    assert from_hf_config(raw) == ModelConfig(**{**vars(CONFIG), "kv_heads": CONFIG.heads})
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_older_folders() -> None:
 )
 def test_other_models_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=r"^config\.json: ") as caught:
-        model_config(written() | change)
+        from_hf_config(written() | change)
     assert named in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["model_type", "mup_enabled", "hidden_size", "num_dense_layers"])
 def test_missing_keys_are_named(key: str) -> None:
     with pytest.raises(UserError, match=key):
-        model_config({name: value for name, value in written().items() if name != key})
+        from_hf_config({name: value for name, value in written().items() if name != key})

@@ -29,4 +29,4 @@ def test_every_field_has_a_docstring() -> None:
                 if kind not in sections:
                     missing.append(f"{node.name}.{ast.unparse(statement.target)}")
     assert missing == []
-    assert {"RunConfig", "Muon", "Data", "ModelConfig"} <= sections
+    assert {"RunConfig", "MuonConfig", "DataConfig", "ModelConfig"} <= sections

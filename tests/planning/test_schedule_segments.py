@@ -1,4 +1,4 @@
-"""The stretches of a plan are the run's own schedule: by hand, and against BatchPlan walked step by step."""
+"""Segments of the schedule: against values by hand, and against BatchPlan step by step."""
 
 import random
 from dataclasses import replace
@@ -10,7 +10,7 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import BatchConfig, DataConfig, DataPhaseConfig, RampEntryConfig, RunConfig, RunSection
 from trinity.models.flops import flops_per_token
 from trinity.planning.plan import make_plan
-from trinity.planning.stretches import Load, Stretch, load_of, stretches
+from trinity.planning.schedule_segments import RankLoad, ScheduleSegment, rank_load, schedule_segments
 from trinity.planning.tables import as_text, as_values
 from trinity.training.build import batch_plan, total_steps
 
@@ -28,53 +28,54 @@ def run(
 
 
 def test_by_hand() -> None:
-    """30 tokens a step; from 90 on 4 × 10, from 120 on 4 × 20, until 300 are seen; a mixture alone cuts nothing."""
+    """30 tokens a step; 4 × 10 from token 90, 4 × 20 from token 120, to token 300; a new mixture starts no segment."""
     config = run(None, 300, [(70, 4)], [(50, None), (120, 20)])
-    assert stretches(config) == [
-        Stretch(step=0, token=0, sequences=3, sequence_length=10, steps=3),
-        Stretch(step=3, token=90, sequences=4, sequence_length=10, steps=1),
-        Stretch(step=4, token=130, sequences=4, sequence_length=20, steps=3),
+    assert schedule_segments(config) == [
+        ScheduleSegment(step=0, token=0, sequences=3, sequence_length=10, steps=3),
+        ScheduleSegment(step=3, token=90, sequences=4, sequence_length=10, steps=1),
+        ScheduleSegment(step=4, token=130, sequences=4, sequence_length=20, steps=3),
     ]
-    assert [stretch.tokens for stretch in stretches(config)] == [90, 40, 240]
+    assert [segment.tokens for segment in schedule_segments(config)] == [90, 40, 240]
 
 
-def cases() -> list[RunConfig]:
-    """Ramps and phases at random, a run by steps or by tokens; and both at one token count."""
+def random_runs() -> list[RunConfig]:
+    """Random ramps and phases, runs by steps and by tokens; one with ramp and phase at the same token count."""
     draw = random.Random(0)
-    found = [run(0, None, []), run(40, None, [(61, 5)], [(61, 7)]), run(None, 2000, [(90, 4), (100, 7)])]
+    configs = [run(0, None, []), run(40, None, [(61, 5)], [(61, 7)]), run(None, 2000, [(90, 4), (100, 7)])]
     for _ in range(40):
         ramp = [(at, draw.randint(1, 9)) for at in sorted(draw.sample(range(1, 900), draw.randint(0, 3)))]
         phases = [(at, draw.choice([None, 5, 20, 33])) for at in sorted(draw.sample(range(1, 900), draw.randint(0, 3)))]
         by_steps = draw.random() < 0.5
-        found.append(run(*((draw.randint(1, 40), None) if by_steps else (None, draw.randint(1, 1200))), ramp, phases))
-    return found
+        configs.append(run(*((draw.randint(1, 40), None) if by_steps else (None, draw.randint(1, 1200))), ramp, phases))
+    return configs
 
 
-@pytest.mark.parametrize("config", cases())
-def test_is_the_runs_schedule(config: RunConfig) -> None:
-    """Every step has the batch and length that BatchPlan gives it; steps and tokens in all are the run's."""
+@pytest.mark.parametrize("config", random_runs())
+def test_segments_match_the_batch_schedule(config: RunConfig) -> None:
+    """Every step has BatchPlan's batch and length; total steps and tokens equal the run's."""
     plan = batch_plan(config)
     total = total_steps(config, plan)
-    found = stretches(config)
-    for stretch in found:
-        for step in range(stretch.step, stretch.step + stretch.steps):
+    segments = schedule_segments(config)
+    for segment in segments:
+        for step in range(segment.step, segment.step + segment.steps):
             at = plan.at(step)
-            assert (at.sequences, at.sequence_length) == (stretch.sequences, stretch.sequence_length)
-    assert [stretch.token for stretch in found] == [plan.at(stretch.step).tokens for stretch in found]
-    assert sum(stretch.steps for stretch in found) == total
-    assert sum(stretch.tokens for stretch in found) == plan.at(total).tokens
-    kinds = [stretch[2:4] for stretch in found]
-    assert all(one != other for one, other in pairwise(kinds))
+            assert (at.sequences, at.sequence_length) == (segment.sequences, segment.sequence_length)
+    assert [segment.token for segment in segments] == [plan.at(segment.step).tokens for segment in segments]
+    assert sum(segment.steps for segment in segments) == total
+    assert sum(segment.tokens for segment in segments) == plan.at(total).tokens
+    shapes = [segment[2:4] for segment in segments]
+    assert all(before != after for before, after in pairwise(shapes))
 
 
-def test_one_ranks_share() -> None:
-    """24 sequences on 2 ranks, at most 5 at once: 4 divides 12 and 5 does not."""
+def test_rank_load() -> None:
+    """24 sequences on 2 ranks, microbatch at most 5: 4 divides 12 and 5 does not."""
     config = RunConfig(data=DataConfig(sequence_length=10), batch=BatchConfig(sequences=24, microbatch=5))
-    assert load_of(config, Stretch(0, 0, 24, 10, 1), 2) == Load(rows=12, microbatch=4, microbatches=3, tokens=120)
+    load = rank_load(config, ScheduleSegment(0, 0, 24, 10, 1), 2)
+    assert load == RankLoad(rows=12, microbatch=4, microbatches=3, tokens=120)
 
 
-def test_a_longer_phase_is_planned(tiny: ModelConfig) -> None:
-    """Memory, FLOPs and seconds of a phase of 64 are those of a run of 64; the verdict is the worst stretch's."""
+def test_phase_with_longer_sequences(tiny: ModelConfig) -> None:
+    """Memory, FLOPs and seconds of a phase of length 64 equal a run of length 64; the longer one sets the peak."""
     short = RunConfig(
         model=tiny,
         run=RunSection(steps=40),
@@ -85,11 +86,11 @@ def test_a_longer_phase_is_planned(tiny: ModelConfig) -> None:
     phase = DataPhaseConfig(tokens=16 * 8 * 10, sequence_length=64)
     both = make_plan(replace(short, data=replace(short.data, phases=[phase])))
     alone = [make_plan(config).steps[0] for config in (short, longer)]
-    assert [step.stretch.steps for step in both.steps] == [10, 30]
-    for step, own in zip(both.steps, alone, strict=True):
-        assert step.memory == own.memory
-        assert step.seconds == own.seconds
-        assert step.flops == own.flops
+    assert [step.segment.steps for step in both.steps] == [10, 30]
+    for step, expected in zip(both.steps, alone, strict=True):
+        assert step.memory == expected.memory
+        assert step.seconds == expected.seconds
+        assert step.flops == expected.flops
     assert both.steps[1].flops == flops_per_token(tiny, 64)
     assert both.memory == alone[1].memory != alone[0].memory
     assert both.total_seconds == 10 * alone[0].seconds.step + 30 * alone[1].seconds.step

@@ -89,7 +89,7 @@ def test_an_unknown_word_names_the_command_line(write: Write) -> None:
 
 def test_an_unknown_key_in_a_list(write: Write) -> None:
     path = write("run: {steps: 1}\nbatch: {ramp: [{tokens: 5, sequence: 3}]}")
-    assert f"batch.ramp in {path}: Key 'sequence' not in 'RampEntry'" in refusal(path)
+    assert f"batch.ramp in {path}: not a known key. Did you mean: 'sequences'?" in refusal(path)
 
 
 @pytest.mark.parametrize(

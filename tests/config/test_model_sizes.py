@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from trinity.config import ZOO, ModelConfig, load_config, save_config
+from trinity.config.hf_config import to_hf_config
 from trinity.errors import UserError
-from trinity.interop.hf_config import hf_config
 
 Write = Callable[[str], Path]
 SIZES = replace(ZOO["smoke"], width=64, layers=3, heads=2, experts=6, rope_theta=5000.0, max_positions=77)
@@ -19,7 +19,7 @@ SIZES = replace(ZOO["smoke"], width=64, layers=3, heads=2, experts=6, rope_theta
 def folder_of(path: Path, sizes: ModelConfig) -> Path:
     """A Hugging Face folder without weights."""
     path.mkdir()
-    content = hf_config(sizes, bos_id=None, eos_id=None, pad_id=None, dtype=torch.float32)
+    content = to_hf_config(sizes, bos_id=None, eos_id=None, pad_id=None, dtype=torch.float32)
     (path / "config.json").write_text(json.dumps(content))
     return path
 

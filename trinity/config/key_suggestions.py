@@ -1,16 +1,15 @@
-"""What a key that does not exist was meant to be: other frameworks' names, a slip of the keyboard, another level.
+"""Suggest existing keys for an unknown one: names of other frameworks, typing errors, keys of another section.
 
-A suggestion is made only where something is really alike; else the section's keys are listed.
+A key is suggested only if it is similar enough; otherwise the message lists the keys of the section.
 """
 
 import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import is_dataclass
 from itertools import accumulate
 from operator import and_, eq
 
 from trinity.config.run import RunConfig
-from trinity.config.scalars import fields_of
+from trinity.config.yaml_scalars import fields_of, is_section
 
 _RATES = ("optim.muon.lr", "optim.adamw.lr")
 _DECAYS = ("optim.muon.weight_decay", "optim.adamw.weight_decay")
@@ -159,57 +158,63 @@ SYNONYMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("timeout", "watchdog", "nccl_timeout", "heartbeat_timeout", "hang_timeout"): ("health.heartbeat_seconds",),
     ("skip_spikes", "loss_spike", "spike_threshold", "rollback"): ("health.spike.action", "health.spike.sigma"),
 }  # fmt: skip
-"""The field's names for a setting, as other frameworks have them → its keys here."""
+"""Names of a setting in other frameworks → its keys here."""
 
-_BY_WORD = {word: keys for words, keys in SYNONYMS.items() for word in words}
-_ALIKE, _SLIP, _ALIKE_ANYWHERE, _MOST = 0.65, 0.8, 0.84, 3
-"""Least similarity (difflib's ratio) in the section itself, there to come before the same name in another section,
-and elsewhere; and how many keys are suggested at most."""
+_BY_NAME = {name: keys for names, keys in SYNONYMS.items() for name in names}
+_SIMILAR_HERE, _TYPING_ERROR, _SIMILAR_ANYWHERE = 0.65, 0.8, 0.84
+"""Lowest similarity (difflib's ratio) of a key in the same section; of one that comes before the same name in another
+section; and of a key in another section."""
+_MOST = 3
+"""Most keys that are suggested."""
 
 
 def all_keys(section: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections before what is in them."""
+    """Every dotted key of the schema; a section comes before its keys."""
     for name, kind in fields_of(section).items():
         yield f"{prefix}{name}"
-        if is_dataclass(kind):
+        if is_section(kind):
             yield from all_keys(kind, f"{prefix}{name}.")
 
 
 def nearest_keys(key: str, known: list[str]) -> list[str]:
-    """The keys that a key that does not exist may have meant, the likeliest first; none where nothing is alike.
+    """Existing keys that an unknown key may mean, the likeliest first; empty if none is similar.
 
     Args:
-        key: dotted.
-        known: the keys that there are, dotted.
+        key: the unknown key, dotted.
+        known: the existing keys, dotted.
     """
     section, _, name = key.rpartition(".")
     name = name.lower().replace("-", "_")
     here = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
     if name in here:
         return [here[name]]
-    if whole := _BY_WORD.get(f"{section.rpartition('.')[2].lower()}_{name}"):  # batch.size is batch_size
-        return list(whole)
-    meant = list(_BY_WORD.get(name, ()))
-    elsewhere = [other for other in known if f".{other}".endswith(f".{name}")]
-    likely = _closest(section, dict.fromkeys(meant + elsewhere)) or meant
-    likely = likely or (elsewhere if len(elsewhere) <= _MOST else [])
-    if section and not set(likely) & set(here.values()):  # a slip in the right section before a right name elsewhere
-        slips = difflib.get_close_matches(name, here, n=1, cutoff=_SLIP)
-        likely = list(dict.fromkeys([here[slip] for slip in slips] + likely))
+    if joined := _BY_NAME.get(f"{section.rpartition('.')[2].lower()}_{name}"):  # batch.size is batch_size
+        return list(joined)
+    synonyms = list(_BY_NAME.get(name, ()))
+    same_name = [other for other in known if f".{other}".endswith(f".{name}")]
+    likely = _closest(section, dict.fromkeys(synonyms + same_name)) or synonyms
+    likely = likely or (same_name if len(same_name) <= _MOST else [])
+    if section and not set(likely) & set(here.values()):
+        # a typing error in the right section comes before the right name in another section
+        typos = difflib.get_close_matches(name, here, n=1, cutoff=_TYPING_ERROR)
+        likely = list(dict.fromkeys([here[typo] for typo in typos] + likely))
     if likely:
-        return likely if likely == meant else likely[:_MOST]
-    if alike := difflib.get_close_matches(name, here, n=1, cutoff=_ALIKE):
-        return [here[alike[0]]]
+        return likely if likely == synonyms else likely[:_MOST]
+    if similar := difflib.get_close_matches(name, here, n=1, cutoff=_SIMILAR_HERE):
+        return [here[similar[0]]]
     names: dict[str, list[str]] = {}
     for other in known:
         names.setdefault(other.rpartition(".")[2], []).append(other)
-    words = {word: list(keys) for word, keys in _BY_WORD.items()} | names
-    alike = difflib.get_close_matches(name, words, n=1, cutoff=_ALIKE_ANYWHERE)
-    return (_closest(section, words[alike[0]]) or words[alike[0]])[:_MOST] if alike else []
+    keys_by_name = {synonym: list(keys) for synonym, keys in _BY_NAME.items()} | names
+    similar = difflib.get_close_matches(name, keys_by_name, n=1, cutoff=_SIMILAR_ANYWHERE)
+    if not similar:
+        return []
+    keys = keys_by_name[similar[0]]
+    return (_closest(section, keys) or keys)[:_MOST]
 
 
-def about_key(key: str) -> str:
-    """The end of a sentence about a key that does not exist: what was meant, or what its section has."""
+def unknown_key_hint(key: str) -> str:
+    """The end of the message for an unknown key: the suggestions, or the keys of its section."""
     known = list(all_keys())
     if near := nearest_keys(key, known):
         return f"did you mean {' or '.join(near)}?"
@@ -219,8 +224,8 @@ def about_key(key: str) -> str:
 
 
 def _closest(section: str, keys: Iterable[str]) -> list[str]:
-    """Of several keys those that share the most sections with the one asked for; none where none shares the first."""
-    asked = section.split(".")
-    shared = {key: sum(accumulate(map(eq, asked, key.split(".")), and_)) for key in keys}
+    """Those of the keys that share the most leading sections with `section`; empty if none shares the first one."""
+    parts = section.split(".")
+    shared = {key: sum(accumulate(map(eq, parts, key.split(".")), and_)) for key in keys}
     most = max(shared.values(), default=0)
-    return [key for key, common in shared.items() if common == most > 0]
+    return [key for key, count in shared.items() if count == most > 0]
