@@ -213,7 +213,7 @@ def test_a_disk_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) 
     def broken(path: Path) -> None:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(checkpoint, "sum_of", broken)
+    monkeypatch.setattr(checkpoint, "checksum_file", broken)
     with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
         CheckpointDirectory.at(run).newest_intact(ignore)
 
@@ -303,7 +303,7 @@ def test_the_sums_are_those_of_the_files(
         assert listed[name] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
     content = random.Random(1).randbytes(2 * checksum.BLOCK + 5)
     (tmp_path / "large").write_bytes(content)
-    assert checkpoint.sum_of(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")
+    assert checkpoint.checksum_file(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")
 
 
 def test_a_disk_that_fills_up_anywhere(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from trinity.data.tokenizer.tokenizer import load_tokenizer, save_tokenizer
 from trinity.interop import export_hf
 from trinity.io import local
 from trinity.io.json_files import append_json_line, write_json
-from trinity.io.local import atomic_path, copy_atomically, make_folder, temporary, write_atomically
+from trinity.io.local import atomic_path, copy_atomically, make_folder, temporary_path, write_atomically
 from trinity.models import ModelConfig, Trinity
 from trinity.monitor.loggers import JsonLines, _wandb_id
 from trinity.run_directory import RunDirectory
@@ -49,7 +49,7 @@ class Synced:
     def lasts(self, path: Path) -> bool:
         """Whether a file's content was synced under its temporary name, and then its name in the folder."""
         path = path.resolve()
-        return temporary(path) in self.files and path.name in self.names.get(path.parent, ())
+        return temporary_path(path) in self.files and path.name in self.names.get(path.parent, ())
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from trinity.checkpoint.directory import CheckpointDirectory, Note, warn
 from trinity.checkpoint.file_systems import LocalFileSystem, RemoteFileSystem
 from trinity.config.run import CheckpointConfig
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
-from trinity.io.checksum import FileSum, sum_of
+from trinity.io.checksum import FileSum, checksum_file
 from trinity.io.local import make_folder
 from trinity.io.remote_path import AnyPath, RemotePath
 from trinity.parallel.collectives import run_on_rank0
@@ -275,7 +275,7 @@ class Writer(dcp.FileSystemWriter):
         return future
 
     def _sum(self, name: str) -> FileSum:
-        return self._remote.sums[name] if self._remote else sum_of(self._checkpoint.path / name)
+        return self._remote.sums[name] if self._remote else checksum_file(self._checkpoint.path / name)
 
     def finish(self, metadata: Metadata, results: list[RankResult]) -> None:  # type: ignore[override]
         """On rank 0, once every rank has written: write .metadata and COMPLETE, then delete old checkpoints."""
