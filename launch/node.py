@@ -1,17 +1,16 @@
-"""One node of a run: torchrun with all processes of this node, the same on a laptop, under SLURM and under Kubernetes.
+"""Run one node of a job: torchrun with all processes of this node, on a laptop, under SLURM or under Kubernetes.
 
     python launch/node.py --run-dir runs/mini launch/pretrain.py configs/mini.yaml run.dir=runs/mini
     python launch/node.py --nodes 256 --head node-0 --run-dir runs/large launch/pretrain.py configs/large.yaml …
 
-slurm.sh and kubernetes.yaml call it once on every node. torchrun runs inside this process, for two things that it does
-not do by itself:
+slurm.sh and kubernetes.yaml call it once on every node. torchrun runs inside this process, which adds two things:
 
-- Its exit code is 1 for whatever went wrong. A scheduler must tell 75 (saved because it was asked to stop: start it
-  again) from 2 (the user's mistake) and 3 (too many bad steps), which it must not repeat, and 1 (anything else: start
-  it again, a few times). Here the code is that of the node's processes, else the one in status.json.
-- It takes one SIGTERM, and kills its processes 30 s later (--shutdown-timeout, from torch 2.12 on, is how long). SLURM
-  sends several, and a second one makes it hang or leave its processes behind. Here signals pass it by: the processes
-  get each of them, save in their own time, and only the scheduler bounds it.
+- Exit codes. torchrun returns 1 for every failure. A scheduler must distinguish 75 (stop requested, saved: start
+  again), 2 (user mistake) and 3 (too many bad steps), both not to be repeated, and 1 (anything else: start again, a few
+  times). node.py returns the code of the node's processes, or if it cannot see them the one in status.json.
+- Signals. torchrun accepts one SIGTERM and kills its processes 30 s later (--shutdown-timeout sets this from torch 2.12
+  on). SLURM sends several, and a second one makes torchrun hang or leave its processes behind. node.py forwards every
+  signal to the processes instead; they take the time they need to save, and only the scheduler limits it.
 """
 
 import argparse
@@ -29,68 +28,68 @@ FINISHED, TOO_MANY_BAD_STEPS, SAVED = 0, 3, 75
 
 
 def parse() -> argparse.Namespace:
-    """The command line; SLURM and Kubernetes say in the environment which node this is."""
-    here = os.environ.get("SLURM_NODEID") or os.environ.get("JOB_COMPLETION_INDEX") or "0"
+    """Parse the command line; the node's number defaults to SLURM's or Kubernetes' environment variable."""
+    scheduler_index = os.environ.get("SLURM_NODEID") or os.environ.get("JOB_COMPLETION_INDEX") or "0"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--run-dir", type=local_path, required=True, help="the run's folder, the same as run.dir")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes of the run")
+    parser.add_argument("--run-dir", type=local_path, required=True, help="run directory, the same as run.dir")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
     parser.add_argument(
-        "--node", type=int, default=int(here), help="this one among them, from 0 (as the scheduler says)"
+        "--node", type=int, default=int(scheduler_index), help="index of this node, from 0 (set by the scheduler)"
     )
-    parser.add_argument("--head", default="localhost", help="host of node 0, where the nodes meet")
-    parser.add_argument("--port", type=int, default=29400, help="port there")
-    parser.add_argument("--processes", default="8", help="processes of a node: a number, or gpu for one each GPU")
+    parser.add_argument("--head", default="localhost", help="host of node 0, the rendezvous endpoint")
+    parser.add_argument("--port", type=int, default=29400, help="port of the rendezvous endpoint")
+    parser.add_argument("--processes", default="8", help="processes a node: a number, or gpu for one per GPU")
     parser.add_argument(
-        "--id", default="trinity", help="name of this start; another one each time keeps stragglers out"
+        "--id", default="trinity", help="rendezvous id; a new one for each start keeps processes of an old start out"
     )
-    parser.add_argument("--join-seconds", type=int, default=600, help="how long the nodes wait for each other")
-    parser.add_argument("script", help="what to run, such as launch/pretrain.py")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    parser.add_argument("--join-seconds", type=int, default=600, help="seconds that the nodes wait for each other")
+    parser.add_argument("script", help="the script to run, such as launch/pretrain.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run this node's processes and return the code that the scheduler acts on."""
+    """Run this node's processes and return the exit code for the scheduler."""
     arguments = parse()
     run, stop = arguments.run_dir, arguments.run_dir / "STOP"
     if stop.exists():
         raise UserError(f"{stop} says: {' '.join(stop.read_text().split())}; remove that file to run again")
     (run / "traces").mkdir(parents=True, exist_ok=True)
     set_environment(run)
-    before = writing_of(run / "status.json")
-    pass_signals_on()
-    code = run_torchrun(torchrun_words(arguments))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nobody is left who could save; one more must not hide the code
-    if code == FAILURE and writing_of(run / "status.json") != before:  # an earlier start's says nothing of this one
+    before = file_version(run / "status.json")
+    forward_signals()
+    code = run_torchrun(torchrun_arguments(arguments))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # no process is left to save; a SIGTERM now must not hide the code
+    if code == FAILURE and file_version(run / "status.json") != before:  # ignore the status.json of an earlier start
         code = code_in(run / "status.json")
     if code in (SAVED, FAILURE) and stop.exists():
-        code = USER_MISTAKE  # whoever puts a STOP into a run that goes on does not want it started again
+        code = USER_MISTAKE  # a STOP file that appears during a run forbids another start
     print(f"node {arguments.node} of {arguments.nodes}: exit code {code}", file=sys.stderr)
     return code
 
 
 def set_environment(run: Path) -> None:
-    """What NCCL and torch are told, where the caller has not said otherwise. All of it reaches every process.
+    """Set NCCL's and torch's environment variables for all processes, unless the caller has set them.
 
-    A collective that waits longer than its group's time-out (torch's 10 minutes, if the code gives none) ends its
-    process: TORCH_NCCL_ASYNC_ERROR_HANDLING=3, the default. Each rank then writes its last 2000 collectives
-    (TORCH_FR_BUFFER_SIZE, TORCH_NCCL_DUMP_ON_TIMEOUT: on by default), to where the variable below says.
+    A collective that exceeds its group's time-out (torch's 10 minutes if the code sets none) ends its process:
+    TORCH_NCCL_ASYNC_ERROR_HANDLING=3, the default. Each rank then writes its last 2000 collectives
+    (TORCH_FR_BUFFER_SIZE, TORCH_NCCL_DUMP_ON_TIMEOUT: on by default) to TORCH_FR_DUMP_TEMP_FILE.
     """
-    # Else a node that comes back after a crash waits for an address that the others do not write a second time.
+    # With a shared store, a node that returns after a crash waits for an address that the others do not write again.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(run.resolve() / "traces" / "rank_"))
-    os.environ.setdefault("NCCL_DEBUG", "WARN")  # what failed; INFO also says which networks were chosen
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # the last words of a killed process are the interesting ones
+    os.environ.setdefault("NCCL_DEBUG", "WARN")  # failures; INFO also shows which networks were chosen
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # or the last output of a killed process would be lost
 
 
-def torchrun_words(arguments: argparse.Namespace) -> list[str]:
-    """The words after `torchrun`.
+def torchrun_arguments(arguments: argparse.Namespace) -> list[str]:
+    """torchrun's arguments.
 
-    No restarts of its own: it would start again after 75 too, and the scheduler does it by the code. It handles no
-    SIGTERM and SIGINT. Each process logs into the run's folder, and of each node the first one is shown.
+    torchrun must not restart by itself, since it would also restart after 75; the scheduler does, by the exit code. It
+    must not handle SIGTERM and SIGINT. Each process logs into the run directory; the node's first one is also printed.
     """
     seconds = arguments.join_seconds
-    meeting = f"is_host={str(arguments.node == 0).lower()},join_timeout={seconds},read_timeout={seconds}"
+    rendezvous = f"is_host={str(arguments.node == 0).lower()},join_timeout={seconds},read_timeout={seconds}"
     options = {
         "--nnodes": arguments.nodes,
         "--nproc-per-node": arguments.processes,
@@ -98,7 +97,7 @@ def torchrun_words(arguments: argparse.Namespace) -> list[str]:
         "--rdzv-backend": "c10d",
         "--rdzv-endpoint": f"{arguments.head}:{arguments.port}",
         "--rdzv-id": arguments.id,
-        "--rdzv-conf": meeting,
+        "--rdzv-conf": rendezvous,
         "--signals-to-handle": "SIGHUP,SIGQUIT",
         "--log-dir": arguments.run_dir / "logs" / f"node_{arguments.node}",
         "--redirects": "3",
@@ -109,7 +108,7 @@ def torchrun_words(arguments: argparse.Namespace) -> list[str]:
 
 
 def run_torchrun(words: list[str]) -> int:
-    """0 where every process of the node finished; 2, 3 or 75 where one ended so; 1 for all else, torchrun's own too."""
+    """Run torchrun: 0 if every process finished; 2, 3 or 75 if a process ended with it; 1 for any other failure."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -119,16 +118,16 @@ def run_torchrun(words: list[str]) -> int:
         print(error, file=sys.stderr)
         codes = {failure.exitcode for failure in error.failures.values()}
         return next((code for code in (USER_MISTAKE, TOO_MANY_BAD_STEPS, SAVED) if code in codes), FAILURE)
-    except Exception as error:  # the nodes did not meet, or the head is gone
+    except Exception as error:  # the rendezvous failed, or the head node is gone
         print(f"torchrun: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILURE
     return FINISHED
 
 
-def pass_signals_on() -> None:
-    """From now on SIGTERM and SIGINT go to the processes that this one started; without any, they end it.
+def forward_signals() -> None:
+    """Forward SIGTERM and SIGINT to the child processes; without children, a signal ends this process.
 
-    In a thread: torchrun's may be deep in a call that lets no signal handler run, as when it waits for the other nodes.
+    A thread does it, since torchrun's thread may be in a call that runs no signal handler, such as the rendezvous.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -136,34 +135,34 @@ def pass_signals_on() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
 
-    def work() -> None:
+    def forward() -> None:
         while True:
             number = os.read(read, 1)[0]
-            children = children_of_this()
+            children = child_processes()
             for child in children:
                 os.kill(child, number)
             if number in (signal.SIGTERM, signal.SIGINT) and not children:
-                print("asked to stop before the nodes had met", file=sys.stderr, flush=True)
+                print("asked to stop before the rendezvous was complete", file=sys.stderr, flush=True)
                 os._exit(FAILURE)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=forward, daemon=True).start()
 
 
-def children_of_this() -> list[int]:
-    """The processes whose parent is this one, as /proc has them."""
+def child_processes() -> list[int]:
+    """The ids of this process's children, from /proc."""
     children = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         if parent == os.getpid():
             children.append(int(path.parent.name))
     return children
 
 
-def writing_of(status: Path) -> tuple[int, int] | None:
-    """Which writing of a file this is: status.json is replaced as a whole, so that its inode and time change."""
+def file_version(status: Path) -> tuple[int, int] | None:
+    """The file's inode and modification time, which change when status.json is replaced; None without the file."""
     try:
         return status.stat().st_ino, status.stat().st_mtime_ns
     except FileNotFoundError:
@@ -171,7 +170,7 @@ def writing_of(status: Path) -> tuple[int, int] | None:
 
 
 def code_in(status: Path) -> int:
-    """The code in status.json; 1 where it has none that a scheduler acts on."""
+    """The exit code in status.json; 1 if it has none of those that a scheduler distinguishes."""
     try:
         code = json.loads(status.read_text())["code"]
     except (OSError, ValueError, KeyError):

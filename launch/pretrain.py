@@ -1,9 +1,9 @@
-"""Pretrain a config.
+"""Pretrain a model from a config.
 
     python launch/pretrain.py configs/smoke.yaml
     torchrun --standalone --nproc-per-node 1 launch/pretrain.py configs/smoke.yaml run.steps=20
 
-The same command again resumes from the newest complete checkpoint. Every config key: --help-config, or docs/config.md.
+The same command again resumes from the newest complete checkpoint. All config keys: --help-config, or docs/config.md.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from trinity.errors import run_main
 
 
 class HelpConfig(argparse.Action):
-    """Print the reference of config keys and exit, as --help does."""
+    """The --help-config option: print the reference of the config keys and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        """Print the keys below the prefixes `values`, or all."""
+        """Print the keys that begin with the prefixes `values`, or all keys."""
         from trinity.config.reference import reference
 
         print(reference(*values), end="")
@@ -25,23 +25,26 @@ class HelpConfig(argparse.Action):
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/smoke.yaml")
-    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
-    parser.add_argument("--dry-run", action="store_true", help="print config and plan for this machine; train nothing")
+    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that override the file's")
     parser.add_argument(
-        "--accept-change", action="append", default=[], metavar="a.b", help="on resume, this setting may differ"
+        "--dry-run", action="store_true", help="print the config and its plan on this machine, without training"
     )
     parser.add_argument(
+        "--accept-change", action="append", default=[], metavar="a.b",
+        help="on resume, accept that this setting differs from the checkpoint's (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--help-config", nargs="*", action=HelpConfig, metavar="PREFIX",
-        help="explain the config keys that begin so, such as optim.muon, and exit (default: all)",
+        help="explain the config keys that begin with PREFIX, such as optim.muon, and exit (default: all)",
     )  # fmt: skip
     return parser.parse_intermixed_args()
 
 
 def main() -> int:
-    """Check the config before anything is started, then run it."""
+    """Check the config, then train, or print the plan for --dry-run. Returns the exit code."""
     arguments = parse()
     from trinity.config import load_config, to_yaml
 

@@ -1,4 +1,7 @@
-"""The balancing rules against their equations, computed expert by expert with Python floats."""
+"""The balancing rules against their equations, computed expert by expert with Python floats.
+
+Shapes: B sequences, S tokens of one sequence, L layers, E experts, K experts chosen per token.
+"""
 
 import math
 

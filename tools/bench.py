@@ -22,15 +22,17 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("suite", nargs="?", choices=[*SUITES, "tune"], help="what to measure; tune: an op's tiles")
-    parser.add_argument("op", nargs="?", help="with tune: which op's; see benchmarks/tune.py")
+    parser.add_argument("op", nargs="?", help="with tune: the op; see benchmarks/tune.py")
     parser.add_argument("--list", action="store_true", help="list the suites")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures there")
-    parser.add_argument("--quick", action="store_true", help="few repetitions, few peers: to see that it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="few repetitions, few contenders: only to see that it works"
+    )
     arguments = parser.parse_args()
     if not arguments.list and arguments.suite is None:
         parser.error("name a suite; see --list")
     if (arguments.suite == "tune") != (arguments.op is not None):
-        parser.error("tune takes the name of an op, and nothing else does")
+        parser.error("only tune takes the name of an op, and needs it")
     return arguments
 
 
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def _module(name: str) -> ModuleType:
-    """One suite, imported alone: another that cannot be imported is no matter."""
+    """Import one suite; suites that are not asked for need not be importable."""
     try:
         return import_module(f"benchmarks.{name}")
     except ImportError as error:
@@ -60,7 +62,7 @@ def _module(name: str) -> ModuleType:
 def _about(name: str) -> str:
     try:
         return (_module(name).__doc__ or "").partition("\n")[0]
-    except Exception as error:  # a broken suite is listed too, so that it is seen
+    except Exception as error:  # a broken suite is listed with its error
         return f"({error})"
 
 

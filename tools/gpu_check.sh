@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one command of under ten minutes: gpu_check.sh [--cpu] OUT
+# Run every check that needs a GPU, in one command of under ten minutes: gpu_check.sh [--cpu] OUT
 #
-# Runs the tests marked gpu but the slow ones, some kernels under compute-sanitizer where it is installed, a short smoke
-# run in bf16 and its first steps again without Triton, and every benchmark suite; writes OUT/check.json (what ran, its
-# exit code and seconds), the suites' own JSON beside it, and a log of each part. A part that fails or is late stops no
-# other; the script's own code is then 1. It needs torch >= 2.11 and pytest; what else is missing is taken from the
-# wheels in $WHEELS (a folder). --cpu tries all of it at toy size without a GPU.
+# Runs the tests marked gpu except the slow ones, some kernels under compute-sanitizer if it is installed, a short smoke
+# run in bf16 and its first steps again without Triton, and every benchmark suite. Writes OUT/check.json (each part's
+# exit code and seconds), the suites' JSON, and a log of each part. If a part fails or exceeds its time limit, the others
+# still run and the script exits with 1. It needs torch >= 2.11 and pytest; other missing packages are installed from
+# the wheels in the folder $WHEELS. --cpu runs everything at toy size without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -31,12 +31,12 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$PYTHONPATH:$scratch/site"
 fi
 if [ $cpu = 0 ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "error: no GPU that torch can use; run with --cpu to try the script" >&2
+    echo "error: torch finds no GPU; use --cpu to try the script without one" >&2
     exit 2
 fi
 
 rows=()
-part() { # part NAME SECONDS COMMAND...: run under a limit, keep its log, note how it ended
+part() { # part NAME SECONDS COMMAND...: run with a time limit; keep its log, exit code and seconds
     local name=$1 limit=$2 began code
     shift 2
     began=$(date +%s)
@@ -47,14 +47,14 @@ part() { # part NAME SECONDS COMMAND...: run under a limit, keep its log, note h
     return $code
 }
 
-each_file() { # COMMAND WORD... with names of files on stdin: one process a file, which may find no test there (5)
-    # most of the time is that of Triton's compiler, which uses one core
+each_file() { # COMMAND WORD..., file names on stdin: one process for each file; exit code 5 (no test found) is ignored
+    # Triton's compiler takes most of the time and uses one core
     # shellcheck disable=SC2016
     xargs -P 8 -I{} bash -c '"$@"; code=$?; [ $code = 5 ] || exit $code' _ "$@" {}
 }
 
 gpu_tests() {
-    export CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests of kernels ask torch for the same bits twice
+    export CUBLAS_WORKSPACE_CONFIG=:4096:8 # needed for determinism, which the tests of kernels check
     { find tests/kernels -name 'test_*.py' && find tests -mindepth 1 -maxdepth 1 -type d ! -name kernels; } |
         each_file "$python" -m pytest -m "gpu and not slow" -ra
 }
@@ -63,7 +63,7 @@ cpu_tests() { # finds none
     "$python" -m pytest -m "gpu and not slow" -ra tests
 }
 
-sanitizer() { # one test of each op, forward and backward; memory is not kept, so that every overrun is somebody's
+sanitizer() { # one test of each op, forward and backward; without torch's memory cache, so that overruns are detected
     command -v compute-sanitizer || { echo "compute-sanitizer is not on PATH" && return 5; }
     export CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_NO_CUDA_MEMORY_CACHING=1
     find tests/kernels -name 'test_*_triton.py' | each_file compute-sanitizer --tool memcheck --error-exitcode 9 \
@@ -82,29 +82,29 @@ data() {
     done
 }
 
-first_losses() { # the same weights and batches: bf16 rounds otherwise in each, by far less than half a per cent
+first_losses() { # same weights and batches: bf16 rounding differs between the runs by far less than half a per cent
     "$python" - "$out"/smoke.metrics.jsonl "$out"/smoke_reference.metrics.jsonl <<'PY'
 import json, sys
 
 runs = [[json.loads(line)["loss"] for line in open(path)] for path in sys.argv[1:]]
 pairs = list(zip(*runs))
-for step, (ours, reference) in enumerate(pairs, 1):
-    print(f"step {step}: auto {ours:.5f}, reference {reference:.5f}, {ours / reference - 1:+.2e}")
-sys.exit(not pairs or any(not abs(ours / reference - 1) <= 5e-3 for ours, reference in pairs[:5]))
+for step, (auto, reference) in enumerate(pairs, 1):
+    print(f"step {step}: auto {auto:.5f}, reference {reference:.5f}, {auto / reference - 1:+.2e}")
+sys.exit(not pairs or any(not abs(auto / reference - 1) <= 5e-3 for auto, reference in pairs[:5]))
 PY
 }
 
-without_triton() { # every setting of kernels.* that could be Triton's
+without_triton() { # settings that replace every Triton kernel by its reference
     "$python" - <<'PY'
 from dataclasses import fields
 
-from trinity.config.run import Kernels
+from trinity.config.run import KernelsConfig
 
-print(*(f"kernels.{field.name}=reference" for field in fields(Kernels) if "triton" in str(field.type)))
+print(*(f"kernels.{field.name}=reference" for field in fields(KernelsConfig) if "triton" in str(field.type)))
 PY
 }
 
-limit_of() { # SUITE: seconds; with the other parts they add up to less than 600
+limit_of() { # SUITE: time limit in seconds; all parts together take less than 600
     case $1 in
     step) echo 90 ;;
     experts) echo 80 ;;
@@ -161,9 +161,9 @@ for name in ("torch", "triton", "transformers"):
     except importlib.metadata.PackageNotFoundError:
         versions[name] = None
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-found = {"gpu": gpu, "date": datetime.date.today().isoformat(), "versions": versions}
-found["parts"] = [json.loads(row) for row in sys.argv[2:]]
+check = {"gpu": gpu, "date": datetime.date.today().isoformat(), "versions": versions}
+check["parts"] = [json.loads(row) for row in sys.argv[2:]]
 with open(sys.argv[1], "w") as file:
-    json.dump(found, file, indent=1)
-sys.exit(any(part["code"] not in (0, 5) for part in found["parts"]))  # 5: pytest found no test to run
+    json.dump(check, file, indent=1)
+sys.exit(any(part["code"] not in (0, 5) for part in check["parts"]))  # 5: pytest found no test to run
 PY

@@ -1,4 +1,4 @@
-"""Estimate what a run costs on a cluster, before there is one: memory, traffic, time and GPU-hours.
+"""Estimate the memory, communication, step time and GPU-hours of a run on N GPUs, before it starts.
 
 python tools/plan.py configs/large.yaml --gpus 2048 --gpu b300
 python tools/plan.py configs/nano.yaml --gpus 64 --gpu h100
@@ -13,30 +13,30 @@ from trinity.errors import run_main
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     from trinity.hardware import GPUS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
+    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that override the file's")
     parser.add_argument(
         "--gpus",
         type=int,
-        help="how many; where the config's mesh cannot be laid over them, one is picked (default: what the mesh's "
-        "fixed sizes make)",
+        help="number of GPUs; if the config's mesh does not fit it, another mesh is picked (default: the product of "
+        "the mesh's fixed sizes)",
     )
     parser.add_argument(
         "--gpu",
         default="h200",
-        help=f"which: {', '.join(GPUS)}; cpu (this machine's); or name=…,tflops=…,gib=…,gbs=… (bf16 TFLOP/s, GiB and "
-        "GB/s of memory; also fp32= in TFLOP/s, link= and network= in GB/s, per_node=) (default: %(default)s)",
+        help=f"kind of GPU: {', '.join(GPUS)}; cpu (this machine); or name=…,tflops=…,gib=…,gbs=… (bf16 TFLOP/s, GiB "
+        "and GB/s of memory; also fp32= in TFLOP/s, link= and network= in GB/s, per_node=) (default: %(default)s)",
     )
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the plan as values")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the plan as JSON (default: no)")
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
-    """Plan and print."""
+    """Plan the run and print the plan."""
     arguments = parse()
     from trinity.config import load_config
     from trinity.hardware import find_gpu

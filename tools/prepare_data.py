@@ -1,12 +1,12 @@
-"""Turn text into token shards. Run the same command again after a kill: it goes on where it stopped.
+"""Turn text into token shards. After a kill, the same command resumes where it stopped.
 
 python tools/prepare_data.py --input corpus/*.jsonl --tokenizer tokenizer --out shards
 python tools/prepare_data.py --input corpus 'more/**/*.parquet' s3://bucket/web --tokenizer tokenizer --out shards
 python tools/prepare_data.py --dataset allenai/c4 --config en --tokenizer tokenizer --out shards --deduplicate
 
 An input is a file (text; lines of JSON as .jsonl, .ndjson, .jsonl.gz, .json.gz, .json.zst; .parquet), a folder (all
-files of one kind in it and below), a pattern in quotes, or the URL of one of them. Of a folder that holds several kinds
-Parquet files or lines are read, and text beside them is not; --kind chooses, and what is left out is named on stderr.
+files of one kind in it and below), a pattern in quotes, or the URL of one of them. In a folder of several kinds,
+Parquet files or lines are read, and text beside them is not; --kind chooses. Files left out are named on stderr.
 The result does not depend on --workers.
 """
 
@@ -29,7 +29,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--input", nargs="+", type=path_or_url, metavar="INPUT", help="files, folders, patterns, URLs: in this order"
+        "--input",
+        nargs="+",
+        type=path_or_url,
+        metavar="INPUT",
+        help="files, folders, patterns, URLs, read in this order",
     )
     source.add_argument(
         "--dataset",
@@ -37,14 +41,14 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="a data set of the Hugging Face hub, or its folder; streamed",
     )
-    parser.add_argument("--config", help="with --dataset: which configuration of it")
-    parser.add_argument("--split", help="with --dataset: which part of it (train)")
+    parser.add_argument("--config", help="with --dataset: its configuration")
+    parser.add_argument("--split", help="with --dataset: its split (train)")
     parser.add_argument("--tokenizer", type=local_path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--out", type=local_path, required=True, help="folder for the shards, on a local disk")
     parser.add_argument("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens of a full shard (%(default)s)")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
-    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out and count what cannot be read")
+    parser.add_argument("--kind", choices=CHOICES, help="kind of files to read where a folder or pattern has several")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out and count items that cannot be read")
     parser.add_argument("--deduplicate", action="store_true", help="of equal texts keep the first, count the others")
     parser.add_argument("--workers", type=int, default=CORES, help="processes that encode (one a core: %(default)s)")
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""The report of a run as one HTML file that needs no network: loss, optimizer, speed, routing, events, settings.
+"""Write the report of a run as one HTML file that needs no network: loss, optimizer, speed, routing, events, settings.
 
     python tools/report.py runs/smoke
     python tools/report.py runs/smoke runs/other --out compared.html
 
-Several runs are drawn over each other, and the settings in which they differ are listed. A run may still be going.
+Several runs are drawn in the same charts, and the settings that differ are listed. A run may still be running.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from trinity.errors import run_main
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("runs", nargs="+", type=local_path, metavar="RUN_DIR", help="run directory")
     parser.add_argument(
@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Write the report and print where it is."""
+    """Write the report and print its path."""
     arguments = parse()
     from trinity.reporting import write_report
 

@@ -1,4 +1,4 @@
-"""Show what a step of a run reads, with document boundaries: the text of each row, the source and place of each piece.
+"""Show the text of each row of a step, with the source, document and token range of each piece.
 
     python tools/show_batch.py configs/smoke.yaml --step 17
     python tools/show_batch.py configs/smoke.yaml --step 17 --rows 2 data.sequence_length=128
@@ -18,7 +18,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that win over the file's")
+    parser.add_argument("settings", nargs="*", metavar="a.b=value", help="settings that override the file's")
     parser.add_argument("--step", type=int, required=True, help="which step, from 1")
     parser.add_argument("--rows", type=int, help="show only this many of its rows (all by default)")
     return parser.parse_intermixed_args()
@@ -36,7 +36,7 @@ def main() -> None:
     from trinity.training.run_tokenizer import tokenizer_to_read, with_tokenizer
 
     config = load_config(arguments.config, arguments.settings)
-    check_paths(config, fresh=False)  # fresh would ask for init too, which a batch does not need
+    check_paths(config, fresh=False)  # fresh=True would also check init, which a batch does not need
     folder = tokenizer_to_read(config, Path(arguments.config).parent)
     if folder is None:
         raise UserError("data.tokenizer is not given; set it to the folder that the shards were made with")

@@ -34,7 +34,7 @@ def main() -> None:
         help="another folder with tokenizer.json; may be given several times",
     )
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
-    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
+    parser.add_argument("--kind", choices=CHOICES, help="kind of files to read where a folder or pattern has several")
     parser.add_argument("--group-by", metavar="FIELD", help="a row for each value of this field, not for each file")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the rows as values")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """Train a byte-level BPE tokenizer.
 
 Example: python tools/train_tokenizer.py --input corpus/*.train.jsonl --vocab-size 8192 --out tokenizer
-The size of the real ones, from a sample: --vocab-size 200000 --pad-to-multiple 512 --sample-bytes 48e9
+The size of the report's tokenizer, from a sample: --vocab-size 200000 --pad-to-multiple 512 --sample-bytes 48e9
 """
 
 import argparse
@@ -24,25 +24,25 @@ def main() -> None:
         help="files, folders, patterns or URLs (see prepare_data.py)",
     )
     parser.add_argument(
-        "--vocab-size", type=int, required=True, help="ids before padding: 259 of them are bytes and special"
+        "--vocab-size", type=int, required=True, help="ids before padding; 259 of them are bytes and special tokens"
     )
     parser.add_argument("--out", type=local_path, required=True, help="folder for the tokenizer")
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
-    parser.add_argument("--kind", choices=CHOICES, help="of a folder or pattern with several kinds of files, read this")
+    parser.add_argument("--kind", choices=CHOICES, help="kind of files to read where a folder or pattern has several")
     parser.add_argument(
         "--sample-bytes",
         type=count,
         metavar="N",
-        help="learn from about N bytes of text, documents chosen evenly over all inputs (48e9 will do)",
+        help="learn from about N bytes of text, documents chosen evenly over all inputs (48e9 is enough)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample (%(default)s)")
     parser.add_argument(
         "--pad-to-multiple",
         type=int,
         metavar="M",
-        help="fill the vocabulary up with unused special tokens to a multiple of M",
+        help="pad the vocabulary with unused special tokens to a multiple of M",
     )
-    parser.add_argument("--force", action="store_true", help="write over what is in --out")
+    parser.add_argument("--force", action="store_true", help="replace the contents of --out")
     arguments = parser.parse_args()
     made = train_from_files(
         arguments.input,
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def count(text: str) -> int:
-    """A whole number as it is typed: 48000000000, or 48e9."""
+    """Parse a whole number: 48000000000, or 48e9."""
     number = float(text)
     if not number.is_integer():
         raise ValueError

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trinity_kernels.linear import widened
+from trinity_kernels.linear import matmul_operand
 from trinity_kernels.norm import wide
 from trinity_kernels.op import Op
 
@@ -71,10 +71,10 @@ def forward_in_chunks(
     lse_T, top_T = torch.zeros_like(ce_T), torch.full_like(ce_T, -torch.inf)
     grad_x = x_TD.new_empty(x_TD.shape if for_x else 0)
     grad_weight = torch.zeros(weight_VD.shape if for_weight else 0, dtype=ce_T.dtype, device=x_TD.device)
-    weight, chunk = widened(weight_VD), chunk_tokens(T, V, itemsize, x_TD.device.type)
+    weight, chunk = matmul_operand(weight_VD), chunk_tokens(T, V, itemsize, x_TD.device.type)
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
-        x_CD = widened(x_TD[rows])
+        x_CD = matmul_operand(x_TD[rows])
         # no variable holds the logits, so that those of two chunks are never in memory together
         grad_CV = chunk_loss(
             x_CD @ weight.t(), targets_T[rows], z, ce_T[rows], lse_T[rows], top_T[rows], for_x or for_weight

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity_kernels.linear import widened
+from trinity_kernels.linear import matmul_operand
 from trinity_kernels.op import Op
 
 
@@ -116,7 +116,7 @@ def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    wide_a, wide_b = widened(a), widened(b)
+    wide_a, wide_b = matmul_operand(a), matmul_operand(b)
     if wide_a is a:
         torch.mm(a, b, out=out)
     else:

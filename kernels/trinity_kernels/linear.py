@@ -22,14 +22,14 @@ def _cpu_has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def widens(x: Tensor) -> bool:
+def multiplies_in_fp32(x: Tensor) -> bool:
     """Whether matrix products of x are computed in fp32: x is bf16 on a CPU without bf16 arithmetic."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_has_bf16()
 
 
-def widened(x: Tensor) -> Tensor:
-    """x as the operand of a matrix product: cast to fp32 if `widens(x)`, otherwise x itself."""
-    return x.float() if widens(x) else x
+def matmul_operand(x: Tensor) -> Tensor:
+    """x as the operand of a matrix product: cast to fp32 if `multiplies_in_fp32(x)`, otherwise x itself."""
+    return x.float() if multiplies_in_fp32(x) else x
 
 
 class _WidenedLinear(torch.autograd.Function):
@@ -59,7 +59,7 @@ def _linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     Returns:
         [..., O], same dtype; accumulated in at least fp32.
     """
-    if widens(x):
+    if multiplies_in_fp32(x):
         return _WidenedLinear.apply(x, weight_OI)
     return F.linear(x, weight_OI)
 

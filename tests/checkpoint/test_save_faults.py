@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.training.fault_injection import MOMENTS, QUICK, WORDS
 from tests.training.forked_ranks import run
 from tests.training.run_files import bits, metrics, refuse, status, train
-from tests.training.troubles import MOMENTS, QUICK, WORDS
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.training.trainer import Trainer

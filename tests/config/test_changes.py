@@ -53,9 +53,11 @@ def test_fixed_changes_are_refused_even_when_accepted() -> None:
     before, now = RunConfig(), RunConfig(model=ZOO["nano"])
     now.run.seed = 3
     sentence = refusal(before, now, ["run.seed", "model"])
-    assert sentence.startswith("runs/mine holds a run of another config (run.seed was 0 and is 3, model.name was smoke")
+    assert sentence.startswith(
+        "runs/mine holds a run with another config (run.seed was 0 and is 3, model.name was smoke"
+    )
     assert "model.width was 256 and is 1024" in sentence
-    assert sentence.endswith("give it back, or start afresh with another run.dir")
+    assert sentence.endswith("restore the old value, or start a new run in another run.dir")
 
 
 def test_a_run_without_the_new_source_is_another_run() -> None:
@@ -64,7 +66,7 @@ def test_a_run_without_the_new_source_is_another_run() -> None:
     before.data.train, now.data.train = {"b": "y"}, {"a": "x", "b": "y"}
     sentence = refusal(before, now, [])
     assert sentence.startswith(
-        "runs/mine has begun with data phase 0 (mixture was {'b': 1.0} and is {'a': 0.5, 'b': 0.5})"
+        "data phase 0 of runs/mine has begun and must not change (mixture was {'b': 1.0} and is {'a': 0.5, 'b': 0.5})"
     )
     now.data.mixture = {"b": 3, "a": 0}
     assert check_changes(before, now, 0, [], "runs/mine") == ["data.train", "data.mixture"]
@@ -79,13 +81,19 @@ def test_phases_that_have_begun_are_fixed_and_later_ones_free() -> None:
     before = config(DataPhaseConfig(1000, {"a": 1}), DataPhaseConfig(2000, packing="rsdb"))
     now = config(DataPhaseConfig(1000, {"a": 1}), DataPhaseConfig(1500, {"b": 1}))
     assert check_changes(before, now, 1499, [], "runs/mine") == ["data.phases"]
-    assert "data phase 2 (there was none)" in refusal(before, now, [], seen=1500)
+    assert "data phase 2 of runs/mine has begun and must not change (it was added)" in refusal(
+        before, now, [], seen=1500
+    )
     sentence = refusal(
         before, config(DataPhaseConfig(1000, {"b": 1}), DataPhaseConfig(2000, packing="rsdb")), [], seen=1000
     )
-    assert "data phase 1 (mixture was {'a': 1.0} and is {'b': 1.0})" in sentence
+    assert (
+        "data phase 1 of runs/mine has begun and must not change (mixture was {'a': 1.0} and is {'b': 1.0})" in sentence
+    )
     assert sentence.endswith("let changes begin after 1000 tokens")
-    assert "data phase 1 (there was one, which is gone)" in refusal(before, config(), [], seen=1000)
+    assert "data phase 1 of runs/mine has begun and must not change (it was removed)" in refusal(
+        before, config(), [], seen=1000
+    )
     assert check_changes(before, config(), 999, [], "runs/mine") == ["data.phases"]
 
 
@@ -94,11 +102,11 @@ def test_learning_changes_need_a_word_each() -> None:
     now.optim.muon.lr, now.loss.z, now.batch.ramp = 2e-3, 1e-6, [RampEntryConfig(5, 8)]
     changed = ["batch.ramp", "optim.muon.lr", "loss.z"]
     sentence = refusal(before, now, [])
-    assert "going on from runs/mine would change how it learns (batch.ramp was [] and is [{'tokens': 5" in sentence
+    assert "resuming runs/mine would change how the model learns (batch.ramp was [] and is [{'tokens': 5" in sentence
     assert "optim.muon.lr was 0.001 and is 0.002" in sentence
     words = "--accept-change batch.ramp --accept-change optim.muon.lr --accept-change loss.z"
-    assert sentence.endswith(f"say {words} if that is meant")
-    assert refusal(before, now, ["loss.z", "batch"]).endswith("say --accept-change optim.muon.lr if that is meant")
+    assert sentence.endswith(f"add {words} to accept it")
+    assert refusal(before, now, ["loss.z", "batch"]).endswith("add --accept-change optim.muon.lr to accept it")
     assert check_changes(before, now, 0, changed, "runs/mine") == changed
     assert check_changes(before, now, 0, ["optim", "batch", "loss"], "runs/mine") == changed
 

@@ -99,7 +99,7 @@ COMBINATIONS = [
     ),
     (
         ["run.steps=9", "optim.schedule.decay=linear"],
-        "optim.schedule.decay=linear has no beginning; set decay_start_tokens or decay_start_steps",
+        "optim.schedule.decay=linear has no start; set decay_start_tokens or decay_start_steps",
     ),
     (
         ["run.steps=9", "optim.schedule.decay_start_steps=1", "optim.schedule.decay_start_tokens=5"],

@@ -8,6 +8,8 @@ import pyarrow
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import bos_id, load_tokenizer
 
+TEXTS = [f"Text number {number}, " + "日本 and more. " * (number % 5) for number in range(50)]
+
 
 def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
     """Write a line for each text; returns the path."""

@@ -39,7 +39,7 @@ def process(name: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def sentences(stderr: str) -> list[str]:
-    """The lines of stderr that are no progress; in a pipe there is no bar."""
+    """The lines of stderr without progress; in a pipe there is no bar."""
     assert "\r" not in stderr
     return [line for line in stderr.splitlines() if " left" not in line]
 
@@ -59,7 +59,7 @@ def test_a_mistake_is_one_sentence_and_code_2(tmp_path: Path, tokenizer_dir: Pat
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_code_1_and_costs_one_shard(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
-    """The second shard goes to a device without room; the first stays, and the same command goes on after it."""
+    """The second shard is written to a full device; the first stays, and the same command resumes after it."""
     out, source = tmp_path / "out", lines(tmp_path / "a.jsonl", 300)
     arguments = ["--input", source, "--tokenizer", tokenizer_dir, "--shard-tokens", 9000, "--out"]
     assert tool("prepare_data", *arguments, tmp_path / "whole")[0] == 0
@@ -128,7 +128,7 @@ def test_train_tokenizer_from_a_sample(tool: Callable, tmp_path: Path) -> None:
 
 @pytest.fixture
 def report_inputs(tmp_path: Path) -> list[Path]:
-    """Two languages in one file, of which one is also in a text file."""
+    """Two languages in one file, one of them also in a text file."""
     rows = [("en", "the words of a text"), ("de", "die Wörter eines Textes"), ("en", ""), ("en", "1234567 <|pad|>")]
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("".join(json.dumps({"language": label, "text": text}) + "\n" for label, text in rows) + "\n")
@@ -138,7 +138,7 @@ def report_inputs(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def small_tokenizer(tmp_path: Path) -> Path:
-    """Bytes alone, but for five merges; its file says to cut texts off, which a report must not."""
+    """Bytes and five merges; its file asks for truncation, which a report must ignore."""
     tok = train_tokenizer(["the words the words"], 264)
     tok.enable_truncation(3)
     save_tokenizer(tok, tmp_path / "small")
@@ -212,7 +212,7 @@ def test_tokenizer_report_refuses(tool: Callable, tmp_path: Path, tokenizer_dir:
 
 
 def test_prepare_corpus(tool: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a library of two modules: this Python's own takes seconds."""
+    """On a library of two modules: the standard library takes seconds."""
     library = tmp_path / "library"
     library.mkdir()
     (library / "a.py").write_text("a = 1\n")

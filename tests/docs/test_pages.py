@@ -100,7 +100,8 @@ def test_config_keys(page: Path) -> None:
     for code in inline(page):
         for word in code.split():
             match = WORD.fullmatch(word)
-            if match and match[1].split(".")[0] in SECTIONS and ("." in match[1] or match[2] is not None):
+            section = match[1].split(".")[0] if match and not word.endswith(".py") else ""  # balancing.py is a file
+            if match and section in SECTIONS and ("." in match[1] or match[2] is not None):
                 assert is_key(match[1]), f"{word} in {page.name}"
 
 

@@ -1,4 +1,7 @@
-"""The loss kernel as Trinity calls it, a chunk of its vocabulary, and with every other tile of the table."""
+"""The loss kernel as Trinity calls it, a chunk of its vocabulary, and with every other tile of the table.
+
+Shapes: C tokens of one chunk.
+"""
 
 from collections.abc import Callable
 from functools import partial

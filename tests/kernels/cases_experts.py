@@ -1,4 +1,7 @@
-"""The experts' kernels at the real models' sizes, for compiled.py: forward, backward, recompute, main gradients."""
+"""The experts' kernels at the real models' sizes, for compiled.py: forward, backward, recompute, main gradients.
+
+Shapes: T tokens, D width, E experts, F expert width, K active experts, R rows.
+"""
 
 from collections.abc import Callable
 from functools import partial

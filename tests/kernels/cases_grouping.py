@@ -1,4 +1,7 @@
-"""Grouping and tables of tiles at the real models' sizes, for compiled.py."""
+"""Grouping and tables of tiles at the real models' sizes, for compiled.py.
+
+Shapes: T tokens, K active experts.
+"""
 
 from collections.abc import Callable
 from functools import partial

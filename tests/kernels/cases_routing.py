@@ -1,4 +1,7 @@
-"""Routing at the real models' sizes, for compiled.py."""
+"""Routing at the real models' sizes, for compiled.py.
+
+Shapes: T tokens, E experts, K active experts.
+"""
 
 from collections.abc import Callable
 from functools import partial

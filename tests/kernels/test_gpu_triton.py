@@ -1,4 +1,7 @@
-"""Tests that need a GPU: one CUDA graph replayed with other routing, and addresses beyond 2³¹."""
+"""Tests that need a GPU: one CUDA graph replayed with other routing, and addresses beyond 2³¹.
+
+Shapes: T tokens, K active experts.
+"""
 
 import pytest
 import torch

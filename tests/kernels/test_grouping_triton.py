@@ -1,6 +1,8 @@
 """Grouping of rows and tables of tiles: Triton with the reference, the reference with Python's stable sort.
 
 Integers: equal, without tolerance.
+
+Shapes: T tokens, E experts, K active experts, R rows.
 """
 
 from typing import Any

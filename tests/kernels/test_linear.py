@@ -41,7 +41,7 @@ def exact_results(x: Tensor, weight_OI: Tensor, dy: Tensor) -> list[Tensor]:
 def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, has_bf16: bool) -> None:
     """bf16: the float64 result rounded once, 2⁻⁹ of each number, plus the error of fp32 sums of 48 products."""
     x, weight_OI, dy = make(shape, dtype)
-    assert MODULE.widens(x) == (dtype == torch.bfloat16 and not has_bf16)
+    assert MODULE.multiplies_in_fp32(x) == (dtype == torch.bfloat16 and not has_bf16)
     y = linear(x, weight_OI)
     got = [y, *torch.autograd.grad(y, (x, weight_OI), dy)]
     relative, absolute = {

@@ -2,6 +2,8 @@
 
 bf16 compute on a mesh of one, in the same process, with Triton's interpreter; reduced after every microbatch or after
 the last one.
+
+Shapes: B batch, S sequence.
 """
 
 import pytest

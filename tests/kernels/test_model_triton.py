@@ -2,6 +2,8 @@
 
 fp32 on both sides, products exact to 2⁻²⁴ and summed in another order: 1e-5 of a tensor's norm, as for a single kernel
 in triton_case.BOUNDS; the routes are equal, because no two scores here are that close.
+
+Shapes: B batch, S sequence, M MoE layers, E experts.
 """
 
 from dataclasses import fields, replace

@@ -1,4 +1,7 @@
-"""rms_norm, norm_add and add_norm against their equations in float64; in bf16 against transformers' AfMoE's norm."""
+"""rms_norm, norm_add and add_norm against their equations in float64; in bf16 against transformers' AfMoE's norm.
+
+Shapes: D normalised width.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""qk_norm against its equation in float64, RoPE written with complex numbers."""
+"""qk_norm against its equation in float64, RoPE written with complex numbers.
+
+Shapes: B batch, S sequence, H heads, C head width.
+"""
 
 import pytest
 import torch

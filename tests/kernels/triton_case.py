@@ -39,16 +39,16 @@ def correct_bf16_in_the_interpreter() -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     multiply, convert = InterpreterBuilder.create_dot, interpreter._convert_float
-    if hasattr(multiply, "widens"):
+    if hasattr(multiply, "casts_to_fp32"):
         return
 
-    def widened(handle: TensorHandle) -> TensorHandle:
+    def as_fp32(handle: TensorHandle) -> TensorHandle:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(self, a, b, *rest):
-        return multiply(self, widened(a), widened(b), *rest)
+        return multiply(self, as_fp32(a), as_fp32(b), *rest)
 
     def convert_float(values, source, target, rounding):
         if (source, target) != (tl.float32, tl.bfloat16):
@@ -57,5 +57,5 @@ def correct_bf16_in_the_interpreter() -> None:
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
-    create_dot.widens = True
+    create_dot.casts_to_fp32 = True
     InterpreterBuilder.create_dot, interpreter._convert_float = create_dot, convert_float

@@ -1,4 +1,4 @@
-"""A run's folder whose processes do not outlive the test."""
+"""A run directory whose processes are killed after the test."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,6 @@ from tests.launch.local_nodes import end_all
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Path]:
-    """The run's folder, for `local_nodes.start`."""
+    """The run directory, for `local_nodes.start`."""
     yield tmp_path
     end_all(tmp_path)

@@ -1,4 +1,4 @@
-"""Stand-ins for what the launch files call: a torch whose torchrun ends as told, and SLURM's commands."""
+"""A fake torch whose torchrun ends with given exit codes, to test launch/node.py without processes."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import json, os
 from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, Failure
 
-def main(words):
+def main(arguments):
     plan = json.loads(os.environ["PLAN"])
-    run = Path(next(word for word in words if word.startswith("--log-dir=")).split("=")[1]).parents[1]
-    (run / "words.json").write_text(json.dumps(words))
+    run = Path(next(word for word in arguments if word.startswith("--log-dir=")).split("=")[1]).parents[1]
+    (run / "arguments.json").write_text(json.dumps(arguments))
     for name, text in plan["files"].items():
         (run / "new").write_text(text)
         (run / "new").replace(run / name)
@@ -36,12 +36,12 @@ class ChildFailedError(Exception):
 
 
 def fake_torch(folder: Path) -> Path:
-    """A folder for PYTHONPATH whose torch.distributed.run.main follows $PLAN (see `node`) and notes its words."""
+    """A folder for PYTHONPATH whose torch.distributed.run.main follows $PLAN (see `node`) and records its arguments."""
     errors = folder / "torch/distributed/elastic/multiprocessing"
     errors.mkdir(parents=True)
     (errors / "errors.py").write_text(ERRORS)
     (folder / "torch/distributed/run.py").write_text(TORCHRUN)
-    (folder / "torch/__init__.py").touch()  # or the installed torch comes first
+    (folder / "torch/__init__.py").touch()  # a namespace package would come after the installed torch
     return folder
 
 
@@ -54,14 +54,15 @@ def node(
     torchrun_fails: bool = False,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    """launch/node.py with a fake torchrun, after which the processes' exit codes are `exits`, none where all finished.
+    """Run launch/node.py with a fake torchrun.
 
     Args:
         torch: from fake_torch.
-        run: the run's folder.
-        words: instead of --run-dir and a script.
-        files: what the processes write into the run's folder, by name.
-        torchrun_fails: that it raises an error of its own.
+        run: the run directory.
+        words: command line; default: --run-dir and a script.
+        exits: exit codes of the processes that failed; none: all finished.
+        files: name → text of the files that the processes write into the run directory.
+        torchrun_fails: torchrun itself raises an error.
     """
     plan = {"exits": exits or [], "files": files or {}, "torchrun_fails": torchrun_fails}
     return subprocess.run(
@@ -75,5 +76,5 @@ def node(
 
 
 def status(code: int | None) -> dict[str, str]:
-    """The file status.json as a run writes it."""
+    """status.json as a run writes it, as `files` for `node`."""
     return {"status.json": json.dumps({"state": "some", "code": code, "step": 3, "reason": 'not "code": 5'})}

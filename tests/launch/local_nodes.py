@@ -1,4 +1,4 @@
-"""Nodes of a run as processes of this machine."""
+"""Start the nodes of a run as processes on this machine."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ from tests.launch.launch_fakes import ROOT
 
 
 def start(run: Path, command: list[str], *options: str, index: int = 0) -> subprocess.Popen:
-    """launch/node.py with the real torchrun and one process, which finds the run's folder in $RUN.
+    """Start launch/node.py with the real torchrun and one process, which gets the run directory in $RUN.
 
     Args:
-        run: the run's folder.
-        command: the script and its words.
+        run: the run directory.
+        command: the script and its arguments.
         options: of node.py.
-        index: which node this is.
+        index: the node's index.
     """
     node = ["launch/node.py", "--processes=1", f"--node={index}", f"--run-dir={run}"]
     return subprocess.Popen(
@@ -33,12 +33,12 @@ def start(run: Path, command: list[str], *options: str, index: int = 0) -> subpr
 
 
 def end_all(run: Path) -> None:
-    """Kill what `start` started for this run, and what that did."""
+    """Kill all processes that `start` started for this run, with their children."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if f"\0RUN={run}\0" in "\0" + path.read_text(errors="replace"):
                 os.kill(int(path.parent.name), signal.SIGKILL)
-        except OSError:  # it ended meanwhile, or is somebody else's
+        except OSError:  # the process has ended, or belongs to another user
             continue
 
 
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 def wait_for(path: Path, seconds: float = 60) -> str:
-    """The text of a file, once it is there."""
+    """Wait until a file exists and is not empty; returns its text."""
     end = time.monotonic() + seconds
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < end, f"{path} was not written in {seconds} s"

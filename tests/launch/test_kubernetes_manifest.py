@@ -1,4 +1,4 @@
-"""launch/kubernetes.yaml: Kubernetes' own schema, and what the schema does not know must go together."""
+"""launch/kubernetes.yaml against Kubernetes' schema, and the values that must agree with each other."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,8 @@ def test_schema(kind: str) -> None:
     validate(DOCUMENTS[kind], "1.33", strict=True)
 
 
-def test_pods_find_each_other() -> None:
-    """A pod of an indexed job is called JOB-INDEX.SUBDOMAIN where a headless service of that name selects it."""
+def test_pod_names() -> None:
+    """A pod of an indexed job is named JOB-INDEX.SUBDOMAIN if a headless service of the subdomain's name selects it."""
     service = DOCUMENTS["Service"]
     assert (DOCUMENTS["Job"]["apiVersion"], JOB["completionMode"]) == ("batch/v1", "Indexed")
     assert service["spec"]["clusterIP"] == "None"
@@ -36,7 +36,7 @@ def test_pods_find_each_other() -> None:
 
 
 def test_number_of_nodes() -> None:
-    """It stands in three places; all nodes at once."""
+    """The number of nodes is the same in three places; all nodes start at once."""
     nodes = JOB["completions"]
     assert JOB["parallelism"] == nodes
     assert f"--nodes={nodes}" in CONTAINER["args"]
@@ -47,9 +47,9 @@ def test_number_of_nodes() -> None:
 @pytest.mark.parametrize(
     ("code", "action"), [(2, "FailJob"), (3, "FailJob"), (75, "Ignore"), (1, "counted"), (137, "counted")]
 )
-def test_what_follows_an_exit_code(code: int, action: str) -> None:
-    """The first rule that fits; a failure that fits none is counted for its pod, since a run fails on all at once."""
-    fitting = [
+def test_action_for_an_exit_code(code: int, action: str) -> None:
+    """The first rule that matches; a failure without a rule is counted for its pod, since a run fails on all pods."""
+    matching = [
         rule["action"]
         for rule in JOB["podFailurePolicy"]["rules"]
         if "onExitCodes" in rule
@@ -57,21 +57,21 @@ def test_what_follows_an_exit_code(code: int, action: str) -> None:
         and rule["onExitCodes"]["containerName"] == CONTAINER["name"]
         and code in rule["onExitCodes"]["values"]
     ]
-    assert [*fitting, "counted"][0] == action
-    assert POD["restartPolicy"] == "Never"  # or the policy is refused
+    assert [*matching, "counted"][0] == action
+    assert POD["restartPolicy"] == "Never"  # Kubernetes refuses a podFailurePolicy with any other
     assert JOB["backoffLimitPerIndex"] >= 1
     assert JOB["maxFailedIndexes"] == 0
 
 
 def test_an_eviction_is_not_counted() -> None:
-    """Preempted, drained, evicted."""
+    """A preempted, drained or evicted pod is started again without limit."""
     conditions = {"type": "DisruptionTarget", "status": "True"}
     rules = JOB["podFailurePolicy"]["rules"]
     assert [rule["action"] for rule in rules if conditions in rule.get("onPodConditions", [])] == ["Ignore"]
 
 
-def test_room() -> None:
-    """Time to save, shared memory, and folders that outlive the pod."""
+def test_grace_period_and_volumes() -> None:
+    """Time to save, shared memory, and folders on a persistent volume."""
     assert POD["terminationGracePeriodSeconds"] >= 600
     volumes = {volume["name"]: volume for volume in POD["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in CONTAINER["volumeMounts"]}
@@ -82,20 +82,20 @@ def test_room() -> None:
 
 
 def test_placeholders() -> None:
-    """What the reader must fill in is in capitals, and no registry is named."""
+    """The image is a placeholder in capitals, without a registry."""
     assert CONTAINER["image"].isupper()
     assert not {"/", "."} & set(CONTAINER["image"])
 
 
-def test_the_container_starts(tmp_path: Path) -> None:
-    """node.py understands the words, with $(RUN_DIR) as Kubernetes fills it in."""
+def test_container_command(tmp_path: Path) -> None:
+    """node.py accepts the container's arguments, with $(RUN_DIR) replaced as Kubernetes does."""
     assert CONTAINER["command"] == ["python", "launch/node.py"]
     variables = {variable["name"]: variable["value"] for variable in CONTAINER["env"]}
     assert variables["RUN_DIR"].startswith("runs/")
     words = [word.replace("$(RUN_DIR)", str(tmp_path / "run")) for word in CONTAINER["args"]]
     ended = node(fake_torch(tmp_path / "fake"), tmp_path, words, JOB_COMPLETION_INDEX="255")
     assert ended.returncode == 0, ended.stderr
-    told = json.loads((tmp_path / "run" / "words.json").read_text())
-    assert told[-3:] == ["launch/pretrain.py", "configs/large.yaml", f"run.dir={tmp_path}/run"]
+    arguments = json.loads((tmp_path / "run" / "arguments.json").read_text())
+    assert arguments[-3:] == ["launch/pretrain.py", "configs/large.yaml", f"run.dir={tmp_path}/run"]
     assert "node 255 of 256" in ended.stderr
     assert (ROOT / "configs" / "large.yaml").is_file()

@@ -1,4 +1,4 @@
-"""launch/node.py: the exit code that a scheduler sees, what torchrun is told, and signals, with two "nodes" here."""
+"""launch/node.py: exit codes, torchrun's arguments, and signals, with up to two nodes on this machine."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.launch.local_nodes import free_port, start, wait_for
 
 @pytest.fixture(scope="module")
 def torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A torch that does not run anything."""
+    """A fake torch that runs nothing."""
     return fake_torch(tmp_path_factory.mktemp("fake"))
 
 
@@ -24,87 +24,88 @@ def torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([], status(0), 0),
         ([75, 75], status(75), 75),
-        ([2, 2], {}, 2),  # a mistake in the config: no run directory to write it to
+        ([2, 2], {}, 2),  # a mistake in the config: there is no run directory for status.json
         ([3, 3], status(3), 3),
         ([1, -15], status(1), 1),
-        ([-9, -15], {}, 1),  # killed, as for want of memory
-        ([-15, 75], status(75), 75),  # the first to end makes torchrun end the others
+        ([-9, -15], {}, 1),  # killed, as by the out-of-memory killer
+        ([-15, 75], status(75), 75),  # torchrun ends the other processes when the first one ends
         ([1, 2], {}, 2),
-        ([1], status(None), 1),  # it was running
-        ([1, -6], status(0), 0),  # finished, and fell over its own feet on the way out
+        ([1], status(None), 1),  # status.json of a running run
+        ([1, -6], status(0), 0),  # finished, then crashed at exit
         ([64], {}, 1),
     ],
 )
 def test_code_of_the_processes(torch: Path, tmp_path: Path, exits: list[int], written: dict, expected: int) -> None:
-    """torchrun itself would say 0 for the first and 1 for all others."""
+    """torchrun itself would return 0 for the first case and 1 for all others."""
     assert node(torch, tmp_path, exits=exits, files=written).returncode == expected
 
 
 @pytest.mark.parametrize("code", [0, 75, 2, 3, 1, None])
 def test_code_of_status_json(torch: Path, tmp_path: Path, code: int | None) -> None:
-    """A node whose torchrun lost the head does not see its processes end."""
+    """Used if torchrun lost the head node and so does not see its processes end."""
     ended = node(torch, tmp_path, files=status(code), torchrun_fails=True)
     assert ended.returncode == (1 if code is None else code)
 
 
 @pytest.mark.parametrize("text", [None, "", '{"state": "saved"', "[]", '{"state": "saved"}'])
 def test_no_code_in_status_json(torch: Path, tmp_path: Path, text: str | None) -> None:
-    """Missing, empty, cut off, not ours: a failure like another."""
+    """Missing, empty, truncated or without a code: 1."""
     files = {} if text is None else {"status.json": text}
     assert node(torch, tmp_path, files=files, torchrun_fails=True).returncode == 1
 
 
-def test_an_old_status_json_says_nothing(torch: Path, tmp_path: Path) -> None:
-    """Else a run that was saved once, and cannot start any more, would be started for ever."""
+def test_status_json_of_an_earlier_start_is_ignored(torch: Path, tmp_path: Path) -> None:
+    """Otherwise a run that saved once and can no longer start would be restarted for ever."""
     (tmp_path / "status.json").write_text(status(75)["status.json"])
     assert node(torch, tmp_path, exits=[1]).returncode == 1
     assert node(torch, tmp_path, torchrun_fails=True).returncode == 1
-    assert node(torch, tmp_path, exits=[1], files=status(75)).returncode == 75  # the same text, written anew
+    assert node(torch, tmp_path, exits=[1], files=status(75)).returncode == 75  # the same text, written again
 
 
 def test_stop_file(torch: Path, tmp_path: Path) -> None:
-    """STOP keeps a run from starting; put into one that goes on, it keeps it from being started again."""
+    """STOP prevents a start; created during a run, it prevents a restart."""
     stop = {"STOP": "too many bad steps\n"}
     assert node(torch, tmp_path, exits=[75], files=stop).returncode == 2
-    (tmp_path / "words.json").unlink()
+    (tmp_path / "arguments.json").unlink()
     refused = node(torch, tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.strip().endswith(f"{tmp_path}/STOP says: too many bad steps; remove that file to run again")
-    assert not (tmp_path / "words.json").exists()
+    assert not (tmp_path / "arguments.json").exists()
     for exits, expected in (([], 0), ([3], 3), ([1], 2)):
         (tmp_path / "STOP").unlink()
         assert node(torch, tmp_path, exits=exits, files=stop).returncode == expected
 
 
 @pytest.mark.parametrize("variable", ["SLURM_NODEID", "JOB_COMPLETION_INDEX"])
-def test_which_node_this_is(torch: Path, tmp_path: Path, variable: str) -> None:
-    """Node 0 alone is the meeting's host."""
+def test_node_index_from_the_scheduler(torch: Path, tmp_path: Path, variable: str) -> None:
+    """Only node 0 hosts the rendezvous."""
     words = ["--nodes", "2", "--head", "first", "--run-dir", str(tmp_path), "script.py", "run.dir=x", "--dry-run"]
     for index, is_host in (("0", "true"), ("1", "false")):
         node(torch, tmp_path, words, **{variable: index})
-        told = json.loads((tmp_path / "words.json").read_text())
-        assert {"--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=first:29400", "--max-restarts=0"} < set(told)
-        assert f"--rdzv-conf=is_host={is_host},join_timeout=600,read_timeout=600" in told
-        assert told[-3:] == ["script.py", "run.dir=x", "--dry-run"]
+        arguments = json.loads((tmp_path / "arguments.json").read_text())
+        expected = {"--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=first:29400", "--max-restarts=0"}
+        assert expected < set(arguments)
+        assert f"--rdzv-conf=is_host={is_host},join_timeout=600,read_timeout=600" in arguments
+        assert arguments[-3:] == ["script.py", "run.dir=x", "--dry-run"]
 
 
 SAVES = """
 import os, signal, sys, time
 from pathlib import Path
-asked = []
-signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+signals = []
+signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
 run = Path(os.environ["RUN"])
 (run / "started").write_text(str(os.getpid()))
-while not asked:
+while not signals:
     time.sleep(0.02)
 time.sleep(1.5)
-(run / "saved").write_text(f"{len(asked)}")
+(run / "saved").write_text(f"{len(signals)}")
 sys.exit(75)
 """
 
 
 def test_signals_reach_the_processes(run: Path) -> None:
-    """Kubernetes signals node.py alone; SLURM every process, several times: torchrun itself hangs or runs from that."""
+    """Kubernetes signals node.py alone, SLURM every process several times, which torchrun alone does not survive."""
     script = run / "saves.py"
     script.write_text(SAVES)
     launcher = start(run, [str(script)], f"--port={free_port()}")
@@ -119,12 +120,12 @@ def test_signals_reach_the_processes(run: Path) -> None:
     assert int(wait_for(run / "saved", 0.1)) >= 3
 
 
-def test_a_signal_while_the_nodes_meet(run: Path) -> None:
-    """There is nothing to save yet, and the other node will not come."""
+def test_signal_during_the_rendezvous(run: Path) -> None:
+    """There is nothing to save yet, and the other node does not join: node.py ends at once."""
     port = free_port()
     launcher = start(run, ["none.py"], "--nodes=2", f"--port={port}")
     end = time.monotonic() + 60
-    while True:  # until it listens: its handler is in place then
+    while True:  # until it listens: the signal handler is installed before that
         with socket.socket() as client:
             if client.connect_ex(("localhost", port)) == 0:
                 break
@@ -133,7 +134,7 @@ def test_a_signal_while_the_nodes_meet(run: Path) -> None:
     launcher.send_signal(signal.SIGTERM)
     output, _ = launcher.communicate(timeout=10)
     assert launcher.returncode == 1, output
-    assert "before the nodes had met" in output
+    assert "before the rendezvous was complete" in output
 
 
 HANGS = """
@@ -147,8 +148,8 @@ time.sleep(20 if len((Path(os.environ["RUN"]) / name).read_text().split()) == 1 
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_is_met_again(run: Path) -> None:
-    """As a Kubernetes pod that is replaced while the others hang in a collective: all start again, and finish."""
+def test_replaced_node_rejoins(run: Path) -> None:
+    """As for a Kubernetes pod that is replaced while the others hang in a collective: all restart and finish."""
     script = run / "hangs.py"
     script.write_text(HANGS)
     options = ["--nodes=2", f"--port={free_port()}"]

@@ -1,4 +1,4 @@
-"""launch/slurm.sh with SLURM's commands replaced: which exit code is requeued, repeated, or left alone."""
+"""launch/slurm.sh with fake SLURM commands: which exit codes are requeued, restarted, or final."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from tests.launch.launch_fakes import ROOT, fake_torch
 SCRIPT = ROOT / "launch" / "slurm.sh"
 
 COMMANDS = {
-    # runs what it is given as the first of its nodes would, then ends with the next of the codes
+    # runs its command as the first node, then ends with the next exit code of $CODES
     "srun": """
         echo "srun $*" >>"$LOG"
         while [[ $1 == --* ]]; do shift; done
@@ -36,7 +36,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of commands, and of a torch that finishes at once."""
+    """A folder with the fake commands and a fake torch that finishes at once."""
     folder = fake_torch(tmp_path_factory.mktemp("bin"))
     for name, body in COMMANDS.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -45,7 +45,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(path: Path, folder: Path, codes: str, **environment: str) -> tuple[int, list[str]]:
-    """Run the script as SLURM would; its exit code and what it said to SLURM, a line each."""
+    """Run the script as SLURM would; returns its exit code and its calls of SLURM's commands."""
     (folder / "codes").write_text(codes + "\n")
     given = {
         "PATH": f"{path}:{os.environ['PATH']}",
@@ -78,18 +78,18 @@ def submit(path: Path, folder: Path, codes: str, **environment: str) -> tuple[in
         ("1 1 1", 1, 3, False),  # two restarts are allowed
     ],
 )
-def test_what_follows_an_exit_code(
+def test_action_for_an_exit_code(
     path: Path, tmp_path: Path, codes: str, expected: int, starts: int, requeued: bool
 ) -> None:
-    """75 goes back to the queue; 2 and 3 never; a failure is tried again, so often."""
+    """75 is requeued; 2 and 3 are final; other failures are restarted up to RESTARTS times."""
     code, log = submit(path, tmp_path, codes, RESTARTS="2")
     assert code == expected
     assert sum(line.startswith("srun") for line in log) == starts
     assert ("scontrol requeue 77" in log) == requeued
 
 
-def test_what_each_node_runs(path: Path, tmp_path: Path) -> None:
-    """node.py understands the words; each start has a name of its own."""
+def test_command_of_each_node(path: Path, tmp_path: Path) -> None:
+    """node.py accepts the arguments; each start has a new rendezvous id."""
     _, log = submit(path, tmp_path, "1 0", SLURM_RESTART_COUNT="4")
     starts = [line for line in log if line.startswith("srun")]
     run = tmp_path / "run"
@@ -102,29 +102,29 @@ def test_what_each_node_runs(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ["75", "1", "137"])
-def test_asked_to_stop(path: Path, tmp_path: Path, code: str) -> None:
-    """SIGTERM reaches the processes through SLURM, and the job is requeued whatever became of the save."""
+def test_sigterm(path: Path, tmp_path: Path, code: str) -> None:
+    """SLURM forwards SIGTERM to the processes, and the job is requeued even if the save fails."""
     ended, log = submit(path, tmp_path, f"wait {code}")
     assert ended == 75
     assert log[-2:] == ["scancel --signal=TERM 77", "scontrol requeue 77"]
 
 
 def test_cancelled(path: Path, tmp_path: Path) -> None:
-    """It was saved, and stays away; a preempted job is in this state too, and SLURM requeues it."""
+    """A cancelled job is saved and not requeued. A preempted job has the same state, and SLURM requeues it itself."""
     ended, log = submit(path, tmp_path, "75", STATE="COMPLETING")
     assert ended == 75
     assert not any(line.startswith("scontrol") for line in log)
 
 
-def test_asked_to_stop_after_a_mistake(path: Path, tmp_path: Path) -> None:
-    """Nor does a SIGTERM bring a STOP file's run back."""
+def test_sigterm_with_a_user_mistake(path: Path, tmp_path: Path) -> None:
+    """A SIGTERM does not requeue a run that ends with 2, as with a STOP file."""
     ended, log = submit(path, tmp_path, "wait 2")
     assert ended == 2
     assert log[-1] == "scancel --signal=TERM 77"
 
 
 def test_preflight(path: Path, tmp_path: Path) -> None:
-    """A slow node ends the job before the run."""
+    """A slow node ends the job before training."""
     ended, log = submit(path, tmp_path, "1 0", PREFLIGHT="1")
     starts = [line for line in log if line.startswith("srun")]
     assert (ended, len(starts)) == (1, 1)
@@ -134,12 +134,12 @@ def test_preflight(path: Path, tmp_path: Path) -> None:
 
 
 def test_syntax() -> None:
-    """bash reads it."""
+    """bash parses the script."""
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
 
 
 def test_shellcheck() -> None:
-    """The checker of shell scripts finds nothing."""
+    """shellcheck finds nothing."""
     beside_python = Path(sys.executable).parent / "shellcheck"
     command = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
     if command is None:

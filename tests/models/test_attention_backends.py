@@ -1,6 +1,8 @@
 """Attention engines: the mask, agreement with each other, and refusals.
 
 The reference is sdpa on one document at a time; tests/models/test_attention.py compares that with loops.
+
+Shapes: B batch, S sequence.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,8 @@
 """FP8 projections (torchao's, emulated on a CPU) against exact products; nothing but forward changes.
 
 Without torchao all tests but the refusals are skipped.
+
+Shapes: B batch, S sequence.
 """
 
 import copy

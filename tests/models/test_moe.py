@@ -1,4 +1,7 @@
-"""The MoE layer against loops over tokens and experts in float64 (eq. 15-18 and 29-32)."""
+"""The MoE layer against loops over tokens and experts in float64 (eq. 15-18 and 29-32).
+
+Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts.
+"""
 
 import math
 from collections.abc import Callable
@@ -127,10 +130,10 @@ def test_another_dispatcher_gives_the_same(tiny: ModelConfig) -> None:
     calls, hooked = [], []
     moe.experts.register_forward_hook(lambda *_: hooked.append(True))
 
-    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, meanwhile: Callable) -> tuple:
+    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, overlap: Callable) -> tuple:
         calls.append((x_TD, indices_TK, gates_TK, experts))
         parts = zip(x_TD.chunk(2), indices_TK.chunk(2), gates_TK.chunk(2))
-        return torch.cat([experts(*part) for part in parts]), meanwhile()
+        return torch.cat([experts(*part) for part in parts]), overlap()
 
     assert moe.dispatcher is local_dispatch
     moe.dispatcher = halves

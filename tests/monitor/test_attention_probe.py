@@ -34,7 +34,7 @@ def ranks() -> Iterator[mesh.Ranks]:
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("length", [24, 200])
 def test_the_largest_logit(window: int | None, documents: bool, length: int) -> None:
-    """All logits under the mask that attention uses, of the queries that are looked at; the hidden ones are larger."""
+    """Against all logits of the sampled queries under attention's mask; masked logits are larger and must not count."""
     generator = torch.Generator().manual_seed(length)
     q = torch.randn(1, length, 4, 8, generator=generator, dtype=torch.float64)
     k = torch.randn(1, length, 2, 8, generator=generator, dtype=torch.float64)
@@ -53,8 +53,8 @@ def test_the_largest_logit(window: int | None, documents: bool, length: int) -> 
 
 
 @pytest.mark.parametrize("words", [[], ["recompute=block"], ["compile=block"]])
-def test_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None:
-    """What its layers hand to attention, whatever their blocks are wrapped in; a row of 24 is looked at whole."""
+def test_the_probe_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None:
+    """The queries and keys that attention receives, whatever wraps the blocks; all 24 queries of a row are sampled."""
     words = [*words, "precision.compute=float64", "optim.muon.dtype=float64"]
     config = build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
     model = build_model(config, ranks)
@@ -79,12 +79,12 @@ def test_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None
 
 
 def hooks_of(model: torch.nn.Module) -> int:
-    """How many there are; sharding has some of its own."""
+    """Number of hooks in a model; FSDP has some of its own."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def test_a_probe_changes_nothing(settings: dict, uninterrupted: Path) -> None:
-    """Every step, against a run with the first alone: the same figures and the same state, bit for bit."""
+    """A probe at every step, against a run with one at step 1: the same metrics and the same state, bit for bit."""
     assert train(settings, "log.probe_every=1") == 0
     run = Path(settings["run"]["dir"])
     found = metrics(run)
@@ -97,7 +97,7 @@ def test_a_probe_changes_nothing(settings: dict, uninterrupted: Path) -> None:
 
 
 def test_entropy_of_each_router(settings: dict) -> None:
-    """The layers' mean is the figure of the step."""
+    """The mean over the layers is the step's router_entropy."""
     assert train(settings, "run.steps=2", "log.router_every=1") == 0
     run = Path(settings["run"]["dir"])
     lines = [json.loads(line) for line in (run / "router.jsonl").read_text().splitlines()]

@@ -1,10 +1,7 @@
-"""What a person sees of a run: lines above a bar, plain lines in a pipe, commands at the end that work as printed."""
+"""The console logger on a terminal and in a pipe: lines above a bar, or lines alone."""
 
 import io
 import logging
-import runpy
-import shlex
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -13,18 +10,13 @@ import pytest
 
 from tests.screen import Terminal
 from trinity.checkpoint.directory import warn
-from trinity.config.load import load_config
-from trinity.config.run import RunConfig
 from trinity.monitor import console
 from trinity.monitor.console import Console
 from trinity.monitor.events import Events
-from trinity.training.run_summary import closing, next_commands
-
-ROOT = Path(__file__).parents[2]
 
 
 class Clock:
-    """time.monotonic in the console: a second later at each step."""
+    """The console's time.monotonic, set by the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -37,30 +29,30 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def record(step: int, **more: object) -> dict:
-    """One step's record."""
-    known = {"step": step, "loss": 10 - step, "grad_norm": 1.5, "tokens_per_second": 2500.0, "skipped": False}
-    return known | {"max_violation": 0.25} | more
+def record(step: int, **fields: object) -> dict:
+    """The record of a step, with further fields."""
+    metrics = {"step": step, "loss": 10 - step, "grad_norm": 1.5, "tokens_per_second": 2500.0, "skipped": False}
+    return metrics | {"max_violation": 0.25} | fields
 
 
 def line(step: int, total: int, left: int, more: str = "") -> str:
-    """What the console says of such a step."""
+    """The console's line of a record."""
     return f"step {step}/{total}  loss {10 - step:.4f}  grad 1.500  2,500 tok/s  vio 0.25{more}  ETA 0:00:{left:02d}"
 
 
-def make_steps(sink: Console, now: Clock, steps: range) -> None:
-    """A second each."""
+def make_steps(logger: Console, now: Clock, steps: range) -> None:
+    """Log steps that take a second each."""
     for step in steps:
         now.now += 1
-        sink.write(record(step))
+        logger.write(record(step))
 
 
 def test_lines_and_messages_stay_above_the_bar(now: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each on a line of its own, in order; the bar is the last line, and gone at the end."""
     with Terminal(90, monkeypatch) as screen:
         monkeypatch.setattr(logging.getLogger("torch"), "handlers", [logging.StreamHandler()])
-        sink = Console(0, 6, 2)
-        make_steps(sink, now, range(1, 3))
+        logger = Console(0, 6, 2)
+        make_steps(logger, now, range(1, 3))
         events = Events(tmp_path, 0, 2)
         events.note("checkpoint", "not for the console")
         events.note("spike", "far above")
@@ -69,7 +61,7 @@ def test_lines_and_messages_stay_above_the_bar(now: Clock, tmp_path: Path, monke
             warnings.simplefilter("always")
             warnings.warn_explicit("slow", UserWarning, "library.py", 7)
         logging.getLogger("torch").warning("of torch")
-        make_steps(sink, now, range(3, 5))
+        make_steps(logger, now, range(3, 5))
         *lines, bar = screen.lines()
         assert lines == [
             line(2, 6, 4), "rank 0, step 2: spike: far above", "warning: cut off", "library.py:7: UserWarning: slow",
@@ -77,15 +69,15 @@ def test_lines_and_messages_stay_above_the_bar(now: Clock, tmp_path: Path, monke
         ]  # fmt: skip
         assert bar.startswith("step 4/6  loss 6.0000  ETA 0:00:02 |")
         assert bar.endswith("| 67%")
-        sink.close()
+        logger.close()
         assert screen.lines() == lines
 
 
 def test_ctrl_c_does_not_push_the_bar_up(now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The terminal writes ^C behind the bar: there is room for it, and the next message takes both away."""
     with Terminal(90, monkeypatch) as screen:
-        sink = Console(0, 9, 100)
-        make_steps(sink, now, range(1, 2))
+        logger = Console(0, 9, 100)
+        make_steps(logger, now, range(1, 2))
         screen.echo("^C")
         (bar,) = screen.lines()
         assert bar.endswith("^C")
@@ -94,7 +86,7 @@ def test_ctrl_c_does_not_push_the_bar_up(now: Clock, monkeypatch: pytest.MonkeyP
         message, bar = screen.lines()
         assert message == "warning: asked to stop"
         assert bar.endswith("| 11%")
-        sink.close()
+        logger.close()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "no width", "dumb"])
@@ -106,9 +98,9 @@ def test_plain_lines(kind: str, now: Clock, monkeypatch: pytest.MonkeyPatch) -> 
             monkeypatch.setattr(sys, "stderr", pipe)
         elif kind == "dumb":
             monkeypatch.setenv("TERM", "dumb")
-        sink = Console(0, 5, 2)
-        make_steps(sink, now, range(1, 6))
-        sink.close()
+        logger = Console(0, 5, 2)
+        make_steps(logger, now, range(1, 6))
+        logger.close()
         screen.lines()
         expected = "".join(f"{one}\n" for one in [line(2, 5, 3), line(4, 5, 1), line(5, 5, 0)])
         assert pipe.getvalue() + screen.raw.replace("\r\n", "\n") == expected
@@ -117,85 +109,34 @@ def test_plain_lines(kind: str, now: Clock, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_window_may_change(now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar takes the width that the terminal has now."""
     with Terminal(90, monkeypatch) as screen:
-        sink = Console(0, 900, 1000)
-        make_steps(sink, now, range(1, 2))
+        logger = Console(0, 900, 1000)
+        make_steps(logger, now, range(1, 2))
         before = len(screen.lines()[0])
         monkeypatch.setattr(console, "terminal_width", lambda: 60)
-        sink.write(record(2))
+        logger.write(record(2))
         warn("", "drawn anew")
         assert (before, len(screen.lines()[-1])) == (86, 56)
-        sink.close()
+        logger.close()
 
 
 def test_a_rollback(now: Clock, capsys: pytest.CaptureFixture) -> None:
     """Steps that are made again are made: the time left is that of all steps so far, also before the first one."""
-    sink = Console(4, 8, 1)
-    make_steps(sink, now, range(5, 6))
-    sink.rewind(3)
-    make_steps(sink, now, range(4, 6))
+    logger = Console(4, 8, 1)
+    make_steps(logger, now, range(5, 6))
+    logger.rewind(3)
+    make_steps(logger, now, range(4, 6))
     assert capsys.readouterr().err.splitlines() == [line(5, 8, 3), line(4, 8, 4), line(5, 8, 3)]
 
 
 def test_records_without_figures(now: Clock, capsys: pytest.CaptureFixture) -> None:
     """A validation before the first step, a loss that is no number, a model without experts."""
-    sink = Console(0, 3, 1)
-    sink.write({"step": 0, "validation_loss.code": 3.25})
+    logger = Console(0, 3, 1)
+    logger.write({"step": 0, "validation_loss.code": 3.25})
     now.now = 1
-    sink.write({"step": 1, "loss": None, "grad_norm": None, "tokens_per_second": 10.0, "skipped": True})
-    sink.write(record(2, loss=float("nan"), mfu=0.5, **{"validation_loss.code": 3.0, "validation_loss.x": None}))
+    logger.write({"step": 1, "loss": None, "grad_norm": None, "tokens_per_second": 10.0, "skipped": True})
+    logger.write(record(2, loss=float("nan"), mfu=0.5, **{"validation_loss.code": 3.0, "validation_loss.x": None}))
     assert capsys.readouterr().err.splitlines() == [
         "step 0/3  loss.code 3.2500",
         "step 1/3  loss nan  grad nan  10 tok/s  SKIPPED  ETA 0:00:02",
         "step 2/3  loss nan  grad 1.500  2,500 tok/s  mfu 50.0%  vio 0.25  loss.code 3.0000  ETA 0:00:00",
     ]
-
-
-@pytest.fixture
-def finished(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig, Path]:
-    """A finished run and its config, seen from the project's folder."""
-    monkeypatch.chdir(ROOT)
-    path = tmp_path / "a run"  # which a shell would take for two words
-    shutil.copytree(uninterrupted, path)
-    return load_config(path / "config.yaml"), path
-
-
-def test_closing(finished: tuple[RunConfig, Path]) -> None:
-    """Loss, time, places; a saved run has no next command but the same one."""
-    config, path = finished
-    saved = path / "checkpoints" / "step_00000008"
-    text = closing(config, path, saved, record(8, **{"validation_loss.x": 2.5}), 8, 8, 3725)
-    assert text.splitlines()[:3] == [
-        "finished: 8 steps in 1:02:05, loss 2.0000, loss.x 2.5000",
-        f"  run         {path}",
-        f"  checkpoint  {saved}",
-    ]
-    (path / "hf" / "step_00000004").mkdir(parents=True)
-    (path / "hf" / "step_00000004" / "config.json").write_text("{}")
-    assert closing(config, path, saved, record(5), 5, 8, 9, "SIGINT").splitlines() == [
-        "saved at step 5 of 8 in 0:00:09, loss 5.0000, stopped by SIGINT; the same command resumes",
-        f"  run         {path}",
-        f"  checkpoint  {saved}",
-        f"  export      {path / 'hf' / 'step_00000004'}",
-    ]
-    assert closing(config, path, saved, {}, 8, 8, 2).splitlines()[0] == "finished: 8 steps in 0:00:02"
-
-
-def test_the_next_commands_work_as_printed(
-    finished: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """Each ends with 0 and makes what it says; from another folder the paths are whole ones."""
-    config, path = finished
-    commands = [shlex.split(command) for command in next_commands(config, path, 8)]
-    assert [words[1] for words in commands] == ["tools/generate.py", "tools/export_hf.py", "tools/report.py"]
-    for _, tool, *words in commands:
-        monkeypatch.setattr(sys, "argv", [tool, *words])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(tool, run_name="__main__")
-        assert end.value.code == 0, capsys.readouterr().err
-    assert (path / "hf" / "step_00000008" / "config.json").is_file()
-    assert (path / "report.html").is_file()
-    assert len(next_commands(config, path, 8)) == 2  # it is exported now
-    config.data.tokenizer = None
-    monkeypatch.chdir(path)
-    report = shlex.split(*next_commands(config, path, 8))
-    assert report[1:] == [str(ROOT / "tools" / "report.py"), str(path)]

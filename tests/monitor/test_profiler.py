@@ -1,4 +1,4 @@
-"""Chosen steps leave a trace and a table; the run itself is not changed, and steps that do not exist are refused."""
+"""Profiled steps leave a trace and a table and do not change the run; steps that do not exist are refused."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from trinity.monitor.profiler import Profiler
 
 
 def test_a_chosen_step_leaves_a_trace(settings: dict, uninterrupted: Path, capfd: pytest.CaptureFixture) -> None:
-    """Step 2: its files and no others, a whole trace with the step's operations, and the figures of any run."""
+    """Step 2: its files and no others, a complete trace with the step's operations, and unchanged metrics."""
     words = ("run.steps=3", "evaluation.every=0", "profile.steps=[2]", "profile.memory=true")
     assert train(settings, *words) == 0
     run = Path(settings["run"]["dir"])
@@ -36,8 +36,8 @@ def test_a_chosen_step_leaves_a_trace(settings: dict, uninterrupted: Path, capfd
     assert [event["step"] for event in events if event["kind"] == "profile"] == [2]
 
 
-def test_nothing_without_a_word(settings: dict) -> None:
-    """No profile, no folder; a rank that is not asked for has none either."""
+def test_nothing_is_profiled_by_default(settings: dict) -> None:
+    """No profile, no folder; also on a rank that profile.ranks does not name."""
     assert train(settings, "run.steps=1", "profile.steps=1", "profile.ranks=[]") == 0
     assert not (Path(settings["run"]["dir"]) / "profile").exists()
 
@@ -77,7 +77,7 @@ def test_memory_of_a_gpu_is_recorded_in_the_step_alone(tmp_path: Path, monkeypat
         (["profile.steps=1", "profile.ranks=[-1]"], "profile.ranks=[-1] names a rank below 0"),
     ],
 )
-def test_what_the_run_does_not_have(settings: dict, words: list[str], sentence: str) -> None:
+def test_steps_and_ranks_that_do_not_exist(settings: dict, words: list[str], sentence: str) -> None:
     assert sentence in refuse(settings, *words)
 
 

@@ -1,4 +1,4 @@
-"""Every parameter has one owner; the owners' state can be saved, loaded and continued bit for bit."""
+"""Every parameter belongs to one optimizer; their state can be saved, loaded and continued bit for bit."""
 
 import math
 
@@ -38,7 +38,7 @@ def build(roles: list[Role], **options: object) -> Optimizers:
 
 
 def train(roles: list[Role], optimizers: Optimizers, steps: range) -> None:
-    """Steps on gradients that depend on the step alone; an expert starves in odd ones."""
+    """Steps with gradients that depend on the step only; an expert starves in odd steps."""
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for role in roles:
@@ -57,7 +57,7 @@ def equal(some: list[Role], others: list[Role]) -> bool:
 
 
 @pytest.mark.parametrize("router", ["muon", "adamw"])
-def test_groups_are_a_partition_of_what_is_trained(router: str) -> None:
+def test_the_optimizers_partition_the_trained_parameters(router: str) -> None:
     roles = make_roles()
     optimizers = build(roles, router=router)
     owned = [p for o in (optimizers.muon, optimizers.adamw) for group in o.param_groups for p in group["params"]]
@@ -69,7 +69,7 @@ def test_groups_are_a_partition_of_what_is_trained(router: str) -> None:
 
 
 @pytest.mark.parametrize(("decay_gains", "decay"), [(False, 0.0), (True, 0.1)])
-def test_gains_have_no_weight_decay_unless_asked(decay_gains: bool, decay: float) -> None:
+def test_gains_have_weight_decay_only_with_decay_gains(decay_gains: bool, decay: float) -> None:
     roles = make_roles()
     groups = build(roles, decay_gains=decay_gains).adamw.param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -80,7 +80,7 @@ def test_gains_have_no_weight_decay_unless_asked(decay_gains: bool, decay: float
     }
 
 
-def test_missing_and_double_owners_are_caught() -> None:
+def test_missing_and_double_roles_are_caught() -> None:
     roles = make_roles()
     parameters = [role.parameter for role in roles]
     with pytest.raises(AssertionError, match=r"shape \[11, 6\] has no role"):
@@ -89,12 +89,12 @@ def test_missing_and_double_owners_are_caught() -> None:
         build([*roles, Role("tied", roles[0].parameter, "head", ())])
     with pytest.raises(AssertionError, match="two parameters are called head"):
         build([*roles, Role("head", torch.nn.Parameter(torch.ones(2)), "gain", ())])
-    build_optimizers(roles[:-1], parameters, muon=MUON, adamw=ADAMW)  # what is frozen needs no role
+    build_optimizers(roles[:-1], parameters, muon=MUON, adamw=ADAMW)  # a frozen parameter needs no role
     with pytest.raises(UserError, match="router='sgd' is not known; use muon or adamw"):
         build(roles, router="sgd")
 
 
-def test_frozen_parameters_stay() -> None:
+def test_frozen_parameters_do_not_change() -> None:
     roles = make_roles()
     before = roles[-1].parameter.detach().clone()
     train(roles, build(roles), range(2))
@@ -135,7 +135,7 @@ def test_adamw_equals_its_equations() -> None:
 def test_set_rates_scales_both_peaks() -> None:
     optimizers = build(make_roles())
     optimizers.set_rates(0.5)
-    optimizers.set_rates(0.25)  # of the peak, not of the last
+    optimizers.set_rates(0.25)  # of the peak, not of the last rate
     assert [group["lr"] for group in optimizers.muon.param_groups] == [0.005]
     assert [group["lr"] for group in optimizers.adamw.param_groups] == [0.0025, 0.0025]
 
@@ -188,7 +188,7 @@ def test_continuing_from_a_saved_state_equals_an_uninterrupted_run(stop: int) ->
     assert equal(whole, second)
 
 
-def test_a_state_of_another_model_is_refused() -> None:
+def test_the_state_of_another_model_is_refused() -> None:
     optimizers = build(make_roles())
     with pytest.raises(UserError, match=r"lacks adamw.exp_avg.router \(4 keys differ\)"):
         build(make_roles(), router="adamw").load_state_dict(optimizers.state_dict())

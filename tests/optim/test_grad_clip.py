@@ -1,4 +1,4 @@
-"""Clipping against sums over every element in Python's float64."""
+"""Gradient clipping against sums over every element in Python's float64."""
 
 import math
 
@@ -40,8 +40,8 @@ def test_norm_of_nothing_is_zero() -> None:
     assert global_norm([None, None]).item() == 0.0
 
 
-def test_norm_of_millions_keeps_its_digits() -> None:
-    """One fp32 sum over these is off by 1e-4 on CPU; rows of 1000 are not."""
+def test_norm_of_millions_is_accurate() -> None:
+    """One fp32 sum over these elements is off by 1e-4 on CPU; sums over rows of 1000 are not."""
     x = torch.randn(4000, 1000, generator=torch.Generator().manual_seed(0))
     assert global_norm([x]).item() == pytest.approx(x.double().norm().item(), rel=1e-6)
 
@@ -61,7 +61,7 @@ def test_clip_multiplies_by_max_norm_over_norm(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("max_norm", [1.0, 1.0001, 50.0, math.inf])
 def test_gradients_within_the_norm_stay_bit_for_bit(max_norm: float) -> None:
-    """The first is a norm of exactly max_norm: an epsilon in the formula would show."""
+    """The first case has a norm of exactly max_norm: an epsilon in the formula would change bits."""
     grads = [torch.tensor([0.6, 0.0]), torch.tensor([[0.0], [0.8]])]
     before = [grad.clone() for grad in grads]
     clip_(grads, torch.tensor(1.0), max_norm)

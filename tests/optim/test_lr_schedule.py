@@ -1,4 +1,4 @@
-"""The schedule against its pieces written out, over whole runs."""
+"""The learning-rate schedule against its pieces written out, over whole runs."""
 
 import math
 
@@ -27,7 +27,7 @@ def plain(step: int, now: int, warmup: int, decay: str, start: int, length: int,
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 @pytest.mark.parametrize("length", [0, 1, 20])
 def test_every_step_of_a_run(warmup: int, decay: str, final: float, unit: str, length: int) -> None:
-    """The batch doubles at step 15, so that tokens and steps part; 1e-15 is a rounding or two of a number below 1."""
+    """The batch doubles at step 15, so tokens are not proportional to steps; 1e-15: two roundings of a number < 1."""
     tokens, start = 0, 12 if unit == "steps" else 1200
     scaled = length if unit == "steps" else 100 * length
     for step in range(60):
@@ -47,7 +47,7 @@ def test_every_step_of_a_run(warmup: int, decay: str, final: float, unit: str, l
 
 
 def test_a_run_of_n_steps_ends_just_above_final() -> None:
-    """Decay over the last 4 of 10 steps: 0-based, so that no step is spent at rate 0."""
+    """Decay over the last 4 of 10 steps: steps are 0-based, so no step has rate 0."""
     run = [
         rate_scale(s, 0, warmup_steps=2, decay="linear", decay_start=6, decay_length=4, final=0.0, unit="steps")
         for s in range(10)
@@ -62,7 +62,7 @@ def test_large_halfway_through_its_decay() -> None:
     assert scale == pytest.approx(0.55, abs=1e-15)
 
 
-def test_mistakes_name_the_mend() -> None:
+def test_wrong_values_are_refused() -> None:
     arguments = {"warmup_steps": 1, "decay_start": 1, "decay_length": 1, "final": 0.0}
     with pytest.raises(UserError, match=r"decay='step' is not known; use one of none, linear, cosine"):
         rate_scale(0, 0, decay="step", unit="steps", **arguments)

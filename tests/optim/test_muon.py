@@ -46,7 +46,7 @@ def set_gradients(roles: list[Role], gradients: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("starved", ["decay", "full"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_equal_the_reference(nesterov: bool, starved: str) -> None:
-    """Five steps, each with another rate; parameters and experts lose their gradient and get it back."""
+    """Five steps with different rates, in which parameters and experts lose their gradient and get it back."""
     roles, reference_roles = make_roles(), make_roles()
     settings = {
         "lr": 1.0, "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.3, "starved": starved,
@@ -81,8 +81,8 @@ def test_steps_equal_the_reference(nesterov: bool, starved: str) -> None:
                 torch.testing.assert_close(state[key], value, **FLOAT64)
 
 
-def test_a_starved_experts_update_fades_while_a_full_one_does_not() -> None:
-    """The update of step k after the last gradient has μᵏ times the size of a full one (both to 1e-12)."""
+def test_starved_update_decays_and_a_full_one_does_not() -> None:
+    """The update of step k after the last gradient is μᵏ times a full one (both to 1e-12)."""
     moved = {}
     for starved in ("decay", "full"):
         roles = make_roles()
@@ -116,7 +116,7 @@ LARGE = (3072, 12288, 3072, 48, 8, 128, 256)
     ],
 )
 def test_rate_factors_of_the_three_models(size: tuple[int, ...], other_than_one: dict[str, float]) -> None:
-    """Eq. 41 for every matrix of Nano, Mini and Large; all that is not listed is 1 (four decimals are given)."""
+    """Eq. 41 for every matrix of Nano, Mini and Large, to four decimals; matrices that are not listed have 1."""
     d, dense, expert, hq, hkv, dh, routed = size
     shapes = {
         "q, gate": (hq * dh, d),
@@ -160,37 +160,39 @@ def test_experts_in_a_batch_equal_experts_one_by_one() -> None:
     torch.testing.assert_close(batch.parameter.detach(), joined, **FLOAT64)
 
 
-@pytest.mark.parametrize(("bound", "cuts"), [(100, [1] * 6), (192, [1] * 6), (4 * 192, [4, 2]), (5 * 192, [5, 1])])
-def test_batches_keep_their_bound_and_change_nothing(monkeypatch, bound: int, cuts: list[int]) -> None:
-    """gate_up's six matrices [4, 6] are of 192 bytes each; a bound below that still lets one through at a time."""
-    whole, cut = make_roles(), make_roles()
+@pytest.mark.parametrize(
+    ("bound", "batch_sizes"), [(100, [1] * 6), (192, [1] * 6), (4 * 192, [4, 2]), (5 * 192, [5, 1])]
+)
+def test_batch_size_is_bounded_and_changes_nothing(monkeypatch, bound: int, batch_sizes: list[int]) -> None:
+    """gate_up has six matrices [4, 6] of 192 bytes each; with a smaller bound each is a batch of its own."""
+    default, bounded = make_roles(), make_roles()
     gradients = [make_gradients(step) for step in range(2)]
-    run_two_steps(whole, gradients)
-    seen: list[Tensor] = []
+    run_two_steps(default, gradients)
+    batches: list[Tensor] = []
 
     def spy(x: Tensor, *arguments: object) -> Tensor:
-        seen.append(x)
+        batches.append(x)
         return orthogonalize(x, *arguments)
 
     monkeypatch.setattr(muon_module, "orthogonalize", spy)
     monkeypatch.setattr(muon_module, "BATCH_BYTES", bound)
-    run_two_steps(cut, gradients)
-    for x in seen:
+    run_two_steps(bounded, gradients)
+    for x in batches:
         assert len(x) == 1 or x.numel() * x.element_size() <= bound
-    assert sum(len(x) for x in seen) == 2 * (4 + 1 + 2 + 6 + 3 + 1)
-    assert [len(x) for x in seen if x.shape[1:] == (4, 6)] == 2 * cuts
-    for one, other in zip(whole, cut):
+    assert sum(len(x) for x in batches) == 2 * (4 + 1 + 2 + 6 + 3 + 1)
+    assert [len(x) for x in batches if x.shape[1:] == (4, 6)] == 2 * batch_sizes
+    for one, other in zip(default, bounded):
         torch.testing.assert_close(one.parameter, other.parameter, **FLOAT64)
 
 
 def test_same_shapes_of_different_parameters_share_a_batch(monkeypatch) -> None:
-    """17 matrices of six shapes: the four of [10, 6] come from qkvg and from dense_gate_up."""
-    seen: list[torch.Size] = []
-    monkeypatch.setattr(muon_module, "orthogonalize", lambda x, *a: seen.append(x.shape) or orthogonalize(x, *a))
+    """17 matrices of six shapes; the four matrices [10, 6] come from qkvg and from dense_gate_up."""
+    shapes: list[torch.Size] = []
+    monkeypatch.setattr(muon_module, "orthogonalize", lambda x, *a: shapes.append(x.shape) or orthogonalize(x, *a))
     roles = make_roles()
     set_gradients(roles, make_gradients(0))
     Muon(roles, lr=0.1).step()
-    assert sorted(map(tuple, seen)) == [(1, 3, 6), (1, 6, 10), (2, 2, 6), (3, 6, 4), (4, 10, 6), (6, 4, 6)]
+    assert sorted(map(tuple, shapes)) == [(1, 3, 6), (1, 6, 10), (2, 2, 6), (3, 6, 4), (4, 10, 6), (6, 4, 6)]
 
 
 def test_init_state_changes_nothing() -> None:
@@ -201,7 +203,7 @@ def test_init_state_changes_nothing() -> None:
     for step in range(2):
         for roles, optimizer in zip((plain, prepared), optimizers):
             set_gradients(roles, make_gradients(step))
-            optimizer.init_state()  # again, after the first step: it must not clear anything
+            optimizer.init_state()  # after the first step too, where it must not reset anything
             optimizer.step()
     for one, other in zip(plain, prepared):
         assert torch.equal(one.parameter, other.parameter)
@@ -246,7 +248,7 @@ def test_dtensors_on_a_mesh_of_one_equal_plain_tensors(mesh) -> None:
             assert torch.equal(value.full_tensor(), optimizers[0].state[one.parameter][key])
 
 
-def test_mistakes_are_refused_before_the_first_step() -> None:
+def test_wrong_values_are_refused_before_the_first_step() -> None:
     roles = make_roles()
     with pytest.raises(UserError, match="'newton' is not a known set"):
         Muon(roles, lr=0.1, coefficients="newton")

@@ -1,4 +1,4 @@
-"""orthogonalize against the SVD, and each set of coefficients against the bounds its table promises."""
+"""orthogonalize against the SVD, and each set of coefficients against the bounds of its table."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ SHAPES = [(8, 8), (6, 20), (20, 6), (1, 7), (7, 1), (3, 8, 5), (2, 3, 4, 9)]
 
 
 def polynomial(sigma: np.ndarray, coefficients: str, steps: int = 5) -> np.ndarray:
-    """What the steps make of singular values, in float64."""
+    """Singular values after the steps, in float64."""
     triples = COEFFICIENTS[coefficients]
     for step in range(steps):
         a, b, c = triples[step] if step < len(triples) else triples[-1]
@@ -28,14 +28,14 @@ def polynomial(sigma: np.ndarray, coefficients: str, steps: int = 5) -> np.ndarr
 
 
 def matrices(shape: tuple[int, ...], least: float = 0.1) -> Tensor:
-    """float64 matrices whose singular values spread from `least` to 1, before any scaling."""
+    """float64 matrices with singular values evenly spaced from `least` to 1."""
     torch.manual_seed(sum(shape))
     u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     return u * torch.linspace(1.0, least, u.shape[-1], dtype=torch.float64) @ vh
 
 
 def test_dion_and_keller_are_the_published_triples() -> None:
-    """Written out a second time: a wrong digit would hide within the bounds."""
+    """A second copy of the numbers: the bounds alone would not reveal a wrong digit."""
     assert COEFFICIENTS["keller"] == [(3.4445, -4.7750, 2.0315)]
     a, b, c = zip(*COEFFICIENTS["dion"])
     assert a == (4.0848, 3.9505, 3.7418, 2.8769, 2.8366)
@@ -45,7 +45,7 @@ def test_dion_and_keller_are_the_published_triples() -> None:
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 def test_table_of_bounds_holds_and_is_tight(coefficients: str) -> None:
-    """Two million values in σ and as many in log σ. Stated to three digits, so no bound may be loose by more."""
+    """Two million values evenly in σ and as many in log σ. The bounds have three digits and may not be looser."""
     sigma = np.concatenate([np.logspace(-9, 0, 2_000_000), np.linspace(1e-9, 1, 2_000_000)])
     result = polynomial(sigma, coefficients)
     *bounds, slope = BOUNDS[coefficients]
@@ -59,10 +59,10 @@ def test_table_of_bounds_holds_and_is_tight(coefficients: str) -> None:
 
 
 def test_polar_express_is_optimal_step_by_step() -> None:
-    """What makes the paper's polynomials the best ones: each spreads its whole interval evenly about 1.
+    """The property of the paper's optimal polynomials: each maps its interval symmetrically about 1.
 
-    From [1e-3, 1] on, and without the division by 1.01; a wrong digit among the first ten breaks it (1e-11 is the
-    rounding of the published ones).
+    Starting from [1e-3, 1], without the division by 1.01. A wrong digit among the first ten breaks it (1e-11 is the
+    rounding of the published numbers).
     """
     least, largest = 1e-3, 1.0
     for step, (a, b, c) in enumerate(COEFFICIENTS["polar_express"][:-1]):
@@ -110,7 +110,7 @@ def test_lower_precision_stays_near_the_polar_factor(shape, coefficients, dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_result_has_the_dtype_of_the_argument_and_the_precision_asked_for(dtype: torch.dtype) -> None:
+def test_result_has_the_dtype_of_x_and_the_precision_of_dtype(dtype: torch.dtype) -> None:
     x = matrices((4, 6)).to(dtype)
     in_bf16, in_fp32 = orthogonalize(x), orthogonalize(x, dtype=torch.float32)
     assert in_bf16.dtype == in_fp32.dtype == dtype
@@ -133,7 +133,7 @@ def test_a_batch_is_its_matrices_one_by_one(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_zero_matrix_gives_zeros_and_leaves_its_neighbours_alone(dtype: torch.dtype) -> None:
+def test_zero_matrix_gives_zeros_and_does_not_affect_the_batch(dtype: torch.dtype) -> None:
     x = matrices((3, 4, 6)).float()
     whole = orthogonalize(x, dtype=dtype)
     x[1] = 0
@@ -143,7 +143,7 @@ def test_zero_matrix_gives_zeros_and_leaves_its_neighbours_alone(dtype: torch.dt
 
 
 def test_scale_does_not_matter_down_to_the_smallest_norm() -> None:
-    """Powers of two scale without rounding, so the bits are equal; 2⁻⁴⁰ is 1e-12. Far below, the result fades."""
+    """Powers of two scale without rounding, so the bits are equal; 2⁻⁴⁰ is 1e-12. Far below, the result goes to 0."""
     x = matrices((6, 9)).float()
     assert torch.equal(orthogonalize(x * 2.0**-40), orthogonalize(x))
     assert torch.equal(orthogonalize(x * 2.0**40), orthogonalize(x))
@@ -160,7 +160,7 @@ def test_past_its_end_a_set_repeats_its_last_triple(coefficients: str) -> None:
     assert coefficient_steps(coefficients, 11)[-1] == COEFFICIENTS[coefficients][-1]
 
 
-def test_mistakes_name_the_mend() -> None:
+def test_wrong_values_are_refused() -> None:
     with pytest.raises(UserError, match=r"'dino' is not a known set; use one of dion, keller, polar_express"):
         orthogonalize(torch.ones(2, 2), "dino")
     with pytest.raises(UserError, match=r"steps=0 .* use 1 or more"):
@@ -169,7 +169,7 @@ def test_mistakes_name_the_mend() -> None:
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6), (1, 7)])
 def test_flops_are_those_of_the_products(shape: tuple[int, int]) -> None:
-    """torch's own counter sees the same; it knows products alone."""
+    """Equal to torch's FlopCounterMode, which counts matrix products only."""
     with FlopCounterMode(display=False) as counter:
         orthogonalize(torch.randn(3, *shape), steps=4)
     assert counter.get_total_flops() == 3 * newton_schulz_flops(*shape, steps=4)

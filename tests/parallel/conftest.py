@@ -1,4 +1,4 @@
-"""Process groups of 2 and 4, started when a test first asks and kept for all that follow."""
+"""Process pools of 2 and 4 ranks, started at their first use and kept for all tests that follow."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,7 +9,7 @@ from tests.parallel.process_pool import ProcessPool
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Callable[[int], ProcessPool]]:
-    """processes(n) is the pool of n."""
+    """processes(n): the pool of n ranks."""
     pools: dict[int, ProcessPool] = {}
     yield lambda world: pools.setdefault(world, ProcessPool(world))
     for pool in pools.values():

@@ -1,4 +1,4 @@
-"""Some steps of a run on whatever process group there is, and everything that must not depend on it.
+"""Run some training steps on any mesh and record everything that must not depend on the mesh.
 
 Shapes: R rows of a global batch, S sequence, M MoE layers, K active experts.
 """
@@ -30,7 +30,7 @@ BOUND = 1e-10
 
 
 def config_of(settings: dict, words: list[str]) -> RunConfig:
-    """A config from settings and dotted words. The pool's processes are daemons, which may not start data workers."""
+    """A config from settings and dotted words, without data workers: the pool's processes are daemons."""
     words = ["data.workers=0", *words]
     return build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
 
@@ -42,10 +42,10 @@ def run_steps(
 
     Args:
         wrong: name of a mistake to make, from MISTAKES.
-        routes: [M, R, S, K] by step, taken in place of the router's choice.
+        routes: [M, R, S, K] for each step, in place of the router's choice.
     Returns:
-        "tokens", "routes": of this rank's rows, by step; and, whole, on every rank: "gradients" (raw, before clipping),
-        "counts", "metrics" by step, and the last "state".
+        "tokens" and "routes" of this rank's rows for each step; and, gathered, on every rank: "gradients" (before
+        clipping), "counts" and "metrics" for each step, and the final "state".
     """
     config = config_of(settings, words)
     ranks = mesh.start(config.parallel, config.model, 1, False)
@@ -53,25 +53,25 @@ def run_steps(
     model.init_weights(config.run.seed)
     optimizers = make_optimizers(config, model)
     stream = open_stream(config, ranks.rank, ranks.data_ranks)
-    seen: dict[str, list] = {key: [] for key in ("tokens", "routes", "gradients", "counts", "metrics")}
+    recorded: dict[str, list] = {key: [] for key in ("tokens", "routes", "gradients", "counts", "metrics")}
     with ExitStack() as stack:
         if wrong:
             stack.enter_context(MISTAKES[wrong][0](model))
         for step in range(steps):
             batch = uneven(stream.take(config.batch.sequences // ranks.data_ranks), ranks.is_first)
             forced = None if routes is None else routes[step][:, ranks.rank :: ranks.world]
-            with watched(model, seen, len(batch.tokens_BS), forced):
+            with recording(model, recorded, len(batch.tokens_BS), forced):
                 result = train_step(model, optimizers, batch, config, 1.0, ranks)
             assert result.skip_reason is None
-            seen["tokens"].append(batch.tokens_BS)
-            seen["metrics"].append(result.metrics)
+            recorded["tokens"].append(batch.tokens_BS)
+            recorded["metrics"].append(result.metrics)
     state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     state |= {name: whole(tensor) for name, tensor in optimizers.state_dict().items()}
-    return seen | {"state": state}
+    return recorded | {"state": state}
 
 
 def alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | None = None) -> dict[str, Any]:
-    """run_steps in this one process."""
+    """run_steps in this process alone."""
     try:
         return run_steps(settings, words, steps, None, routes)
     finally:
@@ -79,97 +79,99 @@ def alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | N
 
 
 def uneven(batch: Batch, first: bool) -> Batch:
-    """A batch whose first row has fewer targets, so that ranks count differently."""
+    """A batch whose first row has fewer targets if `first`: ranks then have different numbers of valid targets."""
     if first:
         batch.targets_BS[0, :11] = -100
     return batch
 
 
 @contextmanager
-def watched(model: torch.nn.Module, seen: dict[str, list], rows: int, forced: Tensor | None = None) -> Iterator[None]:
-    """Note the raw gradients, the counts and the routes of one step; forced: this rank's routes, [M, rows, S, K]."""
+def recording(
+    model: torch.nn.Module, recorded: dict[str, list], rows: int, forced: Tensor | None = None
+) -> Iterator[None]:
+    """Record raw gradients, counts and routes of one step; forced: this rank's routes [M, rows, S, K], or None."""
     routes: list[Tensor] = []
     clip, route, counts_of = step_module.clip_, trinity_kernels.route, step_module.total_counts
 
-    def clip_after_a_look(gradients: list[Tensor], norm: Tensor, most: float) -> None:
+    def record_gradients(gradients: list[Tensor], norm: Tensor, most: float) -> None:
         named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        seen["gradients"].append({name: whole(grad) for name, grad in named.items()})
+        recorded["gradients"].append({name: whole(grad) for name, grad in named.items()})
         clip(gradients, norm, most)
 
-    def noted_route(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def record_route(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         indices, counts = route(*args, **kwargs)
         if forced is not None:
             part, layer = divmod(len(routes), len(forced))
             size = len(indices) // forced.shape[2]
             indices = forced[layer, part * size : (part + 1) * size].flatten(0, 1)
             counts = torch.bincount(indices.flatten(), minlength=len(counts))
-        if torch._C._current_graph_task_id() == -1:  # not while backward computes a block again
+        if torch._C._current_graph_task_id() == -1:  # not while backward recomputes a block
             routes.append(indices.clone())
         return indices, counts
 
-    def noted_counts(parts: list) -> Tensor:
+    def record_counts(parts: list) -> Tensor:
         counts = counts_of(parts)
-        seen["counts"].append(counts.clone())
+        recorded["counts"].append(counts.clone())
         return counts
 
     with (
-        mock.patch.object(step_module, "clip_", clip_after_a_look),
-        mock.patch.object(trinity_kernels, "route", noted_route),
-        mock.patch.object(step_module, "total_counts", noted_counts),
+        mock.patch.object(step_module, "clip_", record_gradients),
+        mock.patch.object(trinity_kernels, "route", record_route),
+        mock.patch.object(step_module, "total_counts", record_counts),
     ):
         yield
     layers = sum(isinstance(module, MoE) for module in model.modules())
     parts = [torch.stack(routes[at : at + layers]) for at in range(0, len(routes), layers)]
     by_row = [part.unflatten(1, (rows // len(parts), -1)) for part in parts]
-    seen["routes"].append(torch.cat(by_row, dim=1).sort(dim=-1).values)  # [M, rows, S, K]
+    recorded["routes"].append(torch.cat(by_row, dim=1).sort(dim=-1).values)  # [M, rows, S, K]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of all of a tensor."""
+    """A copy of the full tensor."""
     return tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
-def dealt(per_rank: list[dict[str, Any]], key: str, dim: int) -> list[Tensor]:
-    """What each rank saw of its rows, in the order of the global batch, by step."""
+def in_batch_order(per_rank: list[dict[str, Any]], key: str, dim: int) -> list[Tensor]:
+    """The records of all ranks' rows in the order of the global batch, for each step."""
     return [torch.stack(parts, dim=dim + 1).flatten(dim, dim + 1) for parts in zip(*(run[key] for run in per_rank))]
 
 
 def assert_same(
     per_rank: list[dict[str, Any]], expected: dict[str, Any], bound: float = BOUND, state: bool = True
 ) -> None:
-    """Every rank's account of a run is that of one process: data, counts and routes exactly, numbers to a bound.
+    """Assert that every rank's records equal those of one process: data, counts and routes exactly, floats to a bound.
 
     Args:
-        state: whether the weights, biases and optimizer state at the end are compared too.
+        state: whether to compare the final weights, biases and optimizer state too.
     """
     for key, dim in (("tokens", 0), ("routes", 1)):
-        for found, wanted in zip(dealt(per_rank, key, dim), expected[key], strict=True):
-            assert torch.equal(found, wanted), key
+        for actual, reference in zip(in_batch_order(per_rank, key, dim), expected[key], strict=True):
+            assert torch.equal(actual, reference), key
     for run in per_rank:
-        for found, wanted in zip(run["counts"], expected["counts"], strict=True):
-            assert torch.equal(found, wanted), "counts"
-        for step, (found, wanted) in enumerate(zip(run["gradients"], expected["gradients"], strict=True)):
-            assert_tensors(found, wanted, bound, f"raw gradient of step {step}")
-        for step, (found, wanted) in enumerate(zip(run["metrics"], expected["metrics"], strict=True)):
-            assert found.keys() == wanted.keys()
-            for name, value in wanted.items():
-                assert abs(found[name] - value) <= bound * max(1, abs(value)), f"metric {name} of step {step}"
+        for actual, reference in zip(run["counts"], expected["counts"], strict=True):
+            assert torch.equal(actual, reference), "counts"
+        for step, (actual, reference) in enumerate(zip(run["gradients"], expected["gradients"], strict=True)):
+            assert_tensors(actual, reference, bound, f"raw gradient of step {step}")
+        for step, (actual, reference) in enumerate(zip(run["metrics"], expected["metrics"], strict=True)):
+            assert actual.keys() == reference.keys()
+            for name, value in reference.items():
+                assert abs(actual[name] - value) <= bound * max(1, abs(value)), f"metric {name} of step {step}"
         if state:
             assert_tensors(run["state"], expected["state"], bound, "state")
 
 
-def assert_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float, what: str) -> None:
-    """Equal names, and values to the bound, relative to the largest value of each tensor or absolutely."""
-    assert found.keys() == wanted.keys(), what
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, f"{what}: {name}"
-        far = (found[name].double() - tensor.double()).abs().max().item() if tensor.numel() else 0.0
+def assert_tensors(actual: dict[str, Tensor], reference: dict[str, Tensor], bound: float, what: str) -> None:
+    """Assert equal names, and values to the bound times max(1, largest value of the tensor)."""
+    assert actual.keys() == reference.keys(), what
+    for name, tensor in reference.items():
+        assert actual[name].dtype == tensor.dtype, f"{what}: {name}"
+        far = (actual[name].double() - tensor.double()).abs().max().item() if tensor.numel() else 0.0
         assert far <= bound * max(1.0, tensor.abs().max().item()), f"{what}: {name} is {far:.1e} away"
 
 
 @contextmanager
 def _scaled_expert_gradients(model: torch.nn.Module) -> Iterator[None]:
-    """Expert gradients multiplied by the expert degree, which neither Muon nor SMEBU sees."""
+    """Multiply expert gradients by the expert degree, to which neither Muon nor SMEBU reacts."""
     for block in model.blocks:
         if block.sparse:
             block.ffn.experts.set_gradient_divide_factor(0.5)
@@ -178,7 +180,7 @@ def _scaled_expert_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _counts_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
-    """Each rank balances by its own counts."""
+    """Balance by each rank's own counts."""
     own = lambda parts: torch.stack([part.counts_ME for part in parts]).sum(dim=0)  # noqa: E731
     with mock.patch.object(step_module, "total_counts", own):
         yield
@@ -186,7 +188,7 @@ def _counts_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _norm_twice(model: torch.nn.Module) -> Iterator[None]:
-    """Experts' gradients counted twice in the norm."""
+    """Count experts' gradients twice in the norm."""
     norm = step_module.global_norm
 
     def doubled(gradients: list[Tensor], group: dist.ProcessGroup) -> Tensor:
@@ -198,14 +200,14 @@ def _norm_twice(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _valid_not_reduced(_model: torch.nn.Module) -> Iterator[None]:
-    """Each rank divides its loss by its own valid targets (times the ranks)."""
+    """Divide each rank's loss by its own valid targets (times the ranks)."""
     with mock.patch.object(step_module, "_all_reduce_count", lambda count: int(count) * dist.get_world_size()):
         yield
 
 
 @contextmanager
-def _shards_orthogonalised(_model: torch.nn.Module) -> Iterator[None]:
-    """Newton-Schulz on the rows that a rank holds, as if they were the matrix."""
+def _shards_orthogonalized(_model: torch.nn.Module) -> Iterator[None]:
+    """Apply Newton-Schulz to each rank's rows as if they were the whole matrix."""
 
     def on_shards(optimizer: Muon, batch: MatrixBatch, _factors: Any, rate: float) -> Iterator[None]:
         for stack in batch.stacks:
@@ -221,11 +223,11 @@ def _shards_orthogonalised(_model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-# what is done wrong, and where the comparison must find it
+# name of the mistake → how to make it, and the comparison that must fail
 MISTAKES: dict[str, tuple[Callable[[torch.nn.Module], Any], str]] = {
     "expert gradients scaled by the expert degree": (_scaled_expert_gradients, r"raw gradient.*experts"),
     "counts not reduced": (_counts_not_reduced, "counts"),
     "an expert's norm counted twice": (_norm_twice, "metric grad_norm"),
     "valid targets not reduced": (_valid_not_reduced, "raw gradient"),
-    "shards orthogonalised": (_shards_orthogonalised, r"state: blocks.*(qkvg|gate_up|down|out)"),
+    "shards orthogonalized": (_shards_orthogonalized, r"state: blocks.*(qkvg|gate_up|down|out)"),
 }

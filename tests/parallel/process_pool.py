@@ -1,8 +1,8 @@
-"""Process groups that are started once and then run many cases: a gloo group of N processes behind one method.
+"""A pool of N processes in one gloo group, started once for many tests.
 
-A case is a function of a test file, run on every rank; what it returns on each comes back as a list. It finds the
-default process group made. If it fails or hangs on one rank, the group is thrown away and the test fails with that
-rank's traceback.
+A case is a module-level function of a test file. The pool runs it on every rank, with the default process group
+initialized, and returns the results as a list. If it fails or hangs on one rank, the pool ends its processes and the
+test fails with that rank's traceback.
 """
 
 import importlib
@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
 
-SECONDS = 120
-"""How long one case may take; a collective that waits longer is a rank that is missing."""
+TIMEOUT = 120
+"""Seconds for one case, and for one collective."""
 
 
 class ProcessPool:
@@ -35,26 +35,26 @@ class ProcessPool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
-        """case(*args) on every rank; the results in order of rank.
+        """Call case(*args) on every rank; return the results in order of rank.
 
         Args:
-            case: a function at the top of a module; args and result: anything that torch.save takes.
+            case: a module-level function; its arguments and result can be saved by torch.save.
         """
         if not self._workers:
             self._start()
-        task = _packed((case.__module__, case.__qualname__, args))
+        task = _serialize((case.__module__, case.__qualname__, args))
         for _, pipe in self._workers:
             pipe.send_bytes(task)
         results = {}
         while len(results) < self.world:
             waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers) if rank not in results}
-            ready = wait(list(waiting), timeout=SECONDS)
+            ready = wait(list(waiting), timeout=TIMEOUT)
             if not ready:
-                self._fail(f"ranks {sorted(waiting.values())} of {self.world} did not answer in {SECONDS} s")
+                self._fail(f"ranks {sorted(waiting.values())} of {self.world} did not answer in {TIMEOUT} s")
             for pipe in ready:
                 rank = waiting[pipe]
                 try:
-                    good, value = _unpacked(pipe.recv_bytes())
+                    good, value = _deserialize(pipe.recv_bytes())
                 except EOFError:
                     self._fail(f"rank {rank} of {self.world} died")
                 if not good:
@@ -63,7 +63,7 @@ class ProcessPool:
         return [results[rank] for rank in range(self.world)]
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process, pipe in self._workers:
             pipe.close()
             process.kill()
@@ -74,11 +74,11 @@ class ProcessPool:
         context = get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.world):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world, str(store), there), daemon=True)
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_work, args=(rank, self.world, str(store), child_end), daemon=True)
             process.start()
-            there.close()
-            self._workers.append((process, here))
+            child_end.close()
+            self._workers.append((process, parent_end))
 
     def _fail(self, reason: str) -> None:
         self.close()
@@ -87,30 +87,32 @@ class ProcessPool:
 
 def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # that gathering is slow
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
+        logging.ERROR
+    )  # its warning that gathering is slow
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    # A mesh has process groups, each with threads that live as long as the process: equal meshes are made once.
+    # Equal meshes are made once: a mesh has process groups, whose threads live as long as the process.
     device_mesh.init_device_mesh = dist.init_device_mesh = cache(device_mesh.init_device_mesh)
     while True:
         try:
-            module, name, args = _unpacked(pipe.recv_bytes())
-        except (EOFError, ConnectionResetError):  # the tests are over
+            module, name, args = _deserialize(pipe.recv_bytes())
+        except (EOFError, ConnectionResetError):  # the parent closed the pipe
             return
         try:
             answer = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             answer = False, traceback.format_exc()
-        pipe.send_bytes(_packed(answer))
+        pipe.send_bytes(_serialize(answer))
 
 
-def _packed(value: Any) -> bytes:
+def _serialize(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def _unpacked(data: bytes) -> Any:
+def _deserialize(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=False)

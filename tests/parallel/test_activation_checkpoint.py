@@ -1,4 +1,4 @@
-"""Recompute of blocks: the same bits as without it, in one process and over meshes, and what is done twice."""
+"""Activation checkpointing: the same bits as without it, on one process and over meshes, and what is recomputed."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,8 +28,8 @@ ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 EXCHANGE = "_c10d_functional::all_to_all_single"
 
 
-class Count(TorchDispatchMode):
-    """How often each operation really ran: what recompute kept does not reach it."""
+class OperationCounter(TorchDispatchMode):
+    """Counts executed operations; a saved output does not run again and is not counted again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class Count(TorchDispatchMode):
 
 
 def gradients(model: Trinity, random: torch.Generator, tokens: int) -> tuple[dict[str, Tensor], Counter[str]]:
-    """Every gradient, and of two batches one after the other, how often each operation ran."""
-    with Count() as count:
+    """Every gradient after two batches, and how often each operation ran."""
+    with OperationCounter() as count:
         for _ in range(2):
             tokens_BS = torch.randint(50, (2, tokens), generator=random)
             losses = model(tokens_BS, targets_BS=tokens_BS.roll(1), z=1e-3)
@@ -52,7 +52,7 @@ def gradients(model: Trinity, random: torch.Generator, tokens: int) -> tuple[dic
 
 
 def alone(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
-    """In this process, in fp32: where sums are done again in another order it shows."""
+    """In this process, in fp32: a recomputed sum in another order would change bits."""
     model = Trinity(CONFIG)
     model.init_weights(0)
     if kind != "none":
@@ -62,7 +62,7 @@ def alone(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
 
 @pytest.mark.parametrize(("kind", "experts", "attention"), [("block", 2, 2), ("selective", 1, 1)])
 def test_one_process(kind: str, experts: int, attention: int) -> None:
-    """Routing runs once a layer and forward pass; experts and attention as often as their kind says."""
+    """Routing runs once per layer and forward pass; experts and attention twice if recomputed, else once."""
     (found, ran), (expected, _) = alone(kind), alone("none")
     assert ran["trinity::route"] == 2 * SPARSE
     assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
@@ -72,7 +72,7 @@ def test_one_process(kind: str, experts: int, attention: int) -> None:
 
 
 def sharded(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
-    """On every rank of a mesh, in bf16, ranks with different tokens."""
+    """On every rank of a mesh, in bf16, with different tokens on each rank."""
     ranks = join_meshes(sizes, torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(CONFIG)
@@ -88,7 +88,7 @@ def sharded(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
     ("sizes", "world"), [(Sizes(1, 2, 2, 1, "experts"), 2), (Sizes(1, 4, 2, 2, "experts"), 4)], ids=["2", "4 in pairs"]
 )
 def test_over_meshes(processes: Callable[[int], ProcessPool], sizes: Sizes, world: int) -> None:
-    """Under FSDP and with experts split: tokens are exchanged again by `block` alone, counts never.
+    """Under FSDP with split experts: only `block` exchanges tokens again, and counts are never exchanged again.
 
     A layer exchanges counts, tokens, choices and sums in forward, sums, tokens and choices in backward.
     """

@@ -1,4 +1,4 @@
-"""Probes of several processes: the logit is that of one process, and a rank that is slow is named."""
+"""Attention probe over several processes: the max logit equals that of one process, and a straggler is named."""
 
 import json
 import time
@@ -21,7 +21,7 @@ WORDS = [
 
 
 def run(settings: dict, words: list[str], slow: int | None = None) -> int:
-    """A run of the config, attention taking 20 ms more on one rank; its code."""
+    """Exit code of a run in which attention takes 20 ms more on rank `slow`."""
     forward = Attention.forward
 
     def slowly(self: Attention, *args: object) -> object:
@@ -37,8 +37,8 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_ranks_and_a_slow_one(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """In float64, to 1e-10 (test_every_mesh): the first of four rows is the first rank's on both meshes."""
+def test_max_logit_and_straggler_of_two_ranks(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """In float64, to 1e-10 (test_every_mesh): rank 0 probes the first of four rows on both meshes."""
     try:
         assert run(recipe(tmp_path / "one"), []) == 0
     finally:

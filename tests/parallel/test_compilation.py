@@ -1,4 +1,4 @@
-"""Compiled blocks compute what uncompiled ones do, on a mesh with split experts too."""
+"""Compiled blocks equal uncompiled ones, on a mesh with split experts too; and the warning of compile_blocks."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -15,21 +15,21 @@ from tests.parallel.mesh_runs import alone, assert_same, run_steps
 from trinity.parallel import compilation
 from trinity.parallel.compilation import compile_blocks
 
-# The same sums in another order, rounded to fp32: as another mesh (test_every_mesh.FP32_BOUND).
+# The same sums in another order in fp32: the bound for another mesh (test_every_mesh.FP32_BOUND).
 BOUND = 1e-5
-# AdamW with a wide ε, as in test_every_mesh.WIDE_EPSILON: at its usual one it makes a step of what is rounding alone.
+# AdamW with a large ε, as test_every_mesh.WIDE_EPSILON: with the usual one, rounding alone makes a full step.
 WORDS = ["optim.adamw.eps=1e-4", "batch.sequences=4", "batch.ramp=[]", "batch.microbatch=2", "model.layers=3"]
 
 
 def compiled_steps(settings: dict, words: list[str], steps: int) -> dict[str, Any]:
-    """run_steps, and how many graphs were compiled on the way."""
+    """run_steps, and the number of compiled graphs."""
     counters["stats"].clear()
     return run_steps(settings, words, steps) | {"graphs": counters["stats"]["unique_graphs"]}
 
 
 @pytest.mark.slow
 def test_compiled_blocks(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """Two steps on two processes that split the experts, against one that compiles nothing; and graphs there are."""
+    """Two steps on two processes that split the experts, against one without compilation; graphs were compiled."""
     settings = recipe(tmp_path / "run")
     words = [*WORDS, "compile=block", "parallel.expert=2"]
     runs = processes(2).run(compiled_steps, settings, words, 2)
@@ -46,7 +46,7 @@ class Toy(torch.nn.Module):
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], int]]:
-    """compiled(shapes): rows of so many lengths go through compiled toys; returns how many graphs that made."""
+    """compiled(shapes): run compiled toy blocks on rows of `shapes` different lengths; return the number of graphs."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     logger = logging.getLogger("torch._dynamo.convert_frame")
     monkeypatch.setattr(logger, "filters", [])
@@ -61,24 +61,24 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], int]]:
                 assert torch.equal(block(torch.ones(length)), torch.full((length,), 2.0))
         return counters["stats"]["unique_graphs"]
 
-    with torch._dynamo.config.patch(recompile_limit=3):  # put back in the end
+    with torch._dynamo.config.patch(recompile_limit=3):  # restored at the end
         yield run
     torch._dynamo.reset()
 
 
-def test_a_phase_with_validation_stays_compiled(compiled: Callable, capfd: pytest.CaptureFixture) -> None:
-    """More shapes than torch's own limit of 8: a graph for each."""
+def test_more_shapes_than_torchs_default_limit_stay_compiled(compiled: Callable, capfd: pytest.CaptureFixture) -> None:
+    """20 shapes, above torch's default limit of 8: a graph for each."""
     assert compiled(20) == 20
     assert "warning" not in capfd.readouterr().err
 
 
-def test_a_fallback_is_said_once(
+def test_the_recompile_limit_is_warned_of_once(
     compiled: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(compilation, "LIMIT", 3)
     assert compiled(3) == 3
     assert "warning: compile=block" not in capfd.readouterr().err
     assert compiled(6) == 3
-    said = capfd.readouterr().err
-    assert said.count("warning: compile=block: 'forward' (") == 1
-    assert "was compiled 3 times" in said
+    printed = capfd.readouterr().err
+    assert printed.count("warning: compile=block: 'forward' (") == 1
+    assert "was compiled 3 times" in printed

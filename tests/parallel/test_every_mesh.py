@@ -1,8 +1,8 @@
-"""The same run on any mesh: data, routes, counts, raw gradients, norm, weights, biases and state equal one process.
+"""A run on any mesh equals one process: data, routes, counts, raw gradients, norm, weights, biases and state.
 
-In float64, to 1e-10: rounding is 1e-16, Newton-Schulz amplifies it by some 500 a step, and five steps follow.
-In fp32 the same amplification of 1e-7 leaves what FP32_BOUND says, measured; in bf16 a route would flip, so there one
-step is compared and its routes are forced.
+In float64 to 1e-10: rounding is 1e-16, Newton-Schulz amplifies it by about 500 per step, over five steps.
+In fp32 the same amplification of 1e-7 gives FP32_BOUND (measured). In bf16 routes would flip, so one step with forced
+routes is compared.
 """
 
 import itertools
@@ -28,10 +28,10 @@ from trinity.training.train_step import train_step
 STEPS = 5
 FLOAT64 = ["precision.compute=float64", "optim.muon.dtype=float64"]
 FP32_BOUND = 1e-5  # of the largest value of a tensor; 1e-6 measured over these meshes
-# A gradient that cancels to 1e-7 out of terms of 0.1 is rounding alone, and AdamW at its usual ε makes a step of it.
+# A gradient that cancels to 1e-7 from terms of 0.1 is only rounding, and AdamW at its usual ε makes a full step of it.
 WIDE_EPSILON = ["optim.adamw.eps=1e-4"]
 BF16_BOUND = 1e-2  # 3e-3 measured: a rank's gradients are rounded to 8 bits before they are added in fp32
-# the clip at 0.5 bites in every step, the batch of 12 gives 2 ranks 6 rows and 4 ranks 3
+# clipping at 0.5 applies in every step; a batch of 12 is 6 rows for each of 2 ranks, 3 for each of 4
 BATCH = ["batch.sequences=12", "batch.ramp=[]"]
 FEW_EXPERTS = ["model.experts=3"]
 TWO_EXPERTS = ["model.experts=2", "model.active_experts=1"]
@@ -57,7 +57,7 @@ def settings(recipe: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def expected(settings: dict) -> Callable[[list[str], int], dict[str, Any]]:
-    """expected(words, steps): what one process does, computed once for each."""
+    """expected(words, steps): the records of one process, computed once for each."""
     done: dict[tuple, dict[str, Any]] = {}
 
     def once(words: list[str], steps: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def expected(settings: dict) -> Callable[[list[str], int], dict[str, Any]]:
     return once
 
 
-# What every test run compares: each mesh once, these in more ways; the rest is for `make test-slow`.
+# Every test run compares each mesh once and these meshes in more ways; the rest is in `make test-slow`.
 OFTEN = ("shard 2, expert 2", "shard 4, expert 2", "replicate 2 × shard 2, expert 2")
 
 
@@ -93,7 +93,7 @@ def often_and_slow() -> Iterator[Any]:
 def test_equals_one_process(
     settings: dict, processes: Callable, expected: Callable, name: str, recompute: str, microbatches: int
 ) -> None:
-    """The grid. Gradients of several microbatches are reduced after each, or (where blocks are recomputed) once."""
+    """The grid. Gradients of several microbatches are reduced after each, or (with recompute) once per step."""
     world, words = MESHES[name]
     defer = "on" if recompute == "block" else "off"
     words = [*FLOAT64, *BATCH, *words, f"batch.microbatch={12 // world // microbatches}"]
@@ -104,7 +104,7 @@ def test_equals_one_process(
 
 @pytest.mark.parametrize("name", often_and_slow())
 def test_in_fp32(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
-    """Two steps of the recipe as it is run on a CPU."""
+    """Two steps of the recipe as it runs on a CPU."""
     world, words = MESHES[name]
     words = [*BATCH, *WIDE_EPSILON, *words, f"batch.microbatch={12 // world}"]
     runs = processes(world).run(run_steps, settings, words, 2)
@@ -113,9 +113,9 @@ def test_in_fp32(settings: dict, processes: Callable, expected: Callable, name: 
 
 @pytest.mark.parametrize("name", often_and_slow())
 def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
-    """As on a GPU: bf16 compute under fp32 masters, routes forced to those of one process in float64.
+    """As on a GPU: bf16 compute with fp32 masters, routes forced to those of one process in float64.
 
-    Raw gradients, counts and figures; the weights after so small a step would agree whatever it was.
+    Compares raw gradients, counts and figures; a single step is too small to show in the weights.
     """
     world, words = MESHES[name]
     model = [word for word in words if word.startswith("model.")]
@@ -128,7 +128,7 @@ def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callabl
 
 @pytest.mark.parametrize("wrong", MISTAKES)
 def test_mistakes_are_caught(settings: dict, processes: Callable, expected: Callable, wrong: str) -> None:
-    """The comparison that the grid makes fails for each, in one step."""
+    """The comparison of the grid fails for each mistake, in one step."""
     world, words = MESHES["shard 4, expert 2"]
     words = [*FLOAT64, *BATCH, *words, "batch.microbatch=3"]
     with pytest.raises(AssertionError, match=MISTAKES[wrong][1]):
@@ -136,7 +136,7 @@ def test_mistakes_are_caught(settings: dict, processes: Callable, expected: Call
 
 
 def initial_weights(settings: dict, words: list[str]) -> dict[str, torch.Tensor]:
-    """What a run on this mesh starts with."""
+    """The gathered initial weights of a run on this mesh."""
     config = config_of(settings, words)
     ranks = mesh.start(config.parallel, config.model, 1, False)
     model = build_model(config, ranks)
@@ -146,7 +146,7 @@ def initial_weights(settings: dict, words: list[str]) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("name", MESHES)
 def test_initial_weights(settings: dict, processes: Callable, name: str) -> None:
-    """Bit for bit those of an unsharded model, though each rank makes only what it owns."""
+    """Bit for bit those of an unsharded model, although each rank makes only its shards."""
     world, words = MESHES[name]
     config = config_of(settings, words)
     model = Trinity(config.model)
@@ -158,7 +158,7 @@ def test_initial_weights(settings: dict, processes: Callable, name: str) -> None
 
 
 def one_policy(block: Any, kept: Callable, cast: Callable, experts: Callable, policy: MixedPrecisionPolicy) -> None:
-    """What is wrong to do in place of sharding._shard_block: norms and router as the rest of the block."""
+    """A wrong fsdp._shard_block: norms and router get the policy of the rest of the block."""
     shard_block(block, partial(kept, mp_policy=policy), cast, experts, policy)
 
 
@@ -166,24 +166,24 @@ shard_block = fsdp._shard_block
 
 
 def dtypes_inside(settings: dict, words: list[str], wrong: bool) -> dict[str, str]:
-    """The format of each parameter and buffer while its module computes, in bf16."""
+    """The dtype of each parameter and buffer while its module computes, in bf16."""
     config = config_of(settings, [*BATCH, *words, "precision.compute=bfloat16"])
     ranks = mesh.start(config.parallel, config.model, 1, False)
     one_group = mock.patch.object(fsdp, "_shard_block", one_policy)
     with one_group if wrong else nullcontext():
         model = build_model(config, ranks)
     model.init_weights(0)
-    found: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
 
     def note(module: torch.nn.Module, _inputs: object, name: str) -> None:
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        found.update({f"{name}.{key}": str(tensor.dtype) for key, tensor in tensors})
+        dtypes.update({f"{name}.{key}": str(tensor.dtype) for key, tensor in tensors})
 
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(partial(note, name=name))  # after FSDP's own, which gathers
+        module.register_forward_pre_hook(partial(note, name=name))  # runs after FSDP's hook, which gathers
     batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(2), False)
     model(batch.tokens_BS, targets_BS=batch.targets_BS)
-    return found
+    return dtypes
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -210,43 +210,42 @@ def collectives_of_a_step(settings: dict, words: list[str]) -> tuple[dict, dict[
     optimizers = make_optimizers(config, model)
     batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(3), False)
     train_step(model, optimizers, batch, config, 1.0, ranks)
-    with count_collectives() as seen:
+    with count_collectives() as traffic:
         train_step(model, optimizers, batch, config, 1.0, ranks)
     gathered = {name: 4 * p.numel() for name, p in model.named_parameters()}
-    return {key: tuple(value) for key, value in seen.items()}, gathered
+    return {key: tuple(value) for key, value in traffic.items()}, gathered
 
 
 def test_collectives_of_a_step(settings: dict, processes: Callable) -> None:
-    """How often and how many bytes of what, for one mesh: a step that says more than it must is seen here.
+    """Calls and bytes of every kind for one mesh: unnecessary communication fails here.
 
     Five blocks, four of them sparse. Every matrix's rows divide by 4 ranks, so no gather is padded.
     """
     words = [*BATCH, "parallel.shard=4", "parallel.expert=2", "batch.microbatch=3"]
     runs = processes(4).run(collectives_of_a_step, settings, words)
-    travelled = 0
-    for seen, sizes in runs:
+    exchanged = 0
+    for traffic, sizes in runs:
         experts = sum(size for name, size in sizes.items() if ".experts." in name) // 2  # a rank gathers its half
         dense = sum(size for name, size in sizes.items() if ".experts." not in name)
         ending = sizes["norm.gain"] + sizes["head.weight"]
         # of 4 ranks, in float64: CE and valid targets of 3 rows, four more, and the entropy of 4 layers
         figures = 4 * 8 * (3 + 3 + 4 + 4)
-        assert seen.keys() == {(kind, 4) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")} | {
-            (kind, 2) for kind in ("all_gather", "reduce_scatter", "all_to_all")
-        }
-        # over the 4 ranks of a copy: 13 groups (two a block, embedding, norm, head), forward and, but for the last two,
-        # backward
-        assert seen["all_gather", 4] == (13 + 11 + 1, 2 * dense - ending + figures)
-        assert seen["reduce_scatter", 4] == (13, dense)
+        assert traffic.keys() == {
+            (kind, 4) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+        } | {(kind, 2) for kind in ("all_gather", "reduce_scatter", "all_to_all")}
+        # over the 4 ranks of shard: 13 groups (two per block, embedding, norm, head) in forward, 11 in backward
+        assert traffic["all_gather", 4] == (13 + 11 + 1, 2 * dense - ending + figures)
+        assert traffic["reduce_scatter", 4] == (13, dense)
         # valid targets; counts of 4 layers × 8 experts; the squared norm
-        assert seen["all_reduce", 4] == (3, 8 + 4 * 8 * 8 + 8)
-        # over the 2 ranks that share the experts' parts
-        assert seen["all_gather", 2] == (4 + 4, 2 * experts)
-        assert seen["reduce_scatter", 2] == (4, experts)
-        # over the 2 ranks that split them, a layer: counts, tokens, choices, sums; backward sums, tokens, choices
-        assert seen["all_to_all", 2][0] == 4 * (4 + 3)
-        # Muon: there and back for each of six shapes: q gate out, k v, dense gate up, dense down, router, shared
-        calls, size = seen["all_to_all", 4]
+        assert traffic["all_reduce", 4] == (3, 8 + 4 * 8 * 8 + 8)
+        # over the 2 ranks of expert_shard
+        assert traffic["all_gather", 2] == (4 + 4, 2 * experts)
+        assert traffic["reduce_scatter", 2] == (4, experts)
+        # over the 2 ranks of expert, per layer: counts, tokens, choices, sums; in backward sums, tokens, choices
+        assert traffic["all_to_all", 2][0] == 4 * (4 + 3)
+        # Muon: to the owners and back for six shapes: q gate out, k v, dense gate up, dense down, router, shared
+        calls, size = traffic["all_to_all", 4]
         assert calls % 2 == 0
-        travelled += size
+        exchanged += size
         muons = sum(size for name, size in sizes.items() if "norm" not in name and name.startswith("blocks"))
-    assert travelled == 2 * (muons - 2 * experts)
+    assert exchanged == 2 * (muons - 2 * experts)

@@ -1,4 +1,4 @@
-"""Experts split over 2 and 4 processes against the same experts all on every rank.
+"""Experts split over 2 and 4 processes against all experts on every rank.
 
 In float64 both sides round at 1e-16 and sums have some hundred terms: 1e-12.
 
@@ -21,7 +21,7 @@ from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
 from trinity.models.moe import Experts, MoE
-from trinity.models.token_dispatcher import local
+from trinity.models.token_dispatcher import local_dispatch
 from trinity.parallel import deep_ep, expert_parallel
 from trinity.parallel.expert_parallel import AllToAll, split_experts
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
@@ -40,14 +40,14 @@ def config_of(active: int) -> ModelConfig:
 
 
 def ranks_of(shape: str = "split") -> Ranks:
-    """The meshes of all processes of the pool: experts over all of them, or over pairs."""
+    """The meshes over all processes of the pool: experts split over all of them, or over pairs."""
     world = dist.get_world_size()
     expert = world if shape == "split" else 2
     return join_meshes(Sizes(1, world, expert, world // expert, "experts"), torch.device("cpu"))
 
 
 def distinct(tokens: int, active: int, among: range, random: torch.Generator) -> Tensor:
-    """[T, K] experts, different for one token."""
+    """[T, K] experts, distinct for each token."""
     return torch.rand(tokens, len(among), generator=random).argsort(dim=1)[:, :active] + among.start
 
 
@@ -65,7 +65,7 @@ ROUTES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
 
 
 def make(case: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """x, indices, gates and the output's gradient on this rank, and whole experts that are equal on every rank."""
+    """x, indices and gates of this rank, and the output's gradient."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     random = torch.Generator().manual_seed(100 + rank)
     indices_TK = ROUTES[case](rank, ranks, random)
@@ -86,7 +86,7 @@ def whole_experts(active: int, dtype: torch.dtype) -> Experts:
 
 
 def split(experts: Experts, ranks: Ranks) -> tuple[Experts, AllToAll]:
-    """The experts of this rank, and what brings tokens to them."""
+    """The experts of this rank, and their dispatcher."""
     moe = MoE(config_of(1)).to(experts.down.dtype)
     moe.experts = experts
     split_experts(moe, ranks.experts)
@@ -94,10 +94,10 @@ def split(experts: Experts, ranks: Ranks) -> tuple[Experts, AllToAll]:
 
 
 def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) -> dict[str, Tensor]:
-    """The output and every gradient, the weights' as this process holds them."""
+    """The output and every gradient; of sharded weights, this rank's part."""
     x_TD, indices_TK, gates_TK = inputs
     x_TD, gates_TK = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
-    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=lambda: 3 * x_TD)
+    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=lambda: 3 * x_TD)
     assert torch.equal(three, 3 * x_TD)
     wanted = [x_TD, gates_TK, *experts.parameters()]
     grads = torch.autograd.grad(y_TD, wanted, dy_TD)
@@ -105,12 +105,12 @@ def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) 
     return dict(zip(("y", "x", "gates", "gate_up", "down"), (y_TD.detach(), *grads)))
 
 
-def both_ways(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """On one rank: through all_to_all, and with all experts here in float64."""
+def split_and_local(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """On one rank: by all_to_all, and with all experts on this rank in float64."""
     inputs, dy_TD = make(case, dtype)
     experts = whole_experts(inputs[1].shape[1], dtype)
     expected = run(
-        local, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
+        local_dispatch, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
     )
     here, dispatcher = split(experts.to(dtype), ranks_of())
     found = run(dispatcher, here, inputs, dy_TD)
@@ -118,7 +118,7 @@ def both_ways(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[st
 
 
 def errors(per_rank: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, float]:
-    """The largest relative L2 distance of each tensor; experts' gradients against their sum over all ranks' tokens."""
+    """The largest relative L2 error of each tensor; experts' gradients against their sum over all ranks' tokens."""
     far: dict[str, float] = {}
     totals = {name: sum(expected[name] for _, expected in per_rank) for name in ("gate_up", "down")}
     for rank, (found, expected) in enumerate(per_rank):
@@ -133,20 +133,20 @@ def errors(per_rank: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("case", list(ROUTES))
-def test_equals_all_experts_here(processes: Pools, world: int, case: str) -> None:
-    """Outputs and gradients of x and gates of each rank; of each expert, the sum over all ranks' tokens."""
-    found = errors(processes(world).run(both_ways, case, torch.float64))
+def test_equals_all_experts_on_one_rank(processes: Pools, world: int, case: str) -> None:
+    """Outputs and gradients of x and gates on each rank; of each expert, the sum over all ranks' tokens."""
+    found = errors(processes(world).run(split_and_local, case, torch.float64))
     assert max(found.values()) <= BOUND, found
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_narrower_formats(processes: Pools, dtype: torch.dtype, bound: float) -> None:
-    """The bounds of the experts' own tests: bf16 rounds 2⁻⁹ each, once more here, where a partial sum is sent."""
-    found = errors(processes(4).run(both_ways, "uneven", dtype))
+def test_lower_precision(processes: Pools, dtype: torch.dtype, bound: float) -> None:
+    """The bounds of the experts' tests: bf16 rounds by 2⁻⁹, here once more where a partial sum is sent."""
+    found = errors(processes(4).run(split_and_local, "uneven", dtype))
     assert max(found.values()) <= bound, found
 
 
-def twice(case: str) -> bool:
+def same_bits_twice(case: str) -> bool:
     inputs, dy_TD = make(case, torch.bfloat16)
     experts, dispatcher = split(whole_experts(inputs[1].shape[1], torch.bfloat16), ranks_of())
     first, second = (run(dispatcher, experts, inputs, dy_TD) for _ in range(2))
@@ -154,13 +154,13 @@ def twice(case: str) -> bool:
 
 
 def test_repetition_gives_the_same_bits(processes: Pools) -> None:
-    assert all(processes(4).run(twice, "more choices than a rank has experts"))
+    assert all(processes(4).run(same_bits_twice, "more choices than a rank has experts"))
 
 
 class Record(TorchDispatchMode):
-    """Notes what is exchanged, as (rows, width) by destination, and a name for whatever else is asked for."""
+    """Records the all-to-alls, as (width, rows for each rank), and the names of other operations of interest."""
 
-    WATCHED = {
+    RECORDED = {
         "_c10d_functional::wait_tensor": "wait", "trinity::exchanged_counts": "host waits",
         "trinity::expert_mlp": "experts",
         "trinity::expert_mlp_backward": "experts backward",
@@ -179,74 +179,81 @@ class Record(TorchDispatchMode):
             self.sent.append((rows.shape[1], list(splits)))
         elif op.name() == "aten::index_select":
             self.events.append(f"gather {len(args[2])}")
-        elif op.name() in self.WATCHED:
-            self.events.append(self.WATCHED[op.name()])
+        elif op.name() in self.RECORDED:
+            self.events.append(self.RECORDED[op.name()])
         return op(*args, **(kwargs or {}))
 
 
-class Watched(torch.autograd.Function):
-    """Identity that says when it runs."""
+class RecordedIdentity(torch.autograd.Function):
+    """Identity that records when it runs."""
 
     @staticmethod
     def forward(ctx, x: Tensor, events: list[str]) -> Tensor:
         ctx.events = events
-        events.append("meanwhile")
+        events.append("overlap")
         return x * 1
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.events.append("meanwhile backward")
+        ctx.events.append("overlap backward")
         return grad, None
 
 
-def what_happens(case: str) -> tuple[list[str], list[str], list[tuple[int, list[int]]], Tensor]:
-    """Events of forward and of backward, what was sent, and the experts chosen on this rank."""
+def events_of_a_pass(case: str) -> tuple[list[str], list[str], list[tuple[int, list[int]]], Tensor]:
+    """Events of forward and of backward, the rows sent, and the experts chosen on this rank."""
     (x_TD, indices_TK, gates_TK), _ = make(case, torch.float64)
     experts, dispatcher = split(whole_experts(indices_TK.shape[1], torch.float64), ranks_of())
     x_TD.requires_grad_()
     gates_TK.requires_grad_()
     with Record() as record:
-        meanwhile = lambda: Watched.apply(x_TD, record.events)  # noqa: E731
-        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, meanwhile=meanwhile)
+        overlap = lambda: RecordedIdentity.apply(x_TD, record.events)  # noqa: E731
+        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=overlap)
         forward = len(record.events)
         (y_TD.sum() + other_TD.sum()).backward()
     return record.events[:forward], record.events[forward:], record.sent, indices_TK
 
 
-def test_the_shared_expert_computes_while_tokens_travel(processes: Pools) -> None:
-    """Both ways: everything is started before it and awaited after it. The host waits once, when rows are gathered.
+def test_the_shared_expert_overlaps_the_exchange(processes: Pools) -> None:
+    """In forward and backward every transfer starts before it and is awaited after it. The host waits once.
 
     D = 6 wide: tokens and sums; 2K = 4: gates with choices; 2: counts.
     """
-    for forward, backward, sent, indices_TK in processes(4).run(what_happens, "uneven"):
+    for forward, backward, sent, indices_TK in processes(4).run(events_of_a_pass, "uneven"):
         most, exactly = indices_TK.numel(), sum(sent[1][1])
         assert forward == [
-            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "meanwhile",
+            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "overlap",
             "wait", "wait", "experts", "start 6", "wait",
         ]  # fmt: skip
         assert backward == [
-            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "meanwhile backward",
+            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "overlap backward",
             "wait", "wait",
         ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ["uneven", "every expert", "all choices on the last rank", "one hot expert"])
-def test_a_token_goes_once_to_a_rank(processes: Pools, case: str) -> None:
-    """Not once to each of its experts there: rows to each rank, forward and back, counted from the choices."""
-    results = processes(4).run(what_happens, case)
-    goes = [
-        [sum(any(e // 2 == there for e in chosen) for chosen in indices.tolist()) for there in range(4)]
+def test_a_token_is_sent_once_to_a_rank(processes: Pools, case: str) -> None:
+    """Not once per expert: rows to each rank, in forward and backward, counted from the choices."""
+    results = processes(4).run(events_of_a_pass, case)
+    rows_to = [
+        [sum(any(e // 2 == rank for e in chosen) for chosen in indices.tolist()) for rank in range(4)]
         for _, _, _, indices in results
     ]
     for rank, (_, _, sent, indices) in enumerate(results):
-        from_me, to_me, width = goes[rank], [row[rank] for row in goes], 2 * indices.shape[1]
+        outgoing, incoming, width = rows_to[rank], [row[rank] for row in rows_to], 2 * indices.shape[1]
         counts, *rows = sent
         assert counts == (2, [1, 1, 1, 1])
-        assert rows == [(D, from_me), (width, from_me), (D, to_me), (D, from_me), (D, to_me), (width, to_me)]
+        assert rows == [
+            (D, outgoing),
+            (width, outgoing),
+            (D, incoming),
+            (D, outgoing),
+            (D, incoming),
+            (width, incoming),
+        ]
 
 
 def layer(active: int) -> MoE:
-    """A float64 layer with the same values on every rank, and a bias that changes choices."""
+    """A float64 layer with the same values on every rank, and a nonzero expert bias."""
     moe = MoE(config_of(active)).double()
     random = torch.Generator().manual_seed(1)
     for tensor in (*moe.parameters(), moe.expert_bias, moe.expert_momentum):
@@ -254,8 +261,8 @@ def layer(active: int) -> MoE:
     return moe
 
 
-def layer_both_ways(shape: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A whole MoE layer on this rank, its experts split and not: outputs and gradients."""
+def layer_split_and_local(shape: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and gradients of a whole MoE layer on this rank, with split experts and with all of them."""
     rank, found = dist.get_rank(), []
     random = torch.Generator().manual_seed(50 + rank)
     x_BSD = torch.randn(2, 3 + rank, D, generator=random, dtype=torch.float64)
@@ -274,8 +281,8 @@ def layer_both_ways(shape: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("shape", ["split", "pairs"])
 def test_a_whole_layer(processes: Pools, shape: str) -> None:
-    """Router and shared expert do not notice; in pairs, ranks 0 and 1 split one set of experts, and so do 2 and 3."""
-    results, size = processes(4).run(layer_both_ways, shape), 4 if shape == "split" else 2
+    """Router and shared expert are unaffected; in pairs, ranks 0 and 1 split one set of experts, and so do 2 and 3."""
+    results, size = processes(4).run(layer_split_and_local, shape), 4 if shape == "split" else 2
     for rank, (found, expected) in enumerate(results):
         for name, wanted in expected.items():
             if "experts" in name:
@@ -285,7 +292,7 @@ def test_a_whole_layer(processes: Pools, shape: str) -> None:
 
 
 def split_parameters(device: str) -> list[tuple[Any, ...]]:
-    """Name, placement, shapes, bytes held and values of experts' parameters after splitting."""
+    """Name, placement, shapes, allocated elements and values of experts' parameters after splitting."""
     moe = layer(2) if device == "cpu" else MoE(config_of(2)).to(device)
     split_experts(moe, ranks_of().experts)
     found = []
@@ -299,7 +306,7 @@ def split_parameters(device: str) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_split_parameters(processes: Pools, device: str) -> None:
-    """Two of eight experts a rank, in order, nothing else in memory, on meta too; still parameters that learn."""
+    """Two of eight experts per rank, in order, no other in memory, on meta too; the parameters still require grad."""
     whole = dict(layer(2).experts.named_parameters())
     for rank, parameters in enumerate(processes(4).run(split_parameters, device)):
         assert [name for name, *_ in parameters] == ["gate_up", "down"]
@@ -311,27 +318,27 @@ def test_split_parameters(processes: Pools, device: str) -> None:
                 assert torch.equal(values, whole[name][2 * rank : 2 * rank + 2])
 
 
-def unsplit() -> tuple[bool, bool]:
+def split_over_one_rank() -> tuple[bool, bool]:
     moe = layer(2)
     world = dist.get_world_size()
     split_experts(moe, join_meshes(Sizes(1, world, 1, world, "experts"), torch.device("cpu")).experts)
-    return moe.dispatcher is local, any(isinstance(p, DTensor) for p in moe.parameters())
+    return moe.dispatcher is local_dispatch, any(isinstance(p, DTensor) for p in moe.parameters())
 
 
 def test_one_rank_with_all_experts_changes_nothing(processes: Pools) -> None:
-    assert processes(2).run(unsplit) == [(True, False)] * 2
+    assert processes(2).run(split_over_one_rank) == [(True, False)] * 2
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_opcheck_of_the_counts(tokens: int) -> None:
-    """Schema, fake tensors and tracing, by torch's own checker; nothing is under way here, so nothing is awaited."""
+    """Schema, fake tensors and tracing, by torch's opcheck; nothing is in flight, so nothing is awaited."""
     counts = torch.full((4, 2), tokens)
     assert torch.equal(expert_parallel.exchanged_counts(counts, counts + 1), torch.stack((counts, counts + 1)))
     torch.library.opcheck(torch.ops.trinity.exchanged_counts.default, (counts, counts + 1))
 
 
-class PlayedBuffer:
-    """DeepEP's Buffer as it is documented, its kernels played by our own exchange."""
+class FakeBuffer:
+    """DeepEP's Buffer as documented, with TokenExchange in place of its kernels."""
 
     def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[None, ...]:
         self.share = num_experts // dist.get_world_size()
@@ -366,27 +373,27 @@ class PlayedBuffer:
         return handle.finish_combine(handle.start_combine(x)), weights, None
 
 
-def played_deep_ep(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """As both_ways, through the DeepEP class with a played buffer."""
+def deep_ep_and_local(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As split_and_local, by the DeepEP class with a FakeBuffer."""
     inputs, dy_TD = make(case, torch.float64)
     experts = whole_experts(inputs[1].shape[1], torch.float64)
-    expected = run(local, experts, inputs, dy_TD)
+    expected = run(local_dispatch, experts, inputs, dy_TD)
     here, _ = split(experts, ranks_of())
     with mock.patch.object(deep_ep, "find_spec", return_value=True):
         dispatcher = deep_ep.DeepEP(dist.group.WORLD, E)
-    with mock.patch.object(dispatcher, "_buffer_for", return_value=PlayedBuffer()):
+    with mock.patch.object(dispatcher, "_buffer_for", return_value=FakeBuffer()):
         return run(dispatcher, here, inputs, dy_TD), expected
 
 
 @pytest.mark.parametrize("case", ["uneven", "a rank without tokens"])
-def test_our_side_of_deep_ep(processes: Pools, case: str) -> None:
-    """Gradients of tokens and gates are combined, those of sums dispatched; DeepEP's own kernels need GPUs."""
-    found = errors(processes(2).run(played_deep_ep, case))
+def test_deep_ep_with_a_fake_buffer(processes: Pools, case: str) -> None:
+    """Gradients of tokens and gates are combined, those of sums dispatched; DeepEP's kernels need GPUs."""
+    found = errors(processes(2).run(deep_ep_and_local, case))
     assert max(found.values()) <= BOUND, found
 
 
 @pytest.mark.skipif(find_spec("deep_ep") is not None, reason="deep_ep is installed")
-def test_deep_ep_is_missing() -> None:
+def test_deep_ep_not_installed_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"exchange=deep_ep needs the package deep_ep.* use parallel\.exchange=all_to_all"
     ):
@@ -394,7 +401,7 @@ def test_deep_ep_is_missing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deep_ep_on_a_cpu(dtype: torch.dtype) -> None:
+def test_deep_ep_on_a_cpu_is_refused(dtype: torch.dtype) -> None:
     with mock.patch.object(deep_ep, "find_spec", return_value=True):
         dispatcher = deep_ep.DeepEP(None, 8)
     x_TD = torch.ones(2, D, dtype=dtype)

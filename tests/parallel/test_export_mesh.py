@@ -1,4 +1,4 @@
-"""Export and import of a model whose parts lie on many ranks: the files and the weights of one process, bit for bit."""
+"""Export and import of a sharded model: the files and weights equal those of one process, bit for bit."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ MESHES = {
 
 
 def filled(config: ModelConfig) -> Trinity:
-    """A whole model no two of whose tensors are alike."""
+    """A whole model with no two equal tensors."""
     model = Trinity(config)
     model.init_weights(1)
     generator = torch.Generator().manual_seed(2)
@@ -52,7 +52,7 @@ def filled(config: ModelConfig) -> Trinity:
 
 
 def load_and_export(config: ModelConfig, words: dict, source: Path, target: Path) -> dict[str, Tensor]:
-    """Read a folder into a sharded model and write it from there; the weights that were read, gathered."""
+    """Load a folder into a sharded model and export it again; return the loaded weights, gathered."""
     world = dist.get_world_size()
     ranks = join_meshes(sizes(world, config, **words), torch.device("cpu"))
     with torch.device("meta"):
@@ -66,7 +66,7 @@ def load_and_export(config: ModelConfig, words: dict, source: Path, target: Path
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_round_trip(processes: Callable, tmp_path: Path, mesh: str) -> None:
-    """One process's folder → every rank's own rows → the same folder."""
+    """Folder of one process → shards on every rank → the same folder."""
     world, words, changes = MESHES[mesh]
     config = ModelConfig(**(SIZES | changes))
     model = filled(config)
@@ -82,8 +82,8 @@ def test_round_trip(processes: Callable, tmp_path: Path, mesh: str) -> None:
     assert all(torch.equal(many[name], tensor) for name, tensor in one.items())
 
 
-def refused(folder: Path) -> str:
-    """What each rank is told of an export onto something else."""
+def export_error(folder: Path) -> str:
+    """The error message on this rank when the folder is not an earlier export."""
     ranks = join_meshes(sizes(dist.get_world_size()), torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(ModelConfig(**SIZES))
@@ -95,22 +95,22 @@ def refused(folder: Path) -> str:
     return ""
 
 
-def test_a_refusal_reaches_every_rank(processes: Callable, tmp_path: Path) -> None:
-    """Only the first rank looks at the folder; the others would wait for ever to gather."""
+def test_a_user_error_reaches_every_rank(processes: Callable, tmp_path: Path) -> None:
+    """Only rank 0 checks the folder; without its error the others would hang in a gather."""
     (tmp_path / "mine.txt").write_text("not an export")
-    said = f"{tmp_path} exists and is not an earlier export; give the name of a folder to make"
-    assert processes(2).run(refused, tmp_path) == [said, said]
+    message = f"{tmp_path} exists and is not an earlier export; give the name of a folder to make"
+    assert processes(2).run(export_error, tmp_path) == [message, message]
 
 
 def export_of_a_run(run: Path, target: Path) -> int:
-    """What tools/export_hf.py does under torchrun."""
+    """As tools/export_hf.py under torchrun."""
     model, _, step = load_sharded_model(run)
     export_hf(model, target, dtype=torch.float32)
     return step
 
 
-def test_the_export_of_a_checkpoint_too_large_for_one_process(processes: Callable, tmp_path: Path) -> None:
-    """Each of four processes reads a quarter of the checkpoint; the files are those of the whole model."""
+def test_export_of_a_checkpoint_by_four_processes(processes: Callable, tmp_path: Path) -> None:
+    """Each of four processes reads a quarter of the checkpoint; the files equal those of the whole model."""
     config = ModelConfig(**SIZES)
     model = filled(config)
     save_config(RunConfig(run=RunSection(steps=5), model=config), tmp_path / "config.yaml")

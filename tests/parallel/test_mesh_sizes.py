@@ -1,4 +1,4 @@
-"""Which meshes a config means, and the sentence that refuses one that cannot be."""
+"""The mesh of a config, and the error messages for configs that fit none."""
 
 from dataclasses import replace
 from itertools import product
@@ -15,12 +15,12 @@ from trinity.parallel.mesh import Sizes, check_parallel
 
 
 def sizes(world: int, model: ModelConfig = ZOO["smoke"], **words: int) -> Sizes:
-    """check_parallel of a config's words."""
+    """check_parallel of parallel settings."""
     return check_parallel(ParallelConfig(**words), model, world)
 
 
-def test_large_is_as_the_report_runs_it() -> None:
-    """FSDP groups of 128, experts split among the 8 GPUs of a node, 16 copies on 2048; 16 ranks hold 2 experts each."""
+def test_large_as_in_the_report() -> None:
+    """FSDP groups of 128, experts split among the 8 GPUs of a node, 16 replicas on 2048; 16 ranks shard each share."""
     found = sizes(2048, ZOO["large"], replicate=-1, shard=128, expert=8)
     assert found == Sizes(replicate=16, shard=128, expert=8, expert_shard=16, experts_by="experts")
 
@@ -37,7 +37,7 @@ def test_large_is_as_the_report_runs_it() -> None:
     ],
 )
 def test_sizes(world: int, words: dict[str, int], expected: tuple) -> None:
-    """−1 takes what is left; experts are cut by width only where ranks outnumber them."""
+    """−1 is the remaining factor; experts are sharded by width only where ranks outnumber them."""
     assert ZOO["smoke"].experts == 16
     assert ZOO["smoke"].expert_width % 16 == 0
     assert sizes(world, **words) == Sizes(*expected)
@@ -85,7 +85,7 @@ def test_sizes(world: int, words: dict[str, int], expected: tuple) -> None:
     ],
 )
 def test_refusals(world: int, words: dict[str, int], sentence: str) -> None:
-    """Each names the value and what would do."""
+    """Each message names the wrong value and a valid one."""
     with pytest.raises(UserError) as refused:
         sizes(world, **words)
     assert str(refused.value) == sentence
@@ -106,7 +106,7 @@ def test_neither_experts_nor_width_divide() -> None:
     "model", [ZOO["smoke"], ZOO["large"], ModelConfig(experts=3, active_experts=2, expert_width=20)]
 )
 def test_advice_is_accepted(model: ModelConfig) -> None:
-    """Whatever is refused, over a grid of meshes and numbers of processes: the settings that are named make a mesh."""
+    """Over a grid of configs and numbers of processes: the settings that an error message names are valid."""
     refused = 0
     for world, replicate, shard, expert, context in product(
         (1, 2, 6, 8, 24, 64, 96), (-1, 0, 1, 3), (-1, 1, 4, 128), (-1, 1, 3, 8), (1, 2)
@@ -125,26 +125,26 @@ def test_advice_is_accepted(model: ModelConfig) -> None:
 
 
 def test_experts_do_not_matter_without_sparse_layers() -> None:
-    """A dense model has no experts to cut."""
+    """A dense model has no experts to shard."""
     model = ModelConfig(layers=2, dense_layers=2, experts=3, active_experts=2, expert_width=20)
     assert sizes(8, model).shard == 8
 
 
-def where_i_am(words: dict[str, int]) -> tuple:
-    """This rank's coordinates in both views."""
+def coordinates(words: dict[str, int]) -> tuple:
+    """This rank's coordinates in both meshes."""
     found = mesh.join_meshes(sizes(dist.get_world_size(), **words), torch.device("cpu"))
     return found.rank, tuple(found.dense.get_coordinate()), tuple(found.experts.get_coordinate())
 
 
-def test_two_views_of_one_order(processes) -> None:
-    """rank = replica · 2 + place in the copy; neighbours split the experts."""
-    assert processes(4).run(where_i_am, {"replicate": 2, "shard": 2, "expert": 2}) == [
+def test_coordinates_of_both_meshes(processes) -> None:
+    """rank = replica · 2 + coordinate in shard; neighbours split the experts."""
+    assert processes(4).run(coordinates, {"replicate": 2, "shard": 2, "expert": 2}) == [
         (0, (0, 0), (0, 0, 0)),
         (1, (0, 1), (0, 0, 1)),
         (2, (1, 0), (1, 0, 0)),
         (3, (1, 1), (1, 0, 1)),
     ]
-    assert processes(4).run(where_i_am, {"shard": 4, "expert": 2}) == [
+    assert processes(4).run(coordinates, {"shard": 4, "expert": 2}) == [
         (0, (0, 0), (0, 0, 0)),
         (1, (0, 1), (0, 0, 1)),
         (2, (0, 2), (0, 1, 0)),

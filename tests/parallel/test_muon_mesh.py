@@ -25,8 +25,8 @@ from trinity.optim.muon import Muon
 from trinity.optim.muon_reference import ReferenceMuon
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 
-# name, kind, shape, rows. Cut over 4 ranks, qkvg's pieces lie on 2, 1, 2 and 2 of them; o, router and one leave ranks
-# without a row, and one, a single row, all but the first.
+# name, kind, shape, rows. Sharded over 4 ranks, the packed matrices of qkvg lie on 2, 1, 2 and 2 of them; o and router
+# leave ranks without a row, and one, a single row, leaves all but the first.
 FORMS = [
     ("qkvg", "matrix", (23, 6), (9, 2, 3, 9)),
     ("o", "matrix", (6, 10), (6,)),
@@ -41,7 +41,7 @@ FLOAT64 = {"momentum": 0.9, "weight_decay": 0.3, "dtype": torch.float64}
 
 
 class Mesh(NamedTuple):
-    """Sizes, and what expert_shard cuts: 0 the experts, 2 their width."""
+    """Mesh sizes, and the dimension that expert_shard shards: 0 the experts, 2 their width."""
 
     replicate: int
     expert_shard: int
@@ -75,19 +75,19 @@ def meshes(mesh: Mesh) -> Ranks:
 
 
 def place(whole: Tensor, kind: str, mesh: Mesh | None) -> nn.Parameter:
-    """A parameter of its own, sharded by FSDP2; without a mesh, as it is."""
+    """A new parameter, sharded by FSDP2; unsharded if `mesh` is None."""
     holder = nn.Module()
     holder.x = nn.Parameter(whole.clone())
     if mesh is None:
         return holder.x
     ranks = meshes(mesh)
-    over, name = (ranks.experts, "expert_shard") if kind == "experts" else (ranks.dense, "shard")
+    device_mesh, name = (ranks.experts, "expert_shard") if kind == "experts" else (ranks.dense, "shard")
     if kind == "experts" and mesh.expert > 1:
-        mine = whole.chunk(mesh.expert)[over.get_local_rank("expert")].clone()
-        holder.x = nn.Parameter(DTensor.from_local(mine, over["expert"], [Shard(0)], run_check=False))
+        part = whole.chunk(mesh.expert)[device_mesh.get_local_rank("expert")].clone()
+        holder.x = nn.Parameter(DTensor.from_local(part, device_mesh["expert"], [Shard(0)], run_check=False))
     fully_shard(
         holder,
-        mesh=over[name] if mesh.replicate == 1 else over["replicate", name],
+        mesh=device_mesh[name] if mesh.replicate == 1 else device_mesh["replicate", name],
         shard_placement_fn=(lambda _: Shard(mesh.dim)) if kind == "experts" and mesh.dim else None,
     )
     return holder.x
@@ -100,7 +100,7 @@ def make_roles(mesh: Mesh | None, forms: list[tuple] = FORMS) -> list[Role]:
 
 
 def make_gradients(step: int, forms: list[tuple] = FORMS) -> dict[str, Tensor | None]:
-    """Expert 2 starves in steps 1 and 2, expert 5 almost: all but the last part of its width. In 3, two have none."""
+    """Expert 2 has no gradient in steps 1 and 2, expert 5 only in the last part of its width; in 3, two are missing."""
     generator = torch.Generator().manual_seed(100 + step)
     gradients = {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, _, shape, _ in forms}
     if "gate_up" in gradients and step in (1, 2):
@@ -147,20 +147,20 @@ def train(mesh: Mesh | None, steps: int = 5, options: dict[str, Any] = FLOAT64) 
 
 
 def assert_equal(results: list[dict[str, Any]], expected: dict[str, Any], mesh: Mesh) -> None:
-    """Every rank's whole tensors are those of one process, and replicas hold the same bits."""
-    copy = mesh.world // mesh.replicate
+    """Assert that every rank's gathered tensors equal those of one process, and that replicas hold the same bits."""
+    ranks_of_a_replica = mesh.world // mesh.replicate
     for rank, result in enumerate(results):
         assert result["whole"].keys() == expected["whole"].keys()
         for key, x in result["whole"].items():
             torch.testing.assert_close(x, expected["whole"][key], rtol=0, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
         for key, x in result["held"].items():
-            assert torch.equal(x, results[rank % copy]["held"][key]), key
+            assert torch.equal(x, results[rank % ranks_of_a_replica]["held"][key]), key
         assert result["counts"] == expected["counts"]
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_steps_equal_one_process(processes: Callable, name: str) -> None:
-    """Weights, momentum and starved_steps after five steps, with starving and missing gradients."""
+    """Weights, momentum and starved_steps after five steps, with starved experts and missing gradients."""
     mesh = MESHES[name]
     expected = train(None)
     assert expected["counts"] == [0, 3, 3, 8, 0]  # by hand: gate, up and down of one expert; all downs; none
@@ -170,7 +170,7 @@ def test_steps_equal_one_process(processes: Callable, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["shard 4, expert 2", "shard 4, width by 4", "replicate 2, shard 2"])
 def test_small_batches_change_nothing(processes: Callable, name: str) -> None:
-    """One matrix a batch on each owner: some ranks own one of a batch where others own none."""
+    """One matrix per batch on each owner: some ranks own a matrix of a batch, others none."""
     options = FLOAT64 | {"share": "on"}
     results = processes(MESHES[name].world).run(train_in_small_batches, MESHES[name], options)
     assert_equal(results, train(None), MESHES[name])
@@ -181,8 +181,8 @@ def train_in_small_batches(mesh: Mesh, options: dict[str, Any]) -> dict[str, Any
         return train(mesh, 5, options)
 
 
-def test_sharing_changes_no_bit_but_by_batching(processes: Callable) -> None:
-    """Sharing moves float64 as it is, so only smaller batches may round otherwise; momentum sees nothing of it.
+def test_sharing_changes_bits_only_by_batch_size(processes: Callable) -> None:
+    """Sharing sends float64 unrounded, so only smaller batches may round differently; momentum does not change.
 
     1e-12: some roundings of 2⁻⁵³, times Newton-Schulz's slope of less than 1e3 at the smallest singular values.
     """
@@ -192,13 +192,13 @@ def test_sharing_changes_no_bit_but_by_batching(processes: Callable) -> None:
         torch.testing.assert_close(x, off[key], rtol=0, atol=1e-12 if key[1] == "weight" else 0)
 
 
-def test_a_coarse_wire_rounds_what_travels_and_nothing_else(processes: Callable) -> None:
-    """One step from gradients whose singular values are equal: experts stay at home, to 1e-10; the rest is rounded.
+def test_a_bf16_wire_rounds_only_what_is_sent(processes: Callable) -> None:
+    """One step from gradients with equal singular values: experts are not sent (1e-10), the rest is rounded.
 
-    bf16 rounds each element by up to 2⁻⁹ of it: so U, scaled to norm 1 for Newton-Schulz, by 2⁻⁹ in norm. UΣVᵀ goes to
-    U p(Σ)Vᵀ, by which a disturbance grows at most by the larger of |p'| and p(σ)/σ: 4 at σ = 1/√k, which the k equal
-    singular values are, for k = 2, 3, 4, 6 (for k = 1 scaling takes it out). The result, of norm √6·1.03, is rounded
-    once more.
+    bf16 rounds each element by up to 2⁻⁹ of it, and so U, scaled to norm 1 for Newton-Schulz, by 2⁻⁹ in norm. UΣVᵀ maps
+    to U p(Σ)Vᵀ, which amplifies an error by at most the larger of |p'| and p(σ)/σ: 4 at σ = 1/√k, the value of k equal
+    singular values, for k = 2, 3, 4, 6 (for k = 1 the scaling removes the error). The result, of norm √6·1.03, is
+    rounded once more.
     """
     results = processes(4).run(one_even_step, MESHES["shard 4, expert 2"], FLOAT64 | {"wire": "bfloat16"})
     exact = one_even_step(None, FLOAT64)
@@ -225,20 +225,20 @@ def one_even_step(mesh: Mesh | None, options: dict[str, Any]) -> dict[str, Tenso
     return {role.name: full(role.parameter) for role in roles}
 
 
-def test_a_gradient_that_one_rank_lacks_is_zero_there(processes: Callable) -> None:
-    """In the second step the other rank's rows have theirs. No one waits for ever. qkvg's 23 rows are 12 and 11."""
+def test_a_gradient_missing_on_one_rank_is_zero_there(processes: Callable) -> None:
+    """In the second step only rank 0 has a gradient, and no rank hangs. qkvg's 23 rows are 12 and 11."""
     role = make_roles(None, FORMS[:1])[0]
     optimizer = ReferenceMuon([role], lr=0.1, **FLOAT64)
     for step in range(2):
         role.parameter.grad = make_gradients(step)["qkvg"]
         role.parameter.grad[12 if step else 23 :] = 0
         optimizer.step()
-    for result in processes(2).run(two_steps_lacking):
+    for result in processes(2).run(two_steps_with_a_missing_gradient):
         torch.testing.assert_close(result, role.parameter.detach(), rtol=0, atol=1e-10)
 
 
-def two_steps_lacking() -> Tensor:
-    """qkvg, for which rank 1 has no gradient in the second step."""
+def two_steps_with_a_missing_gradient() -> Tensor:
+    """qkvg after two steps; rank 1 has no gradient in the second."""
     mesh = MESHES["shard 2"]
     roles = make_roles(mesh, FORMS[:1])
     optimizer = Muon(roles, lr=0.1, **FLOAT64)
@@ -251,8 +251,8 @@ def two_steps_lacking() -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["shard 4, expert 2", "shard 4, expert 2, width by 2", "replicate 2, shard 2"])
-def test_state_lies_as_its_parameter_does(processes: Callable, name: str) -> None:
-    """But starved_steps is whole where the width is cut: what a checkpoint needs to save it on another mesh."""
+def test_state_is_placed_as_its_parameter(processes: Callable, name: str) -> None:
+    """Except starved_steps, replicated where the width is sharded: a checkpoint can be loaded on another mesh."""
     for placements in processes(4).run(state_placements, MESHES[name]):
         for key, (of_parameter, of_state) in placements.items():
             cut_width = "starved_steps" in key and "width" in name
@@ -271,76 +271,76 @@ def state_placements(mesh: Mesh) -> dict[str, tuple[list, list]]:
 
 
 class Recorder(TorchDispatchMode):
-    """The collectives and batched products of what runs under it, in order: name and bytes of what is sent."""
+    """Records collectives (name, bytes sent) and batched matrix products, in order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, int]] = []
+        self.calls: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function.namespace in ("c10d", "_c10d_functional"):
             sent = args[0][0] if function._opname == "allreduce_" else args[1]
-            self.seen.append((function._opname, sent.nbytes))
+            self.calls.append((function._opname, sent.nbytes))
         elif function._opname == "baddbmm":
-            self.seen.append(("baddbmm", 0))
+            self.calls.append(("baddbmm", 0))
         return function(*args, **(kwargs or {}))
 
 
 def recorded_step(mesh: Mesh, names: list[str], options: dict[str, Any]) -> list[tuple[str, int]]:
-    """What one step of Muon over the named parameters calls, on this rank."""
+    """The calls of one step of Muon over the named parameters, on this rank."""
     forms = [form for form in FORMS if form[0] in names]
     roles = make_roles(mesh, forms)
     optimizer = Muon(roles, lr=0.1, **options)
     set_gradients(roles, make_gradients(0, forms), mesh)
     with Recorder() as recorder:
         optimizer.step()
-    return recorder.seen
+    return recorder.calls
 
 
 EXPERTS = ["gate_up", "down"]
 
 
 @pytest.mark.parametrize("name", ["shard 2", "shard 2, expert 2", "shard 4, expert 2", "shard 4, expert 4"])
-def test_experts_call_no_one(processes: Callable, name: str) -> None:
-    """No collective of any kind, under the dispatcher's eyes, where each expert lies whole on a rank."""
-    for seen in processes(MESHES[name].world).run(recorded_step, MESHES[name], EXPERTS, FLOAT64):
-        assert {name for name, _ in seen} == {"baddbmm"}
+def test_experts_need_no_collective(processes: Callable, name: str) -> None:
+    """No collective passes the dispatcher where each expert lies whole on a rank."""
+    for calls in processes(MESHES[name].world).run(recorded_step, MESHES[name], EXPERTS, FLOAT64):
+        assert {name for name, _ in calls} == {"baddbmm"}
 
 
-def test_dense_matrices_travel_once_each_way_by_shape(processes: Callable) -> None:
-    """Two exchanges a batch: [9, 6], [2, 6], [3, 6], [6, 10], [10, 6] and [1, 6]. All that is sent, in bf16 here, is
-    every element to its owner and back; the experts' products run while the first exchange is under way.
+def test_dense_matrices_are_sent_once_each_way_by_shape(processes: Callable) -> None:
+    """Two all-to-alls per batch: [9, 6], [2, 6], [3, 6], [6, 10], [10, 6] and [1, 6]. Each element is sent once to its
+    owner and once back, in bf16 here; the experts' products run while the first all-to-all is in flight.
     """
     everything = [name for name, *_ in FORMS]
     results = processes(4).run(recorded_step, MESHES["shard 4, expert 2"], everything, FLOAT64 | {"wire": "bfloat16"})
     elements = 23 * 6 + 60 + 20 * 6 + 18 + 6
-    for seen in results:
-        assert [name for name, _ in seen if name != "baddbmm"] == ["alltoall_base_"] * 12
-        first = [name for name, _ in seen].index("alltoall_base_")
-        assert seen[first + 1][0] == "baddbmm"
-    assert sum(size for seen in results for _, size in seen) == 2 * 2 * elements
+    for calls in results:
+        assert [name for name, _ in calls if name != "baddbmm"] == ["alltoall_base_"] * 12
+        first = [name for name, _ in calls].index("alltoall_base_")
+        assert calls[first + 1][0] == "baddbmm"
+    assert sum(size for calls in results for _, size in calls) == 2 * 2 * elements
 
 
-def test_experts_cut_by_width_travel(processes: Callable) -> None:
-    """Two exchanges for each of two shapes, and one byte a matrix to ask whether any rank had a gradient for it."""
-    for seen in processes(4).run(recorded_step, MESHES["shard 4, width by 4"], EXPERTS, FLOAT64):
-        assert sorted(name for name, _ in seen if name != "baddbmm") == ["allreduce_"] + ["alltoall_base_"] * 4
-        assert dict(seen)["allreduce_"] == 8 * 2 + 8
+def test_experts_sharded_by_width_are_sent(processes: Callable) -> None:
+    """Two all-to-alls for each of two shapes, and one byte per matrix to find those without gradient on any rank."""
+    for calls in processes(4).run(recorded_step, MESHES["shard 4, width by 4"], EXPERTS, FLOAT64):
+        assert sorted(name for name, _ in calls if name != "baddbmm") == ["allreduce_"] + ["alltoall_base_"] * 4
+        assert dict(calls)["allreduce_"] == 8 * 2 + 8
 
 
 @pytest.mark.parametrize(("share", "gathers"), [("on", 2), ("off", 0), ("auto", 0)])
-def test_replicas_share_when_told(processes: Callable, share: str, gathers: int) -> None:
-    """Two shapes of experts, a gather each; matrices of 24 elements are not worth it."""
+def test_replicas_share_as_configured(processes: Callable, share: str, gathers: int) -> None:
+    """Two shapes of experts, one all-gather each; for matrices of 24 elements sharing does not pay."""
     mesh = MESHES["replicate 2, shard 2, expert 2"]
-    for seen in processes(4).run(recorded_step, mesh, EXPERTS, FLOAT64 | {"share": share}):
-        assert [name for name, _ in seen if name != "baddbmm"] == ["_allgather_base_"] * gathers
+    for calls in processes(4).run(recorded_step, mesh, EXPERTS, FLOAT64 | {"share": share}):
+        assert [name for name, _ in calls if name != "baddbmm"] == ["_allgather_base_"] * gathers
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_norm_and_clip_equal_one_process(processes: Callable, name: str) -> None:
-    """Every element counts once, on each rank the same norm: 1e-14 relative in float64, a few roundings.
+    """Every element counts once, and each rank has the same norm: 1e-14 relative in float64, a few roundings.
 
-    fp32 within 1e-6: rows that lie on several ranks are summed in another order.
+    fp32 within 1e-6: rows sharded over several ranks are summed in another order.
     """
     mesh = MESHES[name]
     grads = list(make_gradients(0).values())
@@ -362,12 +362,12 @@ def clipped_gradients(mesh: Mesh, dtype: torch.dtype) -> tuple[Tensor, list[Tens
     return norm, [full(grad) for grad in grads]
 
 
-def test_what_several_ranks_hold_alike_is_refused(processes: Callable) -> None:
+def test_the_norm_of_a_replicated_tensor_is_refused(processes: Callable) -> None:
     """Its squares would count twice."""
-    assert all("each but replicate must cut" in reason for reason in processes(2).run(norm_of_a_copy))
+    assert all("each but replicate must cut" in reason for reason in processes(2).run(norm_of_a_replicated_tensor))
 
 
-def norm_of_a_copy() -> str:
+def norm_of_a_replicated_tensor() -> str:
     shard = meshes(MESHES["shard 2"]).dense["shard"]
     with pytest.raises(AssertionError) as refusal:
         global_norm([DTensor.from_local(torch.ones(2, 4), shard, [Replicate()], run_check=False)])
@@ -375,8 +375,8 @@ def norm_of_a_copy() -> str:
 
 
 @pytest.mark.parametrize("name", ["shard 4, expert 2", "shard 4, width by 4", "replicate 2, shard 2, expert 2"])
-def test_both_optimizers_stop_and_go_on(processes: Callable, name: str) -> None:
-    """AdamW too equals one process; a fresh pair that takes over weights and state goes on bit for bit."""
+def test_both_optimizers_continue_from_saved_state(processes: Callable, name: str) -> None:
+    """AdamW too equals one process; a new pair of optimizers continues from saved state bit for bit."""
     whole, _, table = train_both(None)
     for here, bits, text in processes(4).run(train_both, MESHES[name]):
         assert bits
@@ -386,7 +386,7 @@ def test_both_optimizers_stop_and_go_on(processes: Callable, name: str) -> None:
 
 
 def train_both(mesh: Mesh | None) -> tuple[dict[str, Tensor], bool, str]:
-    """Whole tensors after 4 steps; whether going on from a copy of the state after 2 gave the same bits; the table."""
+    """Gathered tensors after 4 steps; whether continuing from the state after 2 gave the same bits; the table."""
     forms = [*FORMS, *OTHERS]
     roles, again = make_roles(mesh, forms), make_roles(mesh, forms)
     optimizers, fresh = both(roles), both(again)
@@ -394,7 +394,7 @@ def train_both(mesh: Mesh | None) -> tuple[dict[str, Tensor], bool, str]:
     saved = {key: x.clone() for key, x in optimizers.state_dict().items()}
     fresh.load_state_dict(saved)
     for role, trained in zip(again, roles):
-        held_here(role.parameter).copy_(held_here(trained.parameter))
+        local_part(role.parameter).copy_(local_part(trained.parameter))
     advance(roles, optimizers, range(2, 4), mesh)
     advance(again, fresh, range(2, 4), mesh)
     tensors, others = optimizers.state_dict(), fresh.state_dict()
@@ -416,5 +416,5 @@ def advance(roles: list[Role], optimizers: Optimizers, steps: range, mesh: Mesh 
 
 
 @torch.no_grad()
-def held_here(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x.data

@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
 
 from tests.parallel.mesh_runs import config_of
 from trinity.config.run import RunConfig
 from trinity.data.stream.collate import Batch
 from trinity.parallel import mesh
-from trinity.parallel.collectives import all_gather_single
 from trinity.parallel.comm_counter import count_collectives
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.activations import block_activations
@@ -49,7 +44,7 @@ CASES = [
     ["parallel.shard=4", "precision.compute=bfloat16", "precision.reduce=bfloat16", "recompute=block"],
     ["parallel.replicate=2", "parallel.shard=2", "parallel.defer_reduce=on", "optim.muon.share=off"],
     ["parallel.shard=4", "parallel.expert=2", "recompute=selective", "batch.microbatch=2", "optim.router=adamw"],
-    ["parallel.shard=4", "model.experts=2", "model.active_experts=2"],  # more ranks than experts: cut by width
+    ["parallel.shard=4", "model.experts=2", "model.active_experts=2"],  # more ranks than experts: sharded by width
 ]
 
 
@@ -75,43 +70,6 @@ def one_step(words: list[str]) -> dict[str, Any]:
         held[name] = storage_bytes([x for state in optimizer.state.values() for x in state.values()])
     held["expert biases"] = storage_bytes(list(model.buffers()))
     return {"held": held, "traffic": {key: tuple(value) for key, value in collected.items() if key[1] > 1}}
-
-
-def collectives() -> list[tuple]:
-    """Every kind of collective, over all four ranks and over pairs, called directly, by a DTensor and in backward."""
-    rank, x = dist.get_rank(), torch.ones(8)  # 32 bytes
-    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    pair = pairs.get_group("inner")
-    with count_collectives() as collected:
-        dist.all_reduce(x)
-        all_gather_single(torch.empty(32), x)
-        dist.all_gather([torch.empty(8), torch.empty(8)], x, group=pair)
-        dist.reduce_scatter_tensor(torch.empty(4), x, group=pair)
-        dist.broadcast(x, 2 * (rank // 2), group=pair)
-        sent = [2, 6] if rank % 2 else [5, 3]
-        received = [5, 2] if rank % 2 == 0 else [3, 6]
-        dist.all_to_all_single(torch.empty(sum(received)), x, received, sent, group=pair)
-        matrix = DTensor.from_local(x.view(2, 4), pairs["inner"], [Shard(0)])
-        matrix @ matrix  # gathers the second
-        y = torch.ones(6, requires_grad=True)
-        functional.all_to_all_single_autograd(y, [3, 3], [3, 3], pair).sum().backward()
-        functional.all_reduce(x, "sum", pair)
-    dist.all_reduce(x)  # after the counter: not counted
-    return sorted((*key, *value) for key, value in collected.items())
-
-
-def test_counter(processes: Callable) -> None:
-    """By hand: bytes gathered, reduced or sent; a backward all-to-all sends as many as its forward."""
-    expected = [
-        ("all_gather", 2, 2, 64 + 64),
-        ("all_gather", 4, 1, 128),
-        ("all_reduce", 2, 1, 32),
-        ("all_reduce", 4, 1, 32),
-        ("all_to_all", 2, 3, 32 + 24 + 24),
-        ("broadcast", 2, 1, 32),
-        ("reduce_scatter", 2, 1, 32),
-    ]
-    assert processes(4).run(collectives) == [expected] * 4
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:

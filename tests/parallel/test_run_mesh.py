@@ -1,4 +1,4 @@
-"""Runs of several processes from their start to their exit code: signals, mistakes, bad steps, and torchrun."""
+"""Runs of several processes from start to exit code: signals, user errors, bad steps, and torchrun."""
 
 import json
 import os
@@ -34,7 +34,7 @@ MEASURED = {
 
 
 def stopped_run(settings: dict) -> int:
-    """Rank 1 alone is told to stop, in the middle of its second step."""
+    """Only rank 1 gets SIGTERM, in the middle of its second step."""
     steps = []
 
     def step(*args: object) -> StepResult:
@@ -47,19 +47,19 @@ def stopped_run(settings: dict) -> int:
         return pretrain(config_of(settings, WORDS), [])
 
 
-def test_one_rank_is_asked_to_stop(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """All finish the step, save it and end with 75; the same command goes on to the end."""
+def test_sigterm_on_one_rank_stops_all(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """All ranks finish the step, save and end with 75; the same command resumes and finishes."""
     settings = recipe(tmp_path / "run")
     assert processes(2).run(stopped_run, settings) == [75, 75]
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status == {"state": "saved", "code": 75, "step": 2, "reason": "asked to stop by SIGTERM"}
-    assert processes(2).run(ordinary_run, settings, []) == [0, 0]
+    assert processes(2).run(pretrain_code, settings, []) == [0, 0]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 
 
-def ordinary_run(settings: dict, words: list[str]) -> int | str:
-    """A run; its code, or the sentence of the user's mistake."""
+def pretrain_code(settings: dict, words: list[str]) -> int | str:
+    """Exit code of a run, or the message of its UserError."""
     with mock.patch.object(mesh, "stop"):
         try:
             return pretrain(config_of(settings, [*WORDS, *words]), [])
@@ -67,16 +67,16 @@ def ordinary_run(settings: dict, words: list[str]) -> int | str:
             return str(error)
 
 
-def test_a_mistake_on_every_rank(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """What only the first rank sees, a STOP file or a directory in use, reaches all: none is left waiting."""
+def test_a_user_error_reaches_every_rank(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """Only rank 0 sees a STOP file; the error reaches every rank, and none hangs."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/STOP").write_text("too many bad steps")
-    told = processes(2).run(ordinary_run, recipe(tmp_path / "run"), [])
-    assert told == [f"{tmp_path}/run/STOP says: too many bad steps; remove that file to run again"] * 2
+    messages = processes(2).run(pretrain_code, recipe(tmp_path / "run"), [])
+    assert messages == [f"{tmp_path}/run/STOP says: too many bad steps; remove that file to run again"] * 2
 
 
-def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]]:
-    """One step in which rank 1's gradient or loss holds a NaN; what it reports, and which tensors changed."""
+def step_with_nan(settings: dict, where: str) -> tuple[bool, dict, dict, list[str]]:
+    """One step in which rank 1's gradient or loss has a NaN: its metrics, and the names of changed tensors."""
     config = config_of(settings, WORDS)
     ranks = mesh.start(config.parallel, config.model, 1, False)
     path = Path(config.run.dir)
@@ -87,7 +87,7 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
 
     def poisoned(model: torch.nn.Module, *args: object) -> list:
         losses = backward(model, *args)
-        if dist.get_rank() == 1 and what == "gradient":
+        if dist.get_rank() == 1 and where == "gradient":
             model.blocks[2].ffn.experts.down.grad.to_local()[0, 0, 0] = float("nan")
         elif dist.get_rank() == 1:
             losses[0].ce_BS[0, 0] = float("nan")
@@ -102,35 +102,35 @@ def damaged_step(settings: dict, what: str) -> tuple[bool, dict, dict, list[str]
     return good["skipped"], bad["skipped"], bad["step"], sorted(changed)
 
 
-@pytest.mark.parametrize("what", ["gradient", "loss"])
-def test_a_nan_on_one_rank_skips_the_step(recipe: Callable, processes: Callable, tmp_path: Path, what: str) -> None:
-    """Nothing changes on any rank but the counters of steps and of sequences read, and the watch for collapses."""
-    found = processes(2).run(damaged_step, recipe(tmp_path / "run"), what)
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_a_nan_on_one_rank_skips_the_step(recipe: Callable, processes: Callable, tmp_path: Path, where: str) -> None:
+    """On every rank only the counters of steps and of sequences change, and the state of the collapse monitor."""
+    found = processes(2).run(step_with_nan, recipe(tmp_path / "run"), where)
     changed = ["run.bad_steps", "run.batch_history", "run.collapse.recent", "run.step"]
     assert found == [(False, True, 2, changed)] * 2
 
 
 def torchrun(world: int, *words: object) -> subprocess.CompletedProcess:
-    """launch/pretrain.py under torchrun, as a user starts it."""
+    """Run launch/pretrain.py under torchrun, as a user does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     return subprocess.run(
         [*command, "launch/pretrain.py", *map(str, words)], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
 
 
-def test_torchrun_says_a_mistake_once(recipe: Callable, tmp_path: Path) -> None:
-    """Two processes, one sentence: the config is wrong before any process group exists."""
+def test_torchrun_prints_a_user_error_once(recipe: Callable, tmp_path: Path) -> None:
+    """Two processes, one message: the config is refused before any process group exists."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(recipe(tmp_path / "run")))
     done = torchrun(2, config, "parallel.shard=3")
     assert done.returncode == 1
     assert done.stderr.count("error: parallel.replicate=1 × shard=3 × context=1 does not make 2 processes") == 1
-    assert 'launch/pretrain.py", line' not in done.stderr  # the traceback that stands there is torchrun's own
+    assert 'launch/pretrain.py", line' not in done.stderr  # any traceback is torchrun's own
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_agrees_with_one_process(recipe: Callable, tmp_path: Path) -> None:
-    """metrics.jsonl of two processes and of one, in float64; of validation too, whose rows do not divide."""
+def test_torchrun_equals_one_process(recipe: Callable, tmp_path: Path) -> None:
+    """metrics.jsonl of two processes and of one, in float64; with validation, whose rows do not divide by two."""
     words = [
         "precision.compute=float64", "optim.muon.dtype=float64", "evaluation.every=2", "batch.sequences=4",
         "batch.ramp=[]", "run.steps=4", "checkpoint.every=0",

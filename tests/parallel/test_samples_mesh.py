@@ -1,4 +1,4 @@
-"""Samples and profiles of several processes: all continue the prompts together, and say what one process says."""
+"""Samples and profiles of several processes: the samples equal those of one process."""
 
 import json
 from collections.abc import Callable
@@ -17,18 +17,18 @@ WORDS = [
 
 
 def run(settings: dict, words: list[str]) -> int:
-    """A run of the config; its code."""
+    """Exit code of a run of the config."""
     with mock.patch.object(mesh, "stop"):
         return pretrain(config_of(settings, [*WORDS, *words]), [])
 
 
 def samples(folder: Path) -> list[dict]:
-    """samples.jsonl."""
+    """The lines of samples.jsonl."""
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
 def test_samples_do_not_depend_on_the_mesh(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """Experts split over two ranks, in float64: the likeliest token stays the likeliest."""
+    """Experts split over two ranks, in float64: the most likely tokens are the same."""
     try:
         assert run(recipe(tmp_path / "one"), []) == 0
     finally:
@@ -39,8 +39,8 @@ def test_samples_do_not_depend_on_the_mesh(recipe: Callable, processes: Callable
     assert samples(tmp_path / "two") == expected
 
 
-def test_ranks_that_are_asked_are_profiled(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """Rank 1 of 2, and not the other."""
+def test_only_the_configured_ranks_are_profiled(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """Rank 1 of 2, and not rank 0."""
     words = ["evaluation.every=0", "profile.steps=1", "profile.ranks=[1]"]
     assert processes(2).run(run, recipe(tmp_path / "run"), words) == [0, 0]
     found = sorted(path.name for path in (tmp_path / "run/profile").iterdir())

@@ -86,7 +86,7 @@ def test_meta_device_matches_memory(
 
     monkeypatch.setitem(attention_backends._ENGINES, "sdpa", flash)
     # the CPU would widen bf16; sys.modules because the package exports an operation of the module's name
-    monkeypatch.setattr(sys.modules["trinity_kernels.linear"], "widens", lambda _: False)
+    monkeypatch.setattr(sys.modules["trinity_kernels.linear"], "multiplies_in_fp32", lambda _: False)
     monkeypatch.setattr("trinity.planning.activations._expert_workspace", lambda *_: 0)
     tiny = replace(tiny, kv_heads=tiny.heads)  # the CPU's flash attention has no grouped queries
     on_meta = measured(replace(config_of(tiny), precision=PrecisionConfig(compute=compute)))[layer]

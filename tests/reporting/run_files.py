@@ -22,7 +22,7 @@ CHARTS = {
     "MFU": {"MFU": "mfu"},
     "Goodput": {"goodput": "goodput"},
     "Waiting": {"for data": "data_seconds", "for a checkpoint": "checkpoint_seconds"},
-    "Slowest and fastest rank apart": {"spread": "rank_seconds_spread"},
+    "Straggler spread": {"spread": "rank_seconds_spread"},
     "Memory": {"peak": "memory_gib"},
     "BatchHet": {"BatchHet": "batch_het"},
     "Tokens by source": {"code": "source_tokens.code", "prose": "source_tokens.prose"},

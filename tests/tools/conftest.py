@@ -1,4 +1,4 @@
-"""tools/ is no package: its benchmarks are imported as bench.py imports them."""
+"""tools/ is not a package: import its modules as its commands do."""
 
 import sys
 from pathlib import Path

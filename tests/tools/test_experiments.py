@@ -1,4 +1,4 @@
-"""tools/experiments/rsdb.py at toy size: its corpus, its batches, its measures, and that no run is done twice."""
+"""tools/experiments/rsdb.py at toy size: corpus, batches, measures, and resuming."""
 
 import json
 import runpy
@@ -12,12 +12,12 @@ import pytest
 import torch
 
 EXPERIMENTS = Path(__file__).parents[2] / "tools" / "experiments"
-sys.path.append(str(EXPERIMENTS))  # no package: its modules are imported as rsdb.py imports them
+sys.path.append(str(EXPERIMENTS))  # not a package: import its modules as rsdb.py does
 
 import domains  # noqa: E402
 import rsdb_arms  # noqa: E402
 import rsdb_report  # noqa: E402
-from domains import Corpus, cut, make_corpus, read_domains  # noqa: E402
+from domains import Corpus, make_corpus, read_domains, split_documents  # noqa: E402
 from rsdb_arms import ARMS, QUICK, arm_config, take_by_stream  # noqa: E402
 
 from trinity.data.sources.shards import TokenSource  # noqa: E402
@@ -27,8 +27,8 @@ from trinity.training.build_data import open_stream  # noqa: E402
 
 STEPS = 8
 WORDS = ("--quick", "--seeds", 1, "--steps", STEPS)
-DONE = 0 if find_spec("matplotlib") else 2
-"""The code in the end: without matplotlib there is no plot, and everything else."""
+EXIT_CODE = 0 if find_spec("matplotlib") else 2
+"""Of a finished experiment; without matplotlib it writes everything but the plot."""
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def finished(corpus: Corpus) -> tuple[Path, str]:
-    """The folder of a quick experiment that is done, and what it printed."""
+    """The folder of a finished quick experiment, and its output."""
     out = corpus.tokenizer.parents[1]
     code, output, errors = call("--out", out, *WORDS)
-    assert code == DONE, errors
+    assert code == EXIT_CODE, errors
     return out, output
 
 
 def call(*words: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of rsdb.py, run in this process."""
+    """Run rsdb.py in this process; returns exit code, stdout and stderr."""
     with pytest.MonkeyPatch.context() as patch:
         output, errors = Lines(), Lines()
         patch.setattr(sys, "argv", ["rsdb.py", *map(str, words)])
@@ -59,30 +59,30 @@ def call(*words: object) -> tuple[int, str, str]:
 
 
 class Lines(list):
-    """A stream that keeps what is written."""
+    """A text stream that keeps the strings written to it."""
 
     write, flush, isatty = list.append, staticmethod(lambda: None), staticmethod(lambda: False)
 
 
-def test_documents_are_the_text_in_pieces() -> None:
-    """Nothing is lost, every document ends with a line, and lengths have the log-normal's median and σ.
+def test_split_documents() -> None:
+    """The documents are the whole text, each ends at a line end, and lengths have the log-normal's median and σ.
 
-    Of n = 3000 lengths the median is σ·1.25/√n = 2.7 % uncertain and σ 1.3 %; a line, 10 characters here, is added.
+    For n = 3000 lengths the median's uncertainty is σ·1.25/√n = 2.7 %, that of σ 1.3 %; a line has 10 characters.
     """
     text = "".join(f"line {number % 10000:04}\n" for number in range(1_000_000))
-    documents = list(cut(text, "a"))
+    documents = list(split_documents(text, "a"))
     assert "".join(documents) == text
     assert all(document.endswith("\n") for document in documents)
     lengths = np.log([len(document) for document in documents[:-1]])
     assert np.exp(np.median(lengths)) == pytest.approx(domains.MEDIAN_CHARACTERS, rel=0.1)
     assert lengths.std() == pytest.approx(domains.SIGMA, rel=0.1)
-    assert documents == list(cut(text, "a"))
-    assert documents != list(cut(text, "b"))
-    assert list(cut("no line ends", "a")) == ["no line ends"]
+    assert documents == list(split_documents(text, "a"))
+    assert documents != list(split_documents(text, "b"))
+    assert list(split_documents("no line ends", "a")) == ["no line ends"]
 
 
 def test_domains_hold_out_whole_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages by size, the rest together; what is held out is in no domain's training text, nor its docstrings."""
+    """Packages by size, the other modules together; held-out modules and their docstrings are in no training text."""
     monkeypatch.setattr(domains, "PACKAGES", 2)
     monkeypatch.setattr(domains, "topics", lambda: iter(()))
     sizes = {"small": 3, "big": 9, "middle": 6, "alone": 1}
@@ -106,8 +106,8 @@ def test_domains_hold_out_whole_modules(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_microbatches_are_as_workers_make_them(corpus: Corpus, name: str) -> None:
-    """With 4 streams each group of 4 rows is one stream's next four; with 48, of four streams. No row is lost."""
+def test_microbatches_match_loader_workers(corpus: Corpus, name: str) -> None:
+    """Each group of 4 rows is from one stream (4 streams) or from four streams (48 streams). No row is lost."""
     config = arm_config(ARMS[name], corpus, 0, STEPS, QUICK)
     stream, plain = open_stream(config, 0, 1), open_stream(config, 0, 1)
     for _ in range(4):
@@ -121,7 +121,7 @@ def test_microbatches_are_as_workers_make_them(corpus: Corpus, name: str) -> Non
 
 
 def test_arms_differ_in_packing_alone(corpus: Corpus) -> None:
-    """Of all settings only packing and streams; so both arms of 4 streams take the same documents in the same order."""
+    """Only packing and streams differ, so both arms of 4 streams read the same documents in the same order."""
     configs = [arm_config(arm, corpus, 3, STEPS, QUICK) for arm in ARMS.values()]
     for config in configs:
         config.data.packing, config.data.streams = "sequential", 4
@@ -130,7 +130,7 @@ def test_arms_differ_in_packing_alone(corpus: Corpus) -> None:
 
 
 def test_batch_het_of_a_run_is_eq_40(corpus: Corpus, finished: tuple[Path, str]) -> None:
-    """The first step's, from the loss of each stream's four rows under the first weights: largest minus mean.
+    """The first step: largest minus mean loss of each stream's four rows, with the initial weights.
 
     fp32 sums of 128 losses each, in another order: 1e-5.
     """
@@ -150,7 +150,7 @@ def test_batch_het_of_a_run_is_eq_40(corpus: Corpus, finished: tuple[Path, str])
 
 
 def test_measures() -> None:
-    """Against their definitions, on curves whose first half must not count; a parabola has no variance about itself."""
+    """Against their definitions; the first half of a curve does not count; a parabola has no variance about itself."""
     values = [9.0] * 6 + [1.0, 2.0, 4.0, 3.0, 1.0, 7.0]
     run = {"curves": dict.fromkeys(rsdb_arms.CURVES, values), "validation": {"a": 1.0, "b": 4.0}}
     found = rsdb_report.measures(run)
@@ -167,7 +167,7 @@ def test_measures() -> None:
 
 
 def test_table_and_results(finished: tuple[Path, str]) -> None:
-    """The table holds the results' medians; the JSON every curve."""
+    """The table has the medians of the results; the JSON has every curve."""
     out, output = finished
     results = json.loads((out / "rsdb.json").read_text())
     assert [(run["arm"], run["seed"]) for run in results["runs"]] == [(arm, 0) for arm in ARMS]
@@ -184,15 +184,15 @@ def test_table_and_results(finished: tuple[Path, str]) -> None:
             assert len(values) == STEPS
 
 
-def test_finished_runs_stay_and_others_are_as_uninterrupted(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """One of three results is lost: it alone is made again, the same bit for bit, and so is what is printed."""
+def test_resume(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """One of three results is deleted: only that run is repeated, with the same bits and the same output."""
     out, output = finished
     again = tmp_path / "again"
     shutil.copytree(out, again)
     lost = again / "runs" / "rsdb-0.json"
     lost.unlink()
     kept = {path: path.stat().st_mtime_ns for path in again.glob("runs/*.json")}
-    assert call("--out", again, *WORDS)[:2] == (DONE, output)
+    assert call("--out", again, *WORDS)[:2] == (EXIT_CODE, output)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert lost.read_bytes() == (out / "runs" / "rsdb-0.json").read_bytes()
     assert (again / "rsdb.json").read_bytes() == (out / "rsdb.json").read_bytes()
@@ -213,7 +213,7 @@ def test_mistakes(finished: tuple[Path, str], words: tuple, sentence: str) -> No
 
 
 def test_without_matplotlib(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence says what to install; the table has been printed by then."""
+    """The message says what to install; the table is printed before."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     runs = {arm: [json.loads((finished[0] / "runs" / f"{arm}-0.json").read_text())] for arm in ARMS}
     with pytest.raises(
@@ -224,7 +224,7 @@ def test_without_matplotlib(finished: tuple[Path, str], tmp_path: Path, monkeypa
 
 
 def test_plot(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """An SVG with every arm and panel named; the same runs give the same bytes."""
+    """An SVG with the names of all arms and panels; the same runs give the same bytes."""
     pytest.importorskip("matplotlib")
     runs = {arm: [json.loads((finished[0] / "runs" / f"{arm}-0.json").read_text())] for arm in ARMS}
     for name in ("a", "b"):
@@ -235,8 +235,8 @@ def test_plot(finished: tuple[Path, str], tmp_path: Path) -> None:
         assert words in text
 
 
-def test_corpus_is_opened_again(corpus: Corpus) -> None:
-    """A second call finds everything there and gives the same."""
+def test_corpus_is_reused(corpus: Corpus) -> None:
+    """A second call with the same arguments writes nothing and returns the same."""
     index = corpus.train["prose"] / "index.json"
     before = index.stat().st_mtime_ns
     assert make_corpus(corpus.tokenizer.parent, 512, every=24) == corpus

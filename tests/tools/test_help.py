@@ -1,4 +1,4 @@
-"""Every command line says its defaults in --help."""
+"""--help of every command shows the default of each option."""
 
 import argparse
 import importlib.util
@@ -19,11 +19,11 @@ SCRIPTS = sorted(
 
 
 class Parsed(Exception):
-    """The parser, just before it would read the command line."""
+    """Raised with the parser in place of parsing."""
 
 
 def parser_of(script: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """What a script makes in its parse, or in its main."""
+    """The parser that a script builds in parse() or main()."""
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
         raise Parsed(parser)
@@ -41,17 +41,17 @@ def parser_of(script: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Argumen
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_help_shows_every_default(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each option that takes a value: its default, or in words what holds without it."""
+    """Each option with a value shows its default, or describes it in parentheses at the end."""
     parser = parser_of(script, monkeypatch)
     assert parser.formatter_class is HelpFormatter
     for action in parser._actions:
         if not action.option_strings or action.required or action.nargs == 0:
             continue
-        told = parser._get_formatter()._expand_help(action)
+        text = parser._get_formatter()._expand_help(action)
         if action.default in (None, []):
-            assert "default" in told or told.endswith(")"), action.option_strings
+            assert "default" in text or text.endswith(")"), action.option_strings
         else:
-            assert f"{action.default})" in told[told.rindex("(") :], action.option_strings
+            assert f"{action.default})" in text[text.rindex("(") :], action.option_strings
 
 
 def test_all_scripts_are_found() -> None:

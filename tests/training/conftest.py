@@ -1,4 +1,4 @@
-"""Runs that nothing happened to, made once for all tests that compare with them."""
+"""Undisturbed runs, made once for all tests that compare with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.training.forked_ranks import run
 def undisturbed(
     recipe: Callable, uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Path]:
-    """undisturbed(world) is the directory of a run of so many processes."""
+    """undisturbed(world) is the directory of a run on `world` processes."""
     made: dict[int, Path] = {1: uninterrupted}
 
     def make(world: int) -> Path:

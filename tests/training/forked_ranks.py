@@ -75,7 +75,7 @@ class Ranks:
 def ranks(
     settings: dict, words: tuple[str, ...] = (), world: int = 1, trouble: Trouble = nullcontext, rank: int = 0
 ) -> Iterator[Ranks]:
-    """Start a run, one of whose ranks has trouble; none is left afterwards."""
+    """Start a run with a fault on one rank; no process is left afterwards."""
     troubles = [trouble if place == rank else nullcontext for place in range(world)]
     started = Ranks(settings, words, troubles, Path(settings["run"]["dir"]).with_suffix(".log"))
     try:
@@ -86,13 +86,13 @@ def ranks(
 
 
 def run(settings: dict, *words: str, world: int = 1, trouble: Trouble = nullcontext, rank: int = 0) -> list[int]:
-    """The exit codes of a run, by rank."""
+    """Run to the end; return the exit code of each rank."""
     with ranks(settings, words, world, trouble, rank) as started:
         return started.wait()
 
 
 def wait_for(condition: Callable[[], bool], started: Ranks) -> None:
-    """Until it is so, while all ranks live."""
+    """Wait until a condition holds, while all ranks live."""
     deadline = time.monotonic() + SECONDS
     while not condition():
         assert all(process.is_alive() for process in started.processes), started.said()[-3000:]

@@ -1,4 +1,4 @@
-"""What a run left behind, as tests read it."""
+"""Start runs in this process, and read the files that they leave."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def refuse(settings: dict, *words: str) -> str:
 
 
 def metrics(run: Path) -> list[dict]:
-    """metrics.jsonl without what is measured."""
+    """metrics.jsonl without times and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 

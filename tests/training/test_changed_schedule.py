@@ -128,8 +128,8 @@ def test_a_fork_keeps_what_is_fixed(settings: dict, uninterrupted: Path) -> None
         key = word.split("=")[0]
         sentence = refuse(settings, *words, word)
         assert sentence.startswith(f"{uninterrupted} (run tiny, ")
-        assert f"holds a run of another config ({key} was" in sentence
-        assert sentence.endswith("give it back, or set init.keep=optimizer")
+        assert f"holds a run with another config ({key} was" in sentence
+        assert sentence.endswith("restore the old value, or set init.keep=optimizer")
     assert "batch.sequences was 6 and is 12" in refuse(settings, *words, "batch.sequences=12", "batch.ramp=[]")
     assert not (Path(settings["run"]["dir"]) / "config.yaml").exists()
 

@@ -1,6 +1,6 @@
 """A disk that fills up under a run: code 1 and one sentence; with space again, the same command makes the same run.
 
-A checkpoint on a full disk is in test_mistakes.py, and for one of two ranks in tests/parallel/test_checkpoint_mesh.py.
+One checkpoint on a full disk is in test_user_errors.py, one of two ranks in tests/parallel/test_checkpoint_mesh.py.
 """
 
 import json

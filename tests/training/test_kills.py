@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.fault_injection import in_the_deletion, in_the_files, in_the_publish, in_the_removal
 from tests.training.forked_ranks import Ranks, Trouble, ranks, run, wait_for
 from tests.training.run_files import metrics, state
 from tests.training.soak import lines_of
-from tests.training.troubles import in_the_deletion, in_the_files, in_the_publish, in_the_removal
 from trinity.checkpoint.directory import CheckpointDirectory
 
 pytestmark = pytest.mark.slow

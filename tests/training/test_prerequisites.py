@@ -46,7 +46,7 @@ def test_no_directory_is_made(settings: dict, word: str, monkeypatch: pytest.Mon
 
 
 def test_a_directory_that_exists_says_why(settings: dict) -> None:
-    """As does one that a restarting launcher must find a STOP in (test_mistakes)."""
+    """As does one that a restarting launcher must find a STOP in (test_user_errors)."""
     run = Path(settings["run"]["dir"])
     run.mkdir()
     sentence = refuse(settings, "data.train.code=nowhere")
@@ -116,10 +116,10 @@ def test_whose_run_it_is(settings: dict) -> None:
     began = (run / "events.jsonl").read_text().split('"time": "')[1][:16].replace("T", " ")
     whose = f"{run} (run first, model smoke, started {began} UTC, at step 1)"
     assert refuse(settings, "run.seed=9") == (
-        f"{whose} holds a run of another config (run.seed was 3 and is 9); give it back, or start afresh with another "
-        "run.dir"
+        f"{whose} holds a run with another config (run.seed was 3 and is 9); restore the old value, or start a new run "
+        "in another run.dir"
     )
-    assert refuse(settings, "loss.z=1").startswith(f"going on from {whose} would change how it learns (loss.z was")
+    assert refuse(settings, "loss.z=1").startswith(f"resuming {whose} would change how the model learns (loss.z was")
     (run / "events.jsonl").unlink()
     assert describe_run(run, newest_config(run), 1)[:-30] == whose[:-30]
 

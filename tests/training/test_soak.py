@@ -1,4 +1,4 @@
-"""A run under torchrun that is killed again and again, against one that is left alone (test_kills.py has more)."""
+"""A run under torchrun that is killed repeatedly, against an undisturbed one (test_kills.py has more)."""
 
 from pathlib import Path
 

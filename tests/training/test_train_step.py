@@ -134,7 +134,7 @@ def test_clip_and_rates(settings: dict, ranks: mesh.Ranks) -> None:
 
 @pytest.mark.parametrize("kind", ["smebu", "sign", "none"])
 def test_balancing_after_the_step(settings: dict, ranks: mesh.Ranks, kind: str) -> None:
-    """Each layer's bias moves once, by the counts of the whole batch; they are counted here by another forward."""
+    """Each layer's bias moves once, by the counts of the whole batch, which another forward pass gives here."""
     run = start(in_float64(settings, **{"balancing.kind": kind}), ranks)
     batch, balance = run.batch, run.config.balancing
     counts = run.model(batch.tokens_BS, document_ids_BS=batch.document_ids_BS, targets_BS=batch.targets_BS).counts_ME

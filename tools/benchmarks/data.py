@@ -1,11 +1,11 @@
 """Data: tokens/s of rows from shards in one process, sequential and RSDB, and how long a start and a resume take.
 
-Against plain slices of the memory map, turned into int64 as ours are, and against the `datasets` library streaming the
-same documents from Parquet, tokenised already, and packing them. Every row has its tokens, targets and document ids.
+Peers: plain slices of the memory map, converted to int64 like the rows, and the `datasets` library streaming the same
+documents from Parquet, already tokenised, and packing them. Every row has its tokens, targets and document ids.
 
 Two corpora of random tokens: documents of log-normal length with a mean of about a thousand tokens, as of the web; and
 10⁷ short ones with 10⁹ tokens in all (a hundredth of each with --quick), for the time of a start and a resume, and for
-memory. Both are made first, and removed at the end.
+memory. Both are written first, and removed at the end.
 """
 
 import gc
@@ -118,7 +118,7 @@ def _slices(source: TokenSource, rows: int) -> Callable[[Marks], None]:
 
 
 def _peer(parquet: Path, rows: int) -> Callable[[Marks], None]:
-    """Documents from the library, one after the other, cut into rows with the same three tensors."""
+    """Documents from the library, concatenated and cut into rows with the same three tensors."""
     from datasets import load_dataset
 
     def documents() -> Iterator[np.ndarray]:
@@ -178,7 +178,7 @@ def _memory() -> int:
 
 
 def corpus_of(folder: Path, lengths: np.ndarray, vocabulary: int = VOCABULARY) -> TokenSource:
-    """Documents of such lengths and of random tokens, in one shard; the writer is given ready arrays, not documents."""
+    """Documents of given lengths and of random tokens, in one shard; the writer gets arrays of many documents."""
     header = {"version": VERSION, "vocab_size": vocabulary, "bos_id": 0, "tokenizer": "none"}
     header["dtype"] = token_dtype(vocabulary).str
     writer = ShardWriter(folder, header, 1 << 40, [])

@@ -1,6 +1,8 @@
 """Contenders of the suite `experts`: trinity_kernels, its engines, transformers, Liger, SonicMoE.
 
 Each contender is a function of the inputs that returns its forward; it raises, with the reason, if it cannot run.
+
+Shapes: T tokens, D width, F expert width, E experts, K active experts.
 """
 
 from collections.abc import Callable

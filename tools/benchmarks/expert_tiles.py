@@ -1,6 +1,8 @@
 """Tunable kernels of the experts: six products at the sizes of Nano, Mini and Large, 32,768 tokens, in bf16.
 
 The tensors of one kernel and model are created at its first call and freed when another one runs.
+
+Shapes: T tokens, E experts, K active experts, R = T·K rows.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""A training step of configs/smoke.yaml on one process and on several, the same batch in all: tokens/s and waiting.
+"""A training step of configs/smoke.yaml on one and on several processes, with the same batch: tokens/s and waiting.
 
-Processes share the machine's cores, or have a GPU each. "Waiting" is the part of a step in which a process stands still
-for a collective, the slower neighbours it waits for included; Muon's share has its own exchanges in it. A figure is the
-median over steps of all rounds, the contenders taking turns.
+Processes share the machine's cores, or have a GPU each. "Waiting" is the part of a step in which a process waits for a
+collective, including the wait for slower ranks. Muon's share includes its communication. Each figure is the median over
+the steps of all rounds; the meshes take turns.
 """
 
 import json
@@ -29,7 +29,7 @@ MESHES = {
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Measure every mesh that has a device for each process; returns the figures and what they were measured on."""
+    """Measure every mesh for which there are enough devices; return the figures and the machine."""
     from benchmarks.step import machine
 
     rounds, steps = (1, 2) if quick else (3, 6)
@@ -77,7 +77,7 @@ def _launch(world: int, words: list[str], steps: int) -> dict[str, list[float]]:
 
 
 def _measure(steps: int, words: list[str]) -> dict[str, list[float]]:
-    """Seconds of each step, of its waits and of Muon, on this rank; one step before them warms up."""
+    """Seconds of each step, of its waits and of Muon, on this rank, after one step of warm-up."""
     import torch
 
     from trinity.config.load import load_config
@@ -92,36 +92,36 @@ def _measure(steps: int, words: list[str]) -> dict[str, list[float]]:
     model.init_weights(0)
     optimizers = make_optimizers(config, model)
     text = torch.randint(config.model.vocab_size, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    mine = text[ranks.rank :: ranks.world]
-    batch = Batch(mine[:, :-1], mine[:, 1:], None)
+    rows = text[ranks.rank :: ranks.world]
+    batch = Batch(rows[:, :-1], rows[:, 1:], None)
     clocks = {"waiting": _clock_waits(), "muon": _clock(optimizers.muon, "step")}
-    found: dict[str, list[float]] = {"step": [], "waiting": [], "muon": []}
+    seconds: dict[str, list[float]] = {"step": [], "waiting": [], "muon": []}
     for _ in range(steps + 1):
         before = {name: clock[0] for name, clock in clocks.items()}
         began = time.perf_counter()
         train_step(model, optimizers, batch, config, 1.0, ranks)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        found["step"].append(time.perf_counter() - began)
+        seconds["step"].append(time.perf_counter() - began)
         for name, clock in clocks.items():
-            found[name].append(clock[0] - before[name])
+            seconds[name].append(clock[0] - before[name])
     if ranks.is_first:
-        print(to_json({name: values[1:] for name, values in found.items()}))
+        print(to_json({name: values[1:] for name, values in seconds.items()}))
     mesh.stop()
-    return found
+    return seconds
 
 
 def _clock(owner: Any, name: str) -> list[float]:
-    """Wrap a method so that the seconds spent in it add up; returns where."""
+    """Wrap a method to add up the seconds spent in it; return the one-element list that holds the sum."""
     seconds = [0.0]
     setattr(owner, name, _timed(getattr(owner, name), seconds))
     return seconds
 
 
 def _clock_waits() -> list[float]:
-    """Add up the seconds in which this thread waits for a collective.
+    """Add up the seconds in which this thread waits for a collective; return the one-element list that holds the sum.
 
-    On a GPU the host hardly ever waits, the device's streams do: there this says little, and a profile says more.
+    On a GPU the device's streams wait and the host hardly ever does: use a profile there instead.
     """
     import torch.distributed as dist
 

@@ -1,16 +1,17 @@
-"""Muon's step: ours against a loop over matrices, and against torch.optim.Muon on the dense part, in one run.
+"""Muon's step: trinity.optim.Muon against a loop over matrices, and against torch.optim.Muon on the dense part.
 
-The matrices are those of a model of the zoo: configs/smoke.yaml's on a CPU, four layers of Nano's on a GPU. Ours
-batches all matrices of a shape; the loop is the same update written for one matrix at a time; torch.optim.Muon takes
-two dimensions only and multiplies in bf16, so it has the dense part alone, and there ours is measured in bf16 as well.
-Products are in fp32 on a CPU, in bf16 on a GPU. On a GPU ours is the Triton kernels, and "kernel=reference" the same
-with torch's batched GEMM. A figure is the median over steps, the contenders taking turns.
+The matrices are those of a model of the zoo: of configs/smoke.yaml on a CPU, of four layers of Nano on a GPU.
+trinity.optim.Muon ("ours") batches all matrices of a shape. The loop is the same update for one matrix at a time.
+torch.optim.Muon takes two dimensions only and multiplies in bf16: it is measured on the dense part only, with "ours" in
+bf16 beside it. Products are in fp32 on a CPU, in bf16 on a GPU. On a GPU "ours" uses the Triton kernels, and
+"kernel=reference" torch's batched GEMM. Each figure is the median over steps; the contenders take turns.
 
-TFLOP/s count every product of Newton-Schulz whole (`newton_schulz_flops`), for all contenders alike: one that computes
-half of a symmetric product has more of them, not fewer flops. Momentum, decay and update are in the seconds.
+TFLOP/s count every product of Newton-Schulz in full (`newton_schulz_flops`) for all contenders: a contender that
+computes half of a symmetric product reaches more TFLOP/s, not fewer flops. The seconds include momentum, decay and
+update.
 
-On a GPU the table ends with Muon's share of a step of the whole of Nano on that one GPU. Muon's seconds there are
-measured, scaled by flops from the layers at hand to all of them; the rest of the step is a prediction.
+On a GPU the table ends with Muon's share of a step of the whole of Nano on that GPU. Muon's seconds are measured, and
+scaled by flops from these layers to all; the rest of the step is a prediction.
 """
 
 import statistics
@@ -31,32 +32,32 @@ from trinity.optim.newton_schulz import newton_schulz_flops
 
 RATE, MOMENTUM, DECAY = 1e-3, 0.95, 0.01
 TOKENS = {"cpu": 2048, "cuda": 524288}
-"""Tokens of a step that such a run would take, beside which the seconds are to be read."""
+"""Tokens of a step of a typical run on this device, to compare the seconds with."""
 
-STEPS = 5  # of Newton-Schulz, everyone's default
+STEPS = 5  # of Newton-Schulz, the default of all contenders
 NANO_TOKENS = (65536, 524288)
-"""Tokens a step for which Muon's share of Nano's step is told."""
+"""Tokens per step for which the table gives Muon's share of Nano's step."""
 NANO_GFLOP_PER_TOKEN, NANO_TOKENS_PER_SECOND = 6.25, 78e3
-"""Forward and backward of Nano; how fast one H200 may do them is a prediction, not a measurement."""
+"""Forward and backward of Nano; the speed of one H200 is a prediction, not a measurement."""
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Measure every contender; returns the figures and what they were measured on."""
+    """Measure every contender; return the figures and the machine."""
     from benchmarks.step import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    own = "bfloat16" if device == "cuda" else "float32"
+    dtype = "bfloat16" if device == "cuda" else "float32"
     parts = _parts(_model(device))
     contenders: dict[str, Callable[[], None]] = {}
     for part, owned in parts.items():
-        contenders[f"{part}, {own}: ours"] = Muon(owned, lr=RATE, dtype=getattr(torch, own)).step
+        contenders[f"{part}, {dtype}: ours"] = Muon(owned, lr=RATE, dtype=getattr(torch, dtype)).step
         if device == "cuda":
-            torchs = Muon(owned, lr=RATE, dtype=getattr(torch, own), kernel="reference")
-            contenders[f"{part}, {own}: ours, kernel=reference"] = torchs.step
-        contenders[f"{part}, {own}: a loop over matrices"] = _loop(owned, getattr(torch, own))
-    if own != "bfloat16":
+            reference = Muon(owned, lr=RATE, dtype=getattr(torch, dtype), kernel="reference")
+            contenders[f"{part}, {dtype}: ours, kernel=reference"] = reference.step
+        contenders[f"{part}, {dtype}: a loop over matrices"] = _loop(owned, getattr(torch, dtype))
+    if dtype != "bfloat16":
         contenders["dense, bfloat16: ours"] = Muon(parts["dense"], lr=RATE).step
-    contenders["dense, bfloat16: torch.optim.Muon"] = _of_torch(parts["dense"])
+    contenders["dense, bfloat16: torch.optim.Muon"] = _torch_muon(parts["dense"])
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in tqdm(range(2 if quick else 8), unit="round", file=sys.stderr, disable=None):
         for name, step in contenders.items():
@@ -69,12 +70,12 @@ def run(quick: bool) -> dict[str, Any]:
         "tokens_per_step": TOKENS[device],
         "flops": flops,
         "seconds": medians,
-        "nano": _nano_seconds(medians, flops, own) if device == "cuda" else {},
+        "nano": _nano_seconds(medians, flops, dtype) if device == "cuda" else {},
     }
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as a Markdown table, with ratios to ours."""
+    """The figures as a Markdown table, with ratios to trinity.optim.Muon."""
     counts = ", ".join(f"{count} {part}" for part, count in results["matrices"].items())
     lines = [
         f"{results['on']}; {counts} matrices; such a run has {results['tokens_per_step']} tokens a step",
@@ -90,7 +91,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _shares(nano: dict[str, float]) -> list[str]:
-    """Muon's seconds for the whole of Nano beside those of a step without it."""
+    """Lines of a table: Muon's seconds for the whole of Nano, and its share of a step."""
     if not nano:
         return []
     speed = NANO_TOKENS_PER_SECOND * NANO_GFLOP_PER_TOKEN / 1e3
@@ -109,7 +110,7 @@ def _shares(nano: dict[str, float]) -> list[str]:
 
 
 def _nano_seconds(seconds: dict[str, float], flops: dict[str, float], dtype: str) -> dict[str, float]:
-    """Each of our contenders' seconds for all matrices of Nano, part by part in proportion to the flops."""
+    """Seconds of trinity's contenders for all matrices of Nano, scaled part by part in proportion to the flops."""
     with torch.device("meta"):
         whole = {part: _flops(owned) for part, owned in _parts(Trinity(ZOO["nano"])).items()}
     return {
@@ -119,7 +120,7 @@ def _nano_seconds(seconds: dict[str, float], flops: dict[str, float], dtype: str
 
 
 def _flops(roles: list[Role]) -> float:
-    """Of Newton-Schulz on all their matrices."""
+    """Flops of Newton-Schulz on all matrices of the roles."""
     return sum(
         role.parameter.shape[:-2].numel() * newton_schulz_flops(rows, role.parameter.shape[-1], STEPS)
         for role in roles
@@ -128,7 +129,7 @@ def _flops(roles: list[Role]) -> float:
 
 
 def _parts(model: Trinity) -> dict[str, list[Role]]:
-    """What Muon owns, as matrices and as experts."""
+    """The parameters of Muon: dense matrices, and experts."""
     roles = [role for role in parameter_roles(model) if role.kind in ("matrix", "router", "experts")]
     return {"dense": [r for r in roles if r.kind != "experts"], "experts": [r for r in roles if r.kind == "experts"]}
 
@@ -145,7 +146,7 @@ def _model(device: str) -> Trinity:
 
 
 def _loop(roles: list[Role], dtype: torch.dtype) -> Callable[[], None]:
-    """The same update, one matrix after the other."""
+    """A step of the same update, one matrix after the other."""
     matrices: list[tuple[Tensor, Tensor, Tensor]] = []
     for role in roles:
         momentum = torch.zeros_like(role.parameter)
@@ -163,8 +164,8 @@ def _loop(roles: list[Role], dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
-def _of_torch(roles: list[Role]) -> Callable[[], None]:
-    """torch.optim.Muon over copies of the same matrices, fused ones taken apart."""
+def _torch_muon(roles: list[Role]) -> Callable[[], None]:
+    """A step of torch.optim.Muon over copies of the same matrices, packed ones split."""
     parameters = []
     for role in roles:
         for weight, gradient in zip(*(x.detach().split(role.rows) for x in (role.parameter, role.parameter.grad))):

@@ -1,9 +1,9 @@
 """Trinity Nano whole on one GPU: forward + backward of a microbatch, and whole steps with clipping, Muon and AdamW.
 
-configs/nano_1gpu.yaml as it is: 6.1B parameters in bf16 with fp32 masters, rows of 4096. Each variant is a process of
-its own with a time limit, so that what runs out of memory or time is a row; one that ends late keeps the rows before.
-Weights are random numbers and routing is forced (benchmarks.experts: balanced, or Zipf), so that a step costs what it
-would in mid-run. A short version of the model follows on a GPU that cannot hold the whole one. MFU counts
+The config is configs/nano_1gpu.yaml: 6.1B parameters in bf16 with fp32 masters, rows of 4096. Each variant runs in a
+separate process with a time limit: one that runs out of memory or time is a row of the table and keeps the rows before.
+Weights are random numbers and routing is forced (benchmarks.experts: balanced, or Zipf), so that a step costs as much
+as in the middle of a run. On a GPU that cannot hold the whole model, a version with fewer layers comes first. MFU is
 trinity.models.flops.flops_per_token over the data sheet's peak.
 """
 
@@ -20,13 +20,13 @@ from trinity.io.json_files import to_json
 
 CONFIG = "configs/nano_1gpu.yaml"
 TOKENS = (65_536, 524_288)
-"""Tokens of the steps that are measured."""
+"""Tokens of the measured steps."""
 
-PATIENCE = 75
-"""Seconds that one variant may take, its start included."""
+TIMEOUT = 75
+"""Time limit of one variant in seconds, including its start."""
 
-ROOMY = 100e9
-"""Bytes of a GPU that can hold the whole model's state (75 GB) and its activations."""
+WHOLE_MODEL_BYTES = 100e9
+"""Memory of a GPU that can hold the whole model's state (75 GB) and its activations."""
 
 VARIANTS = [
     ("balanced routing", "balanced", ["recompute=block", "batch.microbatch=8"]),
@@ -36,11 +36,11 @@ VARIANTS = [
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Every variant: name → rows, each with what was measured, or why nothing was."""
+    """Measure every variant: name → rows, each with figures or the reason of a failure."""
     import torch
 
     variants = {f"Nano, {name}": (routing, words) for name, routing, words in VARIANTS}
-    if torch.cuda.get_device_properties(0).total_memory < ROOMY:
+    if torch.cuda.get_device_properties(0).total_memory < WHOLE_MODEL_BYTES:
         short = {f"Nano with 12 of 56 layers, {n}": (r, [*words, "model.layers=12"]) for n, r, words in VARIANTS[:2]}
         variants = short | variants
     return {name: in_process(CONFIG, *variant, TOKENS[: 1 if quick else None]) for name, variant in variants.items()}
@@ -63,18 +63,18 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def in_process(config: str, routing: str, words: list[str], tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The rows of one variant, the last of them a failure if it did not come to its end."""
+    """The rows of one variant, measured in a separate process; the last row is a failure if it did not finish."""
     from benchmarks.timing import time_left
 
-    patience = min(PATIENCE, time_left())
-    if patience < 15:
+    timeout = min(TIMEOUT, time_left())
+    if timeout < 15:
         return [{"failed": "not measured: the suite's time was up"}]
     command = [sys.executable, __file__, config, routing, ",".join(map(str, tokens)), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as late:
         output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        return [*_rows(output), {"failed": f"not at its end after {patience:.0f} s"}]
+        return [*_rows(output), {"failed": f"not at its end after {timeout:.0f} s"}]
     rows = _rows(done.stdout)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
@@ -87,7 +87,7 @@ def _rows(output: str) -> list[dict[str, Any]]:
 
 
 def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[str]) -> None:
-    """Print one row of JSON after the other."""
+    """Measure one variant and print each row as a line of JSON."""
     import torch
 
     from trinity.config.load import load_config
@@ -148,7 +148,7 @@ def _seconds(call: Any) -> float:
 
 
 def _fill(model: Any) -> None:
-    """Random weights made on the device: the real initial ones take longer, and cost the same to train."""
+    """Random weights made on the device: the real initialization takes longer, and training costs the same."""
     import torch
 
     with torch.no_grad():
@@ -160,7 +160,7 @@ def _fill(model: Any) -> None:
 
 
 def _force_routing(routing: str) -> None:
-    """Make every router choose by a table, whatever its scores; the scores and gates are its own."""
+    """Make every router choose experts from a table; scores and gates are still computed."""
     from functools import cache
 
     import torch
@@ -175,10 +175,10 @@ def _force_routing(routing: str) -> None:
         indices_TK = draw(tokens, experts, active).to(device)
         return indices_TK, torch.bincount(indices_TK.flatten(), minlength=experts)
 
-    chosen = Router.forward
+    router_forward = Router.forward
 
     def forward(self: Router, x_TD: Any, bias_E: Any) -> tuple[Any, ...]:
-        _, scores_TE, indices_TK, _ = chosen(self, x_TD, bias_E)
+        _, scores_TE, indices_TK, _ = router_forward(self, x_TD, bias_E)
         indices_TK, counts_E = table_of(len(scores_TE), scores_TE.shape[1], indices_TK.shape[1], scores_TE.device)
         picked_TK = scores_TE.gather(1, indices_TK)
         gates_TK = picked_TK / picked_TK.sum(dim=1, keepdim=True) * self.route_scale

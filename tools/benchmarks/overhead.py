@@ -1,13 +1,13 @@
-"""What watching costs: steps at the defaults against steps without logs, health checks and router figures.
+"""Overhead of monitoring: steps at the defaults against steps without logs, health checks and router figures.
 
 On the smoke model and on one of about 100M parameters, in fp32, 8 rows of 256 random tokens a step, on one process. The
-two take turns, step by step, in one process; what the defaults do only every so many steps is then switched on in a
-step of its own, and counted by its share. Then a checkpoint: how long training stands still for an asynchronous save,
-and for one that is waited for, with the size that is written.
+two runs take turns, step by step, in one process. Each periodic measurement of the defaults is then switched on in a
+step of its own and counted by its period. Then checkpoints: how long an asynchronous save stalls training, how long a
+synchronous one takes, and the bytes written.
 
     overhead · bare = (defaults − bare) + Σ (step with it − defaults)/its period + stall/checkpoint.every
 
-Differences are between steps of one round, and the median of them is taken.
+Each difference is the median over rounds of the difference between two steps of one round.
 """
 
 import statistics
@@ -33,14 +33,14 @@ MODELS = {
 }
 ROUNDS = {"smoke": 30, "100M": 12}
 PERIODIC = ("router_every", "norms_every", "probe_every")
-"""What the defaults do every so many steps, by its word in `log`."""
+"""Periodic measurements of the defaults, by their keys in `log`."""
 BARE = [
     "health.spike.action=none", "health.heartbeat_seconds=0", "health.violation_factor=0", "health.dead_steps=0",
 ]  # fmt: skip
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Measure; returns the figures and what they were measured on."""
+    """Measure every model; return the figures and the machine."""
     from benchmarks.data import corpus_of
     from benchmarks.step import machine
 
@@ -91,7 +91,7 @@ def _measure(folder: Path, name: str, model: dict, rounds: int) -> dict[str, flo
 
 
 def _rounds(bare: Trainer, full: Trainer, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each kind of step, one of each a round; the first round warms up."""
+    """Seconds of each kind of step, one of each per round, after a round of warm-up."""
     seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", "defaults", *PERIODIC)}
     for number in range(rounds + 1):
         for kind, times in seconds.items():
@@ -106,14 +106,14 @@ def _rounds(bare: Trainer, full: Trainer, rounds: int) -> dict[str, list[float]]
 
 
 def _shares(seconds: dict[str, list[float]], saved: dict[str, float]) -> dict[str, float]:
-    """Medians, and the share that all takes at the periods of the defaults."""
+    """Median differences, and the total overhead at the periods of the defaults."""
 
-    def more(kind: str, than: str) -> float:
-        return statistics.median(one - other for one, other in zip(seconds[kind], seconds[than]))
+    def extra(kind: str, base: str) -> float:
+        return statistics.median(one - other for one, other in zip(seconds[kind], seconds[base]))
 
     bare = statistics.median(seconds["bare"])
-    found = {"bare": bare, "every step": more("defaults", "bare")}
-    found |= {word: more(word, "defaults") for word in PERIODIC}
+    found = {"bare": bare, "every step": extra("defaults", "bare")}
+    found |= {word: extra(word, "defaults") for word in PERIODIC}
     spent = found["every step"] + sum(found[word] / getattr(LogConfig(), word) for word in PERIODIC)
     return found | saved | {"overhead": (spent + saved["stall"] / CheckpointConfig().every) / bare}
 

@@ -1,9 +1,9 @@
-"""Preparing shards: tokens/s of prepare_data against a bare encode_batch loop of the tokenizers library.
+"""Prepare shards: tokens/s of prepare_data against a bare encode_batch loop of the tokenizers library.
 
-Both on all cores, over the same documents: Python's own standard library (trinity.data.corpus) as JSON lines, with a
-tokenizer trained on part of it. The bare loops have the texts in memory and throw the encodings away; preparing also
-starts workers, reads and parses JSON, checks UTF-8, and hashes, writes and fsyncs shards. The contenders take turns.
-Tokens are those that are encoded, duplicates too.
+Both on all cores, over the same documents: Python's standard library (trinity.data.prepare.corpus) as JSON lines, with
+a tokenizer trained on part of it. The bare loops have the texts in memory and drop the encodings; preparing also starts
+workers, reads and parses JSON, checks UTF-8, and hashes, writes and fsyncs shards. The contenders take turns.
+The count of tokens includes duplicates.
 """
 
 import itertools
@@ -99,7 +99,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """The library's own threads switched on, whatever the environment says."""
+    """Switch the library's threads on, whatever the environment says."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

@@ -1,11 +1,11 @@
 """A training step of configs/smoke.yaml's model against transformers' AfMoE of the same size and weights.
 
-Each contender runs in a process of its own, so that its peak memory is its own; contenders take turns over several
-rounds, so that a busy moment of the machine does not fall on one of them, and a figure is the median over all rounds.
-Ours: as it trains, under FSDP2 on a mesh of one, fp32 master weights, Muon and AdamW. Theirs: every experts
+Each contender runs in a separate process, so that its peak memory can be measured. Contenders take turns over several
+rounds, so that a busy moment of the machine does not hit one of them only; each figure is the median over all rounds.
+Trinity: as in training, under FSDP2 on a mesh of one, fp32 master weights, Muon and AdamW. transformers: every experts
 implementation that runs here, sdpa attention, weights in the compute dtype, torch's fused AdamW.
 
-On a GPU Nano comes first, whole: see benchmarks/nano_step.py.
+On a GPU the suite starts with the whole of Nano: see benchmarks/nano_step.py.
 """
 
 import importlib.metadata
@@ -26,22 +26,22 @@ from tqdm import tqdm
 from trinity.io.json_files import to_json
 
 ROWS, LENGTH = 8, 256
-THEIRS = ("eager", "batched_mm", "grouped_mm")
+TRANSFORMERS_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 DTYPES = ("float32", "bfloat16")
-PATIENCE = 90  # seconds for one contender's turn; a peer that needs more is not its fastest engine
+TIMEOUT = 90  # seconds for one contender's turn; a slower engine is not the fastest one of transformers
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Measure every contender; returns the figures and what they were measured on."""
+    """Measure every contender; return the figures and the machine."""
     import torch
     from benchmarks import nano_step
     from benchmarks.timing import out_of_time
 
     nano = nano_step.run(quick) if torch.cuda.is_available() else None
-    quick = quick or nano is not None  # the small model says little on a GPU
+    quick = quick or nano is not None  # the small model is too small for a GPU
     rounds, steps = (1, 2) if quick else (2, 4)
     contenders = [("trinity", dtype) for dtype in DTYPES]
-    engines = THEIRS[-1:] if quick else THEIRS
+    engines = TRANSFORMERS_EXPERTS[-1:] if quick else TRANSFORMERS_EXPERTS
     contenders += [(f"transformers {experts}", dtype) for experts in engines for dtype in DTYPES]
     samples: dict[str, list[dict[str, Any]]] = {}
     turns = [contender for _ in range(rounds) for contender in contenders]
@@ -61,7 +61,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as a Markdown table, with ratios to the fastest of theirs in the same dtype."""
+    """The figures as a Markdown table, with ratios to the fastest engine of transformers in the same dtype."""
     tokens = results["tokens_per_step"]
     lines = [
         f"{results['on']}; {tokens} tokens a step",
@@ -94,19 +94,21 @@ def _ratios(contenders: dict[str, dict[str, Any]]) -> list[str]:
         if not peers:
             continue
         best = min(peers, key=lambda name: peers[name]["gradient_seconds"])
-        ours, theirs = contenders[f"trinity {dtype}"], peers[best]
-        if "failed" in ours:
+        trinity, peer = contenders[f"trinity {dtype}"], peers[best]
+        if "failed" in trinity:
             continue
+        gradient, step, memory = (
+            trinity[key] / peer[key] for key in ("gradient_seconds", "step_seconds", "memory_gib")
+        )
         lines.append(
-            f"{dtype}: ours takes {ours['gradient_seconds'] / theirs['gradient_seconds']:.2f} of the time of {best} "
-            f"for forward + backward, {ours['step_seconds'] / theirs['step_seconds']:.2f} for the whole step, and "
-            f"{ours['memory_gib'] / theirs['memory_gib']:.2f} of its memory"
+            f"{dtype}: trinity takes {gradient:.2f} of the time of {best} for forward + backward, {step:.2f} for the "
+            f"whole step, and {memory:.2f} of its memory"
         )
     return lines
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """The machine and versions, for the table."""
     import torch
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
@@ -124,7 +126,7 @@ def _median(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _export(folder: Path) -> None:
-    """Our initial weights as transformers reads them: both sides then route the same tokens to the same experts."""
+    """Export initial weights for transformers: both sides then route the same tokens to the same experts."""
     import torch
 
     from trinity.config.load import load_config
@@ -139,19 +141,19 @@ def _export(folder: Path) -> None:
 def _in_process(name: str, dtype: str, steps: int, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, name, dtype, str(steps), str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        return {"failed": f"{steps + 1} steps take more than {PATIENCE} s"}
+        return {"failed": f"{steps + 1} steps take more than {TIMEOUT} s"}
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1][:120]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(gradient: Callable[[], None], update: Callable[[], None], steps: int, held: float) -> dict[str, Any]:
-    """Median seconds of forward + backward and of the whole step, after one of each to warm up.
+    """Median seconds of forward + backward and of the whole step, after one step of warm-up.
 
     Args:
-        held: GiB that the process held before it built anything; the peak is counted from there.
+        held: GiB that the process used before it built the model; subtracted from the peak.
     """
     import torch
 
@@ -172,8 +174,8 @@ def measure(gradient: Callable[[], None], update: Callable[[], None], steps: int
     }
 
 
-def _held() -> float:
-    """GiB held by this process now, its imported libraries; 0 on a GPU, whose allocator counts from nothing."""
+def _memory_of_imports() -> float:
+    """GiB used by this process now, by imported libraries; 0 on a GPU, whose allocator counts tensors only."""
     import torch
 
     from trinity.hardware import memory_gib
@@ -189,7 +191,7 @@ def _now(device: Any) -> float:
     return time.perf_counter()
 
 
-def _ours(dtype: str, steps: int) -> dict[str, Any]:
+def _trinity_step(dtype: str, steps: int) -> dict[str, Any]:
     import torch
 
     from trinity.config.load import load_config
@@ -197,7 +199,7 @@ def _ours(dtype: str, steps: int) -> dict[str, Any]:
     from trinity.parallel import mesh
     from trinity.training.build import build_model, make_optimizers
 
-    held = _held()
+    held = _memory_of_imports()
     config = load_config("configs/smoke.yaml", [f"precision.compute={dtype}"])
     ranks = mesh.start(config.parallel, config.model, None, False)
     model = build_model(config, ranks)
@@ -221,11 +223,11 @@ def _ours(dtype: str, steps: int) -> dict[str, Any]:
     return figures
 
 
-def _theirs(experts: str, dtype: str, steps: int, folder: str) -> dict[str, Any]:
+def _transformers_step(experts: str, dtype: str, steps: int, folder: str) -> dict[str, Any]:
     import torch
     from transformers import AfmoeForCausalLM
 
-    held = _held()
+    held = _memory_of_imports()
     model = AfmoeForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), experts_implementation=experts, attn_implementation="sdpa"
     )
@@ -260,6 +262,6 @@ if __name__ == "__main__":
     contender, precision, repetitions, export = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     engine = contender.removeprefix("transformers ")
     if contender == "trinity":
-        print(to_json(_ours(precision, repetitions)))
+        print(to_json(_trinity_step(precision, repetitions)))
     else:
-        print(to_json(_theirs(engine, precision, repetitions, export)))
+        print(to_json(_transformers_step(engine, precision, repetitions, export)))

@@ -1,4 +1,4 @@
-"""How the suites measure: parts of a call timed apart, contenders in turns, and a failure is a row and not the end."""
+"""Timing for the suites: contenders take turns, the parts of a call are timed apart, and a failure is a row."""
 
 import os
 import statistics
@@ -10,55 +10,56 @@ from typing import Any
 import torch
 
 DENSE_TF, COPY_TBS = 789, 4.3
-"""Ceilings measured on an H200 through torch: bf16 products on random data in TFLOP/s, a copy in TB/s."""
+"""Upper bounds measured on an H200 through torch: bf16 products of random data in TFLOP/s, a copy in TB/s."""
 
-PATIENCE = 20
-"""A contender that takes so many times the fastest's time has shown it after one call. Ours."""
+MAX_SLOWDOWN = 20
+"""A contender slower than the fastest by more than this factor is called only once."""
 
 Marks = Callable[[], None]
-"""Called between two parts of what is timed."""
+"""Called between two parts of a timed call."""
 
-_BEGAN = time.monotonic()
+_START = time.monotonic()
 
 
 def time_left() -> float:
-    """Of the BENCH_SECONDS that this process has; without end where they are not set."""
-    return float(os.environ.get("BENCH_SECONDS", "inf")) - (time.monotonic() - _BEGAN)
+    """Seconds left of the environment's BENCH_SECONDS; infinite if it is not set."""
+    return float(os.environ.get("BENCH_SECONDS", "inf")) - (time.monotonic() - _START)
 
 
 def out_of_time() -> bool:
-    """Whether a suite should begin nothing more."""
+    """Whether BENCH_SECONDS are over: a suite then starts no further measurement."""
     return time_left() <= 0
 
 
 def device() -> torch.device:
-    """The GPU, or the CPU where there is none."""
+    """The GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def take_turns(contenders: dict[str, Callable[[Marks], None]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of each contender's parts, one call of each in turn, after a first round that warms up.
+    """Median seconds of the parts of each contender's call, calling each in turn, after a round of warm-up.
 
     Args:
-        contenders: name → a call that says mark() where a part ends; the end of the call ends the last one.
+        contenders: name → a function that calls mark() at the end of each part but the last.
+        rounds: number of rounds measured.
     Returns:
-        name → {"seconds": one for each part}, or {"failed": why, in one line}. A contender that failed, or is far
-        behind, is not called again, and none is called once the time is up.
+        name → {"seconds": one figure for each part}, or {"failed": reason in one line}. A contender that failed or is
+        too slow (MAX_SLOWDOWN) is not called again, and none is called when the time is over.
     """
     samples: dict[str, list[list[float]]] = {name: [] for name in contenders}
     failed: dict[str, str] = {}
     for _ in range(rounds + 1):
         fastest = min((sum(found[-1]) for found in samples.values() if found), default=0.0)
         for name, call in contenders.items():
-            behind = samples[name] and sum(samples[name][-1]) > PATIENCE * fastest
-            if name in failed or behind or (out_of_time() and len(samples[name]) > 1):
+            too_slow = samples[name] and sum(samples[name][-1]) > MAX_SLOWDOWN * fastest
+            if name in failed or too_slow or (out_of_time() and len(samples[name]) > 1):
                 continue
             if out_of_time():
                 failed[name] = "not measured: the suite's time was up"
                 continue
             try:
                 samples[name].append(parts_of(call))
-            except Exception as error:  # whatever a peer raises is its result here
+            except Exception as error:  # any error of a contender is its result
                 failed[name] = one_line(error)
     return {
         name: {"failed": failed[name]} if name in failed else {"seconds": medians(samples[name][1:] or samples[name])}
@@ -67,12 +68,12 @@ def take_turns(contenders: dict[str, Callable[[Marks], None]], rounds: int) -> d
 
 
 def medians(samples: Iterable[list[float]]) -> list[float]:
-    """Of each place."""
+    """Median of each column."""
     return [statistics.median(values) for values in zip(*samples)]
 
 
 def one_line(error: BaseException) -> str:
-    """Short enough for a table."""
+    """An error's message in one line, short enough for a table."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = " ".join(str(error).split()).replace("|", "/")
@@ -82,7 +83,7 @@ def one_line(error: BaseException) -> str:
 
 
 def parts_of(call: Callable[[Marks], None]) -> list[float]:
-    """Seconds of one call's parts; on a GPU by its own clock, with an L2 cache that holds nothing of use."""
+    """Seconds of the parts of one call; on a GPU by CUDA events, after flushing the L2 cache."""
     if not torch.cuda.is_available():
         times = [time.perf_counter()]
         call(lambda: times.append(time.perf_counter()))
@@ -103,12 +104,12 @@ def _event() -> torch.cuda.Event:
 
 
 def _flush() -> None:
-    """Write 256 MiB, four times an H200's L2, and wait."""
-    global _PAGES
-    if _PAGES is None:
-        _PAGES = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    _PAGES.zero_()
+    """Write 256 MiB, four times the L2 cache of an H200, and wait."""
+    global _FLUSH_BUFFER
+    if _FLUSH_BUFFER is None:
+        _FLUSH_BUFFER = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    _FLUSH_BUFFER.zero_()
     torch.cuda.synchronize()
 
 
-_PAGES: torch.Tensor | None = None
+_FLUSH_BUFFER: torch.Tensor | None = None

@@ -1,8 +1,8 @@
-"""Real text of distinct domains, in documents of log-normal length, as token shards.
+"""Make a corpus of distinct domains, in documents of log-normal length, as token shards.
 
-The text is Python's standard library. Its largest packages are a domain each, all other modules together are one, and
-docstrings with pydoc's chapters are one of prose. A domain's text is cut, at ends of lines, into consecutive documents.
-Whole modules are held out of every domain, and their docstrings of the prose.
+The text is Python's standard library. Each of its largest packages is a domain, the other modules together are one, and
+docstrings with pydoc's topics are a domain of prose. A domain's text is split at line ends into consecutive documents.
+Whole modules of every domain are held out for validation, and their docstrings too.
 """
 
 import sysconfig
@@ -24,21 +24,22 @@ from trinity.io.local import write_atomically
 
 PACKAGES = 12
 HELD_OUT = 0.04
-# About 500 tokens at 4,096 ids; σ is that of ln(characters). Half of the text is in documents of at least
-# median·exp(σ²) = 4.2 medians, as in web, books and code, where a few long documents hold most of the tokens.
+# The median is about 500 tokens of a 4,096-token vocabulary; σ is that of ln(characters). Half of the text is in
+# documents of at least median·exp(σ²) = 4.2 medians: in web text, books and code a few long documents also hold most of
+# the tokens. Not from the report.
 MEDIAN_CHARACTERS, SIGMA = 1700, 1.2
-SIDES = ("train", "validation")
+SPLITS = ("train", "validation")
 
 
 class Domain(NamedTuple):
-    """All text of one domain: what is trained on, and what is held out."""
+    """All text of one domain: for training, and held out for validation."""
 
     train: str
     validation: str
 
 
 class Corpus(NamedTuple):
-    """The tokenizer's folder, and for each side the folder of shards of every domain."""
+    """The tokenizer's folder, and for each split the shard folder of every domain."""
 
     tokenizer: Path
     train: dict[str, Path]
@@ -46,82 +47,84 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(out: Path, vocab_size: int, every: int = 1, library: Path | None = None) -> Corpus:
-    """Cut the domains into documents, learn a tokenizer from them and prepare their shards; what is there stays.
+    """Split the domains into documents, train a tokenizer and prepare shards; reuses finished parts in `out`.
 
     Args:
         out: folder for documents, tokenizer and shards.
-        vocab_size: ids of the tokenizer.
-        every: take each so many'th module alone, to try things on less text.
-        library: folder of modules; this Python's standard library by default.
+        vocab_size: of the tokenizer.
+        every: use every `every`-th module only, for a smaller corpus.
+        library: folder of modules; default: this Python's standard library.
     Raises:
-        UserError: `out` holds a corpus of other text or settings.
+        UserError: `out` has a corpus of other text or settings.
     """
     documents = out / "documents"
     documents.mkdir(parents=True, exist_ok=True)
     modules = list(read_modules(library or Path(sysconfig.get_path("stdlib"))))[::every]
     domains = read_domains(modules)
     for name, domain in domains.items():
-        for side, text in zip(SIDES, domain):
-            lines = (to_json({"text": document}) + "\n" for document in cut(text, f"{name}.{side}"))
-            write_atomically(documents / f"{name}.{side}.jsonl", lines)
+        for split, text in zip(SPLITS, domain):
+            lines = (to_json({"text": document}) + "\n" for document in split_documents(text, f"{name}.{split}"))
+            write_atomically(documents / f"{name}.{split}.jsonl", lines)
     tokenizer = out / "tokenizer"
     train_from_files([documents / f"{name}.train.jsonl" for name in domains], vocab_size, tokenizer)
-    folders: dict[str, dict[str, Path]] = {side: {} for side in SIDES}
-    with tqdm(desc="preparing", total=len(SIDES) * len(domains), unit="source", disable=None) as bar:
-        for side in SIDES:
+    folders: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}
+    with tqdm(desc="preparing", total=len(SPLITS) * len(domains), unit="source", disable=None) as bar:
+        for split in SPLITS:
             for name in domains:
-                folders[side][name] = out / "shards" / name / side
-                prepare_data([documents / f"{name}.{side}.jsonl"], tokenizer, folders[side][name])
+                folders[split][name] = out / "shards" / name / split
+                prepare_data([documents / f"{name}.{split}.jsonl"], tokenizer, folders[split][name])
                 bar.update()
     return Corpus(tokenizer, **folders)
 
 
 def read_domains(modules: list[tuple[str, str]]) -> dict[str, Domain]:
-    """Domain by name: `modules` and `prose`, and the PACKAGES largest packages, largest first.
+    """Domain by name: the PACKAGES largest packages, largest first, then `modules` and `prose`.
 
     Args:
-        modules: (dotted name, source) of each.
+        modules: (dotted name, source) of each module.
     """
     by_package = defaultdict(list)
     for name, source in modules:
         by_package[name.partition(".")[0]].append((name, source))
-    packages = sorted((of_one for of_one in by_package.values() if len(of_one) > 1), key=_characters, reverse=True)
-    groups = {of_one[0][0].partition(".")[0]: of_one for of_one in packages[:PACKAGES]}
+    packages = sorted((package for package in by_package.values() if len(package) > 1), key=_characters, reverse=True)
+    groups = {package[0][0].partition(".")[0]: package for package in packages[:PACKAGES]}
     groups["modules"] = [module for package in by_package if package not in groups for module in by_package[package]]
-    held = {name for group in groups.values() for name in _some(group)}
+    validation_names = {name for group in groups.values() for name in _validation_modules(group)}
     prose = [(name, text) for name, source in modules for _, text in docstrings(name, source)]
     for name, text in topics():
         prose.append((name, text))
         if held_out(name):
-            held.add(name)
-    return {domain: _sides(parts, held) for domain, parts in (groups | {"prose": prose}).items()}
+            validation_names.add(name)
+    return {domain: _domain(parts, validation_names) for domain, parts in (groups | {"prose": prose}).items()}
 
 
 def _characters(parts: Iterable[tuple[str, str]]) -> int:
     return sum(len(text) for _, text in parts)
 
 
-def _some(group: list[tuple[str, str]]) -> Iterator[str]:
-    """Names with HELD_OUT of a group's text or a little more, in a random order that depends on the names alone."""
-    wanted = HELD_OUT * _characters(group)
+def _validation_modules(group: list[tuple[str, str]]) -> Iterator[str]:
+    """Names of modules with at least HELD_OUT of a group's text, in a random order that depends on the names alone."""
+    remaining = HELD_OUT * _characters(group)
     for name, text in sorted(group, key=lambda module: random_key("held out", module[0]))[:-1]:
-        if wanted <= 0:
+        if remaining <= 0:
             break
-        wanted -= len(text)
+        remaining -= len(text)
         yield name
 
 
-def _sides(parts: list[tuple[str, str]], held: set[str]) -> Domain:
-    sides = ([text for name, text in parts if (name in held) == holding] for holding in (False, True))
-    return Domain(*("\n\n".join(texts) for texts in sides))
+def _domain(parts: list[tuple[str, str]], validation_names: set[str]) -> Domain:
+    return Domain(
+        train="\n\n".join(text for name, text in parts if name not in validation_names),
+        validation="\n\n".join(text for name, text in parts if name in validation_names),
+    )
 
 
-def cut(text: str, key: str) -> Iterator[str]:
-    """A text's documents, one after the other; each ends with the line in which its length is reached.
+def split_documents(text: str, key: str) -> Iterator[str]:
+    """Consecutive documents of a text; each ends at the end of the line in which its length is reached.
 
     Args:
-        text: whole.
-        key: what the lengths are a function of.
+        text: of a domain.
+        key: seed of the documents' lengths.
     """
     lengths = np.random.default_rng(random_key("lengths", key))
     begin = 0
@@ -133,13 +136,13 @@ def cut(text: str, key: str) -> Iterator[str]:
 
 
 def describe(corpus: Corpus, row: int) -> dict[str, Any]:
-    """What the training documents are like, BOS counted.
+    """Statistics of the training documents' lengths in tokens, including BOS.
 
     Args:
-        corpus: prepared.
+        corpus: from make_corpus.
         row: tokens of a packed row.
     Returns:
-        Counts; median and σ of the log-normal that the lengths were measured to be; in how long documents tokens lie.
+        Counts; measured median and σ of the log-normal lengths; and the share of tokens in long documents.
     """
     sources = {name: TokenSource(folder) for name, folder in corpus.train.items()}
     lengths = np.concatenate([source.lengths(np.arange(source.documents)) for source in sources.values()])

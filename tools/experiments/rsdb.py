@@ -1,33 +1,33 @@
-"""What the Random Sequential Document Buffer does to the loss, BatchHet and the gradient norm of a small model.
+"""Measure the effect of the Random Sequential Document Buffer (RSDB) on loss, BatchHet and gradient norm.
 
 python tools/experiments/rsdb.py --out runs/rsdb
 python tools/experiments/rsdb.py --quick --out runs/rsdb-quick
 
-The report's claim: documents that are read one after the other make a batch uneven, because neighbouring rows, and so
-whole microbatches, come from the same few documents. RSDB cut BatchHet by 46 % in a small experiment, with a kurtosis
-of the gradient norm of 14.6 against 187; in the run of Large BatchHet was 4.23 times, and the variance of the loss from
+The report's claim: sequential reading of documents makes batches heterogeneous, because neighbouring rows, and so whole
+microbatches, come from the same few documents. RSDB reduced BatchHet by 46 % in a small experiment, with a gradient
+norm kurtosis of 14.6 against 187. In the run of Large, BatchHet was 4.23 times lower, and the variance of the loss from
 step to step 2.4 times lower.
 
 The design, fixed before the first run:
-- Text: Python's standard library as 14 domains (see domains.py), cut into documents of log-normal length with a median
-  of about 500 tokens and σ = 1.2; a row has 128 tokens. Half of the tokens lie in documents of 15 rows or more.
+- Text: Python's standard library as 14 domains (see domains.py), split into documents of log-normal length with a
+  median of about 500 tokens and σ = 1.2; a row has 128 tokens. Half of the tokens are in documents of 15 rows or more.
 - A step has 16 rows in 4 microbatches of 4. In the report each of a GPU's 4 workers reads its own documents, and with
-  torch's DataLoader one worker makes a whole batch: so 4 streams stand for 4 workers, and a microbatch is 4 rows of
-  one stream. Where a document is long, a stream stays with it for some steps.
-- RSDB has the same 4 streams, the same documents in the same order, and buffers of 64 to 128 documents each.
-- A third arm reads one document after the other in 48 streams, this project's default: 16 streams make a step, and a
-  microbatch is 4 rows of 4 streams. It shows what many streams do by themselves.
-- The model, its first weights, the recipe and the number of tokens are equal; a seed decides the first weights and the
-  order of documents. The rate is constant after 20 steps. 600 steps read two fifths of the text: nothing is repeated.
+  torch's DataLoader one worker makes a whole batch. Here 4 streams represent 4 workers, and a microbatch is 4 rows of
+  one stream. A stream reads from a long document for several steps.
+- Arm `rsdb`: the same 4 streams, the same documents in the same order, and buffers of 64 to 128 documents each.
+- Arm `sequential_48`: sequential reading in 48 streams, this project's default: a step takes rows from 16 streams, and
+  a microbatch is 4 rows of 4 streams. It shows the effect of many streams alone.
+- Model, initial weights, recipe and number of tokens are equal; the seed determines the initial weights and the order
+  of documents. The learning rate is constant after 20 steps. 600 steps read two fifths of the text, without repetition.
 - BatchHet (eq. 40): the largest loss of a step's 4 microbatches minus their mean.
 - Measured over the last half of the steps: the mean of BatchHet; the variance of the loss about its trend, a parabola;
-  half of the variance of its differences from step to step; the kurtosis (fourth standardised moment) of the gradient
-  norm before clipping. At the end: the loss on modules that were held out of every domain.
+  half the variance of its differences from step to step; the kurtosis (fourth standardised moment) of the gradient norm
+  before clipping. At the end: the loss on modules that are held out of every domain.
 
-What differs from the report and can matter: a step has 4 microbatches where Large has thousands, so the mean over a
+Differences from the report that may matter: a step has 4 microbatches where Large has thousands, so the mean over a
 batch smooths less; 300 steps cannot show a kurtosis above 300; the model has 1.4 million parameters.
 
-A run that is finished is kept in --out: the same command goes on with the next one.
+Finished runs are kept in --out: after an interruption the same command continues with the next run.
 """
 
 import argparse
@@ -41,17 +41,17 @@ from trinity.errors import UserError, run_main
 from trinity.io.json_files import number, read_json
 
 STEPS, QUICK_STEPS = 600, 8
-STOPPED = 130
-PLACES = ("data.train", "data.validation", "data.tokenizer")
+INTERRUPTED = 130
+PATH_KEYS = ("data.train", "data.validation", "data.tokenizer")
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, each a run of every arm (%(default)s)")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of a run ({STEPS}; with --quick {QUICK_STEPS})")
-    parser.add_argument("--out", type=local_path, default=Path("runs/rsdb"), help="folder for all of it (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a toy: to see that it works")
+    parser.add_argument("--out", type=local_path, default=Path("runs/rsdb"), help="output folder (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="toy size, to test the command")
     arguments = parser.parse_args()
     if arguments.steps is None:
         arguments.steps = QUICK_STEPS if arguments.quick else STEPS
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int | None:
-    """Make the corpus, train what is not trained yet, write rsdb.json and rsdb.svg, print the table."""
+    """Make the corpus, train the missing runs, write rsdb.json and rsdb.svg, print the table."""
     arguments = parse()
     from rsdb_report import FEWEST_STEPS, draw, table, write_results
 
@@ -70,8 +70,8 @@ def main() -> int | None:
     try:
         about, runs = experiment(arguments.out, arguments.seeds, arguments.steps, arguments.quick)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return STOPPED
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return INTERRUPTED
     write_results(arguments.out / "rsdb.json", about, runs)
     print(table(runs))
     draw(arguments.out / "rsdb.svg", runs)
@@ -79,10 +79,12 @@ def main() -> int | None:
 
 
 def experiment(out: Path, seeds: int, steps: int, quick: bool) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-    """All runs, those of an earlier call included; returns what they are about, and arm → runs by seed.
+    """Train all runs, except those finished by an earlier call.
 
+    Returns:
+        a description of the experiment, and arm → runs by seed.
     Raises:
-        UserError: `out` holds something of other settings, or another process writes there.
+        UserError: `out` has results of other settings, or another process is writing there.
     """
     from domains import describe, make_corpus
     from rsdb_arms import ARMS, QUICK, SETTINGS, arm_config
@@ -97,19 +99,19 @@ def experiment(out: Path, seeds: int, steps: int, quick: bool) -> tuple[dict[str
             corpus = make_corpus(out / f"corpus-{vocabulary}", vocabulary, every=24 if quick else 1)
             keys = [(arm, seed) for seed in range(seeds) for arm in ARMS]
             configs = {key: arm_config(ARMS[key[0]], corpus, key[1], steps, words) for key in keys}
-            found = train_all(out / "runs", configs)
+            results = train_all(out / "runs", configs)
     except BlockingIOError:
         raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
     row = next(iter(configs.values())).data.sequence_length
     about = {"steps": steps, "seeds": seeds, "settings": SETTINGS, "quick": words, "corpus": describe(corpus, row)}
-    return about, {arm: [found[arm, seed] for seed in range(seeds)] for arm in ARMS}
+    return about, {arm: [results[arm, seed] for seed in range(seeds)] for arm in ARMS}
 
 
 def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[str, int], dict]:
-    """Train each (arm, seed) of which the folder has no result; returns all results.
+    """Train each (arm, seed) without a result in the folder; returns all results.
 
     Raises:
-        UserError: a result there is one of other settings.
+        UserError: a result in the folder has other settings.
     """
     from rsdb_arms import train_arm
 
@@ -117,36 +119,37 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
     from trinity.terminal import Progress
 
     folder.mkdir(exist_ok=True)
-    places = {(arm, seed): folder / f"{arm}-{seed}.json" for arm, seed in configs}
-    found = {key: _with_numbers(read_json(place)) for key, place in places.items()}
-    for key, run in found.items():
-        if run is not None and run["settings"] != settings_of(configs[key]):
-            raise UserError(f"{places[key]} is a run of other settings; give another --out, or remove {folder}")
+    paths = {(arm, seed): folder / f"{arm}-{seed}.json" for arm, seed in configs}
+    results: dict[tuple[str, int], dict] = {}
+    for key, path in paths.items():
+        run = read_json(path)
+        if run is None:
+            continue
+        if run["settings"] != settings_of(configs[key]):
+            raise UserError(f"{path} is a run of other settings; give another --out, or remove {folder}")
+        results[key] = _restore_nan(run)
     total = sum(config.run.steps for config in configs.values())
-    done = sum(configs[key].run.steps for key, run in found.items() if run)
     with Progress("training", total, "step") as bar:
-        bar.skip_to(done)
+        bar.skip_to(sum(configs[key].run.steps for key in results))
         for key, config in configs.items():
-            if found[key] is None:
-                found[key] = {"settings": settings_of(config)} | train_arm(config, bar.update)
-                write_json(places[key], found[key], indent=None)
-    return found
+            if key not in results:
+                results[key] = {"settings": settings_of(config)} | train_arm(config, bar.update)
+                write_json(paths[key], results[key], indent=None)
+    return results
 
 
-def _with_numbers(run: dict | None) -> dict | None:
-    """A result as it was before it went into JSON: NaN where a number was not finite."""
-    if run is None:
-        return None
+def _restore_nan(run: dict) -> dict:
+    """A result read from JSON, with NaN in place of null."""
     curves = {name: [number(value) for value in values] for name, values in run["curves"].items()}
     return run | {"curves": curves, "validation": {name: number(value) for name, value in run["validation"].items()}}
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What a run is a function of, as JSON gives it back: every setting but where files lie."""
+    """All settings that determine a run's result, as JSON values: every setting except paths."""
     from trinity.config.load import flatten
     from trinity.io.json_files import to_json
 
-    values = {key: value for key, value in flatten(config).items() if key not in PLACES}
+    values = {key: value for key, value in flatten(config).items() if key not in PATH_KEYS}
     return json.loads(to_json(values))
 
 

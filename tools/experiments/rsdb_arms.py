@@ -1,4 +1,4 @@
-"""The arms of the RSDB experiment: one small model, trained on the same documents in three ways of packing.
+"""The arms of the RSDB experiment: one small model, trained on the same documents with three kinds of packing.
 
 Shapes: B rows of a step.
 """
@@ -28,7 +28,7 @@ CURVES = ("loss", "batch_het", "grad_norm")
 
 
 class Arm(NamedTuple):
-    """One way of packing: its title, and what it changes in the settings."""
+    """One arm: its title, and its values of data.packing and data.streams."""
 
     title: str
     packing: str
@@ -41,8 +41,8 @@ ARMS = {
     "sequential_48": Arm("sequential, 48 streams", "sequential", 48),
 }
 
-# The smoke recipe (configs/smoke.yaml) at 1.4M parameters, at a constant rate after the warm-up, so that what is
-# measured over the last half of the run is not the decay's doing.
+# The smoke recipe (configs/smoke.yaml) at 1.4M parameters. The learning rate is constant after the warm-up, so that
+# decay does not affect the measures over the last half of the run.
 SETTINGS = {
     "run": {"threads": 1},
     "model": {
@@ -67,11 +67,11 @@ QUICK = [
     "model.vocab_size=512", "model.width=32", "model.dense_width=48", "model.head_dim=8", "model.expert_width=16",
     "data.sequence_length=32", "data.rsdb_size=4", "evaluation.sequences=2",
 ]  # fmt: skip
-"""Words that make it a toy."""
+"""Settings of the toy size."""
 
 
 def arm_config(arm: Arm, corpus: Corpus, seed: int, steps: int, words: list[str]) -> RunConfig:
-    """One run's config: domains are drawn by their tokens, so that each of them is gone through once an epoch."""
+    """The config of one run. Domains are weighted by their tokens, so that each is read once an epoch."""
     data = {
         "train": {name: str(folder) for name, folder in corpus.train.items()},
         "validation": {name: str(folder) for name, folder in corpus.validation.items()},
@@ -80,19 +80,19 @@ def arm_config(arm: Arm, corpus: Corpus, seed: int, steps: int, words: list[str]
         "packing": arm.packing,
         "streams": arm.streams,
     }
-    own = {"run": {"seed": seed, "steps": steps}, "data": data}
-    parts = (OmegaConf.create(SETTINGS), OmegaConf.create(own), OmegaConf.from_dotlist(words))
+    of_run = {"run": {"seed": seed, "steps": steps}, "data": data}
+    parts = (OmegaConf.create(SETTINGS), OmegaConf.create(of_run), OmegaConf.from_dotlist(words))
     return build_config([("the experiment", part) for part in parts])
 
 
 def train_arm(config: RunConfig, after_step: Callable[[], Any]) -> dict[str, Any]:
-    """Train from scratch in this process.
+    """Train a run from scratch in this process.
 
     Args:
         config: from arm_config.
         after_step: called after each optimizer step.
     Returns:
-        "curves": name → a value a step, for each of CURVES; "validation": domain → nats a token at the end.
+        "curves": name → one value for each step, for each of CURVES; "validation": domain → final loss, nats a token.
     """
     ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
     try:
@@ -115,19 +115,20 @@ def train_arm(config: RunConfig, after_step: Callable[[], Any]) -> dict[str, Any
 
 
 def take_by_stream(stream: SequenceStream, rows: int) -> Batch:
-    """The next B rows, each stream's together, so that BatchHet's groups of consecutive rows are microbatches as each
-    worker makes them; the loss and its gradient do not depend on the order of rows.
+    """The next B rows, ordered by stream, so that BatchHet's groups of consecutive rows are one worker's microbatches.
+
+    The loss and its gradient do not depend on the order of rows.
     """
-    numbers_B = np.arange(stream.k, stream.k + rows) % stream.streams
-    order_B = torch.from_numpy(np.argsort(numbers_B, kind="stable"))
-    taken = stream.take(rows)
-    return Batch(taken.tokens_BS[order_B], taken.targets_BS[order_B], taken.document_ids_BS[order_B])
+    streams_B = np.arange(stream.k, stream.k + rows) % stream.streams
+    order_B = torch.from_numpy(np.argsort(streams_B, kind="stable"))
+    batch = stream.take(rows)
+    return Batch(batch.tokens_BS[order_B], batch.targets_BS[order_B], batch.document_ids_BS[order_B])
 
 
 def _validate(model: Trinity, config: RunConfig, ranks: mesh.Ranks) -> dict[str, float]:
     losses = {}
     for name, folder in config.data.validation.items():
         rows = validation_sequences(TokenSource(folder), config.data.sequence_length, config.evaluation.sequences)
-        found = evaluate(model, rows, config.batch.microbatch, config.data.document_mask, None, ranks.device)
-        losses[name] = found["loss"]
+        result = evaluate(model, rows, config.batch.microbatch, config.data.document_mask, None, ranks.device)
+        losses[name] = result["loss"]
     return losses

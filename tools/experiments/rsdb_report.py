@@ -1,4 +1,4 @@
-"""What the runs of the RSDB experiment say: measures of each, a table beside the report's figures, and a plot."""
+"""Results of the RSDB experiment: measures of each run, a table beside the report's figures, and a plot."""
 
 import io
 import statistics
@@ -14,7 +14,7 @@ from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically
 
 FEWEST_STEPS = 8
-"""Half of them are enough for a parabola and something left over."""
+"""Half of them are enough to fit a parabola with residuals."""
 
 ROWS = {
     "batch_het": ("BatchHet, mean, nats", "0.54 (−46 %); Large 0.24 (4.23× lower)"),
@@ -25,19 +25,19 @@ ROWS = {
     "loss": ("training loss, mean, nats", ""),
     "validation_loss": ("validation loss at the end, mean over domains, nats", ""),
 }
-"""Measure → its title, and the report's ratio of RSDB to sequential where it gives one."""
+"""Measure → its title, and the report's ratio of RSDB to sequential, if it gives one."""
 
 
 def measures(run: dict[str, Any]) -> dict[str, float]:
-    """Figures of the last half of a run's steps, and the mean of its validation losses.
+    """Measures over the last half of a run's steps, and the mean of its validation losses.
 
     Args:
-        run: as train_arm returns it.
+        run: from train_arm.
     """
     half = {name: np.array(values[len(values) // 2 :]) for name, values in run["curves"].items()}
     return {
         "batch_het": float(half["batch_het"].mean()),
-        "loss_variance": float(_about_a_parabola(half["loss"]).var()),
+        "loss_variance": float(_detrended(half["loss"]).var()),
         "loss_step_variance": float(np.diff(half["loss"]).var() / 2),
         "grad_norm_kurtosis": kurtosis(half["grad_norm"]),
         "grad_norm": float(half["grad_norm"].mean()),
@@ -47,19 +47,19 @@ def measures(run: dict[str, Any]) -> dict[str, float]:
 
 
 def kurtosis(values: np.ndarray) -> float:
-    """The fourth standardised moment, E[(x − μ)⁴]/σ⁴: 3 for a normal distribution, never more than there are values."""
-    away = values - values.mean()
-    return float((away**4).mean() / (away**2).mean() ** 2)
+    """The fourth standardised moment, E[(x − μ)⁴]/σ⁴: 3 for a normal distribution, at most the number of values."""
+    deviations = values - values.mean()
+    return float((deviations**4).mean() / (deviations**2).mean() ** 2)
 
 
-def _about_a_parabola(values: np.ndarray) -> np.ndarray:
-    """What is left of a curve when its trend, the least-squares parabola, is taken off."""
-    at = np.linspace(-1, 1, len(values))
-    return values - np.polyval(np.polyfit(at, values, 2), at)
+def _detrended(values: np.ndarray) -> np.ndarray:
+    """A curve minus its trend, the least-squares parabola."""
+    x = np.linspace(-1, 1, len(values))
+    return values - np.polyval(np.polyfit(x, values, 2), x)
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The measures as a Markdown table: each arm's median over seeds with the range, and the report's ratio.
+    """The measures as a Markdown table: each arm's median over seeds with its range, and the report's ratio.
 
     Args:
         runs: arm → its runs, by seed.
@@ -68,10 +68,10 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
         f"| | {' | '.join(ARMS[arm].title for arm in runs)} | RSDB / sequential | in the report |",
         f"|{'---|' * (len(runs) + 3)}",
     ]
-    found = {arm: [measures(run) for run in of_arm] for arm, of_arm in runs.items()}
+    measured = {arm: [measures(run) for run in arm_runs] for arm, arm_runs in runs.items()}
     for name, (title, report) in ROWS.items():
-        values = {arm: [of_run[name] for of_run in of_arm] for arm, of_arm in found.items()}
-        cells = " | ".join(_median_and_range(of_arm) for of_arm in values.values())
+        values = {arm: [run[name] for run in arm_runs] for arm, arm_runs in measured.items()}
+        cells = " | ".join(_median_and_range(arm_values) for arm_values in values.values())
         ratio = statistics.median(values["rsdb"]) / statistics.median(values["sequential"])
         lines.append(f"| {title} | {cells} | {ratio:.3g} | {report} |")
     return "\n".join(lines)
@@ -82,11 +82,11 @@ def _median_and_range(values: list[float]) -> str:
 
 
 def write_results(path: Path, about: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Write everything as JSON, a run a line; curves have five digits, measures are of the whole numbers.
+    """Write all results as JSON, one run a line. Curves are rounded to five digits, measures are from full precision.
 
     Args:
         path: the file.
-        about: what else to say, by name.
+        about: further fields, by name.
         runs: arm → its runs, by seed.
     """
     write_atomically(path, _lines(about, runs))
@@ -96,8 +96,8 @@ def _lines(about: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iter
     head = to_json(about, indent=1, ensure_ascii=False)
     yield head.removesuffix("\n}") + ',\n "runs": [\n'
     lines = []
-    for arm, of_arm in runs.items():
-        for seed, run in enumerate(of_arm):
+    for arm, arm_runs in runs.items():
+        for seed, run in enumerate(arm_runs):
             curves = {name: [float(f"{value:.5g}") for value in values] for name, values in run["curves"].items()}
             line = {"arm": arm, "seed": seed, "measures": measures(run), "validation": run["validation"]}
             lines.append("  " + to_json(line | {"curves": curves}))
@@ -105,12 +105,12 @@ def _lines(about: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> Iter
 
 
 COLOURS = {"sequential": "#d95f02", "rsdb": "#1f5fbf", "sequential_48": "#7a7a7a"}
-SMOOTHED, EVERY = 25, 4
+SMOOTHED_STEPS, EVERY = 25, 4
 TITLES = ("Training loss, nats", "BatchHet, nats", "Gradient norm before clipping")
 
 
 def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw the curves as SVG, one panel each: thin, seed 0; thick, the mean over SMOOTHED steps and all seeds.
+    """Plot the curves as SVG, one panel each: thin lines, seed 0; thick, the mean over SMOOTHED_STEPS and all seeds.
 
     Args:
         path: the file.
@@ -139,14 +139,14 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _draw_panel(panel: Any, name: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    settled = []
-    for arm, of_arm in runs.items():
-        curves = np.array([run["curves"][name] for run in of_arm])
-        width = min(SMOOTHED, curves.shape[1])
+    after_warmup = []
+    for arm, arm_runs in runs.items():
+        curves = np.array([run["curves"][name] for run in arm_runs])
+        width = min(SMOOTHED_STEPS, curves.shape[1])
         smooth = np.convolve(curves.mean(axis=0), np.full(width, 1 / width), "valid")[::EVERY]
         panel.plot(curves[0], color=COLOURS[arm], linewidth=0.5, alpha=0.4)
         middle = EVERY * np.arange(len(smooth)) + (width - 1) / 2
         panel.plot(middle, smooth, color=COLOURS[arm], linewidth=2, label=ARMS[arm].title)
-        settled.append(curves[0, curves.shape[1] // 10 :])
-    low, high = np.min(settled), np.max(settled)
+        after_warmup.append(curves[0, curves.shape[1] // 10 :])
+    low, high = np.min(after_warmup), np.max(after_warmup)
     panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))

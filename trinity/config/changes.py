@@ -67,7 +67,7 @@ def check_changes(
     seen: int,
     accepted: list[str],
     where: str,
-    instead: str = "start afresh with another run.dir",
+    instead: str = "start a new run in another run.dir",
 ) -> list[str]:
     """Refuse changes that a resumed run must not make, except in DECAY_LENGTHS.
 
@@ -88,13 +88,15 @@ def check_changes(
     fixed = [key for key in changed if rule_of(key) == "fixed"]
     if fixed:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in fixed)
-        raise UserError(f"{where} holds a run of another config ({shown}); give it back, or {instead}")
+        raise UserError(f"{where} holds a run with another config ({shown}); restore the old value, or {instead}")
     _check_phases(before, now, seen, where)
     unaccepted = [key for key in changed if rule_of(key) == "accept" and not accepts(accepted, key)]
     if unaccepted:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in unaccepted)
         words = " ".join(f"--accept-change {key}" for key in unaccepted)
-        raise UserError(f"going on from {where} would change how it learns ({shown}); say {words} if that is meant")
+        raise UserError(
+            f"resuming {where} would change how the model learns ({shown}); add {words} to accept the change"
+        )
     return changed
 
 
@@ -106,11 +108,11 @@ def _check_phases(before: RunConfig, now: RunConfig, seen: int, where: str) -> N
             differing = [name for name in past._fields if getattr(past, name) != getattr(present, name)]
             shown = ", ".join(f"{name} was {getattr(past, name)} and is {getattr(present, name)}" for name in differing)
         else:
-            shown = "there was one, which is gone" if present is None else "there was none"
+            shown = "it was removed" if present is None else "it was added"
         if shown:
             raise UserError(
-                f"{where} has begun with data phase {number} ({shown}); a phase that has begun stays as it is: "
-                f"give it back, and let changes begin after {seen} tokens"
+                f"data phase {number} of {where} has begun and must not change ({shown}); restore it, and let changes "
+                f"begin after {seen} tokens"
             )
 
 

@@ -181,7 +181,7 @@ def _check_schedule(config: RunConfig) -> None:
     has_start = schedule.decay_start_tokens is not None or schedule.decay_start_steps is not None
     if schedule.decay != "none" and not has_start:
         raise UserError(
-            f"optim.schedule.decay={schedule.decay} has no beginning; set decay_start_tokens or decay_start_steps"
+            f"optim.schedule.decay={schedule.decay} has no start; set decay_start_tokens or decay_start_steps"
         )
     length = schedule.decay_tokens if schedule.decay_start_tokens is not None else schedule.decay_steps
     run_length = config.run.tokens if schedule.decay_start_tokens is not None else config.run.steps

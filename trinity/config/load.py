@@ -8,28 +8,22 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, is_dataclass
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigKeyError,
-    GrammarParseError,
-    InterpolationKeyError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import OmegaConfBaseException
 from omegaconf.omegaconf import get_yaml_loader
 
 from trinity.config.check import check_run
-from trinity.config.key_suggestions import all_keys, nearest_keys, unknown_key_hint
 from trinity.config.model import ModelConfig
 from trinity.config.model_sizes import initial_model
+from trinity.config.omegaconf_errors import NAMED_MAPS, merge_message, one_line, plain_message, reference_hint
 from trinity.config.paths import expand_home, expand_user, nearest_path
 from trinity.config.run import RunConfig
-from trinity.config.yaml_scalars import fields_of, is_section, read_override, read_yaml, resolve_scalars
+from trinity.config.yaml_scalars import read_override, read_yaml, resolve_scalars
 from trinity.errors import UserError
 from trinity.io.local import write_atomically
 
@@ -38,8 +32,6 @@ SWITCHES = ("parallel.defer_reduce", "optim.muon.share")
 """Keys with the values auto, on and off. YAML reads the last two as booleans."""
 INTEGER_LIMIT = 1 << 63
 """Integers must be smaller, so that counts of tokens and steps fit into 64 bits."""
-NAMED_MAPS = ("data.train", "data.validation", "data.mixture")
-"""Keys whose value maps names that the user chooses."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -75,7 +67,7 @@ def build_config(sources: list[tuple[str, DictConfig]]) -> RunConfig:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # a list's entry without a required value, or a wrong ${reference}
         where = " or ".join(name for name, _ in sources)
-        raise UserError(f"{error.full_key} in {where}: {str(error).splitlines()[0]}{_reference_hint(error)}") from None
+        raise UserError(f"{error.full_key} in {where}: {plain_message(error)}{reference_hint(error)}") from None
     assert isinstance(config, RunConfig)  # the schema of _defaults
     check_run(config)
     expand_home(config)
@@ -137,7 +129,7 @@ def _read_file(path: Path) -> DictConfig:
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give a YAML file") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: !!int abc, 5000 digits
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not OmegaConf.is_dict(checked):
         raise UserError(f"{path} holds no settings; it must be a YAML mapping such as `run: {{name: mine}}`")
     content = raw if isinstance(raw, dict) else OmegaConf.to_container(checked)  # an empty file, or a single word
@@ -176,7 +168,7 @@ def _read_overrides(overrides: list[str]) -> DictConfig:
         except UserError:
             raise
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise UserError(f"{COMMAND_LINE} is not valid: {_one_line(error)}") from None
+            raise UserError(f"{COMMAND_LINE} is not valid: {one_line(error)}") from None
     return _plain(OmegaConf.to_container(raw), COMMAND_LINE)
 
 
@@ -201,77 +193,13 @@ def _plain(raw: Any, where: str) -> DictConfig:
     try:
         return OmegaConf.create(walk("", raw))
     except OmegaConfBaseException as error:  # an unclosed ${
-        raise UserError(f"{where} is not valid YAML: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) + _reference_hint(error)
-
-
-def _reference_hint(error: Exception) -> str:
-    """What to write if the error is a ${…} that refers to no setting."""
-    reference = isinstance(error, InterpolationKeyError | InterpolationResolutionError | GrammarParseError)
-    return r"; write \${ for the characters themselves" if reference else ""
+        raise UserError(f"{where} is not valid YAML: {one_line(error)}") from None
 
 
 def _merge(merged: DictConfig, raw: DictConfig, where: str) -> None:
     """Merge in place: OmegaConf.merge would copy everything for each section, a tenth of a second per config."""
-    plain: Any = OmegaConf.to_container(raw)
     for section in raw:
         try:
             merged.merge_with({section: raw[section]})
         except OmegaConfBaseException as error:
-            error_key = str(getattr(error, "full_key", None) or section)
-            if isinstance(error, ConfigKeyError) and error_key.startswith(str(section)):
-                value = reduce(_child, error_key.split("."), plain)
-                raise UserError(_unknown_key(error_key, value, where)) from None
-            deepest = _deepest_failing_key(merged, str(section), plain[section])
-            # for an entry of a list, omegaconf names only the last part of the key
-            inside = "" if deepest.startswith(error_key) or error_key.startswith(deepest) else f"{error_key} of "
-            key = error_key if error_key.startswith(deepest) else f"{inside}{deepest}"
-            hint = _entry_hint(error) or _map_hint(key)
-            message = re.sub(r"^Key '.*?' not in '\w+'", "not a known key", str(error).splitlines()[0])
-            raise UserError(f"{key} in {where}: {message}{hint}") from None
-
-
-def _map_hint(key: str) -> str:
-    """How to write the map that `key` is, or lies in; empty for other keys."""
-    map_key = next((name for name in NAMED_MAPS if key == name or key.startswith(f"{name}.")), "")
-    value = "WEIGHT" if map_key == "data.mixture" else "PATH"
-    return f"; write '{map_key}={{NAME: {value}}}', in quotes and with a space after the colon" if map_key else ""
-
-
-def _entry_hint(error: OmegaConfBaseException) -> str:
-    """The keys of a list's entry, if an unknown key in it resembles none; otherwise omegaconf names the nearest."""
-    entry: Any = error.object_type
-    unknown = isinstance(error, ConfigKeyError) and is_section(entry) and "Did you mean" not in str(error)
-    return f"; an entry has {', '.join(fields_of(entry))}" if unknown else ""
-
-
-def _deepest_failing_key(merged: DictConfig, key: str, value: Any) -> str:
-    """The longest key at or below `key` that cannot be merged. omegaconf's errors do not always name it."""
-    for name in value if isinstance(value, dict) else ():
-        below = f"{key}.{name}"
-        nested = reduce(lambda inner, part: {part: inner}, reversed(below.split(".")), value[name])
-        try:
-            merged.merge_with(nested)
-        except OmegaConfBaseException:
-            return _deepest_failing_key(merged, below, value[name])
-    return key
-
-
-def _child(node: Any, name: str) -> Any:
-    return node.get(name) if isinstance(node, dict) else None
-
-
-def _unknown_key(full_key: str, value: Any, where: str) -> str:
-    """The message for an unknown key, whose value in the source is `value`."""
-    if full_key in set(all_keys()):  # in a file, dots do not nest
-        nested = ": {".join(full_key.split(".")) + ": …" + "}" * full_key.count(".")
-        return f"{full_key} in {where} is written with dots; in a file write {nested}"
-    deeper = full_key
-    while isinstance(value, dict) and value and not nearest_keys(deeper, list(all_keys())):
-        name, value = next(iter(value.items()))
-        deeper = f"{deeper}.{name}"
-    key = deeper if nearest_keys(deeper, list(all_keys())) else full_key
-    return f"{key} in {where} is not a known key; {unknown_key_hint(key)}"
+            raise UserError(merge_message(error, merged, OmegaConf.to_container(raw), str(section), where)) from None

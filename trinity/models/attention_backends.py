@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity_kernels.linear import widened
+from trinity_kernels.linear import matmul_operand
 
 Result = TypeVar("Result")
 
@@ -151,7 +151,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
-    q, k, v = (widened(x.transpose(1, 2)) for x in (q_BSHC, k_BSGC, v_BSGC))
+    q, k, v = (matmul_operand(x.transpose(1, 2)) for x in (q_BSHC, k_BSGC, v_BSGC))
     if mask.is_causal_only(window):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:

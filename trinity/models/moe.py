@@ -69,7 +69,7 @@ class Experts(nn.Module):
     """Weights of the routed experts, one SwiGLU network per expert, stacked along the first dimension.
 
     Attributes:
-        here: maps a weight to the part of it that holds this rank's experts; the identity, unless
+        local_part: function from a weight to its part with this rank's experts; the identity, unless
             trinity.parallel.expert_parallel splits the experts.
         wide_gradient: keep the weights' gradients in fp32, whatever the weights' dtype, so that Triton adds to them in
             place. trinity.parallel.grad_accumulation sets it where gradients stay on this rank over microbatches.
@@ -82,7 +82,7 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.roles = {"gate_up": ("experts", (hidden,)), "down": ("experts", (width,))}
-        self.here: Callable[[Tensor], Tensor] = _identity
+        self.local_part: Callable[[Tensor], Tensor] = _identity
         self.wide_gradient = False
 
     def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, rows: int | None = None) -> Tensor:
@@ -96,9 +96,9 @@ class Experts(nn.Module):
         Returns:
             [T, D], x's dtype.
         """
-        if self.wide_gradient and self.here is _identity:
+        if self.wide_gradient and self.local_part is _identity:
             _keep_gradients_wide(self.gate_up, self.down)
-        gate_up, down = self.here(self.gate_up), self.here(self.down)
+        gate_up, down = self.local_part(self.gate_up), self.local_part(self.down)
         arguments = (x_TD, gate_up, down, indices_TK, gates_TK, rows)
         if self.kernel in ENGINES:
             return engine(self.kernel)(*arguments)
@@ -134,7 +134,7 @@ class MoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         gates_TK, scores_TE, indices_TK, counts_E = self.router(x_TD, self.expert_bias)
         run_shared = partial(self.shared, x_TD)
-        routed_TD, shared_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, meanwhile=run_shared)
+        routed_TD, shared_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, overlap=run_shared)
         rows = x_BSD.shape[:2]
         balance_B = sequence_loss(scores_TE.unflatten(0, rows), indices_TK.unflatten(0, rows))
         return (shared_TD + routed_TD).view_as(x_BSD), Routing(counts_E, balance_B, _entropy_sum(scores_TE.detach()))

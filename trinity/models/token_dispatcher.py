@@ -19,7 +19,7 @@ class Dispatcher(Protocol):
     """Sends tokens to their experts and brings the weighted sums back."""
 
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, meanwhile: Callable[[], Tensor]
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Run the chosen experts.
 
@@ -28,16 +28,16 @@ class Dispatcher(Protocol):
             indices_TK: [T, K] int64, numbers among all experts of the layer.
             gates_TK: [T, K] fp32 or float64, differentiable.
             experts: called exactly once, even without tokens, because every rank takes part in gathering its weights.
-            meanwhile: other work of the layer on the same tokens, done while the tokens are sent.
+            overlap: other work of the layer on the same tokens, done while the tokens are sent (the shared expert).
         Returns:
-            [T, D], each token's weighted sum over its experts, in x's dtype; and the result of `meanwhile`.
+            [T, D], each token's weighted sum over its experts, in x's dtype; and the result of `overlap`.
         """
         ...
 
 
 def local_dispatch(
-    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, meanwhile: Callable[[], Tensor]
+    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The Dispatcher of a layer whose experts are all on this rank: nothing is sent."""
-    other = meanwhile()
+    other = overlap()
     return experts(x_TD, indices_TK, gates_TK), other

@@ -55,12 +55,12 @@ class DeepEP:
 
     @torch.compiler.disable
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, meanwhile: Callable[[], Tensor]
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See trinity.models.token_dispatcher.Dispatcher; every rank of the group calls it."""
         exchange = SimpleNamespace(buffer=self._buffer_for(x_TD), experts=self.experts)
         x_UD, gates_UK = _Dispatch.apply(x_TD, gates_TK, indices_TK, exchange)
-        done = meanwhile()
+        done = overlap()
         exchange.event.current_stream_wait()
         y_UD = experts(x_UD, exchange.indices_UK, gates_UK, exchange.choices_received)
         return _Combine.apply(y_UD, exchange), done

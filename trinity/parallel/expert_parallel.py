@@ -4,7 +4,7 @@ Rank p of the P ranks of an expert group holds experts [p·E/P, (p+1)·E/P). One
 
     counts      exchange the numbers of rows and choices between ranks      ─► sizes of the all-to-alls
     dispatch    send x, and gates with choices: a token once to each rank that holds any of its experts ─►
-    meanwhile   compute the shared expert while the rows are in flight
+    overlap     compute the shared expert while the rows are in flight
     experts     each received row's choices on this rank, weighted and summed (a choice on another rank is −1)
     combine     send one row back for each row received                     ─► sum per token in fp32, in rank order
 
@@ -53,7 +53,7 @@ def split_experts(model: nn.Module, mesh: DeviceMesh, exchange: str = "auto") ->
     dispatcher = _make_dispatcher(exchange, expert_mesh.get_group(), len(layers[0].get_buffer("expert_bias")))
     for layer in layers:
         layer.dispatcher = dispatcher
-        layer.experts.here = DTensor.to_local  # type: ignore[assignment]  # its weights are DTensors from here on
+        layer.experts.local_part = DTensor.to_local  # type: ignore[assignment]  # its weights are DTensors from here on
         for name, parameter in list(layer.experts.named_parameters()):
             # a clone: a view would keep the other ranks' experts in memory
             part = parameter.detach().chunk(expert_mesh.size())[expert_mesh.get_local_rank()].clone()
@@ -84,14 +84,14 @@ class AllToAll:
 
     @torch.compiler.disable
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, meanwhile: Callable[[], Tensor]
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See trinity.models.token_dispatcher.Dispatcher; every rank of the group calls it."""
         exchange = TokenExchange(indices_TK // self.share, self.ranks, self.group)
         # choices are sent with their gates, which saves a collective; an expert's number is exact in fp32
         choices_TC = torch.cat((gates_TK, indices_TK.to(gates_TK.dtype)), dim=1)
         tickets = _StartDispatch.apply(exchange, x_TD, choices_TC)
-        done = meanwhile()
+        done = overlap()
         x_UD, choices_UC = _FinishDispatch.apply(exchange, *tickets)
         gates_UK, indices_UK = choices_UC.chunk(2, dim=1)
         y_UD = experts(x_UD, self._local_indices(indices_UK.long()), gates_UK, exchange.choices_received)

@@ -132,10 +132,11 @@ def _links_advice(plan: Plan) -> str:
         changed = _plan_after(plan, change)
         if changed is not None and changed.fits and _run_seconds(changed) <= MAX_TIME_RATIO * now:
             faster.append((_run_seconds(changed), change))
+    step = plan.longest_step
     cost = (
         f"GPUs wait for links during {exposed_communication(plan):.0%} of the time: a step of "
-        f"{plan.main.segment.sequences:,} sequences takes {plan.main.seconds.step:.3g} s and its computing "
-        f"{plan.main.seconds.computing:.3g} s"
+        f"{step.segment.sequences:,} sequences takes {step.seconds.step:.3g} s and its computing "
+        f"{step.seconds.computing:.3g} s"
     )
     if not faster:
         return f"{cost}; no mesh or microbatch that was tried is faster"
@@ -145,7 +146,7 @@ def _links_advice(plan: Plan) -> str:
 
 def _run_seconds(plan: Plan) -> float:
     """Seconds of the run, or of one step for a run of zero steps."""
-    return plan.total_seconds or plan.main.seconds.step
+    return plan.total_seconds or plan.longest_step.seconds.step
 
 
 def _settings_text(plan: Plan, change: Change) -> str:

@@ -137,8 +137,8 @@ def _gradient_reductions(groups: list[FsdpGroup], times: int) -> list[_FlowEntry
     """Reduce-scatter of the gradients `times` times a step, and all-reduce of the shards over the replicas once."""
     entries: list[_FlowEntry] = []
     for name, along, members in _by_mesh_dimension(groups):
-        whole, shards = sum(group.reduced for group in members), sum(group.reduced // group.shards for group in members)
-        entries.append(("passes", f"gradients, {name}", "reduce_scatter", along, times * len(members), times * whole))
+        size, shards = sum(group.reduced for group in members), sum(group.reduced // group.shards for group in members)
+        entries.append(("passes", f"gradients, {name}", "reduce_scatter", along, times * len(members), times * size))
         entries.append(("passes", f"copies, {name}", "all_reduce", "replicate", len(members), shards))
     return entries
 

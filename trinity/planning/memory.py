@@ -45,7 +45,7 @@ def peak_moment(rank: FakeRank, parts: list[Activations], microbatches: int, unr
     """
     state = state_bytes(rank.model, rank.optimizers)
     gradients = state.pop("gradients")
-    update = {"gradients": gradients, "update of the largest matrices": _newton_schulz(rank.optimizers.muon)}
+    update = {"gradients": gradients, "update of the largest matrices": _newton_schulz_bytes(rank.optimizers.muon)}
     passes = _forward_and_backward(_fsdp_buffers(rank.groups), parts, gradients, microbatches, unreduced)
     peak = max([*passes, Memory("update", update)], key=lambda memory: memory.total)
     return Memory(peak.moment, state | peak.parts)
@@ -54,9 +54,9 @@ def peak_moment(rank: FakeRank, parts: list[Activations], microbatches: int, unr
 def unreduced_gradients(rank: FakeRank, defer_reduce: str, microbatches: int, memory: float) -> float:
     """Bytes of unsharded gradients that parallel.defer_reduce keeps on a GPU with `memory` bytes; 0 if it does not."""
     sizes = rank.ranks.sizes
-    whole = unreduced_bytes(rank.model, sizes.expert)
-    auto = sizes.shard > 1 and whole <= SHARE_OF_DEVICE * memory
-    return whole if microbatches > 1 and (defer_reduce == "on" or (defer_reduce == "auto" and auto)) else 0.0
+    unsharded = unreduced_bytes(rank.model, sizes.expert)
+    auto = sizes.shard > 1 and unsharded <= SHARE_OF_DEVICE * memory
+    return unsharded if microbatches > 1 and (defer_reduce == "on" or (defer_reduce == "auto" and auto)) else 0.0
 
 
 class _Buffers(NamedTuple):
@@ -93,18 +93,19 @@ def _forward_and_backward(
     buffers: list[_Buffers], parts: list[Activations], gradients: float, microbatches: int, unreduced: float
 ) -> Iterator[Memory]:
     """Memory beside the state at the forward and backward pass of each part."""
-    always, shards = sum(buffer.kept for buffer in buffers), sum(buffer.shards for buffer in buffers)
-    before = unreduced or (gradients if microbatches > 1 else 0.0)
+    unsharded, shards = sum(buffer.kept for buffer in buffers), sum(buffer.shards for buffer in buffers)
+    accumulated = unreduced or (gradients if microbatches > 1 else 0.0)
+    none = _Buffers(0, 0, 0, 0)
     for i, (buffer, part) in enumerate(zip(buffers, parts)):
-        neighbours = {step: buffers[i + step] for step in (-1, 1) if 0 <= i + step < len(buffers)}
-        zero = _Buffers(0, 0, 0, 0)
+        previous = buffers[i - 1] if i > 0 else none
+        following = buffers[i + 1] if i + 1 < len(buffers) else none
         name = {0: "the embedding", len(parts) - 1: "the head"}.get(i, f"block {i - 1}")
         kept = sum(part.kept for part in parts[: i + 1])
         yield Memory(
             f"forward of {name}",
             {
-                "gradients": before,
-                "gathered weights": always + buffer.gathered + neighbours.get(1, zero).gathered,
+                "gradients": accumulated,
+                "gathered weights": unsharded + buffer.gathered + following.gathered,
                 "activations": kept,
                 f"work of {name}": max(0.0, part.forward - part.kept),
             },
@@ -112,20 +113,19 @@ def _forward_and_backward(
         yield Memory(
             f"backward of {name}",
             {
-                "gradients": before or gradients * sum(buffer.shards for buffer in buffers[i:]) / shards,
-                "gathered weights": always + buffer.gathered + neighbours.get(-1, zero).gathered,
-                "whole gradients being reduced": buffer.reduced + neighbours.get(1, zero).reduced,
+                "gradients": accumulated or gradients * sum(buffer.shards for buffer in buffers[i:]) / shards,
+                "gathered weights": unsharded + buffer.gathered + previous.gathered,
+                "whole gradients being reduced": buffer.reduced + following.reduced,
                 "activations": kept,
                 f"work of {name}": part.backward,
             },
         )
 
 
-def _newton_schulz(muon: Muon) -> float:
+def _newton_schulz_bytes(muon: Muon) -> float:
     """Bytes of the update's buffers, for the largest batch of matrices."""
     largest = 0
     for batch in muon.batches:
-        whole = batch.owned
         sent = sum(batch.exchange.sent) if batch.exchange else 0
-        largest = max(largest, whole * batch.shape[0] * batch.shape[1], sent)
+        largest = max(largest, batch.owned * batch.shape[0] * batch.shape[1], sent)
     return NEWTON_SCHULZ_BUFFERS * 4 * largest

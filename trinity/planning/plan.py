@@ -86,19 +86,19 @@ class Plan:
         return self.card.name
 
     @property
-    def worst(self) -> StepEstimate:
+    def peak_step(self) -> StepEstimate:
         """The step of the segment that needs the most memory."""
         return max(self.steps, key=lambda step: step.memory.total)
 
     @property
-    def main(self) -> StepEstimate:
+    def longest_step(self) -> StepEstimate:
         """The step of the segment that takes the most time."""
         return max(self.steps, key=lambda step: step.total_seconds)
 
     @property
     def memory(self) -> Memory:
         """Peak memory of the run."""
-        return self.worst.memory
+        return self.peak_step.memory
 
     @property
     def fits(self) -> bool:
@@ -190,7 +190,7 @@ def _pick_mesh(config: RunConfig, gpus: int, card: GPU) -> Plan:
             sizes_that_fit += any(plan.fits for plan in shard_plans)
             plans += shard_plans
     fitting = [plan for plan in plans if plan.fits]
-    return min(fitting, key=lambda plan: plan.total_seconds or plan.main.seconds.step)
+    return min(fitting, key=lambda plan: plan.total_seconds or plan.longest_step.seconds.step)
 
 
 def _plan_for_mesh(config: RunConfig, gpus: int, card: GPU, cache: ActivationCache) -> Plan:

@@ -25,9 +25,9 @@ def describe(config: RunConfig, gpus: int | None = None, gpu: str | GPU = "h200"
 def as_text(plan: Plan) -> str:
     """Verdict and warnings, then aligned tables, then the assumptions of the estimates."""
     tables = [_parameter_rows(plan), _flop_rows(plan), _length_rows(plan), _memory_rows(plan)]
-    if plan.main.flows:
-        tables.append(_traffic_rows(plan, plan.main))
-    tables.append(_time_rows(plan, plan.main))
+    if plan.longest_step.flows:
+        tables.append(_communication_rows(plan, plan.longest_step))
+    tables.append(_time_rows(plan, plan.longest_step))
     return "\n\n".join([_verdict(plan, warnings(plan)), _mesh(plan), *map(table, tables), _assumptions(plan)])
 
 
@@ -46,7 +46,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "flops_per_token": plan.steps[0].flops,
         "state": plan.state,
-        "memory": _memory_values(plan.worst),
+        "memory": _memory_values(plan.peak_step),
         "steps": [_step_values(plan, step) for step in plan.steps],
         "warnings": warnings(plan),
     }
@@ -90,11 +90,11 @@ def _verdict(plan: Plan, sentences: list[str]) -> str:
     tokens = sum(step.segment.tokens for step in plan.steps)
     duration, hours = _duration_and_gpu_hours(plan, plan.total_seconds)
     one = "process" if plan.gpu == "cpu" else "GPU"
-    speed = plan.tokens_per_second(plan.main)
+    speed, mfu = plan.tokens_per_second(plan.longest_step), plan.mfu(plan.longest_step)
     lines = [
         f"{plan.config.run.name} on {plan.gpus} × {plan.gpu}",
         f"{'fits' if plan.fits else 'DOES NOT FIT':<14} {plan.memory.total / GB:.1f} of {most / GB:.1f} GB a {one}",
-        f"speed          {speed:,.0f} tokens/s a {one}, {speed * plan.gpus:,.0f} in all, MFU {plan.mfu(plan.main):.0%}",
+        f"speed          {speed:,.0f} tokens/s a {one}, {speed * plan.gpus:,.0f} in all, MFU {mfu:.0%}",
         f"the run        {tokens:,} tokens, {duration}, {hours} {one}-hours",
     ]
     if plan.picked:
@@ -174,7 +174,7 @@ def _memory_rows(plan: Plan) -> Rows:
     parts = {**dict.fromkeys(plan.state), **memory.parts}
     rows = [(name, _gigabytes(plan.state.get(name)), _gigabytes(memory.parts.get(name))) for name in parts]
     return [
-        (f"GB on rank 0, {_batch_text(plan.worst)}", "state", f"in {memory.moment}"),
+        (f"GB on rank 0, {_batch_text(plan.peak_step)}", "state", f"in {memory.moment}"),
         *rows,
         ("in all", _gigabytes(sum(plan.state.values())), _gigabytes(memory.total)),
         (f"for tensors on a {plan.gpu} of {card.memory / GB:.0f}", "", _gigabytes(USABLE_SHARE * card.memory)),
@@ -189,7 +189,7 @@ def _gigabytes(size: float | None) -> str:
     return "" if size is None else f"{size / GB:,.2f}"
 
 
-def _traffic_rows(plan: Plan, step: StepEstimate) -> Rows:
+def _communication_rows(plan: Plan, step: StepEstimate) -> Rows:
     rows = [
         (flow.purpose, flow.kind, f"{flow.along} {flow.ranks}", f"{flow.calls:,}", _size(flow.bytes),
          f"{_seconds(plan, flow):.3f}")

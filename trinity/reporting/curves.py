@@ -90,7 +90,7 @@ SPEED = [
         {"data_seconds": "for data", "checkpoint_seconds": "for a checkpoint"},
     ),
     Chart(
-        "Slowest and fastest rank apart", "in attention, as a share of the median rank's time",
+        "Straggler spread", "slowest − fastest rank in attention, as a share of the median rank's time",
         {"rank_seconds_spread": "spread"},
     ),
     Chart("Memory", "GiB", {"memory_gib": "peak"}),

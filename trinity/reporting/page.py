@@ -110,7 +110,7 @@ def sections(runs: list[RunLog]) -> list[Section]:
     def charts(title: str, specs: list) -> Section:
         return _section(title, curves.render_charts(specs, runs))
 
-    found = [
+    page_sections = [
         Section("Summary", html=tables.summary(runs)),
         charts("Loss", curves.LOSS),
         charts("Optimizer", curves.OPTIMIZER),
@@ -120,18 +120,20 @@ def sections(runs: list[RunLog]) -> list[Section]:
     ]
     for run in runs:
         title = "Routers by layer" if len(runs) == 1 else f"Routers by layer: {run.name}"
-        found.append(_section(title, render_router_charts(run)))
+        page_sections.append(_section(title, render_router_charts(run)))
     if any(run.samples for run in runs):
-        found.append(Section("Samples", html=tables.samples(runs)))
+        page_sections.append(Section("Samples", html=tables.samples(runs)))
     for title, html, file in (
         ("Events and restarts", tables.events(runs), "events.jsonl"),
         ("Settings", tables.settings(runs), "config.yaml"),
     ):
-        found.append(Section(title, html=html, missing=[] if html else [file]))
+        page_sections.append(Section(title, html=html, missing=[] if html else [file]))
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     if notes:
-        found.append(Section("What could not be read", html="".join(f"<p>{escape(note)}.</p>" for note in notes)))
-    return found
+        page_sections.append(
+            Section("What could not be read", html="".join(f"<p>{escape(note)}.</p>" for note in notes))
+        )
+    return page_sections
 
 
 def _section(title: str, rendered: "RenderedSection") -> Section:

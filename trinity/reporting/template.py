@@ -78,10 +78,10 @@ SCRIPT = """
   const lines = () => ({
     gridcolor: dark.matches ? "#3a3f45" : "#e3e5e8", zeroline: false, automargin: true, exponentformat: "e",
   });
-  const titled = axis => ({ ...lines(), ...axis });
-  const layout = own => ({
-    ...own,
-    xaxis: titled(own.xaxis), yaxis: titled(own.yaxis), ...(own.xaxis2 && { xaxis2: titled(own.xaxis2) }),
+  const styled = axis => ({ ...lines(), ...axis });
+  const layout = spec => ({
+    ...spec,
+    xaxis: styled(spec.xaxis), yaxis: styled(spec.yaxis), ...(spec.xaxis2 && { xaxis2: styled(spec.xaxis2) }),
     font: { size: 16, color: dark.matches ? "#e6e6e6" : "#1c1c1e" },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 10, r: 10, t: 10, b: 10 },
@@ -123,11 +123,11 @@ SCRIPT = """
     }
   };
   const draw = place => {
-    const { data, layout: own } = figures[place.dataset.figure];
+    const { data, layout: spec } = figures[place.dataset.figure];
     if (!place.data) legend(place, data);
     // plotly draws an axis only if a curve uses it: add a curve without points
-    const upper = own.xaxis2 ? [{ x: [null], y: [null], xaxis: "x2", showlegend: false, hoverinfo: "skip" }] : [];
-    return Plotly.react(place, [...data, ...upper], layout(own), config);
+    const upper = spec.xaxis2 ? [{ x: [null], y: [null], xaxis: "x2", showlegend: false, hoverinfo: "skip" }] : [];
+    return Plotly.react(place, [...data, ...upper], layout(spec), config);
   };
 
   const near = new IntersectionObserver(entries => {

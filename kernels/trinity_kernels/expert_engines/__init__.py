@@ -10,6 +10,8 @@ the two products and their gradients are the package's.
     transformer_engine   te.pytorch.GroupedLinear: 16 and 32 bits on a GPU; a host sync
 
 This project has NOT RUN the last two on a GPU yet; their test there compares them with the reference.
+
+Shapes: see trinity_kernels.expert_engines.rows.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The corpus on a made-up library, and the rule that nothing leaks, on this Python's own."""
+"""The corpus from a made-up library, and that no held-out text leaks, from this Python's standard library."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """Eighty good modules, and every kind of file that must not be taken or must not hurt."""
+    """Eighty good modules, and every kind of file that must be left out."""
     files: dict[str, str | bytes] = {f"package/module{number}.py": MODULE for number in range(80)}
     files |= {
         "package/__init__.py": "x = 1\n",
@@ -47,7 +47,7 @@ def library(tmp_path: Path) -> Path:
     return tmp_path / "library"
 
 
-def test_what_is_taken(library: Path, tmp_path: Path) -> None:
+def test_the_files_of_the_corpus(library: Path, tmp_path: Path) -> None:
     files = write_corpus(tmp_path / "out", library)
     documents = {file.name: read(tmp_path / "out" / file.name) for file in files}
     for file in files:

@@ -22,7 +22,7 @@ KEPT = ["one", "two", "three", "two ", "four"]
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(0, 3))
-def test_seen_is_a_set(batches: list[list[int]], collisions: int) -> None:
+def test_the_table_is_a_set(batches: list[list[int]], collisions: int) -> None:
     """Few numbers, so that many are equal; first halves cut to a few, so that many slots are the same."""
     seen, reference = SeenHashes(), set()
     for batch in batches:
@@ -36,7 +36,7 @@ def test_seen_is_a_set(batches: list[list[int]], collisions: int) -> None:
     assert seen.count == len(reference)
 
 
-def test_seen_grows() -> None:
+def test_the_table_grows() -> None:
     """From 1024 slots on: every hash is found again, and the table is at most 16 bytes / 0.7 · 1.5 a hash."""
     seen = SeenHashes()
     hashes = np.random.default_rng(0).integers(1, 2**63, (100_000, 2)).astype(np.uint64)
@@ -46,8 +46,8 @@ def test_seen_grows() -> None:
     assert seen._table.nbytes <= 16 * 1.5 / 0.7 * len(hashes) * 1.01
 
 
-def test_the_first_stays(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Over two files and several shards; without the option all stay."""
+def test_the_first_of_equal_texts_stays(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Over two files and several shards; without the option all texts stay."""
     inputs = [jsonl(tmp_path / "a.jsonl", TEXTS[:4]), jsonl(tmp_path / "b.jsonl", TEXTS[4:])]
     index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=5, deduplicate=True)
     assert decoded(tmp_path / "out", tokenizer_dir) == KEPT
@@ -59,8 +59,8 @@ def test_the_first_stays(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert (index["documents"], index["deduplicate"]) == (8, False)
 
 
-def test_mending_knows_what_was_seen(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Hashes that are damaged are made anew with their shard; a reader does not need them."""
+def test_repair_keeps_the_hashes_of_earlier_shards(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Damaged hashes are rebuilt with their shard; a reader does not need them."""
     inputs, out = [jsonl(tmp_path / "a.jsonl", TEXTS * 3)], tmp_path / "out"
     prepare_data(inputs, tokenizer_dir, out, shard_tokens=5, deduplicate=True)
     whole = content(out)
@@ -72,8 +72,8 @@ def test_mending_knows_what_was_seen(tmp_path: Path, tokenizer_dir: Path) -> Non
         assert content(out) == whole
 
 
-def test_with_and_without_do_not_mix(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """A folder from before there was the option is one without."""
+def test_shards_with_and_without_the_option_do_not_mix(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """A folder from before the option existed counts as one without it."""
     inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
     for before, after in ((False, True), (True, False)):
         out = tmp_path / f"out{before}"

@@ -1,4 +1,4 @@
-"""A preparation that is killed by SIGKILL at random moments, its workers too, leaves what one that was not leaves."""
+"""A preparation that is killed by SIGKILL at random moments, with its workers, leaves the bytes of one that was not."""
 
 import json
 import multiprocessing
@@ -39,7 +39,7 @@ def inputs(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def start(inputs: list[Path], tokenizer: Path, out: Path, workers: int, deduplicate: bool) -> FORK.Process:
-    """prepare_data in a process of its own, which is not ours to clean up after."""
+    """prepare_data in a separate process."""
 
     def run() -> None:
         # A group of its own: its workers must end without anybody's help.
@@ -63,7 +63,7 @@ def start(inputs: list[Path], tokenizer: Path, out: Path, workers: int, deduplic
 def test_killed_until_done(
     inputs: list[Path], tokenizer_dir: Path, tmp_path: Path, deduplicate: bool, workers: list[int]
 ) -> None:
-    """Each start with the next number of workers; a shard that was counted as done stays the file it is.
+    """Each start has the next number of workers; a finished shard is not written again.
 
     On a busy machine every kill at a random moment may come too early or too late; kills after progress always bite.
     """
@@ -95,7 +95,7 @@ def test_killed_until_done(
 
 
 def done(out: Path) -> list[str]:
-    """Files of the shards that progress.json counts as done."""
+    """Files of the finished shards in progress.json."""
     if not (out / "progress.json").exists():
         return []
     shards = json.loads((out / "progress.json").read_text())["shards"]

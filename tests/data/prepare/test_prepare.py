@@ -1,4 +1,4 @@
-"""Preparing shards: every kind of file, every kind of bad file, and a kill at every moment that leaves a trace."""
+"""Preparing shards: every kind of file, every kind of bad file, and a kill before every rename."""
 
 import gzip
 import json
@@ -52,7 +52,7 @@ def test_special_tokens_in_text_are_text(tmp_path: Path, tokenizer_dir: Path) ->
     assert decoded(tmp_path / "out", tokenizer_dir) == texts
 
 
-def test_batches_leave_no_trace(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_changes_no_byte(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
     prepare_data(inputs, tokenizer_dir, tmp_path / "large", shard_tokens=500)
     monkeypatch.setattr(documents, "BATCH_BYTES", 300)
@@ -70,7 +70,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
-    """Die when the moment-th file is about to take its name."""
+    """Die just before the moment-th file is renamed."""
     moves = iter(range(moment))
 
     def move(path: Path) -> None:
@@ -130,7 +130,7 @@ def test_killed_before_progress_is_removed(tmp_path: Path, tokenizer_dir: Path) 
     ],
     ids=["missing", "cut short", "changed"],
 )
-def test_the_same_command_mends_damage(tmp_path: Path, tokenizer_dir: Path, harm: Callable) -> None:
+def test_the_same_command_repairs_damage(tmp_path: Path, tokenizer_dir: Path, harm: Callable) -> None:
     inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
     index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500)
     whole = content(tmp_path / "out")
@@ -175,7 +175,7 @@ def test_an_input_changed_in_place_is_noticed(tmp_path: Path, tokenizer_dir: Pat
 
 
 @pytest.mark.parametrize(("size", "places"), [(1 << 20, [0, 500_000, (1 << 20) - 1]), (10_000_000, [0, 9_900_000])])
-def test_identity_sees_all_of_small_files_and_all_over_large_ones(tmp_path: Path, size: int, places: list[int]) -> None:
+def test_identity_hashes_small_files_whole_and_samples_large_ones(tmp_path: Path, size: int, places: list[int]) -> None:
     """9,900,000 lies in the last of 64 blocks of 65,536 bytes, which begins at 63/64 of the file."""
     path = tmp_path / "a"
     path.write_bytes(bytes(size))
@@ -272,7 +272,7 @@ MARKED = {
 
 @pytest.mark.parametrize("name", MARKED)
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
-    """In shards, in text that a run reads, and in what a tokenizer learns from; later in a text it is text."""
+    """In shards, in text that a run reads, and in a tokenizer's training text; later in a text it is text."""
     raw, wanted = MARKED[name]
     (tmp_path / name).write_bytes(raw)
     prepare_data([tmp_path / name], tokenizer_dir, tmp_path / "out")
@@ -284,11 +284,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name:
 
 
 def long_zstd(raw: bytes, window_log: int) -> bytes:
-    """As `zstd --long=WINDOW_LOG` packs what it reads from a pipe, whose size it does not know."""
+    """As `zstd --long=WINDOW_LOG` compresses a pipe, whose size it does not know."""
     options = {
         zstd_library.CompressionParameter.window_log: window_log,
         zstd_library.CompressionParameter.enable_long_distance_matching: 1,
-        # small tables: the window alone is what whoever unpacks it must have
+        # small tables: the reader needs memory for the window alone
         zstd_library.CompressionParameter.hash_log: 10,
         zstd_library.CompressionParameter.chain_log: 10,
         zstd_library.CompressionParameter.ldm_hash_log: 10,
@@ -299,7 +299,7 @@ def long_zstd(raw: bytes, window_log: int) -> bytes:
 
 @pytest.mark.parametrize("window_log", [27, 28, 31])
 def test_zstd_with_a_long_window(tmp_path: Path, tokenizer_dir: Path, window_log: int) -> None:
-    """Two frames, one after the other."""
+    """Two consecutive frames."""
     parts = [jsonl(tmp_path / "part", texts).read_bytes() for texts in (TEXTS[:20], TEXTS[20:])]
     packed = long_zstd(parts[0], window_log) + long_zstd(parts[1], window_log)
     assert packed[5] >> 3 == window_log - 10  # the window's size, in the frame's header (RFC 8878, 3.1.1.1.2)
@@ -313,7 +313,7 @@ def test_zstd_with_a_long_window(tmp_path: Path, tokenizer_dir: Path, window_log
 
 
 def test_one_file_without_the_column(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Named, of a whole folder; nothing of it is left out in silence."""
+    """The file is named; no file of a folder is left out silently."""
     for name, column in (("a", "text"), ("b", "body"), ("c", "text")):
         pyarrow.parquet.write_table(pyarrow.table({column: ["x"]}), tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match=r"b\.parquet has no column text; set --field to one of: body"):

@@ -1,4 +1,4 @@
-"""The command line of prepare_data: its options reach the work, and whatever ends it ends it with a sentence."""
+"""The command line of prepare_data: its options take effect, and every failure ends with one sentence."""
 
 import errno
 import json
@@ -59,7 +59,7 @@ def test_options(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
 
 
 def test_interrupted_at_a_terminal(command: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Ctrl-C reaches the main process and the workers: one line, no traceback, and the same command goes on."""
+    """Ctrl-C reaches the main process and the workers: one line, no traceback, and the same command resumes."""
     path, out = jsonl(tmp_path / "a.jsonl", [f"{number} " + text for text in TEXTS for number in range(200)]), tmp_path
     words = ["--input", path, "--tokenizer", tokenizer_dir, "--out", out / "out", "--shard-tokens", 30_000]
     interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background is not
@@ -112,7 +112,7 @@ def test_a_killed_worker_costs_one_shard(
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_an_out_that_cannot_be_made(tool: Callable, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_that_cannot_be_created(tool: Callable, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
 
     def refuse(self: Path, *arguments: object, **options: object) -> None:
@@ -125,7 +125,7 @@ def test_an_out_that_cannot_be_made(tool: Callable, tmp_path: Path, code: int, m
 
 
 def test_an_out_that_cannot_be_written(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished folder need not be written."""
+    """A finished folder is not written to."""
     path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     prepare_data([path], tokenizer_dir, out)
     monkeypatch.setattr(os, "access", lambda path, mode: False)

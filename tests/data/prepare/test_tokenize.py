@@ -1,4 +1,4 @@
-"""Cutting huge documents: the ids are those of the whole text, whatever it is and wherever it is cut."""
+"""Cutting huge documents: the ids are those of the whole text, for any text and any cut."""
 
 import json
 import pickle
@@ -49,7 +49,7 @@ def test_real_text_is_cut(tok: Tokenizer, texts: list[str], monkeypatch: pytest.
 
 
 def test_a_pickled_encoder_is_the_same(tokenizer_dir: Path) -> None:
-    """As it goes to workers where there is no fork: special tokens in a text are text there too."""
+    """As it is sent to spawned workers: special tokens in a text are text there too."""
     encoder = Encoder(load_tokenizer(tokenizer_dir), np.dtype("<u2"), "text", skip_bad=False, hashed=True)
     batch = RawBatch("a", BEGINNING, 0, "value", [f"a {BOS} b", "", "c"], 3)
     ours, theirs = encoder([batch]), pickle.loads(pickle.dumps(encoder))([batch])
@@ -68,7 +68,7 @@ def without_cuts() -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("kind", without_cuts())
-def test_other_tokenizers_get_the_text_as_it_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tokenizers_get_the_text_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 10)
     assert list(cut("some words " * 20, without_cuts()[kind])) == ["some words " * 20]
 

@@ -1,4 +1,4 @@
-"""Worker processes: results in order, a mistake where it happened, and no process outlives another's death."""
+"""Worker processes: results in order, errors after the results before them, and no worker outlives the main process."""
 
 import multiprocessing
 import os
@@ -40,8 +40,8 @@ def test_large_items_and_results_pass_at_once() -> None:
 
 
 @pytest.mark.parametrize(("size", "most"), [(10, 2 * AHEAD), (10 * 2 * AHEAD, 1)])
-def test_reading_is_ahead_by_so_much(size: int, most: int) -> None:
-    """Items of the ordinary 10 bytes; and items as large as all of those that two workers have ahead."""
+def test_items_sent_ahead_are_bounded(size: int, most: int) -> None:
+    """Items of the ordinary 10 bytes; and items as large as all that two workers may have ahead."""
     read = 0
 
     def items() -> Iterator[tuple[int, int]]:
@@ -62,7 +62,7 @@ def refuse_seven(number: int) -> int:
     return number
 
 
-def test_a_mistake_comes_after_the_results_before_it() -> None:
+def test_an_error_comes_after_the_results_before_it() -> None:
     found = []
     with pytest.raises(UserError, match="seven is refused"):
         found.extend(run(refuse_seven, 30, 3))
@@ -116,7 +116,7 @@ def test_workers_end_with_the_main_process() -> None:
 
 
 def test_workers_leave_interrupts_to_the_main_process() -> None:
-    """What a terminal does on Ctrl-C: SIGINT to every process of the group."""
+    """As a terminal on Ctrl-C: SIGINT to every process of the group."""
 
     def interrupted() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
@@ -134,7 +134,7 @@ def test_workers_leave_interrupts_to_the_main_process() -> None:
     assert main.exitcode == 7
 
 
-def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("true", None):
         if value is None:
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)

@@ -1,4 +1,4 @@
-"""Which files a folder or pattern stands for: through links, of one kind, each once; what is left out is named."""
+"""The files of a folder or pattern: through links, of one kind, each once; the files left out are reported."""
 
 import bz2
 import errno
@@ -6,7 +6,7 @@ import gzip
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -27,16 +27,6 @@ from trinity.errors import UserError, explain
 def notes(capsys: pytest.CaptureFixture) -> Callable[[], list[str]]:
     """The notes on stderr since the last call."""
     return lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty file system with the URL memory://."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system
-    system.store.clear()
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -106,7 +96,7 @@ def test_a_parquet_file_in_capitals(tmp_path: Path, tokenizer_dir: Path) -> None
 
 
 @pytest.mark.parametrize("data", ["a.parquet", "a.jsonl", "a.json.gz"])
-def test_text_beside_data_is_left_out_and_named(tmp_path: Path, notes: Callable, data: str) -> None:
+def test_text_beside_data_is_left_out_and_reported(tmp_path: Path, notes: Callable, data: str) -> None:
     make(tmp_path, data, "sub/b" + data[1:], "README.md", "x.csv", "old.zip", ".git/config", ".gitignore")
     taken = [data, "sub/b" + data[1:]]
     assert names(expand_inputs([tmp_path]), tmp_path) == taken
@@ -123,7 +113,7 @@ def test_text_beside_data_is_left_out_and_named(tmp_path: Path, notes: Callable,
     assert notes() == []
 
 
-def test_two_kinds_of_data_are_for_the_user_to_choose(tmp_path: Path) -> None:
+def test_two_kinds_of_data_need_a_choice(tmp_path: Path) -> None:
     make(tmp_path, "a.parquet", "b.jsonl")
     with pytest.raises(UserError, match=r"holds Parquet files and JSON lines; .* as '\*\.parquet', or --kind parquet"):
         expand_inputs([tmp_path])
@@ -135,7 +125,7 @@ def test_two_kinds_of_data_are_for_the_user_to_choose(tmp_path: Path) -> None:
         expand_inputs([tmp_path], kind="text")
 
 
-def test_one_kind_at_an_address(memory: fsspec.AbstractFileSystem, notes: Callable) -> None:
+def test_one_kind_at_a_url(memory: fsspec.AbstractFileSystem, notes: Callable) -> None:
     for name in ("a.parquet", "deep/b.PARQUET", "README.md", ".hidden/x.parquet", "y.json"):
         memory.pipe(f"/web/{name}", b"x")
     assert names(expand_inputs(["memory://web"]), "memory:///web") == ["a.parquet", "deep/b.PARQUET"]
@@ -146,7 +136,7 @@ def test_one_kind_at_an_address(memory: fsspec.AbstractFileSystem, notes: Callab
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
-    """A folder behind a link, two links to one folder, links to the folders above, to themselves, and to a file."""
+    """A link to a folder, two links to one folder, links to parent folders, to themselves, and to a file."""
     make(tmp_path / "elsewhere", "x.txt", "deep/y.txt")
     folder = make(tmp_path / "folder", "a.txt", "sub/b.txt")
     for link, target in (
@@ -174,8 +164,8 @@ def test_a_relative_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         expand_inputs(["x/*.jsonl"])
 
 
-def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Callable) -> None:
-    """A folder without permission, a link to nothing, and a pipe."""
+def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Callable) -> None:
+    """A folder without permission, a link to a missing file, and a pipe."""
     make(tmp_path, "a.txt", "shut/b.txt")
     os.mkfifo(tmp_path / "pipe")
     expand_inputs([tmp_path])
@@ -213,14 +203,14 @@ def test_a_file_named_twice_is_read_once(tmp_path: Path, tokenizer_dir: Path, no
     assert TextSource(given, tokenizer_dir, cache=tmp_path / "cache").documents == 2
 
 
-def test_an_address_named_twice_is_read_once(memory: fsspec.AbstractFileSystem) -> None:
+def test_a_url_named_twice_is_read_once(memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe("/web/a.txt", b"x")
     given = ["memory://web", "memory://web/a.txt", "memory:///web/a.txt", "memory://web/*"]
     assert expand_inputs(given) == ["memory:///web/a.txt"]
 
 
-def test_what_a_run_takes_for_text(tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem) -> None:
-    """Whatever prepare_data takes; not shards, whole or in parts, nor what is not there and may be shards to come."""
+def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem) -> None:
+    """All inputs of prepare_data; not shards, complete or partial, nor a missing folder, which may become shards."""
     text = [
         make(tmp_path / "nested", "a/b/c.JSONL"), make(tmp_path / "code", "x/y.py", "index.json"),
         make(tmp_path / "lines", "a.ndjson"), make(tmp_path / "packed", "a.json.gz"), make(tmp_path, "one"),
@@ -245,7 +235,7 @@ def test_what_a_run_takes_for_text(tmp_path: Path, tokenizer_dir: Path, memory: 
     assert (holds_text("memory://prepared"), holds_text("memory://web")) == (False, True)
 
 
-def test_files_without_text_are_named(tmp_path: Path, tokenizer_dir: Path, notes: Callable) -> None:
+def test_files_without_text_are_reported(tmp_path: Path, tokenizer_dir: Path, notes: Callable) -> None:
     jsonl(tmp_path / "b.jsonl", ["a text"])
     for name, content in (("a.jsonl", ""), ("c.jsonl", "\n\n"), ("d.jsonl", '{"text": ""}\n')):
         (tmp_path / name).write_text(content)

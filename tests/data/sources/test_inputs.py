@@ -1,50 +1,18 @@
-"""Inputs: folders, patterns and URLs name the files they should; data sets; what is missing is said."""
+"""Inputs: folders, patterns and URLs expand to the right files; data sets; errors name what is missing."""
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import pyarrow
-import pyarrow.parquet
 import pytest
 
-from tests.data.small_files import content, decoded, jsonl, zstd
+from tests.data.small_files import TEXTS, content, decoded, jsonl
 from trinity.data.prepare import shard_writer
 from trinity.data.prepare.prepare import prepare_data
-from trinity.data.sources.documents import BEGINNING, Document, Position, read_batches, read_documents
 from trinity.data.sources.inputs import Dataset, DatasetInput, expand_inputs
 from trinity.errors import Failure, UserError
 from trinity.io import local
-
-TEXTS = [f"Text number {number}, " + "日本 and more. " * (number % 5) for number in range(50)]
-
-
-@pytest.fixture
-def memory() -> Iterator[fsspec.AbstractFileSystem]:
-    """An empty file system with the URL memory://."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system
-    system.store.clear()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Every kind that is read and some that are not, in two levels."""
-    folder = tmp_path / "folder"
-    (folder / "b" / "deep").mkdir(parents=True)
-    jsonl(folder / "a.jsonl", TEXTS[:10])
-    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
-    (folder / "b" / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines[10:20]).encode()))
-    (folder / "b" / "deep" / "x.txt").write_text(TEXTS[20])
-    (folder / "b" / "z.jsonl.zst").write_bytes(zstd("".join(lines[21:30]).encode()))
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[30:]}), folder / "c.parquet")
-    for name in (".hidden.txt", "b/x.zip", "b/y.json", "b/part.jsonl.tmp", "b/z.gz"):
-        (folder / name).write_bytes(b"\xff")
-    return folder
 
 
 def names(found: list[Path | str], folder: Path | str) -> list[str]:
@@ -63,7 +31,7 @@ def test_folders_and_patterns(folder: Path) -> None:
     assert names(expand_inputs([folder / "[a].txt"]), folder) == ["[a].txt"]
 
 
-def test_a_folder_is_its_files(folder: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_folder_gives_the_shards_of_its_files(folder: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     index, _ = prepare_data([folder], tokenizer_dir, tmp_path / "folder_out", kind="all")
     files = [f"file://{folder}/*.jsonl", *expand_inputs([folder], kind="all")[1:]]
     prepare_data(files, tokenizer_dir, tmp_path / "files_out")
@@ -120,45 +88,6 @@ def test_urls_that_cannot_be_read(
         prepare_data(["memory://a.jsonl"], tokenizer_dir, tmp_path / "out")
 
 
-@pytest.mark.parametrize("start", [(0, 0), (0, 9), (1, 0), (1, 4), (2, 0), (3, 5), (4, 19), (5, 0)])
-def test_reading_begins_anywhere(folder: Path, start: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of the same documents, offsets too, whatever the size of a batch."""
-    inputs = expand_inputs([folder], kind="all")
-    every = list(read_documents(inputs))
-    assert [document.text for document in every] == TEXTS
-    for size in (1, 100, 1 << 18):
-        monkeypatch.setattr("trinity.data.sources.documents.BATCH_BYTES", size)
-        found = list(read_documents(inputs, start=Position(*start)))
-        assert [without_progress(d) for d in found] == [without_progress(d) for d in every if d.place >= start]
-        assert [d.bytes_read for d in found] == sorted(d.bytes_read for d in found)
-
-
-def without_progress(document: Document) -> tuple:
-    return document.text, document.place, document.offset
-
-
-def test_offsets_are_where_documents_begin(folder: Path) -> None:
-    """A line read alone at its offset is the document; a row's offset is its number."""
-    inputs = expand_inputs([folder], kind="all")
-    plain = inputs[0].read_bytes()
-    packed = gzip.decompress(inputs[1].read_bytes())
-    for document in read_documents(inputs):
-        if document.place.file in (0, 1):
-            line = (plain, packed)[document.place.file][document.offset :].partition(b"\n")[0]
-            assert json.loads(line)["text"] == document.text
-        elif document.place.file in (2, 4):
-            assert document.offset == document.place.item
-
-
-def test_large_rows_are_few_at_once(tmp_path: Path) -> None:
-    """A thousand rows of a megabyte would be a gigabyte."""
-    path = tmp_path / "a.parquet"
-    rows = [f"{number}" + "x" * (1 << 16) for number in range(40)]
-    table = pyarrow.table({"n": list(range(40)), "text": rows})
-    pyarrow.parquet.write_table(table, path, use_dictionary=False, compression="none")
-    assert [len(batch.items) for batch in read_batches([path], "text", BEGINNING)] == [3] * 13 + [1]
-
-
 def dataset(folder: Path) -> Dataset:
     folder.mkdir()
     jsonl(folder / "train.jsonl", [*TEXTS, ""])
@@ -169,7 +98,7 @@ def dataset(folder: Path) -> Dataset:
 def test_a_data_set_gives_the_shards_of_its_file(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed when its second shard is about to be counted, and gone on with."""
+    """Killed when its second shard is about to be recorded, and resumed."""
     given = dataset(tmp_path / "set")
     expected, _ = prepare_data([tmp_path / "set" / "train.jsonl"], tokenizer_dir, tmp_path / "file", shard_tokens=300)
     whole, _ = prepare_data(given, tokenizer_dir, tmp_path / "whole", shard_tokens=300, workers=2)
@@ -228,6 +157,6 @@ def test_data_sets_that_do_not_fit(tmp_path: Path, tokenizer_dir: Path) -> None:
         prepare_data(given, tokenizer_dir, out)
 
 
-def test_how_much_of_a_data_set_there_is(tmp_path: Path) -> None:
-    """Unknown for plain files; then the bar shows no share."""
+def test_the_total_of_a_data_set(tmp_path: Path) -> None:
+    """Unknown for plain files; then the bar shows no percentage."""
     assert DatasetInput(dataset(tmp_path / "set")).total is None

@@ -1,4 +1,4 @@
-"""Shards: what is written is read, and what was touched since is refused by name."""
+"""Shards: reading returns the written documents, and files that were changed are refused by name."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_views_cannot_be_written(make_source: Callable) -> None:
         view[0] = 1
 
 
-def test_reading_past_a_document_is_our_mistake(make_source: Callable) -> None:
+def test_reading_past_a_document_fails(make_source: Callable) -> None:
     source = make_source("s", [[0, 1, 2], [0, 3]])
     for document, start, length in [(0, 2, 2), (0, -1, 1), (2, 0, 1), (-1, 0, 1)]:
         with pytest.raises(AssertionError):
@@ -97,7 +97,7 @@ def _flip(path: Path) -> None:
     ("harm", "words"),
     [(_cut, "is cut short"), (_lengthen, "is too long"), (_flip, "has changed"), (Path.unlink, "is missing")],
 )
-def test_harm_is_named(
+def test_damage_is_named(
     make_source: Callable, random_documents: Callable, kind: str, harm: Callable, words: str
 ) -> None:
     source = make_source("s", random_documents(30, 50, 3))

@@ -1,4 +1,4 @@
-"""Text read on the fly against shards prepared from the same files, document by document."""
+"""Text tokenised on demand against shards prepared from the same files, document by document."""
 
 import json
 import multiprocessing
@@ -84,7 +84,7 @@ def opened(mix: list[Path], tokenizer_dir: Path, cache: Path) -> Callable[..., T
 
 @pytest.fixture
 def shards(mix: list[Path], tokenizer_dir: Path, tmp_path: Path) -> TokenSource:
-    """What prepare_data makes of them."""
+    """The shards that prepare_data makes of them."""
     prepare_data(mix, tokenizer_dir, tmp_path / "shards", shard_tokens=200)
     return TokenSource(tmp_path / "shards")
 
@@ -99,7 +99,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def check_equal(source: TextSource, shards: TokenSource) -> None:
-    """Lengths of all at once; then every document, in an order of no pattern, in one piece and in two."""
+    """The lengths of all documents at once; then every document in random order, in one piece and in two."""
     every = np.arange(shards.documents)
     np.testing.assert_array_equal(source.lengths(every), shards.lengths(every))
     for name in ("documents", "tokens", "vocab_size", "bos_id", "tokenizer_fingerprint"):
@@ -171,7 +171,7 @@ def test_lengths_of_many(opened: Callable, shards: TokenSource, tokenised: list[
     assert len(tokenised) == 22
 
 
-def test_lengths_that_another_process_found(opened: Callable, tokenised: list[str]) -> None:
+def test_lengths_from_another_process(opened: Callable, tokenised: list[str]) -> None:
     worker, source = opened(), opened()
     documents = np.array([3, 20, 1])
     lengths = worker.lengths(documents)
@@ -247,7 +247,7 @@ def test_after_a_fork(opened: Callable, shards: TokenSource, monkeypatch: pytest
 def test_tokens_of_much_text_are_estimated(
     tmp_path: Path, tokenizer_dir: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From every 10th document and 200 of up to 400 characters of each: within 2 %, and the same for whoever asks."""
+    """From every 10th document and 200 of up to 400 characters of each: within 2 %, and the same in every process."""
     words = np.random.default_rng(0).choice(TEXTS[6].split() + TEXTS[0].split(), 200_000).tolist()
     texts = [" ".join(words[at : at + 20 + at % 40]) for at in range(0, len(words), 60)]
     path = tmp_path / "a.jsonl"
@@ -304,10 +304,10 @@ def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Pa
     assert (tmp_path / "log").read_text() == "indexed\n"
 
 
-def test_folders_patterns_and_addresses(
+def test_folders_patterns_and_urls(
     mix: list[Path], shards: TokenSource, tokenizer_dir: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Files are those of expand_inputs; what lies elsewhere is copied once, and again when it has changed there."""
+    """Files are those of expand_inputs; a remote file is copied once, and again when it has changed."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     for path in mix:
@@ -332,7 +332,7 @@ def test_folders_patterns_and_addresses(
 
 @pytest.mark.parametrize("name", ["index.json", "offsets", "first"])
 @pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
-def test_a_damaged_index_is_made_anew(opened: Callable, shards: TokenSource, name: str, harm: str) -> None:
+def test_a_damaged_index_is_rebuilt(opened: Callable, shards: TokenSource, name: str, harm: str) -> None:
     fingerprint = opened().fingerprint
     path = opened()._index.folder / name
     content = path.read_bytes()
@@ -350,7 +350,7 @@ def test_a_damaged_index_is_made_anew(opened: Callable, shards: TokenSource, nam
 def test_the_fingerprint_is_of_the_content(
     opened: Callable, mix: list[Path], tokenizer_dir: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Another place or time is no change; another byte, order or tokenizer is one."""
+    """Another folder or time does not change it; another byte, order or tokenizer does."""
     source = opened()
     os.utime(mix[0], (1, 1))
     assert opened().fingerprint == source.fingerprint
@@ -364,7 +364,7 @@ def test_the_fingerprint_is_of_the_content(
 
 @pytest.mark.parametrize("position", [0, 2, 4], ids=["jsonl", "parquet", "text"])
 def test_a_file_that_changes_is_refused(opened: Callable, mix: list[Path], position: int) -> None:
-    """Also when it was read before the change, and when it goes away."""
+    """Also when it was read before the change, and when it is removed."""
     source = opened()
     document = int(source._index.first[position])
     source.read(document, 0, 2)

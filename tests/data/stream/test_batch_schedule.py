@@ -1,4 +1,4 @@
-"""The batch plan against a plain loop over the steps."""
+"""The batch schedule against a plain loop over the steps."""
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ def loop(
     first: int = 0,
     seen: int = 0,
 ) -> list[tuple[int, int, int, int, int]]:
-    """What each step is: at every step, the last entries whose tokens have been seen hold."""
+    """The plan of each step: at every step, the last entries whose tokens have been seen apply."""
     plan = []
     for _ in range(steps):
         size = [sequences, *(larger for tokens, larger in ramp if seen >= tokens)][-1]
@@ -82,8 +82,8 @@ def test_mistakes_are_named(arguments: tuple, words: str) -> None:
     first=st.tuples(st.integers(1, 40), entries(40), st.integers(1, 50), entries(50)), done=st.integers(0, 60),
     then=st.tuples(st.integers(1, 40), entries(40), st.integers(1, 50), entries(50)),
 )  # fmt: skip
-def test_another_schedule_goes_on_from_a_history(first: tuple, done: int, then: tuple) -> None:
-    """Steps that were made are as they were; the others are as a loop makes them from there."""
+def test_another_schedule_continues_a_history(first: tuple, done: int, then: tuple) -> None:
+    """Steps of the history stay; later ones are those of a loop from its end."""
     made = loop(*first, done + 1)
     history = BatchPlan(*first).history(done)
     assert (history.step, history.sequences, history.tokens) == (done, made[done][0], made[done][3])

@@ -1,4 +1,4 @@
-"""Rows that worker processes make ahead are those of the stream, and the state is that of the last row used."""
+"""The workers' sequences are those of the stream, and the state is that of the last consumed sequence."""
 
 import multiprocessing
 import os
@@ -43,7 +43,7 @@ def make_loader(sources: dict) -> Iterator[Callable[..., Loader]]:
 
 
 def running(pid: int) -> bool:
-    """Whether there is such a process, and it is no zombie."""
+    """Whether the process exists and is no zombie."""
     try:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
@@ -69,10 +69,10 @@ def assert_same_state(found: dict, wanted: dict) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1), (8, 5)])
-def test_batches_and_states_are_the_streams(
+def test_batches_and_states_equal_the_streams(
     make_loader: Callable, sources: dict, workers: int, ranks: int, rank: int
 ) -> None:
-    """Through a load in the middle, to a place that the workers have long passed."""
+    """Also after loading an earlier state, which the workers have passed."""
     loader, stream = make_loader(workers, rank, ranks), make_stream(sources, rank, ranks)
     share = 96 // ranks
     for _ in range(3):
@@ -87,7 +87,7 @@ def test_batches_and_states_are_the_streams(
 
 
 def test_a_stream_pickles_without_its_tokens(sources: dict) -> None:
-    """As it goes to a worker where processes are not forked: it stands where it stood, over maps of its own."""
+    """As it is sent to a spawned worker: at the same position, with its own maps."""
     stream = make_stream(sources)
     stream.take(100)
     assert any(maps is not None for maps in sources["a"]._maps)
@@ -102,7 +102,7 @@ def test_workers_that_do_not_divide_the_streams(make_loader: Callable, sources: 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_end_of_the_data(make_loader: Callable, sources: dict, workers: int) -> None:
-    """Nothing has moved when it is met, and what is left of whole batches is the stream's."""
+    """All whole batches are the stream's; at the end the state does not move."""
     loader, stream = make_loader(workers, repeat=False), make_stream(sources, repeat=False)
     batches = 0
     while not loader.ended(V):
@@ -116,7 +116,7 @@ def test_the_end_of_the_data(make_loader: Callable, sources: dict, workers: int)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_worker_cannot_read_is_one_sentence(
+def test_an_unreadable_source_is_one_sentence(
     make_loader: Callable, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     def broken(self: TokenSource, document: int, start: int, length: int) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_a_worker_that_dies_is_noticed(make_loader: Callable) -> None:
 
 
 def test_workers_leave_signals_to_the_run_and_end_with_it(make_loader: Callable) -> None:
-    """SIGINT and SIGTERM, as a terminal or a job system sends them to every process, change nothing."""
+    """SIGINT and SIGTERM, sent to every process by a terminal or a job system, do not end a worker."""
     loader = make_loader(1)
     loader.take(1)
     worker = loader._started[0].process
@@ -153,7 +153,7 @@ def test_workers_leave_signals_to_the_run_and_end_with_it(make_loader: Callable)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which Linux has")
 def test_workers_end_when_the_run_is_killed(sources: dict) -> None:
-    """A process of its own starts them and is killed by SIGKILL."""
+    """A separate process starts them and is killed by SIGKILL."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
 
@@ -175,8 +175,8 @@ def test_workers_end_when_the_run_is_killed(sources: dict) -> None:
     raise AssertionError("a worker outlived its run")
 
 
-def test_a_loader_that_nobody_closes_ends_with_its_process(sources: dict) -> None:
-    """Its workers hear no SIGTERM, by which Python ends what is left: a process would wait for them for ever."""
+def test_an_open_loader_ends_with_its_process(sources: dict) -> None:
+    """Its workers block SIGTERM, which Python sends to daemon processes at exit: the process would wait forever."""
     kept: list[Loader] = []
 
     def read() -> None:
@@ -191,7 +191,7 @@ def test_a_loader_that_nobody_closes_ends_with_its_process(sources: dict) -> Non
     assert ended == 0
 
 
-def test_the_runs_random_state_is_left_alone(make_loader: Callable) -> None:
+def test_the_random_state_is_unchanged(make_loader: Callable) -> None:
     before = torch.get_rng_state()
     make_loader(1).take(1)
     assert torch.equal(torch.get_rng_state(), before)

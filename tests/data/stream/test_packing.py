@@ -1,4 +1,4 @@
-"""Both ways of packing: every token once an epoch and in order, whoever reads and however often they are stopped."""
+"""Both ways of packing: every token once an epoch and in order, on any number of ranks and after any stops."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def rows_to_the_end(stream: SequenceStream) -> dict[int, list]:
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(lengths=LENGTHS, length=st.integers(1, 50), phase=st.sampled_from(PHASES))
 def test_every_token_once_an_epoch_and_in_order(lengths: list[int], length: int, phase: Phase) -> None:
-    """All but the last, unfilled row of each stream: less than a row of each is left."""
+    """Except the last, unfilled row of each stream: less than a row is left in each."""
     rows = rows_to_the_end(make_stream(lengths, length, phase, repeat=False))
     heads: Counter[int] = Counter()
     seen_in: dict[int, set[int]] = {}
@@ -107,7 +107,7 @@ def test_killed_and_resumed_on_another_number_of_ranks(
 
 
 def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> list[list[tuple[int, int, int]]]:
-    """The report's words, on lists of tokens (document, place): buffers of whole documents, each with a head."""
+    """The report's algorithm on lists of tokens (document, place): buffers of whole documents, each with a head."""
     n, taken, draws = len(lengths), 0, 0
     buffer: list[dict] = []
 
@@ -140,7 +140,7 @@ def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> 
 
 @settings(deadline=None, derandomize=True, max_examples=20)
 @given(lengths=LENGTHS, length=st.integers(1, 50), size=st.integers(1, 9), number=st.integers(0, V - 1))
-def test_rsdb_against_the_reports_words(lengths: list[int], length: int, size: int, number: int) -> None:
+def test_rsdb_against_a_transcription_of_the_report(lengths: list[int], length: int, size: int, number: int) -> None:
     phase = Phase((1.0,), rsdb_size=size)
     packed = make_stream(lengths, length, phase).advance(12 * V)[number::V]
     as_tokens = [[(p.document, p.start + at) for p in pieces for at in range(p.length)] for pieces in packed]
@@ -149,7 +149,7 @@ def test_rsdb_against_the_reports_words(lengths: list[int], length: int, size: i
 
 @settings(deadline=None, derandomize=True, max_examples=20)
 @given(lengths=LENGTHS, size=st.integers(1, 9), stops=st.lists(st.integers(0, 15), max_size=4))
-def test_the_buffer_keeps_its_bound_and_its_state_comes_back(lengths: list[int], size: int, stops: list[int]) -> None:
+def test_the_buffer_is_bounded_and_its_state_is_restored(lengths: list[int], size: int, stops: list[int]) -> None:
     phase, stream = Phase((1.0,), rsdb_size=size), make_stream(lengths, 7, Phase((1.0,)))
     one, other = (LogicalStream(stream.order, 5) for _ in range(2))
     for row in range(16):
@@ -176,8 +176,8 @@ def test_long_documents_come_more_often() -> None:
 
 
 @pytest.mark.parametrize("bias", [None, LengthBias(30, 0.1, 0.9)])
-def test_tokens_read_are_those_dealt_out(bias: LengthBias | None) -> None:
-    """By any number of ranks, and after a stop: not those of documents opened, nor of documents left out."""
+def test_tokens_read_are_the_packed_ones(bias: LengthBias | None) -> None:
+    """On any number of ranks, and after a stop: not those of opened documents, nor of documents left out."""
     lengths = list(range(1, 401))
     phase = Phase((1.0,), rsdb_size=20, bias=bias)
     alone = make_stream(lengths, 16, phase)
@@ -201,7 +201,7 @@ def test_a_bias_draws_anew_every_epoch() -> None:
 
 @pytest.mark.parametrize("phase", PHASES, ids=["sequential", "rsdb 1", "rsdb 3"])
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_worker_makes_every_so_manyth_row(phase: Phase, workers: int, random_documents: Callable) -> None:
+def test_a_worker_packs_every_nth_row(phase: Phase, workers: int, random_documents: Callable) -> None:
     lengths = [len(ids) for ids in random_documents(70, 40, 3)]
     rows = make_stream(lengths, 16, phase, rank=1, ranks=2).advance(200)
     parts = max(1, workers)
@@ -211,7 +211,7 @@ def test_a_worker_makes_every_so_manyth_row(phase: Phase, workers: int, random_d
         assert own == rows[part::parts][:20]
 
 
-def test_streams_begin_out_of_step() -> None:
+def test_streams_begin_with_different_sources() -> None:
     """Of two sources of equal weight and long documents, about half of the streams read each, row after row."""
     sources = {"a": Listed([1000] * 500), "b": Listed([1000] * 500)}
     stream = SequenceStream(sources, [Phase((0.5, 0.5))], streams=400, seed=1, bos_id=0, plan=BatchPlan(400, [], 100))

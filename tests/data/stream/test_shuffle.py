@@ -1,4 +1,4 @@
-"""The permutation is one, depends on its keys, and never changes: saved runs rely on it."""
+"""The shuffle is a permutation, depends on its keys, and never changes: saved runs rely on it."""
 
 import random
 from itertools import pairwise
@@ -63,7 +63,7 @@ def test_large_numbers_stay_below_n_and_apart() -> None:
     assert max(results) < n
 
 
-def test_all_keys_count() -> None:
+def test_every_key_matters() -> None:
     orders = [order(50), order(50, seed=1), order(50, source="prose"), order(50, epoch=1), order(50, 1, "0 code")]
     assert len(set(map(tuple, orders))) == 5
 
@@ -77,7 +77,7 @@ def test_every_place_is_as_likely(index: int) -> None:
     assert sum((count - 200) ** 2 / 200 for count in counts) < 184
 
 
-def test_neighbours_are_parted() -> None:
+def test_neighbours_are_separated() -> None:
     """Of 9,999 pairs of neighbours, a random order leaves about two next to each other."""
     places = order(10_000)
     assert sum(abs(a - b) == 1 for a, b in pairwise(places)) < 20

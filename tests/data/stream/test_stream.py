@@ -59,7 +59,7 @@ def permuted(documents: dict, name: str, j: int) -> list[int]:
 
 
 def head_start(documents: dict, stream: int, mixture: dict) -> tuple[str, Counter]:
-    """The source a stream begins with, and tokens it counts as drawn: up to the first document of each other one."""
+    """The source a stream begins with, and the tokens counted as drawn: up to the first document of each other one."""
     first, left = None, chance(SEED, 0, stream, "begin") * sum(mixture.values())
     for name in documents:
         left -= mixture[name]
@@ -170,7 +170,7 @@ def test_two_sources_stay_within_a_document_of_their_weights(make_stream: Callab
 
 
 def test_three_sources_stay_close_to_their_weights(make_stream: Callable) -> None:
-    """A document each; what one is behind, the two others may be ahead."""
+    """Within a document each; where one is behind, the two others may be ahead."""
     mixture = {"few": 0.2, "many": 0.3, "unread": 0.5}
     for seed in range(5):
         found = list(shares(list(islice(make_stream(mixture=mixture, streams=1, seed=seed), 1000)), mixture, 60))
@@ -237,10 +237,10 @@ def test_seek_reads_no_tokens(make_stream: Callable, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 17, 100, 333])
 @pytest.mark.parametrize(("ranks", "later"), [(1, 1), (2, 2), (2, 3), (3, 4), (4, 1), (1, 12)])
-def test_a_saved_state_goes_on_with_any_number_of_ranks(
+def test_a_saved_state_resumes_on_any_number_of_ranks(
     make_stream: Callable, taken: int, ranks: int, later: int
 ) -> None:
-    """Also where the place does not divide by the later ranks: each owns one of any `later` sequences in a row."""
+    """Also where k does not divide by the later ranks: each owns one of any `later` consecutive sequences."""
     state: dict = {}
     for rank in range(ranks):
         stream = make_stream(rank=rank, ranks=ranks)
@@ -262,7 +262,7 @@ def test_a_saved_state_goes_on_with_any_number_of_ranks(
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_state_through_the_distributed_checkpoint(make_stream: Callable, tmp_path: object) -> None:
-    """The shapes of what is loaded are those that were saved."""
+    """The loaded tensors have the saved shapes."""
     stream = make_stream()
     stream.take(77)
     saved = {f"data.{key}": value for key, value in stream.state_dict().items()}
@@ -279,7 +279,7 @@ def test_seed_changes_the_order(make_stream: Callable) -> None:
 
 
 def test_random_access_pattern(make_stream: Callable) -> None:
-    """Any mixture of taking, seeking, saving, loading and looking at steps ends where k says."""
+    """Any mixture of take, seek, state_dict, load_state_dict and batch leaves the stream at k."""
     numbers, stream, rows = random.Random(3), make_stream(rank=1, ranks=4), list(islice(make_stream(), 700))
     saved = stream.state_dict()
     for _ in range(60):
@@ -334,8 +334,8 @@ def test_states_that_do_not_fit(make_stream: Callable, sources: dict) -> None:
         make_stream(sources={"many": sources["many"]}, mixture={"many": 1}).load_state_dict(stream.state_dict())
 
 
-def test_a_source_is_added_or_an_unread_one_left_out(make_stream: Callable, make_source: Callable) -> None:
-    """A saved state goes on where sources have come, gone unread, or stand in another order."""
+def test_a_source_is_added_or_an_unread_one_removed(make_stream: Callable, make_source: Callable) -> None:
+    """A saved state resumes where sources were added, removed unread, or reordered."""
     stream = make_stream()
     stream.take(50)
     sources = {"new": make_source("new", [[0, 5, 6]]), "many": stream.sources["many"], "few": stream.sources["few"]}

@@ -1,4 +1,4 @@
-"""Validation rows against the documents laid end to end, and the entropy against a count in plain Python."""
+"""Validation rows against the concatenated documents, and the entropy against a count in plain Python."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ S = 16
 def test_documents_end_to_end(
     make_source: Callable, random_documents: Callable, missing: int, loss_on_document_start: bool
 ) -> None:
-    """All but `missing` tokens of whole rows: the last row is filled up with BOS, without targets."""
+    """The last row lacks `missing` tokens and is padded with BOS, without targets."""
     documents = random_documents(30, 40, 8)
     documents.append([0] + [7] * ((-sum(map(len, documents)) - missing - 1) % S + S))
     end = 0 if loss_on_document_start else -100

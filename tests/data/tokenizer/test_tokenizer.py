@@ -84,7 +84,7 @@ def padded_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def many_files(tmp_path: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Three files, one of them packed and one with empty lines, and their documents as (place, text)."""
+    """Three files, one compressed and one with empty lines, and their documents as (position, text)."""
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl"]
     documents = []
     for number, (path, opener) in enumerate(zip(files, (open, gzip.open, open))):
@@ -98,7 +98,7 @@ def many_files(tmp_path: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
 @pytest.fixture
 def trained_on(monkeypatch: pytest.MonkeyPatch, tok: Tokenizer) -> Callable[..., list[str]]:
-    """(files, bytes, seed) → the texts that the trainer is given, empty ones apart."""
+    """(files, bytes, seed) → the texts that the trainer gets, without empty ones."""
 
     def train(files: list[Path], sample_bytes: int, seed: int = 0) -> list[str]:
         given: list[str] = []
@@ -218,7 +218,7 @@ def test_transformers_reads_the_same(tokenizer_dir: Path, tok: Tokenizer) -> Non
     same()
 
 
-def test_padding_keeps_what_was_learned(tok: Tokenizer, padded_dir: Path) -> None:
+def test_padding_keeps_the_learned_tokens(tok: Tokenizer, padded_dir: Path) -> None:
     padded, theirs = load_tokenizer(padded_dir), AutoTokenizer.from_pretrained(padded_dir)
     added = [RESERVED.format(number) for number in range(68)]
     assert vocabulary_size(padded) == padded.get_vocab_size() == len(theirs) == 768
@@ -258,7 +258,7 @@ def test_training_is_deterministic_and_exact(texts: list[str], tokenizer_dir: Pa
 def test_a_sample_is_the_documents_of_the_smallest_hashes(
     many_files: tuple, trained_on: Callable, sample_bytes: int, seed: int
 ) -> None:
-    """As many as fit, at least one; in the order of the files."""
+    """As many documents as fit, at least one; in the order of the files."""
     files, documents = many_files
 
     def bucket(document: tuple[str, str]) -> int:
@@ -293,7 +293,7 @@ def test_a_sample_gives_the_same_bytes_again(many_files: tuple, tmp_path: Path) 
     assert [(made["sample_bytes"], made["seed"]) for made in made_from] == [(4000, 0), (4000, 1)]
 
 
-def test_settings_that_make_no_tokenizer(tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     for options, sentence in (
         ({"sample_bytes": 0}, "--sample-bytes 0 must be at least 1"),
@@ -306,7 +306,7 @@ def test_settings_that_make_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_writing_over_leaves_no_wrong_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--force replaces a tokenizer of 259 ids by one of 260, and is killed before it can say so."""
+    """--force replaces a tokenizer of 259 ids by one of 260, and is killed before made_from.json is written."""
     source, out = tmp_path / "a.txt", tmp_path / "out"
     source.write_text("text text")
     train_from_files([source], 259, out)

@@ -1,4 +1,4 @@
-"""What may happen to a run at a moment of a test's choosing, each a context that a rank runs in (forked_ranks.py)."""
+"""Faults at a chosen moment of a run, each a context manager that a rank runs in (forked_ranks.py)."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ WORDS = ("checkpoint.every=2", "checkpoint.keep=1")
 
 
 def kill(*_: object, **__: object) -> None:
-    """At once, as the out-of-memory killer and the plug do."""
+    """Kill this process at once, as the out-of-memory killer or a power cut does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""One of two ranks hangs, dies, counts wrong or reads poison: both end, or both go on alike."""
+"""One of two ranks hangs, dies, computes NaN or reads bad data: both ranks end, or both go on alike."""
 
 import json
 import signal
@@ -11,9 +11,9 @@ from unittest import mock
 
 import pytest
 
+from tests.training.fault_injection import kill, nth
 from tests.training.forked_ranks import run
 from tests.training.run_files import metrics, state, status, train
-from tests.training.troubles import kill, nth
 from trinity.data.stream.collate import Batch
 from trinity.models import Trinity
 from trinity.monitor.heartbeat import Heartbeat
@@ -22,18 +22,18 @@ from trinity.training.train_step import StepResult, train_step
 
 
 def waits_for_ever(*_: object, **__: object) -> None:
-    """What the stacks must show."""
+    """Hang; the stacks must show this function."""
     signal.pause()
 
 
 def in_forward(times: int, instead: Callable) -> mock._patch:
-    """Something else in place of the n-th forward pass."""
+    """Replace the n-th forward pass."""
     return mock.patch.object(Trinity, "forward", nth(times, Trinity.forward, instead=instead))
 
 
 @contextmanager
 def hanging(times: int) -> Iterator[None]:
-    """In the n-th forward pass; and this rank's watch looks before the other one's does."""
+    """Hang in the n-th forward pass; this rank's heartbeat times out before the other rank's."""
     watch = Heartbeat._watch
 
     def watch_early(heartbeat: Heartbeat) -> None:
@@ -45,13 +45,13 @@ def hanging(times: int) -> Iterator[None]:
 
 
 def events(folder: Path, kind: str) -> list[dict]:
-    """What events.jsonl says of a kind."""
+    """The events of a kind."""
     lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
 def test_a_rank_that_hangs(settings: dict) -> None:
-    """It and the one that waits for it write their stacks and an event, and end with 1."""
+    """It and the rank that waits for it write their stacks and an event, and exit with 1."""
     folder = Path(settings["run"]["dir"])
     settings |= {"health": {"heartbeat_seconds": 2}, "log": {"probe_every": 0}}  # a probe would count as a forward
     assert run(settings, world=2, trouble=partial(hanging, 7), rank=1) == [1, 1]
@@ -65,7 +65,7 @@ def test_a_rank_that_hangs(settings: dict) -> None:
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_dies(settings: dict, rank: int) -> None:
-    """The other one hears of it by the connection that closes, long before a heartbeat; the next start goes on."""
+    """The other rank ends when the connection closes, long before its heartbeat; the next start resumes."""
     folder = Path(settings["run"]["dir"])
     settings["health"] = {"heartbeat_seconds": 0}
     codes = run(settings, "checkpoint.asynchronous=false", world=2, trouble=partial(in_forward, 12, kill), rank=rank)
@@ -90,7 +90,7 @@ def not_finite() -> Iterator[None]:
 
 
 def test_too_many_bad_steps(settings: dict) -> None:
-    """All ranks end with 3 by what one of them computes."""
+    """All ranks exit with 3 for the NaN that one of them computes."""
     folder = Path(settings["run"]["dir"])
     settings["health"] = {"bad_steps": 2}
     assert run(settings, world=2, trouble=not_finite, rank=1) == [3, 3]
@@ -101,7 +101,7 @@ def test_too_many_bad_steps(settings: dict) -> None:
 
 @contextmanager
 def poisoned(step: int, rows: slice) -> Iterator[None]:
-    """In this step, whenever its data comes, these rows of the rank ask for a token that no text has."""
+    """In the n-th step, the targets of these rows of the rank are a token that no text has."""
     calls: list[int] = []
 
     def train_poisoned(model: Trinity, optimizers: Any, batch: Batch, *args: Any) -> StepResult:

@@ -1,4 +1,4 @@
-"""What a run reads, end to end: documents under a mask, phases of another length, text in place of shards, the end."""
+"""The data of whole runs: document masks, phases of another length, text in place of shards, the end of the data."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def config_of(settings: dict, *words: str) -> object:
     return build_config([("test", OmegaConf.create(settings)), ("words", OmegaConf.from_dotlist(list(words)))])
 
 
-def test_rows_of_rsdb_are_documents_alone(settings: dict) -> None:
+def test_packed_documents_do_not_attend_to_each_other(settings: dict) -> None:
     """Logits of each piece of a packed row, masked by the row's document ids, against the piece in a row of its own.
 
     In float64, to 1e-12 of logits around 1: RoPE's angles differ by where a piece stands in its row, in fp32 by 1e-6.
@@ -60,7 +60,9 @@ def test_a_later_phase_may_be_edited_and_one_that_has_begun_may_not(settings: di
     settings["data"]["phases"].append({"tokens": 1000, "mixture": {"code": 1}})
     assert train(settings, "run.steps=7") == 0
     settings["data"]["phases"][0]["mixture"] = {"code": 1}
-    assert "has begun with data phase 1 (mixture was" in refuse(settings, "run.steps=8")
+    sentence = refuse(settings, "run.steps=8")
+    assert "data phase 1 of " in sentence
+    assert "has begun and must not change (mixture was" in sentence
 
 
 def test_the_same_batches_from_text(
@@ -102,7 +104,7 @@ def test_the_data_ends(settings: dict) -> None:
 
 
 def test_changed_data_are_refused(settings: dict, corpus: object, tmp_path: Path) -> None:
-    """The other source's shards under this one's name; the same shards from another place are welcome."""
+    """Another source's shards under this name are refused; the same shards at another place are accepted."""
     assert train(settings, "run.steps=3") == 0
     settings["data"]["train"]["code"] = settings["data"]["train"]["prose"]
     assert "data.train.code has changed since this run read it: its content's hash was" in refuse(settings)
@@ -117,7 +119,7 @@ def test_text_needs_a_tokenizer(settings: dict, corpus: object) -> None:
     assert "is text, and data.tokenizer is not given" in refuse(settings)
 
 
-def test_few_documents_for_many_streams_are_said(settings: dict) -> None:
+def test_a_note_on_fewer_documents_than_streams(settings: dict) -> None:
     """What the note advises has none; with fewer documents than ranks only more documents help."""
     assert document_notes(open_stream(config_of(settings), 0, 1)) == []
     documents = TokenSource(settings["data"]["train"]["prose"]).documents

@@ -1,4 +1,4 @@
-"""A directory that cannot be written, and a clock that is set back and forward under a run."""
+"""A directory that becomes read-only, and a system clock that is set back and forward during a run."""
 
 import itertools
 import json
@@ -14,17 +14,17 @@ from unittest import mock
 
 import pytest
 
+from tests.training.fault_injection import nth
 from tests.training.file_systems import make_read_only, read_only, unmount
 from tests.training.forked_ranks import run
 from tests.training.run_files import MEASURED, metrics, refuse, status, train
-from tests.training.troubles import nth
 from trinity.monitor import events
 from trinity.training import trainer
 from trinity.training.train_step import StepResult, train_step
 
 
 def test_a_run_directory_that_is_read_only(settings: dict, tmp_path: Path) -> None:
-    """A new run there, and one that has begun: a sentence, code 2, and nothing is changed."""
+    """A new run there, and a resumed one: a sentence, code 2, and no file is changed."""
     folder = Path(settings["run"]["dir"])
     assert train(settings, "run.steps=3") == 0
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -38,7 +38,7 @@ def test_a_run_directory_that_is_read_only(settings: dict, tmp_path: Path) -> No
 
 @contextmanager
 def read_only_from(folder: Path, step: int) -> Iterator[None]:
-    """The folder can be written until this step is made."""
+    """Make the folder read-only before the n-th step."""
 
     def shut_and_step(*args: Any) -> StepResult:
         make_read_only(folder)
@@ -73,7 +73,7 @@ def test_a_run_directory_that_becomes_read_only(settings: dict, undisturbed: Cal
 
 @contextmanager
 def jumping_clock() -> Iterator[None]:
-    """Every look at the time of day is an hour before or after the last one."""
+    """Each reading of the system clock is an hour before or after the last one."""
     hours = itertools.cycle([0, -1, 1])
     real = time.time
 
@@ -93,7 +93,7 @@ def jumping_clock() -> Iterator[None]:
 
 
 def test_a_clock_that_jumps(settings: dict, uninterrupted: Path, capsys: pytest.CaptureFixture) -> None:
-    """The run makes the same steps, none of its times is negative or an hour long, and nothing raises an alarm."""
+    """The run makes the same steps, no duration is negative or an hour long, and there is no alarm."""
     folder = Path(settings["run"]["dir"])
     settings["health"] = {"heartbeat_seconds": 60}
     with jumping_clock():

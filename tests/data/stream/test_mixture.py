@@ -1,4 +1,4 @@
-"""Phases: what a switch changes, what it does not, and what is held over it."""
+"""Phases: what a change of phase changes, what it does not, and the state kept over it."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_history_does_not_change_with_a_later_phase(make_stream: Callable, name:
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
 def test_nothing_is_lost_or_doubled_over_a_switch(make_stream: Callable, sources: dict, name: str, back: bool) -> None:
-    """In an epoch of one of the sources and more: documents go on where their heads stood, in their own stream."""
+    """Over more than an epoch of one source: documents are read on from their heads, in their own stream."""
     later, length = OTHERS[name]
     phases, lengths = ([FIRST, later, FIRST], [S, length, S]) if back else ([FIRST, later], [S, length])
     rows = make_stream(phases, lengths).advance(40 * V)
@@ -64,7 +64,7 @@ def test_nothing_is_lost_or_doubled_over_a_switch(make_stream: Callable, sources
 
 
 def test_the_new_weights_hold_from_the_switch_on(make_stream: Callable, sources: dict) -> None:
-    """Over the phase, each source's tokens stay within a document of its weight, but for the one that was open."""
+    """Over the phase, each source's tokens stay within a document of its weight, except for the open document."""
     rows = make_stream([FIRST, Phase((0.0, 0.2, 0.8))], [S, S]).advance(300 * V)[3 * V :]
     for stream in range(V):
         read = Counter()

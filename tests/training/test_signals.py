@@ -1,4 +1,4 @@
-"""SIGTERM at a chosen moment: the step is finished and saved, and the same command goes on to the same bits."""
+"""SIGTERM at a chosen moment: the step is finished and saved, and the same command continues with the same bits."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
+from tests.training.fault_injection import nth
 from tests.training.run_files import metrics, state, status, train
-from tests.training.troubles import nth
 from trinity.checkpoint import checkpoint
 from trinity.data.stream.loader import _Worker
 from trinity.interop import export
@@ -22,7 +22,7 @@ LAST = 8
 
 
 def asked_before(where: Any, name: str, times: int) -> mock._patch:
-    """A function that is interrupted by SIGTERM, the n-th time it is called, before it does what it does."""
+    """Wrap a function: its n-th call starts with a SIGTERM."""
     function = getattr(where, name)
 
     def ask_and_go_on(*args: Any, **words: Any) -> Any:
@@ -50,7 +50,7 @@ SLOW = {"backward", "publishing a checkpoint", "exporting"}
     "moment", [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else ()) for moment in MOMENTS]
 )
 def test_asked_to_stop(settings: dict, uninterrupted: Path, moment: str) -> None:
-    """Code 75; then, without the signal, every figure of every step and every tensor is that of the other run."""
+    """Code 75; then, without the signal, every metric of every step and every tensor equals the undisturbed run's."""
     run, (interruption, saved) = Path(settings["run"]["dir"]), MOMENTS[moment]
     words = ["export.every=5"] if moment == "exporting" else []
     with interruption():

@@ -1,4 +1,4 @@
-"""What a user may do wrong: one sentence on stderr, code 2 (1 for a full disk), and nothing that was there is lost."""
+"""A user's mistakes: one sentence on stderr, code 2 (1 for a full disk), and no existing file is lost."""
 
 import copy
 import json
@@ -141,7 +141,7 @@ def test_a_restarting_launcher_stops(settings: dict, monkeypatch: pytest.MonkeyP
 
 
 def test_save_now_and_go_on(settings: dict, config_file: Callable, command: Callable) -> None:
-    """touch SAVE: a checkpoint at the next edge of a step, the request gone, the run not ended."""
+    """touch SAVE: a checkpoint after the next step, the file SAVE removed, and the run goes on."""
     settings["checkpoint"] = {"every": 0}
     run = Path(settings["run"]["dir"])
     process = command("launch/pretrain.py", config_file(settings), "run.steps=100000")
@@ -196,8 +196,8 @@ def test_a_full_disk(settings: dict, config_file: Callable, run_command: Callabl
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_what_the_system_says() -> None:
-    """Full: 1; unwritable or missing: 2; an error of ours is not explained away."""
+def test_system_errors_are_explained() -> None:
+    """A full disk: 1; an unwritable or missing file: 2; an internal error is not explained away."""
     full = OSError(28, "No space left on device", "x.bin")
     assert explain(full) == (1, "the disk is full while writing x.bin; free some space and run the same command again")
     assert explain(PermissionError(13, "Permission denied", "y"))[0] == 2
@@ -267,8 +267,8 @@ def test_metrics_have_their_fields(settings: dict) -> None:
     assert list(run.glob("tensorboard/events.*"))
 
 
-def test_a_mistake_in_mid_run_is_in_the_status(settings: dict) -> None:
-    """An export onto somebody's folder: refused, the folder left alone, and status.json does not say running."""
+def test_a_mistake_during_the_run_is_in_the_status(settings: dict) -> None:
+    """An export onto a foreign folder: refused, the folder unchanged, and status.json does not say running."""
     run = Path(settings["run"]["dir"])
     theirs = run / "hf/step_00000002/theirs.txt"
     theirs.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Kernels and number formats asked for by name: refused where they cannot run, the same training where they can."""
+"""Kernels and number formats that the config names: refused if they cannot run, the same training if they can."""
 
 import sys
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def test_on_the_command_line(
 
 
 def test_a_plan_is_made_anywhere(settings: dict, no_interpreter: None) -> None:
-    """What a run on GPUs will do is asked for on a machine without one."""
+    """A run on GPUs can be planned on a machine without one."""
     raw = OmegaConf.create(settings | {"kernels": {"norms": "triton", "experts": "megablocks"}})
     raw.precision = {"compute": "bfloat16", "fp8": "transformer_engine"}
     with fake_rank(build_config([("test", raw)]), Sizes(1, 1, 1, 1, "experts")) as plan:

@@ -1,4 +1,4 @@
-"""Where a run's first weights come from, and other ways to start the same run."""
+"""Initial weights from the seed, another run or a Hugging Face folder; and other ways to start a run."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def first_state(settings: dict, *words: str) -> dict[str, torch.Tensor]:
-    """Everything a run holds before its first step."""
+    """The state of a run before its first step."""
     raw = [("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))]
     config = build_config(raw)
     directory = RunDirectory(Path(config.run.dir))
@@ -104,7 +104,7 @@ def test_torchrun_gives_the_same_bits(settings: dict, config_file: Callable, uni
 
 
 def test_wandb_is_offline_without_a_key(settings: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One word switches it on; without a key nothing asks and nothing needs a network."""
+    """log.wandb switches it on; without an API key it never prompts and needs no network."""
     pytest.importorskip("wandb", reason="needs the package wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
