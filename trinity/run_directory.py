@@ -1,8 +1,8 @@
-"""A run directory: who holds it, what state the run is in, and what makes restarts stop.
+"""A run directory: its lock, its configs, status.json, and the STOP and SAVE files.
 
-lock: flock, so that a crash leaves none behind. status.json, config files and STOP are whole or absent, also after a
-power cut (trinity/io/local.py). STOP: written after a user's mistake or too many bad steps; restarts honour it until it
-is removed, because a launcher that restarts by itself must not repeat a mistake.
+lock is held with flock, so a crashed process does not keep it. status.json, config files and STOP are written
+atomically (trinity/io/local.py). STOP is written after a user's mistake or too many bad steps: a launcher that restarts
+by itself must not repeat a mistake, so a start refuses while STOP exists.
 """
 
 import errno
@@ -21,22 +21,22 @@ from trinity.io.local import make_folder, try_lock, write_atomically
 
 
 class RunDirectory:
-    """One run's folder, held by its first process until that ends.
+    """The directory of one run, locked by rank 0 until it ends.
 
     Args:
-        path: the folder; made where it does not exist.
-        first: whether this is the first process of the run; the others leave the folder alone.
+        path: the folder; created if missing.
+        first: whether this is rank 0; other ranks do not touch the folder.
 
     Raises:
-        UserError: it cannot be written, another process holds it, or STOP stands in it.
+        UserError: the folder cannot be written, another process holds the lock, or STOP exists.
     """
 
     def __init__(self, path: Path, first: bool = True) -> None:
         self.path, self._first, self._lock = path, first, None
         if first:
-            self._lock = self._hold(path)
+            self._lock = self._acquire(path)
 
-    def _hold(self, path: Path) -> IO[str]:
+    def _acquire(self, path: Path) -> IO[str]:
         stop = path / "STOP"
         if stop.exists():
             reason = " ".join(stop.read_text(errors="replace").split())
@@ -46,13 +46,13 @@ class RunDirectory:
             raise UserError(f"{saved} is no folder, and checkpoints are to go there; move it away, or set run.dir")
         try:
             make_folder(path)
-            return self._take()
+            return self._acquire_lock()
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
             raise UserError(f"the run directory {path} cannot be written ({error.strerror}); set run.dir") from None
 
-    def _take(self) -> IO[str]:
+    def _acquire_lock(self) -> IO[str]:
         lock = open(self.path / "lock", "a+")  # noqa: SIM115 (held until the process ends)
         if not try_lock(lock.fileno()):
             lock.seek(0)
@@ -63,7 +63,7 @@ class RunDirectory:
         return lock
 
     def add_config(self, config: RunConfig) -> None:
-        """Keep the resolved config of this start, paths absolute: config.yaml the first time, then config.N.yaml."""
+        """Write the resolved config of this start, with absolute paths: config.yaml first, then config.N.yaml."""
         if not self._first:
             return
         numbered = config_files(self.path)
@@ -82,17 +82,17 @@ class RunDirectory:
             write_atomically(self.path / "STOP", reason + "\n")
 
     def take_save_request(self) -> bool:
-        """Whether somebody touched SAVE ("save now and go on"); takes the request away."""
+        """Whether someone touched SAVE ("save now and go on"); deletes the file."""
         if not self._first:
             return False
         request = self.path / "SAVE"
-        if not request.is_file():  # to remove what is not there is an error on a file system that is read-only
+        if not request.is_file():  # unlink of a missing file is an error on a read-only file system
             return False
         request.unlink(missing_ok=True)
         return True
 
     def release(self) -> None:
-        """Let another run have the directory."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
 
@@ -109,22 +109,22 @@ def newest_config(run: Path) -> RunConfig:
     return load_config(numbered[max(numbered)])
 
 
-def whose_run(run: Path, config: RunConfig, step: int) -> str:
-    """A run directory with what a person knows its run by: name, model, first start, newest checkpoint.
+def describe_run(run: Path, config: RunConfig, step: int) -> str:
+    """Describe a run for messages: directory, name, model, first start, newest checkpoint.
 
     Args:
-        run: the directory.
+        run: the run directory.
         config: its newest config.
-        step: its newest checkpoint.
+        step: the step of its newest checkpoint.
     """
-    return f"{run} (run {config.run.name}, model {config.model.name}, started {_started(run)}, at step {step})"
+    return f"{run} (run {config.run.name}, model {config.model.name}, started {_first_start(run)}, at step {step})"
 
 
-def _started(run: Path) -> str:
-    """When the run was started first: its first event's time, else that of its first config, to the minute, in UTC."""
+def _first_start(run: Path) -> str:
+    """Time of the run's first event, or else of its oldest config file, to the minute, in UTC."""
     try:
         with open(run / "events.jsonl", encoding="utf-8") as file:
             return json.loads(file.readline())["time"][:16].replace("T", " ") + " UTC"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        changed = min(path.stat().st_mtime for path in config_files(run).values())
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(changed))
+        oldest = min(path.stat().st_mtime for path in config_files(run).values())
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(oldest))

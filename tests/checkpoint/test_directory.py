@@ -1,6 +1,6 @@
-"""What counts as a checkpoint: damage of every kind is seen and named, and the checkpoint before it is used.
+"""CheckpointDirectory and Checkpoint: every kind of damage is detected and named, and the checkpoint before it is used.
 
-The same files are looked at as a folder and through a URL, and the answers must be the same.
+The same files are read as a local folder and through a URL, with the same results.
 """
 
 import errno
@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 
 from tests.url_stores import register
-from trinity.checkpoint import checkpoint
-from trinity.checkpoint import save as saver
+from trinity.checkpoint import checkpoint, file_systems
 from trinity.checkpoint.checkpoint import Checkpoint
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.checkpoint.save import save
 from trinity.errors import Failure, UserError
 from trinity.io import checksum
@@ -47,32 +46,32 @@ def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(two_steps: Path, tmp_path: Path) -> Path:
-    """A copy of it to be damaged."""
+    """A copy of two_steps, for a test to damage."""
     shutil.copytree(two_steps, tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """A process group of one, as a run has it."""
+    """A process group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def ignore(*_: object, **__: object) -> None:
-    """A Note that nobody reads."""
+    """A Note that drops its event."""
 
 
-def found(run: Path) -> tuple[int, list[str]]:
-    """The step that a resumed run would begin with, and what it would say; by folder and by URL."""
-    step, said = look(CheckpointDirectory.at(run))
-    there, said_there = look(at_url(run))
-    assert (there, [message.replace("norename://", "") for message in said_there]) == (step, said)
+def newest(run: Path) -> tuple[int, list[str]]:
+    """The step that a run would resume from, and its warnings; equal by folder and by URL."""
+    step, said = newest_in(CheckpointDirectory.at(run))
+    url_step, url_said = newest_in(at_url(run))
+    assert (url_step, [message.replace("norename://", "") for message in url_said]) == (step, said)
     return step, said
 
 
-def look(checkpoints: CheckpointDirectory) -> tuple[int, list[str]]:
+def newest_in(checkpoints: CheckpointDirectory) -> tuple[int, list[str]]:
     said: list[tuple[str, str]] = []
     step = checkpoints.newest_intact(lambda *words, **_: said.append(words))
     assert all(kind == "checkpoint_damaged" and "\n" not in message for kind, message in said)
@@ -80,13 +79,13 @@ def look(checkpoints: CheckpointDirectory) -> tuple[int, list[str]]:
 
 
 def at_url(run: Path) -> CheckpointDirectory:
-    """The same checkpoints by a URL."""
+    """The same checkpoints through a URL."""
     return CheckpointDirectory.at(run, f"norename://{run}/checkpoints")
 
 
 @pytest.fixture(params=["folder", "url"])
 def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointDirectory:
-    """Where tmp_path / "run" has its checkpoints, by folder and by URL."""
+    """The checkpoints of tmp_path / "run", by folder and by URL."""
     return (CheckpointDirectory.at if request.param == "folder" else at_url)(tmp_path / "run")
 
 
@@ -102,37 +101,37 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
-def test_the_folder_has_these_files(run: Path) -> None:
-    """So that the cases below are all."""
+def test_files_of_a_checkpoint(run: Path) -> None:
+    """FILES is complete, so the tests below cover every file."""
     assert sorted(path.name for path in folder_of(run, 6).iterdir()) == FILES
-    assert found(run) == (6, [])
+    assert newest(run) == (6, [])
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit(run: Path, name: str) -> None:
-    """Anywhere in any file; of COMPLETE, which says what is right, each single bit."""
+def test_flipped_bit(run: Path, name: str) -> None:
+    """40 random bits of each file; of COMPLETE every bit."""
     path = folder_of(run, 6) / name
     bits = range(8 * path.stat().st_size)
     whole = path.read_bytes()
     for bit in bits if name == "COMPLETE" else random.Random(name).sample(bits, 40):
         flip(path, bit)
-        step, (sentence,) = found(run)
+        step, (sentence,) = newest(run)
         assert step == 3, bit
         assert f"{folder_of(run, 6)} is damaged (" in sentence
         if name != "COMPLETE":
             assert f"({name} has changed since it was written) and is not used" in sentence
         path.write_bytes(whole)
-    assert found(run) == (6, [])
+    assert newest(run) == (6, [])
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("left", [0, 1, -1])
-def test_cut_short(run: Path, name: str, left: int) -> None:
-    """To nothing, to a byte, by a byte."""
+def test_truncated_file(run: Path, name: str, left: int) -> None:
+    """Each file truncated to nothing, to one byte, and by one byte."""
     path = folder_of(run, 6) / name
     path.write_bytes(path.read_bytes()[:left])
-    step, said = found(run)
-    if name == "COMPLETE" and left == -1:  # a newline at the end, and nothing else, may go
+    step, said = newest(run)
+    if name == "COMPLETE" and left == -1:  # only the newline at the end may be missing
         assert (step, said) == (6, [])
         return
     assert (step, len(said)) == (3, 1)
@@ -141,10 +140,10 @@ def test_cut_short(run: Path, name: str, left: int) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing(run: Path, name: str) -> None:
-    """Without COMPLETE it is a save that was cut off; without another file it is damaged."""
+def test_missing_file(run: Path, name: str) -> None:
+    """Without COMPLETE the checkpoint is an interrupted save; without another file it is damaged."""
     (folder_of(run, 6) / name).unlink()
-    step, (sentence,) = found(run)
+    step, (sentence,) = newest(run)
     assert step == 3
     expected = "has no COMPLETE, as a save that was cut off leaves it" if name == "COMPLETE" else f"({name} is missing)"
     assert expected in sentence
@@ -154,10 +153,10 @@ def test_missing(run: Path, name: str) -> None:
     "text",
     ["", "null", "[]", "3", "{}", '{"files": {}}', '{"files": []}', '{"files": {".metadata": 5}}', "\x00", "{" * 99],
 )
-def test_complete_is_nonsense(run: Path, text: str) -> None:
-    """Whatever it holds: the checkpoint is named, the one before it used, and the tools do not see it."""
+def test_malformed_complete(run: Path, text: str) -> None:
+    """The checkpoint is named, the one before it is used, and the tools do not list it."""
     (folder_of(run, 6) / "COMPLETE").write_text(text)
-    step, (sentence,) = found(run)
+    step, (sentence,) = newest(run)
     assert step == 3
     assert "is damaged (its COMPLETE is missing or cannot be read) and is not used" in sentence
     assert CheckpointDirectory.at(run).pick_complete(None) == 3
@@ -165,15 +164,15 @@ def test_complete_is_nonsense(run: Path, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["step_00000099\n", "", "\x00"])
 def test_latest_is_a_hint(run: Path, text: str) -> None:
-    """It dangles, or is nonsense: nothing reads it."""
+    """A wrong, empty or missing `latest` changes nothing: no code reads it."""
     (run / "checkpoints/latest").write_text(text)
-    assert found(run) == (6, [])
+    assert newest(run) == (6, [])
     (run / "checkpoints/latest").unlink()
-    assert found(run) == (6, [])
+    assert newest(run) == (6, [])
 
 
-def test_none_is_left(run: Path) -> None:
-    """All damaged: refused, naming each; all unfinished: a run that never had one begins anew."""
+def test_no_intact_checkpoint(run: Path) -> None:
+    """All damaged: UserError naming each. All without COMPLETE: step 0, a run that starts from the beginning."""
     flip(folder_of(run, 6) / "__0_0.distcp", 999)
     (folder_of(run, 3) / "__0_0.distcp").unlink()
     with pytest.raises(UserError) as mistake:
@@ -184,19 +183,19 @@ def test_none_is_left(run: Path) -> None:
     )
     for step in (3, 6):
         (folder_of(run, step) / "COMPLETE").unlink()
-    step, said = found(run)
+    step, said = newest(run)
     assert (step, len(said)) == (0, 2)
-    assert found(run / "nowhere") == (0, [])
+    assert newest(run / "nowhere") == (0, [])
 
 
-def test_before(run: Path, checkpoints: CheckpointDirectory) -> None:
-    """Only checkpoints of earlier steps than a given one, for a run that goes back."""
+def test_newest_intact_before_a_step(run: Path, checkpoints: CheckpointDirectory) -> None:
+    """Only checkpoints of earlier steps than a given one, as a rollback needs."""
     assert checkpoints.newest_intact(before=6) == 3
     assert checkpoints.newest_intact(before=3) == 0
 
 
-def test_the_one_that_was_asked_for(run: Path, checkpoints: CheckpointDirectory, capsys: pytest.CaptureFixture) -> None:
-    """A tool says so instead of taking another; without a wish it warns and takes the newest that is whole."""
+def test_pick_intact(run: Path, checkpoints: CheckpointDirectory, capsys: pytest.CaptureFixture) -> None:
+    """A damaged requested step is an error; without a requested step, a warning and the newest intact one."""
     flip(folder_of(run, 6) / ".metadata", 999)
     assert checkpoints.pick_intact(3) == 3
     with pytest.raises(
@@ -208,13 +207,13 @@ def test_the_one_that_was_asked_for(run: Path, checkpoints: CheckpointDirectory,
     assert capsys.readouterr().err.startswith("warning: the checkpoint ")
 
 
-def test_a_disk_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error while reading is damage too, with the system's words."""
+def test_unreadable_disk(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read error counts as damage and is named with the system's message."""
 
     def broken(path: Path) -> None:
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(checkpoint, "sum_of", broken)
+    monkeypatch.setattr(checkpoint, "checksum_file", broken)
     with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
         CheckpointDirectory.at(run).newest_intact(ignore)
 
@@ -233,7 +232,7 @@ def test_a_disk_that_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_retention(
     checkpoints: CheckpointDirectory, tmp_path: Path, group: None, keep: int, keep_every: int, left: list[int]
 ) -> None:
-    """Which of steps 1 to 9 are there at the end, and that nothing but checkpoints is."""
+    """Of steps 1 to 9 the retention policy keeps `left`; nothing else is in the folder."""
     for step in range(1, 10):
         save(state_of(step), checkpoints, step, keep, keep_every)
     assert checkpoints.complete_steps() == left
@@ -242,8 +241,8 @@ def test_retention(
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000009\n"
 
 
-def test_what_is_superfluous_and_what_is_not(run: Path, checkpoints: CheckpointDirectory, group: None) -> None:
-    """Leftovers without COMPLETE and .metadata go; a later checkpoint never costs an earlier one."""
+def test_retention_of_incomplete_and_later_ones(run: Path, checkpoints: CheckpointDirectory, group: None) -> None:
+    """A folder without COMPLETE and .metadata is deleted; a checkpoint of a later step does not count as newest."""
     (run / "checkpoints/step_00000002").mkdir()
     (run / "checkpoints/step_00000002/__0_0.distcp").write_bytes(b"cut off")
     (run / "checkpoints/step_00000004").mkdir()
@@ -254,20 +253,20 @@ def test_what_is_superfluous_and_what_is_not(run: Path, checkpoints: CheckpointD
     assert CheckpointDirectory.at(run).complete_steps() == [5, 6]
 
 
-def test_over_what_an_earlier_attempt_left(run: Path, checkpoints: CheckpointDirectory, group: None) -> None:
-    """The folder of that step is cleaned first, complete or not, and what is read is the new one."""
+def test_save_over_an_earlier_attempt(run: Path, checkpoints: CheckpointDirectory, group: None) -> None:
+    """The step's folder, complete or not, is emptied first, and loading returns the new state."""
     for leftover in ("__1_0.distcp", "COMPLETE.tmp"):
         (folder_of(run, 6) / leftover).write_bytes(b"old")
     save({"model.a": torch.full((2,), 7.0)}, checkpoints, 6, keep=2)
     assert sorted(path.name for path in folder_of(run, 6).iterdir()) == FILES
-    state = tensors_of(checkpoints.path_of(6), "model.")
+    state = empty_tensors(checkpoints.path_of(6), "model.")
     load(state, checkpoints.path_of(6))
     assert torch.equal(state["model.a"], torch.full((2,), 7.0))
 
 
 @pytest.mark.parametrize("moment", ["COMPLETE", ".metadata", "files"])
-def test_a_deletion_that_is_cut_off(run: Path, group: None, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    """At each of its moments what is left does not look whole, and the next save removes it."""
+def test_interrupted_deletion(run: Path, group: None, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Interrupted at any point, the remains are not complete, and the next save deletes them."""
     unlink, rmtree = Path.unlink, shutil.rmtree
 
     def unlink_and_stop(path: Path, **words: bool) -> None:
@@ -288,13 +287,11 @@ def test_a_deletion_that_is_cut_off(run: Path, group: None, monkeypatch: pytest.
     save(state_of(7), CheckpointDirectory.at(run), 7, keep=2)
     left = {path.name for path in (run / "checkpoints").glob("step_*")}
     assert left - {"step_00000003"} == {"step_00000006", "step_00000007"}
-    assert ("step_00000003" in left) == (moment == "COMPLETE")  # it may be a whole one whose COMPLETE somebody lost
+    assert ("step_00000003" in left) == (moment == "COMPLETE")  # it may be whole, with only its COMPLETE lost
 
 
-def test_the_sums_are_those_of_the_files(
-    run: Path, checkpoints: CheckpointDirectory, group: None, tmp_path: Path
-) -> None:
-    """COMPLETE against zlib over the whole content, also of a file of several blocks."""
+def test_checksums_in_complete(run: Path, checkpoints: CheckpointDirectory, group: None, tmp_path: Path) -> None:
+    """COMPLETE equals zlib over the whole content; checksum_file also of a file of several blocks."""
     import zlib
 
     save(state_of(6) | {"model.b": torch.randn(3, 1 << 20)}, checkpoints, 6, keep=2)
@@ -304,26 +301,26 @@ def test_the_sums_are_those_of_the_files(
         assert listed[name] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
     content = random.Random(1).randbytes(2 * checksum.BLOCK + 5)
     (tmp_path / "large").write_bytes(content)
-    assert checkpoint.sum_of(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")
+    assert checkpoint.checksum_file(tmp_path / "large") == (len(content), f"{zlib.crc32(content):08x}")
 
 
-def test_a_disk_that_fills_up_anywhere(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever in the files it is: a sentence about the disk, and no mistake of torch's zip writer that follows."""
+def test_full_disk_at_any_byte(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the full disk, not the RuntimeError of torch's zip writer that follows."""
     state = {f"model.{name}": torch.arange(3000.0) for name in "abc"}
     checkpoints = CheckpointDirectory.at(tmp_path)
     save(state, checkpoints, 1, keep=5)
     sizes = {path.name: path.stat().st_size for path in folder_of(tmp_path, 1).iterdir()}
-    write = saver._Remembered._write
+    write = file_systems._FirstErrorFile._write
 
-    def limited(file: saver._Remembered, data: object) -> int:
+    def limited(file: file_systems._FirstErrorFile, data: object) -> int:
         if file.tell() + memoryview(data).nbytes > room[0]:
             room[0] = room[1]
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data)
 
-    monkeypatch.setattr(saver._Remembered, "_write", limited)
+    monkeypatch.setattr(file_systems._FirstErrorFile, "_write", limited)
     size, whole = sizes["__0_0.distcp"], max(sizes.values())
-    for again in (0, whole):  # the disk stays full, or somebody removes a file just then
+    for again in (0, whole):  # the disk stays full, or another program frees space just then
         for first in (*range(0, size, 3000), size - 1):
             room = [first, again]
             with pytest.raises(Failure, match="the disk is full"):

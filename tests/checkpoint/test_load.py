@@ -1,4 +1,4 @@
-"""The library's pickle is read by an unpickler that runs nothing."""
+"""The safe unpickler of .metadata: reads what the library writes, and refuses everything else without running it."""
 
 import os
 import pickle
@@ -14,15 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import Reader, load, read_metadata, tensors_of
+from trinity.checkpoint.load import Reader, empty_tensors, load, read_metadata
 from trinity.checkpoint.save import save
 from trinity.errors import UserError
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 
 
-class Malice:
-    """Pickles into a call."""
+class PickledCall:
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: Callable, *words: object) -> None:
         self.call = function, words
@@ -45,13 +45,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.path_of(1)
 
 
-def test_ours_is_read(saved: Path) -> None:
-    """Names, shapes and dtypes, equal to what an ordinary unpickler finds."""
+def test_metadata_equals_an_ordinary_unpickler(saved: Path) -> None:
+    """Names, shapes, dtypes and places equal those that pickle.loads returns."""
     path = saved / ".metadata"
     found, expected = read_metadata(path), pickle.loads(path.read_bytes())
     assert found.state_dict_metadata == expected.state_dict_metadata
     assert found.storage_data == expected.storage_data
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(saved, "").items()}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in empty_tensors(saved, "").items()}
     assert shapes["data.torch.bfloat16"] == ((3,), torch.bfloat16)
     assert shapes["model.sharded"] == ((4, 2), torch.float32)
     assert len(shapes) == len(DTYPES) + 4
@@ -65,15 +65,15 @@ def test_ours_is_read(saved: Path) -> None:
         (getattr, "TRAP", "builtins.getattr"), (Path, "TRAP", "pathlib.Path"),
     ],
 )  # fmt: skip
-def test_malice(saved: Path, tmp_path: Path, function: Callable, words: str, name: str) -> None:
-    """Hidden in a description that is otherwise right: refused by name, before anything is called."""
+def test_malicious_pickle(saved: Path, tmp_path: Path, function: Callable, words: str, name: str) -> None:
+    """A call hidden in an otherwise correct .metadata: refused by its name, before anything is called."""
     trap, folder = tmp_path / "sprung", tmp_path / "step_00000001"
     description = pickle.loads((saved / ".metadata").read_bytes())
-    description.planner_data = Malice(function, words.replace("TRAP", str(trap)))
+    description.planner_data = PickledCall(function, words.replace("TRAP", str(trap)))
     folder.mkdir(parents=True)
     path = folder / ".metadata"
     path.write_bytes(pickle.dumps(description))
-    for read in (lambda: Reader(folder), lambda: tensors_of(folder, "model."), lambda: load({}, folder)):
+    for read in (lambda: Reader(folder), lambda: empty_tensors(folder, "model."), lambda: load({}, folder)):
         with pytest.raises(UserError) as refusal:
             read()
         assert str(refusal.value).startswith(f"{path} names '{name}', which no checkpoint needs")
@@ -81,15 +81,15 @@ def test_malice(saved: Path, tmp_path: Path, function: Callable, words: str, nam
 
 
 @pytest.mark.parametrize("value", [None, 3, {"a": 1}, Metadata({}), [Metadata({})]])
-def test_something_else(tmp_path: Path, value: object) -> None:
-    """A pickle of harmless things that is no description of a checkpoint."""
+def test_pickle_of_another_type(tmp_path: Path, value: object) -> None:
+    """A harmless pickle that does not describe a checkpoint is refused."""
     (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
     with pytest.raises(UserError, match="does not describe a checkpoint"):
         Reader(tmp_path)
 
 
-def test_damaged(saved: Path, tmp_path: Path) -> None:
-    """Cut anywhere, or with any byte changed: read, or refused in one sentence; nothing else."""
+def test_damaged_pickle(saved: Path, tmp_path: Path) -> None:
+    """Truncated anywhere, or with any byte changed: either read, or refused in one sentence."""
     whole = (saved / ".metadata").read_bytes()
     chance, path = random.Random(1), tmp_path / ".metadata"
     refused = []

@@ -1,6 +1,7 @@
-"""What version 0.1 wrote, before its modules moved: a run directory with a checkpoint, and a Hugging Face folder.
+"""Files written by version 0.1 still load: a run directory with a checkpoint, and a Hugging Face folder.
 
-Both were made at commit 2c6ed28 from the shards and the tokenizer beside them. OLD stands for their folder.
+Both were written at commit 2c6ed28 from the shards and the tokenizer beside them. OLD in the config stands for their
+folder.
 """
 
 import json
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
 from tests.training.run_files import metrics
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.config import load_config
 from trinity.interop import export_hf, load_hf
 from trinity.training.load_run import load_model
@@ -39,12 +40,12 @@ def old(tmp_path: Path) -> Path:
 
 
 def test_every_tensor_is_read_bit_for_bit(old: Path) -> None:
-    """By this project and by the library alone."""
+    """Loading returns the tensors that the library alone returns."""
     path = CheckpointDirectory.at(old / "run").path_of(STEP)
     expected: dict = {}
     reader = dcp.FileSystemReader(path)
     dcp.state_dict_loader._load_state_dict(expected, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    found = tensors_of(path, "")
+    found = empty_tensors(path, "")
     load(found, path)
     assert found.keys() == expected.keys()
     assert len(found) > 100
@@ -52,8 +53,8 @@ def test_every_tensor_is_read_bit_for_bit(old: Path) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def test_the_model_loads_without_its_run(old: Path) -> None:
-    """As tools/generate.py and tools/export_hf.py load it; the export made then holds the same numbers in fp32."""
+def test_load_model(old: Path) -> None:
+    """load_model, as tools/generate.py and export_hf.py call it, equals the export written then, in fp32."""
     model, _, step = load_model(old / "run")
     assert step == STEP
     tensors = {name: tensor.float() for name, tensor in model.state_dict().items()}
@@ -62,7 +63,7 @@ def test_the_model_loads_without_its_run(old: Path) -> None:
             assert torch.equal(tensor.float(), tensors[name]), name
 
 
-def test_the_export_is_written_again_byte_for_byte(old: Path, tmp_path: Path) -> None:
+def test_export_is_the_same_byte_for_byte(old: Path, tmp_path: Path) -> None:
     """Names, shapes, order and metadata of the safetensors file, and the config beside it."""
     export_hf(load_hf(old / "hf"), tmp_path / "again", old / "tokenizer", dtype=torch.float32)
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
@@ -70,8 +71,8 @@ def test_the_export_is_written_again_byte_for_byte(old: Path, tmp_path: Path) ->
     assert len(safetensors.torch.load_file(old / "hf" / "model.safetensors")) == 73
 
 
-def test_the_run_goes_on_as_it_did(old: Path) -> None:
-    """From step 3 to step 6: data, counts and routes exactly, floats as close as another CPU's sums allow."""
+def test_resume_gives_the_same_steps(old: Path) -> None:
+    """From step 3 to step 6: data, counts and routing exactly, floats within TOLERANCE."""
     run = old / "run"
     before = metrics(run)
     assert pretrain(load_config(run / "config.yaml"), []) == 0

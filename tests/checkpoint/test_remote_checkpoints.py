@@ -1,4 +1,4 @@
-"""Checkpoints that lie elsewhere: the run is the one that keeps them beside it; a store that fails costs nothing."""
+"""checkpoint.url: a run with remote checkpoints equals one with local ones, and a failing store loses no checkpoint."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.url_stores import failing, register
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.checkpoint import Checkpoint
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.checkpoint.save import save
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import Failure, UserError
@@ -33,7 +33,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture(scope="module")
 def one(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run directory whose checkpoints are in memory, begun, ended after step 4 and gone on with."""
+    """A run directory with checkpoints in fsspec's memory, stopped after step 4 and resumed."""
     run = tmp_path_factory.mktemp("one") / "run"
     fsspec.filesystem("memory").store.clear()
     for words in (["run.steps=4"], []):
@@ -44,7 +44,7 @@ def one(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    """A process group of one, as a run has it."""
+    """A process group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -57,8 +57,8 @@ def names(url: str) -> list[str]:
     return sorted(name.removeprefix(path).strip("/") for name in files.find(path))
 
 
-def test_a_run_is_the_same(one: Path, uninterrupted: Path) -> None:
-    """Stopped and resumed from there, it has figures and state of one that did neither; nothing lies beside it."""
+def test_run_equals_one_with_local_checkpoints(one: Path, uninterrupted: Path) -> None:
+    """Stopped and resumed, it has the metrics and state of an uninterrupted local run; nothing is written locally."""
     checkpoints, expected = CheckpointDirectory.of_run(one), CheckpointDirectory.at(uninterrupted)
     assert str(checkpoints) == URL
     assert metrics(one) == metrics(uninterrupted)
@@ -70,15 +70,15 @@ def test_a_run_is_the_same(one: Path, uninterrupted: Path) -> None:
 
 
 def call(tool: str, *words: object) -> int:
-    """Run a tool in this process, where the memory is; its exit code."""
+    """Run a tool in this process, which holds fsspec's memory; returns its exit code."""
     with mock.patch.object(sys, "argv", [tool, *map(str, words)]), pytest.raises(SystemExit) as ended:
         runpy.run_path(str(TOOLS / tool), run_name="__main__")
     return ended.value.code
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_tools_find_them(one: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """Given the run directory alone: exports and texts are, byte for byte, those of the other run."""
+def test_tools(one: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Given only the run directory: exports and generated text equal those of the local run, byte for byte."""
     for name, run in (("here", uninterrupted), ("there", one)):
         for step in (6, LAST):
             assert call("export_hf.py", run, tmp_path / f"{name}{step}", "--step", step) == 0
@@ -94,33 +94,33 @@ def test_tools_find_them(one: Path, uninterrupted: Path, tmp_path: Path, capfd: 
     assert capfd.readouterr().err == f"error: {URL} has no complete checkpoint of step 3; it has [6, 8]\n"
 
 
-def test_a_look_at_the_data_begins_near(one: Path, recipe: Callable) -> None:
-    """Also where the config that is given does not say where."""
+def test_go_near_reads_remote_checkpoints(one: Path, recipe: Callable) -> None:
+    """The data stream starts at the nearest checkpoint, also if the given config has no checkpoint.url."""
     config = build_config([("test", OmegaConf.create(recipe(one)))])
     stream, begun = open_stream(config, 0, 1), open_stream(config, 0, 1)
     seek_near(stream, config, 7)
     assert stream.k == 48 == sum(config.batch.sequences * (2 if step > 4 else 1) for step in range(1, 7))
     assert stream.batch(7).pieces == begun.batch(7).pieces
     with failing_memory():
-        seek_near(begun, config, 7)  # a store that does not answer: replayed from the beginning
+        seek_near(begun, config, 7)  # the store does not answer: replayed from the beginning
     assert begun.k == 0
 
 
 def failing_memory() -> mock._patch:
-    """The memory cannot be asked."""
+    """fsspec's memory does not answer."""
     return mock.patch.object(fsspec.get_filesystem_class("memory"), "ls", side_effect=TimeoutError("no answer"))
 
 
-def test_another_run_begins_with_it(one: Path, uninterrupted: Path, recipe: Callable, tmp_path: Path) -> None:
-    """init.run names the run directory; all that was kept makes the same steps."""
+def test_init_run_with_remote_checkpoints(one: Path, uninterrupted: Path, recipe: Callable, tmp_path: Path) -> None:
+    """init.run names the run directory; with init.keep=all the steps equal those from a local run."""
     for name, run in (("here", uninterrupted), ("there", one)):
         assert train(recipe(tmp_path / name), f"init.run={run}", "init.keep=all", "run.steps=10") == 0
     assert [line["step"] for line in metrics(tmp_path / "here")] == [9, 10]
     assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
 
 
-def test_a_way_back(recipe: Callable, tmp_path: Path) -> None:
-    """A spike at step 5 sends a run back to its checkpoint, wherever that lies, with the same figures afterwards."""
+def test_rollback(recipe: Callable, tmp_path: Path) -> None:
+    """A spike at step 5 rolls the run back to its checkpoint, local or remote, with the same metrics."""
     detect = SpikeDetector.detect
     for name, words in (("here", []), ("there", [f"checkpoint.url={URL}/back"])):
         losses: list[float] = []
@@ -135,10 +135,10 @@ def test_a_way_back(recipe: Callable, tmp_path: Path) -> None:
     assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
 
 
-def test_a_store_that_fails_in_mid_write(
+def test_store_fails_during_a_write(
     settings: dict, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The run ends with one sentence and code 1; the checkpoint before is whole, and the same command goes on."""
+    """The run ends with one sentence and code 1; the previous checkpoint is whole, and the same command resumes."""
     url, run = f"norename://{tmp_path}/store", Path(settings["run"]["dir"])
     left = [40]
 
@@ -164,8 +164,8 @@ def test_a_store_that_fails_in_mid_write(
     assert checkpoints.complete_steps() == [6, LAST]
 
 
-def test_a_store_that_does_not_answer(settings: dict, tmp_path: Path) -> None:
-    """Its silence is never taken for a run without checkpoints: nothing begins, and nothing is changed."""
+def test_store_does_not_answer(settings: dict, tmp_path: Path) -> None:
+    """It is never taken for an empty store: the start fails and changes nothing."""
     url, run = f"norename://{tmp_path}/store", Path(settings["run"]["dir"])
     words = [f"checkpoint.url={url}", "run.steps=2"]
     assert train(settings, *words) == 0
@@ -202,8 +202,8 @@ def attempt(checkpoints: CheckpointDirectory, at: int) -> tuple[int, str]:
     return asked[0], said
 
 
-def test_a_store_that_fails_at_any_request(tmp_path: Path, group: None) -> None:
-    """Whichever it is: the save says so, the newest whole checkpoint reads as it was written, and saves go on."""
+def test_store_fails_at_any_request(tmp_path: Path, group: None) -> None:
+    """Whichever request: save raises, the newest intact checkpoint loads as written, and later saves work."""
     checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
     at, requests, newest = 0, 0, []
     while at <= requests:
@@ -213,7 +213,7 @@ def test_a_store_that_fails_at_any_request(tmp_path: Path, group: None) -> None:
         requests, said = attempt(checkpoints, at)
         assert ("(gone); run the same command again to go on" in said) == (at <= requests), at
         step = checkpoints.newest_intact(lambda *_, **__: None)
-        assert bits(checkpoints.path_of(step)) == bits_of(state_of(step)), at
+        assert bits(checkpoints.path_of(step)) == tensor_bytes(state_of(step)), at
         newest.append(step)
         save(state_of(10), checkpoints, 10, keep=1)
         assert checkpoints.complete_steps() == [10], at
@@ -225,13 +225,13 @@ def test_a_store_that_fails_at_any_request(tmp_path: Path, group: None) -> None:
     assert newest.count(9) > 10  # among them each request of the deletions
 
 
-def bits_of(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """Their bytes."""
+def tensor_bytes(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """The bytes of each tensor."""
     return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
 
 
-def test_a_store_that_fails_while_it_is_read(tmp_path: Path, group: None) -> None:
-    """A checkpoint that was found whole, and then cannot be read: not its fault, and said so."""
+def test_store_fails_during_a_load(tmp_path: Path, group: None) -> None:
+    """An intact checkpoint that then cannot be read is not called damaged: the error names the store's reason."""
     checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
     save(state_of(3), checkpoints, 3, keep=1)
     url = f"norename://{tmp_path}/store/step_00000003/__0_0.distcp"
@@ -239,16 +239,16 @@ def test_a_store_that_fails_while_it_is_read(tmp_path: Path, group: None) -> Non
         silent = failing(
             lambda asked, path, verb=verb: TimeoutError("late") if asked == verb and "__0" in path else None
         )
-        state = tensors_of(checkpoints.path_of(3), "")
+        state = empty_tensors(checkpoints.path_of(3), "")
         with silent, pytest.raises(Failure) as failure:
             load(state, checkpoints.path_of(3))
         assert str(failure.value) == f"{url} cannot be read (late); run the same command again to go on"
 
 
-def test_the_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """COMPLETE is opened once everything else is closed; of an old one it goes first, then .metadata, then the rest.
+def test_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """COMPLETE is written after all other files are closed; a deletion removes COMPLETE, then .metadata, then the rest.
 
-    And the disks here are left in peace: the library would sync all of them for a file that has no fsync.
+    No local disk is synced: the library would call os.sync for a file without fsync.
     """
     monkeypatch.setattr(os, "sync", lambda: pytest.fail("the whole machine was synced"))
     checkpoints, asked = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store"), []
@@ -269,8 +269,8 @@ def test_the_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.
     assert complete < changes.index(removed[0])
 
 
-def test_what_was_lost_on_the_way_is_seen(tmp_path: Path, group: None) -> None:
-    """A store that says yes and keeps less: no COMPLETE."""
+def test_store_loses_data(tmp_path: Path, group: None) -> None:
+    """A store that reports success and keeps a shorter file: no COMPLETE."""
     checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
     store = tmp_path / "store/step_00000003"
 
@@ -283,8 +283,8 @@ def test_what_was_lost_on_the_way_is_seen(tmp_path: Path, group: None) -> None:
     assert not (store / "COMPLETE").exists()
 
 
-def test_a_local_place(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path or file:// is written as beside the run: fsync and rename; its disk is the one that may be full."""
+def test_local_url(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path or file:// is written like RUN_DIR/checkpoints, and the free space of its disk is checked."""
     written, asked = [], []
     mark_complete, usage = Checkpoint.mark_complete, saver.shutil.disk_usage
 
@@ -302,8 +302,8 @@ def test_a_local_place(settings: dict, tmp_path: Path, monkeypatch: pytest.Monke
     assert not (Path(settings["run"]["dir"]) / "checkpoints").exists()
 
 
-def test_a_run_does_not_leave_its_checkpoints(settings: dict, tmp_path: Path) -> None:
-    """Another place without them, or with older ones, is refused; with a copy the run goes on there."""
+def test_changed_url(settings: dict, tmp_path: Path) -> None:
+    """A new URL without checkpoints, or with older ones, is refused; with a copy the run resumes there."""
     run, shelf = Path(settings["run"]["dir"]), tmp_path / "shelf"
     here, there = "checkpoint.url=null", f"checkpoint.url=norename://{shelf}"
     assert train(settings, "run.steps=1") == 0
@@ -322,8 +322,8 @@ def test_a_run_does_not_leave_its_checkpoints(settings: dict, tmp_path: Path) ->
     assert [line["step"] for line in metrics(run)] == [1, 2]
 
 
-def test_one_place_is_for_one_run(one: Path, settings: dict) -> None:
-    """A run directory that knows nothing of the checkpoints there neither goes on from them nor writes over them."""
+def test_url_of_another_run(one: Path, settings: dict) -> None:
+    """A run directory without a config neither resumes from the checkpoints at a URL nor overwrites them."""
     before, run = names(URL), Path(settings["run"]["dir"])
     unknown = f"holds checkpoints, and {run} has no config.yaml that says of which run; put that file back, or give"
     assert refuse(settings, f"checkpoint.url={URL}") == f"{URL} {unknown} another run.dir or checkpoint.url"
@@ -332,8 +332,8 @@ def test_one_place_is_for_one_run(one: Path, settings: dict) -> None:
     assert refuse(settings) == f"{run / 'checkpoints'} {unknown} another run.dir or checkpoint.url"
 
 
-def test_urls_that_nothing_opens(settings: dict) -> None:
-    """Said before the run's directory is made."""
+def test_unsupported_urls(settings: dict) -> None:
+    """Refused before the run directory is created."""
     fsspec.register_implementation(
         "lacking", "no_such_module.FileSystem", errtxt="install no_such_module", clobber=True
     )
@@ -344,20 +344,20 @@ def test_urls_that_nothing_opens(settings: dict) -> None:
     assert not Path(settings["run"]["dir"]).exists()
 
 
-def test_malice_is_not_read(tmp_path: Path, group: None) -> None:
-    """The .metadata of a store goes through the same unpickler."""
+def test_malicious_metadata(tmp_path: Path, group: None) -> None:
+    """A remote .metadata goes through the same safe unpickler."""
     checkpoints = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store")
     save(state_of(3), checkpoints, 3, keep=1)
     path = tmp_path / "store/step_00000003/.metadata"
     path.write_bytes(b"cos\nsystem\n(S'touch sprung'\ntR.")
     with pytest.raises(UserError, match=r"\.metadata names 'os.system', which no checkpoint needs"):
-        tensors_of(checkpoints.path_of(3), "")
+        empty_tensors(checkpoints.path_of(3), "")
 
 
-def test_an_event_says_what_was_written(one: Path) -> None:
-    """Of each checkpoint, with the bytes that are there."""
+def test_checkpoint_events(one: Path) -> None:
+    """One event per checkpoint, with the bytes in the store."""
     lines = [json.loads(line) for line in (one / "events.jsonl").read_text().splitlines()]
-    told = [line for line in lines if line["kind"] == "checkpoint"]
-    assert [line["step"] for line in told] == [3, 4, 6, LAST]
+    events = [line for line in lines if line["kind"] == "checkpoint"]
+    assert [line["step"] for line in events] == [3, 4, 6, LAST]
     files, path = fsspec.core.url_to_fs(f"{URL}/step_{LAST:08d}")
-    assert told[-1]["bytes"] == files.du(path) - files.size(f"{path}/COMPLETE")
+    assert events[-1]["bytes"] == files.du(path) - files.size(f"{path}/COMPLETE")

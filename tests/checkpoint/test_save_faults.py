@@ -1,4 +1,4 @@
-"""Killed at any moment of a checkpoint's life, or left with a damaged one: the run goes on as if nothing had been."""
+"""A run killed during any phase of a save, or left with a damaged checkpoint, resumes as if nothing had happened."""
 
 import signal
 from pathlib import Path
@@ -19,8 +19,8 @@ LAST = 8
 @pytest.mark.parametrize(
     "moment", [pytest.param(moment, marks=() if moment in QUICK else pytest.mark.slow) for moment in MOMENTS]
 )
-def test_killed(settings: dict, uninterrupted: Path, moment: str) -> None:
-    """Resumed to the end, it has the steps, figures and state of the run that was never disturbed, and no litter."""
+def test_kill_during_a_save(settings: dict, uninterrupted: Path, moment: str) -> None:
+    """Resumed to its end, the run has the metrics and state of an undisturbed run, and no remains of checkpoints."""
     run_folder, (trouble, complete) = Path(settings["run"]["dir"]), MOMENTS[moment]
     checkpoints, expected = CheckpointDirectory.at(run_folder), CheckpointDirectory.at(uninterrupted)
     assert run(settings, *WORDS, trouble=trouble) == [-signal.SIGKILL]
@@ -32,8 +32,8 @@ def test_killed(settings: dict, uninterrupted: Path, moment: str) -> None:
     assert checkpoints.complete_steps() == [LAST]
 
 
-def test_a_run_with_damaged_checkpoints(settings: dict, uninterrupted: Path, capsys: pytest.CaptureFixture) -> None:
-    """It names them, begins from the one before, and ends as if they had been whole; with none left it is refused."""
+def test_resume_past_damaged_checkpoints(settings: dict, uninterrupted: Path, capsys: pytest.CaptureFixture) -> None:
+    """Damaged ones are named, the one before is used, and the run ends the same; if all are damaged it is refused."""
     run = Path(settings["run"]["dir"])
     checkpoints, expected = CheckpointDirectory.at(run), CheckpointDirectory.at(uninterrupted)
     assert train(settings, "checkpoint.every=2", "checkpoint.keep=9", "run.steps=6") == 0
@@ -59,8 +59,8 @@ def test_a_run_with_damaged_checkpoints(settings: dict, uninterrupted: Path, cap
     assert len(list(run.glob("checkpoints/step_*/__0_0.distcp"))) == 4
 
 
-def test_a_disk_that_is_nearly_full(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warned of before a save when two more like the last one would not fit; the save is made all the same."""
+def test_warning_of_a_nearly_full_disk(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `disk` event before a save if two checkpoints like the last one do not fit; the save is still made."""
     run = Path(settings["run"]["dir"])
     checkpoints = CheckpointDirectory.at(run)
     assert train(settings, "run.steps=2") == 0
@@ -73,8 +73,8 @@ def test_a_disk_that_is_nearly_full(settings: dict, monkeypatch: pytest.MonkeyPa
     assert checkpoints.complete_steps() == [3, 4]
 
 
-def test_a_mistake_after_a_save_was_begun(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run ends at once by something else: the save in flight is brought to its end."""
+def test_error_during_a_save_in_flight(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another error ends the run: the save in flight is finished first."""
 
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "hf")

@@ -13,7 +13,7 @@ from trinity import terminal
 from trinity.data.prepare.corpus import write_corpus
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
-from trinity.io.local import temporary
+from trinity.io.local import temporary_path
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -64,7 +64,7 @@ def test_a_full_disk_is_code_1_and_costs_one_shard(tool: Callable, tmp_path: Pat
     arguments = ["--input", source, "--tokenizer", tokenizer_dir, "--shard-tokens", 9000, "--out"]
     assert tool("prepare_data", *arguments, tmp_path / "whole")[0] == 0
     out.mkdir()
-    full = temporary(out / "shard_00001.tokens")
+    full = temporary_path(out / "shard_00001.tokens")
     full.symlink_to("/dev/full")
     ended = process("prepare_data", *arguments, out)
     assert ended.returncode == 1

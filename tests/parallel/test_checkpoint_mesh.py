@@ -1,4 +1,4 @@
-"""Saves behind the training's back, and what ranks must agree on about checkpoints, in one process and in two."""
+"""Asynchronous saves, and what all ranks must agree on about checkpoints, on one process and on two."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ import torch
 from tests.parallel.mesh_runs import config_of
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.checkpoint.save import Writer
 from trinity.errors import Failure
 from trinity.parallel import mesh
@@ -37,7 +37,7 @@ LAST = 6
 
 
 def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
-    """A run in which writing step s waits until training has made steps s + 1 and s + 2."""
+    """Run with slow writes: writing step s waits until training has made steps s + 1 and s + 2."""
     made: list[int] = []
 
     def step(*args: Any) -> StepResult:
@@ -45,19 +45,19 @@ def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
         made.append(1)
         return result
 
-    copy = saver.on_host if copies else lambda state, into: state
+    copy = saver.copy_to_host if copies else lambda state, buffers: state
     with (
         slow_writes(lambda writer: len(made) >= min(writer.step + 2, LAST)),
         mock.patch.object(mesh, "stop"),
         mock.patch.object(trainer, "train_step", step),
-        mock.patch.object(saver, "on_host", copy),
+        mock.patch.object(saver, "copy_to_host", copy),
     ):
         return pretrain(config_of(settings, words), [])
 
 
 @contextmanager
 def slow_writes(may_begin: Callable[[Writer], bool]) -> Iterator[None]:
-    """Writing begins only when that has come true."""
+    """Delay each write until may_begin(writer) is true."""
     write_data = Writer.write_data
 
     def wait_and_write(writer: Writer, *args: Any) -> Any:
@@ -72,7 +72,7 @@ def slow_writes(may_begin: Callable[[Writer], bool]) -> Iterator[None]:
 
 
 def plain_run(settings: dict, words: list[str]) -> int:
-    """A run as it is."""
+    """Run without any change."""
     with mock.patch.object(mesh, "stop"):
         return pretrain(config_of(settings, words), [])
 
@@ -86,7 +86,7 @@ def contents(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
     """The bytes of every tensor, by step and name."""
     found = {}
     for step in checkpoints.complete_steps():
-        state = tensors_of(checkpoints.path_of(step), "")
+        state = empty_tensors(checkpoints.path_of(step), "")
         load(state, checkpoints.path_of(step))
         found[step] = {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
     return found
@@ -100,10 +100,10 @@ def _none_is_left() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_save_in_flight_is_the_state_of_its_step(
+def test_asynchronous_save_holds_the_state_of_its_step(
     recipe: Callable, processes: Callable, tmp_path: Path, world: int
 ) -> None:
-    """Training changes weights, momentum, biases and data meanwhile: the files are those of a run that waits."""
+    """Training meanwhile changes weights, momentum, biases and data: the files equal those of synchronous saves."""
     words = [*WORDS, *MESH[world]]
     waits = [*words, "checkpoint.asynchronous=false"]
     assert on_ranks(processes, world, plain_run, recipe(tmp_path / "waits"), waits) == [0] * world
@@ -116,7 +116,7 @@ def test_a_save_in_flight_is_the_state_of_its_step(
     assert found == expected
 
 
-def test_without_the_copy_it_would_show(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+def test_save_without_the_host_copy_differs(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
     """The comparison above can fail: a save of the tensors themselves holds weights of later steps."""
     assert plain_run(recipe(tmp_path / "waits"), [*WORDS, "checkpoint.asynchronous=false"]) == 0
     assert slow_run(recipe(tmp_path / "wrong"), WORDS, copies=False) == 0
@@ -132,7 +132,7 @@ def test_without_the_copy_it_would_show(recipe: Callable, processes: Callable, t
 
 
 def step_after_the_save(*args: Any) -> StepResult:
-    """A step that lets the save in flight end first."""
+    """train_step, after the save in flight has ended."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
@@ -140,7 +140,7 @@ def step_after_the_save(*args: Any) -> StepResult:
 
 
 def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
-    """A run whose disk is full, for one rank, when step 4 is written; what it says on this rank."""
+    """Run with a disk that is full for one rank when step 4 is written; returns this rank's error."""
     write_data = Writer.write_data
 
     def write(writer: Writer, *args: Any) -> Any:
@@ -161,12 +161,12 @@ def full_disk_run(settings: dict, words: list[str], broken_rank: int) -> str:
 
 
 @pytest.mark.parametrize(("world", "broken_rank", "asynchronous"), [(1, 0, "true"), (1, 0, "false"), (2, 1, "true")])
-def test_a_disk_that_is_full_for_one_rank(
+def test_disk_full_for_one_rank(
     recipe: Callable, processes: Callable, tmp_path: Path, world: int, broken_rank: int, asynchronous: str
 ) -> None:
-    """All ranks end with its sentence, the checkpoint before is whole, and the same command goes on to the end.
+    """All ranks end with that rank's error, the previous checkpoint is whole, and the same command resumes.
 
-    They end at the edge of the step in which the save failed, long before the next one is due.
+    They end after the step in which the save failed, before the next save is due.
     """
     words = [*WORDS, *MESH[world], f"checkpoint.asynchronous={asynchronous}"]
     settings = recipe(tmp_path / "run")
@@ -180,18 +180,18 @@ def test_a_disk_that_is_full_for_one_rank(
 
 
 def ignore(*_: object, **__: object) -> None:
-    """A Note that nobody reads."""
+    """A Note that drops its event."""
 
 
 def chosen(run: str) -> SimpleNamespace:
-    """What this rank would begin with, and what it says."""
+    """The step that this rank would resume from, and its warnings."""
     said: list[str] = []
     step = CheckpointDirectory.at(Path(run)).newest_intact(lambda kind, message, **_: said.append(message))
     return SimpleNamespace(step=step, said=said)
 
 
 def test_every_rank_takes_the_same_checkpoint(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """Only one rank looks into the damaged file; all step back, and the first alone says why."""
+    """One rank reads the damaged file; all ranks take the checkpoint before, and only rank 0 reports it."""
     run = tmp_path / "run"
     assert processes(2).run(plain_run, recipe(run), [*WORDS, *MESH[2]]) == [0, 0]
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):

@@ -1,4 +1,4 @@
-"""Two processes whose checkpoints lie elsewhere, where nothing can be renamed: the same files, and one voice."""
+"""Two processes with checkpoint.url on a store without rename: the same tensors, and one error on all ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tests.parallel.test_checkpoint_mesh import MESH, WORDS, contents, plain_run, slow_run
 from tests.url_stores import failing, register
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.errors import Failure
 from trinity.parallel import mesh
 
@@ -17,25 +17,25 @@ TWO = [*WORDS, *MESH[2]]
 register()
 
 
-def plain_there(settings: dict, words: list[str]) -> int:
-    """A run as it is, with the store known."""
+def plain_remote_run(settings: dict, words: list[str]) -> int:
+    """plain_run, with the store registered in this process."""
     register()
     return plain_run(settings, words)
 
 
-def slow_there(settings: dict, words: list[str]) -> int:
-    """A run in which training goes on while each checkpoint is being written, with the store known."""
+def slow_remote_run(settings: dict, words: list[str]) -> int:
+    """slow_run, with the store registered in this process."""
     register()
     return slow_run(settings, words)
 
 
-def test_two_processes_write_there(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """In the training's time and behind its back, every tensor is that of a run with its checkpoints beside it."""
+def test_two_processes_save_remotely(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """Synchronous and asynchronous: every tensor equals that of a run with local checkpoints."""
     waits = "checkpoint.asynchronous=false"
     assert processes(2).run(plain_run, recipe(tmp_path / "here"), [*TWO, waits]) == [0, 0]
     expected = contents(CheckpointDirectory.at(tmp_path / "here"))
     assert list(expected) == [2, 4, 6]
-    for name, case, words in (("waits", plain_there, [waits]), ("goes_on", slow_there, [])):
+    for name, case, words in (("waits", plain_remote_run, [waits]), ("goes_on", slow_remote_run, [])):
         url = f"checkpoint.url=norename://{tmp_path}/store/{name}"
         assert processes(2).run(case, recipe(tmp_path / name), [*TWO, *words, url]) == [0, 0]
         assert contents(CheckpointDirectory.of_run(tmp_path / name)) == expected
@@ -43,11 +43,11 @@ def test_two_processes_write_there(recipe: Callable, processes: Callable, tmp_pa
 
 
 def loaded(run: str, broken_rank: int) -> str:
-    """What this rank says where the store answers all but one when the newest checkpoint is to be loaded."""
+    """Load the newest checkpoint while the store fails for one rank; returns this rank's error."""
     register()
     checkpoints = CheckpointDirectory.of_run(Path(run))
     step = checkpoints.newest_intact(lambda *_, **__: None)
-    state = tensors_of(checkpoints.path_of(step), "")
+    state = empty_tensors(checkpoints.path_of(step), "")
     here = dist.get_rank() == broken_rank
     with failing(lambda asked, path: OSError("late") if here and asked == "read" and "/__" in path else None):
         try:
@@ -58,7 +58,7 @@ def loaded(run: str, broken_rank: int) -> str:
 
 
 def broken_for(rank: int, settings: dict, words: list[str], verb: str, name: str) -> str:
-    """A run whose store does not answer one rank about a file; what it says on this rank."""
+    """Run with a store that fails for one rank and one file; returns this rank's error."""
     register()
     here = dist.get_rank() == rank
 
@@ -73,8 +73,8 @@ def broken_for(rank: int, settings: dict, words: list[str], verb: str, name: str
     return "no failure"
 
 
-def test_a_store_that_fails_for_one_rank(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """Writing, checking or loading: all ranks end with its sentence, and the same command goes on to the end."""
+def test_store_fails_for_one_rank(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+    """During a write, a check or a load: all ranks end with that rank's error, and the same command resumes."""
     url, settings = f"norename://{tmp_path}/store", recipe(tmp_path / "run")
     words = [*TWO, f"checkpoint.url={url}"]
     # rank 1 writes its own file, and checks the second of the three: .metadata, __0_0, __1_0
@@ -83,7 +83,7 @@ def test_a_store_that_fails_for_one_rank(recipe: Callable, processes: Callable, 
         gone = f"{name}.distcp cannot be {did} (no route to host); run the same command again to go on"
         assert said == [f"rank 1: {url}/{gone}"] * 2
         assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2]
-    assert processes(2).run(plain_there, settings, words) == [0, 0]
+    assert processes(2).run(plain_remote_run, settings, words) == [0, 0]
     assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2, 4, 6]
     said = processes(2).run(loaded, str(tmp_path / "run"), 1)
     assert said[0] == said[1]

@@ -1,6 +1,6 @@
-"""A run that changes its mesh on the way, several times, is the run of one process that never stopped.
+"""A run that resumes on another mesh several times equals an uninterrupted run of one process.
 
-Data, steps and tokens exactly; floats in float64 to 1e-10, as the grid of test_every_mesh has it.
+Data, steps and tokens exactly; floats in float64 to 1e-10, the bound of test_every_mesh.
 """
 
 import json
@@ -28,7 +28,7 @@ WORDS = [
 ]  # fmt: skip
 LAST = 10
 
-# two steps on each; replicas come and go, experts are split 1, 2 and 4 ways, by their number or (3 experts) their width
+# two steps on each mesh; replicas and shards vary, experts are split 1, 2 and 4 ways, by number or (3 experts) by width
 WAYS = {
     "1 → 4 → 2": [
         (1, []),
@@ -55,19 +55,19 @@ WAYS = {
 CHANGES = {"by width": ["model.experts=3"]}
 
 
-def go_on(settings: dict, words: list[str]) -> int:
-    """Start or resume a run in a process group that stays."""
+def run_in_group(settings: dict, words: list[str]) -> int:
+    """Start or resume a run in a process group that stays open."""
     with mock.patch.object(mesh, "stop"):
         return pretrain(config_of(settings, words), [])
 
 
-def go_on_alone(settings: dict, words: list[str]) -> int:
-    """The same in this one process."""
+def run_alone(settings: dict, words: list[str]) -> int:
+    """Start or resume a run in this process."""
     return pretrain(config_of(settings, words), [])
 
 
-def left_behind(folder: Path) -> SimpleNamespace:
-    """Metrics, and the state at the end, of a run."""
+def results(folder: Path) -> SimpleNamespace:
+    """A run's metrics and last checkpoint."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     state: dict = {}
     reader = dcp.FileSystemReader(folder / "checkpoints" / f"step_{LAST:08d}")
@@ -77,22 +77,24 @@ def left_behind(folder: Path) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_mesh_changes_on_the_way(recipe: Callable, processes: Callable, tmp_path: Path, way: str) -> None:
-    """Every two steps another mesh goes on from the checkpoint that the one before it left."""
+def test_resume_on_other_meshes(recipe: Callable, processes: Callable, tmp_path: Path, way: str) -> None:
+    """Every two steps another mesh resumes from the last checkpoint."""
     words = [*WORDS, *CHANGES.get(way, [])]
     settings = recipe(tmp_path / "one")
-    assert go_on_alone(settings, [*words, f"run.steps={LAST}"]) == 0
+    assert run_alone(settings, [*words, f"run.steps={LAST}"]) == 0
     settings = recipe(tmp_path / "many")
     for leg, (world, parallel) in enumerate(WAYS[way], start=1):
         leg_words = [*words, *parallel, f"run.steps={2 * leg}"]
-        codes = [go_on_alone(settings, leg_words)] if world == 1 else processes(world).run(go_on, settings, leg_words)
+        codes = (
+            [run_alone(settings, leg_words)] if world == 1 else processes(world).run(run_in_group, settings, leg_words)
+        )
         assert codes == [0] * world
-    found, expected = left_behind(tmp_path / "many"), left_behind(tmp_path / "one")
+    found, expected = results(tmp_path / "many"), results(tmp_path / "one")
     compare(found, expected)
 
 
 def compare(found: SimpleNamespace, expected: SimpleNamespace) -> None:
-    """Integers exactly, floats to the bound."""
+    """Integers are equal, floats within the bound."""
     assert len(found.metrics) == len(expected.metrics) == LAST
     for line, wanted in zip(found.metrics, expected.metrics):
         # a leg ends with an evaluation that the uninterrupted run does not make

@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import UserError
 from trinity.io.remote_path import AnyPath
@@ -57,6 +57,6 @@ def state(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def bits(path: AnyPath) -> dict[str, bytes]:
     """The bytes of every tensor of a checkpoint, local or remote."""
-    found = tensors_of(path, "")
+    found = empty_tensors(path, "")
     load(found, path)
     return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}

@@ -109,7 +109,7 @@ def test_the_note_is_printed(settings: dict, capsys: pytest.CaptureFixture) -> N
 
 def test_whose_run_it_is(settings: dict) -> None:
     """Name, model, first start and step come before what differs; without events the config's time is the start."""
-    from trinity.run_directory import newest_config, whose_run
+    from trinity.run_directory import describe_run, newest_config
 
     run = Path(settings["run"]["dir"])
     assert train(settings, "run.steps=1", "run.name=first") == 0
@@ -121,7 +121,7 @@ def test_whose_run_it_is(settings: dict) -> None:
     )
     assert refuse(settings, "loss.z=1").startswith(f"resuming {whose} would change how the model learns (loss.z was")
     (run / "events.jsonl").unlink()
-    assert whose_run(run, newest_config(run), 1)[:-30] == whose[:-30]
+    assert describe_run(run, newest_config(run), 1)[:-30] == whose[:-30]
 
 
 @pytest.mark.parametrize("key", ["run", "hf"])

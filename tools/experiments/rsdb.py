@@ -89,12 +89,12 @@ def experiment(out: Path, seeds: int, steps: int, quick: bool) -> tuple[dict[str
     from domains import describe, make_corpus
     from rsdb_arms import ARMS, QUICK, SETTINGS, arm_config
 
-    from trinity.io.local import locked
+    from trinity.io.local import file_lock
 
     out.mkdir(parents=True, exist_ok=True)
     words = QUICK if quick else []
     try:
-        with locked(out, patience=1):
+        with file_lock(out, patience=1):
             vocabulary = 512 if quick else SETTINGS["model"]["vocab_size"]
             corpus = make_corpus(out / f"corpus-{vocabulary}", vocabulary, every=24 if quick else 1)
             keys = [(arm, seed) for seed in range(seeds) for arm in ARMS]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from trinity.errors import Failure
-from trinity.io.checksum import FileSum, sum_of
+from trinity.io.checksum import FileSum, checksum_file
 from trinity.io.json_files import to_json
 from trinity.io.local import sync_folder, write_atomically
 from trinity.io.remote_path import AnyPath, RemotePath
@@ -135,7 +135,7 @@ def _local_size(folder: Path, name: str) -> int:
 def _wrong_content(path: AnyPath, file_sum: FileSum) -> str:
     """Describe a file whose size or crc32 differs; "" where both are right."""
     try:
-        return "" if sum_of(path) == file_sum else f"{path.name} has changed since it was written"
+        return "" if checksum_file(path) == file_sum else f"{path.name} has changed since it was written"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
 

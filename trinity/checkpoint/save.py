@@ -1,66 +1,68 @@
-"""Writing a checkpoint: by the library's collective save, in the training's own time or behind its back.
+"""Save a checkpoint with torch.distributed.checkpoint: synchronously, or asynchronously in a background thread.
 
-    training  ──step──[copy]──step──step──step──…         [copy]: to host memory, all that training waits for
-    thread             └─files, fsync, checksums──(all ranks)──COMPLETE, old ones go
+    training  ──step──[copy]──step──step──step──…         [copy]: to host memory; training waits for nothing else
+    thread             └─write files, fsync, checksums──(all ranks)──write COMPLETE, delete old checkpoints
 
-The thread talks to the other ranks over a gloo group of its own, so that its messages never meet the training's. The
-library passes what fails on one rank on to all, in every phase; what the first rank does once all have written
-(COMPLETE, removal) is part of its last phase, so that all ranks know how a save ended before any of them goes on.
+The thread's collectives go over a gloo group of its own, so they never mix with those of training. In every phase of
+the library's save, an error on one rank reaches all ranks. COMPLETE and the deletion of old checkpoints are part of its
+last phase, on rank 0; so every rank knows how a save ended before any rank goes on.
 
-A file on a disk is summed as it reads back. To read one back from elsewhere would be a download: it is summed as it
-goes out, and its size there is looked at before COMPLETE.
+The checksum of a local file is computed by reading it back. Reading back a remote file would download it: its checksum
+is computed while it is uploaded, and its size in the store is compared before COMPLETE is written.
 
-Memory: a copy of this rank's part of the state stays on the host for the life of the run (pinned where there is a GPU),
+Memory: a host copy of this rank's part of the state is kept for the life of the run (pinned where there is a GPU),
 because memory that has been used before is filled several times faster than new memory.
 """
 
-import io
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from trinity.checkpoint.checkpoint import METADATA, Checkpoint
+from trinity.checkpoint.checkpoint import METADATA
 from trinity.checkpoint.directory import CheckpointDirectory, Note, warn
+from trinity.checkpoint.file_systems import LocalFileSystem, RemoteFileSystem
 from trinity.config.run import CheckpointConfig
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
-from trinity.io.checksum import FileSum, sum_of
+from trinity.io.checksum import FileSum, checksum_file
 from trinity.io.local import make_folder
-from trinity.io.remote_path import AnyPath, RemoteFileSystem, RemotePath
+from trinity.io.remote_path import AnyPath, RemotePath
 from trinity.parallel.collectives import run_on_rank0
 
 State = dict[str, Tensor]
-Written = tuple[list[WriteResult], dict[str, FileSum]]
+"""Tensors and DTensors by name: what a checkpoint holds."""
 
-SLOWEST_SAVE = timedelta(minutes=30)
-"""How long a rank may wait for another one's files."""
+RankResult = tuple[list[WriteResult], dict[str, FileSum]]
+"""What each rank reports to rank 0 once its file is written: the library's results, and the file's size and crc32."""
+
+SAVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another rank's files."""
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time; every rank makes one and calls it at the same steps.
+    """Saves the checkpoints of one run, one at a time; every rank makes one and calls it at the same steps.
 
     Args:
-        checkpoints: where they are written.
-        settings: when asynchronous, how many stay.
-        note: told on the first rank of each checkpoint that is complete, of a disk that is nearly full, and of a save
-            that failed when nobody waits for it any more.
-        beat: called every second that training waits for files, so that slow storage does not look like a rank that
-            hangs; SLOWEST_SAVE ends that.
+        checkpoints: the run's checkpoint directory.
+        settings: whether saves are asynchronous, and the retention policy.
+        note: called on rank 0 for each complete checkpoint, for a disk that is nearly full, and by close() for a save
+            that failed.
+        beat: called every second while training waits for files, so that the heartbeat does not take slow storage for
+            a rank that hangs. SAVE_TIMEOUT limits the wait.
     """
 
     def __init__(
@@ -68,28 +70,28 @@ class Saver:
         checkpoints: CheckpointDirectory,
         settings: CheckpointConfig,
         note: Note = warn,
-        beat: Callable[[str], None] = lambda doing: None,
+        beat: Callable[[str], None] = lambda activity: None,
     ) -> None:
         self._checkpoints, self._settings, self._note, self._beat = checkpoints, settings, note, beat
-        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
-        self._copy: State = {}
+        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        self._host_copy: State = {}
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
 
     def save(self, state: State, step: int) -> float:
-        """Write a checkpoint of this state; the caller may change its tensors as soon as this returns.
+        """Save this state; the caller may change its tensors as soon as this returns.
 
         Returns:
             seconds that training stood still.
         Raises:
-            Failure, UserError: this save, or the one before it that was still in flight, could not be written.
+            Failure, UserError: this save failed, or the previous one, which was still in flight.
         """
         began = time.perf_counter()
         self.wait()
-        run_on_rank0(self._check_space)
+        run_on_rank0(self._warn_of_low_space)
         if self._settings.asynchronous:
-            state = self._copy = on_host(state, self._copy)
-        self._thread = Thread(target=self._write, args=(state, step), name="checkpoint", daemon=True)
+            state = self._host_copy = copy_to_host(state, self._host_copy)
+        self._thread = Thread(target=self._save_in_thread, args=(state, step), name="checkpoint", daemon=True)
         self._thread.start()
         if not self._settings.asynchronous:
             self.wait()
@@ -97,14 +99,14 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the save in flight has failed: it will on all, and wait says so."""
+        """Whether this rank knows that the save in flight failed. It then fails on all ranks, and wait() raises."""
         return self._failure is not None
 
     def wait(self) -> None:
-        """Until nothing is in flight.
+        """Wait until no save is in flight.
 
         Raises:
-            Failure, UserError: the save that was could not be written; the same on every rank.
+            Failure, UserError: the save failed; the same error on every rank.
         """
         while self._thread is not None:
             self._thread.join(timeout=1)
@@ -116,37 +118,38 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Wait, and leave the group; whoever has not waited before hears of a failure only by `note`."""
+        """Wait for the save in flight, and destroy the process group. `note` gets a failed save; nothing is raised."""
         try:
             self.wait()
-        except (Exception, dcp.CheckpointException) as error:  # what ends the run must not be hidden by this
-            if _is_first():
+        except (Exception, dcp.CheckpointException) as error:  # must not hide the error that ends the run
+            if _is_rank0():
                 with suppress(OSError):
                     self._note("checkpoint_damaged", f"the last checkpoint could not be written: {error}")
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _write(self, state: State, step: int) -> None:
-        """In the thread."""
+    def _save_in_thread(self, state: State, step: int) -> None:
         began = time.perf_counter()
         try:
             save(state, self._checkpoints, step, self._settings.keep, self._settings.keep_every, self._group)
         except BaseException as error:
             self._failure = error
             return
-        if _is_first():
+        if _is_rank0():
             seconds = time.perf_counter() - began
-            with suppress(OSError, Failure):  # an event that cannot be written does not undo a checkpoint
+            with suppress(OSError, Failure):  # the checkpoint is complete, whether or not its event can be written
                 size = self._checkpoints.checkpoint(step).size()
-                sentence = f"step {step} is complete: {size / 1e9:.3g} GB written in {seconds:.1f} s"
-                self._note("checkpoint", sentence, step=step, bytes=size, seconds=seconds)
+                message = f"step {step} is complete: {size / 1e9:.3g} GB written in {seconds:.1f} s"
+                self._note("checkpoint", message, step=step, bytes=size, seconds=seconds)
 
-    def _check_space(self) -> None:
-        """Say so where two checkpoints like the last one do not fit: the next one may, what comes after it may not."""
+    def _warn_of_low_space(self) -> None:
+        """Report a disk with less space than two checkpoints like the last one: the save after the next may not fit."""
         folder = self._checkpoints.folder
-        steps = [] if isinstance(folder, RemotePath) else self._checkpoints.complete_steps()
-        if isinstance(folder, RemotePath) or not steps:
+        if isinstance(folder, RemotePath):
+            return
+        steps = self._checkpoints.complete_steps()
+        if not steps:
             return
         size, free = self._checkpoints.checkpoint(steps[-1]).size(), shutil.disk_usage(folder).free
         if free < 2 * size:
@@ -155,6 +158,30 @@ class Saver:
                 f"{self._checkpoints} has {free / 1e9:.3g} GB left and a checkpoint takes {size / 1e9:.3g} GB; "
                 "free some space or lower checkpoint.keep",
             )
+
+
+@torch.no_grad()
+def copy_to_host(state: State, buffers: State) -> State:
+    """Copy every tensor to host memory; of a DTensor, this rank's shard.
+
+    Args:
+        state: tensors and DTensors on any device.
+        buffers: an earlier copy, whose memory is reused for tensors of the same shape and dtype.
+    """
+    copy = {}
+    for name, tensor in state.items():
+        buffer = buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        _local_shard(buffer).copy_(_local_shard(tensor), non_blocking=True)
+        copy[name] = buffer
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copy
+
+
+def _local_shard(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def save(
@@ -171,7 +198,7 @@ def save(
 
     Args:
         state: tensors and DTensors by name.
-        checkpoints: where to.
+        checkpoints: the run's checkpoint directory.
         step: the steps made so far.
         keep, keep_every: see CheckpointDirectory.retain.
         group: process group for the collectives; None: the default one.
@@ -184,12 +211,12 @@ def save(
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
-        raise told(error) from None
+        raise first_failure(error) from None
     return checkpoints.path_of(step)
 
 
-def told(error: dcp.CheckpointException) -> BaseException:
-    """What the first rank that failed has to say, the same on all; the error itself where that is a mistake of ours."""
+def first_failure(error: dcp.CheckpointException) -> BaseException:
+    """The error of the first rank that failed, as one sentence, the same on all ranks; `error` itself for a bug."""
     rank, (cause, _) = min(error.failures.items())
     explained = explain(cause)
     if explained is None:
@@ -199,117 +226,64 @@ def told(error: dcp.CheckpointException) -> BaseException:
     return kind(f"rank {rank}: {sentence}" if rank else sentence)
 
 
-class _Remembered(io.FileIO):
-    """A file that keeps the first error of a write."""
-
-    failure: OSError | None = None
-    _write = io.FileIO.write
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._write(data)
-        except OSError as error:
-            self.failure = self.failure or error
-            raise
-
-
-class LocalFiles(FileSystem):
-    """The library's local file system, but a write that fails raises what the system said, such as a full disk.
-
-    torch.save, whose zip writer goes on after such an error, would raise a RuntimeError of its own.
-    """
-
-    @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:
-        """A file to be read or written."""
-        raw = _Remembered(path, mode)
-        try:
-            with io.BufferedWriter(raw) if mode == "wb" else io.BufferedReader(raw) as stream:
-                yield stream
-        except Exception:
-            if raw.failure is not None:
-                raise raw.failure from None
-            raise
+def _is_rank0() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 class Writer(dcp.FileSystemWriter):
-    """The library's writer of one file a rank, which also sums what it wrote and decides what a checkpoint is."""
+    """The library's writer with one file per rank. It also computes checksums, writes COMPLETE and applies retention.
+
+    The library calls the methods in this order.
+    """
 
     def __init__(self, checkpoints: CheckpointDirectory, step: int, keep: int, keep_every: int) -> None:
-        folder = checkpoints.path_of(step)
-        local = isinstance(folder, Path)
-        super().__init__(str(folder), single_file_per_rank=True, sync_files=local)
-        self.path = folder
-        self.fs = LocalFiles() if local else RemoteFileSystem()
-        self.step = step
-        self._checkpoints, self._keep, self._keep_every = checkpoints, keep, keep_every
+        self._checkpoints, self.step, self._keep, self._keep_every = checkpoints, step, keep, keep_every
+        self._checkpoint = checkpoints.checkpoint(step)
+        folder = self._checkpoint.path
+        super().__init__(str(folder), single_file_per_rank=True, sync_files=isinstance(folder, Path))
+        self._remote = None if isinstance(folder, Path) else RemoteFileSystem()
+        self.path = cast(Path, folder)  # the library hands a RemotePath to self.fs alone
+        self.fs = self._remote or LocalFileSystem()  # type: ignore[assignment]  # it calls FileSystemBase's methods only
 
     @property
     def checkpoint_id(self) -> str:
-        """What .metadata says of where it was saved."""
-        return str(self.path)
+        """The folder's name, which the library stores in .metadata."""
+        return str(self._checkpoint.path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """On every rank; it makes no folder, which the first rank may be about to clean."""
+        """On every rank. The library would make the folder here, which rank 0 may be about to delete."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first rank, before anyone writes: a folder without what an earlier attempt left in it."""
-        if self.path.exists():
-            Checkpoint(self.path).remove()
-        if isinstance(self.path, Path):
-            make_folder(self.path)
+        """On rank 0, before any rank writes: make an empty folder, without the files of an earlier attempt."""
+        folder = self._checkpoint.path
+        if folder.exists():
+            self._checkpoint.remove()
+        if isinstance(folder, Path):
+            make_folder(folder)
         else:
-            self.path.mkdir()
+            folder.mkdir()
         return super().prepare_global_plan(plans)
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Written]:
-        """On every rank: its file, and the sum of it."""
+    # the library passes each rank's result on to finish() without looking at it
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[RankResult]:  # type: ignore[override]
+        """On every rank: write its file and compute its checksum."""
         results = super().write_data(plan, planner).value()
         names = {result.storage_data.relative_path for result in results}
-        done: Future[Written] = Future()
-        done.set_result((results, {name: self._sum(name) for name in names}))
-        return done
+        future: Future[RankResult] = Future()
+        future.set_result((results, {name: self._sum(name) for name in names}))
+        return future
 
     def _sum(self, name: str) -> FileSum:
-        return self.fs.sums[name] if isinstance(self.fs, RemoteFileSystem) else sum_of(self.path / name)
+        return self._remote.sums[name] if self._remote else checksum_file(self._checkpoint.path / name)
 
-    def finish(self, metadata: Metadata, results: list[Written]) -> None:
-        """On the first rank, once every rank has written."""
+    def finish(self, metadata: Metadata, results: list[RankResult]) -> None:  # type: ignore[override]
+        """On rank 0, once every rank has written: write .metadata and COMPLETE, then delete old checkpoints."""
         super().finish(metadata, [result for result, _ in results])
         sums = {METADATA: self._sum(METADATA)}
-        for _, found in results:
-            sums |= found
-        checkpoint = Checkpoint(self.path)
-        if isinstance(self.fs, RemoteFileSystem):
-            checkpoint.check_sizes(sums)
-        checkpoint.mark_complete(sums)
+        for _, rank_sums in results:
+            sums |= rank_sums
+        if self._remote:
+            self._checkpoint.check_sizes(sums)
+        self._checkpoint.mark_complete(sums)
         self._checkpoints.retain(self.step, self._keep, self._keep_every)
-
-
-@torch.no_grad()
-def on_host(state: State, into: State) -> State:
-    """A copy of every tensor in host memory, each rank's part alone.
-
-    Args:
-        state: tensors and DTensors on any device.
-        into: an earlier copy, whose memory is used again where shapes are the same.
-    """
-    copy = {}
-    for name, tensor in state.items():
-        kept = into.get(name)
-        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        _local(kept).copy_(_local(tensor), non_blocking=True)
-        copy[name] = kept
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copy
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

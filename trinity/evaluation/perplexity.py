@@ -25,7 +25,7 @@ from trinity.data.tokenizer.tokenizer import fingerprint
 from trinity.errors import UserError
 from trinity.evaluation.scoring import Span, log_likelihoods
 from trinity.evaluation.validation_loss import evaluate
-from trinity.io.remote import located
+from trinity.io.remote import local_or_url
 from trinity.models.trinity import Trinity
 from trinity.terminal import Progress
 
@@ -55,7 +55,7 @@ def open_documents(
         UserError: there is nothing to read, or the shards were made with another tokenizer.
     """
     source: TokenSource | TextSource
-    local = located(path)
+    local = local_or_url(path)
     missing = isinstance(local, Path) and not local.exists()  # TextSource reports it
     if missing or holds_text(path):
         source = TextSource([path], tokenizer, field=field, kind=kind, option="--text", progress=True)

@@ -1,7 +1,7 @@
-"""JSON in files: strict on writing, patient on reading.
+"""JSON files: null for NaN and infinity on writing; both are accepted on reading.
 
-JSON has no NaN and no infinity, which Python's json writes all the same and which no other parser takes: `to_json`
-writes null in their place. Files with NaN from before that are still read.
+JSON has no NaN and no infinity. Python's json module writes them anyway, and no other parser accepts them: `to_json`
+writes null instead. Older files with NaN can still be read.
 """
 
 import json
@@ -17,11 +17,11 @@ REMAKE = "remove its folder and make it again"
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """JSON text, null for each number that is not finite.
+    """JSON text, with null for each number that is not finite.
 
     Args:
-        value: what json.dumps takes.
-        options: of json.dumps: indent, ensure_ascii.
+        value: any value that json.dumps accepts.
+        options: passed to json.dumps: indent, ensure_ascii.
     """
     try:
         return json.dumps(value, allow_nan=False, **options)
@@ -30,7 +30,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def number(value: float | None) -> float:
-    """A number that to_json wrote: NaN for null."""
+    """Convert a number that to_json wrote: null to NaN."""
     return math.nan if value is None else value
 
 
@@ -45,7 +45,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1, ensure_ascii: bool = True) -> None:
-    """Write a whole JSON file, or leave the old one as it is."""
+    """Write a whole JSON file; if that fails, the old file stays unchanged."""
     write_atomically(path, to_json(value, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
@@ -54,7 +54,7 @@ def read_json(path: Path, mend: str = REMAKE) -> dict[str, Any] | None:
 
     Args:
         path: the file.
-        mend: what the user can do about a file that is damaged.
+        mend: what the user can do about a damaged file, for the message.
     Raises:
         UserError: the file is not a JSON object.
     """
@@ -70,17 +70,17 @@ def read_json(path: Path, mend: str = REMAKE) -> dict[str, Any] | None:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append a JSON object as one line, in one write, so that several processes do not mix theirs.
+    """Append a JSON object as one line, in one write, so that lines of several processes do not mix.
 
     Raises:
-        OSError: the file cannot be written, or not whole: the half line is ended by whoever appends next.
+        OSError: the line was not written, or in part only; the next append ends a partial line first.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        cut_off = size and os.pread(descriptor, 1, size - 1) != b"\n"
-        line = ("\n" * bool(cut_off) + to_json(value) + "\n").encode()
-        while line:  # a disk with room for a part takes that, and says what is wrong when asked to take the rest
+        is_partial = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        line = ("\n" * bool(is_partial) + to_json(value) + "\n").encode()
+        while line:  # a nearly full disk takes a part of the line; the next write then raises its error
             line = line[os.write(descriptor, line) :]
     finally:
         os.close(descriptor)

@@ -1,12 +1,13 @@
-"""Atomic writes and file locks on a local disk: the only code here that gives a file its name.
+"""Atomic writes and file locks on a local disk. No other module renames files.
 
 A write goes to a temporary file beside the target (`NAME.tmp`), which is fsynced and renamed; then the folder is
 fsynced. A reader sees the old file or the whole new one, also after a power cut. A new file has the mode that the umask
-gives. Whatever ends in .tmp is the rest of a write that was cut off, and is never read.
+gives. A file whose name ends in .tmp is left from an interrupted write, and is never read.
 """
 
 import errno
 import fcntl
+import math
 import os
 import stat
 import time
@@ -17,53 +18,53 @@ from typing import BinaryIO
 
 SUFFIX = ".tmp"
 UNSUPPORTED = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-"""What a network file system answers that locks nothing, or syncs no folders."""
+"""errno of a network file system that supports no locks, or no fsync of folders."""
 
 
-def temporary(path: Path) -> Path:
-    """Where a file is written before it takes its name."""
+def temporary_path(path: Path) -> Path:
+    """The temporary file of a target, NAME.tmp."""
     return path.with_name(path.name + SUFFIX)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing that takes the name `path` when the block ends.
+    """Context manager: a temporary file, open for writing, that is renamed to `path` when the block ends.
 
-    Where the block raises, the temporary file is removed and an older file at `path` stays as it was.
+    If the block raises, the temporary file is removed and an older file at `path` stays unchanged.
 
     Raises:
-        OSError: naming `path`, not the temporary file.
+        OSError: its filename is `path`, not the temporary file.
     """
-    with _named(path), open(temporary(path), "wb") as file:
+    with _errors_name(path), open(temporary_path(path), "wb") as file:
         yield file
         sync(file)
-    with _named(path):
+    with _errors_name(path):
         publish(path)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """The name of a temporary file, for a library that writes files by name; it becomes `path` when the block ends.
+    """Context manager: the name of a temporary file, for a library that takes file names; renamed to `path` at the end.
 
-    The file gets the mode that the umask gives, whatever mode the library gave it (safetensors: 600).
+    The file gets the mode that the umask gives, not the mode that the library set (safetensors: 600).
     """
-    with _named(path):
-        with open(temporary(path), "wb") as file:
+    with _errors_name(path):
+        with open(temporary_path(path), "wb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        yield temporary(path)
-        os.chmod(temporary(path), mode)
-        with open(temporary(path), "rb") as file:
+        yield temporary_path(path)
+        os.chmod(temporary_path(path), mode)
+        with open(temporary_path(path), "rb") as file:
             os.fsync(file.fileno())
         publish(path)
 
 
 def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> int:
-    """Write a whole file, or leave the old one as it is.
+    """Write a whole file; if that fails, the old file stays unchanged.
 
     Args:
         path: the file; its folder exists.
-        content: bytes, or text in one piece or several, which is written as UTF-8. A byte that was read with
-            errors="surrogateescape" is written back as it was.
+        content: bytes, or text as one string or several, written as UTF-8. Bytes that were read with
+            errors="surrogateescape" are written back unchanged.
     Returns:
         Bytes written.
     """
@@ -75,7 +76,7 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> int:
 
 
 def copy_atomically(source: Path, target: Path) -> None:
-    """Copy the content of a file; the copy has the mode that the umask gives."""
+    """Copy a file's content, not its mode; the copy has the mode that the umask gives."""
     with open(source, "rb") as content, atomic_file(target) as file:
         while block := content.read(1 << 20):
             file.write(block)
@@ -88,13 +89,13 @@ def sync(file: BinaryIO) -> None:
 
 
 def publish(path: Path) -> None:
-    """Give a whole, fsynced temporary file its name, and make the name last through a power cut."""
-    os.replace(temporary(path), path)
+    """Rename a whole, fsynced temporary file to `path`, and fsync the folder so that the name survives a power cut."""
+    os.replace(temporary_path(path), path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut, where its file system can."""
+    """Fsync a folder, so that the names in it survive a power cut; a no-op where the file system cannot."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,7 +107,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, and make their names last through a power cut."""
+    """Create a folder and its missing parents, and fsync their names."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -114,19 +115,19 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, patience: float | None = None) -> Iterator[None]:
-    """Hold an exclusive lock. The system lifts the lock of a process that died.
+def file_lock(path: Path, patience: float | None = None) -> Iterator[None]:
+    """Context manager: hold an exclusive lock. The operating system releases the lock of a process that died.
 
     Args:
-        path: a folder, or a file that is made if it is not there.
-        patience: seconds to wait for another process; None waits as long as it takes.
+        path: a folder, or a file, which is created if missing.
+        patience: seconds to wait for another process; None: no limit.
     Raises:
         BlockingIOError: another process still holds the lock.
     """
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        deadline = None if patience is None else time.monotonic() + patience
-        while not try_lock(handle, wait=deadline is None):
+        deadline = math.inf if patience is None else time.monotonic() + patience
+        while not try_lock(handle, wait=patience is None):
             if time.monotonic() > deadline:
                 raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path))
             time.sleep(0.05)
@@ -136,9 +137,9 @@ def locked(path: Path, patience: float | None = None) -> Iterator[None]:
 
 
 def try_lock(handle: int, wait: bool = False) -> bool:
-    """Lock an open file or folder until it is closed; False where another process holds the lock.
+    """Lock an open file or folder until it is closed; return False if another process holds the lock.
 
-    On a network file system that locks nothing this answers True: there it is up to the user.
+    On a network file system without locks this returns True: there, users must not start two processes.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -151,13 +152,13 @@ def try_lock(handle: int, wait: bool = False) -> bool:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Remove the temporary file where writing fails, and let the error name the file itself."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """If the block fails, remove the temporary file and set the error's filename to `path`."""
     try:
         yield
     except BaseException as error:
         with suppress(OSError):
-            temporary(path).unlink()
-        if isinstance(error, OSError) and error.filename in (None, str(temporary(path))):
+            temporary_path(path).unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(temporary_path(path))):
             error.filename = str(path)
         raise

@@ -1,10 +1,10 @@
-"""Files that may lie elsewhere: any fsspec URL can be read, and is kept in a local cache where it is read often.
+"""Read files at any fsspec URL, and cache those that are read often.
 
-A local file is a Path everywhere, and so is file://…; what lies elsewhere stays a URL, a str. Nothing is written there
-by this file; trinity/io/remote_path.py writes checkpoints.
+A local path is a Path everywhere, file://… too; a remote location is a URL, a str. Nothing here writes to a remote
+store: remote_path.py does, for checkpoints.
 
     $TRINITY_CACHE (~/.cache/trinity)
-        shards/<hash of the URL>/     files as they are named there, each whole or absent; *.lock while one is fetched
+        shards/<hash of the URL>/     files under their own names, each whole or absent; *.lock during a download
 """
 
 import hashlib
@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from trinity.errors import Failure, UserError
 from trinity.io.checksum import new_hash
-from trinity.io.local import atomic_file, locked, make_folder
+from trinity.io.local import atomic_file, file_lock, make_folder
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+    from typing_extensions import Buffer
 
 BLOCK = 1 << 22
 
 
-def located(path: Path | str) -> Path | str:
-    """A local path as Path, the URL of something that lies elsewhere as str."""
+def local_or_url(path: Path | str) -> Path | str:
+    """Convert a location: a Path for a local one, a str for the URL of a remote one."""
     text = str(path)
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
@@ -34,7 +35,7 @@ def located(path: Path | str) -> Path | str:
 
 
 def filesystem(url: str) -> tuple["AbstractFileSystem", str]:
-    """(the file system of a URL, the path in it).
+    """Return (the fsspec file system of a URL, the path in it).
 
     Raises:
         UserError: an unknown protocol, or one whose package is not installed.
@@ -52,12 +53,12 @@ def filesystem(url: str) -> tuple["AbstractFileSystem", str]:
 
 
 @contextmanager
-def reached(url: str) -> Iterator[None]:
-    """Says of whatever a file system elsewhere raises that this URL could not be read.
+def remote_errors(url: str) -> Iterator[None]:
+    """Context manager: turn any error of a remote file system into one sentence that names the URL.
 
     Raises:
-        UserError: there is no such file.
-        Failure: anything else: no network, no permission, a server's error.
+        UserError: the file does not exist.
+        Failure: any other error: no network, no permission, an error of the server.
     """
     try:
         yield
@@ -65,42 +66,42 @@ def reached(url: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise UserError(f"{url} does not exist; check the address") from None
-    except Exception as error:  # each protocol's package has its own
-        raise refused(url, "read", error) from error
+    except Exception as error:  # each protocol's package has its own exceptions
+        raise remote_failure(url, "read", error) from error
 
 
-def refused(url: str, verb: str, error: Exception) -> Failure:
-    """One sentence for whatever a file system elsewhere raises: this URL cannot be read, written, …"""
+def remote_failure(url: str, verb: str, error: Exception) -> Failure:
+    """A Failure that says in one sentence that a URL cannot be read, written or deleted, and why."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return Failure(f"{url} cannot be {verb} ({reason}); run the same command again to go on")
 
 
 @contextmanager
-def open_input(path: Path | str) -> Iterator[BinaryIO]:
-    """A file open for reading, wherever it lies."""
+def open_input(path: Path | str) -> Iterator[io.BufferedReader]:
+    """Open a local or remote file for reading."""
     if isinstance(path, Path):
         with open(path, "rb") as file:
             yield file
         return
     files, name = filesystem(path)
-    with _raw(path, files, name) as raw:
-        # fsspec's own files are slow at lines.
-        yield io.BufferedReader(_Reached(raw, path), BLOCK)
+    with _open(path, files, name) as raw:
+        # fsspec's own files read lines slowly
+        yield io.BufferedReader(_RemoteFile(raw, path), BLOCK)
 
 
-def size_of(path: Path | str) -> int:
-    """Bytes of a file, wherever it lies."""
+def file_size(path: Path | str) -> int:
+    """Size in bytes of a local or remote file."""
     if isinstance(path, Path):
         return path.stat().st_size
     files, name = filesystem(path)
-    with reached(path):
+    with remote_errors(path):
         return files.size(name)
 
 
-def mark_of(url: str) -> str:
-    """What changes when a file elsewhere does: a hash of what its file system tells of it (size, time, ETag)."""
+def remote_fingerprint(url: str) -> str:
+    """Hash of a remote file's metadata (size, time, ETag), which changes when the file changes."""
     files, name = filesystem(url)
-    with reached(url):
+    with remote_errors(url):
         return f"{int(files.checksum(name)) % 2**128:032x}"
 
 
@@ -109,36 +110,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TRINITY_CACHE") or Path.home() / ".cache" / "trinity")
 
 
-def cached_folder(url: str) -> Path:
-    """The local folder for what is fetched from a folder elsewhere; made if it is not there."""
+def cache_folder_of(url: str) -> Path:
+    """The local cache folder for a remote folder; created if missing."""
     folder = cache_folder() / "shards" / hashlib.blake2b(url.rstrip("/").encode(), digest_size=16).hexdigest()
     make_folder(folder)
     return folder
 
 
 def fetch(url: str, path: Path, size: int | None = None, digest: str | None = None) -> None:
-    """Copy a file from elsewhere to `path`, unless it is there. Of several processes one copies, the others wait.
+    """Download a remote file to `path`, unless it exists. One process downloads; others that need it wait.
 
     Args:
-        url: the file.
-        path: where to; the folder exists.
-        size, digest: bytes and checksum (see content_hash) that it must have.
+        url: the remote file.
+        path: the local file; its folder exists.
+        size, digest: expected size in bytes and content_hash.
     Raises:
-        UserError: there is no such file, or it is another than size and digest say.
-        Failure: it cannot be reached.
+        UserError: the file does not exist, or its size or hash differs.
+        Failure: the remote store cannot be reached.
     """
     if path.exists():
         return
-    with locked(path.with_name(path.name + ".lock")):
+    with file_lock(path.with_name(path.name + ".lock")):
         if path.exists():
             return
         with open_input(url) as source, atomic_file(path) as copy:
-            found = new_hash()
+            content = new_hash()
             while block := source.read(BLOCK):
                 copy.write(block)
-                found.update(block)
+                content.update(block)
             wrong = f"{copy.tell()} bytes of {size}" if size not in (None, copy.tell()) else None
-            if wrong is None and digest not in (None, found.hexdigest()):
+            if wrong is None and digest not in (None, content.hexdigest()):
                 wrong = "its checksum is another"
             if wrong:
                 raise UserError(
@@ -147,13 +148,13 @@ def fetch(url: str, path: Path, size: int | None = None, digest: str | None = No
                 )
 
 
-def _raw(url: str, files: "AbstractFileSystem", name: str) -> BinaryIO:
-    with reached(url):
+def _open(url: str, files: "AbstractFileSystem", name: str) -> BinaryIO:
+    with remote_errors(url):
         return files.open(name, "rb")
 
 
-class _Reached(io.RawIOBase):
-    """A file of fsspec's whose errors are sentences."""
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec whose errors become a UserError or Failure of one sentence."""
 
     def __init__(self, file: BinaryIO, url: str) -> None:
         self._file, self._url = file, url
@@ -165,14 +166,15 @@ class _Reached(io.RawIOBase):
         return self._file.seekable()
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        with reached(self._url):
+        with remote_errors(self._url):
             return self._file.seek(offset, whence)
 
     def tell(self) -> int:
         return self._file.tell()
 
-    def readinto(self, buffer: memoryview) -> int:
-        with reached(self._url):
-            data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
+    def readinto(self, buffer: "Buffer") -> int:
+        view = memoryview(buffer)
+        with remote_errors(self._url):
+            data = self._file.read(len(view))
+        view[: len(data)] = data
         return len(data)

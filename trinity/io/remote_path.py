@@ -1,9 +1,9 @@
-"""Files at any fsspec URL, under pathlib's names for what is done with them, so that most code need not ask which.
+"""RemotePath: a pathlib-like path for any fsspec URL, so that most code treats local and remote files alike.
 
-An object store has no rename and needs none: a small file is one put, which shows whole or not at all. Nor has it
-fsync: what it has taken it keeps. Listings that fsspec remembers are dropped before each look, as other processes write
-there too. A store that does not answer is a Failure, never taken for a file that is missing: fsspec's own exists, glob
-and find do that.
+An object store has no rename and no fsync, and needs neither: a small file is one put, which is visible as a whole or
+not at all, and is durable once the put returns. fsspec's cached listings are dropped before every access, because other
+processes write to the same store. A store that does not answer raises Failure. fsspec's own exists, glob and find would
+report the file as missing.
 """
 
 import errno
@@ -16,17 +16,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from torch.distributed.checkpoint.filesystem import FileSystemBase
-
 from trinity.errors import Failure, UserError
 from trinity.io.checksum import FileSum, RunningSum
-from trinity.io.remote import filesystem, located, open_input, refused
+from trinity.io.remote import filesystem, local_or_url, open_input, remote_failure
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 PART = 1 << 24
-"""Bytes that go out at once. S3 takes 10,000 parts a file: 160 GiB from one rank."""
+"""Bytes of one part of an upload. S3 allows 10,000 parts per file: 160 GiB from one rank."""
 
 
 @dataclass(frozen=True)
@@ -48,51 +46,51 @@ class RemotePath:
 
     @property
     def parent(self) -> "RemotePath":
-        """The folder it is in."""
+        """The folder that contains it."""
         return RemotePath(self.url.rpartition("/")[0])
 
     def exists(self) -> bool:
-        """Whether it is there; a folder of an object store is where something in it is."""
+        """Whether the file or folder exists; in an object store a folder exists if it contains anything."""
         try:
-            with _asked(self.url) as (files, name):
+            with _open_remote(self.url) as (files, name):
                 files.info(name)
         except FileNotFoundError:
             return False
         return True
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of everything in this folder, by name, from one listing; none where there is no folder."""
+        """Size in bytes of every entry of this folder, by name, from one listing; empty if there is no folder."""
         try:
-            with _asked(self.url) as (files, name):
-                found = files.ls(name, detail=True)
+            with _open_remote(self.url) as (files, name):
+                entries = files.ls(name, detail=True)
         except FileNotFoundError:
             return {}
-        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] or 0 for entry in found}
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry["size"] or 0 for entry in entries}
 
     def glob(self, pattern: str) -> list["RemotePath"]:
-        """What is in this folder under a name like that."""
+        """Entries of this folder whose names match the pattern."""
         return [self / name for name in self.sizes() if fnmatch(name, pattern)]
 
-    def open(self, mode: str = "rb", buffering: int = -1) -> AbstractContextManager[BinaryIO]:
-        """To read."""
+    def open(self, mode: str = "rb", buffering: int = -1) -> AbstractContextManager[io.BufferedReader]:
+        """Open the file for reading."""
         assert mode == "rb"
         filesystem(self.url)[0].invalidate_cache()
         return open_input(self.url)
 
     def read_bytes(self) -> bytes:
-        """All of a file."""
-        with _asked(self.url) as (files, name):
+        """Read the whole file."""
+        with _open_remote(self.url) as (files, name):
             return files.cat_file(name)
 
     def write_bytes(self, content: bytes) -> None:
-        """A small file, in one put."""
-        with _asked(self.url, "written") as (files, name):
+        """Write a small file in one put."""
+        with _open_remote(self.url, "written") as (files, name):
             files.pipe_file(name, content)
 
     @contextmanager
     def create(self) -> Iterator["RemoteWriter"]:
-        """A large file, in parts. One that breaks off may leave a part of itself."""
-        with _asked(self.url, "written") as (files, name):
+        """Context manager: write a large file in parts. An interrupted upload may leave a partial file."""
+        with _open_remote(self.url, "written") as (files, name):
             file = files.open(name, "wb", block_size=PART)
         stream = RemoteWriter(file, self.url)
         try:
@@ -101,24 +99,24 @@ class RemotePath:
         except BaseException:
             with suppress(Exception):
                 file.close()
-            if stream.failure is not None:  # torch.save tells of an error of its own that follows from it
+            if stream.failure is not None:  # torch.save hides it behind an error of its own
                 raise stream.failure from None
             raise
 
     def mkdir(self, parents: bool = True) -> None:
-        """Make the folder where the file system has such; it may be there."""
-        with _asked(self.url, "written") as (files, name):
+        """Create the folder, if the file system has folders and it does not exist."""
+        with _open_remote(self.url, "written") as (files, name):
             files.makedirs(name, exist_ok=True)
 
     def unlink(self, missing_ok: bool = True) -> None:
-        """Delete a file, which may be gone already."""
+        """Delete the file, if it exists."""
         assert missing_ok
-        with suppress(FileNotFoundError), _asked(self.url, "deleted") as (files, name):
+        with suppress(FileNotFoundError), _open_remote(self.url, "deleted") as (files, name):
             files.rm_file(name)
 
     def rmtree(self) -> None:
-        """Delete a folder, which an object store no longer has once it is empty."""
-        with suppress(FileNotFoundError), _asked(self.url, "deleted") as (files, name):
+        """Delete the folder with its content, if it exists; an object store has no empty folders."""
+        with suppress(FileNotFoundError), _open_remote(self.url, "deleted") as (files, name):
             files.rm(name, recursive=True)
 
 
@@ -126,21 +124,21 @@ AnyPath = Path | RemotePath
 
 
 def any_path(url: str) -> AnyPath:
-    """Where a path or URL leads: a local one is a Path.
+    """Convert a path or URL: a Path for a local one, a RemotePath for a remote one.
 
     Raises:
         UserError: an unknown protocol, or one whose package is not installed.
     """
-    found = located(url)
-    if isinstance(found, Path):
-        return found
-    filesystem(found)
-    return RemotePath(found.rstrip("/"))
+    location = local_or_url(url)
+    if isinstance(location, Path):
+        return location
+    filesystem(location)
+    return RemotePath(location.rstrip("/"))
 
 
 @contextmanager
-def _asked(url: str, verb: str = "read") -> Iterator[tuple["AbstractFileSystem", str]]:
-    """(the file system, the path in it); what it says of a file that is missing stays, all else becomes a sentence."""
+def _open_remote(url: str, verb: str = "read") -> Iterator[tuple["AbstractFileSystem", str]]:
+    """Context manager: (fsspec file system, path in it). FileNotFoundError passes; any other error becomes Failure."""
     files, name = filesystem(url)
     try:
         files.invalidate_cache()
@@ -149,12 +147,12 @@ def _asked(url: str, verb: str = "read") -> Iterator[tuple["AbstractFileSystem",
         raise
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
-    except Exception as error:  # each protocol's package has its own
-        raise refused(url, verb, error) from error
+    except Exception as error:  # each protocol's package has its own exceptions
+        raise remote_failure(url, verb, error) from error
 
 
 class RemoteWriter(io.RawIOBase):
-    """What is written to a file elsewhere, summed as it goes out; the store's errors are sentences."""
+    """A remote file open for writing, whose checksum is computed on the way; errors of the store become Failure."""
 
     def __init__(self, file: BinaryIO, url: str) -> None:
         self._file, self._url = file, url
@@ -163,87 +161,36 @@ class RemoteWriter(io.RawIOBase):
 
     @property
     def sum(self) -> FileSum:
-        """Of what has gone out so far."""
+        """Size and crc32 of the data written so far."""
         return self._sum.value()
 
     def writable(self) -> bool:
-        """Yes, and nothing else."""
+        """True; it is neither readable nor seekable."""
         return True
 
     def tell(self) -> int:
-        """Bytes so far."""
+        """Bytes written so far."""
         return self._sum.bytes
 
     def write(self, data: Any) -> int:
-        """All of the data."""
-        with self._told():
+        """Write all of the data."""
+        with self._record_failure():
             self._file.write(data)
         self._sum.update(data)
         return memoryview(data).nbytes
 
     def close(self) -> None:
-        """Hand over the last part; only then is there a file."""
+        """Upload the last part; the file exists only then."""
         if not self.closed:
             super().close()
-            with self._told():
+            with self._record_failure():
                 self._file.close()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _record_failure(self) -> Iterator[None]:
+        """Context manager: raise any error as Failure, and keep it in `failure`."""
         try:
             yield
         except Exception as error:
-            self.failure = refused(self._url, "written", error)
+            self.failure = remote_failure(self._url, "written", error)
             raise self.failure from error
-
-
-class RemoteFileSystem(FileSystemBase):
-    """What torch.distributed.checkpoint asks of a file system, of one elsewhere; paths are Elsewhere.
-
-    sums: of the files written through this, by name.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, FileSum] = {}
-
-    @contextmanager
-    def create_stream(self, path: RemotePath, mode: str) -> Iterator[BinaryIO]:
-        """A file to be read or written."""
-        if mode == "rb":
-            with path.open() as stream:
-                yield stream
-            return
-        with path.create() as stream:
-            yield stream
-        self.sums[path.name] = stream.sum
-
-    def concat_path(self, path: RemotePath, suffix: str) -> RemotePath:
-        """A name in a folder."""
-        return path / suffix
-
-    def rename(self, path: RemotePath, new_path: RemotePath) -> None:
-        """Without a rename: only the library's .metadata comes this way, and without COMPLETE it counts for nothing."""
-        new_path.write_bytes(path.read_bytes())
-        path.unlink()
-        self.sums[new_path.name] = self.sums.pop(path.name)
-
-    def init_path(self, path: RemotePath) -> RemotePath:
-        """The same."""
-        return path
-
-    def mkdir(self, path: RemotePath) -> None:
-        """Make a folder."""
-        path.mkdir()
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        """Never asked: readers and writers are made here by hand."""
-        return False
-
-    def exists(self, path: RemotePath) -> bool:
-        """Whether it is there."""
-        return path.exists()
-
-    def rm_file(self, path: RemotePath) -> None:
-        """Delete a file."""
-        path.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, tensors_of
+from trinity.checkpoint.load import empty_tensors, load
 from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory, tokenizer_folder
 from trinity.config.phases import ResolvedPhase, resolved_phases
@@ -122,7 +122,7 @@ def seek_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
         done = [number for number in complete if number <= step]
         if not done:
             return
-        state = tensors_of(checkpoints.path_of(done[-1]), "data.")
+        state = empty_tensors(checkpoints.path_of(done[-1]), "data.")
         load(state, checkpoints.path_of(done[-1]))
         stream.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})
     except (UserError, Failure):

@@ -15,12 +15,12 @@ from trinity.training.build import build_model
 
 
 def load_model(run_dir: Path, step: int | None = None, note: Note = warn) -> tuple[Trinity, RunConfig, int]:
-    """The model of a run's checkpoint, unsharded on the CPU in its master precision.
+    """Load the model of a run's checkpoint, unsharded on the CPU, in its master precision.
 
     Args:
-        run_dir: the run.
-        step: which; None: the newest that is not damaged.
-        note: told of damaged ones that are passed over.
+        run_dir: the run directory.
+        step: the checkpoint's step; None: the newest intact one.
+        note: called for each damaged checkpoint that is skipped.
     Returns:
         model, the run's config, the checkpoint's step.
     Raises:
@@ -39,22 +39,22 @@ def load_model(run_dir: Path, step: int | None = None, note: Note = warn) -> tup
 
 
 def load_sharded_model(run_dir: Path, step: int | None = None, note: Note = warn) -> tuple[Trinity, RunConfig, int]:
-    """As load_model, but over all processes of this launch, each of which holds a part; it starts their group.
+    """Load the model like load_model, but sharded over all processes of this launch; starts the process group.
 
     Raises:
-        UserError: not a run directory, no complete checkpoint, or processes over which the experts cannot be cut.
+        UserError: not a run directory, no complete checkpoint, or a number of processes that cannot shard the experts.
     """
     config = newest_config(Path(run_dir))
-    parallel = ParallelConfig()  # whatever mesh it was saved on
+    parallel = ParallelConfig()  # a checkpoint loads on any mesh
     mesh.check_parallel(parallel, config.model, mesh.world_size())
     ranks = mesh.start(parallel, config.model, config.run.threads, False)
     checkpoints = CheckpointDirectory.at(Path(run_dir), config.checkpoint.url)
     chosen = checkpoints.pick_intact(step, note)
-    # how the run is done does not matter here, and may not be possible
+    # without the run's fp8, recompute, compile and kernels: this machine may lack them
     precision = replace(config.precision, fp8="none")
-    plain = replace(
+    portable_config = replace(
         config, parallel=parallel, recompute="none", compile="none", kernels=KernelsConfig(), precision=precision
     )
-    model = build_model(plain, ranks)
+    model = build_model(portable_config, ranks)
     load(model_state(model), checkpoints.path_of(chosen))
     return model, config, chosen

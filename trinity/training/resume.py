@@ -1,7 +1,7 @@
-"""Where a start goes on from: its own newest checkpoint, another run's (init.keep=all), or nothing.
+"""Choose the checkpoint that a start resumes from, and compare the config with that of the run that wrote it.
 
-The config is compared with that of the run that made the checkpoint, and the steps made so far come from the
-checkpoint: a new batch, ramp or phase holds from there on.
+The choice is the run's own newest intact checkpoint, another run's (init.keep=all), or none. The steps made so far come
+from the checkpoint; a new batch size, ramp or phase in the config applies to the steps after them.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from trinity.checkpoint.directory import CheckpointDirectory, Note
-from trinity.checkpoint.load import read_alone
+from trinity.checkpoint.load import load_on_this_rank
 from trinity.config.changes import check_changes
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
@@ -18,7 +18,7 @@ from trinity.data.stream.batch_schedule import BatchHistory
 from trinity.data.stream.stream import position_of
 from trinity.errors import UserError
 from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
-from trinity.run_directory import newest_config, whose_run
+from trinity.run_directory import describe_run, newest_config
 from trinity.terminal import say
 from trinity.training.build import batch_plan
 from trinity.training.learning_rate import check_decay
@@ -28,12 +28,12 @@ HISTORY = "run.batch_history"
 
 
 class Origin(NamedTuple):
-    """The checkpoint that a start goes on from.
+    """The checkpoint that a start resumes from.
 
     checkpoints: the directory that holds it.
-    step: 0 for none.
-    history: the steps made until then.
-    own: whether it is this run's, and not another's.
+    step: the steps made so far; 0 without a checkpoint.
+    history: the batches of these steps.
+    own: whether this run wrote it, not another run (init.keep=all).
     """
 
     checkpoints: CheckpointDirectory
@@ -43,48 +43,48 @@ class Origin(NamedTuple):
 
 
 def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) -> Origin:
-    """The newest checkpoint that is not damaged, if the config may go on from it; every rank calls this.
+    """Find the newest intact checkpoint, and check that the config may resume from it; every rank calls this.
 
     Args:
-        config: what is asked for.
+        config: of this start.
         accepted: keys given with --accept-change.
         path: the run directory.
-        note: called with each damaged checkpoint that is passed over.
+        note: called on rank 0 for each damaged checkpoint that is skipped.
     Raises:
-        UserError: the config differs in what must not change, or there is no such checkpoint.
+        UserError: the config differs in a key that must not change, or the requested checkpoint is missing or damaged.
     """
     checkpoints = run_on_all_ranks(CheckpointDirectory.at, path, config.checkpoint.url)
-    run_on_rank0(_check_own, config, accepted, path, checkpoints)
+    run_on_rank0(_check_own_run, config, accepted, path, checkpoints)
     step = checkpoints.newest_intact(note)
     if step:
         history = run_on_rank0(lambda: history_of(checkpoints, step, newest_config(path)))
         return Origin(checkpoints, step, history)
     if not config.init.run or config.init.keep != "all":
         return Origin(checkpoints)
-    other = Path(config.init.run)
-    others = run_on_rank0(CheckpointDirectory.of_run, other)
-    step = others.pick_intact(config.init.step, note)
-    history = run_on_rank0(_check_against, config, accepted, other, others, step)
-    return Origin(others, step, history, own=False)
+    init_run = Path(config.init.run)
+    init_checkpoints = run_on_rank0(CheckpointDirectory.of_run, init_run)
+    step = init_checkpoints.pick_intact(config.init.step, note)
+    history = run_on_rank0(_check_config, config, accepted, init_run, init_checkpoints, step)
+    return Origin(init_checkpoints, step, history, own=False)
 
 
 def history_of(checkpoints: CheckpointDirectory, step: int, before: RunConfig) -> BatchHistory:
-    """The steps that a checkpoint's run made, read by this process alone.
+    """Batch history of the steps before a checkpoint, read on this process alone.
 
-    A checkpoint of an older version does not hold them. They are then taken to be those of the run's last config;
-    where the data shows that other ones were read, tokens are counted by data.sequence_length.
+    A checkpoint of an older version has no history. The steps are then assumed to follow the run's last config; if the
+    position in the data disagrees, tokens are counted as sequences read × data.sequence_length.
 
     Args:
-        checkpoints, step: which checkpoint.
-        before: config of its run.
+        checkpoints, step: the checkpoint.
+        before: config of the run that wrote it.
     """
     path = checkpoints.path_of(step)
-    stored = read_alone(path, HISTORY)
+    stored = load_on_this_rank(path, HISTORY)
     if stored:
         return BatchHistory.from_rows(stored[HISTORY].tolist())
     assumed = batch_plan(before).history(step)
-    data = read_alone(path, "data.k") | read_alone(path, "data.jumped")
-    if len(data) < 2:  # damaged; loading says so
+    data = load_on_this_rank(path, "data.k") | load_on_this_rank(path, "data.jumped")
+    if len(data) < 2:  # damaged: load() raises an error later
         return assumed
     read = position_of(int(data["data.k"]), data["data.jumped"].tolist())
     if read == assumed.sequences:
@@ -93,25 +93,27 @@ def history_of(checkpoints: CheckpointDirectory, step: int, before: RunConfig) -
 
 
 def history_tensor(history: BatchHistory) -> torch.Tensor:
-    """int64 [segments + 1, 6], as a checkpoint holds it."""
+    """The history as a checkpoint stores it: int64 [segments + 1, 6]."""
     return torch.tensor(history.rows())
 
 
-def _check_own(config: RunConfig, accepted: list[str], path: Path, checkpoints: CheckpointDirectory) -> None:
-    """Refuse what may not change after the newest checkpoint that can be read."""
+def _check_own_run(config: RunConfig, accepted: list[str], path: Path, checkpoints: CheckpointDirectory) -> None:
+    """Check location and config against this run\'s newest readable checkpoint."""
     before = newest_config(path) if (path / "config.yaml").is_file() else None
     _check_location(checkpoints, before, path)
+    if before is None:
+        return
     for step in reversed(checkpoints.complete_steps()):
         try:
             history_of(checkpoints, step, before)
-        except UserError:  # damaged; newest_intact says so
+        except UserError:  # damaged: newest_intact reports it
             continue
-        _check_against(config, accepted, path, checkpoints, step)
+        _check_config(config, accepted, path, checkpoints, step)
         return
 
 
 def _check_location(checkpoints: CheckpointDirectory, before: RunConfig | None, path: Path) -> None:
-    """Refuse a start that would lose sight of this run's checkpoints, or that would continue another run's.
+    """Refuse a checkpoint.url with fewer steps than the previous one, and checkpoints of an unknown run.
 
     Args:
         checkpoints: where this start reads and writes checkpoints.
@@ -139,16 +141,20 @@ def _check_location(checkpoints: CheckpointDirectory, before: RunConfig | None, 
         )
 
 
-def _check_against(
+def _check_config(
     config: RunConfig, accepted: list[str], path: Path, checkpoints: CheckpointDirectory, step: int
 ) -> BatchHistory:
-    """Refuse what may not differ from the run in `path`, whose checkpoint of `step` is gone on from."""
+    """Compare the config with that of the run in `path` that wrote the checkpoint; return the checkpoint's history.
+
+    Raises:
+        UserError: naming the keys that must not change, and the run.
+    """
     before = newest_config(path)
     history = history_of(checkpoints, step, before)
-    seen = batch_plan(before, history).at(step - 1).tokens
-    instead = ["set init.keep=optimizer"] if path != run_directory(config) else []
-    changed = check_changes(before, config, seen, accepted, whose_run(path, before, step), *instead)
-    changed += check_decay(before, config, step, history.tokens, accepted, str(path))
-    if changed:
-        say(f"resuming with other settings: {', '.join(changed)}")
+    tokens_read = batch_plan(before, history).at(step - 1).tokens
+    remedies = ["set init.keep=optimizer"] if path != run_directory(config) else []
+    changed_keys = check_changes(before, config, tokens_read, accepted, describe_run(path, before, step), *remedies)
+    changed_keys += check_decay(before, config, step, history.tokens, accepted, str(path))
+    if changed_keys:
+        say(f"resuming with other settings: {', '.join(changed_keys)}")
     return history

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from trinity import STARTED
 from trinity.checkpoint.directory import CheckpointDirectory
-from trinity.checkpoint.load import load, model_state, tensors_of
+from trinity.checkpoint.load import empty_tensors, load, model_state
 from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
@@ -470,7 +470,7 @@ class Trainer:
         state = self.state()  # model and optimizer tensors are filled in place
         # their sizes differ from save to save, and older checkpoints lack some
         varies = ("data.", HISTORY, f"run.{COLLAPSE}")
-        saved = run_on_all_ranks(lambda: tensors_of(path, varies))
+        saved = run_on_all_ranks(lambda: empty_tensors(path, varies))
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}

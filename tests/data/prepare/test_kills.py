@@ -122,7 +122,7 @@ def test_two_at_once_are_refused(
     monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.1)
     out = tmp_path / "out"
     out.mkdir()
-    with prepare.locked(out):
+    with prepare.file_lock(out):
         second = start(inputs, tokenizer_dir, out, 0, False)
         second.join()
     assert second.exitcode == 1

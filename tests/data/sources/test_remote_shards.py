@@ -11,7 +11,7 @@ import pytest
 from trinity.data.sources.shards import TokenSource
 from trinity.errors import UserError
 from trinity.io import remote
-from trinity.io.remote import cached_folder
+from trinity.io.remote import cache_folder_of
 
 FORK = multiprocessing.get_context("fork")
 
@@ -50,7 +50,7 @@ def test_the_same_from_elsewhere(local: TokenSource, memory: fsspec.AbstractFile
     """Nothing but index.json comes before it is asked for; and without the original the cache is enough."""
     memory.put(f"{local.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards/")
-    assert source.directory == cached_folder("memory://shards")
+    assert source.directory == cache_folder_of("memory://shards")
     assert source.directory.parent == cache / "shards"
     assert names(source.directory) == {"index.json"}
     assert (source.documents, source.tokens, source.fingerprint) == (local.documents, local.tokens, local.fingerprint)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 
-from trinity.checkpoint.load import tensors_of
+from trinity.checkpoint.load import empty_tensors
 from trinity.data import BatchPlan, SequenceStream, TokenSource
 from trinity.data.stream.mixture import Phase, normalised
 from trinity.data.stream.shuffle import permutation_keys, permute
@@ -268,7 +268,7 @@ def test_state_through_the_distributed_checkpoint(make_stream: Callable, tmp_pat
     saved = {f"data.{key}": value for key, value in stream.state_dict().items()}
     checkpoint.save(saved, checkpoint_id=tmp_path, no_dist=True)
     other = make_stream()
-    state = tensors_of(tmp_path, "data.")
+    state = empty_tensors(tmp_path, "data.")
     checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
     other.load_state_dict({key.removeprefix("data."): value for key, value in state.items()})
     assert [row.pieces for row in islice(other, 50)] == [row.pieces for row in islice(stream, 50)]

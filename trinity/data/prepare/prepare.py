@@ -24,7 +24,7 @@ from trinity.data.sources.shards import HASHES, KINDS, VERSION, shard_path, smal
 from trinity.data.tokenizer.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.errors import UserError
 from trinity.io.json_files import read_json
-from trinity.io.local import SUFFIX, locked
+from trinity.io.local import SUFFIX, file_lock
 from trinity.terminal import Progress
 
 SHARD_TOKENS = 1 << 28
@@ -78,7 +78,7 @@ def prepare_data(
     _check_folder(out, header)
     _make_folder(out)
     try:
-        with locked(out, LOCK_SECONDS):
+        with file_lock(out, LOCK_SECONDS):
             encoder = Encoder(tok, np.dtype(header["dtype"]), field, skip_bad_lines, hashed=deduplicate)
             return _prepare(source, encoder, out, header, workers, progress)
     except BlockingIOError:

@@ -19,7 +19,7 @@ from trinity.data.sources.documents import Position
 from trinity.data.sources.shards import HASHES, KINDS, OFFSET, shard_path, token_dtype
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import to_json
-from trinity.io.local import make_folder, publish, sync, temporary, write_atomically
+from trinity.io.local import make_folder, publish, sync, temporary_path, write_atomically
 
 KEPT, EMPTY, UNREADABLE, DUPLICATE = range(4)
 REASONS = ("kept", "empty", "unreadable", "duplicate")
@@ -214,7 +214,7 @@ class _HashedFile:
     """A temporary file with a running checksum."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(temporary(path), "wb")  # noqa: SIM115 (closed by close)
+        self._file: BinaryIO = open(temporary_path(path), "wb")  # noqa: SIM115 (closed by close)
         self._hash = new_hash()
 
     def write(self, data: np.ndarray) -> None:

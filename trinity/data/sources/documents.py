@@ -20,7 +20,7 @@ import pyarrow.parquet
 from trinity.data.sources.file_formats import damage_as_user_error, decompressed, readable_kind
 from trinity.data.sources.find_files import Paths, names, note
 from trinity.errors import UserError
-from trinity.io.remote import open_input, size_of
+from trinity.io.remote import file_size, open_input
 from trinity.terminal import Progress
 
 BATCH_BYTES = 1 << 18
@@ -114,7 +114,7 @@ def read_with_progress(files: Paths, field: str, title: str, show: bool, note_em
         note_empty: at the end, name the files without text on stderr.
     """
     counts = [0] * len(files)
-    with Progress(title, sum(map(size_of, files)), "B", show, scaled=True) as progress:
+    with Progress(title, sum(map(file_size, files)), "B", show, scaled=True) as progress:
         for document in read_documents(files, field):
             counts[document.position.file] += bool(document.text)
             yield document
@@ -153,7 +153,7 @@ def read_batches(files: Paths, field: str, start: Position = BEGINNING) -> Itera
                 offset += len(items) if kind == "value" else sum(map(len, items))
                 if (number, item) > start:
                     yield _from(batch, start)
-        before += size_of(path)
+        before += file_size(path)
 
 
 def texts(batch: RawBatch, field: str, skip_bad: bool) -> Iterator[str | None]:
@@ -209,7 +209,7 @@ def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
         names = file.schema_arrow.names
         if field not in names:
             raise UserError(f"{path} has no column {field}; set --field to one of: {', '.join(names)}")
-        rows, size, done = file.metadata.num_rows, size_of(path), 0
+        rows, size, done = file.metadata.num_rows, file_size(path), 0
         for values in file.iter_batches(_rows_at_once(file.metadata, field), columns=[field]):
             done += len(values)
             yield _values(values.column(0)), size * done // rows

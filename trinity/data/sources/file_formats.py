@@ -27,7 +27,7 @@ else:
     from backports import zstd
 
 from trinity.errors import UserError
-from trinity.io.local import atomic_file, locked
+from trinity.io.local import atomic_file, file_lock
 from trinity.io.remote import open_input
 
 KINDS = ("parquet", "jsonl", "text")
@@ -133,7 +133,7 @@ def decompress_file(path: Path, compression: str, target: Path) -> None:
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(target.name + ".lock")):
+    with file_lock(target.with_name(target.name + ".lock")):
         if target.exists():
             return
         with open_input(path) as file, damage_as_user_error(path, compression), atomic_file(target) as copy:

@@ -23,7 +23,7 @@ from trinity.data.sources.find_files import (
 )
 from trinity.errors import UserError
 from trinity.io.checksum import identity
-from trinity.io.remote import cached_folder, filesystem, located, mark_of, reached, size_of
+from trinity.io.remote import cache_folder_of, file_size, filesystem, local_or_url, remote_errors, remote_fingerprint
 
 
 class FileInputs:
@@ -89,7 +89,7 @@ class DatasetInput:
         Raises:
             UserError: the data set has no such column.
         """
-        with reached(str(self)):
+        with remote_errors(str(self)):
             columns = self._rows.column_names or list(next(iter(self._rows), {field: None}))
             if field not in columns:
                 raise UserError(f"{self} has no column {field}; set --field to one of: {', '.join(columns)}")
@@ -119,14 +119,14 @@ def expand_inputs(inputs: list[Path | str], option: str = "--input", kind: str |
             pattern with two kinds of data.
     """
     files: list[Path | str] = []
-    for path in map(located, inputs):
+    for path in map(local_or_url, inputs):
         files += _expand_local(path, option, kind) if isinstance(path, Path) else _expand_url(path, option, kind)
     return _deduplicated(files, option)
 
 
 def holds_text(source: Path | str) -> bool:
     """Whether a source is files of text, in the sense of expand_inputs; otherwise it is a folder of token shards."""
-    path = located(source)
+    path = local_or_url(source)
     if isinstance(path, str):
         return _url_holds_text(path)
     if path.is_dir():
@@ -149,10 +149,10 @@ def _is_text_name(path: Path | str) -> bool:
 def _url_holds_text(url: str) -> bool:
     if _is_text_name(url):
         return True
-    if url.startswith("http") or (cached_folder(url) / "index.json").exists():
+    if url.startswith("http") or (cache_folder_of(url) / "index.json").exists():
         return False  # a web server would send the page to tell whether it is a folder; cached shards need no network
     files, name = filesystem(url)
-    with reached(url):
+    with remote_errors(url):
         return files.isfile(name) or (files.isdir(name) and not files.exists(f"{name.rstrip('/')}/index.json"))
 
 
@@ -169,7 +169,7 @@ def _expand_local(path: Path, option: str, kind: str | None) -> Paths:
 def _expand_url(url: str, option: str, kind: str | None) -> Paths:
     files, name = filesystem(url)
     protocol = url.partition("://")[0]
-    with reached(url):
+    with remote_errors(url):
         # A web address with ? is one file, no pattern.
         if MAGIC & set(name) and not protocol.startswith("http"):
             listing = Listing(sorted(path for path in files.glob(name) if files.isfile(path)), [], [])
@@ -229,7 +229,7 @@ def _identity(path: Path | str) -> dict[str, str | int]:
     """The values that identify a file when a command is run again (see identity)."""
     if isinstance(path, Path):
         return identity(path)
-    return {"name": path.rpartition("/")[2], "bytes": size_of(path), "sample": mark_of(path)}
+    return {"name": path.rpartition("/")[2], "bytes": file_size(path), "sample": remote_fingerprint(path)}
 
 
 def check_inputs(inputs: list[Path], option: str = "--input") -> None:

@@ -26,7 +26,7 @@ import torch
 from trinity.errors import UserError
 from trinity.io.checksum import content_hash, new_hash
 from trinity.io.json_files import read_json
-from trinity.io.remote import cached_folder, fetch, located
+from trinity.io.remote import cache_folder_of, fetch, local_or_url
 
 VERSION = 1
 AUTO_VERIFY_BYTES = 256 << 20
@@ -102,9 +102,9 @@ class TokenSource:
             UserError: not a folder of complete shards; the sentence names the missing or damaged file.
             Failure: the URL cannot be reached.
         """
-        folder = located(directory)
+        folder = local_or_url(directory)
         self._url = folder.rstrip("/") if isinstance(folder, str) else None
-        self.directory = cached_folder(folder) if isinstance(folder, str) else folder
+        self.directory = cache_folder_of(folder) if isinstance(folder, str) else folder
         if self._url:
             fetch(f"{self._url}/index.json", self.directory / "index.json")
         index = _read_index(self.directory)

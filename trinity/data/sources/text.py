@@ -29,8 +29,8 @@ from trinity.data.tokenizer.tokenizer import bos_id, fingerprint, load_text_enco
 from trinity.errors import UserError
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import read_json, write_json
-from trinity.io.local import locked
-from trinity.io.remote import cache_folder, fetch, mark_of
+from trinity.io.local import file_lock
+from trinity.io.remote import cache_folder, fetch, remote_fingerprint
 
 BATCH_CHARACTERS = 1 << 20
 CACHE_BYTES = 512 << 20
@@ -107,7 +107,7 @@ class TextSource:
         as many tokens per byte. The number is kept in the cache, so all processes have the same.
         """
         path = self._index.folder / f"tokens.{self.tokenizer_fingerprint}.json"
-        with locked(self._index.folder / "lock"):
+        with file_lock(self._index.folder / "lock"):
             try:
                 return int((read_json(path) or {})["tokens"])
             except (UserError, TypeError, KeyError, ValueError):  # missing or damaged
@@ -197,7 +197,7 @@ class TextSource:
 def _local_copy(url: str, cache: Path) -> Path:
     """A local copy of a remote file, fetched once, and again when the remote file has changed."""
     name = new_hash()
-    name.update(f"{url} {mark_of(url)}".encode())
+    name.update(f"{url} {remote_fingerprint(url)}".encode())
     path = cache / "copies" / name.hexdigest() / file_name(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     fetch(url, path)

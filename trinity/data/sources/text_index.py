@@ -22,7 +22,7 @@ from trinity.data.sources.shards import AUTO_VERIFY_BYTES
 from trinity.errors import UserError
 from trinity.io.checksum import content_hash, identity, new_hash
 from trinity.io.json_files import read_json, to_json, write_json
-from trinity.io.local import atomic_file, locked, make_folder
+from trinity.io.local import atomic_file, file_lock, make_folder
 
 VERSION = 2
 OFFSET = np.dtype("<i8")
@@ -85,7 +85,7 @@ def open_index(files: list[Path], field: str, cache: Path, progress: bool = Fals
     header = _complete_header(folder, len(files))
     if header is None:
         make_folder(folder)
-        with locked(folder / "lock"):
+        with file_lock(folder / "lock"):
             header = _complete_header(folder, len(files)) or _build(folder, files, stamps, field, progress)
     return TextIndex(folder, files, stamps, header)
 
