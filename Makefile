@@ -42,8 +42,8 @@ smoke: data
 
 # Model, balancing, optimizers, data, config, interop, evaluation, one training step, and the pages of docs/: 70 s of CPU.
 # Not here: kernels in Triton's interpreter (90 s), plans, and runs, launchers and meshes, which start processes.
-QUICK := $(addprefix tests/,test_balancing.py test_transformers_equality.py models optim data config interop evaluation \
-	kernels docs training/test_train_step.py)
+QUICK := $(addprefix tests/,test_balancing.py test_transformers_equality.py test_layers.py models optim data config interop \
+	evaluation kernels docs training/test_train_step.py)
 
 quick: venv
 	$(BIN)/python -m pytest $(QUICK) --ignore-glob='*_triton.py' -m "not slow and not processes"
@@ -57,6 +57,7 @@ test-slow: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: venv
 	$(BIN)/python -m trinity.config.reference > docs/config.md.new
