@@ -41,8 +41,7 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step on a global batch; every rank calls it with the same number of rows.
 
-    The host reads from the device once, and waits only while the device clips. The optimizer may still be running on
-    the device when this returns.
+    The host reads from the device once, while it clips. The optimizer may still run on the device when this returns.
 
     Args:
         batch: this rank's rows, on the CPU.
