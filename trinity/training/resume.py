@@ -98,7 +98,7 @@ def history_tensor(history: BatchHistory) -> torch.Tensor:
 
 
 def _check_own_run(config: RunConfig, accepted: list[str], path: Path, checkpoints: CheckpointDirectory) -> None:
-    """Check location and config against this run\'s newest readable checkpoint."""
+    """Check location and config against this run's newest readable checkpoint."""
     before = newest_config(path) if (path / "config.yaml").is_file() else None
     _check_location(checkpoints, before, path)
     if before is None:
