@@ -30,12 +30,12 @@ def first_state(settings: dict, *words: str) -> dict[str, torch.Tensor]:
     config = build_config(raw)
     directory = RunDirectory(Path(config.run.dir))
     ranks = mesh.start(config.parallel, config.model, config.run.threads, False)
-    training = Trainer(config, ranks, directory, find_origin(config, [], directory.path, print))
+    trainer = Trainer(config, ranks, directory, find_origin(config, [], directory.path, print))
     try:
         return {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
-                for name, tensor in training.state().items()}  # fmt: skip
+                for name, tensor in trainer.state().items()}  # fmt: skip
     finally:
-        training.close()
+        trainer.close()
         directory.release()
         mesh.stop()
 

@@ -84,8 +84,8 @@ def _measure(folder: Path, name: str, model: dict, rounds: int) -> dict[str, flo
         seconds = _rounds(runs["bare"][0], runs["all"][0], rounds)
         return _shares(seconds, _checkpoints(runs["all"][0]))
     finally:
-        for training, directory in runs.values():
-            training.close()
+        for trainer, directory in runs.values():
+            trainer.close()
             directory.release()
         mesh.stop()
 
@@ -95,11 +95,11 @@ def _rounds(bare: Trainer, full: Trainer, rounds: int) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", "defaults", *PERIODIC)}
     for number in range(rounds + 1):
         for kind, times in seconds.items():
-            training = bare if kind == "bare" else full
+            trainer = bare if kind == "bare" else full
             for word in PERIODIC:
-                setattr(training.config.log, word, int(word == kind))
+                setattr(trainer.config.log, word, int(word == kind))
             began = time.perf_counter()
-            training.log(training.one_step())
+            trainer.log(trainer.one_step())
             if number:
                 times.append(time.perf_counter() - began)
     return seconds
@@ -118,18 +118,18 @@ def _shares(seconds: dict[str, list[float]], saved: dict[str, float]) -> dict[st
     return found | saved | {"overhead": (spent + saved["stall"] / CheckpointConfig().every) / bare}
 
 
-def _checkpoints(training: Trainer) -> dict[str, float]:
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+def _checkpoints(trainer: Trainer) -> dict[str, float]:
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     stalls, waits = [], []
     for _ in range(3):
-        training.step += 1
-        stalls.append(training.save(wait=False))
-        training.saver.wait()
-        training.step += 1
+        trainer.step += 1
+        stalls.append(trainer.save(wait=False))
+        trainer.saver.wait()
+        trainer.step += 1
         began = time.perf_counter()
-        training.save(wait=True)
+        trainer.save(wait=True)
         waits.append(time.perf_counter() - began)
-    newest = max((training.directory.path / "checkpoints").glob("step_*"))
+    newest = max((trainer.directory.path / "checkpoints").glob("step_*"))
     size = sum(path.stat().st_size for path in newest.iterdir())
     return {
         "parameters": parameters, "stall": statistics.median(stalls), "waited": statistics.median(waits), "bytes": size
