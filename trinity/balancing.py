@@ -6,14 +6,20 @@ optimizer step, from the number of tokens that each expert got in the global bat
 - sign (Nano and Mini, eq. 19-22): a step of fixed size γ towards balance. It can never settle.
 - SMEBU (Large, eq. 23-28): a step that grows with the violation, is bounded by tanh, and is damped by momentum.
 
-Both keep the mean of b at 0: only differences between experts affect the choice. All functions here are pure functions
-of tensors and accept leading dimensions, e.g. layers.
+Both keep the mean of b at 0: only differences between experts affect the choice. The rules and measures are pure
+functions of tensors and accept leading dimensions, e.g. layers. `next_biases` applies the config's rule to a model's
+layers, and `set_biases` writes the result into them, once per optimizer step (trinity.training.train_step).
 
-Shapes: B sequences (packed rows), S tokens of one sequence, E experts, K experts chosen per token.
+Shapes: M MoE layers, B sequences (packed rows), S tokens of one sequence, E experts, K experts chosen per token.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from trinity.config.run import BalancingConfig
 
 
 def smebu_update(
@@ -107,3 +113,47 @@ def _violation(counts: Tensor) -> tuple[Tensor, Tensor]:
     mean = counts.mean(dim=-1, keepdim=True)
     routed = mean > 0
     return (mean - counts) / torch.where(routed, mean, 1.0), routed
+
+
+class BalancedLayer(Protocol):
+    """A layer with a balancing state, [E] fp32 each: trinity.models.moe.MoE."""
+
+    expert_bias: Tensor
+    expert_momentum: Tensor
+
+
+class Biases(NamedTuple):
+    """The balancing state after a step, on the device.
+
+    bias_ME, momentum_ME: of every layer.
+    counts_ME: tokens of the global batch, int64.
+    ranges: [2] fp32, the largest max − min of a layer's biases, before and after the step.
+    """
+
+    bias_ME: Tensor
+    momentum_ME: Tensor
+    counts_ME: Tensor
+    ranges: Tensor
+
+
+@torch.no_grad()
+def next_biases(layers: Sequence[BalancedLayer], counts_ME: Tensor | None, config: BalancingConfig) -> Biases | None:
+    """Compute every layer's next expert bias from the counts of the global batch; None without MoE layers."""
+    if counts_ME is None:
+        return None
+    bias_ME = before_ME = torch.stack([layer.expert_bias for layer in layers])
+    momentum_ME = torch.stack([layer.expert_momentum for layer in layers])
+    if config.kind == "smebu":
+        bias_ME, momentum_ME = smebu_update(bias_ME, momentum_ME, counts_ME, config.rate, config.kappa, config.beta)
+    elif config.kind == "sign":
+        bias_ME = sign_update(bias_ME, counts_ME, config.gamma)
+    ranges = [(bias.amax(dim=1) - bias.amin(dim=1)).max() for bias in (before_ME, bias_ME)]
+    return Biases(bias_ME, momentum_ME, counts_ME, torch.stack(ranges))
+
+
+@torch.no_grad()
+def set_biases(layers: Sequence[BalancedLayer], biases: Biases) -> None:
+    """Write the next expert biases into the layers: once a step."""
+    for layer, bias_E, momentum_E in zip(layers, biases.bias_ME, biases.momentum_ME):
+        layer.expert_bias.copy_(bias_E)
+        layer.expert_momentum.copy_(momentum_E)

@@ -18,14 +18,15 @@ import torch
 from trinity import balancing
 from trinity.config import load_config
 from trinity.models import ModelConfig, Trinity
-from trinity.training.train_step import next_biases
+from trinity.balancing import next_biases
+from trinity.models.trinity import moe_layers
 
 config = load_config(CONFIG, WORDS)
 assert config.balancing.kind == "proportional"
 model = Trinity(ModelConfig(layers=2, dense_layers=1, width=8, dense_width=8, heads=1, kv_heads=1, head_dim=8,
                             experts=4, active_experts=1, expert_width=8, vocab_size=16))
 counts_ME = torch.tensor([[5, 1, 0, 2]])
-got = next_biases(model, counts_ME, config.balancing)
+got = next_biases(moe_layers(model), counts_ME, config.balancing)
 assert torch.equal(got.bias_ME, balancing.proportional_update(torch.zeros(1, 4), counts_ME, 5e-3))
 assert got.bias_ME.argmin() == 0 and got.bias_ME.argmax() == 2
 print("done")

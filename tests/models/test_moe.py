@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.moe import Experts, MoE, Routing
-from trinity.models.token_dispatcher import local_dispatch
+from trinity.models.moe import Experts, MoE, Routing, local_dispatch
 
 B, S = 2, 7
 

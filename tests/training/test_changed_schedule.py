@@ -13,7 +13,7 @@ from trinity.config.run import RunConfig, RunSection
 from trinity.errors import UserError
 from trinity.training import train_step
 from trinity.training.build_data import open_stream, seek_near
-from trinity.training.learning_rate import check_decay
+from trinity.training.lr_schedule_checks import check_decay
 
 S = 24
 PHASES = "data.phases=[{tokens: 800, mixture: {prose: 2, code: 1}, packing: sequential, sequence_length: 16}]"

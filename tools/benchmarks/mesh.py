@@ -125,11 +125,11 @@ def _clock_waits() -> list[float]:
     """
     import torch.distributed as dist
 
-    from trinity.parallel import expert_parallel
+    from trinity.parallel import token_dispatcher
 
     seconds = [0.0]
     dist.Work.wait = _timed(dist.Work.wait, seconds)
-    expert_parallel.wait = _timed(expert_parallel.wait, seconds)
+    token_dispatcher.wait = _timed(token_dispatcher.wait, seconds)
     return seconds
 
 

@@ -18,10 +18,10 @@ from trinity.data.stream.stream import SequenceStream
 from trinity.data.stream.validation import validation_sequences
 from trinity.evaluation.validation_loss import evaluate
 from trinity.models.trinity import Trinity
+from trinity.optim.lr_schedule import lr_fraction
 from trinity.parallel import mesh
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
-from trinity.training.learning_rate import lr_fraction
 from trinity.training.train_step import train_step
 
 CURVES = ("loss", "batch_het", "grad_norm")

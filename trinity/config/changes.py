@@ -51,7 +51,7 @@ RULES: dict[str, Rule] = {
 }
 
 DECAY_LENGTHS = ("optim.schedule.decay_steps", "optim.schedule.decay_tokens")
-"""Compared by trinity.training.learning_rate: a default decay length follows from the run's length."""
+"""Compared by trinity.training.lr_schedule_checks: a default decay length follows from the run's length."""
 
 
 def rule_of(key: str) -> Rule:

@@ -4,14 +4,15 @@
 - Top-K on score + bias. A gate is the score without the bias, normalised over the K chosen, times the route scale.
 - y = shared(x) + Σ gate·FFN(x). The "+u" inside eq. 15 is not in the released model.
 - Forward changes no state: it returns counts and losses, and the trainer updates the bias once per step.
-- The dispatcher knows which rank holds which expert (trinity.models.token_dispatcher).
+- The dispatcher sends tokens to their experts, on this rank or on others (trinity.parallel.token_dispatcher).
 
-Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts.
+Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts, R tokens that the
+experts module receives.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,39 @@ from trinity.balancing import sequence_loss
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.layers import SwiGLU
-from trinity.models.token_dispatcher import Dispatcher, local_dispatch
 from trinity_kernels.expert_engines import ENGINES, engine
 from trinity_kernels.norm import wide
+
+RunExperts = Callable[..., Tensor]
+"""The experts module as a function: (x_RD, indices_RK, gates_RK, rows) → [R, D]; see Experts."""
+
+
+class Dispatcher(Protocol):
+    """Sends tokens to their experts and brings the weighted sums back."""
+
+    def __call__(
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Run the chosen experts.
+
+        Args:
+            x_TD: tokens, any floating point; T may be 0.
+            indices_TK: [T, K] int64, numbers among all experts of the layer.
+            gates_TK: [T, K] fp32 or float64, differentiable.
+            experts: called exactly once, even without tokens, because every rank takes part in gathering its weights.
+            overlap: other work of the layer on the same tokens, done while the tokens are sent (the shared expert).
+        Returns:
+            [T, D], each token's weighted sum over its experts, in x's dtype; and the result of `overlap`.
+        """
+        ...
+
+
+def local_dispatch(
+    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The Dispatcher of a layer whose experts are all on this rank: nothing is sent."""
+    other = overlap()
+    return experts(x_TD, indices_TK, gates_TK), other
 
 
 class Routing(NamedTuple):

@@ -5,8 +5,9 @@ steps or in tokens. The report gives tokens; with a growing batch size the two a
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from trinity.config.run import RunConfig
 from trinity.errors import UserError
 
 # Fraction of (peak − final) that remains after the fraction p of the decay.
@@ -54,3 +55,39 @@ def rate_scale(
     past = (step if unit == "steps" else tokens) - decay_start
     progress = min(1.0, max(0.0, past / decay_length)) if decay_length > 0 else float(past >= 0)
     return warmup * (final + (1.0 - final) * _DECAY_SHAPES[decay](progress))
+
+
+class Decay(NamedTuple):
+    """Start and length of a decay, in steps or tokens; the length is None if the run ends before the decay starts."""
+
+    unit: Literal["steps", "tokens"]
+    start: int
+    length: int | None
+
+
+def resolved_decay(config: RunConfig) -> Decay | None:
+    """The decay of a config; without a length of its own it ends with the run. None without a decay."""
+    schedule = config.optim.schedule
+    if schedule.decay == "none":
+        return None
+    unit: Literal["steps", "tokens"] = "tokens" if schedule.decay_start_tokens is not None else "steps"
+    start = getattr(schedule, f"decay_start_{unit}")
+    length, end = getattr(schedule, f"decay_{unit}"), getattr(config.run, unit)
+    if length is None and end > start:
+        length = end - start
+    return Decay(unit, start, length)
+
+
+def lr_fraction(config: RunConfig, step: int, tokens: int) -> float:
+    """Fraction of the peak learning rates for the next step, after `step` steps and `tokens` tokens."""
+    schedule, decay = config.optim.schedule, resolved_decay(config)
+    return rate_scale(
+        step,
+        tokens,
+        warmup_steps=schedule.warmup_steps,
+        decay=schedule.decay,
+        decay_start=decay.start if decay else 0,
+        decay_length=1 if decay is None or decay.length is None else decay.length,
+        final=schedule.final,
+        unit=decay.unit if decay else "steps",
+    )

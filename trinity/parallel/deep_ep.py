@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity.models.token_dispatcher import RunExperts
+from trinity.models.moe import RunExperts
 
 
 def check_deep_ep(dtype: torch.dtype, device: str) -> None:
@@ -57,7 +57,7 @@ class DeepEP:
     def __call__(
         self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """See trinity.models.token_dispatcher.Dispatcher; every rank of the group calls it."""
+        """See trinity.models.moe.Dispatcher; every rank of the group calls it."""
         exchange = SimpleNamespace(buffer=self._buffer_for(x_TD), experts=self.experts)
         x_UD, gates_UK = _Dispatch.apply(x_TD, gates_TK, indices_TK, exchange)
         done = overlap()

@@ -33,7 +33,7 @@ from trinity.models.attention_backends import AttentionMask
 from trinity.models.layers import Norm
 from trinity.models.moe import Router
 from trinity.models.trinity import Block, Trinity
-from trinity.parallel import expert_parallel
+from trinity.parallel import expert_parallel, token_dispatcher
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.comm_counter import Traffic, count_collectives
 from trinity.parallel.fsdp import master_dtype
@@ -113,7 +113,7 @@ def _patched_for_meta(tokens: int, model: ModelConfig) -> Iterator[None]:
 
     with (
         patch.dict(attention_backends._ENGINES, sdpa=_flash_attention),
-        patch.object(expert_parallel, "exchanged_counts", even_counts),
+        patch.object(token_dispatcher, "exchanged_counts", even_counts),
     ):
         yield
 

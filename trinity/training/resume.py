@@ -21,7 +21,7 @@ from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
 from trinity.run_directory import describe_run, newest_config
 from trinity.terminal import say
 from trinity.training.build import batch_plan
-from trinity.training.learning_rate import check_decay
+from trinity.training.lr_schedule_checks import check_decay
 
 HISTORY = "run.batch_history"
 """Key of the batch history in a checkpoint."""

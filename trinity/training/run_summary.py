@@ -22,7 +22,7 @@ from trinity.terminal import format_duration
 from trinity.training.build import total_steps
 from trinity.training.build_data import document_notes
 from trinity.training.divisibility import microbatch_notes, microbatch_size
-from trinity.training.learning_rate import decay_ends_with_run, schedule_notes
+from trinity.training.lr_schedule_checks import decay_ends_with_run, schedule_notes
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

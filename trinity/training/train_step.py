@@ -8,14 +8,12 @@ Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
-from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trinity import balancing
-from trinity.config.run import BalancingConfig, RunConfig
+from trinity.config.run import RunConfig
 from trinity.data.stream.collate import Batch
 from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, SkipReason, StepHooks, StepResult
@@ -58,7 +56,7 @@ def train_step(
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = global_norm(gradients, ranks.copy_group)
     stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds)
-    biases = next_biases(model, total_counts(losses), config.balancing)
+    biases = balancing.next_biases(moe_layers(model), total_counts(losses), config.balancing)
     if biases is not None:
         stats = stats._replace(counts_ME=biases.counts_ME, bias_ranges=biases.ranges)
     host_copy = HostCopy(stats)
@@ -72,7 +70,7 @@ def train_step(
         optimizers.set_rates(rate)
         optimizers.step()
         if biases is not None:
-            set_biases(model, biases)
+            balancing.set_biases(moe_layers(model), biases)
     optimizers.zero_grad()
     metrics |= {
         "lr_muon": rate * config.optim.muon.lr,
@@ -130,43 +128,3 @@ def _forward_and_backward(
         if hooks.microbatch_done is not None:
             hooks.microbatch_done()
     return done
-
-
-class Biases(NamedTuple):
-    """The balancing state after a step, on the device.
-
-    bias_ME, momentum_ME: of every layer.
-    counts_ME: tokens of the global batch, int64.
-    ranges: [2] fp32, the largest max − min of a layer's biases, before and after the step.
-    """
-
-    bias_ME: Tensor
-    momentum_ME: Tensor
-    counts_ME: Tensor
-    ranges: Tensor
-
-
-@torch.no_grad()
-def next_biases(model: Trinity, counts_ME: Tensor | None, config: BalancingConfig) -> Biases | None:
-    """Compute every layer's next expert bias from the counts of the global batch; None without MoE layers."""
-    if counts_ME is None:
-        return None
-    layers = moe_layers(model)
-    bias_ME = before_ME = torch.stack([layer.expert_bias for layer in layers])
-    momentum_ME = torch.stack([layer.expert_momentum for layer in layers])
-    if config.kind == "smebu":
-        bias_ME, momentum_ME = balancing.smebu_update(
-            bias_ME, momentum_ME, counts_ME, config.rate, config.kappa, config.beta
-        )
-    elif config.kind == "sign":
-        bias_ME = balancing.sign_update(bias_ME, counts_ME, config.gamma)
-    ranges = [(bias.amax(dim=1) - bias.amin(dim=1)).max() for bias in (before_ME, bias_ME)]
-    return Biases(bias_ME, momentum_ME, counts_ME, torch.stack(ranges))
-
-
-@torch.no_grad()
-def set_biases(model: Trinity, biases: Biases) -> None:
-    """Write the next expert biases into the model: once a step."""
-    for layer, bias_E, momentum_E in zip(moe_layers(model), biases.bias_ME, biases.momentum_ME):
-        layer.expert_bias.copy_(bias_E)
-        layer.expert_momentum.copy_(momentum_E)

@@ -37,6 +37,7 @@ from trinity.monitor.loggers import JsonLines, Logger, open_loggers
 from trinity.monitor.monitor import COLLAPSE, Monitor
 from trinity.monitor.param_norms import ParamNorms
 from trinity.monitor.profiler import Profiler
+from trinity.optim.lr_schedule import lr_fraction
 from trinity.parallel import mesh
 from trinity.parallel.collectives import all_reduce_max, reraise, run_on_all_ranks, run_on_rank0
 from trinity.parallel.mesh import Ranks
@@ -51,7 +52,6 @@ from trinity.training.build import (
 from trinity.training.build_data import open_data
 from trinity.training.divisibility import check_batches, check_mesh
 from trinity.training.evaluator import Evaluator
-from trinity.training.learning_rate import lr_fraction
 from trinity.training.prerequisites import check_prerequisites
 from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
 from trinity.training.run_summary import closing, opening

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
-from trinity.models.moe import Experts, MoE
-from trinity.models.token_dispatcher import local_dispatch
-from trinity.parallel import deep_ep, expert_parallel
-from trinity.parallel.expert_parallel import AllToAll, split_experts
+from trinity.models.moe import Experts, MoE, local_dispatch
+from trinity.parallel import deep_ep, token_dispatcher
+from trinity.parallel.expert_parallel import split_experts
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
+from trinity.parallel.token_dispatcher import AllToAll
 
 BOUND = 1e-12
 D, E = 6, 8
@@ -335,7 +335,7 @@ def test_one_rank_with_all_experts_changes_nothing(processes: Pools) -> None:
 def test_opcheck_of_the_counts(tokens: int) -> None:
     """Schema, fake tensors and tracing, by torch's opcheck; nothing is in flight, so nothing is awaited."""
     counts = torch.full((4, 2), tokens)
-    assert torch.equal(expert_parallel.exchanged_counts(counts, counts + 1), torch.stack((counts, counts + 1)))
+    assert torch.equal(token_dispatcher.exchanged_counts(counts, counts + 1), torch.stack((counts, counts + 1)))
     torch.library.opcheck(torch.ops.trinity.exchanged_counts.default, (counts, counts + 1))
 
 
@@ -357,12 +357,12 @@ class FakeBuffer:
         if handle is not None:
             assert topk_idx is None
             assert topk_weights is None
-            return expert_parallel.wait(handle.start_dispatch(x)), None, None, None, None, None
-        exchange = expert_parallel.TokenExchange(
+            return token_dispatcher.wait(handle.start_dispatch(x)), None, None, None, None, None
+        exchange = token_dispatcher.TokenExchange(
             topk_idx // self.share, dist.get_world_size(), dist.group.WORLD.group_name
         )
         x_UD, indices, gates = (
-            expert_parallel.wait(exchange.start_dispatch(rows)) for rows in (x, topk_idx, topk_weights)
+            token_dispatcher.wait(exchange.start_dispatch(rows)) for rows in (x, topk_idx, topk_weights)
         )
         indices -= self.share * dist.get_rank()
         indices = indices.where((indices >= 0) & (indices < self.share), -1)

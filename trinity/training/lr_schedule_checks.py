@@ -1,37 +1,14 @@
-"""The learning rate of a run: the fraction of the peak at each step, notes at the start, and changes on resume.
+"""Checks of the learning-rate schedule: notes at the start of a run, and changes on resume.
 
-The shape of the schedule is trinity/optim/lr_schedule.py. A decay without a length of its own ends with the run, so a
-longer run stretches it. A resumed run must not do so unless that is accepted: the rate, already decayed, would rise.
+The schedule itself is trinity/optim/lr_schedule.py. A decay without a length of its own ends with the run, so a longer
+run stretches it. A resumed run must not do so unless that is accepted: the rate, already decayed, would rise.
 """
-
-from typing import Literal, NamedTuple
 
 from trinity.config.changes import accepts
 from trinity.config.run import RunConfig
 from trinity.data.stream.batch_schedule import BatchPlan
 from trinity.errors import UserError
-from trinity.optim.lr_schedule import rate_scale
-
-
-class Decay(NamedTuple):
-    """Start and length of a decay, in steps or tokens; the length is None if the run ends before the decay starts."""
-
-    unit: Literal["steps", "tokens"]
-    start: int
-    length: int | None
-
-
-def resolved_decay(config: RunConfig) -> Decay | None:
-    """The decay of a config; without a length of its own it ends with the run. None without a decay."""
-    schedule = config.optim.schedule
-    if schedule.decay == "none":
-        return None
-    unit: Literal["steps", "tokens"] = "tokens" if schedule.decay_start_tokens is not None else "steps"
-    start = getattr(schedule, f"decay_start_{unit}")
-    length, end = getattr(schedule, f"decay_{unit}"), getattr(config.run, unit)
-    if length is None and end > start:
-        length = end - start
-    return Decay(unit, start, length)
+from trinity.optim.lr_schedule import lr_fraction, resolved_decay
 
 
 def decay_ends_with_run(config: RunConfig) -> bool:
@@ -40,21 +17,6 @@ def decay_ends_with_run(config: RunConfig) -> bool:
     if decay is None or decay.length is None:
         return False
     return getattr(config.optim.schedule, f"decay_{decay.unit}") is None
-
-
-def lr_fraction(config: RunConfig, step: int, tokens: int) -> float:
-    """Fraction of the peak learning rates for the next step, after `step` steps and `tokens` tokens."""
-    schedule, decay = config.optim.schedule, resolved_decay(config)
-    return rate_scale(
-        step,
-        tokens,
-        warmup_steps=schedule.warmup_steps,
-        decay=schedule.decay,
-        decay_start=decay.start if decay else 0,
-        decay_length=1 if decay is None or decay.length is None else decay.length,
-        final=schedule.final,
-        unit=decay.unit if decay else "steps",
-    )
 
 
 def schedule_notes(config: RunConfig, total: int, plan: BatchPlan) -> list[str]:
