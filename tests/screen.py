@@ -1,6 +1,6 @@
-"""A terminal for tests: stderr is a pty of some width, and what is written to it comes back as the lines that show.
+"""A terminal for tests: stderr becomes a pty of a given width; `lines` returns the lines that the screen shows.
 
-A test opens it in its own body: pytest puts its own stderr in place after a fixture's set-up.
+Open it in the body of a test: pytest replaces stderr after the set-up of fixtures.
 """
 
 import fcntl
@@ -17,11 +17,11 @@ class Terminal:
     """The pty of a test.
 
     Attributes:
-        raw: all that was written to it so far.
+        raw: everything written to the terminal so far.
     """
 
     def __init__(self, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Put it in the place of stderr."""
+        """Replace stderr by the pty."""
         self._reader, writer = pty.openpty()
         fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         os.set_blocking(self._reader, False)
@@ -31,13 +31,13 @@ class Terminal:
         monkeypatch.setenv("TERM", "xterm")
 
     def lines(self) -> list[str]:
-        """What shows on the screen, without spaces at the ends and the empty line at the bottom."""
+        """The lines on the screen, without trailing spaces and without an empty last line."""
         self._writer.flush()
         self._read()
         return shown(self.raw)
 
     def echo(self, text: str) -> None:
-        """Write as the terminal itself does when a key is pressed."""
+        """Echo text, as a terminal does when a key is pressed."""
         self._writer.write(text)
 
     def __enter__(self) -> "Terminal":
@@ -58,8 +58,9 @@ class Terminal:
 
 
 def shown(text: str) -> list[str]:
-    """The lines on a screen that carriage returns go back on and that ESC[K clears."""
-    rows, column = [[]], 0
+    """The lines that a screen shows after `text`, with carriage returns and ESC[K applied."""
+    rows: list[list[str]] = [[]]
+    column = 0
     for character in text.replace("\x1b[K", "\x00"):
         row = rows[-1]
         if character == "\n":
@@ -72,5 +73,5 @@ def shown(text: str) -> list[str]:
             row.extend(" " * (column + 1 - len(row)))
             row[column] = character
             column += 1
-    found = ["".join(row).rstrip() for row in rows]
-    return found if found[-1] else found[:-1]
+    lines = ["".join(row).rstrip() for row in rows]
+    return lines if lines[-1] else lines[:-1]

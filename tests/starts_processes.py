@@ -1,7 +1,7 @@
-"""Which tests start processes, found from their code and their fixtures', so that nobody has to mark them by hand.
+"""Find the tests that start processes from their code and their fixtures' code, so that they need no mark by hand.
 
-A test counts if it, a fixture that it uses, or a helper of the tests that one of them calls mentions subprocess or
-multiprocessing, or a context of the latter. Processes that the package itself starts (data workers) are not seen.
+A test starts processes if its code, the code of its fixtures, or of the tests' helpers that these call refers to
+subprocess, multiprocessing or a multiprocessing context. Processes started by the package (data workers) do not count.
 """
 
 import inspect
@@ -21,17 +21,17 @@ STARTERS = ("subprocess", "multiprocessing")
 
 def starts_processes(item: pytest.Function) -> bool:
     """Whether a collected test starts processes."""
-    fixtures = [made.func for known in item._fixtureinfo.name2fixturedefs.values() for made in known]
+    fixtures = [fixture.func for group in item._fixtureinfo.name2fixturedefs.values() for fixture in group]
     seen: set[int] = set()
     return any(leads_to_a_process(function, seen) for function in (item.function, *fixtures))
 
 
 def leads_to_a_process(value: Any, seen: set[int] | None = None) -> bool:
-    """Whether something that a test's code mentions is, or mentions in turn, what starts a process.
+    """Whether a value that a test's code refers to starts a process, directly or through what it refers to.
 
     Args:
-        value: anything; functions and classes of the tests are looked into.
-        seen: ids of those already looked into, without a find.
+        value: any object; functions and classes of the tests are searched.
+        seen: ids of functions and classes that were searched before.
     """
     seen = set() if seen is None else seen
     if inspect.ismodule(value):
@@ -41,8 +41,8 @@ def leads_to_a_process(value: Any, seen: set[int] | None = None) -> bool:
     if id(value) in seen or not (inspect.isfunction(value) or inspect.isclass(value)) or not _is_of_tests(value):
         return False
     seen.add(id(value))
-    mentioned = vars(value).values() if inspect.isclass(value) else _mentioned(value)
-    return any(leads_to_a_process(one, seen) for one in mentioned)
+    references = vars(value).values() if inspect.isclass(value) else _references(value)
+    return any(leads_to_a_process(reference, seen) for reference in references)
 
 
 def _is_of_tests(value: Any) -> bool:
@@ -50,9 +50,9 @@ def _is_of_tests(value: Any) -> bool:
     return Path(getattr(module, "__file__", None) or "/").is_relative_to(TESTS)
 
 
-def _mentioned(function: Any) -> Iterator[Any]:
-    """What the names in a function's code stand for; of a module of the tests, the attributes of these names too."""
-    function = inspect.unwrap(function)  # of a context manager, the generator
+def _references(function: Any) -> Iterator[Any]:
+    """The objects that a function's code refers to, and those that it names in modules of the tests."""
+    function = inspect.unwrap(function)  # the generator of a context manager
     names = set(_names(function.__code__))
     for name in names:
         value = function.__globals__.get(name)
@@ -62,7 +62,7 @@ def _mentioned(function: Any) -> Iterator[Any]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The global names and attributes that code mentions, in functions inside of it too."""
+    """The global names and attributes in code, nested functions included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -1,4 +1,4 @@
-"""Paths on a command line: a home folder that no shell has expanded, in every program."""
+"""Paths on the command line: ~ is expanded by every program, also where a shell does not expand it."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ PROGRAMS = sorted(path for folder in ("tools", "launch") for path in (ROOT / fol
 
 
 def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only at the beginning; a URL and an ordinary path stay what they are."""
+    """Only at the beginning; URLs and other paths are unchanged."""
     monkeypatch.setenv("HOME", "/home/somebody")
     assert local_path("~/a/~b") == Path("/home/somebody/a/~b")
     assert path_or_url("~/x/**/*.txt") == "/home/somebody/x/**/*.txt"
@@ -31,12 +31,12 @@ def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_no_program_takes_a_path_as_it_is(program: Path) -> None:
+def test_every_program_expands_home_folders(program: Path) -> None:
     assert "type=Path" not in program.read_text()
 
 
 def test_a_tool_writes_into_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """--input, --tokenizer and --out of the tools that prepare."""
+    """--input, --tokenizer and --out of train_tokenizer.py and prepare_data.py."""
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()
     here.mkdir()

@@ -1,4 +1,4 @@
-"""The table of GPUs, the names that CUDA gives them, GPUs described in words, and this machine."""
+"""The table of GPUs, their CUDA names, GPUs described by --gpu, and this machine."""
 
 import os
 from types import SimpleNamespace
@@ -42,14 +42,14 @@ from trinity.hardware import GPU, GPUS, find_gpu, known_gpu, peak_flops, this_ma
     ],
 )
 def test_names_of_devices(device: str, name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As nvidia-smi prints them; a name that only resembles one is not known, and MFU has no peak for it."""
+    """Names as nvidia-smi prints them; a similar name of another model is unknown and has no peak for MFU."""
     assert known_gpu(device) == (GPUS[name] if name else None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
     assert peak_flops(torch.device("cuda", 0)) == (GPUS[name].bf16 if name else None)
 
 
 def test_table() -> None:
-    """By data sheets: tensor cores are faster than plain units; a link is slower than memory; names are their keys."""
+    """Plausible values: tensor cores faster than fp32 units, links slower than memory; names equal the keys."""
     assert (GPUS["h100"].bf16, GPUS["l40s"].bf16, GPUS["rtx-4090"].bf16) == (989e12, 362e12, 165.2e12)
     for name, gpu in GPUS.items():
         assert gpu.name == name
@@ -59,14 +59,14 @@ def test_table() -> None:
         assert find_gpu(name) == find_gpu(name.upper()) == gpu
 
 
-def test_words_that_mean_a_gpu() -> None:
-    """As people write them."""
+def test_spellings_of_names() -> None:
+    """Without prefix, spaces or hyphens."""
     assert find_gpu("RTX 4090") == find_gpu("4090") == find_gpu("rtx4090") == GPUS["rtx-4090"]
     assert find_gpu("A6000") == GPUS["rtx-a6000"]
 
 
 def test_described() -> None:
-    """Units: TFLOP/s, GiB, GB/s; what is not given is assumed and said so."""
+    """Units TFLOP/s, GiB, GB/s; assumed values are named in origin."""
     gpu = find_gpu("name=mine,tflops=100,gib=24,gbs=1000")
     assert gpu[:4] == (100e12, 100e12 / 16, 24 * 2**30, 1e12)
     assert gpu[4:8] == (31.5e9, 12.5e9, 8, "mine")
@@ -93,7 +93,7 @@ def test_described() -> None:
     ],
 )
 def test_refusals(words: str, said: str) -> None:
-    """One sentence each; the description that it shows can be read."""
+    """One sentence each; the example description in it is accepted."""
     with pytest.raises(UserError) as refused:
         find_gpu(words)
     assert said in str(refused.value)
@@ -102,7 +102,7 @@ def test_refusals(words: str, said: str) -> None:
 
 
 def test_this_machine_is_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory by the driver, rates by the table; of a GPU that is not in it, an a100's, and that is said."""
+    """Memory from the driver, rates from the table; for an unknown GPU those of an a100, as origin says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=25 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4090")
@@ -114,7 +114,7 @@ def test_this_machine_is_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_this_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cores, clock and vector width; processes of one machine share cores and memory."""
+    """From cores, clock and vector width; processes of one machine share cores and memory."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "_cores", lambda: 16)
     monkeypatch.setattr(hardware, "_clock", lambda: 3e9)

@@ -12,7 +12,7 @@ from trinity.terminal import Progress, format_duration, say
 
 
 class Clock:
-    """time.monotonic, by hand."""
+    """Replaces time.monotonic by a value that the test sets."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -20,7 +20,7 @@ class Clock:
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It stays when it is done, and a message stands above it."""
+    """The bar stays when done; a message is printed above it."""
     with Terminal(60, monkeypatch) as screen:
         with Progress("reading", 4, "file") as progress:
             progress.update()
@@ -34,7 +34,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_progress_is_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One every 30 s, in a pipe and on a terminal of no width; no control characters."""
+    """One line every 30 s, in a pipe and on a terminal without a width; no control characters."""
     expected = [
         "reading: 8%, 300 of 4,000 documents, 0:06:10 left",
         "reading: 15%, 600 of 4,000 documents, 0:05:40 left",
@@ -59,7 +59,7 @@ def test_progress_is_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_of_a_resumed_task(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """What an earlier process did is done, and is no part of the speed: 1 GB in 40 s leaves 2 GB for 80 s."""
+    """Units of an earlier process do not count for the speed: 1 GB in 40 s leaves 80 s for 2 GB."""
     now = Clock(monkeypatch)
     with Progress("preparing", 5e9, "B", scaled=True) as progress:
         progress.skip_to(2e9)
@@ -70,7 +70,7 @@ def test_progress_of_a_resumed_task(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_progress_of_unknown_length(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """It counts; and says nothing where it is not to show."""
+    """It counts units; with show=False it prints nothing."""
     now = Clock(monkeypatch)
     for show in (True, False):
         now.now = 0
@@ -82,26 +82,26 @@ def test_progress_of_unknown_length(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_another_rank_clears_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first rank's bar stands where its message goes."""
+    """A message of another rank replaces the first rank's bar."""
     with Terminal(60, monkeypatch) as screen:
         screen.echo("step 3/9 |####     |")
         say("rank 3: lost")
         assert screen.lines() == ["rank 3: lost"]
 
 
-def test_a_console_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run whose output nobody reads goes on."""
+def test_a_closed_stderr_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """say() raises nothing."""
 
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(sys, "stderr", Closed())
-    say("nobody hears this")
+    say("a message")
 
 
-def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
-    """One word, and the code of shells."""
+def test_ctrl_c_without_traceback(capsys: pytest.CaptureFixture) -> None:
+    """One word on stderr, and exit code 130."""
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -112,11 +112,11 @@ def test_ctrl_c_is_no_traceback(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_format_duration() -> None:
-    """Hours, minutes, seconds; rounded, not cut."""
+    """Hours, minutes, seconds; rounded, not truncated."""
     expected = {0.4: "0:00:00", 59.6: "0:01:00", 3725: "1:02:05", 360_000: "100:00:00"}
     assert {seconds: format_duration(seconds) for seconds in expected} == expected
 
 
-def test_the_screen_of_these_tests() -> None:
-    """What is written over is gone, and the rest stays."""
+def test_shown() -> None:
+    """Overwritten characters are replaced, the others stay."""
     assert shown("one\r\nabcdef\rxy\r\n12345\r\x1b[Kz") == ["one", "xycdef", "z"]

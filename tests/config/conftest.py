@@ -1,4 +1,4 @@
-"""Config files written by a test."""
+"""Fixture that writes config files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], Path]:
-    """A function that puts its text into a YAML file and returns the file."""
+    """A function that writes text into a YAML file and returns its path."""
 
     def to_file(text: str) -> Path:
         path = tmp_path / "run.yaml"

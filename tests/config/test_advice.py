@@ -1,4 +1,4 @@
-"""What a refusal says to write instead is accepted: by the check that refused, and by those after it."""
+"""The value that a refusal suggests is accepted, by the check that refused and by the later ones."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def refusal(config: str, words: list[str]) -> str:
-    """The sentence with which a config with these words is refused."""
+    """The refusal of a config with these overrides."""
     with pytest.raises(UserError) as refused:
         load_config(CONFIGS / f"{config}.yaml", words)
     return str(refused.value)
@@ -35,7 +35,7 @@ def refusal(config: str, words: list[str]) -> str:
     ],
 )
 def test_named_settings(words: list[str], advised: list[str]) -> None:
-    """Each of the settings that the sentence names is enough by itself."""
+    """Each suggested setting alone is enough."""
     sentence = refusal("smoke", words).rpartition("use ")[2]
     first, *others = re.split(" or (?!less)", sentence.removesuffix(" or less"))
     key = first.partition("=")[0]
@@ -47,7 +47,7 @@ def test_named_settings(words: list[str], advised: list[str]) -> None:
 
 @pytest.mark.parametrize("key", list(BOUNDS))
 def test_bounds(key: str) -> None:
-    """The bound that a refusal names is accepted."""
+    """The bound in a refusal is accepted."""
     least, most = BOUNDS[key]
     for beyond, bound in ((least - 1, least), *([(most + 1, most)] if most is not None else [])):
         config = RunConfig(run=RunSection(tokens=5) if key == "run.tokens" else RunSection(steps=1))
@@ -71,7 +71,7 @@ def test_bounds(key: str) -> None:
     ],
 )
 def test_mesh_and_batches(config: str, words: list[str], worlds: tuple[int, ...]) -> None:
-    """The settings that are named, added to the command line, pass both checks; so do the numbers of processes."""
+    """The suggested settings, added to the command line, pass both checks; so do the suggested numbers of processes."""
     path = CONFIGS / f"{config}.yaml"
     before = load_config(path, words)
     counts = process_counts(before)

@@ -1,4 +1,4 @@
-"""What a resumed run may change: a rule for every setting, and refusals that name the settings."""
+"""Which keys a resumed run may change: a rule for every key, and refusals that name the keys."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def refusal(before: RunConfig, now: RunConfig, accepted: list[str], seen: int = 
 
 
 def test_every_setting_has_a_rule() -> None:
-    """And every rule is about a setting that exists."""
+    """And every rule is for a key that exists."""
     keys = list(flatten(RunConfig()))
     assert {rule_of(key) for key in keys} == {"free", "accept", "fixed", "content"}
     for prefix in RULES:
@@ -49,7 +49,7 @@ def test_free_changes_are_listed() -> None:
 
 
 def test_fixed_changes_are_refused_even_when_accepted() -> None:
-    """All of them are named, with both values."""
+    """All fixed keys are named, with both values."""
     before, now = RunConfig(), RunConfig(model=ZOO["nano"])
     now.run.seed = 3
     sentence = refusal(before, now, ["run.seed", "model"])
@@ -60,8 +60,8 @@ def test_fixed_changes_are_refused_even_when_accepted() -> None:
     assert sentence.endswith("restore the old value, or start a new run in another run.dir")
 
 
-def test_a_run_without_the_new_source_is_another_run() -> None:
-    """Without data.mixture all sources have equal weights, so one more changes those of the others."""
+def test_adding_a_source_without_weights_is_refused() -> None:
+    """Without data.mixture all sources have equal weights, so a new source changes the weights of the others."""
     before, now = RunConfig(), RunConfig()
     before.data.train, now.data.train = {"b": "y"}, {"a": "x", "b": "y"}
     sentence = refusal(before, now, [])
@@ -97,7 +97,7 @@ def test_phases_that_have_begun_are_fixed_and_later_ones_free() -> None:
     assert check_changes(before, config(), 999, [], "runs/mine") == ["data.phases"]
 
 
-def test_learning_changes_need_a_word_each() -> None:
+def test_each_learning_change_needs_accept_change() -> None:
     before, now = RunConfig(), RunConfig()
     now.optim.muon.lr, now.loss.z, now.batch.ramp = 2e-3, 1e-6, [RampEntryConfig(5, 8)]
     changed = ["batch.ramp", "optim.muon.lr", "loss.z"]
@@ -111,15 +111,15 @@ def test_learning_changes_need_a_word_each() -> None:
     assert check_changes(before, now, 0, ["optim", "batch", "loss"], "runs/mine") == changed
 
 
-def test_accepting_a_key_accepts_nothing_that_only_begins_alike() -> None:
-    """optim.muon.l is not above optim.muon.lr."""
+def test_accept_change_matches_whole_keys() -> None:
+    """optim.muon.l does not accept optim.muon.lr."""
     before, now = RunConfig(), RunConfig()
     now.optim.muon.lr = 2e-3
     assert "optim.muon.lr" in refusal(before, now, ["optim.muon.l", "optim.mu"])
 
 
-def test_a_path_is_the_same_relative_and_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the folder where it is, a file, a pattern and a folder; from another one they are others. URLs stay."""
+def test_relative_and_absolute_paths_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a file, a pattern and a folder, relative to the working directory; from another directory they differ."""
     before, now = RunConfig(), RunConfig()
     for config, start in ((before, f"{tmp_path}/"), (now, "")):
         config.run.dir, config.init.hf, config.checkpoint.url = f"{start}run", f"{start}hf", "s3://bucket/run"

@@ -1,4 +1,4 @@
-"""Values that do not fit together are refused, each with a sentence that names the value and the mend."""
+"""Values that do not fit together are refused, with the value and what to write instead."""
 
 import math
 import re
@@ -45,7 +45,7 @@ AT_LEAST = {
 
 
 def changed(key: str, value: Any) -> RunConfig:
-    """A run of one step with one other value."""
+    """A run of one step with one changed value."""
     config = RunConfig(run=RunSection(steps=1))
     *sections, name = key.split(".")
     setattr(reduce(getattr, sections, config), name, value)
@@ -53,14 +53,14 @@ def changed(key: str, value: Any) -> RunConfig:
 
 
 def refusal(path: Path, words: list[str]) -> str:
-    """The sentence with which words are refused."""
+    """The refusal of these overrides."""
     with pytest.raises(UserError) as caught:
         load_config(path, words)
     return str(caught.value)
 
 
 def test_smallest_values() -> None:
-    """The bound itself is allowed, one less is not."""
+    """The bound is allowed, one less is not."""
     for key, least in AT_LEAST.items():
         check_run(changed(key, least))
         with pytest.raises(UserError) as caught:
@@ -69,14 +69,14 @@ def test_smallest_values() -> None:
 
 
 @pytest.mark.parametrize("key", ["loss.z", "optim.muon.lr", "optim.clip_norm"])
-def test_nan_is_no_number(key: str) -> None:
+def test_nan_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=f"^{key}=nan must be at least 0$"):
         check_run(changed(key, math.nan))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
-def test_shares_that_are_kept(value: float) -> None:
-    """Momenta and betas: 0 to less than 1."""
+def test_momenta_and_betas(value: float) -> None:
+    """At least 0 and less than 1."""
     momenta = {"optim.muon.momentum": value, "balancing.beta": value}
     for key, new in momenta.items():
         with pytest.raises(UserError, match=f"^{key}={value} must be at least 0 and less than 1$"):
@@ -160,7 +160,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("words", "sentence"), COMBINATIONS)
-def test_impossible_combinations(write: Write, words: list[str], sentence: str) -> None:
+def test_refused_combinations(write: Write, words: list[str], sentence: str) -> None:
     assert refusal(write("{}"), words).startswith(sentence)
 
 
@@ -183,8 +183,8 @@ def test_impossible_combinations(write: Write, words: list[str], sentence: str) 
         ["run.steps=1", "batch.ramp=[{tokens: 5, sequences: 4}, {tokens: 6, sequences: 2}]"],
     ],
 )  # fmt: skip
-def test_possible_combinations(write: Write, words: list[str]) -> None:
-    """The neighbours of the refusals above."""
+def test_accepted_combinations(write: Write, words: list[str]) -> None:
+    """Values next to the refused ones above."""
     load_config(write("{}"), words)
 
 
@@ -205,17 +205,17 @@ def test_possible_combinations(write: Write, words: list[str]) -> None:
         (["model.rope_theta=-1"], "model.rope_theta=-1.0 must be greater than 0"),
     ],
 )
-def test_impossible_models(write: Write, words: list[str], sentence: str) -> None:
+def test_refused_models(write: Write, words: list[str], sentence: str) -> None:
     assert refusal(write("run: {steps: 1}"), words) == sentence
 
 
-def test_where_a_run_lives(write: Write) -> None:
+def test_run_directory(write: Write) -> None:
     path = write("run: {steps: 1, name: mine}")
     assert run_directory(load_config(path)) == Path("runs/mine")
     assert run_directory(load_config(path, ["run.dir=/elsewhere"])) == Path("/elsewhere")
 
 
 def test_infinity_is_refused(write: Callable[[str], Path]) -> None:
-    """Infinite is at least anything, and still no coefficient."""
+    """Infinity is above every lower bound, and still refused."""
     with pytest.raises(UserError, match=r"^loss\.z=inf must be finite$"):
         load_config(write("run: {steps: 1}\nloss: {z: .inf}\n"))

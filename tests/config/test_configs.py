@@ -1,4 +1,4 @@
-"""The configs of this project load, and the report's three hold the report's values."""
+"""Every config of configs/ loads; nano, mini and large have the report's values."""
 
 import re
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ GPUS = {"nano": 512, "mini": 512, "large": 2048}
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads(path: Path, tmp_path: Path) -> None:
-    """And is the same after saving; its sources are folders under data/."""
+    """It is the same after saving; its sources are folders under data/."""
     config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
@@ -75,7 +75,7 @@ def test_every_config_loads(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(REPORT))
 def test_values_of_the_report(name: str) -> None:
-    """Written out here from the report, and the sizes of table 1 untouched."""
+    """Against values copied here from the report; the model sizes are those of table 1."""
     config = load_config(CONFIGS / f"{name}.yaml")
     flat = flatten(config)
     assert {key: flat[key] for key in REPORT[name]} == REPORT[name]
@@ -83,8 +83,8 @@ def test_values_of_the_report(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nano", "mini"])
-def test_the_batch_of_nano_and_mini_doubles_once(name: str) -> None:
-    """To 8192, somewhere inside the run."""
+def test_batch_ramp_of_nano_and_mini(name: str) -> None:
+    """One ramp entry, to 8192, within the run."""
     config = load_config(CONFIGS / f"{name}.yaml")
     assert [entry.sequences for entry in config.batch.ramp] == [8192]
     assert 0 < config.batch.ramp[0].tokens < config.run.tokens
@@ -92,7 +92,7 @@ def test_the_batch_of_nano_and_mini_doubles_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(REPORT))
 def test_batches_and_streams_divide_by_the_gpus(name: str) -> None:
-    """Every GPU is a data rank: its share of each batch is whole, one microbatch holds it, streams divide evenly."""
+    """Every GPU is a data rank: its share of each batch is whole and fits the microbatch; streams divide evenly."""
     config, gpus = load_config(CONFIGS / f"{name}.yaml"), GPUS[name]
     assert config.data.streams % gpus == 0
     assert gpus % (config.parallel.shard * config.parallel.context) == 0
@@ -105,7 +105,7 @@ def test_batches_and_streams_divide_by_the_gpus(name: str) -> None:
 
 
 def settings(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key and line (from 0) of every setting; what is written in braces counts as one."""
+    """Dotted key and line (from 0) of every setting; a mapping in braces is one setting."""
     for key, value in node.value:
         name = f"{prefix}{key.value}"
         if isinstance(value, yaml.MappingNode) and not value.flow_style:
@@ -125,7 +125,7 @@ def test_every_value_not_from_the_report_says_so(name: str) -> None:
 
 
 def test_nano_on_one_gpu_fits() -> None:
-    """Its table: 75.1 GB of state on one rank, and a batch of 524,288 tokens in microbatches of 8."""
+    """Its memory table: 75.1 GB of state on one rank, and a batch of 524,288 tokens in microbatches of 8."""
     config = load_config(CONFIGS / "nano_1gpu.yaml")
     assert config.model == ZOO["nano"]
     assert config.batch.sequences * config.data.sequence_length == 524_288
@@ -151,8 +151,8 @@ def test_nano_on_one_gpu_fits() -> None:
 @pytest.mark.parametrize(
     ("name", "shares"), [("nano", (7, 1.8, 1.2)), ("mini", (7, 1.8, 1.2)), ("large", (11.05, 3.05, 2.9))]
 )
-def test_phases_are_the_reports(name: str, shares: tuple) -> None:
-    """In 10¹² tokens; Large's last begins with the decay, which the report's figure has earlier than its text."""
+def test_phases_of_the_report(name: str, shares: tuple) -> None:
+    """In 10¹² tokens. Large's last phase starts with the decay, by the report's figure; its text has a later start."""
     config = load_config(CONFIGS / f"{name}.yaml")
     begins = [phase.tokens for phase in resolved_phases(config.data)]
     assert [end - begin for begin, end in pairwise([*begins, config.run.tokens])] == [int(t * 1e12) for t in shares]

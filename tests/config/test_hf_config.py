@@ -1,4 +1,4 @@
-"""config.json says what transformers would say of our model, and nothing else than our model is taken for it."""
+"""config.json is written as transformers would write it; a config.json of another model is refused."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def written(config: ModelConfig = CONFIG) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_comes_back_directly_and_through_transformers(name: str) -> None:
-    """transformers reads ours, and we read what transformers makes of it."""
+def test_round_trip_directly_and_through_transformers(name: str) -> None:
+    """Trinity reads its own config.json and the one that transformers makes from it."""
     config = CONFIGS[name]
     theirs = AfmoeConfig.from_dict(written(config))
     assert from_hf_config(written(config)) == config
@@ -38,13 +38,13 @@ def test_comes_back_directly_and_through_transformers(name: str) -> None:
 
 
 def test_every_field_of_transformers_is_written() -> None:
-    """A field left out would take a default that may change; output_router_logits changes what is returned only."""
+    """A missing field would get a default that may change; output_router_logits affects only the returned values."""
     mine = set(AfmoeConfig().to_dict()) - set(AfmoeConfig.__base__().to_dict())
     assert mine - set(written()) == {"output_router_logits"}
 
 
 def test_every_field_of_the_model_is_written() -> None:
-    """Each of our fields but the name changes something in config.json."""
+    """Each field of ModelConfig but the name changes config.json."""
     for field, value in vars(CONFIG).items():
         if field in ("name", "heads"):
             continue
@@ -53,7 +53,7 @@ def test_every_field_of_the_model_is_written() -> None:
     assert written(ModelConfig(**{**vars(CONFIG), "heads": 8})) != written()
 
 
-def test_words_that_others_need() -> None:
+def test_keys_that_other_programs_need() -> None:
     """vLLM reads the first four without a default; llama.cpp leaves gates unnormalised without route_norm."""
     expected = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1, "rope_theta": 500.0}
     assert expected.items() <= written().items()
@@ -64,7 +64,7 @@ OLDER = ("rope_parameters", "layer_types", "score_func", "route_norm", "n_group"
 
 
 def test_older_folders() -> None:
-    """Keys that transformers lets a folder leave out mean the same here: θ at the top level, one key head a head."""
+    """Missing keys get transformers' defaults: θ at the top level, as many key heads as query heads."""
     raw = {key: value for key, value in written().items() if key not in OLDER}
     raw |= {"rope_scaling": None, "num_expert_groups": 1, "load_balance_coeff": 0.001}
     assert from_hf_config(raw) == ModelConfig(**{**vars(CONFIG), "kv_heads": CONFIG.heads})

@@ -1,4 +1,4 @@
-"""Keys that do not exist: the field's names, slips and other levels find theirs; else the section is listed."""
+"""Unknown keys: synonyms, typing errors and keys of other sections get suggestions; otherwise the section is listed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ KEYS = list(all_keys())
 
 
 def test_every_suggestion_exists() -> None:
-    """Each key of the table is one, each word stands in it once, and a key that exists is not sent elsewhere."""
+    """Every key of SYNONYMS exists, every synonym is listed once, and an existing key suggests itself."""
     words = [word for group in SYNONYMS for word in group]
     assert len(set(words)) == len(words)
     for group, keys in SYNONYMS.items():
@@ -60,13 +60,13 @@ def test_every_synonym_finds_its_key_at_every_level() -> None:
         ("gradient_accumulation_steps", "batch.microbatch"), ("batch.gradient_accumulation", "batch.microbatch"),
     ],
 )  # fmt: skip
-def test_what_was_meant(key: str, expected: str) -> None:
+def test_suggestions(key: str, expected: str) -> None:
     assert unknown_key_hint(key) == f"did you mean {expected}?"
 
 
 @pytest.mark.parametrize("key", ["optim.muon.zzz", "optim.muon.rotation", "loss.quux", "zzz", "export.foo"])
-def test_what_is_like_nothing(key: str) -> None:
-    """No guess; the section's keys in their order, or the sections."""
+def test_no_similar_key(key: str) -> None:
+    """No suggestion: the keys of the section in their order, or the sections."""
     section = key.rpartition(".")[0]
     lists = {
         "optim.muon": "optim.muon has lr, momentum, nesterov, weight_decay, coefficients, steps, dtype, starved, wire, "
@@ -78,8 +78,8 @@ def test_what_is_like_nothing(key: str) -> None:
     assert unknown_key_hint(key) == lists[section]
 
 
-def test_in_a_file_and_in_words(tmp_path: Path, write: Callable[[str], Path]) -> None:
-    """Of an unknown section what is in it is looked at; an entry of a list has its own keys."""
+def test_suggestions_for_files_and_overrides(tmp_path: Path, write: Callable[[str], Path]) -> None:
+    """For an unknown section, its keys are compared; an entry of a list has its own keys."""
 
     def refusal(content: str, *words: str) -> str:
         with pytest.raises(UserError) as caught:

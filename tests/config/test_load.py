@@ -1,4 +1,4 @@
-"""From YAML and dotted words to values; every mistake becomes one sentence that names it."""
+"""Load a YAML file and overrides into a RunConfig; every mistake becomes one sentence."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +15,15 @@ Write = Callable[[str], Path]
 
 
 def refusal(path: Path, words: list[str] | None = None) -> str:
-    """The sentence with which a config is refused."""
+    """The refusal of a config."""
     with pytest.raises(UserError) as caught:
         load_config(path, words)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_file_changes_what_it_names(write: Write) -> None:
-    """Everything else keeps its default, nested sections too."""
+def test_a_file_changes_only_its_keys(write: Write) -> None:
+    """All other keys keep their defaults, nested sections too."""
     config = load_config(write("run: {steps: 7}\noptim: {muon: {momentum: 0.9}}\n"))
     expected = RunConfig()
     expected.run.steps = 7
@@ -31,15 +31,15 @@ def test_a_file_changes_what_it_names(write: Write) -> None:
     assert config == expected
 
 
-def test_the_model_begins_as_the_zoos(write: Write) -> None:
-    """model.name picks the sizes, wherever it is said; named fields then replace them."""
+def test_model_name_sets_the_sizes(write: Write) -> None:
+    """In the file or on the command line; fields that are given then replace them."""
     path = write("run: {steps: 1}\nmodel: {name: nano, layers: 8}\n")
     assert load_config(path).model == replace(ZOO["nano"], layers=8)
     assert load_config(path, ["model.name=large"]).model == replace(ZOO["large"], layers=8)
     assert load_config(write("run: {steps: 1}\n")).model == ZOO["smoke"]
 
 
-def test_words_win_over_the_file(write: Write) -> None:
+def test_overrides_win_over_the_file(write: Write) -> None:
     path = write("run: {steps: 7, name: mine}\ndata: {train: {a: x, b: y}}\n")
     words = ["run.steps=9", "optim.muon.lr=1e-4", "data.train.b=z", "batch.ramp=[{tokens: 5, sequences: 8}]"]
     config = load_config(path, words)
@@ -52,7 +52,7 @@ def test_words_win_over_the_file(write: Write) -> None:
 
 @pytest.mark.parametrize(("text", "tokens"), [("17e12", 17 * 10**12), ("4.9e12", 49 * 10**11), ("1000", 1000)])
 def test_token_counts_are_whole_numbers(write: Write, text: str, tokens: int) -> None:
-    """17e12 is a float to YAML; here it is the integer, exactly, in files and in words."""
+    """17e12 is a float in YAML; here it becomes the exact integer, in files and overrides."""
     for config in (
         load_config(write(f"run: {{tokens: {text}}}\nbatch: {{ramp: [{{tokens: {text}, sequences: 8}}]}}\n")),
         load_config(write("{}"), [f"run.tokens={text}", f"batch.ramp=[{{tokens: {text}, sequences: 8}}]"]),
@@ -61,7 +61,7 @@ def test_token_counts_are_whole_numbers(write: Write, text: str, tokens: int) ->
         assert type(config.run.tokens) is type(config.batch.ramp[0].tokens) is int
 
 
-def test_a_whole_number_is_a_float_where_one_is_wanted(write: Write) -> None:
+def test_an_integer_for_a_float_field(write: Write) -> None:
     config = load_config(write("run: {steps: 1}\nbalancing: {kappa: 3}\n"))
     assert config.balancing.kappa == 3.0
     assert type(config.balancing.kappa) is float
@@ -82,7 +82,7 @@ def test_an_unknown_key_names_the_nearest(write: Write, text: str, key: str, nea
     assert refusal(path) == f"{key} in {path} is not a known key; did you mean {nearest}?"
 
 
-def test_an_unknown_word_names_the_command_line(write: Write) -> None:
+def test_an_unknown_override_names_the_command_line(write: Write) -> None:
     sentence = refusal(write("run: {steps: 1}"), ["run.sede=3"])
     assert sentence == "run.sede in the command line is not a known key; did you mean run.seed?"
 
@@ -97,7 +97,7 @@ def test_an_unknown_key_in_a_list(write: Write) -> None:
     [("run.steps: 5", "run: {steps: …}"), ("optim: {muon.lr: 1}", "optim: {muon: {lr: …}}")],
 )
 def test_dots_in_a_file_are_explained(write: Write, text: str, nested: str) -> None:
-    """They nest on the command line only."""
+    """Dots nest only on the command line."""
     assert refusal(write(text)).endswith(f"is written with dots; in a file write {nested}")
 
 
@@ -146,7 +146,7 @@ def test_broken_files(write: Write, text: str, words: str) -> None:
     assert words in sentence
 
 
-def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+def test_missing_and_binary_files(tmp_path: Path) -> None:
     missing, binary = tmp_path / "missing", tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     assert refusal(missing) == f"the config {missing} does not exist; give a YAML file such as configs/smoke.yaml"
@@ -165,12 +165,12 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
         ("optim.muon.lr=fast", "optim.muon.lr in the command line: Value 'fast' of type 'str' could not be converted"),
     ],
 )
-def test_broken_words(write: Write, word: str, sentence: str) -> None:
+def test_broken_overrides(write: Write, word: str, sentence: str) -> None:
     assert refusal(write("run: {steps: 1}"), [word]).startswith(sentence)
 
 
-def test_what_is_saved_loads_as_it_was(write: Write, tmp_path: Path) -> None:
-    """Every kind of value away from its default: named maps, lists, tuples, None, huge integers, small floats."""
+def test_save_and_load(write: Write, tmp_path: Path) -> None:
+    """Values other than the defaults: named maps, lists, tuples, None, huge integers, small floats."""
     words = [
         "run.steps=null", "run.tokens=17e12", "model.name=nano", "model.layers=9", "data.train.a=b",
         "data.mixture.a=0.3", "batch.ramp=[{tokens: 4.9e12, sequences: 8}]", "optim.adamw.betas=[0.8, 0.99]",
@@ -187,7 +187,7 @@ def test_what_is_saved_loads_as_it_was(write: Write, tmp_path: Path) -> None:
 
 
 def test_flatten_names_every_setting() -> None:
-    """Sections open up, named maps and lists are one value each."""
+    """Sections are expanded; named maps and lists are one value each."""
     config = RunConfig()
     config.data.train = {"a": "x"}
     config.batch.ramp = [RampEntryConfig(5, 8)]
@@ -200,7 +200,7 @@ def test_flatten_names_every_setting() -> None:
 
 
 def test_a_whole_map_replaces_and_a_dotted_name_adds(write: Callable[[str], Path]) -> None:
-    """data.train={b: y} leaves the file's sources out; data.train.b=y adds one; so a second command is on own data."""
+    """data.train={b: y} replaces the file's sources; data.train.b=y adds one."""
     path = write("run: {steps: 1}\ndata: {train: {a: x}, mixture: {a: 2}}\n")
     replaced = load_config(path, ["data.train={b: y}", "data.mixture={}"]).data
     assert (replaced.train, replaced.mixture) == ({"b": "y"}, {})
@@ -210,7 +210,7 @@ def test_a_whole_map_replaces_and_a_dotted_name_adds(write: Callable[[str], Path
 
 @pytest.mark.parametrize("value", ["auto", "on", "off"])
 def test_switches_are_words(tmp_path: Path, value: str) -> None:
-    """YAML takes on and off for booleans, in a file and on the command line."""
+    """YAML reads on and off as booleans, in a file and on the command line."""
     path = tmp_path / "run.yaml"
     path.write_text(f"run: {{steps: 1}}\nparallel: {{defer_reduce: {value}}}\n")
     config = load_config(path, [f"optim.muon.share={value}"])

@@ -1,4 +1,4 @@
-"""The sizes of a model that is continued are those of its folder or run, unless a given size says otherwise."""
+"""With init.hf or init.run the model's sizes are those of the folder or run; another given size is refused."""
 
 import json
 from collections.abc import Callable
@@ -34,8 +34,8 @@ def run_of(path: Path, sizes: ModelConfig, write: Write) -> Path:
 
 
 @pytest.mark.parametrize("key", ["hf", "run"])
-def test_the_sizes_are_those_of_the_origin(write: Write, tmp_path: Path, key: str) -> None:
-    """Whatever model.name the file has; a model of the zoo gets its name; equal sizes may be given."""
+def test_init_sets_the_sizes(write: Write, tmp_path: Path, key: str) -> None:
+    """It wins over model.name; a model of the zoo gets its name; equal sizes may be given."""
     make = folder_of if key == "hf" else lambda path, sizes: run_of(path, sizes, write)
     small, nano = make(tmp_path / "small", SIZES), make(tmp_path / "nano", ZOO["nano"])
     path = write("run: {steps: 1}\nmodel: {name: mini}\n")
@@ -60,8 +60,8 @@ def test_another_size_is_refused_naming_both(write: Write, tmp_path: Path) -> No
         load_config(path, ["model.experts=6", "model.width=65"])
 
 
-def test_a_saved_config_needs_its_origin_no_more(write: Write, tmp_path: Path) -> None:
-    """Nor does the command that resumes the run: its own directory knows the sizes."""
+def test_a_saved_config_does_not_read_init(write: Write, tmp_path: Path) -> None:
+    """Nor does the command that resumes the run: its own directory has the sizes."""
     folder, run = folder_of(tmp_path / "hf", SIZES), tmp_path / "run"
     words = [f"init.hf={folder}", f"run.dir={run}"]
     path = write("run: {steps: 1}")
@@ -76,7 +76,7 @@ def test_a_saved_config_needs_its_origin_no_more(write: Write, tmp_path: Path) -
         load_config(path, words)
 
 
-def test_an_origin_that_holds_no_model(write: Write, tmp_path: Path) -> None:
+def test_init_without_a_model(write: Write, tmp_path: Path) -> None:
     path = write("run: {steps: 1}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty/config\.json does not exist; give a folder written by transformers"):

@@ -1,4 +1,4 @@
-"""Paths of a config: ~ is a home folder, and a path that does not exist is said with the nearest one."""
+"""Paths of a config: ~ is expanded, and a missing path is reported with the nearest existing one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_home_folder(write: Write, home: Path) -> None:
-    """In every key that is a path, in words and in files, and for the config itself; elsewhere ~ is a character."""
+    """In every path key, in files and overrides, and for the config's own path; in other keys ~ is a character."""
     path = write("run: {steps: 1, dir: ~/run}\ndata: {train: {a: ~/a}, tokenizer: ~/t}\nevaluation: {prompts: [~/x]}\n")
     words = ["data.train.b=~/b", "data.validation={c: ~/c*.txt}", "checkpoint.url=~/u"]
     config = load_config(f"~/{path.name}", words)
@@ -41,7 +41,7 @@ def test_no_such_user(write: Write, word: str) -> None:
     )
 
 
-def test_a_name_is_no_path(write: Write, home: Path) -> None:
+def test_run_name_is_not_a_path(write: Write, home: Path) -> None:
     with pytest.raises(UserError, match=r"^run\.name=~/x is a name below runs/; for a folder write run\.dir=~/x$"):
         load_config(write("run: {steps: 1}"), ["run.name=~/x"])
 
@@ -57,8 +57,7 @@ def test_a_name_is_no_path(write: Write, home: Path) -> None:
 def test_the_nearest_path(tmp_path: Path, path: str, near: str | None) -> None:
     (tmp_path / "shards/train").mkdir(parents=True)
     (tmp_path / "text.json").touch()
-    found = nearest_path(tmp_path / path)
-    assert found == (tmp_path / near if near else None)
+    assert nearest_path(tmp_path / path) == (tmp_path / near if near else None)
     sentence = missing_path_hint(tmp_path / path)
     assert sentence.startswith(f"{tmp_path / path} does not exist; ")
     assert sentence.endswith(f"did you mean {tmp_path / near}?" if near else (
@@ -67,8 +66,8 @@ def test_the_nearest_path(tmp_path: Path, path: str, near: str | None) -> None:
     ))  # fmt: skip
 
 
-def test_paths_that_a_start_needs(tmp_path: Path) -> None:
-    """Each key is named; patterns and URLs are not looked at, nor init and the tokenizer when a run goes on."""
+def test_check_paths(tmp_path: Path) -> None:
+    """The key is named. Patterns and URLs are not checked; init and the tokenizer only at the first start."""
     (tmp_path / "there").mkdir()
 
     def refused(fresh: bool = True, **data: object) -> str:

@@ -1,4 +1,4 @@
-"""docs/config.md is what the schema makes, and holds every key; --help-config prints the same text."""
+"""docs/config.md is made from the schema and has every key; --help-config prints the same text."""
 
 import importlib.util
 from pathlib import Path
@@ -15,13 +15,13 @@ from trinity.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_committed_page() -> None:
+def test_committed_page_is_current() -> None:
     assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == page(), "docs/config.md is old; run make docs"
     assert "](docs/config.md)" in (ROOT / "README.md").read_text(encoding="utf-8")[:2000]
 
 
 def test_every_key_has_an_entry() -> None:
-    """With its default and its rule; written out for some."""
+    """With its default and its rule; some entries are compared in full."""
     entries = {line.split("`")[1]: line for line in page().splitlines() if line.startswith("- `")}
     assert set(entries) >= set(flatten(RunConfig()))
     assert {key for key in entries if "[]" in key} == {
@@ -31,8 +31,8 @@ def test_every_key_has_an_entry() -> None:
     assert len(RULES) > 20
     text = " ".join(page().split())
     for key in flatten(RunConfig()):
-        told = text.split(f"- `{key}`: ")[1].split(" - `")[0]
-        assert f"on resume: {rule_of(key)}." in told, key
+        entry = text.split(f"- `{key}`: ")[1].split(" - `")[0]
+        assert f"on resume: {rule_of(key)}." in entry, key
     assert (
         "- `optim.muon.lr`: number, at least 0; default `0.001`; from the report: yes; on resume: accept. Peak learn"
         in text
@@ -43,8 +43,8 @@ def test_every_key_has_an_entry() -> None:
     assert f"- `model.width`: integer; default by model.name: {width}; from the report: table 1, but for smoke;" in text
 
 
-def test_what_is_the_reports() -> None:
-    """From the docstring; nothing says both, and nothing speaks of "ours"."""
+def test_from_the_report() -> None:
+    """By the docstring, which never says both and never says "ours"."""
     assert from_the_report(docstrings(MuonConfig)["lr"])
     assert not from_the_report(docstrings(MuonConfig)["momentum"])
     assert docstrings(KernelsConfig)["newton_schulz"] == "Newton-Schulz iteration of Muon."
@@ -55,7 +55,7 @@ def test_what_is_the_reports() -> None:
 
 
 def test_a_prefix() -> None:
-    """A section, one key, the entries of a list; not a name that only begins alike."""
+    """A section, one key, the entries of a list; not a name that only shares its beginning."""
     keys = [line.split("`")[1] for line in reference("optim").splitlines() if line.startswith("- `")]
     assert keys == [key for key in (line.split("`")[1] for line in reference().splitlines() if line.startswith("- `"))
                     if key.startswith("optim.")]  # fmt: skip
@@ -79,7 +79,7 @@ def test_a_prefix() -> None:
 
 
 def test_several_prefixes() -> None:
-    """Each key once, in the order of the page; one that nothing begins with is refused."""
+    """Each key once, in the order of the page; a prefix without keys is refused."""
     text = reference("recompute", "loss.z", "run.seed", "run", "data.train.mine")
     keys = [line.split("`")[1] for line in text.splitlines() if line.startswith("- `")]
     run = [line.split("`")[1] for line in reference("run").splitlines() if line.startswith("- `")]
@@ -91,7 +91,7 @@ def test_several_prefixes() -> None:
 
 
 def test_on_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Without a config, and in place of a run."""
+    """Without a config, and instead of a run."""
     path = ROOT / "launch/pretrain.py"
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("pretrain_words", path))
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The schema documents itself: every setting has a docstring beside it."""
+"""Every setting of the schema has a docstring below it."""
 
 import ast
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def classes() -> Iterator[ast.ClassDef]:
 
 
 def test_every_field_has_a_docstring() -> None:
-    """A section's is that of its class, whose fields are its settings."""
+    """A section has the docstring of its class."""
     sections = {node.name for node in classes() if ast.get_docstring(node)}
     missing = []
     for node in classes():

@@ -1,4 +1,4 @@
-"""Texts stay as they were typed, in words and in files; numbers and switches are still read as YAML."""
+"""Texts stay as typed, in files and overrides; numbers and switches are read as YAML."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +14,14 @@ from trinity.errors import UserError
 Write = Callable[[str], Path]
 
 TYPED = ["0010", "12e4567", "3.10", "yes", "on", "1_000", "0x10", "1:30", "2020-01-01", "1e3", "-5", ".inf", "True"]
-"""What YAML alone takes for something else, but for the date."""
+"""Texts that plain YAML reads as another type, and a date."""
 BARE = ["exp #3", "a: b", "[a", "{x}", "- a", "a, b", "*a", "&a", "!x", "|", "%x", "@x", " a ", "a\tb", "ünï", "=a"]
-"""What only the command line can hold without quotes."""
+"""Texts that need quotes in a file but not on the command line."""
 
 
 @pytest.mark.parametrize("text", TYPED)
 def test_a_text_in_a_file(write: Write, text: str) -> None:
-    """A text, an optional one, the names and values of maps, the entries of lists; in blocks and in braces."""
+    """Required and optional texts, names and values of maps, entries of lists; in blocks and in braces."""
     content = (
         f"run: {{steps: 1, name: {text}}}\nlog:\n  wandb: {text}\nevaluation: {{prompts: [{text}, a, {text}]}}\n"
         f"data:\n  tokenizer: {text}\n  train:\n    {text}: {text}\n  mixture: {{{text}: 010}}\n"
@@ -48,8 +48,8 @@ def test_a_text_on_the_command_line(write: Write, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["<<", "="])
-def test_the_signs_of_keys_as_values(write: Write, tmp_path: Path, text: str) -> None:
-    """What YAML gives a meaning as a key is a text as a value; `<<: *a` still merges, in a file and in a word."""
+def test_merge_keys_as_values(write: Write, tmp_path: Path, text: str) -> None:
+    """<< and = are texts as values; `<<: *a` still merges, in a file and in an override."""
     content = f"run: {{steps: 1, name: {text}}}\nevaluation: {{prompts: [{text}, a]}}\n"
     content += f"data: {{tokenizer: x, train: {{a: {text}}}}}\n"
     words = [f"evaluation.prompts=[{text}, a]", f"data.train={{a: {text}}}", f"run.name={text}", "data.tokenizer=x"]
@@ -63,7 +63,7 @@ def test_the_signs_of_keys_as_values(write: Write, tmp_path: Path, text: str) ->
 
 
 def test_quotes_and_null(write: Write) -> None:
-    """Quotes are YAML's; null leaves an optional text out, and is refused where there must be one."""
+    """Quotes are YAML's; null unsets an optional text and is refused for a required one."""
     path = write("run: {steps: 1, name: '0010'}\nlog: {wandb: p}\ninit: {run: ~}\n")
     config = load_config(path, ["data.tokenizer='null'", 'data.text_field="a #b"', "log.wandb=null"])
     assert (config.run.name, config.data.tokenizer, config.data.text_field) == ("0010", "null", "a #b")
@@ -74,7 +74,7 @@ def test_quotes_and_null(write: Write) -> None:
 
 
 @pytest.mark.parametrize("word", ["a\0", "a\udcff", "a\x07"])
-def test_what_no_file_could_hold(write: Write, word: str) -> None:
+def test_unprintable_characters_are_refused(write: Write, word: str) -> None:
     sentence = rf"^run\.name in the command line holds the character U\+{ord(word[1]):04X}; write plain text in UTF-8$"
     with pytest.raises(UserError, match=sentence):
         load_config(write("run: {steps: 1}"), [f"run.name={word}"])
@@ -82,7 +82,7 @@ def test_what_no_file_could_hold(write: Write, word: str) -> None:
 
 @pytest.mark.parametrize(("text", "number"), [("0010", 10), ("0090", 90), ("17e12", 17 * 10**12), ("1_0", 10)])
 def test_numbers_are_decimal(write: Write, text: str, number: int) -> None:
-    """0010 is no octal 8 while 0090 is ninety; and nobody means 90 seconds by 1:30."""
+    """0010 is ten, not octal 8; 1:30 is not 90."""
     for config in (load_config(write(f"run: {{tokens: {text}}}")), load_config(write("{}"), [f"run.tokens={text}"])):
         assert config.run.tokens == number
     assert load_config(write("run: {steps: 1}"), [f"optim.muon.lr={text}"]).optim.muon.lr == number
@@ -90,7 +90,7 @@ def test_numbers_are_decimal(write: Write, text: str, number: int) -> None:
         load_config(write("{}"), ["run.steps=1:30"])
 
 
-def test_switches_and_words_of_a_list(write: Write) -> None:
+def test_switches_and_fixed_words(write: Write) -> None:
     words = ["log.tensorboard=yes", "data.document_mask=on", "parallel.defer_reduce=off", "precision.fp8=none"]
     config = load_config(write("run: {steps: 1}\noptim: {muon: {share: on}}"), words)
     assert (config.log.tensorboard, config.data.document_mask) == (True, True)
@@ -98,7 +98,7 @@ def test_switches_and_words_of_a_list(write: Write) -> None:
 
 
 def test_references_are_resolved_or_refused(write: Write) -> None:
-    """As before: ${run.seed} is the value there, \\${x} the characters, and what is not there is refused."""
+    """${run.seed} is that setting's value, \\${x} the characters; a reference to no setting is refused."""
     path = write("run: {steps: 1, seed: 7}\n")
     assert load_config(path, ["run.name=seed-${run.seed}"]).run.name == "seed-7"
     assert load_config(path, [r"run.name=\${x}"]).run.name == "${x}"
@@ -114,7 +114,7 @@ TRICKY = st.text(alphabet="$\\{}x.:#'\" 01e-~\n\t?!&*[]", min_size=1)
 @settings(max_examples=8, deadline=None)
 @given(texts=st.lists((TEXT | TRICKY | st.sampled_from(TYPED + BARE)).filter(lambda text: text != "???"), min_size=30))
 def test_texts_survive_saving(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Whatever a text holds, the saved config loads to the same; ??? alone is OmegaConf's word for a missing value."""
+    """A saved config with any texts loads to the same config; ??? alone is OmegaConf's missing value."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "run.yaml").write_text("run: {steps: 1}\ndata: {tokenizer: x}\n")
     config = load_config(folder / "run.yaml")

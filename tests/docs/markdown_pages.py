@@ -1,4 +1,4 @@
-"""The pages that a user reads: their fenced code, and the code inside of their sentences."""
+"""The documentation pages: their fenced code blocks and their inline code."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,11 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def fenced(page: Path, language: str) -> list[str]:
-    """The code blocks of one language, in order; "" for those that name none."""
+    """The code blocks of one language, in order; "" for blocks without a language."""
     return [code for name, code in _FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
 def inline(page: Path) -> list[str]:
-    """What stands between backticks outside of code blocks, on one line."""
+    """The inline code outside of code blocks, each on one line."""
     prose = _FENCE.sub("", page.read_text(encoding="utf-8"))
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]

@@ -1,4 +1,4 @@
-"""docs/library.md is a program that runs, and does what it says."""
+"""The code of docs/library.md is a program that runs and does what the page says."""
 
 import math
 from pathlib import Path

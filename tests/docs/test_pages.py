@@ -1,4 +1,4 @@
-"""What the pages name is there: files, links, make targets, flags of tools, config keys; and configs load as typed."""
+"""What the pages name exists: files, links, make targets, options, config keys; and their configs load."""
 
 import io
 import json
@@ -113,7 +113,7 @@ def is_key(key: str) -> bool:
 
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folders that a reader has made by then, seen from the repository: here, only what a config load reads."""
+    """The folders that a reader has made by then; here only what loading a config reads."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for run in ("mine", "smoke", "laws"):
@@ -127,7 +127,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("newcomer")
 @pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
 def test_configs_load(page: Path) -> None:
-    """Each pretrain, plan and show_batch command's config with its words, as typed."""
+    """The config of each pretrain, plan and show_batch command, with its overrides."""
     for words in commands(page):
         found = script(words)
         if found is None or page.name == UNKNOWN_YET:
@@ -138,7 +138,7 @@ def test_configs_load(page: Path) -> None:
 
 
 def test_the_script_for_gpus_has_help(tmp_path: Path) -> None:
-    """It makes the folder OUT, so --help must not be taken for one."""
+    """Its argument is a folder to make; --help must not be taken for it."""
     done = subprocess.run(
         ["bash", ROOT / "tools" / "gpu_check.sh", "--help"], cwd=tmp_path, capture_output=True, text=True
     )

@@ -16,7 +16,7 @@ from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums keep their order."""
+    """One CPU thread, so that sums keep their order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,13 +37,13 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture
 def exported(model: Trinity, tmp_path: Path) -> Path:
-    """The model in fp32, in several files."""
+    """A folder with the model in fp32, in several files."""
     return export_hf(model, tmp_path / "exported", dtype=torch.float32, max_shard_bytes=20_000)
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of 280 tokens: fewer than the model's rows, as padding leaves it."""
+    """A tokenizer of 280 tokens, fewer than the model's 300 rows, as with a padded vocabulary."""
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(
         train_tokenizer(["the rain in Spain stays mainly in the plain; plainly the rain in Spain stays"] * 2, 280),
@@ -54,7 +54,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ranks() -> Iterator[Ranks]:
-    """A mesh of one process, in a process group that lives as long as the test."""
+    """A mesh of one process, with a process group for the duration of the test."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield join_meshes(Sizes(1, 1, 1, 1, "experts"), torch.device("cpu"))
     dist.destroy_process_group()

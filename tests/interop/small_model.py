@@ -1,4 +1,4 @@
-"""A model of every kind of tensor, small enough to export in every test."""
+"""A model with every kind of tensor, small enough to export in every test."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ CONFIG = ModelConfig(
 
 
 def make_model(**changes: object) -> Trinity:
-    """A model no two of whose tensors are alike, gains and biases neither; the run's momentum is not 0."""
+    """A model whose tensors all differ, gains and biases too; expert_momentum is not 0."""
     model = Trinity(replace(CONFIG, **changes))
     model.init_weights(1)
     generator = torch.Generator().manual_seed(2)

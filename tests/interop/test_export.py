@@ -1,4 +1,4 @@
-"""An exported folder is what transformers itself would write, and transformers computes the same from it."""
+"""An exported folder equals what transformers writes, and transformers computes the same logits from it."""
 
 import json
 from itertools import pairwise
@@ -40,15 +40,15 @@ def forms_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def test_table_of_names_covers_every_number_once(model: Trinity) -> None:
     counted = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    for _, ours, index in weight_map(model.config):
-        counted[ours][index] += 1
+    for _, parameter, index in weight_map(model.config):
+        counted[parameter][index] += 1
     for name, count in counted.items():
         assert (count == (0 if name.endswith("expert_momentum") else 1)).all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_computes_the_same(model: Trinity, tmp_path: Path, tokens: Tensor, dtype: torch.dtype) -> None:
-    """In fp32 on both sides, of the rounded weights too; bound as in test_transformers_equality."""
+    """Both in fp32, also with weights rounded to bf16; bound as in test_transformers_equality."""
     folder = export_hf(model, tmp_path / "out", dtype=dtype)
     agreement = largest_logit_difference(folder, folder, tokens)
     assert agreement.difference < 3e-5 * agreement.largest
@@ -58,7 +58,7 @@ def test_transformers_computes_the_same(model: Trinity, tmp_path: Path, tokens: 
 
 
 def test_progress_counts_every_byte(model: Trinity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One amount a tensor, up to the bytes that the files hold beside their headers."""
+    """One update per tensor, up to the bytes in the files without their headers."""
     seen: list[float] = []
     update = Progress.update_to
     monkeypatch.setattr(Progress, "update_to", lambda self, done: (seen.append(done), update(self, done)))
@@ -106,7 +106,7 @@ def test_names_shapes_and_formats_are_those_of_transformers(exported: Path, tmp_
 
 
 def test_router_gains_and_bias_stay_in_fp32(model: Trinity, exported: Path, tmp_path: Path) -> None:
-    """In a bf16 export they are bit for bit what they are; matrices are rounded once."""
+    """In a bf16 export they are bit-equal to fp32; matrices are rounded once."""
     rounded, exact = tensors_in(export_hf(model, tmp_path / "bf16")), tensors_in(exported)
     wide = {name for name in exact if name.endswith(("norm.weight", "router.gate.weight", "expert_bias"))}
     wanted = {name: tensor if name in wide else tensor.bfloat16() for name, tensor in exact.items()}
@@ -116,7 +116,7 @@ def test_router_gains_and_bias_stay_in_fp32(model: Trinity, exported: Path, tmp_
         assert torch.equal(rounded[name], tensor), name
 
 
-def test_tokenizer_goes_along(model: Trinity, tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_tokenizer_is_copied(model: Trinity, tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = export_hf(model, tmp_path / "out", tokenizer_folder)
     text = "the rain 1234567"
     ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
@@ -129,8 +129,8 @@ def test_tokenizer_goes_along(model: Trinity, tmp_path: Path, tokenizer_folder: 
     assert generation.eos_token_id == [1, 0], "the next document's beginning ends a text too"
 
 
-def test_an_id_beyond_the_models(tmp_path: Path, tokenizer_folder: Path) -> None:
-    """281 tokens fit 300 rows, the largest id, 300, does not; 301 rows hold it. Sampling and lm-eval refuse it too."""
+def test_a_token_id_beyond_the_vocabulary(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """281 tokens with the largest id 300 do not fit 300 rows but 301. Sampling and lm-eval refuse them too."""
     value = json.loads((tokenizer_folder / "tokenizer.json").read_text())
     value["model"]["vocab"]["<|gap|>"] = 300
     value["added_tokens"].append(value["added_tokens"][0] | {"id": 300, "content": "<|gap|>"})
@@ -185,7 +185,7 @@ def test_anything_else_is_never_replaced(model: Trinity, exported: Path, content
     assert folder.is_file() or {path.name for path in folder.iterdir()} & {content, "mine"}
 
 
-def test_an_export_that_died_is_not_in_the_way(model: Trinity, tmp_path: Path) -> None:
+def test_an_interrupted_export_is_replaced(model: Trinity, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "model-00001-of-00009.safetensors").write_text("half")
     (tmp_path / "out").mkdir()  # an empty folder holds nothing to lose
@@ -197,7 +197,7 @@ def test_an_export_that_died_is_not_in_the_way(model: Trinity, tmp_path: Path) -
 
 @pytest.mark.parametrize("as_in_training", [True, False])
 def test_sharded_model_after_a_forward(ranks: Ranks, exported: Path, tokens: Tensor, as_in_training: bool) -> None:
-    """Bit for bit the fp32 weights, though after a forward the model shows the gathered ones in bf16."""
+    """Bit-equal to the fp32 weights, although after a forward FSDP2 shows gathered ones in bf16."""
     sharded = make_model()
     if as_in_training:
         shard_model(sharded, ranks, PrecisionConfig(compute="bfloat16"))

@@ -1,4 +1,4 @@
-"""Greedy tokens are transformers'; the distribution that the others are drawn from is the definition, token by token.
+"""Greedy tokens equal those of transformers; the sampling distribution equals its definition, token by token.
 
 Shapes: V vocabulary.
 """
@@ -18,8 +18,8 @@ from trinity.models import Trinity
 PROMPT = [5, 250, 17]
 
 
-def test_greedy_is_that_of_transformers(model: Trinity, exported: Path) -> None:
-    """30 tokens, past the window of 7; transformers keeps keys and values, we compute all again."""
+def test_greedy_equals_transformers(model: Trinity, exported: Path) -> None:
+    """30 tokens, beyond the window of 7; transformers has a key-value cache, Trinity recomputes."""
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     prompt = torch.tensor([PROMPT])
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=30)
@@ -91,6 +91,6 @@ def test_draws_follow_the_distribution(model: Trinity) -> None:
         ({"top_p": 1.5}, r"top_p=1\.5 is not"),
     ],
 )
-def test_settings_that_mean_nothing(model: Trinity, changes: dict, sentence: str) -> None:
+def test_invalid_settings(model: Trinity, changes: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         generate(**{"model": model, "token_ids": PROMPT, "max_new_tokens": 1} | changes)

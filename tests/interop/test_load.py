@@ -1,4 +1,4 @@
-"""What is read is what was written, bit for bit, on any sharding; and a folder that lies is refused by name."""
+"""A folder loads bit for bit as written, on any sharding; an invalid folder is refused by name."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ from trinity.training.load_run import load_model
 
 
 def expected_state(model: Trinity) -> dict[str, torch.Tensor]:
-    """The model's own, but for the momentum, which a folder does not hold."""
+    """The model's state, with expert_momentum 0: a folder does not hold it."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return state | {name: torch.zeros_like(t) for name, t in state.items() if name.endswith("expert_momentum")}
 
@@ -76,7 +76,7 @@ def test_into_a_model_that_is_there(model: Trinity, exported: Path) -> None:
 
 
 def test_into_a_sharded_model_of_one_process(ranks: Ranks, model: Trinity, exported: Path) -> None:
-    """Also after a forward, when FSDP2 still shows gathered parameters here; and the next forward sees the new ones."""
+    """Also after a forward, when FSDP2 still shows gathered parameters; the next forward uses the new ones."""
     sharded = make_model()
     sharded.init_weights(9)
     fully_shard(sharded, mesh=ranks.dense)
@@ -93,7 +93,7 @@ def test_into_a_sharded_model_of_one_process(ranks: Ranks, model: Trinity, expor
 def test_into_another_architecture(exported: Path) -> None:
     with pytest.raises(UserError, match=r"model\.window=7, not 9; model\.rope_theta=500\.0, not 10000\.0"):
         load_hf(exported, into=make_model(window=9, rope_theta=10_000.0))
-    load_hf(exported, into=make_model(max_positions=512))  # a promise, not a part of the model
+    load_hf(exported, into=make_model(max_positions=512))  # max_positions is no part of the architecture
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -124,7 +124,7 @@ def test_missing_tensors(exported: Path) -> None:
 
 
 def test_a_config_of_endless_layers_does_not_hang(exported: Path) -> None:
-    """Nothing as large as what a config claims is made before the folder has shown its tensors."""
+    """No memory is allocated by the config's claims before the tensors' names are checked."""
     path = exported / "config.json"
     raw = json.loads(path.read_text()) | {"num_experts": 10**12, "vocab_size": 10**12, "hidden_size": 10**12}
     path.write_text(json.dumps(raw))
@@ -177,7 +177,7 @@ def test_pickles_are_not_read(exported: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["../{}", "{parent}/{}", "./{}", "..", "model.bin"])
 def test_names_in_the_index_are_plain(exported: Path, kind: str) -> None:
-    """The file that is named exists, so that nothing but the name can be refused."""
+    """The named file exists, so that only the name can be refused."""
     first = sorted(exported.glob("*.safetensors"))[0].name
     rename_file(exported, kind.format(first, parent=exported.parent))
     (exported.parent / first).write_bytes((exported / first).read_bytes())
@@ -258,7 +258,7 @@ def test_truncated_files(exported: Path, left: int) -> None:
         ('{"model_type": "llama"}', r"model_type='llama' is not supported"),
     ],
 )
-def test_config_that_is_none(exported: Path, text: str | None, sentence: str) -> None:
+def test_invalid_config(exported: Path, text: str | None, sentence: str) -> None:
     path = exported / "config.json"
     path.unlink()
     if text is not None:
@@ -268,7 +268,7 @@ def test_config_that_is_none(exported: Path, text: str | None, sentence: str) ->
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', "nonsense"])
-def test_index_that_is_none(exported: Path, text: str) -> None:
+def test_invalid_index(exported: Path, text: str) -> None:
     (exported / "model.safetensors.index.json").write_text(text)
     with pytest.raises(UserError, match=r"index\.json (has no weight_map|is not JSON)"):
         load_hf(exported)

@@ -1,4 +1,4 @@
-"""tools/export_hf.py and tools/generate.py as a user calls them, on a run directory and on a folder."""
+"""tools/export_hf.py and tools/generate.py as a user calls them, on a run directory and on a Hugging Face folder."""
 
 import os
 import runpy
@@ -103,7 +103,7 @@ def test_generate(
         (("export_hf.py", "{run}", "{}/out", "--step", "4"), "no complete checkpoint of step 4"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_user_errors_are_one_sentence(
     words: tuple[str, ...], sentence: str, run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert call(*(word.format(tmp_path, run=run_directory) for word in words)) == 2

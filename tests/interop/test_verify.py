@@ -1,4 +1,4 @@
-"""The comparison with transformers measures what it says, and says what is missing."""
+"""largest_logit_difference measures a known difference, and names a missing package."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from trinity.models import Trinity
 
 
 def test_differences_are_seen(model: Trinity, exported: Path, tokens: Tensor, tmp_path: Path) -> None:
-    """Twice the head is twice the logits: the difference is as large as the largest logit of the smaller one."""
+    """Doubling the head doubles the logits: the difference equals the largest logit of the smaller model."""
     with torch.no_grad():
         model.head.weight.mul_(2)
     doubled = export_hf(model, tmp_path / "doubled", dtype=torch.float32)
@@ -29,7 +29,7 @@ def test_differences_are_seen(model: Trinity, exported: Path, tokens: Tensor, tm
 
 
 def test_no_bar_in_a_pipe(exported: Path, tokens: Tensor, capsys: pytest.CaptureFixture) -> None:
-    """transformers draws one of its own as it loads, unless it is told where it is."""
+    """transformers would draw its own progress bar while loading."""
     enable_progress_bar()
     largest_logit_difference(exported, exported, tokens)
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Whole inputs that tests spoil, each a copy of its own, and a limit on memory."""
+"""Valid inputs for tests to damage, each test with its own copy, and a memory limit."""
 
 import resource
 import shutil
@@ -21,13 +21,13 @@ SIZES = ModelConfig(
 
 @pytest.fixture
 def shards(corpus: SimpleNamespace, tmp_path: Path) -> Path:
-    """A folder of whole shards."""
+    """A folder of valid shards."""
     return shutil.copytree(corpus.folder / "prose", tmp_path / "shards")
 
 
 @pytest.fixture(scope="session")
 def exported(corpus: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with an index of several files, which nobody writes to."""
+    """A Hugging Face folder of several files with an index; read only."""
     model = Trinity(SIZES)
     model.init_weights(1)
     folder = tmp_path_factory.mktemp("exported") / "hf"
@@ -36,20 +36,20 @@ def exported(corpus: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def hf(exported: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of `exported`."""
     return shutil.copytree(exported, tmp_path / "hf")
 
 
 @pytest.fixture(scope="session")
 def finished(recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with checkpoints of steps 3 and 6, which nobody writes to."""
+    """A run directory with checkpoints of steps 3 and 6; read only."""
     run = tmp_path_factory.mktemp("finished") / "run"
     assert train(quick(recipe(run)), "run.steps=6") == 0
     return run
 
 
 def quick(settings: dict) -> dict:
-    """Without what costs a start time."""
+    """Turn off what makes a start slow."""
     settings["data"]["workers"] = 0
     settings["evaluation"] = {"every": 0}
     return settings
@@ -57,19 +57,19 @@ def quick(settings: dict) -> dict:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of `finished`."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture
 def resumed(run: Path, recipe) -> dict:
-    """The settings that resume the copy."""
+    """The settings that resume `run`."""
     return quick(recipe(run)) | {"checkpoint": {"every": 0}}
 
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """While a test runs, this process can take 1 GiB more than it has: what a file only claims is never made."""
+    """Limit this process to 1 GiB more memory: a size that a file only claims must not be allocated."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), hard))

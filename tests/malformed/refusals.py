@@ -1,4 +1,4 @@
-"""What every malformed input must meet: one sentence of the user's mistake, and not a byte of theirs changed."""
+"""Check the refusal of a malformed input: one sentence, exit code 2, and no file of the user changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,13 @@ from trinity.errors import USER_MISTAKE, explain
 from trinity.training.trainer import pretrain
 
 REFUSED_START = {"lock", "status.json"}
-"""What a refused start leaves in its run directory (trinity/training/README.md)."""
+"""Files that a refused start leaves in its run directory (trinity/training/README.md)."""
 DAMAGE_FOUND = REFUSED_START | {"events.jsonl"}
-"""The same, where a checkpoint was found damaged and that was noted."""
+"""The same, if a damaged checkpoint was found and logged as an event."""
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
-    """Everything below a folder: kind, size, time, and content or the link's end."""
+    """Path → (mode, size and time, content or link target) for everything below a folder."""
     found = {}
     for path in folder.rglob("*"):
         status = path.lstat()
@@ -29,14 +29,14 @@ def snapshot(folder: Path) -> dict[str, tuple]:
 
 
 def refusal(call: Callable[[], object], *folders: Path, gains: set[str] = frozenset()) -> str:
-    """The sentence with which a call refuses what is in some folders.
+    """The sentence of a call that must fail with exit code 2, without changing the folders.
 
     Args:
-        call: what one of the programs calls.
-        folders: whatever is in them must stay as it is.
-        gains: names directly in one of them that may come or change: REFUSED_START of a run directory.
+        call: the function of a program.
+        folders: their content must not change.
+        gains: names directly in a folder that may be added or changed, such as REFUSED_START in a run directory.
     Returns:
-        the sentence, which is one line and means exit code 2.
+        the sentence, on one line.
     """
     before = {folder: snapshot(folder) for folder in folders}
     explained = None
@@ -64,18 +64,18 @@ def train(settings: dict, *words: str) -> int:
 
 
 def become_folder(path: Path) -> None:
-    """A folder stands where a file was."""
+    """Replace a file by a folder."""
     path.unlink()
     path.mkdir()
 
 
 def become_loop(path: Path) -> None:
-    """A link to itself."""
+    """Replace a file by a link to itself."""
     path.unlink()
     path.symlink_to(path)
 
 
 def become_dangling(path: Path) -> None:
-    """A link to nothing."""
+    """Replace a file by a dangling link."""
     path.unlink()
     path.symlink_to("nowhere")

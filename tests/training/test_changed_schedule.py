@@ -174,7 +174,7 @@ def test_a_longer_run_does_not_raise_a_decayed_rate(settings: dict, capsys: pyte
     train(settings, *words, "run.steps=10")
     assert "with --accept-change optim.schedule, since the decay ends with the run" in capsys.readouterr().err
     later = [*words, "run.steps=12", "optim.schedule.decay_start_steps=11"]
-    assert "--accept-change optim.schedule.decay_start_steps to accept" in refuse(settings, *later)
+    assert "add --accept-change optim.schedule.decay_start_steps to" in refuse(settings, *later)
     assert train(settings, *later, accept=("optim.schedule.decay_start_steps",)) == 0
 
 
