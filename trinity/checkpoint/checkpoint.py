@@ -18,7 +18,7 @@ from trinity.io.checksum import FileSum, checksum_file
 from trinity.io.json_files import to_json
 from trinity.io.local import sync_folder, write_atomically
 from trinity.io.remote_path import AnyPath, RemotePath
-from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
+from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
 
 COMPLETE = "COMPLETE"
 METADATA = ".metadata"
@@ -85,8 +85,8 @@ class Checkpoint:
         names = list(sums)
         if dist.is_initialized():
             names = names[dist.get_rank() :: dist.get_world_size()]
-        reasons = (_wrong_content(self.path / name, sums[name]) for name in names)
-        reason = run_on_all_ranks(lambda: next(filter(None, reasons), ""))
+        with errors_reach_all_ranks():
+            reason = next(filter(None, (_wrong_content(self.path / name, sums[name]) for name in names)), "")
         gathered = [reason]
         if dist.is_initialized():
             gathered = [""] * dist.get_world_size()

@@ -39,7 +39,7 @@ from trinity.monitor.param_norms import ParamNorms
 from trinity.monitor.profiler import Profiler
 from trinity.optim.lr_schedule import lr_fraction
 from trinity.parallel import mesh
-from trinity.parallel.collectives import all_reduce_max, reraise, run_on_all_ranks, run_on_rank0
+from trinity.parallel.collectives import all_reduce_max, errors_reach_all_ranks, reraise, run_on_all_ranks, run_on_rank0
 from trinity.parallel.mesh import Ranks
 from trinity.run_directory import RunDirectory
 from trinity.terminal import say
@@ -80,14 +80,14 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         stop_request.started()
         path = run_directory(config)
-        records_refusal = run_on_rank0(lambda: _records_refusal(path))
+        records_refusal = run_on_rank0(_records_refusal, path)
         if not records_refusal:
-            run_on_all_ranks(lambda: check_prerequisites(config, ranks))
-        directory = run_on_all_ranks(lambda: RunDirectory(path, ranks.is_first))
+            run_on_all_ranks(check_prerequisites, config, ranks)
+        directory = run_on_all_ranks(RunDirectory, path, ranks.is_first)
         origin = find_origin(config, accepted, path, Events(path, ranks.rank).note)
         if records_refusal:
-            run_on_all_ranks(lambda: check_prerequisites(config, ranks))
-        tokenizer = run_on_rank0(lambda: tokenizer_at_start(config, path, resumes=origin.step > 0 and origin.own))
+            run_on_all_ranks(check_prerequisites, config, ranks)
+        tokenizer = run_on_rank0(tokenizer_at_start, config, path, resumes=origin.step > 0 and origin.own)
         trainer = Trainer(config, ranks, directory, origin, on_this_node(tokenizer, config))
         code = trainer.run(stop_request)
         trainer.saver.wait()
@@ -169,9 +169,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # nothing here draws from it; a library might
         check_batches(config, self.ranks.data_ranks)
         self._set_plan(origin.history)
-        self.data = run_on_all_ranks(
-            lambda: open_data(with_tokenizer(config, tokenizer), ranks, self.plan, origin.step)
-        )
+        with errors_reach_all_ranks():
+            self.data = open_data(with_tokenizer(config, tokenizer), ranks, self.plan, origin.step)
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
         self.norms = ParamNorms(self.optimizers, ranks.copy_group)
@@ -198,23 +197,19 @@ class Trainer:
             self._load(origin.checkpoints.path_of(origin.step))
         else:
             self._initialise()
-        run_on_all_ranks(lambda: self._keep_config(replace_tokenizer=not resumes))
+        run_on_all_ranks(self._keep_config, replace_tokenizer=not resumes)
         events, beat = self.monitor.events, self.monitor.heartbeat.beat
-        self.loggers: list[Logger] = run_on_all_ranks(
-            lambda: open_loggers(config, path, self.step, self.total) if ranks.is_first else []
-        )
-        self.router_log = run_on_all_ranks(
-            lambda: JsonLines(path / "router.jsonl", self.step) if ranks.is_first else None
-        )
-        self.evaluator = run_on_all_ranks(
-            lambda: Evaluator(config, ranks, self.data, path, self.step, self.tokenizer, beat)
-        )
-        self.profiler = run_on_all_ranks(lambda: Profiler(config.profile, events, ranks, self.total, beat))
+        with errors_reach_all_ranks():
+            self.loggers: list[Logger] = open_loggers(config, path, self.step, self.total) if ranks.is_first else []
+        with errors_reach_all_ranks():
+            self.router_log = JsonLines(path / "router.jsonl", self.step) if ranks.is_first else None
+        self.evaluator = run_on_all_ranks(Evaluator, config, ranks, self.data, path, self.step, self.tokenizer, beat)
+        self.profiler = run_on_all_ranks(Profiler, config.profile, events, ranks, self.total, beat)
         seconds = time.monotonic() - STARTED
         message = f"{ranks.world} processes, ready after {seconds:.1f} s"
         machine = {"device": device_name(ranks.device), "processes": ranks.world}
         self.monitor.note("resume" if resumes else "start", message, total=self.total, seconds=seconds, **machine)
-        run_on_all_ranks(lambda: reraise(events.failure))
+        run_on_all_ranks(reraise, events.failure)
         if ranks.is_first:
             for line in opening(config, self.plan, self.optimizers, self.data.loader.stream, ranks, path, self.step):
                 say(line)
@@ -336,7 +331,7 @@ class Trainer:
         )
         requests = Requests(*all_reduce_max(list(local)))
         if requests.failed_log:
-            run_on_all_ranks(lambda: reraise(failure))
+            run_on_all_ranks(reraise, failure)
         if requests.failed_save:
             self.saver.wait()  # raises the error, once the save has failed on this rank too
         return requests
@@ -470,7 +465,7 @@ class Trainer:
         state = self.state()  # model and optimizer tensors are filled in place
         # their sizes differ from save to save, and older checkpoints lack some
         varies = ("data.", HISTORY, f"run.{COLLAPSE}")
-        saved = run_on_all_ranks(lambda: empty_tensors(path, varies))
+        saved = run_on_all_ranks(empty_tensors, path, varies)
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
         state = {key: tensor for key, tensor in state.items() if key not in own or key in saved}
@@ -491,7 +486,7 @@ class Trainer:
         init = self.config.init
         self.model.init_weights(self.config.run.seed)
         if init.hf:
-            run_on_all_ranks(partial(load_hf, init.hf, into=self.model))
+            run_on_all_ranks(load_hf, init.hf, into=self.model)
         elif init.run:
             self._fork(Path(init.run))
 
