@@ -3,7 +3,7 @@
 A router picks the top K of s + b. The bias b, one number per expert, is not trained: an update rule changes it once per
 optimizer step, from the number of tokens that each expert got in the global batch. There are two rules:
 
-- sign (Nano and Mini, eq. 19-22): a step of fixed size γ towards balance. It can never settle.
+- sign (Nano and Mini, eq. 19-22): a step of fixed size γ towards balance, so it never converges.
 - SMEBU (Large, eq. 23-28): a step that grows with the violation, is bounded by tanh, and is damped by momentum.
 
 Both keep the mean of b at 0: only differences between experts affect the choice. The rules and measures are pure

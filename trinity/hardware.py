@@ -80,7 +80,7 @@ _TABLE = {
 GPUS = {name: gpu._replace(name=name) for name, gpu in _TABLE.items()}
 
 _OTHER_MODELS = {"LAPTOP", "MIG", "SUPER", "TI", "D", "Q"}
-"""A device's name with such a word is another GPU than the one of the same name without it, or a slice of one."""
+"""A device name with one of these words is another GPU than the name without the word, or a slice of one."""
 
 _KEYS = {"tflops": 1e12, "gib": 2**30, "gbs": 1e9, "fp32": 1e12, "link": 1e9, "network": 1e9, "per_node": 1}
 """Keys of --gpu name=…, each with its unit."""

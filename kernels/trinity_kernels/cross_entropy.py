@@ -111,10 +111,10 @@ def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, by.reshape(1), out=gradient.new_empty(gradient.shape, dtype=dtype))
 
 
-def wanted_gradients(
+def required_gradients(
     x_TD: Tensor, weight_VD: Tensor, grad_weight_dtype: torch.dtype | None
 ) -> tuple[bool, bool, torch.dtype]:
-    """Whether this call has to compute dX and dW (neither under no_grad), and the final dtype of dW."""
+    """Whether this call must compute dX and dW (neither under no_grad), and the final dtype of dW."""
     if grad_weight_dtype is None:
         # torch.compile cannot read grad_dtype
         known = weight_VD.is_leaf and not torch.compiler.is_compiling()
@@ -212,7 +212,7 @@ def _linear_cross_entropy(
         total: scalar, differentiable. Without gradient, in fp32 (float64 stays float64): ce_T [T] and lse_T [T], both 0
         where ignored, and the largest logit per token [T].
     """
-    gradients = wanted_gradients(x_TD, weight_VD, grad_weight_dtype)
+    gradients = required_gradients(x_TD, weight_VD, grad_weight_dtype)
     return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, z, *gradients)
 
 

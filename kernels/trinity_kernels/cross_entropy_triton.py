@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trinity_kernels.cross_entropy import IGNORE, forward_in_chunks, scaled_gradients, wanted_gradients
+from trinity_kernels.cross_entropy import IGNORE, forward_in_chunks, required_gradients, scaled_gradients
 from trinity_kernels.language import tl, triton
 
 
@@ -142,5 +142,5 @@ def linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See trinity_kernels.linear_cross_entropy; in fp32, fp16 or bf16."""
-    gradients = wanted_gradients(x_TD, weight_VD, grad_weight_dtype)
+    gradients = required_gradients(x_TD, weight_VD, grad_weight_dtype)
     return _forward(x_TD, weight_VD, targets_T, z, *gradients)[:4]

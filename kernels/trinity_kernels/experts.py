@@ -10,7 +10,7 @@ gathered x, the activations or the outputs. With dA' = dy_gathered·W2: dA = s·
 dH = dSwiGLU(dA, H), dW1 = dHᵀ·x_gathered.
 Triton (experts_triton.py): gathering and SwiGLU happen inside the matrix products, and H may be computed again.
 
-Under expert parallelism some of a token's experts are on other ranks. Such a choice is −1, takes no row and gets no
+Under expert parallelism some of a token's experts are on other ranks. Their choices are −1, take no row and get no
 gradient. The caller passes the number of remaining choices, so that the host does not wait for a count.
 
 Shapes: T tokens, D width, E experts, F expert width, K active experts, R rows sorted by expert, one per choice that is

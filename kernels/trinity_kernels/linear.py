@@ -1,8 +1,8 @@
 """The linear layer without bias: y = x·Wᵀ, also on CPUs without bf16 arithmetic.
 
-Such a CPU multiplies bf16 matrices at a fifth of its fp32 speed. There the operands are cast to fp32 and the result is
-rounded once: the product of two bf16 numbers is exact in fp32, and accelerators accumulate in fp32 too, so the meaning
-is the same.
+A CPU without bf16 arithmetic multiplies bf16 matrices at a fifth of its fp32 speed. There the operands are cast to fp32
+and the result is rounded once: the product of two bf16 numbers is exact in fp32, and accelerators accumulate in fp32
+too, so the meaning is the same.
 Saved for backward: x and W in their own dtype. There is no Triton version: torch's product is used everywhere.
 
 Shapes: ... any leading dimensions, I input width, O output width.

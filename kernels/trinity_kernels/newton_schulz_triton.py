@@ -159,7 +159,7 @@ def _symmetric(
 
 
 def _tiles(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of [N, rows, columns] whose tiles lie in one matrix each."""
+    """Descriptor of [N, rows, columns] whose tiles are in one matrix each."""
     return TensorDescriptor.from_tensor(x, [1, rows, columns])
 
 

@@ -11,9 +11,9 @@ from trinity.config.run import DataPhaseConfig, RampEntryConfig
 from trinity.errors import UserError
 
 
-def refusal(before: RunConfig, now: RunConfig, accepted: list[str], seen: int = 0) -> str:
+def refusal(before: RunConfig, now: RunConfig, accepted: list[str], tokens_read: int = 0) -> str:
     with pytest.raises(UserError) as caught:
-        check_changes(before, now, seen, accepted, "runs/mine")
+        check_changes(before, now, tokens_read, accepted, "runs/mine")
     return str(caught.value)
 
 
@@ -82,17 +82,17 @@ def test_phases_that_have_begun_are_fixed_and_later_ones_free() -> None:
     now = config(DataPhaseConfig(1000, {"a": 1}), DataPhaseConfig(1500, {"b": 1}))
     assert check_changes(before, now, 1499, [], "runs/mine") == ["data.phases"]
     assert "data phase 2 of runs/mine has begun and must not change (it was added)" in refusal(
-        before, now, [], seen=1500
+        before, now, [], tokens_read=1500
     )
     sentence = refusal(
-        before, config(DataPhaseConfig(1000, {"b": 1}), DataPhaseConfig(2000, packing="rsdb")), [], seen=1000
+        before, config(DataPhaseConfig(1000, {"b": 1}), DataPhaseConfig(2000, packing="rsdb")), [], tokens_read=1000
     )
     assert (
         "data phase 1 of runs/mine has begun and must not change (mixture was {'a': 1.0} and is {'b': 1.0})" in sentence
     )
     assert sentence.endswith("let changes begin after 1000 tokens")
     assert "data phase 1 of runs/mine has begun and must not change (it was removed)" in refusal(
-        before, config(), [], seen=1000
+        before, config(), [], tokens_read=1000
     )
     assert check_changes(before, config(), 999, [], "runs/mine") == ["data.phases"]
 

@@ -15,7 +15,7 @@ from trinity.io.remote_path import RemotePath
 class LocalFileSystem(FileSystem):
     """The library's local file system, except that a failed write raises the system's error, such as a full disk.
 
-    torch.save writes a zip file and goes on after a failed write; it would raise a RuntimeError of its own instead.
+    torch.save writes a zip file, continues after a failed write, and would raise its own RuntimeError instead.
     """
 
     @contextmanager

@@ -38,7 +38,7 @@ ALLOWED = {("torch.distributed.checkpoint.metadata", name) for name in METADATA_
 
 
 def load(state: State, path: AnyPath) -> None:
-    """Fill the given tensors in place, whatever mesh they were saved on; every rank calls this.
+    """Fill the given tensors in place, saved on any mesh; every rank calls this.
 
     Checksums are not compared: CheckpointDirectory.pick_intact and newest_intact did that, once per start.
 

@@ -1,4 +1,4 @@
-"""One run as values: the schema, the report's models, loading, checks, and what may change on resume."""
+"""The config of a run: its schema, the report's models, loading, checks, and which keys may change on resume."""
 
 from trinity.config.load import load_config, save_config, to_yaml
 from trinity.config.model import ZOO, ModelConfig

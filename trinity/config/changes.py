@@ -64,7 +64,7 @@ def rule_of(key: str) -> Rule:
 def check_changes(
     before: RunConfig,
     now: RunConfig,
-    seen: int,
+    tokens_read: int,
     accepted: list[str],
     where: str,
     instead: str = "start a new run in another run.dir",
@@ -73,7 +73,8 @@ def check_changes(
 
     Args:
         before, now: the config of the run so far, and the new one.
-        seen: tokens that the run had seen before its last step; data phases that start at or below have begun.
+        tokens_read: tokens that the run had read before its last step; data phases that start at or below
+            this count have begun.
         accepted: keys given with --accept-change; a key accepts everything below it.
         where: the run directory, for the message.
         instead: what to do to change a fixed key, for the message.
@@ -89,7 +90,7 @@ def check_changes(
     if fixed:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in fixed)
         raise UserError(f"{where} holds a run with another config ({shown}); restore the old value, or {instead}")
-    _check_phases(before, now, seen, where)
+    _check_phases(before, now, tokens_read, where)
     unaccepted = [key for key in changed if rule_of(key) == "accept" and not accepts(accepted, key)]
     if unaccepted:
         shown = ", ".join(f"{key} was {old.get(key)} and is {new[key]}" for key in unaccepted)
@@ -98,9 +99,9 @@ def check_changes(
     return changed
 
 
-def _check_phases(before: RunConfig, now: RunConfig, seen: int, where: str) -> None:
+def _check_phases(before: RunConfig, now: RunConfig, tokens_read: int, where: str) -> None:
     """Refuse changes of data phases that have begun."""
-    old, new = ([p for p in resolved_phases(config.data) if p.tokens <= seen] for config in (before, now))
+    old, new = ([p for p in resolved_phases(config.data) if p.tokens <= tokens_read] for config in (before, now))
     for number, (past, present) in enumerate(zip_longest(old, new)):
         if past is not None and present is not None:
             differing = [name for name in past._fields if getattr(past, name) != getattr(present, name)]
@@ -110,7 +111,7 @@ def _check_phases(before: RunConfig, now: RunConfig, seen: int, where: str) -> N
         if shown:
             raise UserError(
                 f"data phase {number} of {where} has begun and must not change ({shown}); restore it, and let changes "
-                f"begin after {seen} tokens"
+                f"begin after {tokens_read} tokens"
             )
 
 

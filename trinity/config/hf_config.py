@@ -141,7 +141,7 @@ def _layer_types(config: ModelConfig) -> list[str]:
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the keys that transformers too lets a folder leave out."""
+    """Fill in the keys that may be missing for transformers too."""
     missing = {"global_attn_every_n_layers": 4, "num_key_value_heads": raw.get("num_attention_heads")}
     return missing | {key: value for key, value in raw.items() if value is not None or key not in missing}
 

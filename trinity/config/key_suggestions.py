@@ -224,7 +224,7 @@ def unknown_key_hint(key: str) -> str:
 
 
 def _closest(section: str, keys: Iterable[str]) -> list[str]:
-    """Those of the keys that share the most leading sections with `section`; empty if none shares the first one."""
+    """The keys that share the most leading sections with `section`; empty if none shares the first one."""
     parts = section.split(".")
     shared = {key: sum(accumulate(map(eq, parts, key.split(".")), and_)) for key in keys}
     most = max(shared.values(), default=0)

@@ -1,7 +1,7 @@
 """Where a model's sizes come from: the zoo (model.name), a Hugging Face folder (init.hf) or another run (init.run).
 
-init.hf and init.run win over model.name. A size that the config gives as well must be equal to theirs. If the config
-gives every size, as the config that a run saves does, neither the folder nor the run is read.
+init.hf and init.run win over model.name. A size that the config also gives must equal the one of the folder or run. If
+the config gives every size, as a saved config does, neither the folder nor the run is read.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ Sources = list[tuple[str, DictConfig]]
 
 
 def initial_model(sources: Sources) -> ModelConfig:
-    """The sizes that the fields of `model` in the sources then replace.
+    """The model's sizes before the `model` fields of the sources are applied.
 
     Raises:
-        UserError: model.name is unknown; init names what cannot be read, or has another size than the sources give.
+        UserError: model.name is unknown; what init names cannot be read, or has another size than the sources give.
     """
     name, given = _model_name(sources), dict(_given_sizes(sources))
     origin = _init_origin(sources)

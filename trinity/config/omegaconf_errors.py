@@ -71,7 +71,7 @@ def merge_message(error: OmegaConfBaseException, merged: DictConfig, raw: Any, s
 
 
 def _map_hint(key: str) -> str:
-    """How to write the map that `key` is, or lies in; empty for other keys."""
+    """How to write the map that `key` names or belongs to; empty for other keys."""
     map_key = next((name for name in NAMED_MAPS if key == name or key.startswith(f"{name}.")), "")
     value = "WEIGHT" if map_key == "data.mixture" else "PATH"
     return f"; write '{map_key}={{NAME: {value}}}', in quotes and with a space after the colon" if map_key else ""

@@ -37,8 +37,8 @@ class RunSection:
 class InitConfig:
     """Initial weights: random by default, or from a Hugging Face folder (init.hf) or another run (init.run).
 
-    init.hf and init.run also set the model's sizes, and win over model.name; a size given under `model` must be equal
-    to theirs. With either, the first evaluation comes before the first step.
+    init.hf and init.run also set the model's sizes, and win over model.name; a size given under `model` must equal
+    the size there. With either, the first evaluation comes before the first step.
     """
 
     hf: str | None = None

@@ -77,7 +77,7 @@ def run_tasks(
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer with ids beyond the model's: transformers would fail at the first such id.
+    """Refuse a tokenizer with ids beyond the model's: transformers would fail at the first of these ids.
 
     If one of the files is missing, transformers reports it.
     """

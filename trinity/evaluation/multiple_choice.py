@@ -80,7 +80,7 @@ def choice_scores(
 
 
 def accuracies(items: Sequence[Item], scores: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Share of the items whose right choice is the likeliest; of equally likely choices the first counts.
+    """Share of the items whose right choice is the likeliest; of equally likely choices, the first.
 
     Returns:
         "accuracy" by summed log-likelihood, which favours short choices; "accuracy_by_byte" by log-likelihood per UTF-8

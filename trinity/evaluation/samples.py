@@ -28,7 +28,7 @@ def greedy_decode(
     device: torch.device,
     beat: Callable[[], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt by greedy decoding; of equally likely tokens the smaller id is taken.
+    """Continue each prompt by greedy decoding; a tie goes to the smaller id.
 
     Args:
         model: tokens [P, S] → logits [P, S, V]; called `new_tokens` times, sharded or not.

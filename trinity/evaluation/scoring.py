@@ -16,7 +16,7 @@ from trinity_kernels.cross_entropy import IGNORE
 
 
 class Span(NamedTuple):
-    """A text of which the tokens from index `start` on are scored, each given those before it.
+    """A text whose tokens from index `start` on are scored, each given the tokens before it.
 
     tokens: ids; at least two.
     start: from 1 to len(tokens) − 1.

@@ -61,7 +61,7 @@ class ResidualStream:
     """The residual stream x, wrapped in an object in which FSDP2's hooks find no tensor.
 
     In recompute, the hooks of a module that runs after the experts treat the call as a new forward pass and put a view
-    on each input tensor, which the first pass did not have. Selective checkpointing tolerates one such extra view; the
+    on each input tensor, which the first pass did not have. Selective checkpointing tolerates one extra view; the
     sublayer's output already uses it, so x is hidden.
     """
 

@@ -1,6 +1,6 @@
 """The sparse MoE layer (eq. 15-18): sigmoid router with a balancing bias, routed experts, a shared expert.
 
-- Logits, scores and gates in fp32 from fp32 weights, whatever the model computes in.
+- Logits, scores and gates in fp32 from fp32 weights, in any compute dtype.
 - Top-K on score + bias. A gate is the score without the bias, normalised over the K chosen, times the route scale.
 - y = shared(x) + Σ gate·FFN(x). The "+u" inside eq. 15 is not in the released model.
 - Forward changes no state: it returns counts and losses, and the trainer updates the bias once per step.
@@ -102,7 +102,7 @@ class Experts(nn.Module):
     Attributes:
         local_part: function from a weight to its part with this rank's experts; the identity, unless
             trinity.parallel.expert_parallel splits the experts.
-        wide_gradient: keep the weights' gradients in fp32, whatever the weights' dtype, so that Triton adds to them in
+        wide_gradient: keep the weights' gradients in fp32, for any dtype of the weights, so that Triton adds to them in
             place. trinity.parallel.grad_accumulation sets it where gradients stay on this rank over microbatches.
     """
 

@@ -1,6 +1,6 @@
 """Monitor one process of a run: heartbeat, loss spikes, router health, stragglers, goodput.
 
-The trainer calls the monitor before and after each step. The metrics are equal on all ranks, so all ranks come to the
+The trainer calls the monitor before and after each step. The metrics are equal on all ranks, so all ranks make the
 same decision without communication.
 
 Shapes: M MoE layers, E experts.
@@ -34,8 +34,8 @@ class Monitor:
 
     Attributes:
         events: this process's events.jsonl.
-        heartbeat: everything that takes long beats it.
-        spikes: the last ordinary steps.
+        heartbeat: every long operation beats it.
+        spikes: the detector of loss spikes.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory, rank: int, step: int) -> None:
@@ -103,7 +103,7 @@ class Monitor:
         }
 
     def note(self, kind: str, message: str, **fields: Any) -> None:
-        """Write an event that is the same on all ranks: rank 0 does."""
+        """Write an event that is the same on all ranks, from rank 0."""
         if self._is_first:
             self.events.note(kind, message, **fields)
 

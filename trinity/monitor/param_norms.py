@@ -14,7 +14,7 @@ class ParamNorms:
 
     Args:
         optimizers: the kinds of their roles are the groups: matrix, router, experts, embedding, gain, head.
-        group: the ranks that together hold one copy of the model.
+        group: the ranks of one replica of the model.
     """
 
     def __init__(self, optimizers: Optimizers, group: dist.ProcessGroup) -> None:

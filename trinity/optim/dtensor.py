@@ -1,9 +1,9 @@
-"""What the optimizers need to know of a DTensor: this rank's part of it, and the ranks that hold the rest.
+"""DTensors for the optimizers: the local tensor, and the ranks over which its matrices are sharded or replicated.
 
-A mesh dimension does one of three things to a parameter whose last two dimensions are matrices:
+A mesh dimension places a parameter, whose last two dimensions are matrices, in one of three ways:
 
     "replicate"                              replicates it: all ranks along the dimension hold the same part
-    shards a leading dimension (experts)     every matrix lies whole on one rank
+    shards a leading dimension (experts)     every matrix is whole on one rank
     shards one of the last two dimensions    every matrix is spread over the ranks along it, in order, as by torch.chunk
 
 A mesh dimension of size 1 does nothing. No other module of this folder unwraps a DTensor.
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 class MatrixSharding(NamedTuple):
-    """The ranks over which each matrix of a parameter is sharded; the defaults stand for whole matrices.
+    """The ranks over which each matrix of a parameter is sharded; the defaults mean whole matrices.
 
     group: those ranks. ranks: their number. rank: this one's number among them.
     dim: the sharded dimension, -2 rows or -1 columns.
@@ -32,9 +32,9 @@ class MatrixSharding(NamedTuple):
 
 
 def local_tensor(x: Tensor) -> Tensor:
-    """This rank's part of x, not a copy: a DTensor's local tensor (call it under no_grad), any other x itself.
+    """The local tensor of x, not a copy, if x is a DTensor (call it under no_grad); any other x itself.
 
-    The part may be empty, or hold only a part of one of x's matrices (see `matrix_sharding`).
+    The local tensor may be empty, or hold only a part of one of x's matrices (see `matrix_sharding`).
     """
     return x.to_local() if isinstance(x, DTensor) else x
 
@@ -68,7 +68,7 @@ def sharded_dims(x: Tensor) -> Iterator[tuple[int, int]]:
 
     Raises:
         AssertionError: a mesh dimension of several ranks, other than "replicate", does not shard x. A sum over the
-            ranks of one copy of the model would count x once for each of them.
+            ranks of one replica of the model would count x once for each of them.
     """
     if not isinstance(x, DTensor):
         return

@@ -23,12 +23,12 @@ def global_norm(tensors: Iterable[Tensor | None], group: ProcessGroup | None = N
 
     Args:
         tensors: any shapes, DTensors too; pass `p.grad` for p's gradient. None is skipped. All on one device.
-        group: the ranks of one copy of the model, which hold every element of a DTensor exactly once; all of them call
-            this. A tensor that is not a DTensor counts on each rank. None: the norm of this rank's tensors only.
+        group: the ranks of one replica of the model, which hold every element of a DTensor exactly once; all of them
+            call this. A tensor that is not a DTensor counts on each rank. None: the norm of this rank's tensors only.
     Returns:
         A scalar, fp32, or float64 if any tensor is; 0 for no tensors. The same on all ranks of the group.
     Raises:
-        AssertionError: a DTensor that several ranks of a copy replicate; its elements would count more than once.
+        AssertionError: a DTensor that several ranks of a replica hold in full; its elements would count more than once.
     """
     parts = []
     for x in tensors:
@@ -54,7 +54,7 @@ def clip_(grads: Iterable[Tensor | None], norm: Tensor, max_norm: float) -> None
 
     Args:
         grads: any shapes and dtypes, DTensors too (each rank multiplies its part); None is skipped.
-        norm: scalar, global_norm of these gradients over all ranks of a copy.
+        norm: scalar, global_norm of these gradients over all ranks of a replica.
         max_norm: the largest norm allowed, > 0; math.inf never clips.
     """
     parts = [local_tensor(grad) for grad in grads if grad is not None]

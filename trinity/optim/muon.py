@@ -1,6 +1,6 @@
 """Muon (eq. 41): momentum, orthogonalized, for every matrix of the hidden layers. Read `muon_reference.py` first.
 
-A parameter's role says which matrices it holds, not its shape: it may pack several in its rows (q, k, v and gate) or
+A parameter's role, not its shape, says which matrices it holds: it may pack several in its rows (q, k, v and gate) or
 stack them in its leading dimensions (experts). Each matrix is orthogonalized alone. Matrices of one shape, from all
 parameters, go through Newton-Schulz together, in batches of at most BATCH_BYTES.
 
@@ -16,7 +16,7 @@ momentum for hundreds of steps. With starved="decay", the orthogonalized update 
 for k steps in a row is multiplied by μᵏ, the factor by which its momentum has shrunk since its last gradient. With
 "full" it is not. Weight decay applies in both cases. Not from the report: it does not treat starved experts.
 
-Over a mesh. Momentum, decay and the update are elementwise on each rank's shards. Matrices that lie whole on a rank
+Over a mesh. Momentum, decay and the update are elementwise on each rank's shards. Matrices that are whole on a rank
 (experts) are orthogonalized there. A sharded matrix is sent to its owner (`muon_layout.py`), and the result back, while
 other batches are computed (`muon_comm.py`). Replicas may share the work.
 """

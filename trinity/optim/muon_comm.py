@@ -1,9 +1,9 @@
 """Communication of Muon: matrices to their owners and back, results among replicas, overlapped with computation.
 
 A job is a generator that updates one batch and yields where it would wait for a transfer; `overlap` keeps several in
-flight. Every rank must run the same jobs in the same order, and a job must yield equally often on all ranks, whatever a
-rank holds or owns: then all ranks call the collectives of every group in one order. The code is the same for gloo and
-NCCL. A generator's local variables keep the tensors of a transfer alive until it is complete.
+flight. Every rank must run the same jobs in the same order, and a job must yield equally often on all ranks, even on
+a rank that holds or owns nothing: then all ranks call the collectives of every group in one order. The code is the same
+for gloo and NCCL. A generator's local variables keep the tensors of a transfer alive until it is complete.
 
 Shapes: N matrices of a batch on their owner, k of them on one replica, each [m, n]; flat tensors hold this rank's
 shards one after the other.

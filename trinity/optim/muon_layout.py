@@ -1,11 +1,11 @@
 """The static layout of a Muon step: which matrices go through Newton-Schulz as one batch, and on which rank.
 
-Newton-Schulz needs whole matrices. A matrix that lies whole on a rank is orthogonalized there. A matrix that is sharded
+Newton-Schulz needs whole matrices. A matrix that is whole on one rank is orthogonalized there. A matrix that is sharded
 over ranks has one owner among them. Owners are assigned by cost, the most expensive matrix first, each to the rank with
 the least load so far, over all shapes. A batch holds matrices of one shape, up to a number of bytes on each owner, and
 one all-to-all each way moves it. Every rank computes the same layout without communication.
 
-FSDP shards the rows of a fused parameter as a whole, not matrix by matrix, so a matrix may lie on some ranks only:
+FSDP shards the rows of a fused parameter as a whole, not matrix by matrix, so some ranks may hold no row of a matrix:
 
     rows of the parameter   |     q      | k | v |    gate    |
     ranks                   |    0    |    1    |    2    | 3 |      ⌈rows/4⌉ each; the last may have fewer, or none
@@ -29,7 +29,7 @@ MatrixShard = tuple[slice, slice]  # the rows and columns of a matrix that a ran
 
 
 class MatrixStack(NamedTuple):
-    """Consecutive matrices of one parameter, or this rank's shards of them, as they lie in its memory.
+    """Consecutive matrices of one parameter, or this rank's shards of them, as laid out in its memory.
 
     The local tensor [*batch, rows, n] is a stack of prod(batch) entries. first, length: the entries. rows: the rows of
     each entry that make the matrix.
@@ -74,7 +74,7 @@ class MatrixBatch(NamedTuple):
 
     stacks: this rank's parts of them, in the order in which they are sent to the owners.
     replicas: the ranks that hold the same parts, None if there are none.
-    exchange: None where every matrix lies whole on its rank.
+    exchange: None where every matrix is whole on one rank.
     """
 
     shape: tuple[int, int]
@@ -113,7 +113,7 @@ def make_batches(roles: list[Role], max_bytes: int) -> list[MatrixBatch]:
 
 
 def assign_owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """The owner of each job: the most expensive first, each to the rank with the least load, of equals the first."""
+    """The owner of each job: the most expensive first, each to the rank with the least load; ties go to the first."""
     owners, loads = [0] * len(costs), [0.0] * ranks
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
         owners[job] = loads.index(min(loads))

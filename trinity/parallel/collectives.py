@@ -1,6 +1,6 @@
 """Agreement among the processes of a run: one rank's error or flag reaches every rank.
 
-A process that leaves alone keeps the others waiting in their next collective. These functions go over gloo, on the CPU:
+A process that exits alone leaves the others waiting in their next collective. These functions go over gloo, on the CPU:
 they need no device and wait for none. Outside of a process group they act on this process alone.
 """
 

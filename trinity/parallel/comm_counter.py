@@ -4,8 +4,8 @@
         train_step(...)
     calls, size = traffic["all_gather", 8]  # over groups of 8 ranks
 
-Every collective passes torch's dispatcher, whether an FSDP hook, a backward pass or plain code calls it, and whichever
-backend runs it. It is counted there.
+Every collective passes torch's dispatcher, whether an FSDP hook, a backward pass or plain code calls it, for any
+backend. It is counted there.
 """
 
 from collections.abc import Iterator

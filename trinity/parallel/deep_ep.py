@@ -102,7 +102,7 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
         per_rank, per_node, per_expert, is_sent, _ = exchange.buffer.get_dispatch_layout(indices_TK, exchange.experts)
-        # received indices count this rank's experts from 0; −1 stands for experts of other ranks
+        # received indices count this rank's experts from 0; −1 marks experts of other ranks
         x_UD, exchange.indices_UK, gates_UK, received, exchange.handle, exchange.event = exchange.buffer.dispatch(
             x_TD, topk_idx=indices_TK, topk_weights=gates_TK, num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_node, is_token_in_rank=is_sent, num_tokens_per_expert=per_expert,

@@ -4,7 +4,7 @@
 
     dense:    ("replicate", "shard")                   "shard" has the ranks of one replica: S = shard · context
     experts:  ("replicate", "expert_shard", "expert")  the same ranks: neighbours ("expert") split the experts, and the
-                                                       ranks of "expert_shard" shard each such share
+                                                       ranks of "expert_shard" shard each share
 
 Rank = replica · S + r, where r is the coordinate in "shard"; r = (coordinate in "expert_shard") · expert + (coordinate
 in "expert").
@@ -63,7 +63,7 @@ class Ranks:
 
     @property
     def copy_group(self) -> dist.ProcessGroup:
-        """The ranks of this replica, which together hold one copy of the model in disjoint shards."""
+        """The ranks of this rank's replica, which together hold the model in disjoint shards."""
         return self.dense.get_group("shard")
 
     @property
@@ -106,8 +106,8 @@ def meshes(model: ModelConfig, world: int) -> Iterator[tuple[int, int, int]]:
 def nearest_mesh(parallel: ParallelConfig, model: ModelConfig, world: int) -> list[str]:
     """The fewest settings, as dotted words, that make a config valid on `world` processes.
 
-    Among meshes with equally few: the one with most shards, which needs the least memory; then the one whose `expert`
-    is as configured, or else the next smaller.
+    Of meshes with equally few settings: the one with the most shards, which needs the least memory; then the one whose
+    `expert` is as configured, or else the next smaller one.
     """
 
     def distance(mesh: tuple[int, int, int]) -> tuple[int, int, bool, int]:

@@ -1,6 +1,6 @@
 """Measure every rank and every link before a long run, on all ranks at the same time, as training would load them.
 
-`preflight_report.py` defines the figures and finds outliers among them.
+`preflight_report.py` defines the measurements and finds outliers among them.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The figures of a preflight, and the outliers: figures far below the median, and versions that differ.
+"""The measurements of a preflight, and outliers: measurements far below the median, and versions that differ.
 
     gemm   n × n matrix products (bf16 on a GPU, fp32 on a CPU), 2n³ operations each, in TFLOP/s
     copy   a tensor copied within the device's memory; bytes read + bytes written, in GB/s
@@ -19,17 +19,17 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 RANK_FIGURES = {"gemm": "TFLOP/s", "copy": "GB/s"}
-"""Figures of each rank, with their units."""
+"""Measurements of each rank, with their units."""
 NODE_FIGURES = {"node_bus": "GB/s", "pair_bus": "GB/s"}
-"""Figures that the ranks of a node share (bus bandwidths), with their units."""
+"""Measurements that the ranks of a node share (bus bandwidths), with their units."""
 VERSIONS = ("python", "torch", "triton", "cuda", "nccl", "driver", "device")
 
 Report = dict[str, Any]
-"""Report of one rank: rank, node, local_rank and host; its VERSIONS; and its figures (None: no link)."""
+"""Report of one rank: rank, node, local_rank and host; its VERSIONS; and its measurements (None: no link)."""
 
 
 class Outlier(NamedTuple):
-    """A slow rank, or (local_rank None) a slow node: name and value of the figure, and the median over all."""
+    """A slow rank, or (local_rank None) a slow node: name and value of the measurement, and the median over all."""
 
     host: str
     local_rank: int | None
@@ -39,7 +39,7 @@ class Outlier(NamedTuple):
 
 
 def find_outliers(reports: list[Report], threshold: float) -> list[Outlier]:
-    """Ranks and nodes more than `threshold` (a fraction) below the median of a figure; slowest first in each figure."""
+    """Ranks and nodes more than `threshold` (a fraction) below the median of a measurement, slowest first in each."""
     outliers = []
     for figure in (*RANK_FIGURES, *NODE_FIGURES):
         by_rank = figure in RANK_FIGURES

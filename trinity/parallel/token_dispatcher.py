@@ -68,7 +68,7 @@ class AllToAll:
 
 
 class _StartDispatch(torch.autograd.Function):
-    """Start a dispatch; in backward, finish a combine. Empty tensors ("tickets") stand for the rows in flight."""
+    """Start a dispatch; in backward, finish a combine. Empty tensors ("tickets") represent the rows in flight."""
 
     @staticmethod
     def forward(ctx, exchange: "TokenExchange", *rows: Tensor) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ def check_gpus(config: RunConfig, gpus: int) -> Sizes:
     """The config's mesh on `gpus` GPUs.
 
     Raises:
-        UserError: the mesh, a global batch or the streams do not divide; the message says what does.
+        UserError: the mesh, a global batch or the streams do not divide; the message names values that do.
     """
     check_gpu_count(gpus)
     sizes = check_mesh(config, gpus)
@@ -37,7 +37,7 @@ def check_gpus(config: RunConfig, gpus: int) -> Sizes:
 
 
 def check_batches_for_any_mesh(config: RunConfig, gpus: int) -> None:
-    """Check that global batches and streams divide by `gpus`, whichever mesh is picked.
+    """Check that global batches and streams divide by `gpus`, for any mesh.
 
     Raises:
         UserError: they do not. The message names the nearest GPU counts below and above that do, then the settings

@@ -129,7 +129,7 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu: str | GPU = "h200
 
     Args:
         gpus: number of GPUs; default: the product of the mesh's fixed sizes.
-        gpu: a name in trinity.hardware.GPUS, or a GPU's figures.
+        gpu: a name in trinity.hardware.GPUS, or a GPU.
         pick: if the config's mesh does not fit `gpus`, plan the fastest mesh found that fits in memory.
     Raises:
         UserError: the config does not run on `gpus`; with pick, its batches or streams do not divide by `gpus`.

@@ -89,7 +89,7 @@ class StepSeconds(NamedTuple):
 
 
 def step_work(config: RunConfig, muon: Muon, load: RankLoad, replicas: int) -> StepWork:
-    """FLOPs of one rank's share of a step; `replicas` copies of the model may share Newton-Schulz."""
+    """FLOPs of one rank's share of a step; `replicas` replicas of the model may share Newton-Schulz."""
     flops = flops_per_token(config.model, config.data.sequence_length)
     kept = {"none": set(flops), "block": {"head"}, "selective": {"head", "attention core", "routed experts"}}
     recomputed = {part for part in flops if part not in {"total", "training", *kept[config.recompute]}}

@@ -37,7 +37,7 @@ class Chart(NamedTuple):
     """The specification of one chart.
 
     unit: of the vertical axis.
-    fields: fields of metrics.jsonl → name in the legend; a field that ends in "." stands for all with that prefix.
+    fields: fields of metrics.jsonl → name in the legend; a field that ends in "." means all with that prefix.
     log: logarithmic vertical axis.
     smoothed: the field that is drawn raw and smoothed; "" for none.
     marks: event kinds marked on the first field.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # plotly may not be installed
     from trinity.reporting.curves import RenderedSection
 
 MARKER = "<!-- a report of trinity runs -->"
-"""Stands in the first line of a report; only a file with it may be overwritten."""
+"""Marks the first line of a report; only a file with it may be overwritten."""
 
 
 @dataclass

@@ -116,8 +116,8 @@ def seek_near(stream: SequenceStream, config: RunConfig, step: int) -> None:
         if not complete:
             return
         history = history_of(checkpoints, complete[-1], before)
-        seen = batch_plan(before, history).at(complete[-1] - 1).tokens
-        check_changes(before, config, seen, LEARNING, str(path))
+        tokens_read = batch_plan(before, history).at(complete[-1] - 1).tokens
+        check_changes(before, config, tokens_read, LEARNING, str(path))
         stream.plan = batch_plan(config, history)
         done = [number for number in complete if number <= step]
         if not done:

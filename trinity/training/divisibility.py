@@ -88,7 +88,7 @@ def process_counts(config: RunConfig) -> list[int]:
 def batch_process_counts(config: RunConfig) -> list[int]:
     """Every number of processes for which all global batches and the streams divide on some mesh, smallest first.
 
-    A copy of the model on each process is such a mesh.
+    One replica on each process is always a mesh.
     """
     return divisors(math.gcd(*_split_over_ranks(config).values()))
 

@@ -1,4 +1,4 @@
-"""What a run prints on the console when it starts, and when it ends: progress, places of files, next commands."""
+"""Console messages at the start and the end of a run: settings, progress, locations of files, next commands."""
 
 import shlex
 import shutil

@@ -35,7 +35,7 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def started(self) -> None:
-        """The process group exists: from now on requests wait for the end of a step."""
+        """Record that the process group exists: from now on a stop request waits for the end of a step."""
         self._starting = False
 
     def restore(self) -> None:
@@ -52,7 +52,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def _listen(self) -> None:
-        """Read signal numbers from the pipe: Python writes each on arrival, whatever the main thread does."""
+        """Read signal numbers from the pipe: Python writes each on arrival, even while the main thread blocks."""
         printed = os.environ.get("RANK", "0") != "0"  # rank 0 prints the message
         while numbers := os.read(self._read_end, 16):
             stops = {signal.SIGTERM, signal.SIGINT} & set(numbers)

@@ -105,8 +105,8 @@ class HostCopy:
     """Copy a step's statistics to the host in one asynchronous transfer.
 
     The copy is enqueued when this object is made, behind the work that the device has so far. Work enqueued afterwards
-    runs on the device while the host waits for the copy, so the wait does not idle the device as long as that work
-    takes longer than the host needs to go on.
+    runs on the device while the host waits for the copy, so the device stays busy if that work takes longer than the
+    host needs to enqueue more.
 
     Args:
         stats: on one device; floating point, or integers below 2⁵³.

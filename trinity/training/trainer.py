@@ -71,7 +71,7 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
     Returns:
         the process's exit code, the same on all ranks.
     Raises:
-        UserError: what the user must mend.
+        UserError: a user's mistake, with what to write instead.
     """
     check_mesh(config, mesh.world_size())
     stop_request = StopRequest()
@@ -491,7 +491,7 @@ class Trainer:
             self._fork(Path(init.run))
 
     def _fork(self, path: Path) -> None:
-        """Load the weights of another run, and its optimizer state if init.keep says so."""
+        """Load the weights of another run, and its optimizer state unless init.keep=weights."""
         checkpoints = run_on_rank0(CheckpointDirectory.of_run, path)
         step = checkpoints.pick_intact(self.config.init.step, self.monitor.note)
         kept = ("model.",) if self.config.init.keep == "weights" else ("model.", "optim.")

@@ -90,7 +90,7 @@ class _Weigh(torch.autograd.Function):
 
 
 def _sum_per_token(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None) -> Tensor:
-    """[T, D] in fp32 or float64; a choice of −1 adds nothing, whatever its gate is."""
+    """[T, D] in fp32 or float64; a choice of −1 adds nothing, for any gate."""
     skipped_TK = place_TK < 0
     rows_TKD = wide(rows_RD.index_select(0, place_TK.clamp_min(0).flatten())).view(*place_TK.shape, -1)
     if len(rows_RD) < place_TK.numel():

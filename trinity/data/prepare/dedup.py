@@ -20,7 +20,7 @@ class SeenHashes:
         self._table = np.zeros((max(1024, int(expected / MAX_LOAD)), 2), np.uint64)
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add hashes [m, 2]; returns [m] bool: which were new, of equal ones the first."""
+        """Add hashes [m, 2]; returns [m] bool: which were new; of equal hashes, the first."""
         if self.count + len(hashes) > MAX_LOAD * len(self._table):
             self._grow(self.count + len(hashes))
         _, first = np.unique(hashes, axis=0, return_index=True)

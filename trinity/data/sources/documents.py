@@ -1,8 +1,8 @@
 """Read input files as documents, one after the other, from any position on.
 
 A text file is one document; a line of .jsonl and a row of .parquet are one each (file_formats.py). A document's
-position is (file, item): the number of the file, and of the line or row in it. Reading can start at any position, which
-is all that a killed preparation has to remember. Items before it in its file are read, not parsed.
+position is (file, item): the number of the file, and of the line or row in it. Reading can start at any position, so
+a killed preparation has to store nothing else. Items before it in its file are read, not parsed.
 
 Reading and parsing are separate: read_batches yields raw items, some hundred kilobytes at once, and texts parses them,
 maybe in another process. read_documents does both.

@@ -47,7 +47,7 @@ ZSTD: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
 
 
 class FileKind(NamedTuple):
-    """The documents of a file, and its compression: gzip, zstd, bzip2, xz or None."""
+    """The format of the documents in a file, and its compression: gzip, zstd, bzip2, xz or None."""
 
     name: Literal["text", "jsonl", "parquet"]
     compression: str | None = None

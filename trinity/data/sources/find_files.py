@@ -130,11 +130,11 @@ def choose(paths: Paths, kind: str | None, where: str) -> tuple[Paths, dict[str,
     if kind is None and {"parquet", "jsonl"} <= set(kinds):
         flag = "" if where.startswith("data.") else ", or --kind parquet, jsonl or all"
         raise UserError(f"{where} holds Parquet files and JSON lines; give a pattern for one, as '*.parquet'{flag}")
-    wanted = KINDS if kind == ALL else [kind or next((name for name in KINDS if name in kinds), None)]
-    left: dict[str, Paths] = {name: [] for name in sorted({*kinds} - {*wanted})}
+    chosen = KINDS if kind == ALL else [kind or next((name for name in KINDS if name in kinds), None)]
+    left: dict[str, Paths] = {name: [] for name in sorted({*kinds} - {*chosen})}
     for name in left:
-        left[name] = [path for path, its in zip(paths, kinds) if its == name]
-    return [path for path, its in zip(paths, kinds) if its in wanted], left
+        left[name] = [path for path, path_kind in zip(paths, kinds) if path_kind == name]
+    return [path for path, path_kind in zip(paths, kinds) if path_kind in chosen], left
 
 
 def counted(groups: dict[str, Paths], folder: str = "") -> str:

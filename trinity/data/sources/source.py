@@ -1,4 +1,4 @@
-"""The interface of a source: documents as token ids, whatever they are stored as."""
+"""The interface of a source: documents as token ids, in any storage format."""
 
 from typing import Protocol
 

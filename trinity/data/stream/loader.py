@@ -51,7 +51,7 @@ class Loader:
     """One rank's batches.
 
     Attributes:
-        stream: stands just after the last sequence that was taken.
+        stream: positioned just after the last sequence that was taken.
     """
 
     def __init__(self, stream: SequenceStream, workers: int, ahead: int, pin: bool = False) -> None:

@@ -1,7 +1,7 @@
 """The mixture of sources: which source the next document comes from, in each phase of the run.
 
 The next document comes from the source that is furthest behind its weight, counted in tokens that this stream has drawn
-in this phase; so each source's share follows its weight throughout, whatever the lengths of its documents. A stream
+in this phase; so each source's share follows its weight throughout, for any lengths of its documents. A stream
 starts as if it had already drawn part of a document of each source, a different part in each stream: otherwise all
 streams would begin with the same source, and a phase's first steps would hold one source alone.
 """
@@ -17,7 +17,7 @@ from trinity.errors import UserError
 class LengthBias(NamedTuple):
     """Prefers longer documents: a document of n tokens is taken with probability
     floor + (ceiling − floor)·min(1, n/tokens). The report, for context extension: 1 %, 90 %, 128k tokens. Not from the
-    report, which does not say it: the probability is linear in between.
+    report: the probability is linear in between.
     """
 
     tokens: int
@@ -42,7 +42,7 @@ class Phase(NamedTuple):
     bias: LengthBias | None = None
 
     def furthest_behind(self, drawn: Sequence[int]) -> int:
-        """The source with the largest weight·(all tokens drawn) − (tokens drawn from it); the first of several."""
+        """The source with the largest weight·(all tokens drawn) − (tokens drawn from it); ties go to the first."""
         if len(self.weights) == 1:
             return 0
         total, furthest, most = sum(drawn), 0, -float("inf")

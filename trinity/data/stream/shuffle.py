@@ -5,7 +5,7 @@ takes j = s, s + V, s + 2V, …, so each document is taken once an epoch without
 stream's documents are computed a page at a time, because one alone costs nearly as much as many.
 
 The permutation of [0, n) is a Feistel network on [0, 2^bits), where 2^bits is the next power of two from n on. Each
-round changes one half of the number by a function of the other half, which can be undone whatever the function is. A
+round changes one half of the number by a function of the other half, which can be undone for any function. A
 result of n or more is put through the network again until it is below n ("cycle walking", Black and Rogaway 2002), less
 than twice on average; the result is a permutation of [0, n).
 
@@ -31,7 +31,7 @@ class Page(NamedTuple):
 
     documents: their numbers.
     lengths: their tokens.
-    chances: a random number in [0, 1) for each document, drawn anew every epoch.
+    chances: a random number in [0, 1) for each document, drawn again every epoch.
     """
 
     documents: list[int]

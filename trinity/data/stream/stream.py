@@ -90,7 +90,7 @@ class SequenceStream:
         return row
 
     def row(self, k: int) -> PackedSequence:
-        """Sequence k of the run. Its logical stream must stand just before it, and stands just after it then.
+        """Return sequence k of the run; its logical stream must be just before it, and moves to just after it.
 
         Raises:
             OutOfDocuments: a source has ended before it.
@@ -136,7 +136,7 @@ class SequenceStream:
             self.restore(position)
 
     def seek(self, k: int) -> None:
-        """Go to just before sequence k of the run, by replay from here, or from the start if k lies behind.
+        """Go to just before sequence k of the run, by replay from here, or from the start if k is earlier.
 
         No token is read: replay takes some microseconds a document.
         """
