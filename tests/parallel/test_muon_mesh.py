@@ -359,7 +359,7 @@ def test_norm_and_clip_equal_one_process(processes: Callable, name: str) -> None
 def clipped_gradients(mesh: Mesh, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     gradients = zip(make_gradients(0).values(), FORMS)
     grads = [place(grad.to(dtype), kind, mesh).detach() for grad, (_, kind, _, _) in gradients]
-    norm = global_norm(grads, meshes(mesh).copy_group)
+    norm = global_norm(grads, meshes(mesh).shard_group)
     clip_(grads, norm, 1.5)
     return norm, [full_copy(grad) for grad in grads]
 

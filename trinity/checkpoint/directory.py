@@ -3,6 +3,9 @@
 RUN_DIR/checkpoints/, or the folder that checkpoint.url names
     step_00000100/      one checkpoint (checkpoint.py)
     latest              the name of the newest one, a hint for people: no code reads it
+
+A checkpoint is complete if COMPLETE exists and every file has the size listed there, intact if the checksums agree too,
+and damaged if it has a COMPLETE that its files contradict.
 """
 
 from collections.abc import Callable
@@ -102,10 +105,8 @@ class CheckpointDirectory:
                 damaged.append(f"{checkpoint.path.name} ({reason})")
                 _note_on_rank0(note, step, f"the checkpoint {checkpoint.path} is damaged ({reason}) and is not used")
             else:
-                reason = "as a save that was cut off leaves it"
-                _note_on_rank0(
-                    note, step, f"the checkpoint {checkpoint.path} has no COMPLETE, {reason}, and is not used"
-                )
+                message = "has no COMPLETE, as a save that was cut off leaves it, and is not used"
+                _note_on_rank0(note, step, f"the checkpoint {checkpoint.path} {message}")
         if damaged:
             raise UserError(
                 f"every checkpoint in {self} is damaged: {', '.join(damaged)}; put one back from a copy, "
@@ -129,7 +130,7 @@ class CheckpointDirectory:
         """
         if step is None:
             newest = self.newest_intact(note)
-            return newest or run_on_rank0(self.pick_complete, None)
+            return newest or run_on_rank0(self.pick_complete, None)  # which raises: there is none
         run_on_rank0(self.pick_complete, step)
         reason = self.checkpoint(step).why_damaged()
         if reason:

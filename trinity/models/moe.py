@@ -3,7 +3,7 @@
 - Logits, scores and gates in fp32 from fp32 weights, in any compute dtype.
 - Top-K on score + bias. A gate is the score without the bias, normalised over the K chosen, times the route scale.
 - y = shared(x) + Σ gate·FFN(x). The "+u" inside eq. 15 is not in the released model.
-- Forward changes no state: it returns counts and losses, and the trainer updates the bias once per step.
+- Forward changes no state: it returns counts and losses, and trinity.balancing updates the bias once per step.
 - The dispatcher sends tokens to their experts, on this rank or on others (trinity.parallel.token_dispatcher).
 
 Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts, R tokens that the

@@ -121,7 +121,8 @@ class Monitor:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Restore what state() returned; a detector that an older checkpoint lacks starts empty."""
-        self.spikes.restore(state["spikes"])
+        if "spikes" in state:
+            self.spikes.restore(state["spikes"])
         collapse = {key.removeprefix(COLLAPSE): value for key, value in state.items() if key.startswith(COLLAPSE)}
         if collapse:
             self._collapse.restore(collapse)

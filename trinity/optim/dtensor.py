@@ -55,7 +55,7 @@ def matrix_sharding(x: Tensor) -> MatrixSharding:
     return MatrixSharding(group, group.size(), group.rank(), dim)
 
 
-def replica_group(x: Tensor) -> ProcessGroup | None:
+def replicate_group(x: Tensor) -> ProcessGroup | None:
     """The ranks that hold the same part of x as this one; None if this rank is the only one."""
     if not isinstance(x, DTensor) or "replicate" not in (x.device_mesh.mesh_dim_names or ()):
         return None

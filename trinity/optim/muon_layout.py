@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from trinity.models.param_roles import Role
-from trinity.optim.dtensor import local_tensor, matrix_sharding, replica_group
+from trinity.optim.dtensor import local_tensor, matrix_sharding, replicate_group
 from trinity.optim.newton_schulz import newton_schulz_flops
 
 MatrixShard = tuple[slice, slice]  # the rows and columns of a matrix that a rank holds; may be empty
@@ -98,7 +98,7 @@ def make_batches(roles: list[Role], max_bytes: int) -> list[MatrixBatch]:
     by_ranks: dict[tuple[ProcessGroup | None, ProcessGroup | None, int], list[Matrix]] = defaultdict(list)
     for role in roles:
         itemsize = torch.promote_types(role.parameter.dtype, torch.float32).itemsize
-        key = matrix_sharding(role.parameter).group, replica_group(role.parameter), itemsize
+        key = matrix_sharding(role.parameter).group, replicate_group(role.parameter), itemsize
         by_ranks[key] += _matrices(role)
     local: list[MatrixBatch] = []
     exchanged: list[MatrixBatch] = []

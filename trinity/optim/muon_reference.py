@@ -24,7 +24,7 @@ from trinity_kernels.newton_schulz import Triple
 
 
 class ReferenceMuon(torch.optim.Optimizer):
-    """Muon without sharding. Arguments and state ("momentum", "starved_steps") are those of `muon.Muon`.
+    """Muon without sharding. State ("momentum", "starved_steps") and arguments are those of `muon.Muon` on one process.
 
     Args:
         roles: the parameters to update, none of them a DTensor.
@@ -69,12 +69,12 @@ class ReferenceMuon(torch.optim.Optimizer):
         state["momentum"].mul_(self.momentum).add_(gradient)
 
         u = gradient + self.momentum * state["momentum"] if self.nesterov else state["momentum"]
-        update = torch.cat([self._orthogonal(matrix) for matrix in u.split(role.rows, dim=-2)], dim=-2)
+        update = torch.cat([self._scaled_orthogonal(matrix) for matrix in u.split(role.rows, dim=-2)], dim=-2)
         if role.kind == "experts":
             update *= self._starved_factor(state, gradient)
         weight.mul_(1 - lr * self.weight_decay).sub_(lr * update)
 
-    def _orthogonal(self, u: Tensor) -> Tensor:
+    def _scaled_orthogonal(self, u: Tensor) -> Tensor:
         """√max(1, m/n)·O for matrices u [..., m, n]."""
         m, n = u.shape[-2:]
         return math.sqrt(max(1.0, m / n)) * newton_schulz(u, self.triples, self.dtype)

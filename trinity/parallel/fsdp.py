@@ -1,6 +1,6 @@
 """FSDP2 for the model, with a mixed-precision policy per part of a block.
 
-One bf16 policy for a whole block would silently convert router, gains and every buffer to bf16. So each block has three
+One bf16 policy for a whole block would silently convert router and gains to bf16. So each block has three
 FSDP groups: norms and router in fp32, experts, and the rest, the last two in the compute dtype. FSDP never casts
 inputs: each operation chooses its own precision.
 
@@ -116,6 +116,9 @@ def _prefetch(model: Trinity) -> None:
 
 
 def _groups(block: Block) -> list[nn.Module]:
-    """A block's FSDP groups in forward order, the block itself last."""
+    """A block's FSDP groups in forward order, the block itself last.
+
+    FSDP keeps the group of norms and router on its first module, attention_norm.
+    """
     experts: list[nn.Module] = [block.ffn.experts] if isinstance(block.ffn, MoE) else []
     return [block.attention_norm, *experts, block]

@@ -62,7 +62,7 @@ class Ranks:
         return self.world
 
     @property
-    def copy_group(self) -> dist.ProcessGroup:
+    def shard_group(self) -> dist.ProcessGroup:
         """The ranks of this rank's replica, which together hold the model in disjoint shards."""
         return self.dense.get_group("shard")
 

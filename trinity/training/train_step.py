@@ -1,4 +1,4 @@
-"""One training step, in the report's order: microbatches → clip → Muon and AdamW → balancing → metrics.
+"""One training step, in the report's order: microbatches, norm, statistics, clip, Muon and AdamW, biases.
 
 The loss of a step is the mean over the valid targets of its global batch. They are counted first, over all ranks. Every
 microbatch divides its loss sum by that count and gradients are added up, so the result depends neither on the
@@ -54,7 +54,7 @@ def train_step(
     valid = _all_reduce_count(valid_B.sum())
     losses = _forward_and_backward(model, batch, valid, config, ranks, hooks)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm = global_norm(gradients, ranks.copy_group)
+    grad_norm = global_norm(gradients, ranks.shard_group)
     stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds)
     biases = balancing.next_biases(moe_layers(model), total_counts(losses), config.balancing)
     if biases is not None:

@@ -34,7 +34,7 @@ from trinity.monitor.attention_probe import probe_attention
 from trinity.monitor.events import Events
 from trinity.monitor.hooks import StepResult
 from trinity.monitor.loggers import JsonLines, Logger, open_loggers
-from trinity.monitor.monitor import COLLAPSE, Monitor
+from trinity.monitor.monitor import Monitor
 from trinity.monitor.param_norms import ParamNorms
 from trinity.monitor.profiler import Profiler
 from trinity.optim.lr_schedule import lr_fraction
@@ -80,6 +80,7 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
         stop_request.started()
         path = run_directory(config)
+        # before the directory is made, unless the refusal is to be recorded in it
         records_refusal = run_on_rank0(_records_refusal, path)
         if not records_refusal:
             run_on_all_ranks(check_prerequisites, config, ranks)
@@ -173,7 +174,7 @@ class Trainer:
             self.data = open_data(with_tokenizer(config, tokenizer), ranks, self.plan, origin.step)
         self.model = build_model(config, self.ranks)
         self.optimizers = make_optimizers(config, self.model)
-        self.norms = ParamNorms(self.optimizers, ranks.copy_group)
+        self.norms = ParamNorms(self.optimizers, ranks.shard_group)
         self.step, self.bad_steps, self.rollbacks = origin.step, 0, 0
         self._checkpoint_seconds: float | None = None  # that the last save stalled training; logged with the next step
         self._last_record: dict[str, Any] = {}
@@ -234,7 +235,7 @@ class Trainer:
             if record["spike"] and config.health.spike.action == "rollback":
                 if not self._roll_back():
                     return self._give_up("spikes come again after every way back")
-                continue
+                continue  # the step is undone, so it is not logged
             is_last = self._is_finished()
             if self._is_due(config.evaluation.every) or (is_last and config.evaluation.every):
                 record |= self._validate()
@@ -337,10 +338,10 @@ class Trainer:
         return requests
 
     def _is_finished(self) -> bool:
-        """Whether all steps are made, or the data has ended on some rank; sources that repeat never end."""
+        """Whether all steps are made, or the data has ended on some rank; every rank calls this."""
         if self.step >= self.total:
             return True
-        if self.config.data.exhausted == "repeat":
+        if self.config.data.exhausted == "repeat":  # the data never ends
             return False
         return bool(all_reduce_max([self.data.loader.ended(self._rows_per_rank())])[0])
 
@@ -463,8 +464,8 @@ class Trainer:
     def _load(self, path: AnyPath, with_data: bool = True) -> None:
         """Load a checkpoint of a run; without its place in the data for a rollback."""
         state = self.state()  # model and optimizer tensors are filled in place
-        # their sizes differ from save to save, and older checkpoints lack some
-        varies = ("data.", HISTORY, f"run.{COLLAPSE}")
+        # their sizes differ from save to save, and checkpoints of older versions lack some
+        varies = ("data.", HISTORY, *(f"run.{name}" for name in self.monitor.state()))
         saved = run_on_all_ranks(empty_tensors, path, varies)
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}

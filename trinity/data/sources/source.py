@@ -12,7 +12,9 @@ class Source(Protocol):
         documents, tokens: how many; BOS counts as a token.
         lookahead: documents whose lengths are requested at once.
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer.
-        fingerprint: hash of the content.
+        fingerprint: hash of the content, 32 hexadecimal digits.
+
+    Optional method `keep_lengths(documents, lengths)`: the loader calls it with lengths that a worker has asked for.
     """
 
     lookahead: int

@@ -38,7 +38,7 @@ class OutOfDocuments(Exception):
 
 
 class LogicalStream:
-    """One of the V streams.
+    """One of the run's logical streams (data.streams).
 
     Attributes:
         open: documents that are being read: [source, document, tokens read, its length] each.
@@ -54,28 +54,28 @@ class LogicalStream:
         self.documents_taken, self.tokens_read = [0] * count, [0] * count
         self._tokens_drawn = [0] * count  # in this phase, head start included
         self._phase = -1
-        self._draws = 0
+        self._randoms_used = 0
         self._random_page: tuple[int, list[int]] = (-1, [])
         self._random_key = random_key(order.seed, number, "rsdb")
         self._page_sizes = [order.page_size(source) for source in range(count)]
         self._pages: list[tuple[int, Page]] = [(0, Page([], [], []))] * count  # with the index of their first document
 
-    def pack(self, tokens: int, phase: Phase, number: int) -> list[Piece]:
+    def pack(self, tokens: int, phase: Phase, phase_number: int) -> list[Piece]:
         """The pieces of the next sequence.
 
         Args:
             tokens: length of the sequence.
             phase: how to draw and pack; documents that an earlier phase left open are read on.
-            number: of the phase.
+            phase_number: 0 for the start of the run.
         Raises:
             OutOfDocuments: the sequence cannot be filled; the stream must not be used afterwards.
         """
-        if number != self._phase:
-            self._begin_phase(phase, number)
+        if phase_number != self._phase:
+            self._begin_phase(phase, phase_number)
         names, size, pieces = self.order.names, phase.rsdb_size, []
         while tokens:
             if len(self.open) <= size:
-                self._fill(phase, 2 * size or 1)
+                self._fill(phase, 2 * size or 1)  # sequential packing has size 0: one open document
             at = self._random_below(len(self.open)) if size else 0
             document = self.open[at]
             source, index, start, length = document
@@ -101,17 +101,19 @@ class LogicalStream:
 
     def _random_below(self, n: int) -> int:
         """The stream's next random number in [0, n): its next 64 random bits, times n, shifted down by 64."""
-        page, at = divmod(self._draws, RANDOM_PAGE)
+        page, at = divmod(self._randoms_used, RANDOM_PAGE)
         if self._random_page[0] != page:
             counters = np.arange(page * RANDOM_PAGE, (page + 1) * RANDOM_PAGE)
             self._random_page = page, random_bits(self._random_key, counters).tolist()
-        self._draws += 1
+        self._randoms_used += 1
         return self._random_page[1][at] * n >> 64
 
-    def _begin_phase(self, phase: Phase, number: int) -> None:
-        self._phase = number
+    def _begin_phase(self, phase: Phase, phase_number: int) -> None:
+        self._phase = phase_number
         lengths = [self._next_length(source) if weight else 0 for source, weight in enumerate(phase.weights)]
-        begin, self._tokens_drawn = phase.head_start(self.order.names, lengths, self.order.seed, number, self.number)
+        begin, self._tokens_drawn = phase.head_start(
+            self.order.names, lengths, self.order.seed, phase_number, self.number
+        )
         self._draw(phase, begin)
 
     def _draw(self, phase: Phase, source: int | None = None) -> bool:
@@ -152,7 +154,7 @@ class LogicalStream:
         """The stream's position as integers: phase, random numbers drawn, number of sources; for each source its key,
         documents taken, tokens drawn in this phase, tokens read; for each open document the index of its source, its
         number, tokens read, tokens in all."""
-        state = [self._phase, self._draws, len(self.order.names)]
+        state = [self._phase, self._randoms_used, len(self.order.names)]
         for name, *counts in zip(self.order.names, self.documents_taken, self._tokens_drawn, self.tokens_read):
             state += [source_key(name), *counts]
         for document in self.open:
@@ -165,7 +167,7 @@ class LogicalStream:
         Raises:
             UserError: the state has drawn from a source that this stream does not have.
         """
-        self._phase, self._draws, count = state[:HEADER]
+        self._phase, self._randoms_used, count = state[:HEADER]
         begin = HEADER + count * PER_SOURCE
         indices = {source_key(name): index for index, name in enumerate(self.order.names)}
         self.documents_taken, self._tokens_drawn, self.tokens_read = ([0] * len(indices) for _ in range(3))

@@ -1,0 +1,30 @@
+"""docs/metrics.md names exactly the fields that a run with everything switched on writes."""
+
+import json
+import re
+from pathlib import Path
+
+from tests.docs.markdown_pages import DOCS
+from tests.training.run_files import MEASURED, train
+
+UNSEEN = {"mfu"}
+"""Written on a GPU whose peak rate is known."""
+
+
+def test_fields_of_metrics(settings: dict) -> None:
+    """Names and which are measured; NAME and GROUP stand for any last part."""
+    text = (DOCS / "metrics.md").read_text().split("## Fields of metrics.jsonl")[1]
+    rows = re.findall(r"^\| (`[^|]*`) \| (.*) \|$", text, re.MULTILINE)
+    described = {name: "*measured*" in meaning for names, meaning in rows for name in re.findall(r"`([^`]+)`", names)}
+    words = ["log.probe_every=2", "log.norms_every=2", "checkpoint.asynchronous=false"]
+    assert train(settings, *words) == 0
+    lines = (Path(settings["run"]["dir"]) / "metrics.jsonl").read_text().splitlines()
+    written = {_general(name) for line in lines for name in json.loads(line)}
+    assert written | UNSEEN == described.keys()
+    assert {name for name, measured in described.items() if measured} == MEASURED
+
+
+def _general(name: str) -> str:
+    """A field's name with NAME or GROUP in place of a source, a validation set or a parameter group."""
+    first, dot, _ = name.partition(".")
+    return first if not dot else f"{first}.GROUP" if first.endswith("_norm") else f"{first}.NAME"
