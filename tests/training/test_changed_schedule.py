@@ -152,21 +152,6 @@ def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.Monke
     assert metrics(run) == metrics(planned)
 
 
-def test_checkpoints_without_the_state_of_a_detector(
-    settings: dict, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path
-) -> None:
-    """Those of a version before a detector existed: it starts empty, and the training is the same."""
-    from trinity.monitor.monitor import Monitor
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Monitor, "state", lambda _: {})
-        assert train(settings, "run.steps=3", "evaluation.every=0") == 0
-    run = Path(settings["run"]["dir"])
-    assert not [key for key in state(run, 3) if key.startswith(("run.spikes", "run.collapse"))]
-    assert train(settings) == 0
-    assert metrics(run) == metrics(uninterrupted)
-
-
 DECAY = ["optim.schedule.decay=linear", "optim.schedule.decay_start_steps=4", "optim.schedule.decay_steps=null"]
 
 

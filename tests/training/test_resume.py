@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.training.run_files import metrics, state, status, train
+from trinity.monitor.monitor import Monitor
 
 LAST = 8
 
@@ -136,3 +137,16 @@ def test_evaluation_and_checkpoints_change_nothing(settings: dict, uninterrupted
     expected = state(uninterrupted, LAST)
     for name, tensor in state(run, LAST).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_checkpoints_without_the_state_of_a_detector(
+    settings: dict, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path
+) -> None:
+    """Those of a version before a detector existed: it starts empty, and the training is the same."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, "state", lambda _: {})
+        assert train(settings, "run.steps=3", "evaluation.every=0") == 0
+    run = Path(settings["run"]["dir"])
+    assert not [key for key in state(run, 3) if key.startswith(("run.spikes", "run.collapse"))]
+    assert train(settings) == 0
+    assert metrics(run) == metrics(uninterrupted)
