@@ -22,12 +22,15 @@ from trinity.config.hf_config import to_hf_config
 from trinity.config.load import NAMED_MAPS, flatten
 
 CHECKED = [ROOT / "README.md", *PAGES]
+EVERY_PAGE = sorted(
+    path for path in ROOT.rglob("*.md") if path.relative_to(ROOT).parts[0] not in (".venv", "data", "runs", "build")
+)
 UNKNOWN_YET = "add_balancing_rule.md"
 """Its config word is new: test_balancing_page.py loads it with the page's changes."""
 SHELL = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|torchrun|sbatch|kubectl|bash|make|pip|touch|\.) .*", re.DOTALL)
 SECTIONS = set(RunConfig.__dataclass_fields__)
 KEYS = set(flatten(RunConfig()))
-LINK = re.compile(r"\]\(([^)#\s]+)\)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 PLACE = re.compile(r"(?:tools|launch|configs|trinity|tests|docs|kernels)/[\w./-]*")
 WORD = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)(?:=(.*))?", re.DOTALL)
 
@@ -85,13 +88,23 @@ def test_commands(page: Path) -> None:
         assert {word for word in arguments if word.startswith("configs/") and not (ROOT / word).is_file()} == set()
 
 
-@pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_and_files(page: Path) -> None:
-    links = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
-    named = [code for code in inline(page) if PLACE.fullmatch(code)]
-    missing = {link for link in links if not (page.parent / link).exists()}
-    assert missing - {"config.md", "docs/config.md"} == set(), "config.md is generated, and checked where it is"
+    """Links lead to files and, after #, to headings of theirs; paths in inline code exist, generated ones apart."""
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert "://" in link or target.exists(), link
+        if heading:
+            assert heading in headings(target), link
+    named = {code for code in inline(page) if PLACE.fullmatch(code) and "NAME" not in code}
     assert {place for place in named if not (ROOT / place).exists()} == set()
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them: lower case, no punctuation, hyphens for spaces."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
