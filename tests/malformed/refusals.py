@@ -15,7 +15,7 @@ DAMAGE_FOUND = REFUSED_START | {"events.jsonl"}
 
 def snapshot(folder: Path) -> dict[str, tuple]:
     """Path → (mode, size and time, content or link target) for everything below a folder."""
-    found = {}
+    entries = {}
     for path in folder.rglob("*"):
         status = path.lstat()
         if path.is_symlink():
@@ -24,8 +24,8 @@ def snapshot(folder: Path) -> dict[str, tuple]:
             content = path.read_bytes() if path.is_file() else None
         # the entries of a folder are in the snapshot themselves
         stamp = (status.st_size, status.st_mtime_ns) if content is not None else None
-        found[str(path.relative_to(folder))] = (status.st_mode, stamp, content)
-    return found
+        entries[str(path.relative_to(folder))] = (status.st_mode, stamp, content)
+    return entries
 
 
 def refusal(call: Callable[[], object], *folders: Path, gains: set[str] = frozenset()) -> str:

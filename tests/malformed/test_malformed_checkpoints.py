@@ -70,11 +70,11 @@ def test_a_folder_in_place_of_a_file(run: Path, resumed: dict, name: str) -> Non
 
 def of_kind(kind: str, change: Callable[[TensorStorageMetadata], object]) -> Callable[[Metadata], object]:
     """Change the first tensor's description whose name begins so."""
-    return lambda found: change(next(t for name, t in found.state_dict_metadata.items() if name.startswith(kind)))
+    return lambda metadata: change(next(t for name, t in metadata.state_dict_metadata.items() if name.startswith(kind)))
 
 
 def every_file(**values: object) -> Callable[[Metadata], object]:
-    return lambda found: [info.__dict__.update(values) for info in found.storage_data.values()]
+    return lambda metadata: [info.__dict__.update(values) for info in metadata.storage_data.values()]
 
 
 def shrink(tensor: TensorStorageMetadata) -> None:
@@ -86,20 +86,20 @@ def grow(tensor: TensorStorageMetadata) -> None:
 
 
 def without(kind: str) -> Callable[[Metadata], object]:
-    def change(found: Metadata) -> None:
-        del found.state_dict_metadata[next(name for name in found.state_dict_metadata if name.startswith(kind))]
+    def change(metadata: Metadata) -> None:
+        del metadata.state_dict_metadata[next(name for name in metadata.state_dict_metadata if name.startswith(kind))]
 
     return change
 
 
 DESCRIPTIONS = {
-    "a number": (lambda found: 5, "does not describe a checkpoint"),
-    "a dictionary": (lambda found: {}, "does not describe a checkpoint"),
-    "no files": (lambda found: setattr(found, "storage_data", None), "does not describe a checkpoint"),
-    "no tensors": (lambda found: setattr(found, "state_dict_metadata", None), "does not describe a checkpoint"),
-    "bytes": (lambda found: found.state_dict_metadata.update({"model.embed.weight": BytesStorageMetadata()}),
+    "a number": (lambda metadata: 5, "does not describe a checkpoint"),
+    "a dictionary": (lambda metadata: {}, "does not describe a checkpoint"),
+    "no files": (lambda metadata: setattr(metadata, "storage_data", None), "does not describe a checkpoint"),
+    "no tensors": (lambda metadata: setattr(metadata, "state_dict_metadata", None), "does not describe a checkpoint"),
+    "bytes": (lambda metadata: metadata.state_dict_metadata.update({"model.embed.weight": BytesStorageMetadata()}),
               "where all of model.embed.weight is stored"),
-    "a tensor that is a number": (lambda found: found.state_dict_metadata.update({"model.embed.weight": 5}),
+    "a tensor that is a number": (lambda metadata: metadata.state_dict_metadata.update({"model.embed.weight": 5}),
                                   "where all of model.embed.weight is stored"),
     "a tensor nowhere": (of_kind("model.embed", lambda t: t.chunks.clear()), "model.embed.weight is stored"),
     "a tensor twice": (of_kind("model.embed", lambda t: t.chunks.extend(t.chunks)), "model.embed.weight is stored"),
@@ -107,7 +107,8 @@ DESCRIPTIONS = {
     "an enormous tensor": (of_kind("model.embed", grow), "where all of model.embed.weight is stored"),
     "enormous data": (of_kind("data.k", grow), "where all of data.k is stored"),
     "a tensor less": (without("model."), "Missing key in checkpoint state_dict: model.embed.weight"),
-    "a place less": (lambda found: found.storage_data.pop(MetadataIndex("model.embed.weight", torch.Size([0, 0]), 0)),
+    "a place less": (lambda metadata: metadata.storage_data.pop(
+                         MetadataIndex("model.embed.weight", torch.Size([0, 0]), 0)),
                      "does not fit this run's config: KeyError: MetadataIndex(fqn='model.embed.weight'"),
     "a file elsewhere": (every_file(relative_path="../../../nowhere"), "No such file or directory"),
     "a file without name": (every_file(relative_path=5), "does not fit this run's config: TypeError"),
@@ -122,9 +123,9 @@ def describe(run: Path, change: Callable[[Metadata], object]) -> None:
     """Rewrite .metadata of both checkpoints, and what COMPLETE says of it: who lies may compute a checksum too."""
     for step in STEPS:
         path = folder(run, step) / ".metadata"
-        found = pickle.loads(path.read_bytes())
-        made = change(found)
-        path.write_bytes(pickle.dumps(made if isinstance(made, int | dict) else found))
+        metadata = pickle.loads(path.read_bytes())
+        replacement = change(metadata)
+        path.write_bytes(pickle.dumps(replacement if isinstance(replacement, int | dict) else metadata))
         seal(run, step)
 
 

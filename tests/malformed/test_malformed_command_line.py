@@ -70,8 +70,8 @@ def test_runs(refuses: Callable, run: Path, resumed: dict, config_file: Callable
     for path in run.glob("checkpoints/*/COMPLETE"):
         path.write_text("[" * 10**5)
     config = config_file(resumed)
-    said = refuses("launch/pretrain.py", config, keeps=run, gains=DAMAGE_FOUND, noisy=True)
-    assert "every checkpoint in" in said
+    message = refuses("launch/pretrain.py", config, keeps=run, gains=DAMAGE_FOUND, noisy=True)
+    assert "every checkpoint in" in message
     assert "every checkpoint in" in refuses("tools/export_hf.py", run, tmp_path / "out", keeps=run, noisy=True)
     assert "every checkpoint in" in refuses("tools/generate.py", run, "--prompt", "a", keeps=run, noisy=True)
     assert "nowhere" in refuses("tools/report.py", tmp_path / "nowhere", keeps=tmp_path)

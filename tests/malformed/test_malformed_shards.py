@@ -195,13 +195,13 @@ TABLES = {
 
 def both_refuse(path: Path, tokenizer: Path, sentence: str) -> None:
     """As a source that is read as it is, and as input of a preparation; neither changes the file."""
-    elsewhere = path.parent.parent
-    said = refusal(lambda: TextSource([path], tokenizer, cache=elsewhere / "cache"), path.parent)
-    assert sentence in said
-    assert str(path) in said
-    said = refusal(lambda: prepare_data([path], tokenizer, elsewhere / "out"), path.parent)
-    assert sentence in said
-    assert str(path) in said
+    parent = path.parent.parent
+    message = refusal(lambda: TextSource([path], tokenizer, cache=parent / "cache"), path.parent)
+    assert sentence in message
+    assert str(path) in message
+    message = refusal(lambda: prepare_data([path], tokenizer, parent / "out"), path.parent)
+    assert sentence in message
+    assert str(path) in message
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_table_without_text(corpus: SimpleNamespace, texts: Path, name: str) -
 def test_a_tokenizer_that_is_none(corpus: SimpleNamespace, texts: Path, text: str) -> None:
     (texts / "a.jsonl").write_bytes(LINE)
     (texts / "tokenizer.json").write_text(text)
-    said = refusal(lambda: prepare_data([texts / "a.jsonl"], texts, texts.parent / "out"), texts)
-    assert f"{texts / 'tokenizer.json'} cannot be read as a tokenizer" in said
+    message = refusal(lambda: prepare_data([texts / "a.jsonl"], texts, texts.parent / "out"), texts)
+    assert f"{texts / 'tokenizer.json'} cannot be read as a tokenizer" in message
     shutil.copy(corpus.tokenizer / "tokenizer.json", texts)
     prepare_data([texts / "a.jsonl"], texts, texts.parent / "out")

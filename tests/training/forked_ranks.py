@@ -54,13 +54,13 @@ class Ranks:
             self.processes[-1].start()
         alive.close()
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         """The log since this start."""
         return self.log.read_bytes()[self._said_before :].decode() if self.log.exists() else ""
 
     def wait(self) -> list[int]:
         """The exit codes, by rank, once every process is gone, those that prepare data among them."""
-        assert self._alive.poll(SECONDS), f"still there after {SECONDS} s: {self.said()[-3000:]}"
+        assert self._alive.poll(SECONDS), f"still there after {SECONDS} s: {self.log_text()[-3000:]}"
         for process in self.processes:
             process.join()
         return [process.exitcode for process in self.processes]
@@ -95,8 +95,8 @@ def wait_for(condition: Callable[[], bool], started: Ranks) -> None:
     """Wait until a condition holds, while all ranks live."""
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert all(process.is_alive() for process in started.processes), started.said()[-3000:]
-        assert time.monotonic() < deadline, started.said()[-3000:]
+        assert all(process.is_alive() for process in started.processes), started.log_text()[-3000:]
+        assert time.monotonic() < deadline, started.log_text()[-3000:]
         time.sleep(0.002)
 
 

@@ -74,15 +74,15 @@ def start(config: Path, world: int, restarts: int) -> subprocess.Popen:
 
 def pids_below(launcher: int) -> list[int]:
     """The launcher's workers: its children that run pretrain.py."""
-    found = []
+    pids = []
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except FileNotFoundError:
             continue
         if any(word.endswith(b"pretrain.py") for word in words):
-            found.append(int(pid))
-    return found
+            pids.append(int(pid))
+    return pids
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -135,8 +135,8 @@ def main() -> None:
         settings["evaluation"]["every"] = 100
         config = arguments.out / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings))
-        found = soak(config, arguments.out / name, 2, kills)
-        print(name, json.dumps(found | costs(arguments.out / name, found["seconds"])))
+        outcome = soak(config, arguments.out / name, 2, kills)
+        print(name, json.dumps(outcome | costs(arguments.out / name, outcome["seconds"])))
         runs[name] = metrics(arguments.out / name)
     assert [line["step"] for line in runs["killed"]] == list(range(1, arguments.steps + 1))
     assert runs["killed"] == runs["alone"]

@@ -27,8 +27,8 @@ def figures(folder: Path) -> list[dict]:
     return [{k: value for k, value in line.items() if not k.startswith("validation")} for line in metrics(folder)]
 
 
-def said(folder: Path) -> list[str]:
-    """What the run said last, at most three lines."""
+def last_messages(folder: Path) -> list[str]:
+    """The last lines that the run printed, at most three."""
     return folder.with_suffix(".log").read_text().splitlines()[-3:]
 
 
@@ -51,7 +51,7 @@ def test_a_record_that_cannot_be_written(
         (folder / f"{name}.jsonl").symlink_to(small / "record")
         assert run(settings, *words, world=world) == [1] * world
         assert (small / "record").stat().st_size == size
-        *_, before, last = said(folder)
+        *_, before, last = last_messages(folder)
         assert before.startswith(("step ", "rank 0, step "))
         assert last == "error: the disk is full; free some space and run the same command again"
         assert status(folder)["code"] == 1
@@ -87,7 +87,7 @@ def test_an_export_that_does_not_fit(settings: dict, undisturbed: Callable, worl
     with small_disk(folder / "hf", "400k") as small:
         assert run(settings, *words, world=world) == [1] * world
         assert status(folder)["step"] == 8
-        *_, last = said(folder)
+        *_, last = last_messages(folder)
         partial = small / ".step_00000008.partial/model.safetensors"
         assert (
             last == f"error: the disk is full while writing {partial}; free some space and run the same command again"

@@ -74,14 +74,14 @@ def kill_once(settings: dict, world: int, numbers: random.Random) -> tuple[str, 
         if others == "killed":
             started.kill()
         codes = started.wait()
-    assert codes[rank] == -signal.SIGKILL, started.said()[-3000:]
+    assert codes[rank] == -signal.SIGKILL, started.log_text()[-3000:]
     assert set(codes) <= {-signal.SIGKILL, 1}
     return moment, others
 
 
 def wait_for_a_step(started: Ranks, folder: Path) -> None:
     """The next one that this start makes."""
-    wait_for(lambda: "rows a rank in" in started.said(), started)  # metrics.jsonl has been cut back
+    wait_for(lambda: "rows a rank in" in started.log_text(), started)  # metrics.jsonl has been cut back
     before = lines_of(folder / "metrics.jsonl")
     wait_for(lambda: lines_of(folder / "metrics.jsonl") > before, started)
 
@@ -127,15 +127,15 @@ def test_killed_again_and_again(settings: dict, tmp_path: Path, worlds: tuple[in
     compare(folder, alone, last, bound=BOUND if len(worlds) > 1 else 0)
 
 
-def compare(found: Path, expected: Path, last: int, bound: float) -> None:
+def compare(run: Path, expected: Path, last: int, bound: float) -> None:
     """Every figure of every step, and the whole last checkpoint: integers exactly, floats to the bound."""
-    assert len(metrics(found)) == last
-    for line, wanted in zip(metrics(found), metrics(expected), strict=True):
-        floats = {key: value for key, value in wanted.items() if isinstance(value, float)}
+    assert len(metrics(run)) == last
+    for line, expected_line in zip(metrics(run), metrics(expected), strict=True):
+        floats = {key: value for key, value in expected_line.items() if isinstance(value, float)}
         floats = {key: pytest.approx(value, rel=bound, abs=bound) for key, value in floats.items()}
-        assert line == wanted | floats
-    state_of, wanted_of = state(found, last), state(expected, last)
-    assert state_of.keys() == wanted_of.keys()
-    for name, wanted in wanted_of.items():
-        close = bound if wanted.is_floating_point() else 0
-        torch.testing.assert_close(state_of[name], wanted, rtol=close, atol=close, msg=name)
+        assert line == expected_line | floats
+    last_state, expected_state = state(run, last), state(expected, last)
+    assert last_state.keys() == expected_state.keys()
+    for name, tensor in expected_state.items():
+        close = bound if tensor.is_floating_point() else 0
+        torch.testing.assert_close(last_state[name], tensor, rtol=close, atol=close, msg=name)

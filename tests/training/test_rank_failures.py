@@ -59,8 +59,8 @@ def test_a_rank_that_hangs(settings: dict) -> None:
     stacks = (folder / "stacks.rank0.txt").read_text()
     assert "in train_step" in stacks
     assert "waits_for_ever" not in stacks
-    found = events(folder, "heartbeat")
-    assert sorted((event["rank"], event["step"]) for event in found) == [(0, 3), (1, 3)]
+    alarms = events(folder, "heartbeat")
+    assert sorted((event["rank"], event["step"]) for event in alarms) == [(0, 3), (1, 3)]
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -133,7 +133,7 @@ def test_poison_in_the_rows_of_one_rank(settings: dict, tmp_path: Path, action: 
     assert (spike["step"], spike["action"]) == (13, action)
     assert len(events(folder, "rollback")) == (action == "rollback")
     assert [line["skipped"] for line in metrics(folder)] == [action == "skip" and step == 13 for step in range(1, 15)]
-    for line, wanted in zip(metrics(folder), metrics(alone), strict=True):
-        close = {key: pytest.approx(x, rel=1e-10, abs=1e-10) for key, x in wanted.items() if isinstance(x, float)}
-        assert line == wanted | close
+    for line, expected in zip(metrics(folder), metrics(alone), strict=True):
+        close = {key: pytest.approx(x, rel=1e-10, abs=1e-10) for key, x in expected.items() if isinstance(x, float)}
+        assert line == expected | close
     assert state(folder, 14)["data.jumped"].tolist() == [[0, 0]] + [[144, 156]] * (action == "rollback")

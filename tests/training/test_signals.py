@@ -59,6 +59,6 @@ def test_asked_to_stop(settings: dict, uninterrupted: Path, moment: str) -> None
     assert [line["step"] for line in metrics(run)] == list(range(1, saved + 1))
     assert train(settings) == 0
     assert metrics(run) == metrics(uninterrupted)
-    found, expected = state(run, LAST), state(uninterrupted, LAST)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    resumed, expected = state(run, LAST), state(uninterrupted, LAST)
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
