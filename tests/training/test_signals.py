@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from tests.training.fault_injection import nth
+from tests.training.fault_injection import replace_nth_call
 from tests.training.run_files import metrics, state, status, train
 from trinity.checkpoint import checkpoint
 from trinity.data.stream.loader import _Worker
@@ -29,7 +29,7 @@ def asked_before(where: Any, name: str, times: int) -> mock._patch:
         os.kill(os.getpid(), signal.SIGTERM)
         return function(*args, **words)
 
-    return mock.patch.object(where, name, nth(times, function, instead=ask_and_go_on))
+    return mock.patch.object(where, name, replace_nth_call(times, function, instead=ask_and_go_on))
 
 
 # moment: what brings it about, and the step that is saved. 6 rows a step in microbatches of 2, later 12; an
