@@ -22,27 +22,27 @@ STARTERS = ("subprocess", "multiprocessing")
 def starts_processes(item: pytest.Function) -> bool:
     """Whether a collected test starts processes."""
     fixtures = [fixture.func for group in item._fixtureinfo.name2fixturedefs.values() for fixture in group]
-    seen: set[int] = set()
-    return any(leads_to_a_process(function, seen) for function in (item.function, *fixtures))
+    visited: set[int] = set()
+    return any(leads_to_a_process(function, visited) for function in (item.function, *fixtures))
 
 
-def leads_to_a_process(value: Any, seen: set[int] | None = None) -> bool:
+def leads_to_a_process(value: Any, visited: set[int] | None = None) -> bool:
     """Whether a value that a test's code refers to starts a process, directly or through what it refers to.
 
     Args:
         value: any object; functions and classes of the tests are searched.
         seen: ids of functions and classes that were searched before.
     """
-    seen = set() if seen is None else seen
+    visited = set() if visited is None else visited
     if inspect.ismodule(value):
         return value in (subprocess, multiprocessing)
     if isinstance(value, BaseContext) or str(getattr(value, "__module__", None)).split(".")[0] in STARTERS:
         return True
-    if id(value) in seen or not (inspect.isfunction(value) or inspect.isclass(value)) or not _is_of_tests(value):
+    if id(value) in visited or not (inspect.isfunction(value) or inspect.isclass(value)) or not _is_of_tests(value):
         return False
-    seen.add(id(value))
+    visited.add(id(value))
     references = vars(value).values() if inspect.isclass(value) else _references(value)
-    return any(leads_to_a_process(reference, seen) for reference in references)
+    return any(leads_to_a_process(reference, visited) for reference in references)
 
 
 def _is_of_tests(value: Any) -> bool:

@@ -76,7 +76,7 @@ def test_described() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("rtx9999", "--gpu rtx9999 is not known; use one of a100, "),
         ("", "is not known"),
@@ -92,11 +92,11 @@ def test_described() -> None:
         ("name=x,tflops,gib=4,gbs=3", "'tflops' is none of"),
     ],
 )
-def test_refusals(words: str, said: str) -> None:
+def test_refusals(words: str, message: str) -> None:
     """One sentence each; the example description in it is accepted."""
     with pytest.raises(UserError) as refused:
         find_gpu(words)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     for shown in str(refused.value).split("--gpu ")[2:]:
         assert find_gpu(shown.split(" (")[0]).bandwidth == 1e12
 
@@ -108,9 +108,9 @@ def test_this_machine_is_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4090")
     assert this_machine()[:8] == GPUS["rtx-4090"]._replace(memory=25 * 2**30)[:8]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    found = this_machine()
-    assert (found.name, found.memory, found.bf16) == ("Some GPU", 25 * 2**30, GPUS["a100"].bf16)
-    assert "not known" in found.origin
+    gpu = this_machine()
+    assert (gpu.name, gpu.memory, gpu.bf16) == ("Some GPU", 25 * 2**30, GPUS["a100"].bf16)
+    assert "not known" in gpu.origin
 
 
 def test_this_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,15 +29,15 @@ FILES = {name_of(path): path for path in sorted((ROOT / "trinity").rglob("*.py")
 
 def imports(path: Path) -> set[str]:
     """The modules of trinity that a file imports, wherever in it."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name in FILES}
+            imported |= {alias.name for alias in node.names if alias.name in FILES}
         elif isinstance(node, ast.ImportFrom) and node.module in FILES:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in FILES else node.module)
-    return found - {name_of(path)}
+                imported.add(inner if inner in FILES else node.module)
+    return imported - {name_of(path)}
 
 
 IMPORTS = {name: imports(path) for name, path in FILES.items()}

@@ -65,17 +65,17 @@ def ignore(*_: object, **__: object) -> None:
 
 def newest(run: Path) -> tuple[int, list[str]]:
     """The step that a run would resume from, and its warnings; equal by folder and by URL."""
-    step, said = newest_in(CheckpointDirectory.at(run))
-    url_step, url_said = newest_in(at_url(run))
-    assert (url_step, [message.replace("norename://", "") for message in url_said]) == (step, said)
-    return step, said
+    step, warnings = newest_in(CheckpointDirectory.at(run))
+    url_step, url_warnings = newest_in(at_url(run))
+    assert (url_step, [message.replace("norename://", "") for message in url_warnings]) == (step, warnings)
+    return step, warnings
 
 
 def newest_in(checkpoints: CheckpointDirectory) -> tuple[int, list[str]]:
-    said: list[tuple[str, str]] = []
-    step = checkpoints.newest_intact(lambda *words, **_: said.append(words))
-    assert all(kind == "checkpoint_damaged" and "\n" not in message for kind, message in said)
-    return step, [message for _, message in said]
+    warnings: list[tuple[str, str]] = []
+    step = checkpoints.newest_intact(lambda *words, **_: warnings.append(words))
+    assert all(kind == "checkpoint_damaged" and "\n" not in message for kind, message in warnings)
+    return step, [message for _, message in warnings]
 
 
 def at_url(run: Path) -> CheckpointDirectory:
@@ -130,13 +130,13 @@ def test_truncated_file(run: Path, name: str, left: int) -> None:
     """Each file truncated to nothing, to one byte, and by one byte."""
     path = folder_of(run, 6) / name
     path.write_bytes(path.read_bytes()[:left])
-    step, said = newest(run)
+    step, warnings = newest(run)
     if name == "COMPLETE" and left == -1:  # only the newline at the end may be missing
-        assert (step, said) == (6, [])
+        assert (step, warnings) == (6, [])
         return
-    assert (step, len(said)) == (3, 1)
-    assert "is damaged (" in said[0]
-    assert (f"{name} has " if name != "COMPLETE" else "its COMPLETE is missing or cannot be read") in said[0]
+    assert (step, len(warnings)) == (3, 1)
+    assert "is damaged (" in warnings[0]
+    assert (f"{name} has " if name != "COMPLETE" else "its COMPLETE is missing or cannot be read") in warnings[0]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -183,8 +183,8 @@ def test_no_intact_checkpoint(run: Path) -> None:
     )
     for step in (3, 6):
         (folder_of(run, step) / "COMPLETE").unlink()
-    step, said = newest(run)
-    assert (step, len(said)) == (0, 2)
+    step, warnings = newest(run)
+    assert (step, len(warnings)) == (0, 2)
     assert newest(run / "nowhere") == (0, [])
 
 

@@ -48,9 +48,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_metadata_equals_an_ordinary_unpickler(saved: Path) -> None:
     """Names, shapes, dtypes and places equal those that pickle.loads returns."""
     path = saved / ".metadata"
-    found, expected = read_metadata(path), pickle.loads(path.read_bytes())
-    assert found.state_dict_metadata == expected.state_dict_metadata
-    assert found.storage_data == expected.storage_data
+    metadata, expected = read_metadata(path), pickle.loads(path.read_bytes())
+    assert metadata.state_dict_metadata == expected.state_dict_metadata
+    assert metadata.storage_data == expected.storage_data
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in empty_tensors(saved, "").items()}
     assert shapes["data.torch.bfloat16"] == ((3,), torch.bfloat16)
     assert shapes["model.sharded"] == ((4, 2), torch.float32)

@@ -45,12 +45,12 @@ def test_every_tensor_is_read_bit_for_bit(old: Path) -> None:
     expected: dict = {}
     reader = dcp.FileSystemReader(path)
     dcp.state_dict_loader._load_state_dict(expected, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    found = empty_tensors(path, "")
-    load(found, path)
-    assert found.keys() == expected.keys()
-    assert len(found) > 100
+    tensors = empty_tensors(path, "")
+    load(tensors, path)
+    assert tensors.keys() == expected.keys()
+    assert len(tensors) > 100
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(tensors[name], tensor), name
 
 
 def test_load_model(old: Path) -> None:

@@ -171,7 +171,7 @@ def test_store_does_not_answer(settings: dict, tmp_path: Path) -> None:
     assert train(settings, *words) == 0
     before = (run / "metrics.jsonl").read_bytes(), names(url), list(run.glob("config*"))
     for verb in ("ls", "info", "open", "read"):
-        silent = failing(lambda asked, path, verb=verb: PermissionError("forbidden") if asked == verb else None)
+        silent = failing(lambda request, path, verb=verb: PermissionError("forbidden") if request == verb else None)
         with (
             silent,
             pytest.raises(Failure, match=r"cannot be read \(forbidden\); run the same command again to go on$"),
@@ -187,19 +187,19 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
 
 
 def attempt(checkpoints: CheckpointDirectory, at: int) -> tuple[int, str]:
-    """Save step 9 over what there is, the store failing at its request number `at`; (requests, what the save said)."""
-    asked, said = [0], ""
+    """Save step 9 over what there is, the store failing at its request number `at`; (requests, the save's error)."""
+    requests, message = [0], ""
 
     def fail(verb: str, path: str) -> Exception | None:
-        asked[0] += 1
-        return ConnectionError("gone") if asked[0] == at else None
+        requests[0] += 1
+        return ConnectionError("gone") if requests[0] == at else None
 
     with failing(fail):
         try:
             save(state_of(9), checkpoints, 9, keep=1)
         except Failure as failure:
-            said = str(failure)
-    return asked[0], said
+            message = str(failure)
+    return requests[0], message
 
 
 def test_store_fails_at_any_request(tmp_path: Path, group: None) -> None:
@@ -210,8 +210,8 @@ def test_store_fails_at_any_request(tmp_path: Path, group: None) -> None:
         for step in (3, 6):
             save(state_of(step), checkpoints, step, keep=2)
         at += 1
-        requests, said = attempt(checkpoints, at)
-        assert ("(gone); run the same command again to go on" in said) == (at <= requests), at
+        requests, message = attempt(checkpoints, at)
+        assert ("(gone); run the same command again to go on" in message) == (at <= requests), at
         step = checkpoints.newest_intact(lambda *_, **__: None)
         assert bits(checkpoints.path_of(step)) == tensor_bytes(state_of(step)), at
         newest.append(step)
@@ -237,7 +237,7 @@ def test_store_fails_during_a_load(tmp_path: Path, group: None) -> None:
     url = f"norename://{tmp_path}/store/step_00000003/__0_0.distcp"
     for verb in ("open", "read"):
         silent = failing(
-            lambda asked, path, verb=verb: TimeoutError("late") if asked == verb and "__0" in path else None
+            lambda request, path, verb=verb: TimeoutError("late") if request == verb and "__0" in path else None
         )
         state = empty_tensors(checkpoints.path_of(3), "")
         with silent, pytest.raises(Failure) as failure:
@@ -251,16 +251,16 @@ def test_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.Monk
     No local disk is synced: the library would call os.sync for a file without fsync.
     """
     monkeypatch.setattr(os, "sync", lambda: pytest.fail("the whole machine was synced"))
-    checkpoints, asked = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store"), []
+    checkpoints, requests = CheckpointDirectory.at(tmp_path, f"norename://{tmp_path}/store"), []
     save(state_of(3), checkpoints, 3, keep=1)
 
     def note(verb: str, path: str) -> None:
         if verb in ("open", "close", "rm_file", "rm"):
-            asked.append((verb, path.removeprefix(f"{tmp_path}/store/step_0000000")))
+            requests.append((verb, path.removeprefix(f"{tmp_path}/store/step_0000000")))
 
     with failing(note):
         save(state_of(6), checkpoints, 6, keep=1)
-    changes = [(verb, path) for verb, path in asked if path[0] in "36"]
+    changes = [(verb, path) for verb, path in requests if path[0] in "36"]
     complete = changes.index(("open", "6/COMPLETE"))
     for name in ("__0_0.distcp", ".metadata"):
         assert changes.index(("close", f"6/{name}")) < complete
@@ -285,7 +285,7 @@ def test_store_loses_data(tmp_path: Path, group: None) -> None:
 
 def test_local_url(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path or file:// is written like RUN_DIR/checkpoints, and the free space of its disk is checked."""
-    written, asked = [], []
+    written, folders = [], []
     mark_complete, usage = Checkpoint.mark_complete, saver.shutil.disk_usage
 
     def noted(checkpoint: Checkpoint, sums: dict) -> None:
@@ -293,11 +293,11 @@ def test_local_url(settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         mark_complete(checkpoint, sums)
 
     monkeypatch.setattr(Checkpoint, "mark_complete", noted)
-    monkeypatch.setattr(saver.shutil, "disk_usage", lambda folder: (asked.append(folder), usage(folder))[1])
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda folder: (folders.append(folder), usage(folder))[1])
     for url in (f"file://{tmp_path}/shelf", f"{tmp_path}/shelf"):
         assert train(settings, f"checkpoint.url={url}", f"run.steps={len(written) + 1}") == 0
     assert written == [tmp_path / "shelf" / f"step_{step:08d}" for step in (1, 2)]
-    assert asked == [tmp_path / "shelf"]
+    assert folders == [tmp_path / "shelf"]
     assert CheckpointDirectory.of_run(Path(settings["run"]["dir"])).complete_steps() == [1, 2]
     assert not (Path(settings["run"]["dir"]) / "checkpoints").exists()
 

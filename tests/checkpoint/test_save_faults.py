@@ -21,9 +21,9 @@ LAST = 8
 )
 def test_kill_during_a_save(settings: dict, uninterrupted: Path, moment: str) -> None:
     """Resumed to its end, the run has the metrics and state of an undisturbed run, and no remains of checkpoints."""
-    run_folder, (trouble, complete) = Path(settings["run"]["dir"]), MOMENTS[moment]
+    run_folder, (fault, complete) = Path(settings["run"]["dir"]), MOMENTS[moment]
     checkpoints, expected = CheckpointDirectory.at(run_folder), CheckpointDirectory.at(uninterrupted)
-    assert run(settings, *WORDS, trouble=trouble) == [-signal.SIGKILL]
+    assert run(settings, *WORDS, fault=fault) == [-signal.SIGKILL]
     assert status(run_folder)["state"] == "running"
     assert checkpoints.complete_steps() == complete
     assert train(settings, *WORDS) == 0

@@ -39,9 +39,9 @@ def test_named_settings(words: list[str], advised: list[str]) -> None:
     sentence = refusal("smoke", words).rpartition("use ")[2]
     first, *others = re.split(" or (?!less)", sentence.removesuffix(" or less"))
     key = first.partition("=")[0]
-    found = [first, *(other if "=" in other else f"{key}={other}" for other in others)]
-    assert found == advised
-    for word in found:
+    suggestions = [first, *(other if "=" in other else f"{key}={other}" for other in others)]
+    assert suggestions == advised
+    for word in suggestions:
         load_config(CONFIGS / "smoke.yaml", [*words, word])
 
 

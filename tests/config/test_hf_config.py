@@ -27,14 +27,14 @@ def written(config: ModelConfig = CONFIG) -> dict[str, Any]:
 def test_round_trip_directly_and_through_transformers(name: str) -> None:
     """Trinity reads its own config.json and the one that transformers makes from it."""
     config = CONFIGS[name]
-    theirs = AfmoeConfig.from_dict(written(config))
+    hf_config = AfmoeConfig.from_dict(written(config))
     assert from_hf_config(written(config)) == config
-    assert from_hf_config(theirs.to_dict()) == config
-    assert theirs.layer_types == [
+    assert from_hf_config(hf_config.to_dict()) == config
+    assert hf_config.layer_types == [
         "full_attention" if config.is_global(i) else "sliding_attention" for i in range(config.layers)
     ]
-    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+    assert hf_config.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
+    assert (hf_config.bos_token_id, hf_config.eos_token_id, hf_config.pad_token_id) == (0, 1, 2)
 
 
 def test_every_field_of_transformers_is_written() -> None:

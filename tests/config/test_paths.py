@@ -81,13 +81,13 @@ def test_check_paths(tmp_path: Path) -> None:
             return str(error)
         return ""
 
-    gone = str(tmp_path / "ther")
+    missing = str(tmp_path / "ther")
     for name in ("tokenizer", "hf", "run"):
         key = f"data.{name}" if name == "tokenizer" else f"init.{name}"
-        assert refused(**{name: gone}) == f"{key}={gone} does not exist; did you mean {tmp_path / 'there'}?"
-        assert refused(fresh=False, **{name: gone}) == ""
+        assert refused(**{name: missing}) == f"{key}={missing} does not exist; did you mean {tmp_path / 'there'}?"
+        assert refused(fresh=False, **{name: missing}) == ""
     for name in ("train", "validation"):
         for fresh in (True, False):
-            sentence = f"data.{name}.b={gone} does not exist; did you mean {tmp_path / 'there'}?"
-            assert refused(fresh, **{name: {"a": str(tmp_path / "there"), "b": gone}}) == sentence
-        assert refused(**{name: {"a": f"{gone}/*.txt", "b": "s3://bucket/x", "c": "memory://y"}}) == ""
+            sentence = f"data.{name}.b={missing} does not exist; did you mean {tmp_path / 'there'}?"
+            assert refused(fresh, **{name: {"a": str(tmp_path / "there"), "b": missing}}) == sentence
+        assert refused(**{name: {"a": f"{missing}/*.txt", "b": "s3://bucket/x", "c": "memory://y"}}) == ""

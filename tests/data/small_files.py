@@ -40,10 +40,10 @@ def content(folder: Path) -> dict[str, bytes]:
 def decoded(out: Path, tokenizer: Path) -> list[str]:
     """The documents' texts, each checked to begin with BOS and to hold no other."""
     tok, source = load_tokenizer(tokenizer), TokenSource(out)
-    found = []
+    texts = []
     for document in range(source.documents):
         ids = source.read(document, 0, source.length(document)).tolist()
         assert ids[0] == bos_id(tok)
         assert bos_id(tok) not in ids[1:]
-        found.append(tok.decode(ids[1:], skip_special_tokens=False))
-    return found
+        texts.append(tok.decode(ids[1:], skip_special_tokens=False))
+    return texts

@@ -56,12 +56,12 @@ def help_of(tool: str) -> str:
     """What a tool prints for --help, in this process."""
     before, sys.argv = sys.argv, [tool, "--help"]
     try:
-        with redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as ended:
+        with redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / tool), run_name="__main__")
     finally:
         sys.argv = before
     assert ended.value.code == 0
-    return said.getvalue()
+    return output.getvalue()
 
 
 @pytest.mark.parametrize("page", CHECKED, ids=lambda page: page.name)
@@ -76,15 +76,15 @@ def test_commands(page: Path) -> None:
             assert set(re.findall(r"\[(\w+)\]", words[-1])) <= set(extras), words
         if words[0] == "kubectl":
             assert (ROOT / words[-1]).is_file(), words
-        if (found := script(words)) is None:
+        if (tool_call := script(words)) is None:
             continue
-        tool, arguments = found
+        tool, arguments = tool_call
         assert (ROOT / tool).is_file(), tool
         flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
         inner = script(["", *arguments])  # node.py starts another one
         if tool.endswith(".py"):
-            known = help_of(tool) + (help_of(inner[0]) if inner else "")
-            assert {flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", known)} == set(), words
+            help_text = help_of(tool) + (help_of(inner[0]) if inner else "")
+            assert {flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", help_text)} == set(), words
         assert {word for word in arguments if word.startswith("configs/") and not (ROOT / word).is_file()} == set()
 
 
@@ -121,7 +121,7 @@ def test_config_keys(page: Path) -> None:
 def is_key(key: str) -> bool:
     """Whether this is a field, a section, or an entry of a map of names."""
     parent = key.rpartition(".")[0]
-    return key in KEYS or parent in NAMED_MAPS or any(known.startswith(f"{key}.") for known in KEYS)
+    return key in KEYS or parent in NAMED_MAPS or any(existing.startswith(f"{key}.") for existing in KEYS)
 
 
 @pytest.fixture
@@ -142,12 +142,12 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configs_load(page: Path) -> None:
     """The config of each pretrain, plan and show_batch command, with its overrides."""
     for words in commands(page):
-        found = script(words)
-        if found is None or page.name == UNKNOWN_YET:
+        tool_call = script(words)
+        if tool_call is None or page.name == UNKNOWN_YET:
             continue
-        config = next((word for word in found[1] if word.endswith(".yaml")), None)
+        config = next((word for word in tool_call[1] if word.endswith(".yaml")), None)
         if config and "/" in config:
-            load_config(config, [word for word in found[1] if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)])
+            load_config(config, [word for word in tool_call[1] if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)])
 
 
 def test_the_script_for_gpus_has_help(tmp_path: Path) -> None:

@@ -60,12 +60,12 @@ def test_window_cuts_the_beginning_of_a_prompt(exact: Trinity, config: RunConfig
 def test_accuracies() -> None:
     """The sum picks the short choice, the score per byte the long one; é is two bytes; of equal scores the first."""
     items = [Item("", ["a", "bbbb"], 1), Item("", ["é", "ab", "c"], 0), Item("", ["a", "b"], 0)]
-    found = accuracies(items, [[-1.0, -2.0], [-1.0, -1.5, -3.0], [-2.0, -2.0]])
-    assert found["accuracy"] == 2 / 3
-    assert found["accuracy_by_byte"] == 1.0
-    assert found["accuracy_error"] == math.sqrt(2 / 3 * (1 - 2 / 3) / 2)
-    assert found["accuracy_by_byte_error"] == 0
-    assert (found["items"], found["chance"]) == (3, (1 / 2 + 1 / 3 + 1 / 2) / 3)
+    result = accuracies(items, [[-1.0, -2.0], [-1.0, -1.5, -3.0], [-2.0, -2.0]])
+    assert result["accuracy"] == 2 / 3
+    assert result["accuracy_by_byte"] == 1.0
+    assert result["accuracy_error"] == math.sqrt(2 / 3 * (1 - 2 / 3) / 2)
+    assert result["accuracy_by_byte_error"] == 0
+    assert (result["items"], result["chance"]) == (3, (1 / 2 + 1 / 3 + 1 / 2) / 3)
 
 
 def test_read_items(tmp_path: Path) -> None:

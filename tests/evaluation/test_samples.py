@@ -46,17 +46,21 @@ def test_texts_end_with_their_document(config: RunConfig) -> None:
     """Tokens after BOS or EOS belong to another document; an id without a text decodes to nothing."""
     folder = Path(config.data.tokenizer)
     tok = load_text_encoder(folder)
-    bos, said = bos_id(tok), tok.encode(" and more", add_special_tokens=False).ids
+    bos, continuation = bos_id(tok), tok.encode(" and more", add_special_tokens=False).ids
     end = tok.token_to_id("<|end_of_text|>")
     prompts = ["the run", "", "<|begin_of_text|>"]
     lengths = [1 + len(tok.encode(text, add_special_tokens=False).ids) for text in prompts]
     assert lengths[2] > 2, "a special token that is spelled out is text"
-    new = len(said) + 2
-    texts = [[*said, bos, said[0]], [*said, end, said[0]], [511, *said, said[0]]]
+    new = len(continuation) + 2
+    texts = [
+        [*continuation, bos, continuation[0]],
+        [*continuation, end, continuation[0]],
+        [511, *continuation, continuation[0]],
+    ]
     sampler = Sampler(prompts, new, folder, 512)
-    found = sampler(scripted(texts, lengths), CPU)
-    assert found == [
+    samples = sampler(scripted(texts, lengths), CPU)
+    assert samples == [
         {"prompt": "the run", "text": " and more"},
         {"prompt": "", "text": " and more"},
-        {"prompt": "<|begin_of_text|>", "text": " and more" + tok.decode([said[0]])},
+        {"prompt": "<|begin_of_text|>", "text": " and more" + tok.decode([continuation[0]])},
     ]

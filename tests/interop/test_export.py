@@ -27,11 +27,11 @@ from trinity.terminal import Progress
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder by name."""
-    found = {}
+    tensors = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    return found
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    return tensors
 
 
 def forms_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -59,12 +59,12 @@ def test_transformers_computes_the_same(model: Trinity, tmp_path: Path, tokens: 
 
 def test_progress_counts_every_byte(model: Trinity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One update per tensor, up to the bytes in the files without their headers."""
-    seen: list[float] = []
+    updates: list[float] = []
     update = Progress.update_to
-    monkeypatch.setattr(Progress, "update_to", lambda self, done: (seen.append(done), update(self, done)))
+    monkeypatch.setattr(Progress, "update_to", lambda self, done: (updates.append(done), update(self, done)))
     tensors = tensors_in(export_hf(model, tmp_path / "out", dtype=torch.float32, progress=True))
-    assert len(seen) == len(tensors)
-    assert seen[-1] == sum(tensor.nbytes for tensor in tensors.values())
+    assert len(updates) == len(tensors)
+    assert updates[-1] == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_several_files_and_one_hold_the_same(model: Trinity, exported: Path, tmp_path: Path, tokens: Tensor) -> None:
@@ -82,13 +82,13 @@ def test_files_and_index(exported: Path) -> None:
     assert files == [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
     assert len(files) > 5
     parts = {name: tensors_in_file(exported / name) for name in files}
-    assert index["weight_map"] == {tensor: name for name, held in parts.items() for tensor in held}
-    held_bytes = [sum(tensor.nbytes for tensor in held.values()) for held in parts.values()]
-    assert all(size <= 20_000 or len(held) == 1 for size, held in zip(held_bytes, parts.values()))
-    assert all(some + more > 20_000 for some, more in pairwise(held_bytes)), "no two files fit into one"
-    assert max(held_bytes) > 20_000, "the embedding is larger than a file may be, and has one of its own"
-    count = sum(tensor.numel() for held in parts.values() for tensor in held.values())
-    assert index["metadata"] == {"total_parameters": count, "total_size": sum(held_bytes)}
+    assert index["weight_map"] == {tensor: name for name, content in parts.items() for tensor in content}
+    file_bytes = [sum(tensor.nbytes for tensor in content.values()) for content in parts.values()]
+    assert all(size <= 20_000 or len(content) == 1 for size, content in zip(file_bytes, parts.values()))
+    assert all(some + more > 20_000 for some, more in pairwise(file_bytes)), "no two files fit into one"
+    assert max(file_bytes) > 20_000, "the embedding is larger than a file may be, and has one of its own"
+    count = sum(tensor.numel() for content in parts.values() for tensor in content.values())
+    assert index["metadata"] == {"total_parameters": count, "total_size": sum(file_bytes)}
 
 
 def tensors_in_file(path: Path) -> dict[str, Tensor]:
@@ -98,20 +98,20 @@ def tensors_in_file(path: Path) -> dict[str, Tensor]:
 
 
 def test_names_shapes_and_formats_are_those_of_transformers(exported: Path, tmp_path: Path) -> None:
-    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert forms_in(tmp_path / "theirs") == forms_in(exported)
-    saved, ours = tensors_in(tmp_path / "theirs"), tensors_in(exported)
-    assert all(torch.equal(saved[name], ours[name]) for name in saved)
+    hf_model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    hf_model.save_pretrained(tmp_path / "transformers")
+    assert forms_in(tmp_path / "transformers") == forms_in(exported)
+    saved, original = tensors_in(tmp_path / "transformers"), tensors_in(exported)
+    assert all(torch.equal(saved[name], original[name]) for name in saved)
 
 
 def test_router_gains_and_bias_stay_in_fp32(model: Trinity, exported: Path, tmp_path: Path) -> None:
     """In a bf16 export they are bit-equal to fp32; matrices are rounded once."""
     rounded, exact = tensors_in(export_hf(model, tmp_path / "bf16")), tensors_in(exported)
     wide = {name for name in exact if name.endswith(("norm.weight", "router.gate.weight", "expert_bias"))}
-    wanted = {name: tensor if name in wide else tensor.bfloat16() for name, tensor in exact.items()}
-    assert wanted.keys() == rounded.keys()
-    for name, tensor in wanted.items():
+    expected = {name: tensor if name in wide else tensor.bfloat16() for name, tensor in exact.items()}
+    assert expected.keys() == rounded.keys()
+    for name, tensor in expected.items():
         assert rounded[name].dtype == tensor.dtype, name
         assert torch.equal(rounded[name], tensor), name
 
@@ -207,6 +207,6 @@ def test_sharded_model_after_a_forward(ranks: Ranks, exported: Path, tokens: Ten
         sharded(tokens)
     assert sharded.head.weight.dtype == torch.bfloat16
     export_hf(sharded, exported.parent / "sharded", dtype=torch.float32)
-    got, wanted = tensors_in(exported.parent / "sharded"), tensors_in(exported)
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    tensors, expected = tensors_in(exported.parent / "sharded"), tensors_in(exported)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)

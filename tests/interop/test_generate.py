@@ -20,9 +20,9 @@ PROMPT = [5, 250, 17]
 
 def test_greedy_equals_transformers(model: Trinity, exported: Path) -> None:
     """30 tokens, beyond the window of 7; transformers has a key-value cache, Trinity recomputes."""
-    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    hf_model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     prompt = torch.tensor([PROMPT])
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=30)
+    expected = hf_model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=30)
     got = generate(model, PROMPT, 30, temperature=0)
     assert got == expected[0, len(PROMPT) :].tolist()
     assert len(set(got)) > 5, "one token again and again would be no test"

@@ -31,11 +31,11 @@ def expected_state(model: Trinity) -> dict[str, torch.Tensor]:
     return state | {name: torch.zeros_like(t) for name, t in state.items() if name.endswith("expert_momentum")}
 
 
-def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert torch.equal(got[name], tensor), name
+def assert_equal(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert state[name].dtype == tensor.dtype, name
+        assert torch.equal(state[name], tensor), name
 
 
 def test_fp32_comes_back_bit_for_bit(model: Trinity, exported: Path) -> None:
@@ -205,8 +205,8 @@ def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, throu
     snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
     if through_a_link:
         (tmp_path / "short").symlink_to(snapshot)
-    found = load_hf(tmp_path / "short" if through_a_link else snapshot).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    loaded = load_hf(tmp_path / "short" if through_a_link else snapshot).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("to", ["../../../models--another/blobs", "../../refs", "../other", "../../blobs/below"])

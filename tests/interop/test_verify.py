@@ -22,8 +22,8 @@ def test_differences_are_seen(model: Trinity, exported: Path, tokens: Tensor, tm
         model.head.weight.mul_(2)
     doubled = export_hf(model, tmp_path / "doubled", dtype=torch.float32)
     agreement = largest_logit_difference(doubled, exported, tokens)
-    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits
-    assert agreement.largest == theirs.abs().max().item()
+    logits = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)(tokens).logits
+    assert agreement.largest == logits.abs().max().item()
     assert agreement.difference == pytest.approx(agreement.largest, rel=1e-4)
     assert largest_logit_difference(make_model(), exported, tokens).difference < 1e-4 * agreement.largest
 

@@ -217,7 +217,7 @@ ALLOWED = {
 @pytest.mark.parametrize("name", ["trinity", "tools", "launch"])
 def test_no_other_module_writes_files(name: str) -> None:
     """No call outside of trinity/io renames a file, writes one in place, or makes JSON that may hold NaN."""
-    found = set()
+    writes = set()
     for path in (ROOT / name).rglob("*.py"):
         where = str(path.relative_to(ROOT))
         if where.startswith("trinity/io/"):
@@ -227,5 +227,5 @@ def test_no_other_module_writes_files(name: str) -> None:
                 of = ast.unparse(node.func.value)
                 renames = of == "os" and node.func.attr in ("replace", "rename", "fsync")
                 if renames or node.func.attr in NOT_ATOMIC or (of == "json" and node.func.attr == "dumps"):
-                    found.add((where, node.func.attr))
-    assert found <= ALLOWED
+                    writes.add((where, node.func.attr))
+    assert writes <= ALLOWED

@@ -108,13 +108,13 @@ def test_neighbour_pairs(nodes: int) -> None:
 
 def test_three_nodes_measure_one_another(run: Path) -> None:
     """Three launch/node.py with the real torchrun over c10d, one process each: three pairs, no link within a node."""
-    found = run / "found.json"
-    command = ["tools/preflight.py", "--quick", "--threshold", "100", "--json", str(found)]
+    report_file = run / "report.json"
+    command = ["tools/preflight.py", "--quick", "--threshold", "100", "--json", str(report_file)]
     options = ["--nodes=3", f"--port={free_port()}"]
     launchers = [start(run, command, *options, index=index) for index in (2, 1, 0)]
     outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0, 0], outputs
-    written = json.loads(found.read_text())
+    written = json.loads(report_file.read_text())
     assert [(of["rank"], of["node"], of["local_rank"]) for of in written["ranks"]] == [(0, 0, 0), (1, 1, 0), (2, 2, 0)]
     for of in written["ranks"]:
         assert min(of["gemm"], of["copy"], of["pair_bus"]) > 0

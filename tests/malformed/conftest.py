@@ -49,7 +49,7 @@ def finished(recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quick(settings: dict) -> dict:
-    """Turn off what makes a start slow."""
+    """Settings without data workers and evaluation, which make a start slow."""
     settings["data"]["workers"] = 0
     settings["evaluation"] = {"every": 0}
     return settings
@@ -68,8 +68,8 @@ def resumed(run: Path, recipe) -> dict:
 
 
 @pytest.fixture
-def little_memory() -> Iterator[None]:
-    """Limit this process to 1 GiB more memory: a size that a file only claims must not be allocated."""
+def limited_memory() -> Iterator[None]:
+    """Limit this process to 1 GiB more memory, so that allocating a size that a file merely claims fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), hard))

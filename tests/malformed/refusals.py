@@ -1,4 +1,4 @@
-"""Check the refusal of a malformed input: one sentence, exit code 2, and no file of the user changed."""
+"""Check how a malformed input is refused: one sentence, exit code 2, and no file of the user changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,12 @@ from trinity.training.trainer import pretrain
 REFUSED_START = {"lock", "status.json"}
 """Files that a refused start leaves in its run directory (trinity/training/README.md)."""
 DAMAGE_FOUND = REFUSED_START | {"events.jsonl"}
-"""The same, if a damaged checkpoint was found and logged as an event."""
+"""The same, if a damaged checkpoint was logged as an event."""
 
 
 def snapshot(folder: Path) -> dict[str, tuple]:
     """Path → (mode, size and time, content or link target) for everything below a folder."""
-    found = {}
+    entries = {}
     for path in folder.rglob("*"):
         status = path.lstat()
         if path.is_symlink():
@@ -24,19 +24,19 @@ def snapshot(folder: Path) -> dict[str, tuple]:
             content = path.read_bytes() if path.is_file() else None
         # the entries of a folder are in the snapshot themselves
         stamp = (status.st_size, status.st_mtime_ns) if content is not None else None
-        found[str(path.relative_to(folder))] = (status.st_mode, stamp, content)
-    return found
+        entries[str(path.relative_to(folder))] = (status.st_mode, stamp, content)
+    return entries
 
 
-def refusal(call: Callable[[], object], *folders: Path, gains: set[str] = frozenset()) -> str:
-    """The sentence of a call that must fail with exit code 2, without changing the folders.
+def refusal(call: Callable[[], object], *folders: Path, may_change: set[str] = frozenset()) -> str:
+    """The error message of a call that must fail with exit code 2 without changing the folders.
 
     Args:
-        call: the function of a program.
+        call: runs the program's function.
         folders: their content must not change.
-        gains: names directly in a folder that may be added or changed, such as REFUSED_START in a run directory.
+        may_change: names directly in a folder that may be added or changed, such as REFUSED_START in a run directory.
     Returns:
-        the sentence, on one line.
+        the message, one line.
     """
     before = {folder: snapshot(folder) for folder in folders}
     explained = None
@@ -50,10 +50,10 @@ def refusal(call: Callable[[], object], *folders: Path, gains: set[str] = frozen
     code, sentence = explained
     assert code == USER_MISTAKE, sentence
     assert len(sentence.splitlines()) == 1, sentence
-    for folder, then in before.items():
-        now = snapshot(folder)
-        changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
-        assert changed <= gains, (sentence, changed)
+    for folder, old in before.items():
+        new = snapshot(folder)
+        changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+        assert changed <= may_change, (sentence, changed)
     return sentence
 
 
@@ -63,19 +63,19 @@ def train(settings: dict, *words: str) -> int:
     return pretrain(build_config(raw), [])
 
 
-def become_folder(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     """Replace a file by a folder."""
     path.unlink()
     path.mkdir()
 
 
-def become_loop(path: Path) -> None:
+def replace_by_loop(path: Path) -> None:
     """Replace a file by a link to itself."""
     path.unlink()
     path.symlink_to(path)
 
 
-def become_dangling(path: Path) -> None:
+def replace_by_dangling_link(path: Path) -> None:
     """Replace a file by a dangling link."""
     path.unlink()
     path.symlink_to("nowhere")

@@ -1,4 +1,4 @@
-"""Run directories in which something lies: refused by a resume and by tools, or, beside a checkpoint, passed over."""
+"""Malformed run directories: a resume and the tools refuse damaged checkpoints and configs, and ignore other files."""
 
 import json
 import pickle
@@ -23,8 +23,8 @@ def folder(run: Path, step: int) -> Path:
     return run / f"checkpoints/step_{step:08d}"
 
 
-def seal(run: Path, step: int) -> None:
-    """Make COMPLETE agree with the files as they are now."""
+def update_complete(run: Path, step: int) -> None:
+    """Rewrite COMPLETE with the present sizes and checksums of the files."""
     files = {
         path.name: {"bytes": path.stat().st_size, "crc32": f"{zlib.crc32(path.read_bytes()):08x}"}
         for path in folder(run, step).iterdir()
@@ -33,15 +33,15 @@ def seal(run: Path, step: int) -> None:
     (folder(run, step) / "COMPLETE").write_text(json.dumps({"files": files}))
 
 
-def both_refuse(run: Path, resumed: dict, gains: set[str] = REFUSED_START) -> str:
-    """The sentence of a tool that loads the model, which a resume says too."""
+def refusal_of_tool_and_resume(run: Path, resumed: dict, may_change: set[str] = REFUSED_START) -> str:
+    """The error message of a tool that loads the model; a resume must fail with the same message."""
     sentence = refusal(lambda: load_model(run), run)
-    assert refusal(lambda: train(resumed), run, gains=gains) == sentence
+    assert refusal(lambda: train(resumed), run, may_change=may_change) == sentence
     assert str(run) in sentence
     return sentence
 
 
-COMPLETES = [
+MALFORMED_COMPLETE = [
     "", "[]", "null", "{}", '{"files": 5}', '{"files": {}}', '{"files": {"a": {}}}', "\0", "[" * 10**5,
     '{"files": {"../../x": {"bytes": 1, "crc32": "0"}}}', '{"files": {".metadata": {"bytes": null, "crc32": "0"}}}',
     '{"files": {".metadata": {"bytes": 1e999, "crc32": "0"}}}', '{"files": {".metadata": {"bytes": -1, "crc32": "0"}}}',
@@ -50,9 +50,9 @@ COMPLETES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", COMPLETES, ids=range(len(COMPLETES)))
-def test_complete(run: Path, text: str) -> None:
-    """Of both checkpoints: each is named. What a resume asks is the same function; the next test has one."""
+@pytest.mark.parametrize("text", MALFORMED_COMPLETE, ids=range(len(MALFORMED_COMPLETE)))
+def test_malformed_complete(run: Path, text: str) -> None:
+    """Both checkpoints are named if their COMPLETE is malformed. A resume calls the same function (next test)."""
     for step in STEPS:
         (folder(run, step) / "COMPLETE").write_text(text)
     sentence = refusal(lambda: load_model(run), run)
@@ -65,16 +65,16 @@ def test_a_folder_in_place_of_a_file(run: Path, resumed: dict, name: str) -> Non
     for step in STEPS:
         (folder(run, step) / name).unlink()
         (folder(run, step) / name).mkdir()
-    assert f"every checkpoint in {run} is damaged" in both_refuse(run, resumed, DAMAGE_FOUND)
+    assert f"every checkpoint in {run} is damaged" in refusal_of_tool_and_resume(run, resumed, DAMAGE_FOUND)
 
 
-def of_kind(kind: str, change: Callable[[TensorStorageMetadata], object]) -> Callable[[Metadata], object]:
-    """Change the first tensor's description whose name begins so."""
-    return lambda found: change(next(t for name, t in found.state_dict_metadata.items() if name.startswith(kind)))
+def with_tensor(kind: str, change: Callable[[TensorStorageMetadata], object]) -> Callable[[Metadata], object]:
+    """A change of the metadata of the first tensor whose name begins with `kind`."""
+    return lambda metadata: change(next(t for name, t in metadata.state_dict_metadata.items() if name.startswith(kind)))
 
 
-def every_file(**values: object) -> Callable[[Metadata], object]:
-    return lambda found: [info.__dict__.update(values) for info in found.storage_data.values()]
+def with_files(**values: object) -> Callable[[Metadata], object]:
+    return lambda metadata: [info.__dict__.update(values) for info in metadata.storage_data.values()]
 
 
 def shrink(tensor: TensorStorageMetadata) -> None:
@@ -85,74 +85,75 @@ def grow(tensor: TensorStorageMetadata) -> None:
     tensor.size = torch.Size([2**40, 2**10])
 
 
-def without(kind: str) -> Callable[[Metadata], object]:
-    def change(found: Metadata) -> None:
-        del found.state_dict_metadata[next(name for name in found.state_dict_metadata if name.startswith(kind))]
+def remove_tensor(kind: str) -> Callable[[Metadata], object]:
+    def change(metadata: Metadata) -> None:
+        del metadata.state_dict_metadata[next(name for name in metadata.state_dict_metadata if name.startswith(kind))]
 
     return change
 
 
-DESCRIPTIONS = {
-    "a number": (lambda found: 5, "does not describe a checkpoint"),
-    "a dictionary": (lambda found: {}, "does not describe a checkpoint"),
-    "no files": (lambda found: setattr(found, "storage_data", None), "does not describe a checkpoint"),
-    "no tensors": (lambda found: setattr(found, "state_dict_metadata", None), "does not describe a checkpoint"),
-    "bytes": (lambda found: found.state_dict_metadata.update({"model.embed.weight": BytesStorageMetadata()}),
+MALFORMED_METADATA = {
+    "a number": (lambda metadata: 5, "does not describe a checkpoint"),
+    "a dictionary": (lambda metadata: {}, "does not describe a checkpoint"),
+    "no files": (lambda metadata: setattr(metadata, "storage_data", None), "does not describe a checkpoint"),
+    "no tensors": (lambda metadata: setattr(metadata, "state_dict_metadata", None), "does not describe a checkpoint"),
+    "bytes": (lambda metadata: metadata.state_dict_metadata.update({"model.embed.weight": BytesStorageMetadata()}),
               "where all of model.embed.weight is stored"),
-    "a tensor that is a number": (lambda found: found.state_dict_metadata.update({"model.embed.weight": 5}),
+    "a tensor that is a number": (lambda metadata: metadata.state_dict_metadata.update({"model.embed.weight": 5}),
                                   "where all of model.embed.weight is stored"),
-    "a tensor nowhere": (of_kind("model.embed", lambda t: t.chunks.clear()), "model.embed.weight is stored"),
-    "a tensor twice": (of_kind("model.embed", lambda t: t.chunks.extend(t.chunks)), "model.embed.weight is stored"),
-    "a smaller tensor": (of_kind("model.embed", shrink), "where all of model.embed.weight is stored"),
-    "an enormous tensor": (of_kind("model.embed", grow), "where all of model.embed.weight is stored"),
-    "enormous data": (of_kind("data.k", grow), "where all of data.k is stored"),
-    "a tensor less": (without("model."), "Missing key in checkpoint state_dict: model.embed.weight"),
-    "a place less": (lambda found: found.storage_data.pop(MetadataIndex("model.embed.weight", torch.Size([0, 0]), 0)),
+    "a tensor without chunks": (with_tensor("model.embed", lambda t: t.chunks.clear()), "model.embed.weight is stored"),
+    "a tensor twice": (with_tensor("model.embed", lambda t: t.chunks.extend(t.chunks)), "model.embed.weight is stored"),
+    "a smaller tensor": (with_tensor("model.embed", shrink), "where all of model.embed.weight is stored"),
+    "an enormous tensor": (with_tensor("model.embed", grow), "where all of model.embed.weight is stored"),
+    "enormous data": (with_tensor("data.k", grow), "where all of data.k is stored"),
+    "a missing tensor": (remove_tensor("model."), "Missing key in checkpoint state_dict: model.embed.weight"),
+    "a missing storage entry": (lambda metadata: metadata.storage_data.pop(
+                         MetadataIndex("model.embed.weight", torch.Size([0, 0]), 0)),
                      "does not fit this run's config: KeyError: MetadataIndex(fqn='model.embed.weight'"),
-    "a file elsewhere": (every_file(relative_path="../../../nowhere"), "No such file or directory"),
-    "a file without name": (every_file(relative_path=5), "does not fit this run's config: TypeError"),
-    "beyond the file's end": (every_file(offset=10**9), "step_00000006 "),
-    "cut": (every_file(length=3), "step_00000006 "),
-    "before its beginning": (every_file(offset=-5), "step_00000006 "),
-    "no place": (every_file(offset=None), "step_0000"),
+    "a path out of the folder": (with_files(relative_path="../../../nowhere"), "No such file or directory"),
+    "a file without a name": (with_files(relative_path=5), "does not fit this run's config: TypeError"),
+    "beyond the end of the file": (with_files(offset=10**9), "step_00000006 "),
+    "too short": (with_files(length=3), "step_00000006 "),
+    "a negative offset": (with_files(offset=-5), "step_00000006 "),
+    "no offset": (with_files(offset=None), "step_0000"),
 }  # fmt: skip
 
 
-def describe(run: Path, change: Callable[[Metadata], object]) -> None:
-    """Rewrite .metadata of both checkpoints, and what COMPLETE says of it: who lies may compute a checksum too."""
+def rewrite_metadata(run: Path, change: Callable[[Metadata], object]) -> None:
+    """Rewrite .metadata of both checkpoints, and its checksum in COMPLETE, as an attacker could."""
     for step in STEPS:
         path = folder(run, step) / ".metadata"
-        found = pickle.loads(path.read_bytes())
-        made = change(found)
-        path.write_bytes(pickle.dumps(made if isinstance(made, int | dict) else found))
-        seal(run, step)
+        metadata = pickle.loads(path.read_bytes())
+        replacement = change(metadata)
+        path.write_bytes(pickle.dumps(replacement if isinstance(replacement, int | dict) else metadata))
+        update_complete(run, step)
 
 
-@pytest.mark.parametrize("name", DESCRIPTIONS)
-def test_metadata(run: Path, resumed: dict, name: str, little_memory: None) -> None:
-    """What the library would meet with a traceback, with all of the memory, or by leaving weights as they were."""
-    change, expected = DESCRIPTIONS[name]
-    describe(run, change)
-    sentence = both_refuse(run, resumed)
+@pytest.mark.parametrize("name", MALFORMED_METADATA)
+def test_malformed_metadata(run: Path, resumed: dict, name: str, limited_memory: None) -> None:
+    """Metadata with which the library would raise a traceback, exhaust memory, or leave weights unset."""
+    change, expected = MALFORMED_METADATA[name]
+    rewrite_metadata(run, change)
+    sentence = refusal_of_tool_and_resume(run, resumed)
     assert expected in sentence
     assert "step_00000006" in sentence
     assert 'File "' not in sentence
 
 
 @pytest.mark.parametrize("kind", ["optim.", "data.k", "data.jumped", "data.stream", "run.step", "run.random", "run.sp"])
-def test_state_that_is_missing(run: Path, resumed: dict, kind: str) -> None:
-    """What a tool does not read and a resume cannot do without."""
-    describe(run, without(kind))
-    sentence = refusal(lambda: train(resumed), run, gains=REFUSED_START)
+def test_missing_state(run: Path, resumed: dict, kind: str) -> None:
+    """Tensors that no tool reads but a resume needs."""
+    rewrite_metadata(run, remove_tensor(kind))
+    sentence = refusal(lambda: train(resumed), run, may_change=REFUSED_START)
     assert f"Missing key in checkpoint state_dict: {kind}" in sentence or "the saved data state has no " in sentence
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 999, b"\x80\x02.", b"PK\x03\x04"])
-def test_tensors(run: Path, resumed: dict, content: bytes) -> None:
+def test_malformed_tensor_files(run: Path, resumed: dict, content: bytes) -> None:
     for step in STEPS:
         (folder(run, step) / "__0_0.distcp").write_bytes(content)
-        seal(run, step)
-    sentence = both_refuse(run, resumed)
+        update_complete(run, step)
+    sentence = refusal_of_tool_and_resume(run, resumed)
     assert f"{folder(run, 6)} " in sentence
     assert "weights_only" not in sentence  # the library's advice is to trust the file
 
@@ -161,53 +162,56 @@ def test_tensors(run: Path, resumed: dict, content: bytes) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"[1", b"5", b"run: {stepz: 1}", b"\0", b"\xff\xfe", b"run: {steps: w}", None]
 )
-def test_configs(run: Path, resumed: dict, name: str, content: bytes | None) -> None:
-    """The newest config is broken, or a folder: never taken for another, nor written over."""
+def test_malformed_configs(run: Path, resumed: dict, name: str, content: bytes | None) -> None:
+    """The newest config is malformed or a folder: it is not ignored in favour of an older one, and not overwritten."""
     (run / name).unlink(missing_ok=True)
     if content is None:
         (run / name).mkdir()
     else:
         (run / name).write_bytes(content)
-    for sentence in (refusal(lambda: load_model(run), run), refusal(lambda: train(resumed), run, gains=REFUSED_START)):
+    for sentence in (
+        refusal(lambda: load_model(run), run),
+        refusal(lambda: train(resumed), run, may_change=REFUSED_START),
+    ):
         assert name in sentence or "run.steps or run.tokens" in sentence
 
 
-def test_another_runs_config(run: Path, resumed: dict) -> None:
-    """config.yaml is whole and of other sizes: the tool and the resume each say so in their way."""
+def test_config_of_another_model(run: Path, resumed: dict) -> None:
+    """config.yaml is valid but has other model sizes: the tool and the resume both refuse, with different messages."""
     (run / "config.yaml").write_text("run: {steps: 1}")
     assert "Size mismatch between saved" in refusal(lambda: load_model(run), run)
-    assert "model.width was 256 and is 32" in refusal(lambda: train(resumed), run, gains=REFUSED_START)
+    assert "model.width was 256 and is 32" in refusal(lambda: train(resumed), run, may_change=REFUSED_START)
 
 
-def become_folder(path: Path) -> None:
+def replace_by_folder(path: Path) -> None:
     if path.is_file():
         path.unlink()
     path.mkdir()
 
 
-def become_file(path: Path) -> None:
+def replace_by_file(path: Path) -> None:
     shutil.rmtree(path)
     path.write_text("mine")
 
 
-PLACES = {
-    "STOP": (become_folder, set()), "lock": (become_folder, set()), "checkpoints": (become_file, set()),
-    "metrics.jsonl": (become_folder, REFUSED_START | {"config.1.yaml"}),
-    "router.jsonl": (become_folder, REFUSED_START | {"config.1.yaml"}),
-    "events.jsonl": (become_folder, REFUSED_START | {"config.1.yaml"}),
+OBSTACLES = {
+    "STOP": (replace_by_folder, set()), "lock": (replace_by_folder, set()), "checkpoints": (replace_by_file, set()),
+    "metrics.jsonl": (replace_by_folder, REFUSED_START | {"config.1.yaml"}),
+    "router.jsonl": (replace_by_folder, REFUSED_START | {"config.1.yaml"}),
+    "events.jsonl": (replace_by_folder, REFUSED_START | {"config.1.yaml"}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_a_folder_or_a_file_in_the_way(run: Path, resumed: dict, name: str) -> None:
-    harm, gains = PLACES[name]
-    harm(run / name)
-    sentence = refusal(lambda: train(resumed, "run.steps=7"), run, gains=gains)
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_a_folder_or_file_in_the_way(run: Path, resumed: dict, name: str) -> None:
+    obstruct, may_change = OBSTACLES[name]
+    obstruct(run / name)
+    sentence = refusal(lambda: train(resumed, "run.steps=7"), run, may_change=may_change)
     assert str(run if name == "lock" else run / name) in sentence
 
 
 def test_no_run_directory(run: Path, resumed: dict, tmp_path: Path) -> None:
-    become_file(run)
+    replace_by_file(run)
     assert f"{run} is not a run directory" in refusal(lambda: load_model(run), tmp_path)
     assert f"the run directory {run} cannot be written" in refusal(lambda: train(resumed), tmp_path)
     assert "is not a run directory" in refusal(lambda: load_model(tmp_path / "nowhere"), tmp_path)
@@ -219,23 +223,33 @@ def test_stop(run: Path, resumed: dict, text: str) -> None:
     assert f"{run / 'STOP'} says: " in refusal(lambda: train(resumed), run)
 
 
-ODD = ["step_", "step_x", "step_²", "step_-1", "step_٣", "step_9999999999999999999999", "step_1.5", "step_7", "Step_9"]
+ODD_FOLDERS = [
+    "step_",
+    "step_x",
+    "step_²",
+    "step_-1",
+    "step_٣",
+    "step_9999999999999999999999",
+    "step_1.5",
+    "step_7",
+    "Step_9",
+]
 SLOW = [b"", b"nonsense\n", b"[]\n5\nnull\n"]
 NONSENSE = [b"", b"nonsense\n", b"\xff\xfe\n", b"[]\n5\nnull\n", b'{"step": "x"}\n', b"[" * 20000 + b"\n"]
 
 
-def figures(run: Path) -> dict:
-    """The last record of metrics.jsonl, without what is measured."""
+def last_metrics(run: Path) -> dict:
+    """The last record of metrics.jsonl, without measurements."""
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     return {key: value for key, value in record.items() if key not in MEASURED}
 
 
 @pytest.fixture(scope="module")
-def seventh(finished: Path, recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The record of step 7 of the run that was left alone."""
-    run = shutil.copytree(finished, tmp_path_factory.mktemp("seventh") / "run")
+def metrics_of_step_7(finished: Path, recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The record of step 7 of a resume from the undamaged run directory."""
+    run = shutil.copytree(finished, tmp_path_factory.mktemp("metrics_of_step_7") / "run")
     assert train(settings_of(run, recipe), "run.steps=7") == 0
-    return figures(run)
+    return last_metrics(run)
 
 
 def settings_of(run: Path, recipe: Callable) -> dict:
@@ -245,29 +259,31 @@ def settings_of(run: Path, recipe: Callable) -> dict:
 
 
 @pytest.mark.parametrize("nonsense", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in NONSENSE])
-def test_what_stops_no_resume(run: Path, resumed: dict, seventh: dict, nonsense: bytes) -> None:
-    """Files that people and reports read, and folders that are no checkpoints: the next step is what it would be.
+def test_malformed_files_that_a_resume_ignores(
+    run: Path, resumed: dict, metrics_of_step_7: dict, nonsense: bytes
+) -> None:
+    """Malformed logs and folders that are no checkpoints do not change the next step.
 
-    Lines that are not of the run so far are kept aside, to the byte.
+    Lines that do not belong to the run so far are moved to tail files, byte for byte.
     """
     names = ["status.json", "metrics.jsonl", "router.jsonl", "events.jsonl", "samples.jsonl", "checkpoints/latest"]
     for name in names:
         (run / name).write_bytes(nonsense)
-    for name in ODD:
+    for name in ODD_FOLDERS:
         (run / "checkpoints" / name).mkdir()
     (run / "SAVE").mkdir()
     (run / "config.x.yaml").write_bytes(nonsense)
     assert train(resumed, "run.steps=7") == 0
-    assert figures(run) == seventh
+    assert last_metrics(run) == metrics_of_step_7
     for name in ("metrics", "router", "samples"):
         aside = run / f"{name}.tail.1.jsonl"
         assert (aside.read_bytes() if aside.exists() else b"") == nonsense
     assert (run / "events.jsonl").read_bytes().startswith(nonsense)
-    assert all((run / "checkpoints" / name).is_dir() for name in ODD[1:])
+    assert all((run / "checkpoints" / name).is_dir() for name in ODD_FOLDERS[1:])
 
 
-def test_bytes_that_are_no_text_stay_in_kept_lines(tmp_path: Path) -> None:
-    """A record before the checkpoint that somebody's byte has got into: cut back after it, byte for byte."""
+def test_invalid_utf8_in_kept_lines(tmp_path: Path) -> None:
+    """A record before the checkpoint that holds an invalid byte is kept unchanged; the lines after it are cut off."""
     path, kept = tmp_path / "metrics.jsonl", b'{"step": 1, "name": "\xff"}\n'
     path.write_bytes(kept + b'{"step": 9}\n')
     JsonLines(path, 3).close()

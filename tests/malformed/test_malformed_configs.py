@@ -1,4 +1,4 @@
-"""Configs: a wrong value for every setting of the schema, files that are no settings, words that are none."""
+"""Malformed configs: a wrong value for every setting, files and overrides that hold no settings."""
 
 import dataclasses
 import math
@@ -18,18 +18,18 @@ from trinity.config import RunConfig, load_config
 SMOKE = Path(__file__).parents[2] / "configs/smoke.yaml"
 
 
-def leaves(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def settings_of(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and type of every setting."""
-    kinds = typing.get_type_hints(section)
+    types = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
-        key, kind = f"{prefix}{field.name}", kinds[field.name]
+        key, kind = f"{prefix}{field.name}", types[field.name]
         if dataclasses.is_dataclass(kind):
-            yield from leaves(kind, f"{key}.")
+            yield from settings_of(kind, f"{key}.")
         else:
             yield key, kind
 
 
-LEAVES = dict(leaves(RunConfig))
+SETTINGS = dict(settings_of(RunConfig))
 LIST, MAP = [1, [2]], {"a": [1]}
 WRONG = {
     int: [LIST, math.nan, 1 << 63],
@@ -42,7 +42,7 @@ WRONG = {
     tuple: [MAP, "word", [], [0.9], ["word", 0.5], [[1], 0.5], [0.9, 1], [-0.1, 0.5], [math.nan, 0.5], [0.5, None]],
     Any: [MAP, "word", 0, -1, 1.5, True, [[1]], "3-1", "1-2-3", "1-9999", "9" * 5000, 4],
 }
-"""Type → values that no setting of that type may have. Three steps make the run, so profile.steps=4 is one too many."""
+"""Type → values that no setting of that type may have. The run has three steps, so profile.steps=4 is beyond it."""
 ALSO_WRONG = {
     int: [MAP, "word", "", -1.5, math.inf, True, -(1 << 63)],
     float: [LIST, "word", "", math.nan, -math.inf, True],
@@ -55,27 +55,27 @@ ALSO_WRONG = {
     Any: ["-1", "1.5", [0], {"1": 2}, "1-", "-"],
 }
 """More of them, for the long test."""
-BELOW = [key for key, kind in LEAVES.items() if key != "run.seed" and not key.startswith("parallel.")]
-"""Numbers of which none may be -2; a mesh is compared with the processes, when they are known."""
+BELOW = [key for key, kind in SETTINGS.items() if key != "run.seed" and not key.startswith("parallel.")]
+"""Number settings that must not be -2. Mesh sizes are checked later, against the number of processes."""
 
 
-def kinds(kind: Any) -> tuple[type, bool]:
-    """(what WRONG calls it, whether None is one of its values)."""
+def kind_of(kind: Any) -> tuple[type, bool]:
+    """(the key in WRONG for this type, whether None is allowed)."""
     parts = typing.get_args(kind)
     if type(None) in parts:
-        return kinds(parts[0])[0], True
+        return kind_of(parts[0])[0], True
     return typing.get_origin(kind) or kind, kind is Any
 
 
 def nested(key: str, value: Any) -> dict:
-    """A file's content that sets a key, in a run of 3 steps."""
-    made = reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value)
-    made["run"] = {"steps": 3} | made.get("run", {})
-    return made
+    """A config of a run of 3 steps in which `key` has this value."""
+    content = reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value)
+    content["run"] = {"steps": 3} | content.get("run", {})
+    return content
 
 
 def refused(tmp_path: Path, content: str | bytes | dict, words: list[str] | None = None) -> str:
-    """The sentence with which a config file is refused."""
+    """The error message for a config file with this content."""
     path = tmp_path / "run.yaml"
     text = yaml.safe_dump(content) if isinstance(content, dict) else content
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -83,27 +83,27 @@ def refused(tmp_path: Path, content: str | bytes | dict, words: list[str] | None
 
 
 def check_values(tmp_path: Path, key: str, values: list) -> None:
-    """Each value of a setting is refused in a sentence with the setting's name."""
+    """Check that each value is refused with a message that names the setting."""
     for value in values:
         sentence = refused(tmp_path, nested(key, value))
-        # what its three values must be to each other is said of all at once
+        # one message covers the relation between the three values of a length bias
         assert key in sentence or sentence.startswith("data.length_bias has tokens="), value
 
 
-@pytest.mark.parametrize("key", LEAVES)
+@pytest.mark.parametrize("key", SETTINGS)
 def test_a_wrong_value(tmp_path: Path, key: str) -> None:
     """A list, another type, NaN, more than 64 bits, null, a negative number: each names the setting."""
-    kind, optional = kinds(LEAVES[key])
+    kind, optional = kind_of(SETTINGS[key])
     none = [] if optional else [None]
     negative = [-2] if kind in (int, float) and key in BELOW else []
     check_values(tmp_path, key, [*WRONG[kind], *none, *negative])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", LEAVES)
+@pytest.mark.parametrize("key", SETTINGS)
 def test_more_wrong_values(tmp_path: Path, key: str) -> None:
-    switch = key in ("optim.muon.share", "parallel.defer_reduce")  # of which YAML makes a boolean
-    check_values(tmp_path, key, [v for v in ALSO_WRONG[kinds(LEAVES[key])[0]] if not (switch and v is True)])
+    switch = key in ("optim.muon.share", "parallel.defer_reduce")  # YAML reads on and off as booleans
+    check_values(tmp_path, key, [v for v in ALSO_WRONG[kind_of(SETTINGS[key])[0]] if not (switch and v is True)])
 
 
 ZERO = [
@@ -124,26 +124,26 @@ ENORMOUS = [
 ]  # fmt: skip
 
 
-def test_zero_where_that_is_nonsense(tmp_path: Path) -> None:
+def test_zero_is_refused(tmp_path: Path) -> None:
     for key in ZERO:
         assert key.removeprefix("data.length_bias.") in refused(tmp_path, nested(key, 0)), key
 
 
-def test_enormous_numbers(tmp_path: Path, little_memory: None) -> None:
-    """10¹⁸ of what would be made that often: refused at once, and nothing as large is made to find out."""
+def test_enormous_numbers(tmp_path: Path, limited_memory: None) -> None:
+    """10¹⁸ is refused at once for every setting that determines a size or a count; nothing that large is allocated."""
     for key in ENORMOUS:
         assert key.rpartition(".")[2] in refused(tmp_path, nested(key, 10**18)), key
     sentence = refused(tmp_path, nested("model.heads", 10**18 + 1))  # which takes long to divide
     assert sentence == f"model.heads={10**18 + 1} must be at most 65536"
 
 
-@pytest.mark.parametrize("section", ["", *{key.rpartition(".")[0] for key in LEAVES if "." in key}])
+@pytest.mark.parametrize("section", ["", *{key.rpartition(".")[0] for key in SETTINGS if "." in key}])
 def test_an_unknown_key(tmp_path: Path, section: str) -> None:
-    """At every level, in a file and on the command line: nothing is like it, so what there is is listed."""
+    """At every level, in a file and on the command line: no key is similar, so the message lists the existing ones."""
     key = f"{section}.zzz" if section else "zzz"
     sentence = refused(tmp_path, nested(key, 1))
     assert sentence.startswith(f"{key} in {tmp_path / 'run.yaml'} is not a known key; ")
-    here = [name for name in LEAVES if name.startswith(f"{section}." if section else "")]
+    here = [name for name in SETTINGS if name.startswith(f"{section}." if section else "")]
     names = dict.fromkeys(name.removeprefix(f"{section}.").split(".")[0] for name in here)
     assert sentence.endswith(f"{section} has {', '.join(names)}" if section else f"one of {', '.join(names)}")
     assert f"{key} in the command line is not a known key" in refused(tmp_path, "run: {steps: 3}", [f"{key}=1"])
@@ -179,7 +179,7 @@ def test_a_file_that_is_no_config(tmp_path: Path, content: str | bytes) -> None:
     assert expected in refused(tmp_path, content)
 
 
-WORDS = {
+OVERRIDES = {
     "a.b": "a.b is not a setting", "=3": "=3 is not a setting", "run..steps=1": "run..steps=1 is not a setting",
     ".run=1": ".run=1 is not a setting", "run.=1": "run.=1 is not a setting", "data.train.=x": "data.train.=x is not a",
     "run.steps=": "run.steps or run.tokens", "run=1": "run in the command line", "model=nano": "model in the command",
@@ -201,12 +201,12 @@ WORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("word", WORDS, ids=range(len(WORDS)))
-def test_a_word_that_is_no_setting(tmp_path: Path, word: str) -> None:
-    assert WORDS[word] in refused(tmp_path, "run: {steps: 1}", [word])
+@pytest.mark.parametrize("word", OVERRIDES, ids=range(len(OVERRIDES)))
+def test_an_override_that_is_no_setting(tmp_path: Path, word: str) -> None:
+    assert OVERRIDES[word] in refused(tmp_path, "run: {steps: 1}", [word])
 
 
-TOGETHER = {
+MAPS_AND_LISTS = {
     "data: {train: {a: ''}}": "data.train has 'a': ''", "data: {train: {'': x}}": "data.train has '': 'x'",
     "data: {train: {a: null}}": "data.train.a",
     "data: {validation: {a: ''}}": "data.validation has 'a': ''",
@@ -233,28 +233,28 @@ TOGETHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content", TOGETHER, ids=range(len(TOGETHER)))
+@pytest.mark.parametrize("content", MAPS_AND_LISTS, ids=range(len(MAPS_AND_LISTS)))
 def test_values_in_maps_and_lists(tmp_path: Path, content: str) -> None:
-    assert TOGETHER[content] in refused(tmp_path, f"run: {{steps: 3}}\n{content}")
+    assert MAPS_AND_LISTS[content] in refused(tmp_path, f"run: {{steps: 3}}\n{content}")
 
 
-def spoiled(seed: int) -> bytes:
-    """configs/smoke.yaml with some bytes cut out, doubled or replaced by what YAML gives a meaning."""
-    chance, content = random.Random(seed), bytearray(SMOKE.read_bytes())
-    for _ in range(chance.randint(1, 4)):
-        place, length = chance.randrange(len(content)), chance.randint(0, 8)
-        piece = chance.choice(
+def damaged_config(seed: int) -> bytes:
+    """configs/smoke.yaml with some bytes removed, duplicated or replaced by YAML's special characters."""
+    rng, content = random.Random(seed), bytearray(SMOKE.read_bytes())
+    for _ in range(rng.randint(1, 4)):
+        place, length = rng.randrange(len(content)), rng.randint(0, 8)
+        piece = rng.choice(
             [b"", bytes(content[place : place + 9]), *b"{ } [ ] : , & * ! | > - ? # \" ' % @ \t".split()]
         )
         content[place : place + length] = piece
     return bytes(content)
 
 
-def read_or_refused(tmp_path: Path, seeds: range) -> int:
-    """How many of the spoiled files are refused, each in one sentence; the others load."""
+def count_refusals(tmp_path: Path, seeds: range) -> int:
+    """Number of damaged files that are refused, each with one sentence; the others load."""
     path, count = tmp_path / "run.yaml", 0
     for seed in seeds:
-        path.write_bytes(spoiled(seed))
+        path.write_bytes(damaged_config(seed))
         try:
             load_config(path)
         except Exception:
@@ -263,14 +263,14 @@ def read_or_refused(tmp_path: Path, seeds: range) -> int:
     return count
 
 
-def test_spoiled_files(tmp_path: Path) -> None:
-    """Whatever comes of them, it is never a traceback; most are refused, or the test would say little."""
-    assert read_or_refused(tmp_path, range(30)) > 10
+def test_damaged_files(tmp_path: Path) -> None:
+    """No damaged file causes a traceback, and at least a third are refused, so that the test is meaningful."""
+    assert count_refusals(tmp_path, range(30)) > 10
 
 
 @pytest.mark.slow
-def test_many_spoiled_files(tmp_path: Path) -> None:
-    assert read_or_refused(tmp_path, range(1000, 3000)) > 700
+def test_many_damaged_files(tmp_path: Path) -> None:
+    assert count_refusals(tmp_path, range(1000, 3000)) > 700
 
 
 IN_A_RUN = {
@@ -288,13 +288,13 @@ IN_A_RUN = {
 
 
 @pytest.mark.parametrize("word", IN_A_RUN, ids=range(len(IN_A_RUN)))
-def test_what_only_a_run_can_see(settings: dict, word: str, tmp_path: Path) -> None:
-    """Sources, tokenizers and meshes, through the run itself: nothing but the lock and the status is written."""
+def test_values_that_only_a_run_can_check(settings: dict, word: str, tmp_path: Path) -> None:
+    """Sources, tokenizers and meshes, checked by starting the run: it writes only its lock and status.json."""
     settings["data"]["workers"] = 0
     settings["init"] = {}
     if word == "data.train={}":
         settings["data"] |= {"train": {}, "mixture": {}, "phases": []}
     run = Path(settings["run"]["dir"])
     run.mkdir()
-    sentence = refusal(lambda: train(settings, word), run, gains=REFUSED_START)
+    sentence = refusal(lambda: train(settings, word), run, may_change=REFUSED_START)
     assert IN_A_RUN[word] in sentence

@@ -1,4 +1,4 @@
-"""Shards whose index, offsets or tokens lie, and texts that are none."""
+"""Malformed shards (index, offsets, tokens) and malformed text files."""
 
 import gzip
 import hashlib
@@ -13,7 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.malformed.refusals import REFUSED_START, become_dangling, become_folder, become_loop, refusal, train
+from tests.malformed.refusals import (
+    REFUSED_START,
+    refusal,
+    replace_by_dangling_link,
+    replace_by_folder,
+    replace_by_loop,
+    train,
+)
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource
@@ -32,8 +39,8 @@ def change_index(shards: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(index))
 
 
-def opened(shards: Path) -> str:
-    """The sentence with which the folder is refused when it is opened, or read from."""
+def refusal_of(shards: Path) -> str:
+    """The error message when the folder is opened and read."""
 
     def read() -> None:
         source = TokenSource(shards)
@@ -45,55 +52,55 @@ def opened(shards: Path) -> str:
 
 
 @pytest.mark.parametrize("key", READ)
-def test_a_key_of_the_index(shards: Path, key: str, little_memory: None) -> None:
-    """Missing, of another type, negative, enormous: named; nothing that is only claimed takes memory."""
+def test_a_key_of_the_index(shards: Path, key: str, limited_memory: None) -> None:
+    """Missing, of another type, negative, enormous: the message names the key; no claimed size is allocated."""
     whole = (shards / "index.json").read_text()
     change_index(shards, lambda index: index.pop(key))
-    assert key in opened(shards)
+    assert key in refusal_of(shards)
     for value in VALUES:
         if (key, value) != ("tokenizer", "word"):  # a hash like any other, until it is compared with a tokenizer's
             (shards / "index.json").write_text(whole)
             change_index(shards, lambda index, value=value: index.update({key: value}))
-            assert key in opened(shards) or "vocab_size" in opened(shards), value
+            assert key in refusal_of(shards) or "vocab_size" in refusal_of(shards), value
 
 
 @pytest.mark.parametrize("key", ENTRY)
-def test_a_key_of_an_entry(shards: Path, key: str, little_memory: None) -> None:
+def test_a_key_of_an_entry(shards: Path, key: str, limited_memory: None) -> None:
     whole = (shards / "index.json").read_text()
     change_index(shards, lambda index: index["shards"][0].pop(key))
-    assert f"index.json is damaged (of shard 0, {key} is None" in opened(shards)
+    assert f"index.json is damaged (of shard 0, {key} is None" in refusal_of(shards)
     kind = key.partition("_")[0]
     for value in VALUES:
         (shards / "index.json").write_text(whole)
         change_index(shards, lambda index, value=value: index["shards"][0].update({key: value}))
-        # a count that is one, but another than the files', shows in their sizes or the totals
-        assert kind in opened(shards), value
+        # a valid count that differs from the files' shows in their sizes or in the totals
+        assert kind in refusal_of(shards), value
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "null", "[]", "5", '"x"', "{}", "\0", "NaN", "[" * 10**5, '{"version": 1}', "\ufeff{}"]
 )
-def test_an_index_that_is_none(shards: Path, text: str) -> None:
+def test_an_invalid_index(shards: Path, text: str) -> None:
     (shards / "index.json").write_text(text)
-    opened(shards)
+    refusal_of(shards)
 
 
 @pytest.mark.parametrize("entries", [[None], [1], ["a"], [[]], [{}]])
-def test_entries_that_are_none(shards: Path, entries: list) -> None:
+def test_invalid_entries(shards: Path, entries: list) -> None:
     change_index(shards, lambda index: index.update(shards=entries))
-    assert "index.json is damaged (of shard 0, " in opened(shards)
+    assert "index.json is damaged (of shard 0, " in refusal_of(shards)
 
 
 @pytest.mark.parametrize("change", [lambda entries: entries * 2, lambda entries: [], lambda entries: entries * 1000])
-def test_entries_too_many_or_few(shards: Path, change: Callable) -> None:
+def test_too_many_or_too_few_entries(shards: Path, change: Callable) -> None:
     change_index(shards, lambda index: index.update(shards=change(index["shards"])))
-    assert "documents is " in opened(shards)
+    assert "documents is " in refusal_of(shards)
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<i8", ">u2", "<u4", "u1", "O", "V4", "<u2 ", "../x", ""])
 def test_another_dtype(shards: Path, dtype: str) -> None:
     change_index(shards, lambda index: index.update(dtype=dtype))
-    assert f"dtype is {dtype!r}, of 400 ids it is <u2" in opened(shards)
+    assert f"dtype is {dtype!r}, of 400 ids it is <u2" in refusal_of(shards)
 
 
 @pytest.mark.parametrize(
@@ -101,18 +108,18 @@ def test_another_dtype(shards: Path, dtype: str) -> None:
 )
 def test_ids_that_do_not_fit(shards: Path, key: str, value: int) -> None:
     change_index(shards, lambda index: index.update({key: value}))
-    assert f"{key} is {value}" in opened(shards)
+    assert f"{key} is {value}" in refusal_of(shards)
 
 
-@pytest.mark.parametrize("harm", [become_folder, become_loop, become_dangling])
+@pytest.mark.parametrize("damage", [replace_by_folder, replace_by_loop, replace_by_dangling_link])
 @pytest.mark.parametrize("name", ["index.json", "shard_00000.tokens", "shard_00000.documents"])
-def test_something_else_than_a_file(shards: Path, harm: Callable[[Path], None], name: str) -> None:
-    harm(shards / name)
-    opened(shards)
+def test_a_folder_or_link_in_place_of_a_file(shards: Path, damage: Callable[[Path], None], name: str) -> None:
+    damage(shards / name)
+    refusal_of(shards)
 
 
-def seal(shards: Path, kind: str) -> None:
-    """Make the index agree with a file as it is now: who lies may compute a checksum too."""
+def update_checksum(shards: Path, kind: str) -> None:
+    """Rewrite the checksum of a file in the index, as an attacker could."""
     path = shards / f"shard_00000.{kind}"
     digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
     change_index(shards, lambda index: index["shards"][0].update({f"{kind}_checksum": digest}))
@@ -128,26 +135,26 @@ OFFSETS = {
 
 
 @pytest.mark.parametrize("name", OFFSETS)
-def test_offsets_that_cut_nothing(shards: Path, name: str) -> None:
-    """Of a shard whose sizes and checksums are right."""
+def test_wrong_offsets(shards: Path, name: str) -> None:
+    """Offsets that do not divide the tokens into documents, in a shard with correct sizes and checksums."""
     path = shards / "shard_00000.documents"
     OFFSETS[name](np.fromfile(path, "<i8")).astype("<i8").tofile(path)
-    seal(shards, "documents")
-    assert f"{path} does not cut" in opened(shards)
+    update_checksum(shards, "documents")
+    assert f"{path} does not cut" in refusal_of(shards)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_in_a_run(settings: dict, corpus: SimpleNamespace, shards: Path, workers: int) -> None:
-    """Found in training's own process or in one that makes its rows: the same sentence, and nothing trained."""
+    """Detected in the training process or in a data worker: the same message, and no step is trained."""
     path, run = shards / "shard_00000.documents", Path(settings["run"]["dir"])
     OFFSETS["backwards"](np.fromfile(path, "<i8")).astype("<i8").tofile(path)
-    seal(shards, "documents")
+    update_checksum(shards, "documents")
     settings["data"]["train"]["prose"] = str(shards)
     settings["data"]["workers"] = workers
     run.mkdir()
     copy = {"tokenizer", *(f"tokenizer/{path.name}" for path in corpus.tokenizer.iterdir())}
-    begun = copy | {"config.yaml", "events.jsonl", "metrics.jsonl", "router.jsonl"}
-    assert f"{path} does not cut" in refusal(lambda: train(settings), shards, run, gains=REFUSED_START | begun)
+    created = copy | {"config.yaml", "events.jsonl", "metrics.jsonl", "router.jsonl"}
+    assert f"{path} does not cut" in refusal(lambda: train(settings), shards, run, may_change=REFUSED_START | created)
     assert (run / "metrics.jsonl").read_text() == ""
 
 
@@ -175,7 +182,7 @@ TEXTS = {("a.jsonl", LINE + line.encode() + b"\n"): sentence for line, sentence 
     ("a.parquet", b"PAR1" * 10): "a.parquet is not a whole Parquet file", ("a.pdf", b"x"): "a.pdf is of a kind",
     ("a.zip", b"x"): "a.zip is of a kind",
 }  # fmt: skip
-PACKED = {
+COMPRESSED = {
     ("a.jsonl.gz", b"hello"): "not a whole gzip file", ("a.jsonl.gz", b""): "no document with text",
     ("a.jsonl.gz", gzip.compress(LINE * 1000)[:-9]): "not a whole gzip file",
     ("a.jsonl.gz", gzip.compress(LINE) + b"more"): "not a whole gzip file",
@@ -193,43 +200,43 @@ TABLES = {
 }  # fmt: skip
 
 
-def both_refuse(path: Path, tokenizer: Path, sentence: str) -> None:
-    """As a source that is read as it is, and as input of a preparation; neither changes the file."""
-    elsewhere = path.parent.parent
-    said = refusal(lambda: TextSource([path], tokenizer, cache=elsewhere / "cache"), path.parent)
-    assert sentence in said
-    assert str(path) in said
-    said = refusal(lambda: prepare_data([path], tokenizer, elsewhere / "out"), path.parent)
-    assert sentence in said
-    assert str(path) in said
+def check_refused_as_source_and_input(path: Path, tokenizer: Path, sentence: str) -> None:
+    """Check that a text file is refused as a source of a run and as input of prepare_data; neither changes the file."""
+    parent = path.parent.parent
+    message = refusal(lambda: TextSource([path], tokenizer, cache=parent / "cache"), path.parent)
+    assert sentence in message
+    assert str(path) in message
+    message = refusal(lambda: prepare_data([path], tokenizer, parent / "out"), path.parent)
+    assert sentence in message
+    assert str(path) in message
 
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A folder for them alone."""
+    """A folder for text files alone."""
     (tmp_path / "texts").mkdir()
     return tmp_path / "texts"
 
 
-@pytest.mark.parametrize("case", [*TEXTS, *PACKED], ids=range(len(TEXTS) + len(PACKED)))
-def test_a_text_that_is_none(corpus: SimpleNamespace, texts: Path, case: tuple[str, bytes]) -> None:
+@pytest.mark.parametrize("case", [*TEXTS, *COMPRESSED], ids=range(len(TEXTS) + len(COMPRESSED)))
+def test_an_unreadable_text(corpus: SimpleNamespace, texts: Path, case: tuple[str, bytes]) -> None:
     name, content = case
     (texts / name).write_bytes(content)
-    both_refuse(texts / name, corpus.tokenizer, (TEXTS | PACKED)[case])
+    check_refused_as_source_and_input(texts / name, corpus.tokenizer, (TEXTS | COMPRESSED)[case])
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_without_text(corpus: SimpleNamespace, texts: Path, name: str) -> None:
     columns, sentence = TABLES[name]
     pq.write_table(pa.table(columns), texts / "a.parquet")
-    both_refuse(texts / "a.parquet", corpus.tokenizer, sentence)
+    check_refused_as_source_and_input(texts / "a.parquet", corpus.tokenizer, sentence)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "\0", '{"model": {"type": "x"}}', '{"version": "1.0"}', "[" * 10**5])
-def test_a_tokenizer_that_is_none(corpus: SimpleNamespace, texts: Path, text: str) -> None:
+def test_an_invalid_tokenizer(corpus: SimpleNamespace, texts: Path, text: str) -> None:
     (texts / "a.jsonl").write_bytes(LINE)
     (texts / "tokenizer.json").write_text(text)
-    said = refusal(lambda: prepare_data([texts / "a.jsonl"], texts, texts.parent / "out"), texts)
-    assert f"{texts / 'tokenizer.json'} cannot be read as a tokenizer" in said
+    message = refusal(lambda: prepare_data([texts / "a.jsonl"], texts, texts.parent / "out"), texts)
+    assert f"{texts / 'tokenizer.json'} cannot be read as a tokenizer" in message
     shutil.copy(corpus.tokenizer / "tokenizer.json", texts)
     prepare_data([texts / "a.jsonl"], texts, texts.parent / "out")

@@ -60,21 +60,21 @@ def test_the_probe_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str
     model = build_model(config, ranks)
     model.init_weights(1)
     rows = open_data(config, ranks).loader.take(2)
-    seen: list[float] = []
+    logits: list[float] = []
 
     def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, visible: AttentionMask) -> object:
         scores = (
             torch.einsum("bshc,bthc->bhst", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) / q.shape[3] ** 0.5
         )
-        seen.append(scores.masked_fill(~visible.dense(window), -math.inf).max().item())
+        logits.append(scores.masked_fill(~visible.dense(window), -math.inf).max().item())
         return attend(q, k, v, window, visible)
 
     before = hooks_of(model)
     with mock.patch.object(attention, "attend", noted):
-        found = probe_attention(model, rows.tokens_BS, rows.targets_BS, rows.document_ids_BS, ranks)
-    assert len(seen) == config.model.layers
-    assert found.max_logit == pytest.approx(max(seen), abs=1e-13)
-    assert len(found.seconds_R) == 1
+        result = probe_attention(model, rows.tokens_BS, rows.targets_BS, rows.document_ids_BS, ranks)
+    assert len(logits) == config.model.layers
+    assert result.max_logit == pytest.approx(max(logits), abs=1e-13)
+    assert len(result.seconds_R) == 1
     assert hooks_of(model) == before
 
 
@@ -87,11 +87,11 @@ def test_a_probe_changes_nothing(settings: dict, uninterrupted: Path) -> None:
     """A probe at every step, against a run with one at step 1: the same metrics and the same state, bit for bit."""
     assert train(settings, "log.probe_every=1") == 0
     run = Path(settings["run"]["dir"])
-    found = metrics(run)
-    assert all(isinstance(line.pop("max_attention_logit"), float) for line in found)
+    lines = metrics(run)
+    assert all(isinstance(line.pop("max_attention_logit"), float) for line in lines)
     expected = metrics(uninterrupted)
     assert "max_attention_logit" in expected[0]
-    assert found == [{key: value for key, value in line.items() if key != "max_attention_logit"} for line in expected]
+    assert lines == [{key: value for key, value in line.items() if key != "max_attention_logit"} for line in expected]
     before, after = state(uninterrupted, 8), state(run, 8)
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 

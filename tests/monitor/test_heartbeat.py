@@ -25,10 +25,10 @@ def test_a_step_that_hangs_ends_the_run(
         "    if frame.f_code.co_name == 'train_step':\n"
         "        hang.calls += 1\n"
         "        if hang.calls == 3:\n"
-        "            def waits_for_ever():\n"
+        "            def hang_forever():\n"
         "                time.sleep(1000)\n"
         "            sys.setprofile(None)\n"
-        "            waits_for_ever()\n"
+        "            hang_forever()\n"
         "hang.calls = 0\n"
         "if sys.argv and 'pretrain' in ' '.join(sys.orig_argv):\n"
         "    sys.setprofile(lambda f, e, a: hang(f, e, a) if e == 'call' else None)\n"
@@ -38,7 +38,7 @@ def test_a_step_that_hangs_ends_the_run(
         done = run_command("launch/pretrain.py", config_file(settings))
     assert done.code == 1, done.errors
     run = Path(settings["run"]["dir"])
-    assert "waits_for_ever" in (run / "stacks.rank0.txt").read_text()
+    assert "hang_forever" in (run / "stacks.rank0.txt").read_text()
     (event,) = events(run, "heartbeat")
     assert (event["step"], event["message"].split(";")[0]) == (3, "no progress for 2 s while training")
     assert "heartbeat: no progress" in done.errors

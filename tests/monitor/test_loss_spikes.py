@@ -14,15 +14,15 @@ def test_spikes_follow_the_rule() -> None:
     values = (torch.randn(400, generator=generator, dtype=torch.float64) + 5).tolist()
     for at in (20, 31, 150, 151, 399):
         values[at] += 6
-    spikes, past, found = SpikeDetector(window=40, sigma=4), [], []
+    spikes, past, detected = SpikeDetector(window=40, sigma=4), [], []
     for step, loss in enumerate(values):
         spiked = spikes.detect(loss, 1.0) is not None
         last = past[-40:]
         expected = len(last) >= 20 and loss > statistics.fmean(last) + 4 * statistics.pstdev(last)
         assert spiked == expected, step
-        found += [step] if spiked else []
+        detected += [step] if spiked else []
         past += [] if spiked else [loss]
-    assert {20, 31, 150, 151, 399} <= set(found)
+    assert {20, 31, 150, 151, 399} <= set(detected)
 
 
 def test_a_spike_of_the_gradient_norm() -> None:

@@ -37,8 +37,8 @@ def test_a_restart_keeps_the_dead_experts_count(
     words = ["health.dead_steps=4", "evaluation.every=0", "checkpoint.every=0"]
     assert train(settings, *words, "run.steps=2") == 0
     assert train(settings, *words, "run.steps=4") == 0
-    found = [(event["step"], event["message"]) for event in events(Path(settings["run"]["dir"]), "collapse")]
-    assert found == [(4, "MoE layer 1 has 1 experts without a token for 4 steps: [0]")]
+    warnings = [(event["step"], event["message"]) for event in events(Path(settings["run"]["dir"]), "collapse")]
+    assert warnings == [(4, "MoE layer 1 has 1 experts without a token for 4 steps: [0]")]
     settings["run"]["dir"] = str(tmp_path / "old")
     with monkeypatch.context() as before:
         before.setattr(Monitor, "state", spikes_alone)

@@ -11,8 +11,8 @@ def test_a_climbing_layer_is_warned_about_once() -> None:
     skewed = torch.tensor([[10, 10, 10, 10], [29, 3, 4, 4]])  # and 1.9
     for _ in range(3 * WINDOW):
         assert collapse.update(even) == []
-    found = [sentence for _ in range(3 * WINDOW) for sentence, _ in collapse.update(skewed)]
-    assert found == ["MaxVio of MoE layer 1 has climbed to 1.25 from 0.60, over 20 steps"]
+    warnings = [sentence for _ in range(3 * WINDOW) for sentence, _ in collapse.update(skewed)]
+    assert warnings == ["MaxVio of MoE layer 1 has climbed to 1.25 from 0.60, over 20 steps"]
     for _ in range(3 * WINDOW):
         assert collapse.update(even) == []
     assert len([warning for _ in range(WINDOW) for warning in collapse.update(skewed)]) == 1
@@ -42,12 +42,12 @@ def test_dead_experts_are_named() -> None:
     collapse = CollapseDetector(factor=0, dead_steps=3)
     alive, dead = torch.tensor([[1, 1, 1], [1, 1, 1]]), torch.tensor([[1, 1, 1], [3, 0, 0]])
     looks = [alive, dead, dead, alive, dead, dead, dead, dead]
-    found = [collapse.update(counts) for counts in looks]
-    assert [bool(warnings) for warnings in found] == [False] * 6 + [True, False]
-    assert found[6][0][0] == "MoE layer 1 has 2 experts without a token for 3 steps: [1, 2]"
+    results = [collapse.update(counts) for counts in looks]
+    assert [bool(warnings) for warnings in results] == [False] * 6 + [True, False]
+    assert results[6][0][0] == "MoE layer 1 has 2 experts without a token for 3 steps: [1, 2]"
 
 
 def test_layers_are_numbered_as_in_the_model() -> None:
     """Two dense layers come first: the second router is that of layer 3."""
-    found = CollapseDetector(0, dead_steps=1, first_layer=2).update(torch.tensor([[1, 1], [2, 0]]))
-    assert found == [("MoE layer 3 has 1 experts without a token for 1 steps: [1]", {"layer": 3, "dead": 1})]
+    warnings = CollapseDetector(0, dead_steps=1, first_layer=2).update(torch.tensor([[1, 1], [2, 0]]))
+    assert warnings == [("MoE layer 3 has 1 experts without a token for 1 steps: [1]", {"layer": 3, "dead": 1})]

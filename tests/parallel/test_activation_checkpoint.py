@@ -63,12 +63,12 @@ def alone(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
 @pytest.mark.parametrize(("kind", "experts", "attention"), [("block", 2, 2), ("selective", 1, 1)])
 def test_one_process(kind: str, experts: int, attention: int) -> None:
     """Routing runs once per layer and forward pass; experts and attention twice if recomputed, else once."""
-    (found, ran), (expected, _) = alone(kind), alone("none")
+    (recomputed, ran), (expected, _) = alone(kind), alone("none")
     assert ran["trinity::route"] == 2 * SPARSE
     assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
     assert ran[ATTENTION] == 2 * LAYERS * attention
-    for name, wanted in expected.items():
-        assert torch.equal(found[name], wanted), name
+    for name, gradient in expected.items():
+        assert torch.equal(recomputed[name], gradient), name
 
 
 def sharded(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
@@ -95,10 +95,10 @@ def test_over_meshes(processes: Callable[[int], ProcessPool], sizes: Sizes, worl
     expected = processes(world).run(sharded, "none", sizes)
     for kind, exchanges, experts in (("block", 10, 2), ("selective", 7, 1)):
         results = processes(world).run(sharded, kind, sizes)
-        for (found, ran), (wanted, ran_without) in zip(results, expected):
+        for (recomputed, ran), (plain, ran_without) in zip(results, expected):
             assert ran_without[EXCHANGE] == 2 * SPARSE * 7
             assert ran[EXCHANGE] == 2 * SPARSE * exchanges
             assert ran["trinity::route"] == ran["trinity::exchanged_counts"] == 2 * SPARSE
             assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
-            for name, gradient in wanted.items():
-                assert torch.equal(found[name], gradient), name
+            for name, gradient in plain.items():
+                assert torch.equal(recomputed[name], gradient), name

@@ -84,12 +84,12 @@ def on_ranks(processes: Callable, world: int, case: Callable, *args: Any) -> lis
 
 def contents(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
     """The bytes of every tensor, by step and name."""
-    found = {}
+    tensors = {}
     for step in checkpoints.complete_steps():
         state = empty_tensors(checkpoints.path_of(step), "")
         load(state, checkpoints.path_of(step))
-        found[step] = {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
-    return found
+        tensors[step] = {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in state.items()}
+    return tensors
 
 
 @pytest.fixture(autouse=True)
@@ -108,25 +108,25 @@ def test_asynchronous_save_holds_the_state_of_its_step(
     waits = [*words, "checkpoint.asynchronous=false"]
     assert on_ranks(processes, world, plain_run, recipe(tmp_path / "waits"), waits) == [0] * world
     assert on_ranks(processes, world, slow_run, recipe(tmp_path / "goes_on"), words) == [0] * world
-    expected, found = (
+    expected, saved = (
         contents(CheckpointDirectory.at(tmp_path / "waits")),
         contents(CheckpointDirectory.at(tmp_path / "goes_on")),
     )
     assert list(expected) == [2, 4, 6]
-    assert found == expected
+    assert saved == expected
 
 
 def test_save_without_the_host_copy_differs(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
     """The comparison above can fail: a save of the tensors themselves holds weights of later steps."""
     assert plain_run(recipe(tmp_path / "waits"), [*WORDS, "checkpoint.asynchronous=false"]) == 0
     assert slow_run(recipe(tmp_path / "wrong"), WORDS, copies=False) == 0
-    expected, found = (
+    expected, saved = (
         contents(CheckpointDirectory.at(tmp_path / "waits")),
         contents(CheckpointDirectory.at(tmp_path / "wrong")),
     )
-    assert found[LAST] == expected[LAST]
+    assert saved[LAST] == expected[LAST]
     for step in (2, 4):
-        wrong = {name for name in expected[step] if found[step][name] != expected[step][name]}
+        wrong = {name for name in expected[step] if saved[step][name] != expected[step][name]}
         assert "model.head.weight" in wrong
         assert any(name.startswith("optim.") for name in wrong)
 
@@ -170,9 +170,9 @@ def test_disk_full_for_one_rank(
     """
     words = [*WORDS, *MESH[world], f"checkpoint.asynchronous={asynchronous}"]
     settings = recipe(tmp_path / "run")
-    said = on_ranks(processes, world, full_disk_run, settings, words, broken_rank)
+    errors = on_ranks(processes, world, full_disk_run, settings, words, broken_rank)
     full = "the disk is full while writing x.distcp; free some space and run the same command again"
-    assert said == [f"rank 1: {full}" if broken_rank else full] * world
+    assert errors == [f"rank 1: {full}" if broken_rank else full] * world
     assert (tmp_path / "run/metrics.jsonl").read_text().count("\n") == (5 if asynchronous == "true" else 4)
     assert CheckpointDirectory.at(tmp_path / "run").newest_intact(ignore) == 2
     assert on_ranks(processes, world, plain_run, settings, words) == [0] * world
@@ -185,9 +185,9 @@ def ignore(*_: object, **__: object) -> None:
 
 def chosen(run: str) -> SimpleNamespace:
     """The step that this rank would resume from, and its warnings."""
-    said: list[str] = []
-    step = CheckpointDirectory.at(Path(run)).newest_intact(lambda kind, message, **_: said.append(message))
-    return SimpleNamespace(step=step, said=said)
+    warnings: list[str] = []
+    step = CheckpointDirectory.at(Path(run)).newest_intact(lambda kind, message, **_: warnings.append(message))
+    return SimpleNamespace(step=step, warnings=warnings)
 
 
 def test_every_rank_takes_the_same_checkpoint(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
@@ -201,8 +201,8 @@ def test_every_rank_takes_the_same_checkpoint(recipe: Callable, processes: Calla
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
         first, second = processes(2).run(chosen, str(run))
         assert (first.step, second.step) == (4, 4)
-        assert (len(first.said), second.said) == (1, [])
-        assert f"({name} has changed since it was written)" in first.said[0]
+        assert (len(first.warnings), second.warnings) == (1, [])
+        assert f"({name} has changed since it was written)" in first.warnings[0]
         if name != ".metadata":
             path.write_bytes(whole)
     assert processes(2).run(plain_run, recipe(run), [*WORDS, *MESH[2]]) == [0, 0]

@@ -49,7 +49,7 @@ def loaded(run: str, broken_rank: int) -> str:
     step = checkpoints.newest_intact(lambda *_, **__: None)
     state = empty_tensors(checkpoints.path_of(step), "")
     here = dist.get_rank() == broken_rank
-    with failing(lambda asked, path: OSError("late") if here and asked == "read" and "/__" in path else None):
+    with failing(lambda request, path: OSError("late") if here and request == "read" and "/__" in path else None):
         try:
             load(state, checkpoints.path_of(step))
         except Failure as failure:
@@ -62,8 +62,8 @@ def broken_for(rank: int, settings: dict, words: list[str], verb: str, name: str
     register()
     here = dist.get_rank() == rank
 
-    def fail(asked: str, path: str) -> Exception | None:
-        return ConnectionError("no route to host") if here and asked == verb and name in path else None
+    def fail(request: str, path: str) -> Exception | None:
+        return ConnectionError("no route to host") if here and request == verb and name in path else None
 
     with failing(fail), mock.patch.object(mesh, "stop"):
         try:
@@ -79,13 +79,13 @@ def test_store_fails_for_one_rank(recipe: Callable, processes: Callable, tmp_pat
     words = [*TWO, f"checkpoint.url={url}"]
     # rank 1 writes its own file, and checks the second of the three: .metadata, __0_0, __1_0
     for verb, name, did in (("write", "step_00000004/__1_0", "written"), ("read", "step_00000002/__0_0", "read")):
-        said = processes(2).run(broken_for, 1, settings, words, verb, name)
-        gone = f"{name}.distcp cannot be {did} (no route to host); run the same command again to go on"
-        assert said == [f"rank 1: {url}/{gone}"] * 2
+        errors = processes(2).run(broken_for, 1, settings, words, verb, name)
+        message = f"{name}.distcp cannot be {did} (no route to host); run the same command again to go on"
+        assert errors == [f"rank 1: {url}/{message}"] * 2
         assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2]
     assert processes(2).run(plain_remote_run, settings, words) == [0, 0]
     assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2, 4, 6]
-    said = processes(2).run(loaded, str(tmp_path / "run"), 1)
-    assert said[0] == said[1]
-    assert said[0].startswith(f"rank 1: {url}/step_00000006/__")
-    assert said[0].endswith("_0.distcp cannot be read (late); run the same command again to go on")
+    errors = processes(2).run(loaded, str(tmp_path / "run"), 1)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"rank 1: {url}/step_00000006/__")
+    assert errors[0].endswith("_0.distcp cannot be read (late); run the same command again to go on")

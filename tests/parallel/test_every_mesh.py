@@ -151,10 +151,10 @@ def test_initial_weights(settings: dict, processes: Callable, name: str) -> None
     config = config_of(settings, words)
     model = Trinity(config.model)
     model.init_weights(config.run.seed)
-    for found in processes(world).run(initial_weights, settings, ["precision.compute=float32", *words]):
-        assert found.keys() == model.state_dict().keys()
+    for weights in processes(world).run(initial_weights, settings, ["precision.compute=float32", *words]):
+        assert weights.keys() == model.state_dict().keys()
         for key, tensor in model.state_dict().items():
-            assert torch.equal(found[key], tensor), key
+            assert torch.equal(weights[key], tensor), key
 
 
 def one_policy(block: Any, kept: Callable, cast: Callable, experts: Callable, policy: MixedPrecisionPolicy) -> None:
@@ -190,10 +190,10 @@ def dtypes_inside(settings: dict, words: list[str], wrong: bool) -> dict[str, st
 def test_precision_by_part(settings: dict, processes: Callable, wrong: bool) -> None:
     """In a bf16 block gains, router and balancing state are fp32, matrices bf16; one policy for a block is caught."""
     world, words = MESHES["shard 2, expert 2"]
-    for found in processes(world).run(dtypes_inside, settings, words, wrong):
-        precise = {name: dtype for name, dtype in found.items() if "gain" in name or "router" in name}
-        state = {name: dtype for name, dtype in found.items() if "expert_" in name}
-        rest = {name: dtype for name, dtype in found.items() if name not in precise | state}
+    for dtypes in processes(world).run(dtypes_inside, settings, words, wrong):
+        precise = {name: dtype for name, dtype in dtypes.items() if "gain" in name or "router" in name}
+        state = {name: dtype for name, dtype in dtypes.items() if "expert_" in name}
+        rest = {name: dtype for name, dtype in dtypes.items() if name not in precise | state}
         assert any("q_norm" in name for name in precise)
         assert any("experts.gate_up" in name for name in rest)
         assert set(state.values()) == {"torch.float32"}

@@ -21,8 +21,8 @@ def sizes(world: int, model: ModelConfig = ZOO["smoke"], **words: int) -> Sizes:
 
 def test_large_as_in_the_report() -> None:
     """FSDP groups of 128, experts split among the 8 GPUs of a node, 16 replicas on 2048; 16 ranks shard each share."""
-    found = sizes(2048, ZOO["large"], replicate=-1, shard=128, expert=8)
-    assert found == Sizes(replicate=16, shard=128, expert=8, expert_shard=16, experts_by="experts")
+    large = sizes(2048, ZOO["large"], replicate=-1, shard=128, expert=8)
+    assert large == Sizes(replicate=16, shard=128, expert=8, expert_shard=16, experts_by="experts")
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_advice_is_accepted(model: ModelConfig) -> None:
             words = str(error).rpartition("; use ")[2].split()
             values = dict(word.removeprefix("parallel.").split("=") for word in words)
             changed = replace(parallel, **{name: int(value) for name, value in values.items()})
-            found = check_parallel(changed, model, world)
-            assert found.replicate * found.shard == world
+            result = check_parallel(changed, model, world)
+            assert result.replicate * result.shard == world
             refused += 1
     assert refused > 500
 
@@ -132,8 +132,8 @@ def test_experts_do_not_matter_without_sparse_layers() -> None:
 
 def coordinates(words: dict[str, int]) -> tuple:
     """This rank's coordinates in both meshes."""
-    found = mesh.join_meshes(sizes(dist.get_world_size(), **words), torch.device("cpu"))
-    return found.rank, tuple(found.dense.get_coordinate()), tuple(found.experts.get_coordinate())
+    ranks = mesh.join_meshes(sizes(dist.get_world_size(), **words), torch.device("cpu"))
+    return ranks.rank, tuple(ranks.dense.get_coordinate()), tuple(ranks.experts.get_coordinate())
 
 
 def test_coordinates_of_both_meshes(processes) -> None:

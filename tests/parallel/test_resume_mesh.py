@@ -89,28 +89,28 @@ def test_resume_on_other_meshes(recipe: Callable, processes: Callable, tmp_path:
             [run_alone(settings, leg_words)] if world == 1 else processes(world).run(run_in_group, settings, leg_words)
         )
         assert codes == [0] * world
-    found, expected = results(tmp_path / "many"), results(tmp_path / "one")
-    compare(found, expected)
+    resumed, expected = results(tmp_path / "many"), results(tmp_path / "one")
+    compare(resumed, expected)
 
 
-def compare(found: SimpleNamespace, expected: SimpleNamespace) -> None:
+def compare(resumed: SimpleNamespace, expected: SimpleNamespace) -> None:
     """Integers are equal, floats within the bound."""
-    assert len(found.metrics) == len(expected.metrics) == LAST
-    for line, wanted in zip(found.metrics, expected.metrics):
+    assert len(resumed.metrics) == len(expected.metrics) == LAST
+    for line, expected_line in zip(resumed.metrics, expected.metrics):
         # a leg ends with an evaluation that the uninterrupted run does not make
-        line = {key: value for key, value in line.items() if key in wanted}
-        assert line.keys() == wanted.keys()
-        for key, value in wanted.items():
+        line = {key: value for key, value in line.items() if key in expected_line}
+        assert line.keys() == expected_line.keys()
+        for key, value in expected_line.items():
             if isinstance(value, float):
-                assert abs(line[key] - value) <= BOUND * max(1.0, abs(value)), f"{key} of step {wanted['step']}"
+                assert abs(line[key] - value) <= BOUND * max(1.0, abs(value)), f"{key} of step {expected_line['step']}"
             else:
                 assert line[key] == value, key
     exact = [name for name in expected.state if name.startswith(("data.", "run.step", "run.bad", "run.collapse."))]
     assert sum(name.startswith("data.stream.") for name in exact) == 12
     for name in exact:
-        assert torch.equal(found.state[name], expected.state[name]), name
+        assert torch.equal(resumed.state[name], expected.state[name]), name
     tensors = [
         {name: value for name, value in state.items() if name.startswith(("model.", "optim."))}
-        for state in (found.state, expected.state)
+        for state in (resumed.state, expected.state)
     ]
     assert_tensors(*tensors, BOUND, "checkpoint")

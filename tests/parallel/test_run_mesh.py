@@ -105,9 +105,9 @@ def step_with_nan(settings: dict, where: str) -> tuple[bool, dict, dict, list[st
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 def test_a_nan_on_one_rank_skips_the_step(recipe: Callable, processes: Callable, tmp_path: Path, where: str) -> None:
     """On every rank only the counters of steps and of sequences change, and the state of the collapse monitor."""
-    found = processes(2).run(step_with_nan, recipe(tmp_path / "run"), where)
+    results = processes(2).run(step_with_nan, recipe(tmp_path / "run"), where)
     changed = ["run.bad_steps", "run.batch_history", "run.collapse.recent", "run.step"]
-    assert found == [(False, True, 2, changed)] * 2
+    assert results == [(False, True, 2, changed)] * 2
 
 
 def torchrun(world: int, *words: object) -> subprocess.CompletedProcess:

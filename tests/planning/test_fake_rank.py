@@ -47,17 +47,17 @@ def test_state_by_hand(tiny: ModelConfig, parallel: ParallelConfig, gpus: int, c
     expected = dict.fromkeys(("parameters", "gradients", "Muon momentum", "AdamW moments"), 0)
     for role in parameter_roles(Trinity(tiny)):
         rows, *rest = role.parameter.shape
-        held = math.ceil(rows / sizes.shard) * math.prod(rest)
+        elements = math.ceil(rows / sizes.shard) * math.prod(rest)
         if role.kind == "experts":
-            held = role.parameter.numel() // sizes.shard
+            elements = role.parameter.numel() // sizes.shard
             here = rows // sizes.expert // (sizes.expert_shard if sizes.experts_by == "experts" else 1)
             expected["Muon momentum"] += 4 * here * (2 if len(rest) == 3 else 1)
         for name in ("parameters", "gradients"):
-            expected[name] += size * held
+            expected[name] += size * elements
         if role.kind in ("matrix", "experts"):
-            expected["Muon momentum"] += size * held
+            expected["Muon momentum"] += size * elements
         else:
-            expected["AdamW moments"] += 2 * size * held + 4
+            expected["AdamW moments"] += 2 * size * elements + 4
     with fake_rank(config, sizes) as rank:
         assert state_bytes(rank.model, rank.optimizers) == expected | {"expert biases": 3 * 2 * 6 * size}
         assert rank.ranks.device == torch.device("meta")
@@ -107,10 +107,10 @@ def test_large_on_2048() -> None:
     with fake_rank(config, check_parallel(config.parallel, config.model, 2048)) as rank:
         state = state_bytes(rank.model, rank.optimizers)
         load = rank_load(config, schedule_segments(config)[0], 2048)
-        found = communication_flows(config, rank, load, [Traffic(0, 0)], defer=False)
+        flows = communication_flows(config, rank, load, [Traffic(0, 0)], defer=False)
     assert state["parameters"] / 4 == pytest.approx(398_635_272_192 / 128, rel=1e-4)  # more by some padding
     assert state["parameters"] / 4 >= 398_635_272_192 / 128
-    experts: list[Flow] = [flow for flow in found if flow.purpose in ("weights, experts", "gradients, experts")]
+    experts: list[Flow] = [flow for flow in flows if flow.purpose in ("weights, experts", "gradients, experts")]
     assert load.microbatch * config.data.sequence_length == 8192
     # gathered twice in two bytes, reduced in four: a rank's share of 391 billion weights
     assert sum(flow.bytes for flow in experts) / load.microbatches == (2 + 2 + 4) * 391_378_894_848 / 8

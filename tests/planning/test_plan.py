@@ -89,9 +89,9 @@ def test_picked_mesh(name: str, gpus: int, gpu: str, short: float) -> None:
     assert f"mesh picked    {reason}; planned with: {' '.join(plan.picked)}\n" in text
     again = make_plan(load_config(path, [*words, *plan.picked]), gpus, card)
     assert (again.sizes, again.memory, again.total_seconds) == (plan.sizes, plan.memory, plan.total_seconds)
-    found = re.findall(r"; (.*) would, with ([\d.]+) GB", text)
-    assert len(found) == (not plan.fits)
-    for advised, needed in found:
+    advice = re.findall(r"; (.*) would, with ([\d.]+) GB", text)
+    assert len(advice) == (not plan.fits)
+    for advised, needed in advice:
         more = int((re.findall(r"--gpus (\d+)", advised) or [gpus])[0])
         settings = [word.removesuffix(")") for word in advised.split() if "=" in word]
         mended = make_plan(load_config(path, [*words, *settings]), more, card)

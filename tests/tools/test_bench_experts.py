@@ -38,8 +38,8 @@ def test_zipf_is_drawn_by_its_weights() -> None:
     E, T, s = 8, 40_000, 0.5
     weights = torch.arange(1, E + 1).double().pow(-s)
     expected = T * weights / weights.sum()
-    found = counts(zipf_routing(T, E, 1, s), E).sort(descending=True).values
-    assert ((found - expected).abs() < 5 * expected.sqrt()).all(), (found, expected)
+    frequencies = counts(zipf_routing(T, E, 1, s), E).sort(descending=True).values
+    assert ((frequencies - expected).abs() < 5 * expected.sqrt()).all(), (frequencies, expected)
     load = counts(zipf_routing(8192, 128, 8), 128).double()
     assert 3.5 < load.max() / load.mean() < 5.5
 
@@ -68,26 +68,26 @@ def test_smoke_is_the_zoos() -> None:
 
 
 def results(on: str, tf: list[float], kept_mib: float) -> dict:
-    ours = {"seconds": [0.1, 0.2], "tf": tf, "tf_both": sum(tf) / 2, "kept_mib": kept_mib}
+    trinity = {"seconds": [0.1, 0.2], "tf": tf, "tf_both": sum(tf) / 2, "kept_mib": kept_mib}
     peer = {"seconds": [0.01, 0.02], "tf": [900, 900], "tf_both": 900, "kept_mib": 1}
     contenders = {
-        "trinity triton": ours, "trinity reference": {"failed": "out of memory"}, "trinity's engine grouped_mm": peer,
-        "transformers eager": {"failed": "no"},
+        "trinity triton": trinity, "trinity reference": {"failed": "out of memory"},
+        "trinity's engine grouped_mm": peer, "transformers eager": {"failed": "no"},
     }  # fmt: skip
     case = {"sizes": experts.CUDA_CASES["Nano"]._asdict(), "fullest": 1.0, "contenders": contenders}
-    found = {"on": on, "unit": "TF", "zipf": 0.5, "cases": {"Nano, balanced": case}}
-    return found | {"goals": goals(found)}
+    result = {"on": on, "unit": "TF", "zipf": 0.5, "cases": {"Nano, balanced": case}}
+    return result | {"goals": goals(result)}
 
 
 def test_goals() -> None:
     """By our own on an H200, never by a peer and on no other GPU. 322 MiB × 54 layers are 16.98 GiB, 323 are 17.03."""
-    met = results("NVIDIA H200", [400, 430], 322)["goals"]
-    assert met["Nano forward ≥ 400 TF"] == "met (400)"
-    assert met["Nano backward ≥ 420 TF"] == "met (430)"
-    assert met["Nano activations ≤ 17 GiB"] == "met (17)"
-    assert met["Mini forward ≥ 520 TF"] == "not measured"
+    verdicts = results("NVIDIA H200", [400, 430], 322)["goals"]
+    assert verdicts["Nano forward ≥ 400 TF"] == "met (400)"
+    assert verdicts["Nano backward ≥ 420 TF"] == "met (430)"
+    assert verdicts["Nano activations ≤ 17 GiB"] == "met (17)"
+    assert verdicts["Mini forward ≥ 520 TF"] == "not measured"
     missed = results("NVIDIA H200", [399, 419], 323)["goals"]
-    assert [missed[goal].split()[0] for goal in list(met)[:2]] == ["missed"] * 2
+    assert [missed[goal].split()[0] for goal in list(verdicts)[:2]] == ["missed"] * 2
     assert missed["Nano activations ≤ 17 GiB"].startswith("missed")
     assert set(results("NVIDIA H100 80GB HBM3", [900, 900], 1)["goals"].values()) == {"not measured"}
 
@@ -107,17 +107,17 @@ def test_contenders_that_run_here_agree_and_the_others_say_why() -> None:
     """The suite on a layer of a few numbers: what disagreed with the reference would be a failure."""
     case = {"contenders": {}}
     experts._measure(case, Case(16, 8, 4, 2, 24, 1), "Zipf", rounds=1)
-    found = case["contenders"]
-    there = {name for name, row in found.items() if "failed" not in row}
+    contenders = case["contenders"]
+    there = {name for name, row in contenders.items() if "failed" not in row}
     assert {
         "trinity reference",
         "trinity's engine grouped_mm",
         "transformers eager",
         "transformers grouped_mm",
     } <= there
-    assert all(len(found[name]["tf"]) == 2 and min(found[name]["seconds"]) > 0 for name in there)
+    assert all(len(contenders[name]["tf"]) == 2 and min(contenders[name]["seconds"]) > 0 for name in there)
     if not torch.cuda.is_available():
-        assert found["SonicMoE"]["failed"] == "needs a GPU"
+        assert contenders["SonicMoE"]["failed"] == "needs a GPU"
 
 
 def test_a_broken_device_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +127,9 @@ def test_a_broken_device_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(experts, "make_inputs", broken)
-    found = experts.run(quick=True)
-    assert all("illegal" in case["contenders"]["the rest"]["failed"] for case in found["cases"].values())
-    assert "| the rest | RuntimeError: an illegal memory access |" in experts.table(found)
+    output = experts.run(quick=True)
+    assert all("illegal" in case["contenders"]["the rest"]["failed"] for case in output["cases"].values())
+    assert "| the rest | RuntimeError: an illegal memory access |" in experts.table(output)
 
 
 def test_a_contender_that_computes_something_else_is_found() -> None:

@@ -33,11 +33,11 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return timed
 
     parts = {"fast": [1.0, 2.0], "slow": [50.0, 11.0], "broken": []}
-    found = take_turns({name: call(name, seconds) for name, seconds in parts.items()}, 3)
+    results = take_turns({name: call(name, seconds) for name, seconds in parts.items()}, 3)
     assert order == ["fast", "slow", "broken", "fast", "fast", "fast"]
-    assert found["fast"] == {"seconds": [1.0, 2.0]}
-    assert found["slow"] == {"seconds": [50.0, 11.0]}
-    assert found["broken"] == {"failed": "RuntimeError: no / such thing"}
+    assert results["fast"] == {"seconds": [1.0, 2.0]}
+    assert results["slow"] == {"seconds": [50.0, 11.0]}
+    assert results["broken"] == {"failed": "RuntimeError: no / such thing"}
 
 
 def test_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,9 +91,9 @@ def test_domains_hold_out_whole_modules(monkeypatch: pytest.MonkeyPatch) -> None
         for package, count in sizes.items()
         for number in range(count)
     ]
-    found = read_domains(modules)
-    assert list(found) == ["big", "middle", "modules", "prose"]
-    for name, (train, validation) in found.items():
+    texts = read_domains(modules)
+    assert list(texts) == ["big", "middle", "modules", "prose"]
+    for name, (train, validation) in texts.items():
         packages = {"modules": ("small", "alone"), "prose": tuple(sizes)}.get(name, (name,))
         words = [source.strip('"\n') for module, source in modules if module.startswith(packages)]
         in_train, in_validation = ([text for text in words if text in side] for side in (train, validation))
@@ -101,8 +101,8 @@ def test_domains_hold_out_whole_modules(monkeypatch: pytest.MonkeyPatch) -> None
         assert in_train
         assert in_validation
         assert not set(in_train) & set(in_validation)
-    held = [found[name].validation.strip('"\n') for name in ("big", "middle", "modules")]
-    assert sorted(found["prose"].validation.split("\n\n")) == sorted(held)
+    validation_texts = [texts[name].validation.strip('"\n') for name in ("big", "middle", "modules")]
+    assert sorted(texts["prose"].validation.split("\n\n")) == sorted(validation_texts)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -153,14 +153,14 @@ def test_measures() -> None:
     """Against their definitions; the first half of a curve does not count; a parabola has no variance about itself."""
     values = [9.0] * 6 + [1.0, 2.0, 4.0, 3.0, 1.0, 7.0]
     run = {"curves": dict.fromkeys(rsdb_arms.CURVES, values), "validation": {"a": 1.0, "b": 4.0}}
-    found = rsdb_report.measures(run)
+    results = rsdb_report.measures(run)
     last = values[6:]
     moments = [sum((value - 3) ** power for value in last) / 6 for power in (2, 4)]
-    assert found["batch_het"] == found["loss"] == found["grad_norm"] == 3
-    assert found["grad_norm_kurtosis"] == pytest.approx(moments[1] / moments[0] ** 2)
-    assert found["validation_loss"] == 2.5
+    assert results["batch_het"] == results["loss"] == results["grad_norm"] == 3
+    assert results["grad_norm_kurtosis"] == pytest.approx(moments[1] / moments[0] ** 2)
+    assert results["validation_loss"] == 2.5
     jumps = [1.0, 2.0, -1.0, -2.0, 6.0]
-    assert found["loss_step_variance"] == pytest.approx(sum((jump - 1.2) ** 2 for jump in jumps) / 5 / 2)
+    assert results["loss_step_variance"] == pytest.approx(sum((jump - 1.2) ** 2 for jump in jumps) / 5 / 2)
     run["curves"]["loss"] = [7.0] * 6 + [step**2 - 3.0 * step for step in range(6)]
     assert rsdb_report.measures(run)["loss_variance"] == pytest.approx(0, abs=1e-20)
     assert rsdb_report.kurtosis(np.random.default_rng(0).normal(size=100_000)) == pytest.approx(3, abs=0.1)
@@ -189,12 +189,12 @@ def test_resume(finished: tuple[Path, str], tmp_path: Path) -> None:
     out, output = finished
     again = tmp_path / "again"
     shutil.copytree(out, again)
-    lost = again / "runs" / "rsdb-0.json"
-    lost.unlink()
+    deleted = again / "runs" / "rsdb-0.json"
+    deleted.unlink()
     kept = {path: path.stat().st_mtime_ns for path in again.glob("runs/*.json")}
     assert call("--out", again, *WORDS)[:2] == (EXIT_CODE, output)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert lost.read_bytes() == (out / "runs" / "rsdb-0.json").read_bytes()
+    assert deleted.read_bytes() == (out / "runs" / "rsdb-0.json").read_bytes()
     assert (again / "rsdb.json").read_bytes() == (out / "rsdb.json").read_bytes()
 
 
@@ -241,6 +241,6 @@ def test_corpus_is_reused(corpus: Corpus) -> None:
     before = index.stat().st_mtime_ns
     assert make_corpus(corpus.tokenizer.parent, 512, every=24) == corpus
     assert index.stat().st_mtime_ns == before
-    found = domains.describe(corpus, 32)
-    assert found["tokens"] == sum(TokenSource(folder).tokens for folder in corpus.train.values())
-    assert 0 < found["share_of_tokens_in_documents_over_4_rows"] < 1
+    description = domains.describe(corpus, 32)
+    assert description["tokens"] == sum(TokenSource(folder).tokens for folder in corpus.train.values())
+    assert 0 < description["share_of_tokens_in_documents_over_4_rows"] < 1

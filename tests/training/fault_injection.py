@@ -20,13 +20,13 @@ def kill(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_the_files(times: int) -> mock._patch:
-    """Before the n-th tensor is written; a checkpoint of the test's model has some 200."""
-    return mock.patch.object(filesystem, "_write_item", nth(times, filesystem._write_item))
+def kill_while_writing_files(times: int) -> mock._patch:
+    """Kill before the n-th tensor is written; a checkpoint of the test's model has some 200."""
+    return mock.patch.object(filesystem, "_write_item", replace_nth_call(times, filesystem._write_item))
 
 
-def in_the_publish(name: str, times: int, after: bool = False) -> mock._patch:
-    """When COMPLETE or latest is written for the n-th time: between content and name, or just after."""
+def kill_at_publication(name: str, times: int, after: bool = False) -> mock._patch:
+    """Kill when COMPLETE or latest is written for the n-th time: before its temporary file is renamed, or just after."""
     write = checkpoint.write_atomically
 
     def write_and_die(path: Path, text: str) -> None:
@@ -35,26 +35,26 @@ def in_the_publish(name: str, times: int, after: bool = False) -> mock._patch:
             write(path, text)
         kill()
 
-    matching = nth(times, write, lambda path, text: path.name == name, write_and_die)
+    matching = replace_nth_call(times, write, lambda path, text: path.name == name, write_and_die)
     return mock.patch.object(checkpoint, "write_atomically", matching)
 
 
-def in_the_deletion(name: str) -> mock._patch:
-    """Just after the first of the old checkpoint's files of that name is gone."""
+def kill_during_deletion(name: str) -> mock._patch:
+    """Kill just after the first deletion of a file of that name in an old checkpoint."""
     unlink = Path.unlink
 
     def unlink_and_die(path: Path, **words: bool) -> None:
         unlink(path, **words)
         kill()
 
-    matching = nth(1, unlink, lambda path, **words: path.name == name and path.exists(), unlink_and_die)
+    matching = replace_nth_call(1, unlink, lambda path, **words: path.name == name and path.exists(), unlink_and_die)
     return mock.patch.object(Path, "unlink", matching)
 
 
-def nth(
+def replace_nth_call(
     times: int, function: Callable, counts: Callable = lambda *args, **words: True, instead: Callable = kill
 ) -> Callable:
-    """The function, but something else at its n-th call that counts."""
+    """The function, with `instead` in place of its n-th call for which `counts` is true."""
     left = [times]
 
     def call(*args: Any, **words: Any) -> Any:
@@ -64,21 +64,21 @@ def nth(
     return call
 
 
-def in_the_removal() -> mock._patch:
-    """Before the rest of an old checkpoint goes."""
+def kill_before_removal() -> mock._patch:
+    """Kill before the remaining files of an old checkpoint are deleted."""
     return mock.patch.object(checkpoint.shutil, "rmtree", kill)
 
 
-# moment: how it is brought about, and the steps whose checkpoints are complete afterwards
+# moment: the fault, and the steps whose checkpoints are complete afterwards
 MOMENTS = {
-    "the first files": (partial(in_the_files, 3), []),
-    "later files": (partial(in_the_files, 300), [2]),
-    "the first publish": (partial(in_the_publish, "COMPLETE", 1), []),
-    "a later publish": (partial(in_the_publish, "COMPLETE", 2), [2]),
-    "just published": (partial(in_the_publish, "COMPLETE", 2, after=True), [2, 4]),
-    "the hint": (partial(in_the_publish, "latest", 2), [2, 4]),
-    "the deletion's first file": (partial(in_the_deletion, "COMPLETE"), [4]),
-    "the deletion's second file": (partial(in_the_deletion, ".metadata"), [4]),
-    "the deletion's rest": (in_the_removal, [4]),
+    "the first files": (partial(kill_while_writing_files, 3), []),
+    "later files": (partial(kill_while_writing_files, 300), [2]),
+    "the first publish": (partial(kill_at_publication, "COMPLETE", 1), []),
+    "a later publish": (partial(kill_at_publication, "COMPLETE", 2), [2]),
+    "just published": (partial(kill_at_publication, "COMPLETE", 2, after=True), [2, 4]),
+    "writing latest": (partial(kill_at_publication, "latest", 2), [2, 4]),
+    "after deleting COMPLETE": (partial(kill_during_deletion, "COMPLETE"), [4]),
+    "after deleting .metadata": (partial(kill_during_deletion, ".metadata"), [4]),
+    "before deleting the rest": (kill_before_removal, [4]),
 }
-QUICK = ["later files", "the first publish", "the deletion's first file"]
+QUICK = ["later files", "the first publish", "after deleting COMPLETE"]

@@ -9,20 +9,20 @@ import pytest
 
 
 def mount(*words: object) -> None:
-    """The system's mount."""
+    """Call mount; skip the test where it is not permitted."""
     done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
 
 
 def unmount(folder: Path) -> None:
-    """The system's umount."""
+    """Call umount."""
     subprocess.run(["umount", folder], check=True)
 
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of that size in a new folder."""
+    """Context manager: a file system of this size, mounted on a new folder."""
     folder.mkdir(parents=True)
     mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
     try:
@@ -32,19 +32,19 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def resize(folder: Path, size: str) -> None:
-    """Make room."""
+    """Change the size of a small disk."""
     mount("-o", f"remount,size={size}", folder)
 
 
 def make_read_only(folder: Path) -> None:
-    """Nothing more can be made or opened for writing below the folder; what is open already can be written."""
+    """Make a folder read-only: files that are already open can still be written."""
     mount("--bind", folder, folder)
     mount("-o", "remount,bind,ro", folder)
 
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nothing can be written below the folder."""
+    """Context manager: a read-only folder."""
     make_read_only(folder)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Runs of several processes that start in half a second: each rank is a fork of a server that has everything imported.
+"""Runs of several processes that start in half a second: each rank is forked from a server with all imports done.
 
-As under torchrun, the ranks find each other in a store that outlives them, which this process holds, and each leaves
-with the exit code that a launcher sees.
+As under torchrun, the ranks rendezvous in a store that outlives them, here in this process, and each exits with the code
+that a launcher would see.
 """
 
 import os
@@ -24,11 +24,11 @@ SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["trinity.training.trainer", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
 SECONDS = 60
-"""How long a run may take to end once something has happened to it. A rank hears at once that a neighbour's connection
-is closed; starting, stepping and saving take seconds on a busy machine."""
+"""Longest time that a run may take to end after a fault. A rank notices at once that a peer's connection is closed;
+starting, training and saving take seconds on a busy machine."""
 
-Trouble = Callable[[], AbstractContextManager]
-"""Makes what a rank runs under; a function at the top of a module, perhaps with arguments (functools.partial)."""
+Fault = Callable[[], AbstractContextManager]
+"""Returns the context manager in which a rank runs: a module-level function, or functools.partial of one."""
 
 
 class Ranks:
@@ -39,28 +39,28 @@ class Ranks:
         log: stdout and stderr of all of them.
     """
 
-    def __init__(self, settings: dict, words: tuple[str, ...], troubles: list[Trouble], log: Path) -> None:
-        """Start one rank for each trouble."""
-        self.log, world = log, len(troubles)
+    def __init__(self, settings: dict, words: tuple[str, ...], faults: list[Fault], log: Path) -> None:
+        """Start one rank for each fault."""
+        self.log, world = log, len(faults)
         self._said_before = log.stat().st_size if log.exists() else 0
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         place = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
         place |= {"MASTER_PORT": self._store.port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
         self._alive, alive = SERVER.Pipe(duplex=False)
         self.processes: list[BaseProcess] = []
-        for rank, trouble in enumerate(troubles):
+        for rank, fault in enumerate(faults):
             own = {name: str(value) for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            self.processes.append(SERVER.Process(target=_rank, args=(settings, words, trouble, own, log, alive)))
+            self.processes.append(SERVER.Process(target=_rank, args=(settings, words, fault, own, log, alive)))
             self.processes[-1].start()
         alive.close()
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         """The log since this start."""
         return self.log.read_bytes()[self._said_before :].decode() if self.log.exists() else ""
 
     def wait(self) -> list[int]:
-        """The exit codes, by rank, once every process is gone, those that prepare data among them."""
-        assert self._alive.poll(SECONDS), f"still there after {SECONDS} s: {self.said()[-3000:]}"
+        """Wait until every process has ended, data workers included; return the exit codes by rank."""
+        assert self._alive.poll(SECONDS), f"still there after {SECONDS} s: {self.log_text()[-3000:]}"
         for process in self.processes:
             process.join()
         return [process.exitcode for process in self.processes]
@@ -73,11 +73,11 @@ class Ranks:
 
 @contextmanager
 def ranks(
-    settings: dict, words: tuple[str, ...] = (), world: int = 1, trouble: Trouble = nullcontext, rank: int = 0
+    settings: dict, words: tuple[str, ...] = (), world: int = 1, fault: Fault = nullcontext, rank: int = 0
 ) -> Iterator[Ranks]:
     """Start a run with a fault on one rank; no process is left afterwards."""
-    troubles = [trouble if place == rank else nullcontext for place in range(world)]
-    started = Ranks(settings, words, troubles, Path(settings["run"]["dir"]).with_suffix(".log"))
+    faults = [fault if place == rank else nullcontext for place in range(world)]
+    started = Ranks(settings, words, faults, Path(settings["run"]["dir"]).with_suffix(".log"))
     try:
         yield started
     finally:
@@ -85,9 +85,9 @@ def ranks(
         started.wait()
 
 
-def run(settings: dict, *words: str, world: int = 1, trouble: Trouble = nullcontext, rank: int = 0) -> list[int]:
+def run(settings: dict, *words: str, world: int = 1, fault: Fault = nullcontext, rank: int = 0) -> list[int]:
     """Run to the end; return the exit code of each rank."""
-    with ranks(settings, words, world, trouble, rank) as started:
+    with ranks(settings, words, world, fault, rank) as started:
         return started.wait()
 
 
@@ -95,13 +95,13 @@ def wait_for(condition: Callable[[], bool], started: Ranks) -> None:
     """Wait until a condition holds, while all ranks live."""
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert all(process.is_alive() for process in started.processes), started.said()[-3000:]
-        assert time.monotonic() < deadline, started.said()[-3000:]
+        assert all(process.is_alive() for process in started.processes), started.log_text()[-3000:]
+        assert time.monotonic() < deadline, started.log_text()[-3000:]
         time.sleep(0.002)
 
 
 def _rank(
-    settings: dict, words: tuple[str, ...], trouble: Trouble, place: dict[str, str], log: Path, _alive: Connection
+    settings: dict, words: tuple[str, ...], fault: Fault, place: dict[str, str], log: Path, _alive: Connection
 ) -> None:
     """What launch/pretrain.py does; the connection is inherited by data workers and closes with the last of them."""
     os.environ.update(place)
@@ -109,5 +109,5 @@ def _rank(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     raw = [("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))]
-    with trouble():
+    with fault():
         run_main(partial(pretrain, build_config(raw), []))

@@ -49,14 +49,14 @@ def status(run: Path) -> dict:
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whatever it holds."""
-    found: dict = {}
+    tensors: dict = {}
     reader = dcp.FileSystemReader(run / "checkpoints" / f"step_{step:08d}")
-    dcp.state_dict_loader._load_state_dict(found, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    return found
+    dcp.state_dict_loader._load_state_dict(tensors, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return tensors
 
 
 def bits(path: AnyPath) -> dict[str, bytes]:
     """The bytes of every tensor of a checkpoint, local or remote."""
-    found = empty_tensors(path, "")
-    load(found, path)
-    return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in found.items()}
+    tensors = empty_tensors(path, "")
+    load(tensors, path)
+    return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}

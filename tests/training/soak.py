@@ -1,9 +1,9 @@
-"""A soak: a run of two processes under torchrun, killed at random again and again, beside one that is left alone.
+"""Soak test: a run of two processes under torchrun that is killed repeatedly at random, against an undisturbed one.
 
 python tests/training/soak.py --steps 1000 --kills 20 --out FOLDER
 
-torchrun starts the run anew after each kill. In the end both runs must agree in every figure of every step, bit for
-bit, since the number of processes is the same. Prints what the kills cost.
+torchrun restarts the run after each kill. In the end all metrics of all steps must be equal, bit for bit, since the
+number of processes is the same. Prints the time that the kills cost.
 """
 
 import argparse
@@ -23,18 +23,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def soak(config: Path, run: Path, world: int, kills: int, seed: int = 1) -> dict[str, float]:
-    """Start the config's run, kill a random worker so many times, and let it end.
+    """Start the config's run, kill a random worker `kills` times, and let the run end.
 
-    The kills are spread over the run, but for its last 10 steps: each comes at a random moment, up to 0.3 s after a
+    The kills are spread over the run except its last 10 steps: each comes at a random moment, up to 0.3 s after a
     randomly chosen step.
 
     Args:
-        config: of a run in `run` that saves often; a YAML file that says run.steps.
+        config: of a run in `run` that saves often; a YAML file with run.steps.
         run: its directory.
         world: processes.
         kills: SIGKILLs to a worker.
     Returns:
-        "kills", "redone" steps, "seconds".
+        "kills", "redone" (number of repeated steps), "seconds".
     """
     numbers, began = random.Random(seed), time.monotonic()
     steps = yaml.safe_load(config.read_text())["run"]["steps"]
@@ -56,7 +56,7 @@ def soak(config: Path, run: Path, world: int, kills: int, seed: int = 1) -> dict
 
 
 def start(config: Path, world: int, restarts: int) -> subprocess.Popen:
-    """The run under torchrun, as a user starts it."""
+    """Start the run under torchrun, as a user does."""
     torchrun = [
         "torch.distributed.run",
         "--standalone",
@@ -74,19 +74,19 @@ def start(config: Path, world: int, restarts: int) -> subprocess.Popen:
 
 def pids_below(launcher: int) -> list[int]:
     """The launcher's workers: its children that run pretrain.py."""
-    found = []
+    pids = []
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except FileNotFoundError:
             continue
         if any(word.endswith(b"pretrain.py") for word in words):
-            found.append(int(pid))
-    return found
+            pids.append(int(pid))
+    return pids
 
 
 def wait_until_gone(pids: list[int]) -> None:
-    """Until a launcher has ended all of a round's workers, so that the next kill is of the next round."""
+    """Wait until the launcher has ended all workers of a start, so that the next kill hits the next start."""
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         time.sleep(0.01)
 
@@ -97,7 +97,7 @@ def lines_of(path: Path) -> int:
 
 
 def costs(run: Path, seconds: float) -> dict[str, float]:
-    """What a run of so many seconds, all its starts included, spent on what.
+    """How a run spent its time: `seconds` in total, all starts included.
 
     Returns:
         "in_steps": share of the time in steps that count; "stall": median seconds that training stood still for a
@@ -115,7 +115,7 @@ def costs(run: Path, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Both runs on the corpus of the tests, and what came out."""
+    """Run both on the tests' corpus; print the results and compare the metrics."""
     sys.path.insert(0, str(ROOT))
     from tests.conftest import everything_on, make_corpus
     from tests.training.run_files import metrics
@@ -135,12 +135,12 @@ def main() -> None:
         settings["evaluation"]["every"] = 100
         config = arguments.out / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings))
-        found = soak(config, arguments.out / name, 2, kills)
-        print(name, json.dumps(found | costs(arguments.out / name, found["seconds"])))
+        outcome = soak(config, arguments.out / name, 2, kills)
+        print(name, json.dumps(outcome | costs(arguments.out / name, outcome["seconds"])))
         runs[name] = metrics(arguments.out / name)
     assert [line["step"] for line in runs["killed"]] == list(range(1, arguments.steps + 1))
     assert runs["killed"] == runs["alone"]
-    print("equal in every figure of every step")
+    print("all metrics of all steps are equal")
 
 
 if __name__ == "__main__":

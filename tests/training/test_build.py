@@ -60,9 +60,9 @@ def test_an_engine_whose_package_is_missing(name: str, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         UserError, match=rf"^kernels\.experts={name} cannot be used: .* install it: pip install"
-    ) as seen:
+    ) as refused:
         check_kernels(KernelsConfig(experts=name), CUDA)
-    assert "\n" not in str(seen.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("kind", "package"), [("torchao", "torchao.float8"), ("transformer_engine",) * 2])
@@ -75,15 +75,15 @@ def test_fp8_whose_package_is_missing(settings: dict, kind: str, package: str, m
 
 def test_grouped_mm_trains_as_the_reference(settings: dict, tmp_path: Path) -> None:
     """Four steps in fp32: only the order of sums differs, and routes are the same. A changed engine may resume."""
-    found = {}
+    runs = {}
     for engine in ("reference", "grouped_mm"):
         settings["run"]["dir"] = str(tmp_path / engine)
         assert train(settings, "run.steps=4", f"kernels.experts={engine}") == 0
-        found[engine] = metrics(tmp_path / engine)
-    for ours, theirs in zip(*found.values()):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        assert ours["max_violation"] == theirs["max_violation"]
+        runs[engine] = metrics(tmp_path / engine)
+    for first, second in zip(*runs.values()):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-4)
+        assert first["max_violation"] == second["max_violation"]
     assert train(settings, "run.steps=5", "kernels.experts=reference") == 0
     settings["precision"]["compute"] = "bfloat16"
     with pytest.raises(UserError, match=r"--accept-change precision\.fp8"):

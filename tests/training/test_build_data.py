@@ -71,12 +71,12 @@ def test_the_same_batches_from_text(
     """A run on the files that the shards were made of, every figure bit for bit, through a worker and a resume."""
     monkeypatch.setenv("TRINITY_CACHE", str(tmp_path / "cache"))
     assert train(settings) == 0
-    wanted = metrics(Path(settings["run"]["dir"]))
+    expected = metrics(Path(settings["run"]["dir"]))
     settings["run"]["dir"] = str(tmp_path / "text")
     settings["data"]["train"] = {name: str(path) for name, path in corpus.texts.items() if name != "held_out"}
     assert train(settings, "run.steps=4") == 0
     assert train(settings, "run.steps=8") == 0
-    assert metrics(tmp_path / "text") == wanted
+    assert metrics(tmp_path / "text") == expected
 
 
 def test_the_data_ends(settings: dict) -> None:
@@ -124,9 +124,9 @@ def test_a_note_on_fewer_documents_than_streams(settings: dict) -> None:
     assert document_notes(open_stream(config_of(settings), 0, 1)) == []
     documents = TokenSource(settings["data"]["train"]["prose"]).documents
     many = 1000 * (documents + 1)
-    told = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, 1))[-1]
-    assert f"data.train.prose has {documents} documents for data.streams={many}" in told
-    assert told.endswith(f"or start afresh with data.streams={documents}")
+    advice = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, 1))[-1]
+    assert f"data.train.prose has {documents} documents for data.streams={many}" in advice
+    assert advice.endswith(f"or start afresh with data.streams={documents}")
     assert not any(".prose" in note for note in document_notes(
         open_stream(config_of(settings, f"data.streams={documents}"), 0, 1)))  # fmt: skip
     alone = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, many))[-1]

@@ -99,9 +99,9 @@ def test_show_batch_knows_the_history(settings: dict, planned: Path) -> None:
     assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
     assert train(settings, *LATER, PHASES, accept=ACCEPT) == 0
     config = config_with(settings, *LATER, PHASES)
-    told = config_with(settings, f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES)
+    planned_config = config_with(settings, f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES)
     for step in (0, 2, 3, 6, 9):
-        stream, replayed = open_stream(config, 0, 1), open_stream(told, 0, 1)
+        stream, replayed = open_stream(config, 0, 1), open_stream(planned_config, 0, 1)
         seek_near(stream, config, step)
         assert stream.batch(step).pieces == replayed.batch(step).pieces
 
@@ -169,8 +169,8 @@ def test_a_longer_run_does_not_raise_a_decayed_rate(settings: dict, capsys: pyte
     assert [line["lr_muon"] for line in metrics(run)[4:]] == pytest.approx([0.02, 0.01625, 0.0125, 0.00875, 0.005])
     assert train(settings, *words, "run.steps=10", accept=("optim.schedule",)) == 0
     assert metrics(run)[9]["lr_muon"] == pytest.approx(0.02 * (0.25 + 0.75 / 6))
-    told = capsys.readouterr().err
-    assert "optim.schedule.decay_steps" in told
+    message = capsys.readouterr().err
+    assert "optim.schedule.decay_steps" in message
     train(settings, *words, "run.steps=10")
     assert "with --accept-change optim.schedule, since the decay ends with the run" in capsys.readouterr().err
     later = [*words, "run.steps=12", "optim.schedule.decay_start_steps=11"]

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from tests.training.fault_injection import nth
+from tests.training.fault_injection import replace_nth_call
 from tests.training.file_systems import make_read_only, read_only, unmount
 from tests.training.forked_ranks import run
 from tests.training.run_files import MEASURED, metrics, refuse, status, train
@@ -44,7 +44,7 @@ def read_only_from(folder: Path, step: int) -> Iterator[None]:
         make_read_only(folder)
         return train_step(*args)
 
-    with mock.patch.object(trainer, "train_step", nth(step, train_step, instead=shut_and_step)):
+    with mock.patch.object(trainer, "train_step", replace_nth_call(step, train_step, instead=shut_and_step)):
         yield
 
 
@@ -59,7 +59,7 @@ def test_a_run_directory_that_becomes_read_only(settings: dict, undisturbed: Cal
     with read_only(folder.parent):  # or skip here: the rank cannot
         pass
     try:
-        assert run(settings, *words, world=world, trouble=partial(read_only_from, shut_folder, 5)) == [2] * world
+        assert run(settings, *words, world=world, fault=partial(read_only_from, shut_folder, 5)) == [2] * world
     finally:
         unmount(shut_folder)
     before, last = folder.with_suffix(".log").read_text().splitlines()[-2:]

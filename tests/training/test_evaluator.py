@@ -28,16 +28,16 @@ def test_what_is_written(speaking: dict, uninterrupted: Path) -> None:
     """The last step's text is that of the saved model, by another way of generating; samples change no step."""
     assert train(speaking) == 0
     run = Path(speaking["run"]["dir"])
-    found = samples(run)
-    assert [(line["step"], line["prompt"]) for line in found] == [(s, p) for s in (2, 4, 6, 8) for p in PROMPTS]
+    lines = samples(run)
+    assert [(line["step"], line["prompt"]) for line in lines] == [(s, p) for s in (2, 4, 6, 8) for p in PROMPTS]
     tokens = {line["step"]: line["tokens"] for line in metrics(run)}
-    assert all(line["tokens"] == tokens[line["step"]] for line in found)
+    assert all(line["tokens"] == tokens[line["step"]] for line in lines)
     model, config, _ = load_model(run)
     tok = load_text_encoder(Path(config.data.tokenizer))
-    for line in found[-2:]:
+    for line in lines[-2:]:
         prompt = [bos_id(tok), *tok.encode(line["prompt"], add_special_tokens=False).ids]
-        said = generate(model, prompt, 6, temperature=0, stop_ids=[bos_id(tok)])
-        assert line["text"] == tok.decode([token for token in said if token != bos_id(tok)])
+        continuation = generate(model, prompt, 6, temperature=0, stop_ids=[bos_id(tok)])
+        assert line["text"] == tok.decode([token for token in continuation if token != bos_id(tok)])
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(uninterrupted)]
 
 

@@ -14,7 +14,7 @@ from tests.training.forked_ranks import run
 from tests.training.run_files import metrics, status
 from trinity.checkpoint.directory import CheckpointDirectory
 
-# a disk that each record outgrows after the first checkpoint, what it begins with, and settings that make it longer
+# file: size of a disk that fills up after the first checkpoint, initial content, settings that make the file longer
 RECORDS = {
     "metrics": (4096, "", []),
     "router": (12288, "", ["log.router_every=1"]),
@@ -27,8 +27,8 @@ def figures(folder: Path) -> list[dict]:
     return [{k: value for k, value in line.items() if not k.startswith("validation")} for line in metrics(folder)]
 
 
-def said(folder: Path) -> list[str]:
-    """What the run said last, at most three lines."""
+def last_messages(folder: Path) -> list[str]:
+    """The last lines that the run printed, at most three."""
     return folder.with_suffix(".log").read_text().splitlines()[-3:]
 
 
@@ -42,7 +42,7 @@ SLOW = [("metrics", 1), ("router", 1), ("router", 2), ("events", 2)]
 def test_a_record_that_cannot_be_written(
     settings: dict, tmp_path: Path, undisturbed: Callable, name: str, world: int
 ) -> None:
-    """The file ends in half a line where its disk does; all ranks end, and the first one says why."""
+    """The file ends with an incomplete line; all ranks exit with 1, and rank 0 prints the cause."""
     size, first, words = RECORDS[name]
     folder = Path(settings["run"]["dir"])
     folder.mkdir()
@@ -51,7 +51,7 @@ def test_a_record_that_cannot_be_written(
         (folder / f"{name}.jsonl").symlink_to(small / "record")
         assert run(settings, *words, world=world) == [1] * world
         assert (small / "record").stat().st_size == size
-        *_, before, last = said(folder)
+        *_, before, last = last_messages(folder)
         assert before.startswith(("step ", "rank 0, step "))
         assert last == "error: the disk is full; free some space and run the same command again"
         assert status(folder)["code"] == 1
@@ -61,7 +61,7 @@ def test_a_record_that_cannot_be_written(
         assert run(settings, *words, world=world) == [0] * world
         assert figures(folder) == figures(undisturbed(world))
         read, unread = lines(folder / f"{name}.jsonl")
-        if name == "events":  # the half line stays, as a line by itself
+        if name == "events":  # the incomplete line stays, as a line of its own
             assert unread == 1
             assert [line.get("kind") for line in read].count("resume") == 1
         else:
@@ -70,7 +70,7 @@ def test_a_record_that_cannot_be_written(
 
 
 def lines(path: Path) -> tuple[list[dict], int]:
-    """The lines of a file, and how many are no JSON."""
+    """The JSON lines of a file, and the number of lines that are not JSON."""
     read, unread = [], 0
     for line in path.read_text().splitlines():
         try:
@@ -82,12 +82,12 @@ def lines(path: Path) -> tuple[list[dict], int]:
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_export_that_does_not_fit(settings: dict, undisturbed: Callable, world: int) -> None:
-    """Its disk is full; what was exported before stays, and with space the export is made."""
+    """A full disk under hf/: earlier exports stay, and once there is space a later export is written."""
     folder, words = Path(settings["run"]["dir"]), ["export.every=4"]
     with small_disk(folder / "hf", "400k") as small:
         assert run(settings, *words, world=world) == [1] * world
         assert status(folder)["step"] == 8
-        *_, last = said(folder)
+        *_, last = last_messages(folder)
         partial = small / ".step_00000008.partial/model.safetensors"
         assert (
             last == f"error: the disk is full while writing {partial}; free some space and run the same command again"

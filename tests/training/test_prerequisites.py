@@ -1,4 +1,4 @@
-"""What a run asks of its machine is refused before its directory is made, and notes say what it does otherwise."""
+"""A run that cannot start on this machine is refused before its directory is made; notes on settings are printed."""
 
 import sys
 from pathlib import Path
@@ -46,7 +46,7 @@ def test_no_directory_is_made(settings: dict, word: str, monkeypatch: pytest.Mon
 
 
 def test_a_directory_that_exists_says_why(settings: dict) -> None:
-    """As does one that a restarting launcher must find a STOP in (test_user_errors)."""
+    """A refusal in an existing directory is written to status.json, as under a restarting launcher (test_user_errors)."""
     run = Path(settings["run"]["dir"])
     run.mkdir()
     sentence = refuse(settings, "data.train.code=nowhere")
@@ -74,7 +74,7 @@ def test_deep_ep_and_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_ranks_need_no_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the first writes to them."""
+    """Only rank 0 writes to them."""
     config = RunConfig()
     config.log.wandb = "p"
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -108,7 +108,7 @@ def test_the_note_is_printed(settings: dict, capsys: pytest.CaptureFixture) -> N
 
 
 def test_whose_run_it_is(settings: dict) -> None:
-    """Name, model, first start and step come before what differs; without events the config's time is the start."""
+    """The message names the run, its model, first start and step; without events the config's time is the start."""
     from trinity.run_directory import describe_run, newest_config
 
     run = Path(settings["run"]["dir"])
@@ -128,7 +128,7 @@ def test_whose_run_it_is(settings: dict) -> None:
 def test_a_continued_model_is_evaluated_first(
     settings: dict, uninterrupted: Path, tmp_path: Path, key: str, capsys: pytest.CaptureFixture
 ) -> None:
-    """The record of step 0 holds what the last record of the other run holds; a resume keeps it."""
+    """The record of step 0 has the validation of the other run's last record; a resume keeps it."""
     origin = uninterrupted
     if key == "hf":
         from trinity.interop import export_hf
@@ -155,7 +155,7 @@ def test_a_continued_model_is_evaluated_first(
 
 
 def test_a_run_that_begins_anew_keeps_no_step(tmp_path: Path) -> None:
-    """Of a start without a checkpoint the record of step 0 goes aside too; a resume keeps it."""
+    """A start without a checkpoint moves the record of step 0 to the tail file too; a resume keeps it."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')
     JsonLines(path, 1).close()

@@ -1,4 +1,4 @@
-"""One of two ranks hangs, dies, computes NaN or reads bad data: both ranks end, or both go on alike."""
+"""One of two ranks hangs, dies, computes NaN or reads bad data: both ranks end, or both continue alike."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from tests.training.fault_injection import kill, nth
+from tests.training.fault_injection import kill, replace_nth_call
 from tests.training.forked_ranks import run
 from tests.training.run_files import metrics, state, status, train
 from trinity.data.stream.collate import Batch
@@ -21,14 +21,14 @@ from trinity.training import trainer
 from trinity.training.train_step import StepResult, train_step
 
 
-def waits_for_ever(*_: object, **__: object) -> None:
+def hang_forever(*_: object, **__: object) -> None:
     """Hang; the stacks must show this function."""
     signal.pause()
 
 
 def in_forward(times: int, instead: Callable) -> mock._patch:
     """Replace the n-th forward pass."""
-    return mock.patch.object(Trinity, "forward", nth(times, Trinity.forward, instead=instead))
+    return mock.patch.object(Trinity, "forward", replace_nth_call(times, Trinity.forward, instead=instead))
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def hanging(times: int) -> Iterator[None]:
         heartbeat._timeout *= 0.7
         watch(heartbeat)
 
-    with in_forward(times, waits_for_ever), mock.patch.object(Heartbeat, "_watch", watch_early):
+    with in_forward(times, hang_forever), mock.patch.object(Heartbeat, "_watch", watch_early):
         yield
 
 
@@ -51,16 +51,16 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 def test_a_rank_that_hangs(settings: dict) -> None:
-    """It and the rank that waits for it write their stacks and an event, and exit with 1."""
+    """The hanging rank and the one that waits for it write their stacks and an event, and exit with 1."""
     folder = Path(settings["run"]["dir"])
     settings |= {"health": {"heartbeat_seconds": 2}, "log": {"probe_every": 0}}  # a probe would count as a forward
-    assert run(settings, world=2, trouble=partial(hanging, 7), rank=1) == [1, 1]
-    assert "waits_for_ever" in (folder / "stacks.rank1.txt").read_text()
+    assert run(settings, world=2, fault=partial(hanging, 7), rank=1) == [1, 1]
+    assert "hang_forever" in (folder / "stacks.rank1.txt").read_text()
     stacks = (folder / "stacks.rank0.txt").read_text()
     assert "in train_step" in stacks
-    assert "waits_for_ever" not in stacks
-    found = events(folder, "heartbeat")
-    assert sorted((event["rank"], event["step"]) for event in found) == [(0, 3), (1, 3)]
+    assert "hang_forever" not in stacks
+    alarms = events(folder, "heartbeat")
+    assert sorted((event["rank"], event["step"]) for event in alarms) == [(0, 3), (1, 3)]
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -68,7 +68,7 @@ def test_a_rank_that_dies(settings: dict, rank: int) -> None:
     """The other rank ends when the connection closes, long before its heartbeat; the next start resumes."""
     folder = Path(settings["run"]["dir"])
     settings["health"] = {"heartbeat_seconds": 0}
-    codes = run(settings, "checkpoint.asynchronous=false", world=2, trouble=partial(in_forward, 12, kill), rank=rank)
+    codes = run(settings, "checkpoint.asynchronous=false", world=2, fault=partial(in_forward, 12, kill), rank=rank)
     assert codes == ([-signal.SIGKILL, 1] if rank == 0 else [1, -signal.SIGKILL])
     assert len(metrics(folder)) == 3
     assert run(settings, world=2) == [0, 0]
@@ -78,7 +78,7 @@ def test_a_rank_that_dies(settings: dict, rank: int) -> None:
 
 @contextmanager
 def not_finite() -> Iterator[None]:
-    """Every loss of this rank is NaN."""
+    """Make every loss of this rank NaN."""
     forward = Trinity.forward
 
     def spoilt(*args: Any, **words: Any) -> Any:
@@ -93,7 +93,7 @@ def test_too_many_bad_steps(settings: dict) -> None:
     """All ranks exit with 3 for the NaN that one of them computes."""
     folder = Path(settings["run"]["dir"])
     settings["health"] = {"bad_steps": 2}
-    assert run(settings, world=2, trouble=not_finite, rank=1) == [3, 3]
+    assert run(settings, world=2, fault=not_finite, rank=1) == [3, 3]
     assert [line["skipped"] for line in metrics(folder)] == [True, True]
     assert status(folder)["code"] == 3
     assert "2 steps in a row" in (folder / "STOP").read_text()
@@ -101,7 +101,7 @@ def test_too_many_bad_steps(settings: dict) -> None:
 
 @contextmanager
 def poisoned(step: int, rows: slice) -> Iterator[None]:
-    """In the n-th step, the targets of these rows of the rank are a token that no text has."""
+    """In the n-th step, set the targets of these rows of the rank to a token that no text has."""
     calls: list[int] = []
 
     def train_poisoned(model: Trinity, optimizers: Any, batch: Batch, *args: Any) -> StepResult:
@@ -117,7 +117,7 @@ def poisoned(step: int, rows: slice) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_poison_in_the_rows_of_one_rank(settings: dict, tmp_path: Path, action: str) -> None:
-    """Two ranks do as one process does that has the same poison in the same rows, every second one of the batch.
+    """Two ranks equal one process with the same wrong targets in the same rows, every second one of the batch.
 
     In float64; the bound is that of tests/parallel/test_every_mesh.py.
     """
@@ -126,14 +126,14 @@ def test_poison_in_the_rows_of_one_rank(settings: dict, tmp_path: Path, action: 
     settings["run"]["steps"] = 14
     settings |= {"precision": {"compute": "float64"}, "batch": {"sequences": 12, "microbatch": 12}}
     folder, alone = Path(settings["run"]["dir"]), tmp_path / "alone"
-    assert run(settings, world=2, trouble=partial(poisoned, 13, slice(None)), rank=1) == [0, 0]
+    assert run(settings, world=2, fault=partial(poisoned, 13, slice(None)), rank=1) == [0, 0]
     with poisoned(13, slice(1, None, 2)):
         assert train(settings, f"run.dir={alone}") == 0
     (spike,) = events(folder, "spike")
     assert (spike["step"], spike["action"]) == (13, action)
     assert len(events(folder, "rollback")) == (action == "rollback")
     assert [line["skipped"] for line in metrics(folder)] == [action == "skip" and step == 13 for step in range(1, 15)]
-    for line, wanted in zip(metrics(folder), metrics(alone), strict=True):
-        close = {key: pytest.approx(x, rel=1e-10, abs=1e-10) for key, x in wanted.items() if isinstance(x, float)}
-        assert line == wanted | close
+    for line, expected in zip(metrics(folder), metrics(alone), strict=True):
+        close = {key: pytest.approx(x, rel=1e-10, abs=1e-10) for key, x in expected.items() if isinstance(x, float)}
+        assert line == expected | close
     assert state(folder, 14)["data.jumped"].tolist() == [[0, 0]] + [[144, 156]] * (action == "rollback")

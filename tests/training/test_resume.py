@@ -22,11 +22,11 @@ LAST = 8
 def assert_same_run(run: Path, reference: Path) -> None:
     """Metrics and the last checkpoint agree in every bit."""
     assert metrics(run) == metrics(reference)
-    found, expected = state(run, LAST), state(reference, LAST)
-    assert found.keys() == expected.keys()
+    tensors, expected = state(run, LAST), state(reference, LAST)
+    assert tensors.keys() == expected.keys()
     assert any(name.startswith("model.") for name in expected)
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(tensors[name], tensor), name
 
 
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:

@@ -66,8 +66,8 @@ def test_a_resumed_run_keeps_its_own(run: Path, tmp_path: Path, capsys: pytest.C
     first, moved, other = tmp_path / "first", tmp_path / "moved", make(tmp_path / "other", "1")
     shutil.copytree(first, moved)
     for own in (first, run / "tokenizer"):  # as an old run directory has it, and with a copy
-        for asked in (None, first, moved):
-            assert tokenizer_at_start(config_with(asked), run, resumes=True) == own
+        for named in (None, first, moved):
+            assert tokenizer_at_start(config_with(named), run, resumes=True) == own
         assert tokenizer_at_start(config_with(hf=str(other)), run, resumes=True) == own  # init is read once
         with pytest.raises(UserError) as refused:
             tokenizer_at_start(config_with(other), run, resumes=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from tests.training.fault_injection import nth
+from tests.training.fault_injection import replace_nth_call
 from tests.training.run_files import metrics, state, status, train
 from trinity.checkpoint import checkpoint
 from trinity.data.stream.loader import _Worker
@@ -29,7 +29,7 @@ def asked_before(where: Any, name: str, times: int) -> mock._patch:
         os.kill(os.getpid(), signal.SIGTERM)
         return function(*args, **words)
 
-    return mock.patch.object(where, name, nth(times, function, instead=ask_and_go_on))
+    return mock.patch.object(where, name, replace_nth_call(times, function, instead=ask_and_go_on))
 
 
 # moment: what brings it about, and the step that is saved. 6 rows a step in microbatches of 2, later 12; an
@@ -59,6 +59,6 @@ def test_asked_to_stop(settings: dict, uninterrupted: Path, moment: str) -> None
     assert [line["step"] for line in metrics(run)] == list(range(1, saved + 1))
     assert train(settings) == 0
     assert metrics(run) == metrics(uninterrupted)
-    found, expected = state(run, LAST), state(uninterrupted, LAST)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    resumed, expected = state(run, LAST), state(uninterrupted, LAST)
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)

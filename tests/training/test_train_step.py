@@ -52,15 +52,15 @@ def start(config: RunConfig, ranks: mesh.Ranks) -> SimpleNamespace:
     optimizers = make_optimizers(config, model)
     batch = open_data(config, ranks).loader.take(config.batch.sequences)
     batch.targets_BS[0, :11] = -100
-    seen = SimpleNamespace(gradients={}, config=config, model=model, optimizers=optimizers, batch=batch, ranks=ranks)
+    run = SimpleNamespace(gradients={}, config=config, model=model, optimizers=optimizers, batch=batch, ranks=ranks)
     step = optimizers.step
 
     def watched() -> None:
-        seen.gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        run.gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
         step()
 
     optimizers.step = watched
-    return seen
+    return run
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,10 +115,10 @@ def test_microbatches_and_recompute_change_nothing(
         torch.testing.assert_close(run.gradients[name], gradient, rtol=1e-9, atol=BOUND)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-9), name
-    found = contents(run)
+    state = contents(run)
     for name, tensor in contents(reference).items():
         # Newton-Schulz amplifies rounding by its steepest slope, about 500, on each weight
-        torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
+        torch.testing.assert_close(state[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
 
 
 def test_clip_and_rates(settings: dict, ranks: mesh.Ranks) -> None:
@@ -173,7 +173,7 @@ def test_dtypes_inside_a_bf16_block(settings: dict, ranks: mesh.Ranks) -> None:
     settings["precision"] = {"compute": "bfloat16"}
     config = build_config([("test", OmegaConf.create(settings))])
     run = start(config, ranks)
-    block, seen = run.model.blocks[4], {}
+    block, dtypes = run.model.blocks[4], {}
 
     def note(name: str, module: torch.nn.Module) -> None:
         def before(module: torch.nn.Module, inputs: tuple) -> None:  # after FSDP has gathered, before it frees
@@ -181,7 +181,7 @@ def test_dtypes_inside_a_bf16_block(settings: dict, ranks: mesh.Ranks) -> None:
 
         def after(module: torch.nn.Module, inputs: tuple, output: object) -> None:
             first = output[0] if isinstance(output, tuple) else output
-            seen[name] = (first.dtype, weights[name])
+            dtypes[name] = (first.dtype, weights[name])
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
@@ -192,11 +192,11 @@ def test_dtypes_inside_a_bf16_block(settings: dict, ranks: mesh.Ranks) -> None:
         note(name, module)
     take_step(run)
     bf16, fp32 = torch.bfloat16, torch.float32
-    assert seen["norm"] == (bf16, {"gain": fp32})
-    assert seen["q_norm"] == (bf16, {"gain": fp32})
-    assert seen["router"] == (fp32, {"weight": fp32})
-    assert seen["experts"] == (bf16, {"gate_up": bf16, "down": bf16})
-    assert seen["qkvg"] == (bf16, {"weight": bf16})
+    assert dtypes["norm"] == (bf16, {"gain": fp32})
+    assert dtypes["q_norm"] == (bf16, {"gain": fp32})
+    assert dtypes["router"] == (fp32, {"weight": fp32})
+    assert dtypes["experts"] == (bf16, {"gate_up": bf16, "down": bf16})
+    assert dtypes["qkvg"] == (bf16, {"weight": bf16})
     assert block.ffn.expert_bias.dtype == fp32
     assert {gradient.dtype for gradient in run.gradients.values()} == {fp32}
 

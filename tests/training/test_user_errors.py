@@ -270,9 +270,9 @@ def test_metrics_have_their_fields(settings: dict) -> None:
 def test_a_mistake_during_the_run_is_in_the_status(settings: dict) -> None:
     """An export onto a foreign folder: refused, the folder unchanged, and status.json does not say running."""
     run = Path(settings["run"]["dir"])
-    theirs = run / "hf/step_00000002/theirs.txt"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("mine")
+    foreign_file = run / "hf/step_00000002/notes.txt"
+    foreign_file.parent.mkdir(parents=True)
+    foreign_file.write_text("mine")
     assert "is not an earlier export" in refuse(settings, "export.every=2")
     assert (status(run)["state"], status(run)["code"], status(run)["step"]) == ("stopped", 2, 2)
-    assert theirs.read_text() == "mine"
+    assert foreign_file.read_text() == "mine"

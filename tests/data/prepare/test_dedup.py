@@ -24,7 +24,7 @@ KEPT = ["one", "two", "three", "two ", "four"]
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(0, 3))
 def test_the_table_is_a_set(batches: list[list[int]], collisions: int) -> None:
     """Few numbers, so that many are equal; first halves cut to a few, so that many slots are the same."""
-    seen, reference = SeenHashes(), set()
+    table, reference = SeenHashes(), set()
     for batch in batches:
         hashes = text_hashes([str(number) for number in batch])
         hashes = hashes if collisions == 0 else np.column_stack([hashes[:, 0] % np.uint64(collisions), hashes[:, 1]])
@@ -32,18 +32,18 @@ def test_the_table_is_a_set(batches: list[list[int]], collisions: int) -> None:
         for row in map(tuple, hashes.tolist()):
             expected.append(row not in reference)
             reference.add(row)
-        assert seen.add(hashes).tolist() == expected
-    assert seen.count == len(reference)
+        assert table.add(hashes).tolist() == expected
+    assert table.count == len(reference)
 
 
 def test_the_table_grows() -> None:
     """From 1024 slots on: every hash is found again, and the table is at most 16 bytes / 0.7 · 1.5 a hash."""
-    seen = SeenHashes()
+    table = SeenHashes()
     hashes = np.random.default_rng(0).integers(1, 2**63, (100_000, 2)).astype(np.uint64)
     for new in (True, False):
         for start in range(0, len(hashes), 777):
-            assert (seen.add(hashes[start : start + 777]) == new).all()
-    assert seen._table.nbytes <= 16 * 1.5 / 0.7 * len(hashes) * 1.01
+            assert (table.add(hashes[start : start + 777]) == new).all()
+    assert table._table.nbytes <= 16 * 1.5 / 0.7 * len(hashes) * 1.01
 
 
 def test_the_first_of_equal_texts_stays(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -27,12 +27,12 @@ def inputs(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(prepare, "BATCH_BYTES", 2000)
     numbers = random.Random(5)
     lines = "".join(texts).splitlines()
-    found: list[str] = []
+    contents: list[str] = []
     for _ in range(1000):
         start = numbers.randrange(len(lines) - 12)
-        copied = found and numbers.random() < 0.25
-        found.append(numbers.choice(found) if copied else "\n".join(lines[start : start + numbers.randrange(12)]))
-    paths = [jsonl(tmp_path / "a.jsonl", found[:350]), jsonl(tmp_path / "b.jsonl", found[350:])]
+        copied = contents and numbers.random() < 0.25
+        contents.append(numbers.choice(contents) if copied else "\n".join(lines[start : start + numbers.randrange(12)]))
+    paths = [jsonl(tmp_path / "a.jsonl", contents[:350]), jsonl(tmp_path / "b.jsonl", contents[350:])]
     for path in paths:
         path.write_bytes(path.read_bytes() + b"{oops\n")
     return paths
@@ -75,8 +75,8 @@ def test_killed_until_done(
     out, numbers, kept = tmp_path / "out", random.Random(7), {}
     for kill in range(KILLS):
         process = start(inputs, tokenizer_dir, out, workers[kill % len(workers)], deduplicate)
-        known = len(done(out))
-        while kill % 2 and process.is_alive() and len(done(out)) == known:
+        shards_before = len(done(out))
+        while kill % 2 and process.is_alive() and len(done(out)) == shards_before:
             time.sleep(0.001)  # every other start is left until it has finished a shard more
         process.join(numbers.uniform(0, longest))
         if process.exitcode is not None:

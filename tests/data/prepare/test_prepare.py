@@ -273,14 +273,14 @@ MARKED = {
 @pytest.mark.parametrize("name", MARKED)
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
     """In shards, in text that a run reads, and in a tokenizer's training text; later in a text it is text."""
-    raw, wanted = MARKED[name]
+    raw, expected = MARKED[name]
     (tmp_path / name).write_bytes(raw)
     prepare_data([tmp_path / name], tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == wanted
+    assert decoded(tmp_path / "out", tokenizer_dir) == expected
     source = TextSource([tmp_path / name], tokenizer_dir, cache=tmp_path / "cache")
-    assert [source._text(document) for document in range(source.documents)] == wanted
-    assert list(_texts([tmp_path / name], "text", None, 0, False)) == wanted
-    assert list(_texts([tmp_path / name], "text", 1000, 0, False)) == wanted
+    assert [source._text(document) for document in range(source.documents)] == expected
+    assert list(_texts([tmp_path / name], "text", None, 0, False)) == expected
+    assert list(_texts([tmp_path / name], "text", 1000, 0, False)) == expected
 
 
 def long_zstd(raw: bytes, window_log: int) -> bytes:

@@ -52,9 +52,9 @@ def test_a_pickled_encoder_is_the_same(tokenizer_dir: Path) -> None:
     """As it is sent to spawned workers: special tokens in a text are text there too."""
     encoder = Encoder(load_tokenizer(tokenizer_dir), np.dtype("<u2"), "text", skip_bad=False, hashed=True)
     batch = RawBatch("a", BEGINNING, 0, "value", [f"a {BOS} b", "", "c"], 3)
-    ours, theirs = encoder([batch]), pickle.loads(pickle.dumps(encoder))([batch])
-    assert ours.ids.tolist().count(encoder.bos) == 2
-    for mine, other in zip(ours, theirs):
+    original, unpickled = encoder([batch]), pickle.loads(pickle.dumps(encoder))([batch])
+    assert original.ids.tolist().count(encoder.bos) == 2
+    for mine, other in zip(original, unpickled):
         assert np.array_equal(mine, other)
 
 

@@ -27,16 +27,16 @@ def slow_at_first(number: int) -> tuple[int, int]:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_results_come_in_order(workers: int, count: int) -> None:
-    found = list(run(slow_at_first, count, workers))
-    assert [number for number, _ in found] == list(range(count))
-    assert len({process for _, process in found}) == min(workers, count)
+    results = list(run(slow_at_first, count, workers))
+    assert [number for number, _ in results] == list(range(count))
+    assert len({process for _, process in results}) == min(workers, count)
 
 
 def test_large_items_and_results_pass_at_once() -> None:
     """A megabyte is more than a pipe holds: neither side may wait for the other to read."""
     items = ((bytes([number]) * (1 << 20), 1 << 20) for number in range(30))
-    found = map_in_processes(bytes.upper, items, 2, 1 << 20)
-    assert [result[:1] for result in found] == [bytes([number]).upper() for number in range(30)]
+    results = map_in_processes(bytes.upper, items, 2, 1 << 20)
+    assert [result[:1] for result in results] == [bytes([number]).upper() for number in range(30)]
 
 
 @pytest.mark.parametrize(("size", "most"), [(10, 2 * AHEAD), (10 * 2 * AHEAD, 1)])
@@ -63,9 +63,9 @@ def refuse_seven(number: int) -> int:
 
 
 def test_an_error_comes_after_the_results_before_it() -> None:
-    found = []
+    results = []
     with pytest.raises(UserError, match="seven is refused"):
-        found.extend(run(refuse_seven, 30, 3))
+        results.extend(run(refuse_seven, 30, 3))
     results = run(refuse_seven, 30, 3)
     assert [next(results) for _ in range(7)] == list(range(7))
     with pytest.raises(UserError):

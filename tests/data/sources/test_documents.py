@@ -21,9 +21,9 @@ def test_reading_starts_at_any_position(folder: Path, start: tuple[int, int], mo
     assert [document.text for document in every] == TEXTS
     for size in (1, 100, 1 << 18):
         monkeypatch.setattr("trinity.data.sources.documents.BATCH_BYTES", size)
-        found = list(read_documents(inputs, start=Position(*start)))
-        assert [without_progress(d) for d in found] == [without_progress(d) for d in every if d.position >= start]
-        assert [d.bytes_read for d in found] == sorted(d.bytes_read for d in found)
+        documents = list(read_documents(inputs, start=Position(*start)))
+        assert [without_progress(d) for d in documents] == [without_progress(d) for d in every if d.position >= start]
+        assert [d.bytes_read for d in documents] == sorted(d.bytes_read for d in documents)
 
 
 def without_progress(document: Document) -> tuple:

@@ -37,8 +37,8 @@ def make(folder: Path, *names: str) -> Path:
     return folder
 
 
-def names(found: list, folder: Path | str) -> list[str]:
-    return [str(path).removeprefix(f"{folder}/") for path in found]
+def names(paths: list, folder: Path | str) -> list[str]:
+    return [str(path).removeprefix(f"{folder}/") for path in paths]
 
 
 KINDS = {
@@ -73,11 +73,11 @@ def test_lines_of_every_ending(tmp_path: Path, tokenizer_dir: Path) -> None:
         lines = [json.dumps({"text": f"{name} {line}"}) + "\n" for line in range(number + 1)]
         (folder / name).write_bytes(pack("".join(lines).encode()))
     prepare_data([tmp_path / "folder"], tokenizer_dir, tmp_path / "out")
-    wanted = [f"{name} {line}" for number, name in enumerate(PACK) for line in range(number + 1)]
-    assert decoded(tmp_path / "out", tokenizer_dir) == wanted
+    expected = [f"{name} {line}" for number, name in enumerate(PACK) for line in range(number + 1)]
+    assert decoded(tmp_path / "out", tokenizer_dir) == expected
     assert holds_text(tmp_path / "folder")
     source = TextSource([tmp_path / "folder"], tokenizer_dir, cache=tmp_path / "cache")
-    assert [source._text(document) for document in range(source.documents)] == wanted
+    assert [source._text(document) for document in range(source.documents)] == expected
     inode = {path: path.stat().st_ino for path in source._readable_files}
     assert len(inode) == len(PACK)
     again = TextSource([tmp_path / "folder"], tokenizer_dir, cache=tmp_path / "cache")
@@ -145,11 +145,11 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     ):  # fmt: skip
         (folder / link).symlink_to(target)
     (folder / "self").unlink()
-    wanted = {(folder / name).resolve() for name in ("a.txt", "sub/b.txt", "linked/x.txt", "linked/deep/y.txt")}
+    expected = {(folder / name).resolve() for name in ("a.txt", "sub/b.txt", "linked/x.txt", "linked/deep/y.txt")}
     for given in (folder, f"{folder}/**/*", f"{folder}/**", f"{folder}/**/**/*.txt", f"{folder}/**/*.txt"):
-        found = expand_inputs([given])
-        assert {path.resolve() for path in found} == wanted
-        assert len(found) == 4
+        files = expand_inputs([given])
+        assert {path.resolve() for path in files} == expected
+        assert len(files) == 4
     assert names(expand_inputs([folder]), folder) == ["a.txt", "c.txt", "linked/deep/y.txt", "sub/b.txt"]
     assert {path.name for path in expand_inputs([f"{folder}/*/again/y.txt", f"{folder}/**/deep/*"])} == {"y.txt"}
 
@@ -239,9 +239,9 @@ def test_files_without_text_are_reported(tmp_path: Path, tokenizer_dir: Path, no
     jsonl(tmp_path / "b.jsonl", ["a text"])
     for name, content in (("a.jsonl", ""), ("c.jsonl", "\n\n"), ("d.jsonl", '{"text": ""}\n')):
         (tmp_path / name).write_text(content)
-    wanted = [f"note: files without any text: 3 of 4 ({tmp_path}/a.jsonl, {tmp_path}/c.jsonl, "
+    expected = [f"note: files without any text: 3 of 4 ({tmp_path}/a.jsonl, {tmp_path}/c.jsonl, "
               f"{tmp_path}/d.jsonl)"]  # fmt: skip
     prepare_data([tmp_path], tokenizer_dir, tmp_path / "out" / "shards")
-    assert notes() == wanted
+    assert notes() == expected
     TextSource([f"{tmp_path}/*.jsonl"], tokenizer_dir, cache=tmp_path / "cache")
-    assert notes() == wanted
+    assert notes() == expected

@@ -15,8 +15,8 @@ from trinity.errors import Failure, UserError
 from trinity.io import local
 
 
-def names(found: list[Path | str], folder: Path | str) -> list[str]:
-    return [str(path).removeprefix(f"{folder}/") for path in found]
+def names(paths: list[Path | str], folder: Path | str) -> list[str]:
+    return [str(path).removeprefix(f"{folder}/") for path in paths]
 
 
 def test_folders_and_patterns(folder: Path) -> None:
@@ -103,8 +103,8 @@ def test_a_data_set_gives_the_shards_of_its_file(
     expected, _ = prepare_data([tmp_path / "set" / "train.jsonl"], tokenizer_dir, tmp_path / "file", shard_tokens=300)
     whole, _ = prepare_data(given, tokenizer_dir, tmp_path / "whole", shard_tokens=300, workers=2)
     kinds = ("tokens_checksum", "documents_checksum", "skipped", "documents")
-    for ours, theirs in zip(whole["shards"], expected["shards"], strict=True):
-        assert {kind: ours[kind] for kind in kinds} == {kind: theirs[kind] for kind in kinds}
+    for entry, expected_entry in zip(whole["shards"], expected["shards"], strict=True):
+        assert {kind: entry[kind] for kind in kinds} == {kind: expected_entry[kind] for kind in kinds}
     assert whole["dataset"] | {"version": ""} == {
         "name": given.name, "config": None, "split": "train", "version": ""
     }  # fmt: skip

@@ -164,10 +164,10 @@ def test_lengths_of_many(opened: Callable, shards: TokenSource, tokenised: list[
     """Any order, documents twice, none at all; nothing is tokenised twice."""
     source = opened()
     documents = np.array([5, 0, 21, 5, 14, 9])
-    for asked in (documents, documents[:0], documents[::-1], np.arange(22), documents):
-        found = source.lengths(asked)
-        assert found.dtype == np.int64
-        np.testing.assert_array_equal(found, shards.lengths(asked))
+    for numbers in (documents, documents[:0], documents[::-1], np.arange(22), documents):
+        lengths = source.lengths(numbers)
+        assert lengths.dtype == np.int64
+        np.testing.assert_array_equal(lengths, shards.lengths(numbers))
     assert len(tokenised) == 22
 
 
@@ -258,11 +258,11 @@ def test_tokens_of_much_text_are_estimated(
     assert source._index.text_bytes == shards.text_bytes
     monkeypatch.setattr(text_source, "COUNTED_BYTES", shards.text_bytes // 10 + 1)
     monkeypatch.setattr(text_source, "COUNTED_CHARACTERS", 200)
-    found = source.tokens
-    assert found != shards.tokens
-    assert found == pytest.approx(shards.tokens, rel=0.02)
+    estimate = source.tokens
+    assert estimate != shards.tokens
+    assert estimate == pytest.approx(shards.tokens, rel=0.02)
     monkeypatch.setattr(text_source, "_encode", None)
-    assert TextSource([path], tokenizer_dir, cache=cache).tokens == found
+    assert TextSource([path], tokenizer_dir, cache=cache).tokens == estimate
     monkeypatch.undo()
     next(cache.rglob("tokens.*.json")).write_text("{")
     assert TextSource([path], tokenizer_dir, cache=cache).tokens == shards.tokens
@@ -316,15 +316,15 @@ def test_folders_patterns_and_urls(
     for given in (folder, folder / "*"):
         check_equal(TextSource([given], tokenizer_dir, cache=cache, kind="all"), TokenSource(tmp_path / "sorted"))
 
-    elsewhere = fsspec.filesystem("memory")
-    elsewhere.put(str(folder), "/text_source", recursive=True)
+    remote = fsspec.filesystem("memory")
+    remote.put(str(folder), "/text_source", recursive=True)
     urls = [f"memory://text_source/{path.name}" for path in mix]
     source = TextSource(urls, tokenizer_dir, cache=cache)
     check_equal(source, shards)
     assert source.fingerprint == TextSource(mix, tokenizer_dir, cache=cache).fingerprint
     copies = {path: path.stat().st_ino for path in source.files}
     assert {path: path.stat().st_ino for path in TextSource(urls, tokenizer_dir, cache=cache).files} == copies
-    elsewhere.pipe("/text_source/c.txt", b"another text, and a longer one")
+    remote.pipe("/text_source/c.txt", b"another text, and a longer one")
     changed = TextSource(urls, tokenizer_dir, cache=cache)
     assert changed.fingerprint != source.fingerprint
     assert len(set(changed.files) & set(copies)) == len(mix) - 1

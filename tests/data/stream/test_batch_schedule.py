@@ -15,16 +15,19 @@ def loop(
     phases: list[tuple[int, int]],
     steps: int,
     first: int = 0,
-    seen: int = 0,
+    tokens_seen: int = 0,
 ) -> list[tuple[int, int, int, int, int]]:
     """The plan of each step: at every step, the last entries whose tokens have been seen apply."""
     plan = []
     for _ in range(steps):
-        size = [sequences, *(larger for tokens, larger in ramp if seen >= tokens)][-1]
-        phase, long = [(0, length), *((i, long) for i, (tokens, long) in enumerate(phases, 1) if seen >= tokens)][-1]
-        plan.append((first, size, long, seen, phase))
+        size = [sequences, *(larger for tokens, larger in ramp if tokens_seen >= tokens)][-1]
+        phase, long = [
+            (0, length),
+            *((i, long) for i, (tokens, long) in enumerate(phases, 1) if tokens_seen >= tokens),
+        ][-1]
+        plan.append((first, size, long, tokens_seen, phase))
         first += size
-        seen += size * long
+        tokens_seen += size * long
     return plan
 
 
@@ -41,7 +44,7 @@ def entries(largest: int) -> st.SearchStrategy:
 def test_against_a_loop(sequences: int, ramp: list, length: int, phases: list, tokens: int) -> None:
     plan, steps = BatchPlan(sequences, ramp, length, phases), loop(sequences, ramp, length, phases, 400)
     assert [plan.at(step) for step in range(400)] == steps
-    enough = [step for step, (_, _, _, seen, _) in enumerate(steps) if seen >= tokens]
+    enough = [step for step, (_, _, _, tokens_seen, _) in enumerate(steps) if tokens_seen >= tokens]
     if enough:
         assert plan.steps_for_tokens(tokens) == enough[0]
     for first, size, long, _, phase in steps:

@@ -55,16 +55,16 @@ def make_stream(sources: dict, rank: int = 0, ranks: int = 1, **arguments: objec
     return SequenceStream(sources, [RSDB], **values)
 
 
-def assert_same_batch(found: object, wanted: object) -> None:
-    assert found.pieces == wanted.pieces
+def assert_same_batch(batch: object, expected: object) -> None:
+    assert batch.pieces == expected.pieces
     for name in ("tokens_BS", "targets_BS", "document_ids_BS"):
-        assert torch.equal(getattr(found, name), getattr(wanted, name))
-        assert getattr(found, name).dtype == getattr(wanted, name).dtype
+        assert torch.equal(getattr(batch, name), getattr(expected, name))
+        assert getattr(batch, name).dtype == getattr(expected, name).dtype
 
 
-def assert_same_state(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in found)
+def assert_same_state(state: dict, expected: dict) -> None:
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -79,10 +79,10 @@ def test_batches_and_states_equal_the_streams(
         assert_same_batch(loader.take(share), stream.take(share))
         assert_same_state(loader.state_dict(), stream.state_dict())
     state = loader.state_dict()
-    wanted = stream.take(share)
+    expected = stream.take(share)
     loader.take(share)
     loader.load_state_dict(state)
-    assert_same_batch(loader.take(share), wanted)
+    assert_same_batch(loader.take(share), expected)
     assert_same_state(loader.state_dict(), stream.state_dict())
 
 

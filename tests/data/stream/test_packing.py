@@ -48,16 +48,16 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=200)
 
 def rows_to_the_end(stream: SequenceStream) -> dict[int, list]:
     """k → pieces of every row until each of the rank's streams has ended."""
-    found, ended, k = {}, set(), stream.next_own(0)
+    rows, ended, k = {}, set(), stream.next_own(0)
     own = len(range(stream.rank, stream.streams, stream.ranks))
     while len(ended) < own:
         if k % V not in ended:
             try:
-                found[k] = stream.row(k).pieces
+                rows[k] = stream.row(k).pieces
             except OutOfDocuments:
                 ended.add(k % V)
         k += stream.ranks
-    return found
+    return rows
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
@@ -117,7 +117,7 @@ def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> 
         taken += 1
         return int(permute(np.array([j]), n, permutation_keys(SEED, "all", epoch))[0])
 
-    found = []
+    packed = []
     for _ in range(rows):
         tokens: list[tuple[int, int]] = []
         while len(tokens) < length:
@@ -134,8 +134,8 @@ def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> 
             if buffer[picked]["head"] == len(buffer[picked]["tokens"]):  # purged; the last one takes its place
                 buffer[picked] = buffer[-1]
                 del buffer[-1]
-        found.append(tokens)
-    return found
+        packed.append(tokens)
+    return packed
 
 
 @settings(deadline=None, derandomize=True, max_examples=20)

@@ -42,9 +42,9 @@ def order(n: int, seed: int = 0, source: str = "code", epoch: int = 0) -> list[i
 @settings(deadline=None, max_examples=60)
 @given(n=st.integers(1, 600), seed=st.integers(-5, 2**40), epoch=st.integers(0, 1000))
 def test_every_number_once(n: int, seed: int, epoch: int) -> None:
-    found = order(n, seed, "code", epoch)
-    assert sorted(found) == list(range(n))
-    assert found == [one(index, n, permutation_keys(seed, "code", epoch)) for index in range(n)]
+    shuffled = order(n, seed, "code", epoch)
+    assert sorted(shuffled) == list(range(n))
+    assert shuffled == [one(index, n, permutation_keys(seed, "code", epoch)) for index in range(n)]
 
 
 def test_random_bits_are_splitmix64() -> None:
@@ -56,9 +56,9 @@ def test_random_bits_are_splitmix64() -> None:
 def test_large_numbers_stay_below_n_and_apart() -> None:
     n, keys = 10**15 + 7, permutation_keys(1, "web", 3)
     indices = random.Random(0).sample(range(n), 2000)
-    found = permute(np.array(indices), n, keys).tolist()
-    assert found == [one(index, n, keys) for index in indices]
-    results = set(found)
+    images = permute(np.array(indices), n, keys).tolist()
+    assert images == [one(index, n, keys) for index in indices]
+    results = set(images)
     assert len(results) == 2000
     assert max(results) < n
 

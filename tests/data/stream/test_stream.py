@@ -164,18 +164,18 @@ def test_two_sources_stay_within_a_document_of_their_weights(make_stream: Callab
     mixture = {"few": weight, "many": 1 - weight, "unread": 0.0}
     for seed in range(5):
         rows = list(islice(make_stream(mixture=mixture, streams=1, seed=seed), 1000))
-        found = list(shares(rows, mixture, 60))
-        assert len(found) > 300
-        assert max(map(max, found)) <= 1
+        distances = list(shares(rows, mixture, 60))
+        assert len(distances) > 300
+        assert max(map(max, distances)) <= 1
 
 
 def test_three_sources_stay_close_to_their_weights(make_stream: Callable) -> None:
     """Within a document each; where one is behind, the two others may be ahead."""
     mixture = {"few": 0.2, "many": 0.3, "unread": 0.5}
     for seed in range(5):
-        found = list(shares(list(islice(make_stream(mixture=mixture, streams=1, seed=seed), 1000)), mixture, 60))
-        assert max(ahead for ahead, _ in found) <= 1
-        assert max(behind for _, behind in found) <= 2
+        distances = list(shares(list(islice(make_stream(mixture=mixture, streams=1, seed=seed), 1000)), mixture, 60))
+        assert max(ahead for ahead, _ in distances) <= 1
+        assert max(behind for _, behind in distances) <= 2
 
 
 def test_the_first_rows_hold_all_sources(make_stream: Callable) -> None:
@@ -213,10 +213,10 @@ def test_a_step_by_replay_is_the_step_of_the_run(make_stream: Callable, step: in
     for already in (0, 5, 40):
         stream.take(already)
         before = stream.state_dict()
-        found = stream.batch(step)
-        assert torch.equal(found.tokens_BS, batches[step].tokens_BS)
-        assert torch.equal(found.targets_BS, batches[step].targets_BS)
-        assert found.pieces == batches[step].pieces
+        batch = stream.batch(step)
+        assert torch.equal(batch.tokens_BS, batches[step].tokens_BS)
+        assert torch.equal(batch.targets_BS, batches[step].targets_BS)
+        assert batch.pieces == batches[step].pieces
         after = stream.state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
@@ -250,14 +250,14 @@ def test_a_saved_state_resumes_on_any_number_of_ranks(
         state |= saved
         stream.take(9)  # what is taken after saving does not show in what was saved
     expected = list(islice(make_stream(), taken * ranks + 60))[taken * ranks :]
-    found = {}
+    rows = {}
     for rank in range(later):
         stream = make_stream(rank=rank, ranks=later)
         stream.take(4)
         stream.load_state_dict(state)
         own = [k for k in range(taken * ranks, taken * ranks + 60) if k % later == rank]
-        found |= dict(zip(own, stream))
-    assert [found[k].pieces for k in sorted(found)] == [row.pieces for row in expected]
+        rows |= dict(zip(own, stream))
+    assert [rows[k].pieces for k in sorted(rows)] == [row.pieces for row in expected]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

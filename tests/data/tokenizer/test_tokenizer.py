@@ -203,30 +203,30 @@ def test_documents_are_not_cut_or_padded(tok: Tokenizer, tokenizer_dir: Path, tm
 
 
 def test_transformers_reads_the_same(tokenizer_dir: Path, tok: Tokenizer) -> None:
-    theirs = AutoTokenizer.from_pretrained(tokenizer_dir)
-    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (BOS, EOS, PAD)
-    assert theirs.bos_token_id == bos_id(tok)
+    hf_tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    assert (hf_tokenizer.bos_token, hf_tokenizer.eos_token, hf_tokenizer.pad_token) == (BOS, EOS, PAD)
+    assert hf_tokenizer.bos_token_id == bos_id(tok)
 
     @settings(deadline=None, max_examples=200, derandomize=True)
     @given(text=TEXTS)
     def same(text: str) -> None:
         plain = tok.encode(text, add_special_tokens=False).ids
-        assert theirs(text)["input_ids"] == [bos_id(tok), *plain]
-        assert theirs(text, add_special_tokens=False)["input_ids"] == plain
-        assert theirs.decode(plain) == text
+        assert hf_tokenizer(text)["input_ids"] == [bos_id(tok), *plain]
+        assert hf_tokenizer(text, add_special_tokens=False)["input_ids"] == plain
+        assert hf_tokenizer.decode(plain) == text
 
     same()
 
 
 def test_padding_keeps_the_learned_tokens(tok: Tokenizer, padded_dir: Path) -> None:
-    padded, theirs = load_tokenizer(padded_dir), AutoTokenizer.from_pretrained(padded_dir)
+    padded, hf_tokenizer = load_tokenizer(padded_dir), AutoTokenizer.from_pretrained(padded_dir)
     added = [RESERVED.format(number) for number in range(68)]
-    assert vocabulary_size(padded) == padded.get_vocab_size() == len(theirs) == 768
+    assert vocabulary_size(padded) == padded.get_vocab_size() == len(hf_tokenizer) == 768
     assert padded.get_vocab() == {**tok.get_vocab(), **{text: 700 + number for number, text in enumerate(added)}}
     text = "def f(x): return 1234567 日本"
-    assert padded.encode(text).ids == tok.encode(text).ids == theirs(text)["input_ids"]
-    assert theirs.convert_tokens_to_ids(added) == list(range(700, 768))
-    assert theirs.decode([700, *theirs(text)["input_ids"], 767], skip_special_tokens=True) == text
+    assert padded.encode(text).ids == tok.encode(text).ids == hf_tokenizer(text)["input_ids"]
+    assert hf_tokenizer.convert_tokens_to_ids(added) == list(range(700, 768))
+    assert hf_tokenizer.decode([700, *hf_tokenizer(text)["input_ids"], 767], skip_special_tokens=True) == text
     assert token_byte_lengths(padded)[700:].tolist() == [0] * 68
 
 
