@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from tests.training.fault_injection import (
-    kill_during_deletion,
-    kill_while_writing_files,
     kill_at_publication,
     kill_before_removal,
+    kill_during_deletion,
+    kill_while_writing_files,
 )
-from tests.training.forked_ranks import Ranks, Fault, ranks, run, wait_for
+from tests.training.forked_ranks import Fault, Ranks, ranks, run, wait_for
 from tests.training.run_files import metrics, state
 from tests.training.soak import lines_of
 from trinity.checkpoint.directory import CheckpointDirectory

@@ -46,7 +46,7 @@ def test_no_directory_is_made(settings: dict, word: str, monkeypatch: pytest.Mon
 
 
 def test_a_directory_that_exists_says_why(settings: dict) -> None:
-    """A refusal in an existing directory is written to status.json, as under a restarting launcher (test_user_errors)."""
+    """A refusal in an existing directory goes to status.json, as under a restarting launcher (test_user_errors)."""
     run = Path(settings["run"]["dir"])
     run.mkdir()
     sentence = refuse(settings, "data.train.code=nowhere")
