@@ -6,11 +6,9 @@ dies. The main process sends a bounded number of items and of bytes ahead of the
 """
 
 import contextlib
-import multiprocessing
 import os
 import queue
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
+from trinity.data.worker_process import CONTEXT, FORKS, exit_reason, start_worker
 from trinity.errors import Failure, UserError
 
 AHEAD = 4
@@ -99,19 +98,14 @@ def _alive(process: BaseProcess) -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError):
-        process.join(1)
-        code = process.exitcode
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         raise Failure(
-            f"a worker process {how}, perhaps for want of memory; "
+            f"a worker process {exit_reason(process)}, perhaps for want of memory; "
             "run the same command again to go on, maybe with fewer --workers"
         ) from None
 
 
 def _start(work: Callable, workers: int) -> Iterator[tuple[BaseProcess, Connection]]:
     """Start the workers; yields each with this side's end of its pipe."""
-    forks = sys.platform == "linux"  # a fork takes no time and shares imported modules; it is safe on Linux alone
-    context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
     pipes: list[Connection] = []
     # The tokenizers library reads this before every call; one thread per worker, because there is a worker per core.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -120,11 +114,9 @@ def _start(work: Callable, workers: int) -> Iterator[tuple[BaseProcess, Connecti
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         for _ in range(workers):
-            pipe, worker_pipe = context.Pipe()
+            pipe, worker_pipe = CONTEXT.Pipe()
             pipes.append(pipe)
-            inherited = pipes if forks else []
-            process: BaseProcess = context.Process(target=_serve, args=(worker_pipe, work, inherited), daemon=True)
-            process.start()
+            process = start_worker(_serve, (worker_pipe, work, pipes if FORKS else []), blocked=[signal.SIGINT])
             worker_pipe.close()
             yield process, pipe
     finally:

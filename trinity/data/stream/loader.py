@@ -11,7 +11,6 @@ millisecond a sequence; and it raises a worker's death anywhere in the training 
 """
 
 import ctypes
-import multiprocessing
 import os
 import queue
 import signal
@@ -20,7 +19,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import NamedTuple
 
@@ -31,6 +29,7 @@ from torch import Tensor
 from trinity.data.stream.collate import Batch, PackedSequence, collate
 from trinity.data.stream.packing import OutOfDocuments
 from trinity.data.stream.stream import SequenceStream
+from trinity.data.worker_process import CONTEXT, FORKS, exit_reason, start_worker
 from trinity.errors import Failure, UserError
 
 
@@ -171,18 +170,10 @@ class _Worker:
     """A process that reads sequences and sends them, a bounded number ahead of the receiver."""
 
     def __init__(self, stream: SequenceStream, part: int, parts: int, ahead: int, others: "list[_Worker]") -> None:
-        forks = sys.platform == "linux"  # a fork takes no time and shares imported modules; it is safe on Linux alone
-        context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
-        self.pipe, sender = context.Pipe(duplex=False)
-        inherited = [worker.pipe for worker in [*others, self]] if forks else []
+        self.pipe, sender = CONTEXT.Pipe(duplex=False)
+        inherited = [worker.pipe for worker in [*others, self]] if FORKS else []
         arguments = (sender, inherited, stream, part, parts, ahead)
-        self.process: BaseProcess = context.Process(target=_run_worker, args=arguments, daemon=True)
-        # A terminal or a job system sends these signals to all processes; the training process alone answers them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.process = start_worker(_run_worker, arguments, blocked=[signal.SIGINT, signal.SIGTERM])
         sender.close()
         # At its exit Python sends SIGTERM to daemon processes, which workers block.
         Finalize(self, self.process.kill, exitpriority=1)
@@ -191,11 +182,9 @@ class _Worker:
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join(1)
-            code = self.process.exitcode
-            how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+            reason = exit_reason(self.process)
             raise Failure(
-                f"a process that prepares data {how}, perhaps for want of memory; data.workers=0 does without them"
+                f"a process that prepares data {reason}, perhaps for want of memory; data.workers=0 does without them"
             ) from None
 
     def close(self) -> None:
