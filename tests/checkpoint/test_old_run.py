@@ -1,7 +1,7 @@
 """Files written by version 0.1 still load: a run directory with a checkpoint, and a Hugging Face folder.
 
-Both were written at commit 2c6ed28 from the shards and the tokenizer beside them. OLD in the config stands for their
-folder.
+Both were written at commit 2c6ed28 from the shards and the tokenizer beside them. In the config, OLD is
+replaced by their folder.
 """
 
 import json
@@ -24,7 +24,7 @@ from trinity.training.trainer import pretrain
 
 SAVED = Path(__file__).parents[1] / "data" / "run_of_version_0_1"
 STEP = 3
-# float64 throughout, so another CPU's order of sums moves a figure by some 1e-13 of itself, which the three steps'
+# float64 throughout, so another CPU's order of sums moves a metric by some 1e-13 of itself, which the three steps'
 # Newton-Schulz iterations may amplify a hundredfold; float32 parts (the biases) hold nothing that is not exact there.
 TOLERANCE = 1e-9
 

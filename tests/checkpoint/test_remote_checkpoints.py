@@ -94,7 +94,7 @@ def test_tools(one: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.Cap
     assert capfd.readouterr().err == f"error: {URL} has no complete checkpoint of step 3; it has [6, 8]\n"
 
 
-def test_go_near_reads_remote_checkpoints(one: Path, recipe: Callable) -> None:
+def test_seek_near_reads_remote_checkpoints(one: Path, recipe: Callable) -> None:
     """The data stream starts at the nearest checkpoint, also if the given config has no checkpoint.url."""
     config = build_config([("test", OmegaConf.create(recipe(one)))])
     stream, begun = open_stream(config, 0, 1), open_stream(config, 0, 1)
@@ -165,7 +165,7 @@ def test_store_fails_during_a_write(
 
 
 def test_store_does_not_answer(settings: dict, tmp_path: Path) -> None:
-    """It is never taken for an empty store: the start fails and changes nothing."""
+    """A store that does not answer is not treated as empty: the start fails and changes nothing."""
     url, run = f"norename://{tmp_path}/store", Path(settings["run"]["dir"])
     words = [f"checkpoint.url={url}", "run.steps=2"]
     assert train(settings, *words) == 0
@@ -187,7 +187,7 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
 
 
 def attempt(checkpoints: CheckpointDirectory, at: int) -> tuple[int, str]:
-    """Save step 9 over what there is, the store failing at its request number `at`; (requests, the save's error)."""
+    """Save step 9 while the store fails at request number `at`; return (requests, the save's error)."""
     requests, message = [0], ""
 
     def fail(verb: str, path: str) -> Exception | None:

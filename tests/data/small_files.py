@@ -1,4 +1,4 @@
-"""Small files to prepare shards from, and what came of them."""
+"""Small input files for prepare_data, and readers of its output."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def zstd(raw: bytes) -> bytes:
 
 
 def tokenizer_with_gap(tokenizer: Path, folder: Path, largest: int) -> Path:
-    """A tokenizer with one more token, <|gap|>, whose id leaves a gap behind the others."""
+    """A tokenizer with one more token, <|gap|>, whose id leaves a gap after the others."""
     folder.mkdir()
     value = json.loads((tokenizer / "tokenizer.json").read_text())
     value["model"]["vocab"]["<|gap|>"] = largest

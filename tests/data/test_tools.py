@@ -20,7 +20,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """(name, arguments) → exit code, stdout, stderr of a tool, run in this process; every bit of progress is a line."""
+    """(name, arguments) → exit code, stdout, stderr of a tool in this process; each progress update is a line."""
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:

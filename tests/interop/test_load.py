@@ -58,7 +58,7 @@ def test_bf16_comes_back_rounded_once(model: Trinity, tmp_path: Path) -> None:
 def test_a_model_that_is_loaded_is_not_initialised(
     model: Trinity, exported: Path, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a folder and of a run's checkpoint: a large model would pay a minute for each billion parameters."""
+    """From a folder or a run's checkpoint: initialising would take a minute for each billion parameters."""
     save_config(RunConfig(run=RunSection(steps=1), model=model.config), tmp_path / "config.yaml")
     save(model_state(model), CheckpointDirectory.at(tmp_path), 1, keep=1)
     monkeypatch.setattr(trinity_module, "initialize", lambda *_: pytest.fail("initialised, to be loaded next"))
@@ -66,7 +66,7 @@ def test_a_model_that_is_loaded_is_not_initialised(
     assert_equal(load_model(tmp_path)[0].state_dict(), dict(model.state_dict()))
 
 
-def test_into_a_model_that_is_there(model: Trinity, exported: Path) -> None:
+def test_into_an_existing_model(model: Trinity, exported: Path) -> None:
     other = Trinity(model.config)
     other.init_weights(9)
     for buffer in other.buffers():
@@ -105,7 +105,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
 
 
 def rename_file(folder: Path, to: str) -> str:
-    """Make the index name the first file otherwise; the file's own name."""
+    """Give the first file another name in the index; return the file's real name."""
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     first = sorted(set(index["weight_map"].values()))[0]
@@ -124,7 +124,7 @@ def test_missing_tensors(exported: Path) -> None:
 
 
 def test_a_config_of_endless_layers_does_not_hang(exported: Path) -> None:
-    """No memory is allocated by the config's claims before the tensors' names are checked."""
+    """The tensors' names are checked before memory for the config's sizes is allocated."""
     path = exported / "config.json"
     raw = json.loads(path.read_text()) | {"num_experts": 10**12, "vocab_size": 10**12, "hidden_size": 10**12}
     path.write_text(json.dumps(raw))
@@ -145,7 +145,7 @@ def test_wrong_shape(exported: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")])
-def test_numbers_that_are_not_plain_floating_point(exported: Path, dtype: torch.dtype, name: str) -> None:
+def test_unsupported_dtypes(exported: Path, dtype: torch.dtype, name: str) -> None:
     """fp8 too: without its scales it is not the weight."""
     rewrite(exported, lambda tensors: tensors.update({NORM: torch.zeros(24).to(dtype)}))
     with pytest.raises(UserError, match=f"{NORM} is {name}"):
@@ -210,7 +210,7 @@ def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, throu
 
 
 @pytest.mark.parametrize("to", ["../../../models--another/blobs", "../../refs", "../other", "../../blobs/below"])
-def test_links_to_elsewhere_in_the_cache(exported: Path, tmp_path: Path, to: str) -> None:
+def test_links_to_other_places_in_the_cache(exported: Path, tmp_path: Path, to: str) -> None:
     """Another model's blobs, another folder of this one's, another revision, a folder below the blobs."""
     snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
     file = sorted(snapshot.glob("*.safetensors"))[0]

@@ -45,7 +45,7 @@ class Synced:
         else:
             self.files.append(path)
 
-    def lasts(self, path: Path) -> bool:
+    def is_durable(self, path: Path) -> bool:
         """Whether a file's content was synced under its temporary name, and then its name in the folder."""
         path = path.resolve()
         return temporary_path(path) in self.files and path.name in self.names.get(path.parent, ())
@@ -113,7 +113,7 @@ WRITERS = (run_directory, checkpoint, metrics, shards, text_index, tokenizer, re
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 def test_content_and_name_are_synced(write: Callable, tmp_path: Path, corpus: SimpleNamespace, synced: Synced) -> None:
     files = write(tmp_path, corpus)
-    assert [path.name for path in files if not synced.lasts(path)] == []
+    assert [path.name for path in files if not synced.is_durable(path)] == []
     assert not list(tmp_path.rglob("*.tmp"))
 
 

@@ -20,7 +20,7 @@ SIZES = [(E, K, T) for E in (1, 4, 7) for K in sorted({1, 2, E}) if K <= E for T
 
 
 def make(E: int, K: int, T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices want gradients."""
+    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices require gradients."""
     random = torch.Generator().manual_seed(1000 * E + 100 * K + T)
     x_TD = torch.randn(T, D, generator=random, dtype=torch.float64)
     gate_up_E2FD = torch.randn(E, 2, F, D, generator=random, dtype=torch.float64)

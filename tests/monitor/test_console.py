@@ -74,7 +74,7 @@ def test_lines_and_messages_stay_above_the_bar(now: Clock, tmp_path: Path, monke
 
 
 def test_ctrl_c_does_not_push_the_bar_up(now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The terminal writes ^C behind the bar: there is room for it, and the next message takes both away."""
+    """The terminal prints ^C after the bar: there is room for it, and the next message clears both."""
     with Terminal(90, monkeypatch) as screen:
         logger = Console(0, 9, 100)
         make_steps(logger, now, range(1, 2))
@@ -120,7 +120,7 @@ def test_the_window_may_change(now: Clock, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_rollback(now: Clock, capsys: pytest.CaptureFixture) -> None:
-    """Steps that are made again are made: the time left is that of all steps so far, also before the first one."""
+    """Repeated steps count as made: the time left follows from all steps so far, also before the first one."""
     logger = Console(4, 8, 1)
     make_steps(logger, now, range(5, 6))
     logger.rewind(3)
@@ -128,8 +128,8 @@ def test_a_rollback(now: Clock, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().err.splitlines() == [line(5, 8, 3), line(4, 8, 4), line(5, 8, 3)]
 
 
-def test_records_without_figures(now: Clock, capsys: pytest.CaptureFixture) -> None:
-    """A validation before the first step, a loss that is no number, a model without experts."""
+def test_records_with_missing_values(now: Clock, capsys: pytest.CaptureFixture) -> None:
+    """A validation before the first step, a loss that is not finite, a model without experts."""
     logger = Console(0, 3, 1)
     logger.write({"step": 0, "validation_loss.code": 3.25})
     now.now = 1

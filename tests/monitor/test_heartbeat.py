@@ -45,7 +45,7 @@ def test_a_step_that_hangs_ends_the_run(
 
 
 @pytest.mark.parametrize("beating", [True, False])
-def test_beats_prevent_the_alarm_whatever_the_clock_shows(
+def test_beats_prevent_the_alarm_when_the_clock_jumps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool
 ) -> None:
     """A system clock that is set back and forward raises no alarm while something beats; without beats there is one."""

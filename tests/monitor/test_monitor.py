@@ -98,9 +98,9 @@ def test_a_skipped_spike_changes_nothing_but_the_count(settings: dict, poisoned:
 
 
 def test_rollback_after_a_spike(settings: dict, poisoned: Callable) -> None:
-    """The spike in step 7 leads back to the checkpoint of step 6 and on with what comes after the data of step 7.
+    """A spike in step 7 rolls back to the checkpoint of step 6 and continues with the data after that of step 7.
 
-    What follows is, bit for bit, a run that was started from that checkpoint with the stream moved on by hand.
+    The steps after it equal, bit for bit, a run that was started from that checkpoint with the stream advanced by hand.
     """
     run = Path(settings["run"]["dir"])
     poisoned({6})

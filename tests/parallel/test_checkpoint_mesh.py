@@ -93,8 +93,8 @@ def contents(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
 
 
 @pytest.fixture(autouse=True)
-def _none_is_left() -> Iterator[None]:
-    """The group of this process, which plain_run and slow_run leave as they do the pool's."""
+def _destroy_process_group() -> Iterator[None]:
+    """plain_run and slow_run leave the process group of this process open, as they must in the pool."""
     yield
     mesh.stop()
 

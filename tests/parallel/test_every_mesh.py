@@ -115,7 +115,7 @@ def test_in_fp32(settings: dict, processes: Callable, expected: Callable, name: 
 def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
     """As on a GPU: bf16 compute with fp32 masters, routes forced to those of one process in float64.
 
-    Compares raw gradients, counts and figures; a single step is too small to show in the weights.
+    Compares raw gradients, counts and metrics; a single step is too small to show in the weights.
     """
     world, words = MESHES[name]
     model = [word for word in words if word.startswith("model.")]
@@ -229,12 +229,12 @@ def test_collectives_of_a_step(settings: dict, processes: Callable) -> None:
         dense = sum(size for name, size in sizes.items() if ".experts." not in name)
         ending = sizes["norm.gain"] + sizes["head.weight"]
         # of 4 ranks, in float64: CE and valid targets of 3 rows, four more, and the entropy of 4 layers
-        figures = 4 * 8 * (3 + 3 + 4 + 4)
+        metrics_bytes = 4 * 8 * (3 + 3 + 4 + 4)
         assert traffic.keys() == {
             (kind, 4) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
         } | {(kind, 2) for kind in ("all_gather", "reduce_scatter", "all_to_all")}
         # over the 4 ranks of shard: 13 groups (two per block, embedding, norm, head) in forward, 11 in backward
-        assert traffic["all_gather", 4] == (13 + 11 + 1, 2 * dense - ending + figures)
+        assert traffic["all_gather", 4] == (13 + 11 + 1, 2 * dense - ending + metrics_bytes)
         assert traffic["reduce_scatter", 4] == (13, dense)
         # valid targets; counts of 4 layers × 8 experts; the squared norm
         assert traffic["all_reduce", 4] == (3, 8 + 4 * 8 * 8 + 8)

@@ -16,7 +16,7 @@ from trinity_kernels.grouped_gemm_triton import Tile
 
 
 class Fake:
-    """Takes as long as its tile says; 0 does not fit."""
+    """A kernel whose time is the number of its tile; 0 does not fit the device."""
 
     chosen = (64, 4)
 
@@ -65,7 +65,7 @@ def test_ops_without_tiles() -> None:
 
 
 def test_the_experts_kernels_take_the_candidate() -> None:
-    """Each of the six runs with the tile it is given, and the table is itself again afterwards."""
+    """Each of the six runs with the tile it is given, and the table is restored afterwards."""
     case, tile = Case(16, 8, 4, 2, 16, 1), Tile(16, 32, 16, 4, 2)
     tables = [
         (experts_triton, "up_tile"), (experts_triton, "dpre_tile"),

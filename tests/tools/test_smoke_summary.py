@@ -1,4 +1,4 @@
-"""The summary reads what a run may write beside its steps."""
+"""The summary reads steps alone, whatever else a run records."""
 
 import json
 import math

@@ -26,7 +26,7 @@ def kill_while_writing_files(times: int) -> mock._patch:
 
 
 def kill_at_publication(name: str, times: int, after: bool = False) -> mock._patch:
-    """Kill when COMPLETE or latest is written for the n-th time: before its temporary file is renamed, or just after."""
+    """Kill at the n-th write of COMPLETE or latest: before its temporary file is renamed, or just after."""
     write = checkpoint.write_atomically
 
     def write_and_die(path: Path, text: str) -> None:

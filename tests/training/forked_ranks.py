@@ -1,7 +1,7 @@
 """Runs of several processes that start in half a second: each rank is forked from a server with all imports done.
 
-As under torchrun, the ranks rendezvous in a store that outlives them, here in this process, and each exits with the code
-that a launcher would see.
+As under torchrun, the ranks rendezvous in a store that outlives them, here in this process, and each exits with the
+code that a launcher would see.
 """
 
 import os

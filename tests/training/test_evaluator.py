@@ -1,4 +1,4 @@
-"""samples.jsonl of a run: at every evaluation, what the model of that step says, and none twice after a resume."""
+"""samples.jsonl of a run: the continuations at every evaluation, none twice after a resume."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,8 @@ def samples(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def test_what_is_written(speaking: dict, uninterrupted: Path) -> None:
-    """The last step's text is that of the saved model, by another way of generating; samples change no step."""
+def test_samples_are_written(speaking: dict, uninterrupted: Path) -> None:
+    """The last step's texts equal those that generate() gives for the saved model; samples change no step."""
     assert train(speaking) == 0
     run = Path(speaking["run"]["dir"])
     lines = samples(run)
@@ -41,8 +41,8 @@ def test_what_is_written(speaking: dict, uninterrupted: Path) -> None:
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(uninterrupted)]
 
 
-def test_a_resumed_run_says_everything_once(speaking: dict, tmp_path: Path) -> None:
-    """Back from step 8 to the checkpoint of step 6, as after a crash; what is cut off is kept aside."""
+def test_a_resumed_run_writes_each_sample_once(speaking: dict, tmp_path: Path) -> None:
+    """Back from step 8 to the checkpoint of step 6, as after a crash; the lines cut off are in a tail file."""
     assert train(speaking) == 0
     run = Path(speaking["run"]["dir"])
     expected = samples(run)

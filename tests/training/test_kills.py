@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from tests.training.fault_injection import (
-    kill_during_deletion,
-    kill_while_writing_files,
     kill_at_publication,
     kill_before_removal,
+    kill_during_deletion,
+    kill_while_writing_files,
 )
-from tests.training.forked_ranks import Ranks, Fault, ranks, run, wait_for
+from tests.training.forked_ranks import Fault, Ranks, ranks, run, wait_for
 from tests.training.run_files import metrics, state
 from tests.training.soak import lines_of
 from trinity.checkpoint.directory import CheckpointDirectory
@@ -116,7 +116,7 @@ def kill_often(settings: dict, kills: int, worlds: tuple[int, ...]) -> Counter:
 
 
 @pytest.mark.parametrize("worlds", [(1, 2, 4), (2,)], ids=["other numbers of processes", "the same number"])
-def test_killed_again_and_again(settings: dict, tmp_path: Path, worlds: tuple[int, ...]) -> None:
+def test_repeated_kills(settings: dict, tmp_path: Path, worlds: tuple[int, ...]) -> None:
     """No step is missing, doubled or different, and the last state is equal."""
     settings = settings | {"batch": {"sequences": 12, "microbatch": 12}}  # 1, 2 and 4 ranks share it evenly
     if len(worlds) > 1:

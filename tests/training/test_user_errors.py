@@ -58,7 +58,7 @@ def test_another_tokenizer(settings: dict, corpus: SimpleNamespace, tmp_path: Pa
 
 
 def test_a_damaged_shard(settings: dict, corpus: SimpleNamespace, tmp_path: Path) -> None:
-    """Cut short is seen by its size, changed by its checksum; the file is named."""
+    """A truncated file is detected by its size, a changed one by its checksum; the message names it."""
     folder = tmp_path / "code"
     shutil.copytree(corpus.folder / "code", folder)
     settings["data"]["train"]["code"] = str(folder)
@@ -87,15 +87,15 @@ def test_a_run_of_another_config(settings: dict) -> None:
     """Fixed keys are refused and named, learning rates need --accept-change, the rest is free; the run stays whole."""
     run = Path(settings["run"]["dir"])
     assert train(settings, "run.steps=3") == 0
-    before, figures = state(run, 3), metrics(run)
+    before, steps = state(run, 3), metrics(run)
     assert "model.window was 9 and is 5" in refuse(settings, "model.window=5")
     assert "--accept-change optim.muon.lr" in refuse(settings, "optim.muon.lr=0.5")
     assert status(run)["code"] == 2
-    assert metrics(run) == figures
+    assert metrics(run) == steps
     for name, tensor in state(run, 3).items():
         assert torch.equal(tensor, before[name]), name
     assert train(settings, "optim.muon.lr=0.5", "log.every=5", "run.steps=4", accept=("optim.muon.lr",)) == 0
-    assert metrics(run)[:3] == figures
+    assert metrics(run)[:3] == steps
     assert metrics(run)[3]["lr_muon"] == 0.5
     assert yaml.safe_load((run / "config.1.yaml").read_text())["optim"]["muon"]["lr"] == 0.5
 
@@ -140,7 +140,7 @@ def test_a_restarting_launcher_stops(settings: dict, monkeypatch: pytest.MonkeyP
     assert status(run)["code"] == 2
 
 
-def test_save_now_and_go_on(settings: dict, config_file: Callable, command: Callable) -> None:
+def test_a_save_request(settings: dict, config_file: Callable, command: Callable) -> None:
     """touch SAVE: a checkpoint after the next step, the file SAVE removed, and the run goes on."""
     settings["checkpoint"] = {"every": 0}
     run = Path(settings["run"]["dir"])
@@ -232,7 +232,7 @@ def test_show_batch_is_what_the_run_read(settings: dict, config_file: Callable, 
 
 
 def test_show_batch_starts_from_the_nearest_checkpoint(settings: dict, config_file: Callable) -> None:
-    """Of those before the step; one of a run of other data is no help, and no harm."""
+    """The nearest one before the step; a checkpoint of a run on other data is ignored."""
     from trinity.training.build_data import open_stream, seek_near
 
     assert train(settings, "run.steps=7", "checkpoint.keep=9") == 0  # 6 sequences a step, from the fifth on 12

@@ -22,7 +22,7 @@ KEPT = ["one", "two", "three", "two ", "four"]
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(0, 3))
-def test_the_table_is_a_set(batches: list[list[int]], collisions: int) -> None:
+def test_the_table_equals_a_set(batches: list[list[int]], collisions: int) -> None:
     """Few numbers, so that many are equal; first halves cut to a few, so that many slots are the same."""
     table, reference = SeenHashes(), set()
     for batch in batches:

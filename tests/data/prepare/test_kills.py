@@ -116,7 +116,7 @@ def test_any_number_of_workers_gives_the_same(
     assert (index["skipped"].get("duplicate", 0) > 50) == deduplicate
 
 
-def test_two_at_once_are_refused(
+def test_two_preparations_of_one_folder_are_refused(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[Path], capfd: Callable
 ) -> None:
     monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.1)

@@ -66,7 +66,7 @@ def test_batch_size_changes_no_byte(tmp_path: Path, tokenizer_dir: Path, monkeyp
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL."""
+    """An exception that no code catches, like SIGKILL."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
@@ -142,7 +142,7 @@ def test_the_same_command_repairs_damage(tmp_path: Path, tokenizer_dir: Path, ha
     assert content(tmp_path / "out") == whole
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(tmp_path: Path, tokenizer_dir: Path) -> None:
     inputs, out = [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
@@ -271,7 +271,7 @@ MARKED = {
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
+def test_byte_order_marks_are_removed(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
     """In shards, in text that a run reads, and in a tokenizer's training text; later in a text it is text."""
     raw, expected = MARKED[name]
     (tmp_path / name).write_bytes(raw)
@@ -284,7 +284,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name:
 
 
 def long_zstd(raw: bytes, window_log: int) -> bytes:
-    """As `zstd --long=WINDOW_LOG` compresses a pipe, whose size it does not know."""
+    """Compress as `zstd --long=WINDOW_LOG` does from a pipe: without the content's size."""
     options = {
         zstd_library.CompressionParameter.window_log: window_log,
         zstd_library.CompressionParameter.enable_long_distance_matching: 1,

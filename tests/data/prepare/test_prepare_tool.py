@@ -135,7 +135,7 @@ def test_an_out_that_cannot_be_written(tmp_path: Path, tokenizer_dir: Path, monk
         prepare_data([path], tokenizer_dir, out)
 
 
-def test_an_input_gone_or_changed_after_a_kill(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_an_input_missing_or_changed_after_a_kill(tmp_path: Path, tokenizer_dir: Path) -> None:
     path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     prepare_data([path], tokenizer_dir, out, shard_tokens=700)
     (out / "index.json").rename(out / "progress.json")

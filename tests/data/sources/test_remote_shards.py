@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: read through the cache they are the same, each file is fetched once, and checked."""
+"""Remote shards: read through the cache they equal local ones; each file is fetched once and checked."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -46,8 +46,8 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def test_the_same_from_elsewhere(local: TokenSource, memory: fsspec.AbstractFileSystem, cache: Path) -> None:
-    """Nothing but index.json comes before it is asked for; and without the original the cache is enough."""
+def test_remote_shards_equal_local_ones(local: TokenSource, memory: fsspec.AbstractFileSystem, cache: Path) -> None:
+    """Only index.json is fetched before it is needed; once all is cached, the remote folder is not needed."""
     memory.put(f"{local.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards/")
     assert source.directory == cache_folder_of("memory://shards")
@@ -82,10 +82,10 @@ def test_a_file_url_is_a_local_path(local: TokenSource, cache: Path) -> None:
     ],
     ids=["cut short", "changed", "missing"],
 )
-def test_what_comes_is_checked(
+def test_fetched_files_are_checked(
     local: TokenSource, memory: fsspec.AbstractFileSystem, harm: Callable | None, words: str
 ) -> None:
-    """And what is refused does not stay in the cache: mended there, it is fetched."""
+    """A refused file does not stay in the cache: once repaired at its source, it is fetched again."""
     memory.put(f"{local.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards")
     good = memory.cat("/shards/shard_00001.tokens")
@@ -97,7 +97,7 @@ def test_what_comes_is_checked(
     assert tokens(source) == tokens(local)
 
 
-def test_harm_in_the_cache_is_named(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
+def test_damage_in_the_cache_is_named(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
     memory.put(f"{local.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards")
     tokens(source)
@@ -116,7 +116,7 @@ def test_a_folder_without_an_index(memory: fsspec.AbstractFileSystem) -> None:
         TokenSource("memory://nothing")
 
 
-def test_a_fetch_that_was_killed_is_begun_anew(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
+def test_a_killed_fetch_starts_again(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
     memory.put(f"{local.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards")
     (source.directory / "shard_00000.tokens.tmp").write_bytes(b"half")
@@ -127,7 +127,7 @@ def test_a_fetch_that_was_killed_is_begun_anew(local: TokenSource, memory: fsspe
 def test_many_processes_fetch_each_file_once(
     local: TokenSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """local:// is fsspec's other name for files here, and it is treated as elsewhere."""
+    """local:// is another fsspec name for local files, treated as remote."""
     url, log, real = f"local://{local.directory}", tmp_path / "log", remote.open_input
     expected = tokens(local)
 

@@ -1,4 +1,4 @@
-"""Phases: what a change of phase changes, what it does not, and the state kept over it."""
+"""A change of phase: its effects, what it leaves unchanged, and the state before, at and after it."""
 
 from collections import Counter
 from collections.abc import Callable

@@ -107,7 +107,7 @@ def test_killed_and_resumed_on_another_number_of_ranks(
 
 
 def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> list[list[tuple[int, int, int]]]:
-    """The report's algorithm on lists of tokens (document, place): buffers of whole documents, each with a head."""
+    """The report's algorithm on lists of tokens (document, position): buffers of whole documents, each with a head."""
     n, taken, draws = len(lengths), 0, 0
     buffer: list[dict] = []
 
@@ -191,7 +191,7 @@ def test_tokens_read_are_the_packed_ones(bias: LengthBias | None) -> None:
     assert sum(stream.tokens_read() for stream in ranks).tolist() == [7 * V * 16]
 
 
-def test_a_bias_draws_anew_every_epoch() -> None:
+def test_a_length_bias_draws_again_every_epoch() -> None:
     stream = make_stream([5] * 960, 5, Phase((1.0,), bias=LengthBias(10, 0.2, 0.2)))
     rows = stream.advance(10 * V)
     drawn = [piece.document for row in rows for piece in row]

@@ -69,7 +69,7 @@ def test_every_key_matters() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 50, 99])
-def test_every_place_is_as_likely(index: int) -> None:
+def test_every_position_is_equally_likely(index: int) -> None:
     """χ² of 100 places over 20,000 epochs has mean 99 and standard deviation 14; six of them are 184."""
     counts = [0] * 100
     for epoch in range(20_000):

@@ -238,7 +238,7 @@ def test_padding_to_a_multiple(tokenizer_dir: Path, multiple: int, size: int) ->
         assert tok.get_vocab_size() == size
 
 
-def test_special_tokens_stand_for_no_bytes(tok: Tokenizer) -> None:
+def test_special_tokens_have_no_bytes(tok: Tokenizer) -> None:
     lengths_V = token_byte_lengths(tok)
     assert lengths_V.shape == (700,)
     assert (lengths_V == 0).nonzero().flatten().tolist() == [tok.token_to_id(token) for token in (BOS, EOS, PAD)]
@@ -305,7 +305,7 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_kill_while_writing_over_leaves_no_wrong_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_during_replacement_leaves_no_stale_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--force replaces a tokenizer of 259 ids by one of 260, and is killed before made_from.json is written."""
     source, out = tmp_path / "a.txt", tmp_path / "out"
     source.write_text("text text")
