@@ -1,4 +1,4 @@
-"""Messages and progress: a bar on a terminal, plain lines elsewhere, and Ctrl-C without a traceback."""
+"""Messages and progress: a bar on a terminal, plain lines in pipes and files, and Ctrl-C without a traceback."""
 
 import io
 import sys

@@ -39,8 +39,8 @@ def test_round_trip_directly_and_through_transformers(name: str) -> None:
 
 def test_every_field_of_transformers_is_written() -> None:
     """A missing field would get a default that may change; output_router_logits affects only the returned values."""
-    mine = set(AfmoeConfig().to_dict()) - set(AfmoeConfig.__base__().to_dict())
-    assert mine - set(written()) == {"output_router_logits"}
+    own_fields = set(AfmoeConfig().to_dict()) - set(AfmoeConfig.__base__().to_dict())
+    assert own_fields - set(written()) == {"output_router_logits"}
 
 
 def test_every_field_of_the_model_is_written() -> None:

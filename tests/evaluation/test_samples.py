@@ -26,7 +26,7 @@ def test_greedy_decode_equals_single_prompts(exact: Trinity) -> None:
 
     continuations = greedy_decode(counted, prompts, 14, CPU)
     assert continuations == [generate(exact, prompt, 14, temperature=0) for prompt in prompts]
-    assert calls == [torch.Size([3, 8 + 14])] * 14, "the same calls on every rank, whatever tokens are generated"
+    assert calls == [torch.Size([3, 8 + 14])] * 14, "the same calls on every rank, for any generated tokens"
 
 
 def scripted(texts: list[list[int]], prompt_lengths: list[int]) -> Callable[[Tensor], Tensor]:

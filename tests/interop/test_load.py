@@ -200,7 +200,7 @@ def test_links_out_of_the_folder(exported: Path) -> None:
 
 @pytest.mark.parametrize("through_a_link", [False, True])
 def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, through_a_link: bool) -> None:
-    """snapshots/REVISION/NAME → ../../blobs/HASH; the same numbers, by whatever path the snapshot is named."""
+    """snapshots/REVISION/NAME → ../../blobs/HASH; the same numbers, by either path of the snapshot."""
     expected = {name: tensor.clone() for name, tensor in load_hf(exported).state_dict().items()}
     snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
     if through_a_link:
@@ -214,9 +214,9 @@ def test_links_to_other_places_in_the_cache(exported: Path, tmp_path: Path, to: 
     """Another model's blobs, another folder of this one's, another revision, a folder below the blobs."""
     snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
     file = sorted(snapshot.glob("*.safetensors"))[0]
-    there = (snapshot / to).resolve()
-    there.mkdir(parents=True)
-    moved = file.resolve().rename(there / "hash")
+    target = (snapshot / to).resolve()
+    target.mkdir(parents=True)
+    moved = file.resolve().rename(target / "hash")
     file.unlink()
     file.symlink_to(moved)
     with pytest.raises(UserError, match="is a link out of the folder"):

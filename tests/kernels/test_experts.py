@@ -152,7 +152,7 @@ def with_remote_choices(inputs: list[Tensor], kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["some local", "one local", "none local"])
 @pytest.mark.parametrize("T", [0, 7, 64])
 def test_remote_choices(T: int, kind: str, dtype: torch.dtype) -> None:
-    """A choice of −1 takes no row and its gate gets no gradient; a token with only such choices gives zeros."""
+    """A choice of −1 takes no row and its gate gets no gradient; a token with only choices of −1 gives zeros."""
     inputs = with_remote_choices(make(7, 3, T, dtype), kind)
     dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T)).to(dtype)
     got, exact = run(local_expert_mlp, inputs, dy_TD), run(plain, to_float64(inputs), dy_TD)

@@ -103,7 +103,7 @@ def test_all_tokens_on_one_expert(hot: int) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.97, 1.0])
 def test_remote_choices(share: float) -> None:
-    """Choices of −1 with gates of NaN: no row, gradient 0; zeros for a token with only such choices."""
+    """Choices of −1 with gates of NaN: no row, gradient 0; zeros for a token with only choices of −1."""
     inputs = make(7, 3, 64, 40, 24, torch.float32)
     remote_TK = (torch.rand(64, 3, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)
     remote_TK[:2] = True

@@ -128,7 +128,7 @@ def test_rope_is_relative(shift: int) -> None:
 def test_rope_rotates_bf16_in_fp32() -> None:
     """bf16 queries at positions up to 131071: the float64 rotation to one rounding of bf16 (2⁻⁹ of the result).
 
-    fp32 holds such positions times θ^(−2i/C) to about 0.008 radians at worst, which is what the absolute bound allows.
+    fp32 holds these positions times θ^(−2i/C) to about 0.008 radians at worst, which is what the absolute bound allows.
     In bf16 the angles would be off by hundreds.
     """
     q = torch.randn(1, 64, 2, 128, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -54,7 +54,7 @@ def test_the_largest_logit(window: int | None, documents: bool, length: int) -> 
 
 @pytest.mark.parametrize("words", [[], ["recompute=block"], ["compile=block"]])
 def test_the_probe_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None:
-    """Queries and keys as attention receives them, in any wrapper of the blocks; all 24 queries of a row are sampled."""
+    """Queries and keys as attention receives them, in any wrapper of the blocks; all 24 of a row are sampled."""
     words = [*words, "precision.compute=float64", "optim.muon.dtype=float64"]
     config = build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
     model = build_model(config, ranks)

@@ -35,9 +35,9 @@ def record(step: int, **fields: object) -> dict:
     return metrics | {"max_violation": 0.25} | fields
 
 
-def line(step: int, total: int, left: int, more: str = "") -> str:
+def line(step: int, total: int, seconds: int, more: str = "") -> str:
     """The console's line of a record."""
-    return f"step {step}/{total}  loss {10 - step:.4f}  grad 1.500  2,500 tok/s  vio 0.25{more}  ETA 0:00:{left:02d}"
+    return f"step {step}/{total}  loss {10 - step:.4f}  grad 1.500  2,500 tok/s  vio 0.25{more}  ETA 0:00:{seconds:02d}"
 
 
 def make_steps(logger: Console, now: Clock, steps: range) -> None:

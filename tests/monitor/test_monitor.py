@@ -52,15 +52,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[int]]
     """poisoned({k, …}): these steps, counted from 0 in the order they run, get a gradient norm 1000 times as large."""
 
     def poison(calls: set[int]) -> list[int]:
-        made: list[int] = []
+        steps: list[int] = []
         norm = train_step.global_norm
 
         def enlarged(*args: object) -> torch.Tensor:
-            made.append(len(made))
-            return norm(*args) * (1000 if made[-1] in calls else 1)
+            steps.append(len(steps))
+            return norm(*args) * (1000 if steps[-1] in calls else 1)
 
         monkeypatch.setattr(train_step, "global_norm", enlarged)
-        return made
+        return steps
 
     return poison
 

@@ -38,16 +38,16 @@ LAST = 6
 
 def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
     """Run with slow writes: writing step s waits until training has made steps s + 1 and s + 2."""
-    made: list[int] = []
+    steps: list[int] = []
 
     def step(*args: Any) -> StepResult:
         result = train_step.train_step(*args)
-        made.append(1)
+        steps.append(1)
         return result
 
     copy = saver.copy_to_host if copies else lambda state, buffers: state
     with (
-        slow_writes(lambda writer: len(made) >= min(writer.step + 2, LAST)),
+        slow_writes(lambda writer: len(steps) >= min(writer.step + 2, LAST)),
         mock.patch.object(mesh, "stop"),
         mock.patch.object(trainer, "train_step", step),
         mock.patch.object(saver, "copy_to_host", copy),

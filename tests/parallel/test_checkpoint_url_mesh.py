@@ -48,8 +48,8 @@ def loaded(run: str, broken_rank: int) -> str:
     checkpoints = CheckpointDirectory.of_run(Path(run))
     step = checkpoints.newest_intact(lambda *_, **__: None)
     state = empty_tensors(checkpoints.path_of(step), "")
-    here = dist.get_rank() == broken_rank
-    with failing(lambda request, path: OSError("late") if here and request == "read" and "/__" in path else None):
+    is_broken = dist.get_rank() == broken_rank
+    with failing(lambda request, path: OSError("late") if is_broken and request == "read" and "/__" in path else None):
         try:
             load(state, checkpoints.path_of(step))
         except Failure as failure:
@@ -60,10 +60,10 @@ def loaded(run: str, broken_rank: int) -> str:
 def broken_for(rank: int, settings: dict, words: list[str], verb: str, name: str) -> str:
     """Run with a store that fails for one rank and one file; returns this rank's error."""
     register()
-    here = dist.get_rank() == rank
+    is_broken = dist.get_rank() == rank
 
     def fail(request: str, path: str) -> Exception | None:
-        return ConnectionError("no route to host") if here and request == verb and name in path else None
+        return ConnectionError("no route to host") if is_broken and request == verb and name in path else None
 
     with failing(fail), mock.patch.object(mesh, "stop"):
         try:

@@ -58,14 +58,14 @@ def settings(recipe: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def expected(settings: dict) -> Callable[[list[str], int], dict[str, Any]]:
     """expected(words, steps): the records of one process, computed once for each."""
-    done: dict[tuple, dict[str, Any]] = {}
+    records: dict[tuple, dict[str, Any]] = {}
 
     def once(words: list[str], steps: int) -> dict[str, Any]:
         model = [word for word in words if not word.startswith(("parallel.", "recompute=", "batch.microbatch="))]
         key = (*model, steps)
-        if key not in done:
-            done[key] = alone(settings, [*model, "batch.microbatch=12"], steps)
-        return done[key]
+        if key not in records:
+            records[key] = alone(settings, [*model, "batch.microbatch=12"], steps)
+        return records[key]
 
     return once
 

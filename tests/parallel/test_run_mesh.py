@@ -122,10 +122,10 @@ def test_torchrun_prints_a_user_error_once(recipe: Callable, tmp_path: Path) -> 
     """Two processes, one message: the config is refused before any process group exists."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(recipe(tmp_path / "run")))
-    done = torchrun(2, config, "parallel.shard=3")
-    assert done.returncode == 1
-    assert done.stderr.count("error: parallel.replicate=1 × shard=3 × context=1 does not make 2 processes") == 1
-    assert 'launch/pretrain.py", line' not in done.stderr  # any traceback is torchrun's own
+    result = torchrun(2, config, "parallel.shard=3")
+    assert result.returncode == 1
+    assert result.stderr.count("error: parallel.replicate=1 × shard=3 × context=1 does not make 2 processes") == 1
+    assert 'launch/pretrain.py", line' not in result.stderr  # any traceback is torchrun's own
     assert not (tmp_path / "run").exists()
 
 
@@ -140,8 +140,8 @@ def test_torchrun_equals_one_process(recipe: Callable, tmp_path: Path) -> None:
     lines = {}
     for world in (1, 2):
         folder = tmp_path / f"run{world}"
-        done = torchrun(world, config, *words, f"run.dir={folder}", f"parallel.expert={world}")
-        assert done.returncode == 0, done.stderr
+        result = torchrun(world, config, *words, f"run.dir={folder}", f"parallel.expert={world}")
+        assert result.returncode == 0, result.stderr
         lines[world] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert json.loads((folder / "status.json").read_text())["code"] == 0
     assert [line["step"] for line in lines[2]] == [1, 2, 3, 4]

@@ -112,8 +112,8 @@ def split_and_local(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
     expected = run(
         local_dispatch, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
     )
-    here, dispatcher = split(experts.to(dtype), ranks_of())
-    actual = run(dispatcher, here, inputs, dy_TD)
+    local_experts, dispatcher = split(experts.to(dtype), ranks_of())
+    actual = run(dispatcher, local_experts, inputs, dy_TD)
     return actual, expected
 
 
@@ -380,11 +380,11 @@ def deep_ep_and_local(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     inputs, dy_TD = make(case, torch.float64)
     experts = whole_experts(inputs[1].shape[1], torch.float64)
     expected = run(local_dispatch, experts, inputs, dy_TD)
-    here, _ = split(experts, ranks_of())
+    local_experts, _ = split(experts, ranks_of())
     with mock.patch.object(deep_ep, "find_spec", return_value=True):
         dispatcher = deep_ep.DeepEP(dist.group.WORLD, E)
     with mock.patch.object(dispatcher, "_buffer_for", return_value=FakeBuffer()):
-        return run(dispatcher, here, inputs, dy_TD), expected
+        return run(dispatcher, local_experts, inputs, dy_TD), expected
 
 
 @pytest.mark.parametrize("case", ["uneven", "a rank without tokens"])

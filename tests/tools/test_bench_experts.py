@@ -111,14 +111,14 @@ def test_contenders_agree_or_give_a_reason() -> None:
     case = {"contenders": {}}
     experts._measure(case, Case(16, 8, 4, 2, 24, 1), "Zipf", rounds=1)
     contenders = case["contenders"]
-    there = {name for name, row in contenders.items() if "failed" not in row}
+    measured = {name for name, row in contenders.items() if "failed" not in row}
     assert {
         "trinity reference",
         "trinity's engine grouped_mm",
         "transformers eager",
         "transformers grouped_mm",
-    } <= there
-    assert all(len(contenders[name]["tf"]) == 2 and min(contenders[name]["seconds"]) > 0 for name in there)
+    } <= measured
+    assert all(len(contenders[name]["tf"]) == 2 and min(contenders[name]["seconds"]) > 0 for name in measured)
     if not torch.cuda.is_available():
         assert contenders["SonicMoE"]["failed"] == "needs a GPU"
 

@@ -55,11 +55,11 @@ def replace_nth_call(
     times: int, function: Callable, counts: Callable = lambda *args, **words: True, instead: Callable = kill
 ) -> Callable:
     """The function, with `instead` in place of its n-th call for which `counts` is true."""
-    left = [times]
+    remaining = [times]
 
     def call(*args: Any, **words: Any) -> Any:
-        left[0] -= counts(*args, **words)
-        return (instead if left[0] == 0 and counts(*args, **words) else function)(*args, **words)
+        remaining[0] -= counts(*args, **words)
+        return (instead if remaining[0] == 0 and counts(*args, **words) else function)(*args, **words)
 
     return call
 

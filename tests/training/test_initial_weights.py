@@ -95,11 +95,11 @@ def test_torchrun_gives_the_same_bits(settings: dict, config_file: Callable, uni
     """The launcher sets OMP_NUM_THREADS to 1; the run sets its own, so nothing differs from plain python."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, "launch/pretrain.py", str(config_file(settings))],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert metrics(Path(settings["run"]["dir"])) == metrics(uninterrupted)
 
 

@@ -149,7 +149,7 @@ def test_a_continued_model_is_evaluated_first(
     assert [record["step"] for record in metrics(run)] == [0, 1]
     assert '"step": 0' in (run / "samples.jsonl").read_text().splitlines()[0]
     assert state(run, 1)["run.step"] == 1
-    if key == "run":  # the run goes on with step 0 kept
+    if key == "run":  # the run continues with step 0 kept
         assert train(settings, *words, "run.steps=2") == 0
         assert [record["step"] for record in metrics(run)] == [0, 1, 2]
 

@@ -101,8 +101,8 @@ def test_killed_at_any_moment_and_started_again(
             kill_at(patch, moment)
             with pytest.raises(Killed):
                 prepare_data(inputs, tokenizer_dir, out, **arguments)
-        done = {name for name in content(out) if name.endswith((".tokens", ".documents"))}
-        before = {name: (out / name).stat().st_ino for name in done}
+        complete = {name for name in content(out) if name.endswith((".tokens", ".documents"))}
+        before = {name: (out / name).stat().st_ino for name in complete}
         _, already = prepare_data(inputs, tokenizer_dir, out, **arguments)
         assert not already
         assert content(out) == content(tmp_path / "whole")
@@ -176,7 +176,7 @@ def test_an_input_changed_in_place_is_noticed(tmp_path: Path, tokenizer_dir: Pat
 
 @pytest.mark.parametrize(("size", "places"), [(1 << 20, [0, 500_000, (1 << 20) - 1]), (10_000_000, [0, 9_900_000])])
 def test_identity_hashes_small_files_whole_and_samples_large_ones(tmp_path: Path, size: int, places: list[int]) -> None:
-    """9,900,000 lies in the last of 64 blocks of 65,536 bytes, which begins at 63/64 of the file."""
+    """9,900,000 is in the last of 64 blocks of 65,536 bytes, which begins at 63/64 of the file."""
     path = tmp_path / "a"
     path.write_bytes(bytes(size))
     before = checksum.identity(path)

@@ -27,8 +27,8 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tokeniz
     """(out, words) → exit code, stdout, last line of stderr."""
 
     def run(out: Path, *words: object) -> tuple[int, str, str]:
-        given = ["prepare_data", "--tokenizer", tokenizer_dir, "--out", out, *words]
-        monkeypatch.setattr(sys, "argv", list(map(str, given)))
+        arguments = ["prepare_data", "--tokenizer", tokenizer_dir, "--out", out, *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(Path(__file__).parents[3] / "tools" / "prepare_data.py"), run_name="__main__")
         output = capsys.readouterr()
@@ -103,11 +103,11 @@ def test_a_killed_worker_costs_one_shard(
         code, _, error = tool(out, "--input", path, "--shard-tokens", 700, "--workers", 2)
     assert code == 1
     assert error.startswith("error: a worker process was killed by signal 9, perhaps for want of memory; run the same")
-    done = shards_done()
-    assert done > 0
-    kept = [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(done)]
+    finished = shards_done()
+    assert finished > 0
+    kept = [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(finished)]
     assert tool(out, "--input", path, "--shard-tokens", 700)[0] == 0
-    assert [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(done)] == kept
+    assert [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(finished)] == kept
     assert decoded(out, tokenizer_dir) == TEXTS
 
 

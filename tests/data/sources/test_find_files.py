@@ -146,8 +146,8 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
         (folder / link).symlink_to(target)
     (folder / "self").unlink()
     expected = {(folder / name).resolve() for name in ("a.txt", "sub/b.txt", "linked/x.txt", "linked/deep/y.txt")}
-    for given in (folder, f"{folder}/**/*", f"{folder}/**", f"{folder}/**/**/*.txt", f"{folder}/**/*.txt"):
-        files = expand_inputs([given])
+    for inputs in (folder, f"{folder}/**/*", f"{folder}/**", f"{folder}/**/**/*.txt", f"{folder}/**/*.txt"):
+        files = expand_inputs([inputs])
         assert {path.resolve() for path in files} == expected
         assert len(files) == 4
     assert names(expand_inputs([folder]), folder) == ["a.txt", "c.txt", "linked/deep/y.txt", "sub/b.txt"]
@@ -171,9 +171,9 @@ def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
     expand_inputs([tmp_path])
     assert "1 pipe or device (pipe)" in notes()[0]
     (tmp_path / "c.txt").symlink_to("gone")
-    for given in (tmp_path, tmp_path / "*.txt"):
+    for inputs in (tmp_path, tmp_path / "*.txt"):
         with pytest.raises(UserError, match=r"c\.txt is a link to a file that does not exist; mend the link"):
-            expand_inputs([given])
+            expand_inputs([inputs])
     (tmp_path / "c.txt").unlink()
     listed = os.listdir
 
@@ -183,9 +183,9 @@ def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
         return listed(folder)
 
     monkeypatch.setattr(find_files.os, "listdir", refuse)
-    for given in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/*/*.txt"):
+    for inputs in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/*/*.txt"):
         with pytest.raises(PermissionError) as error:
-            expand_inputs([given])
+            expand_inputs([inputs])
         assert explain(error.value) == (
             2, f"{tmp_path}/shut cannot be written or read (Permission denied); check its permissions"
         )  # fmt: skip
@@ -194,19 +194,19 @@ def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_named_twice_is_read_once(tmp_path: Path, tokenizer_dir: Path, notes: Callable) -> None:
     folder = make(tmp_path / "folder", "a.txt", "b.txt")
     (tmp_path / "link.txt").symlink_to(folder / "b.txt")
-    given = [folder, folder / "a.txt", f"{folder}/*.txt", f"{folder}/../folder/b.txt", tmp_path / "link.txt"]
-    index, _ = prepare_data(given, tokenizer_dir, tmp_path / "out")
+    inputs = [folder, folder / "a.txt", f"{folder}/*.txt", f"{folder}/../folder/b.txt", tmp_path / "link.txt"]
+    index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out")
     assert decoded(tmp_path / "out", tokenizer_dir) == ["a.txt", "b.txt"]
     assert [entry["name"] for entry in index["inputs"]] == ["a.txt", "b.txt"]
     assert "--input: named more than once and read once: 5 (" in notes()[0]
     assert names(expand_inputs([folder / "b.txt", folder]), folder) == ["b.txt", "a.txt"]
-    assert TextSource(given, tokenizer_dir, cache=tmp_path / "cache").documents == 2
+    assert TextSource(inputs, tokenizer_dir, cache=tmp_path / "cache").documents == 2
 
 
 def test_a_url_named_twice_is_read_once(memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe("/web/a.txt", b"x")
-    given = ["memory://web", "memory://web/a.txt", "memory:///web/a.txt", "memory://web/*"]
-    assert expand_inputs(given) == ["memory:///web/a.txt"]
+    inputs = ["memory://web", "memory://web/a.txt", "memory:///web/a.txt", "memory://web/*"]
+    assert expand_inputs(inputs) == ["memory:///web/a.txt"]
 
 
 def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem) -> None:

@@ -313,8 +313,8 @@ def test_folders_patterns_and_urls(
     for path in mix:
         shutil.copy(path, folder)
     prepare_data([folder], tokenizer_dir, tmp_path / "sorted", kind="all")
-    for given in (folder, folder / "*"):
-        check_equal(TextSource([given], tokenizer_dir, cache=cache, kind="all"), TokenSource(tmp_path / "sorted"))
+    for inputs in (folder, folder / "*"):
+        check_equal(TextSource([inputs], tokenizer_dir, cache=cache, kind="all"), TokenSource(tmp_path / "sorted"))
 
     remote = fsspec.filesystem("memory")
     remote.put(str(folder), "/text_source", recursive=True)

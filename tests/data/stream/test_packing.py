@@ -75,11 +75,11 @@ def test_every_token_once_an_epoch_and_in_order(lengths: list[int], length: int,
             seen_in.setdefault(piece.document, set()).add(k % V)
     assert all(heads[document] <= size for document, size in enumerate(lengths))
     assert all(len(streams) == 1 for streams in seen_in.values())
-    left = Counter()
+    remaining = Counter()
     order = permute(np.arange(len(lengths)), len(lengths), permutation_keys(SEED, "all", 0))
     for j, document in enumerate(order.tolist()):
-        left[j % V] += lengths[document] - heads[document]
-    assert all(count < length for count in left.values())
+        remaining[j % V] += lengths[document] - heads[document]
+    assert all(count < length for count in remaining.values())
 
 
 @settings(deadline=None, derandomize=True, max_examples=15)

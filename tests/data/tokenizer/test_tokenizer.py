@@ -101,10 +101,10 @@ def trained_on(monkeypatch: pytest.MonkeyPatch, tok: Tokenizer) -> Callable[...,
     """(files, bytes, seed) → the texts that the trainer gets, without empty ones."""
 
     def train(files: list[Path], sample_bytes: int, seed: int = 0) -> list[str]:
-        given: list[str] = []
-        monkeypatch.setattr(training, "train_tokenizer", lambda texts, *_: given.extend(texts) or tok)
+        received: list[str] = []
+        monkeypatch.setattr(training, "train_tokenizer", lambda texts, *_: received.extend(texts) or tok)
         train_from_files(files, 700, files[0].parent / f"{sample_bytes}.{seed}", sample_bytes=sample_bytes, seed=seed)
-        return [text for text in given if text]
+        return [text for text in received if text]
 
     return train
 
@@ -274,7 +274,7 @@ def test_a_sample_is_the_documents_of_the_smallest_hashes(
 
 
 def test_a_sample_is_spread_over_all_inputs(many_files: tuple, trained_on: Callable) -> None:
-    """Every third of each file, and in about its share: 300 documents, of which 60 are taken, 6.7 ± 2.3 of each."""
+    """Every third of each file, and in about its share: 60 of 300 documents, 6.7 ± 2.3 of each."""
     files, documents = many_files
     total = sum(len(text.encode()) for _, text in documents)
     taken = set(trained_on(files, total // 5))
