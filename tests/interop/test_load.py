@@ -96,7 +96,7 @@ def test_into_another_architecture(exported: Path) -> None:
     load_hf(exported, into=make_model(max_positions=512))  # max_positions is no part of the architecture
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a folder's first file that holds layers."""
     path = sorted(folder.glob("*.safetensors"))[1]
     tensors = load_file(path)
@@ -118,7 +118,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 
 def test_missing_tensors(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.pop(NORM))
+    rewrite_tensors(exported, lambda tensors: tensors.pop(NORM))
     with pytest.raises(UserError, match=f"lacks tensors that its config.json asks for: {NORM}$"):
         load_hf(exported)
 
@@ -133,13 +133,13 @@ def test_a_config_of_endless_layers_does_not_hang(exported: Path) -> None:
 
 
 def test_unexpected_tensors(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}))
     with pytest.raises(UserError, match=r"has no place for: model\.layers\.0\.self_attn\.q_proj\.bias$"):
         load_hf(exported)
 
 
 def test_wrong_shape(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
     with pytest.raises(UserError, match=rf"{NORM} has shape \(25,\), not \(24,\)"):
         load_hf(exported)
 
@@ -147,13 +147,13 @@ def test_wrong_shape(exported: Path) -> None:
 @pytest.mark.parametrize(("dtype", "name"), [(torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")])
 def test_unsupported_dtypes(exported: Path, dtype: torch.dtype, name: str) -> None:
     """fp8 too: without its scales it is not the weight."""
-    rewrite(exported, lambda tensors: tensors.update({NORM: torch.zeros(24).to(dtype)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({NORM: torch.zeros(24).to(dtype)}))
     with pytest.raises(UserError, match=f"{NORM} is {name}"):
         load_hf(exported)
 
 
 def test_nothing_is_written_into_a_model_before_all_is_checked(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
     other = make_model(max_positions=512)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(UserError):
@@ -162,7 +162,7 @@ def test_nothing_is_written_into_a_model_before_all_is_checked(exported: Path) -
 
 
 def test_a_tensor_in_two_files(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(300, 24)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(300, 24)}))
     with pytest.raises(UserError, match=r"model\.embed_tokens\.weight in two files"):
         load_hf(exported)
 
@@ -202,7 +202,7 @@ def test_links_out_of_the_folder(exported: Path) -> None:
 def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, through_a_link: bool) -> None:
     """snapshots/REVISION/NAME → ../../blobs/HASH; the same numbers, by either path of the snapshot."""
     expected = {name: tensor.clone() for name, tensor in load_hf(exported).state_dict().items()}
-    snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
+    snapshot = move_into_cache(exported, tmp_path / "hub/models--an--model")
     if through_a_link:
         (tmp_path / "short").symlink_to(snapshot)
     loaded = load_hf(tmp_path / "short" if through_a_link else snapshot).state_dict()
@@ -212,7 +212,7 @@ def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, throu
 @pytest.mark.parametrize("to", ["../../../models--another/blobs", "../../refs", "../other", "../../blobs/below"])
 def test_links_to_other_places_in_the_cache(exported: Path, tmp_path: Path, to: str) -> None:
     """Another model's blobs, another folder of this one's, another revision, a folder below the blobs."""
-    snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
+    snapshot = move_into_cache(exported, tmp_path / "hub/models--an--model")
     file = sorted(snapshot.glob("*.safetensors"))[0]
     target = (snapshot / to).resolve()
     target.mkdir(parents=True)
@@ -223,7 +223,7 @@ def test_links_to_other_places_in_the_cache(exported: Path, tmp_path: Path, to: 
         load_hf(snapshot)
 
 
-def in_cache(folder: Path, model: Path) -> Path:
+def move_into_cache(folder: Path, model: Path) -> Path:
     """Move a folder into a cache as huggingface_hub lays it out; returns the snapshot."""
     snapshot, blobs = model / "snapshots/0123abcd", model / "blobs"
     snapshot.mkdir(parents=True)

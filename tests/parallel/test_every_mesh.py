@@ -17,7 +17,15 @@ import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from tests.parallel.mesh_runs import MISTAKES, alone, assert_same, config_of, run_steps, uneven, whole
+from tests.parallel.mesh_runs import (
+    MISTAKES,
+    assert_same,
+    config_of,
+    full_copy,
+    run_steps,
+    run_steps_alone,
+    uneven_batch,
+)
 from trinity.models import Trinity
 from trinity.parallel import fsdp, mesh
 from trinity.parallel.comm_counter import count_collectives
@@ -64,7 +72,7 @@ def expected(settings: dict) -> Callable[[list[str], int], dict[str, Any]]:
         model = [word for word in words if not word.startswith(("parallel.", "recompute=", "batch.microbatch="))]
         key = (*model, steps)
         if key not in records:
-            records[key] = alone(settings, [*model, "batch.microbatch=12"], steps)
+            records[key] = run_steps_alone(settings, [*model, "batch.microbatch=12"], steps)
         return records[key]
 
     return once
@@ -121,7 +129,7 @@ def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callabl
     model = [word for word in words if word.startswith("model.")]
     routes = expected([*FLOAT64, *BATCH, *model], STEPS)["routes"]
     words = [*BATCH, "precision.compute=bfloat16", *words]
-    one = alone(settings, [*BATCH, "precision.compute=bfloat16", *model, "batch.microbatch=12"], 1, routes)
+    one = run_steps_alone(settings, [*BATCH, "precision.compute=bfloat16", *model, "batch.microbatch=12"], 1, routes)
     runs = processes(world).run(run_steps, settings, [*words, f"batch.microbatch={12 // world}"], 1, None, routes)
     assert_same(runs, one, BF16_BOUND, state=False)
 
@@ -141,7 +149,7 @@ def initial_weights(settings: dict, words: list[str]) -> dict[str, torch.Tensor]
     ranks = mesh.start(config.parallel, config.model, 1, False)
     model = build_model(config, ranks)
     model.init_weights(config.run.seed)
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    return {name: full_copy(tensor) for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -181,7 +189,7 @@ def dtypes_inside(settings: dict, words: list[str], wrong: bool) -> dict[str, st
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(partial(note, name=name))  # runs after FSDP's hook, which gathers
-    batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(2), False)
+    batch = uneven_batch(open_stream(config, ranks.rank, ranks.data_ranks).take(2), False)
     model(batch.tokens_BS, targets_BS=batch.targets_BS)
     return dtypes
 
@@ -208,7 +216,7 @@ def collectives_of_a_step(settings: dict, words: list[str]) -> tuple[dict, dict[
     model = build_model(config, ranks)
     model.init_weights(0)
     optimizers = make_optimizers(config, model)
-    batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(3), False)
+    batch = uneven_batch(open_stream(config, ranks.rank, ranks.data_ranks).take(3), False)
     train_step(model, optimizers, batch, config, 1.0, ranks)
     with count_collectives() as traffic:
         train_step(model, optimizers, batch, config, 1.0, ranks)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from tests.parallel.mesh_runs import config_of, whole
+from tests.parallel.mesh_runs import config_of, full_copy
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.errors import UserError
 from trinity.parallel import mesh
@@ -82,7 +82,7 @@ def step_with_nan(settings: dict, where: str) -> tuple[bool, dict, dict, list[st
     path = Path(config.run.dir)
     training = Trainer(config, ranks, RunDirectory(path, ranks.is_first), Origin(CheckpointDirectory.at(path)))
     good = training.one_step()
-    before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
+    before = {name: full_copy(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     backward = train_step._forward_and_backward
 
     def poisoned(model: torch.nn.Module, *args: object) -> list:
@@ -95,7 +95,7 @@ def step_with_nan(settings: dict, where: str) -> tuple[bool, dict, dict, list[st
 
     with mock.patch.object(train_step, "_forward_and_backward", poisoned):
         bad = training.one_step()
-    after = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
+    after = {name: full_copy(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     training.close()
     training.directory.release()
     changed = [name for name in before if not torch.equal(before[name], after[name])]

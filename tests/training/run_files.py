@@ -55,7 +55,7 @@ def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def bits(path: AnyPath) -> dict[str, bytes]:
+def checkpoint_bytes(path: AnyPath) -> dict[str, bytes]:
     """The bytes of every tensor of a checkpoint, local or remote."""
     tensors = empty_tensors(path, "")
     load(tensors, path)

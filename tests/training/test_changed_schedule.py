@@ -34,7 +34,7 @@ def config_with(settings: dict, *words: str) -> RunConfig:
 
 
 @pytest.fixture
-def planned(settings: dict) -> Path:
+def planned_run(settings: dict) -> Path:
     """Three steps of 6 sequences, then 12, and shorter ones from 800 tokens on, planned from the start."""
     run = Path(settings["run"]["dir"]).with_name("planned")
     words = [f"run.dir={run}", f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES]
@@ -43,7 +43,7 @@ def planned(settings: dict) -> Path:
 
 
 @pytest.mark.parametrize("fork", [False, True], ids=["resumed", "forked"])
-def test_a_changed_batch_starts_where_the_run_is(settings: dict, planned: Path, fork: bool) -> None:
+def test_a_changed_batch_starts_where_the_run_is(settings: dict, planned_run: Path, fork: bool) -> None:
     """All metrics and the state, bit for bit, on resume and where init.keep=all continues another run."""
     first = Path(settings["run"]["dir"])
     assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
@@ -51,8 +51,8 @@ def test_a_changed_batch_starts_where_the_run_is(settings: dict, planned: Path, 
     words = [f"run.dir={run}", f"init.run={first}", "init.keep=all"] if fork else []
     assert "--accept-change batch.sequences" in refuse(settings, *LATER, PHASES, *words)
     assert train(settings, *LATER, PHASES, *words, accept=ACCEPT) == 0
-    assert metrics(run) == metrics(planned)[3 if fork else 0 :]
-    one, other = state(run, 8), state(planned, 8)
+    assert metrics(run) == metrics(planned_run)[3 if fork else 0 :]
+    one, other = state(run, 8), state(planned_run, 8)
     assert one.keys() == other.keys()
     assert not [key for key in one if not torch.equal(one[key], other[key])]
 
@@ -94,7 +94,7 @@ def test_a_rollback_past_a_changed_batch(settings: dict, monkeypatch: pytest.Mon
     assert saved["data.k"] == 24 + 5 * 12 + 7 * 12
 
 
-def test_show_batch_knows_the_history(settings: dict, planned: Path) -> None:
+def test_show_batch_knows_the_history(settings: dict, planned_run: Path) -> None:
     """Any step of a run whose batch was changed, before the change and after, with and without a replay."""
     assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
     assert train(settings, *LATER, PHASES, accept=ACCEPT) == 0
@@ -134,7 +134,7 @@ def test_a_fork_keeps_what_is_fixed(settings: dict, uninterrupted: Path) -> None
     assert not (Path(settings["run"]["dir"]) / "config.yaml").exists()
 
 
-def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.MonkeyPatch, planned: Path) -> None:
+def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.MonkeyPatch, planned_run: Path) -> None:
     """Checkpoints of an older version: the steps are assumed to follow the config, and checked against the data."""
     from trinity.training import trainer
 
@@ -149,7 +149,7 @@ def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.Monke
     run = Path(settings["run"]["dir"])
     assert "run.batch_history" not in state(run, 3)
     assert train(settings, *LATER, PHASES, accept=ACCEPT) == 0
-    assert metrics(run) == metrics(planned)
+    assert metrics(run) == metrics(planned_run)
 
 
 DECAY = ["optim.schedule.decay=linear", "optim.schedule.decay_start_steps=4", "optim.schedule.decay_steps=null"]
@@ -209,11 +209,11 @@ def test_a_schedule_that_does_not_fit_is_noted_at_the_start(
     assert all(note in line for line in notes)
 
 
-def test_the_history_in_a_checkpoint(planned: Path) -> None:
+def test_the_history_in_a_checkpoint(planned_run: Path) -> None:
     """Whole numbers: step, first sequence, sequences, length, tokens, phase."""
-    rows = state(planned, 8)["run.batch_history"].tolist()
+    rows = state(planned_run, 8)["run.batch_history"].tolist()
     assert rows == [
         [0, 0, 6, 24, 0, 0], [3, 18, 12, 24, 432, 0], [5, 42, 12, 16, 1008, 1], [8, 78, 0, 0, 1584, 0],
     ]  # fmt: skip
-    last = json.loads((planned / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((planned_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["tokens"], last["sequences"]) == (1584, 78)

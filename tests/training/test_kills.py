@@ -33,7 +33,7 @@ BOUND = 1e-10
 WORDS = ("checkpoint.every=3", "checkpoint.keep=2")
 
 
-def float64(settings: dict) -> dict:
+def in_float64(settings: dict) -> dict:
     """The settings in float64, with batches that divide by 1, 2 and 4 ranks."""
     return settings | {
         "precision": {"compute": "float64"},
@@ -120,7 +120,7 @@ def test_repeated_kills(settings: dict, tmp_path: Path, worlds: tuple[int, ...])
     """No step is missing, doubled or different, and the last state is equal."""
     settings = settings | {"batch": {"sequences": 12, "microbatch": 12}}  # 1, 2 and 4 ranks share it evenly
     if len(worlds) > 1:
-        settings |= float64(settings)
+        settings |= in_float64(settings)
     kinds = kill_often(settings, 50 if len(worlds) > 1 else 15, worlds)
     assert {moment for moment, _ in kinds} >= {"write", "publish", "deletion", "training"}
     alone, folder = tmp_path / "alone", Path(settings["run"]["dir"])

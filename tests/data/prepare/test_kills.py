@@ -75,15 +75,15 @@ def test_killed_until_done(
     out, numbers, kept = tmp_path / "out", random.Random(7), {}
     for kill in range(KILLS):
         process = start(inputs, tokenizer_dir, out, workers[kill % len(workers)], deduplicate)
-        shards_before = len(done(out))
-        while kill % 2 and process.is_alive() and len(done(out)) == shards_before:
+        shards_before = len(finished_files(out))
+        while kill % 2 and process.is_alive() and len(finished_files(out)) == shards_before:
             time.sleep(0.001)  # every other start is left until it has finished a shard more
         process.join(numbers.uniform(0, longest))
         if process.exitcode is not None:
             break
         process.kill()
         process.join()
-        kept |= {name: (out / name).stat().st_ino for name in done(out)}
+        kept |= {name: (out / name).stat().st_ino for name in finished_files(out)}
     assert kill >= 1
     assert kept
     last = start(inputs, tokenizer_dir, out, 2, deduplicate)
@@ -94,7 +94,7 @@ def test_killed_until_done(
     assert len(TokenSource(out)._shards) > 10
 
 
-def done(out: Path) -> list[str]:
+def finished_files(out: Path) -> list[str]:
     """Files of the finished shards in progress.json."""
     if not (out / "progress.json").exists():
         return []

@@ -29,7 +29,7 @@ def notes(capsys: pytest.CaptureFixture) -> Callable[[], list[str]]:
     return lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
 
 
-def make(folder: Path, *names: str) -> Path:
+def make_files(folder: Path, *names: str) -> Path:
     """Files that hold their own names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ PACK = {
 
 def test_lines_of_every_ending(tmp_path: Path, tokenizer_dir: Path) -> None:
     """A folder of them as shards, and read by a run."""
-    folder = make(tmp_path / "folder", "nested/deep/a.JSONL").joinpath("nested/deep")
+    folder = make_files(tmp_path / "folder", "nested/deep/a.JSONL").joinpath("nested/deep")
     for number, (name, pack) in enumerate(PACK.items()):
         lines = [json.dumps({"text": f"{name} {line}"}) + "\n" for line in range(number + 1)]
         (folder / name).write_bytes(pack("".join(lines).encode()))
@@ -97,7 +97,7 @@ def test_a_parquet_file_in_capitals(tmp_path: Path, tokenizer_dir: Path) -> None
 
 @pytest.mark.parametrize("data", ["a.parquet", "a.jsonl", "a.json.gz"])
 def test_text_beside_data_is_left_out_and_reported(tmp_path: Path, notes: Callable, data: str) -> None:
-    make(tmp_path, data, "sub/b" + data[1:], "README.md", "x.csv", "old.zip", ".git/config", ".gitignore")
+    make_files(tmp_path, data, "sub/b" + data[1:], "README.md", "x.csv", "old.zip", ".git/config", ".gitignore")
     taken = [data, "sub/b" + data[1:]]
     assert names(expand_inputs([tmp_path]), tmp_path) == taken
     assert notes() == [
@@ -114,7 +114,7 @@ def test_text_beside_data_is_left_out_and_reported(tmp_path: Path, notes: Callab
 
 
 def test_two_kinds_of_data_need_a_choice(tmp_path: Path) -> None:
-    make(tmp_path, "a.parquet", "b.jsonl")
+    make_files(tmp_path, "a.parquet", "b.jsonl")
     with pytest.raises(UserError, match=r"holds Parquet files and JSON lines; .* as '\*\.parquet', or --kind parquet"):
         expand_inputs([tmp_path])
     with pytest.raises(UserError, match=r"holds Parquet files and JSON lines; .* as '\*\.parquet'$"):
@@ -137,8 +137,8 @@ def test_one_kind_at_a_url(memory: fsspec.AbstractFileSystem, notes: Callable) -
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     """A link to a folder, two links to one folder, links to parent folders, to themselves, and to a file."""
-    make(tmp_path / "elsewhere", "x.txt", "deep/y.txt")
-    folder = make(tmp_path / "folder", "a.txt", "sub/b.txt")
+    make_files(tmp_path / "elsewhere", "x.txt", "deep/y.txt")
+    folder = make_files(tmp_path / "folder", "a.txt", "sub/b.txt")
     for link, target in (
         ("linked", "../elsewhere"), ("sub/again", "../../elsewhere/deep"), ("sub/up", ".."), ("up", ".."),
         ("self", "self"), ("c.txt", "../elsewhere/x.txt"),
@@ -155,7 +155,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 
 
 def test_a_relative_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, "x/a.txt", "x/[b]/c.txt", "x/.h/d.txt", "x/y/.e.txt")
+    make_files(tmp_path, "x/a.txt", "x/[b]/c.txt", "x/.h/d.txt", "x/y/.e.txt")
     monkeypatch.chdir(tmp_path)
     assert names(expand_inputs(["**/*.txt"]), ".") == ["x/[b]/c.txt", "x/a.txt"]
     assert names(expand_inputs(["x/y/.*"]), ".") == ["x/y/.e.txt"]
@@ -166,7 +166,7 @@ def test_a_relative_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Callable) -> None:
     """A folder without permission, a link to a missing file, and a pipe."""
-    make(tmp_path, "a.txt", "shut/b.txt")
+    make_files(tmp_path, "a.txt", "shut/b.txt")
     os.mkfifo(tmp_path / "pipe")
     expand_inputs([tmp_path])
     assert "1 pipe or device (pipe)" in notes()[0]
@@ -192,7 +192,7 @@ def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_file_named_twice_is_read_once(tmp_path: Path, tokenizer_dir: Path, notes: Callable) -> None:
-    folder = make(tmp_path / "folder", "a.txt", "b.txt")
+    folder = make_files(tmp_path / "folder", "a.txt", "b.txt")
     (tmp_path / "link.txt").symlink_to(folder / "b.txt")
     inputs = [folder, folder / "a.txt", f"{folder}/*.txt", f"{folder}/../folder/b.txt", tmp_path / "link.txt"]
     index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out")
@@ -212,8 +212,9 @@ def test_a_url_named_twice_is_read_once(memory: fsspec.AbstractFileSystem) -> No
 def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem) -> None:
     """All inputs of prepare_data; not shards, complete or partial, nor a missing folder, which may become shards."""
     text = [
-        make(tmp_path / "nested", "a/b/c.JSONL"), make(tmp_path / "code", "x/y.py", "index.json"),
-        make(tmp_path / "lines", "a.ndjson"), make(tmp_path / "packed", "a.json.gz"), make(tmp_path, "one"),
+        make_files(tmp_path / "nested", "a/b/c.JSONL"), make_files(tmp_path / "code", "x/y.py", "index.json"),
+        make_files(tmp_path / "lines", "a.ndjson"), make_files(tmp_path / "packed", "a.json.gz"),
+        make_files(tmp_path, "one"),
     ]  # fmt: skip
     text[-1] = tmp_path / "one"
     assert all(map(holds_text, text))
@@ -221,11 +222,11 @@ def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fs
     assert all(map(holds_text, missing))
     jsonl(tmp_path / "a.jsonl", ["a text"])
     prepare_data([tmp_path / "a.jsonl"], tokenizer_dir, tmp_path / "shards")
-    make(tmp_path / "shards", "README.md")
-    make(tmp_path / "no-index", "shard_00000.documents", "README.md")
-    make(tmp_path / "begun", "README.md")
+    make_files(tmp_path / "shards", "README.md")
+    make_files(tmp_path / "no-index", "shard_00000.documents", "README.md")
+    make_files(tmp_path / "begun", "README.md")
     (tmp_path / "begun" / "progress.json").write_text('{"shards": []}')
-    make(tmp_path / "nothing", "a.zip")
+    make_files(tmp_path / "nothing", "a.zip")
     shards = ["shards", "no-index", "begun", "nothing", "missing"]
     assert not any(holds_text(tmp_path / name) for name in shards)
     assert not holds_text(f"file://{tmp_path}/shards")

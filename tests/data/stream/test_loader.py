@@ -42,7 +42,7 @@ def make_loader(sources: dict) -> Iterator[Callable[..., Loader]]:
         loader.close()
 
 
-def running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     try:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
@@ -169,7 +169,7 @@ def test_workers_end_when_the_run_is_killed(sources: dict) -> None:
     run.kill()
     run.join()
     for _ in range(100):
-        if not any(running(pid) for pid in pids):
+        if not any(is_running(pid) for pid in pids):
             return
         time.sleep(0.05)
     raise AssertionError("a worker outlived its run")

@@ -17,7 +17,7 @@ from trinity.data.stream.shuffle import permutation_keys, permute, random_bits, 
 V, SEED = 48, 11
 
 
-class Listed:
+class ListedLengths:
     """Documents of given lengths, without tokens."""
 
     def __init__(self, lengths: list[int], lookahead: int = 8) -> None:
@@ -39,7 +39,7 @@ def make_stream(
     lengths: list[int], length: int, phase: Phase, rank: int = 0, ranks: int = 1, **arguments: object
 ) -> SequenceStream:
     values = {"streams": V, "seed": SEED, "bos_id": 0, "plan": BatchPlan(V, [], length), **arguments}
-    return SequenceStream({"all": Listed(lengths)}, [phase], rank=rank, ranks=ranks, **values)
+    return SequenceStream({"all": ListedLengths(lengths)}, [phase], rank=rank, ranks=ranks, **values)
 
 
 PHASES = [Phase((1.0,)), Phase((1.0,), rsdb_size=1), Phase((1.0,), rsdb_size=3)]
@@ -213,7 +213,7 @@ def test_a_worker_packs_every_nth_row(phase: Phase, workers: int, random_documen
 
 def test_streams_begin_with_different_sources() -> None:
     """Of two sources of equal weight and long documents, about half of the streams read each, row after row."""
-    sources = {"a": Listed([1000] * 500), "b": Listed([1000] * 500)}
+    sources = {"a": ListedLengths([1000] * 500), "b": ListedLengths([1000] * 500)}
     stream = SequenceStream(sources, [Phase((0.5, 0.5))], streams=400, seed=1, bos_id=0, plan=BatchPlan(400, [], 100))
     for _ in range(30):
         reads = Counter(row[0].source for row in islice(stream.advance(400), 400))
