@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.data.small_files import decoded, jsonl, zstd
+from tests.data.small_files import compress_zstd, decode_documents, write_jsonl
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import find_files
 from trinity.data.sources.file_formats import FileKind, file_kind
@@ -61,8 +61,9 @@ def test_kinds(name: str) -> None:
 
 
 PACK = {
-    "a.JSONL": bytes, "b.ndjson": bytes, "c.json.gz": gzip.compress, "d.json.zst": zstd, "e.jsonl.bz2": bz2.compress,
-    "f.ndjson.xz": lzma.compress, "g.JSON.GZ": gzip.compress, "h.Jsonl.Zst": zstd,
+    "a.JSONL": bytes, "b.ndjson": bytes, "c.json.gz": gzip.compress, "d.json.zst": compress_zstd,
+    "e.jsonl.bz2": bz2.compress,
+    "f.ndjson.xz": lzma.compress, "g.JSON.GZ": gzip.compress, "h.Jsonl.Zst": compress_zstd,
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_lines_of_every_ending(tmp_path: Path, tokenizer_dir: Path) -> None:
         (folder / name).write_bytes(pack("".join(lines).encode()))
     prepare_data([tmp_path / "folder"], tokenizer_dir, tmp_path / "out")
     expected = [f"{name} {line}" for number, name in enumerate(PACK) for line in range(number + 1)]
-    assert decoded(tmp_path / "out", tokenizer_dir) == expected
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == expected
     assert holds_text(tmp_path / "folder")
     source = TextSource([tmp_path / "folder"], tokenizer_dir, cache=tmp_path / "cache")
     assert [source._text(document) for document in range(source.documents)] == expected
@@ -90,7 +91,7 @@ def test_lines_of_every_ending(tmp_path: Path, tokenizer_dir: Path) -> None:
 def test_a_parquet_file_in_capitals(tmp_path: Path, tokenizer_dir: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "A.Parquet")
     prepare_data([tmp_path / "A.Parquet"], tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == ["one", "two"]
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == ["one", "two"]
     source = TextSource([tmp_path / "A.Parquet"], tokenizer_dir, cache=tmp_path / "cache")
     assert [source._text(document) for document in range(2)] == ["one", "two"]
 
@@ -196,7 +197,7 @@ def test_a_file_named_twice_is_read_once(tmp_path: Path, tokenizer_dir: Path, no
     (tmp_path / "link.txt").symlink_to(folder / "b.txt")
     inputs = [folder, folder / "a.txt", f"{folder}/*.txt", f"{folder}/../folder/b.txt", tmp_path / "link.txt"]
     index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == ["a.txt", "b.txt"]
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == ["a.txt", "b.txt"]
     assert [entry["name"] for entry in index["inputs"]] == ["a.txt", "b.txt"]
     assert "--input: named more than once and read once: 5 (" in notes()[0]
     assert names(expand_inputs([folder / "b.txt", folder]), folder) == ["b.txt", "a.txt"]
@@ -220,7 +221,7 @@ def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fs
     assert all(map(holds_text, text))
     missing = ["a.jsonl", "a.JSON.GZ", "a.parquet", "a.txt", "some/*", "s3://b/a.jsonl", "s3://b/x/*.json.gz"]
     assert all(map(holds_text, missing))
-    jsonl(tmp_path / "a.jsonl", ["a text"])
+    write_jsonl(tmp_path / "a.jsonl", ["a text"])
     prepare_data([tmp_path / "a.jsonl"], tokenizer_dir, tmp_path / "shards")
     make_files(tmp_path / "shards", "README.md")
     make_files(tmp_path / "no-index", "shard_00000.documents", "README.md")
@@ -237,7 +238,7 @@ def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fs
 
 
 def test_files_without_text_are_reported(tmp_path: Path, tokenizer_dir: Path, notes: Callable) -> None:
-    jsonl(tmp_path / "b.jsonl", ["a text"])
+    write_jsonl(tmp_path / "b.jsonl", ["a text"])
     for name, content in (("a.jsonl", ""), ("c.jsonl", "\n\n"), ("d.jsonl", '{"text": ""}\n')):
         (tmp_path / name).write_text(content)
     expected = [f"note: files without any text: 3 of 4 ({tmp_path}/a.jsonl, {tmp_path}/c.jsonl, "

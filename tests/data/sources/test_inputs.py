@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.data.small_files import TEXTS, content, decoded, jsonl
+from tests.data.small_files import TEXTS, decode_documents, read_folder, write_jsonl
 from trinity.data.prepare import shard_writer
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources.inputs import Dataset, DatasetInput, expand_inputs
@@ -35,8 +35,8 @@ def test_a_folder_gives_the_shards_of_its_files(folder: Path, tmp_path: Path, to
     index, _ = prepare_data([folder], tokenizer_dir, tmp_path / "folder_out", kind="all")
     files = [f"file://{folder}/*.jsonl", *expand_inputs([folder], kind="all")[1:]]
     prepare_data(files, tokenizer_dir, tmp_path / "files_out")
-    assert content(tmp_path / "folder_out") == content(tmp_path / "files_out")
-    assert decoded(tmp_path / "folder_out", tokenizer_dir) == TEXTS
+    assert read_folder(tmp_path / "folder_out") == read_folder(tmp_path / "files_out")
+    assert decode_documents(tmp_path / "folder_out", tokenizer_dir) == TEXTS
     assert index["input_documents"] == [10, 10, 1, 9, 20]
 
 
@@ -90,8 +90,8 @@ def test_urls_that_cannot_be_read(
 
 def dataset(folder: Path) -> Dataset:
     folder.mkdir()
-    jsonl(folder / "train.jsonl", [*TEXTS, ""])
-    jsonl(folder / "test.jsonl", TEXTS[:3])
+    write_jsonl(folder / "train.jsonl", [*TEXTS, ""])
+    write_jsonl(folder / "test.jsonl", TEXTS[:3])
     return Dataset(str(folder))
 
 
@@ -114,7 +114,7 @@ def test_a_data_set_gives_the_shards_of_its_file(
             prepare_data(source, tokenizer_dir, tmp_path / "out", shard_tokens=300)
     assert len(json.loads((tmp_path / "out" / "progress.json").read_text())["shards"]) == 1
     assert prepare_data(source, tokenizer_dir, tmp_path / "out", shard_tokens=300) == (whole, False)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")
     test, _ = prepare_data(Dataset(source.name, split="test"), tokenizer_dir, tmp_path / "test")
     assert test["documents"] == 3
 
@@ -152,7 +152,7 @@ def test_data_sets_that_do_not_fit(tmp_path: Path, tokenizer_dir: Path) -> None:
         prepare_data(source._replace(split="test"), tokenizer_dir, out)
     with pytest.raises(UserError, match="whose inputs, dataset differ"):
         prepare_data([tmp_path / "set" / "train.jsonl"], tokenizer_dir, out)
-    jsonl(tmp_path / "set" / "train.jsonl", TEXTS[:4])
+    write_jsonl(tmp_path / "set" / "train.jsonl", TEXTS[:4])
     with pytest.raises(UserError, match="whose dataset differ"):
         prepare_data(source, tokenizer_dir, out)
 
