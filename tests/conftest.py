@@ -96,7 +96,7 @@ def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def uninterrupted(corpus: SimpleNamespace, run_command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of such a run, started as a user would and never disturbed."""
+    """The run directory of a run with these settings, started as a user would and never disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "config.yaml").write_text(yaml.safe_dump(everything_on(corpus, folder / "run")))
     done = run_command("launch/pretrain.py", folder / "config.yaml")

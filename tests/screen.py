@@ -34,7 +34,7 @@ class Terminal:
         """The lines on the screen, without trailing spaces and without an empty last line."""
         self._writer.flush()
         self._read()
-        return shown(self.raw)
+        return render(self.raw)
 
     def echo(self, text: str) -> None:
         """Echo text, as a terminal does when a key is pressed."""
@@ -57,7 +57,7 @@ class Terminal:
         self.raw += data.decode()
 
 
-def shown(text: str) -> list[str]:
+def render(text: str) -> list[str]:
     """The lines that a screen shows after `text`, with carriage returns and ESC[K applied."""
     rows: list[list[str]] = [[]]
     column = 0

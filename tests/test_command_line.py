@@ -47,8 +47,8 @@ def test_a_tool_writes_into_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp
         "train_tokenizer": ["--input", "~/a.txt", "--vocab-size", "262", "--out=~/tokenizer"],
         "prepare_data": ["--input", "~/*.txt", "--tokenizer=~/tokenizer", "--out=~/shards", "--workers", "0"],
     }
-    for tool, given in words.items():
-        monkeypatch.setattr(sys, "argv", [tool, *given])
+    for tool, arguments in words.items():
+        monkeypatch.setattr(sys, "argv", [tool, *arguments])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
         assert end.value.code == 0

@@ -97,8 +97,8 @@ def test_refusals(words: str, message: str) -> None:
     with pytest.raises(UserError) as refused:
         find_gpu(words)
     assert message in str(refused.value)
-    for shown in str(refused.value).split("--gpu ")[2:]:
-        assert find_gpu(shown.split(" (")[0]).bandwidth == 1e12
+    for option in str(refused.value).split("--gpu ")[2:]:
+        assert find_gpu(option.split(" (")[0]).bandwidth == 1e12
 
 
 def test_this_machine_is_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

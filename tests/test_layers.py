@@ -63,13 +63,13 @@ def test_no_import_points_upward(name: str) -> None:
 
 def test_no_cycles() -> None:
     """Modules can be put in an order in which each imports only earlier ones."""
-    left = {name: set(others) for name, others in IMPORTS.items()}
-    while ready := [name for name, others in left.items() if not others]:
+    remaining = {name: set(others) for name, others in IMPORTS.items()}
+    while ready := [name for name, others in remaining.items() if not others]:
         for name in ready:
-            del left[name]
-        for others in left.values():
+            del remaining[name]
+        for others in remaining.values():
             others.difference_update(ready)
-    assert not left
+    assert not remaining
 
 
 def test_kernels_import_nothing_of_trinity() -> None:

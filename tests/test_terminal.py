@@ -1,11 +1,11 @@
-"""Messages and progress: a bar on a terminal, plain lines elsewhere, and Ctrl-C without a traceback."""
+"""Messages and progress: a bar on a terminal, plain lines in pipes and files, and Ctrl-C without a traceback."""
 
 import io
 import sys
 
 import pytest
 
-from tests.screen import Terminal, shown
+from tests.screen import Terminal, render
 from trinity import terminal
 from trinity.errors import run_main
 from trinity.terminal import Progress, format_duration, say
@@ -117,6 +117,6 @@ def test_format_duration() -> None:
     assert {seconds: format_duration(seconds) for seconds in expected} == expected
 
 
-def test_shown() -> None:
+def test_render() -> None:
     """Overwritten characters are replaced, the others stay."""
-    assert shown("one\r\nabcdef\rxy\r\n12345\r\x1b[Kz") == ["one", "xycdef", "z"]
+    assert render("one\r\nabcdef\rxy\r\n12345\r\x1b[Kz") == ["one", "xycdef", "z"]

@@ -1,8 +1,8 @@
 """Trinity equals transformers' AfMoE: same experts, logits and gradients, over configs that differ in every field.
 
 Both run in fp32 and add the same numbers in another order, so results differ by a few units of 2⁻²⁴ per sum, and sums
-follow each other through the layers: 3e-5 of the largest value is five times what is seen. A wrong equation shows at
-1e-2 and more. One flipped expert would too, without anything being wrong; so the experts are compared first.
+follow each other through the layers: 3e-5 of the largest value is five times the measured error. A wrong equation shows
+at 1e-2 and more. One flipped expert would too, without anything being wrong; so the experts are compared first.
 
 Weights and config are carried over here by hand, not through trinity.interop.export, which has its own tests.
 

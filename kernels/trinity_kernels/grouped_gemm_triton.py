@@ -194,17 +194,17 @@ def outer_products(
         left_half, right_half = halves(sums, BLOCK_M, BLOCK_N)
         WIDTH: tl.constexpr = BLOCK_N // 4
         one, two = halves(left_half, BLOCK_M, BLOCK_N // 2)
-        _put(one, out, m, n, M, N, True, BLOCK_M, WIDTH)
-        _put(two, out, m, n + WIDTH, M, N, True, BLOCK_M, WIDTH)
+        _store_tile(one, out, m, n, M, N, True, BLOCK_M, WIDTH)
+        _store_tile(two, out, m, n + WIDTH, M, N, True, BLOCK_M, WIDTH)
         three, four = halves(right_half, BLOCK_M, BLOCK_N // 2)
-        _put(three, out, m, n + 2 * WIDTH, M, N, True, BLOCK_M, WIDTH)
-        _put(four, out, m, n + 3 * WIDTH, M, N, True, BLOCK_M, WIDTH)
+        _store_tile(three, out, m, n + 2 * WIDTH, M, N, True, BLOCK_M, WIDTH)
+        _store_tile(four, out, m, n + 3 * WIDTH, M, N, True, BLOCK_M, WIDTH)
     else:
-        _put(sums, out, m, n, M, N, False, BLOCK_M, BLOCK_N)
+        _store_tile(sums, out, m, n, M, N, False, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def _put(tile, out, m, n, M, N, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _store_tile(tile, out, m, n, M, N, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Store a tile at (m, n) of out [M, N]; with ADD, add it to the values there."""
     row = m + tl.arange(0, ROWS)
     column = n + tl.arange(0, COLUMNS)

@@ -166,7 +166,7 @@ def norm_backward_kernel(
         inverse = tl.load(inverses + row, mask=row < T, other=0.0)
         unit = value * inverse
         total += dy * unit
-        dx = _through_norm(dy, unit, inverse, g, D)
+        dx = _norm_gradient(dy, unit, inverse, g, D)
         tl.store(grad_x + place, dx.to(grad_x.dtype.element_ty), mask=inside)
     place = sums + tl.program_id(0) * D + column
     tl.store(place, tl.sum(total, axis=0, keep_dims=True), mask=column < D)
@@ -216,12 +216,12 @@ def add_norm_backward_kernel(
         inverse = tl.load(inverses_r + row, mask=row < T, other=0.0)
         unit = tl.load(r + place, mask=inside, other=0.0).to(tl.float32) * inverse
         total += du * unit
-        dr = tl.load(grad_r + place, mask=inside, other=0.0).to(tl.float32) + _through_norm(du, unit, inverse, g, D)
+        dr = tl.load(grad_r + place, mask=inside, other=0.0).to(tl.float32) + _norm_gradient(du, unit, inverse, g, D)
         tl.store(grad_x + place, dr.to(grad_x.dtype.element_ty), mask=inside)
         inverse = tl.load(inverses_y + row, mask=row < T, other=0.0)
         unit = tl.load(y + place, mask=inside, other=0.0).to(tl.float32) * inverse
         post_total += dr * unit
-        dy = _through_norm(dr, unit, inverse, p, D)
+        dy = _norm_gradient(dr, unit, inverse, p, D)
         tl.store(grad_y + place, dy.to(grad_y.dtype.element_ty), mask=inside)
     place = tl.program_id(0) * D + column
     tl.store(post_sums + place, tl.sum(post_total, axis=0, keep_dims=True), mask=column < D)
@@ -235,7 +235,7 @@ def _inverse_rms(value, D, eps):
 
 
 @triton.jit
-def _through_norm(dy, unit, inverse, gain, D):
+def _norm_gradient(dy, unit, inverse, gain, D):
     """(g·dy − x̂·mean(g·dy·x̂))/rms."""
     scaled = dy * gain
     return (scaled - unit * (tl.sum(scaled * unit, axis=1, keep_dims=True) / D)) * inverse

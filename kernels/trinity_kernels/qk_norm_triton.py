@@ -95,7 +95,7 @@ def qk_norm_kernel(
     gain_1 = tl.load(gain + feature, mask=feature < half, other=0.0).to(tl.float32)
     gain_2 = tl.load(gain + half + feature, mask=feature < half, other=0.0).to(tl.float32)
     if TURN:
-        cos, sin = _turn_of(cosines, sines, token, feature, inside, S, half, angle_step)
+        cos, sin = _rotation_of(cosines, sines, token, feature, inside, S, half, angle_step)
     from_ = x + (token // S).to(tl.int64) * x_b + (token % S).to(tl.int64) * x_s + feature
     to = out + token.to(tl.int64) * H * (2 * half) + feature
     for head in tl.range(0, H, num_stages=STAGES):
@@ -122,7 +122,7 @@ def qk_norm_backward_kernel(
     gain_1 = tl.load(gain + feature, mask=feature < half, other=0.0).to(tl.float32)
     gain_2 = tl.load(gain + half + feature, mask=feature < half, other=0.0).to(tl.float32)
     if TURN:
-        cos, sin = _turn_of(cosines, sines, token, feature, inside, S, half, angle_step)
+        cos, sin = _rotation_of(cosines, sines, token, feature, inside, S, half, angle_step)
     row, place = (token // S).to(tl.int64), (token % S).to(tl.int64)
     from_grad = grad + row * grad_b + place * grad_s + feature
     from_x = x + row * x_b + place * x_s + feature
@@ -151,7 +151,7 @@ def qk_norm_backward_kernel(
 
 
 @triton.jit
-def _turn_of(cosines, sines, token, feature, inside, S, half, angle_step):
+def _rotation_of(cosines, sines, token, feature, inside, S, half, angle_step):
     """cos and sin of each token's angles; angle_step is 0 if all rows of the batch have the same positions."""
     place = ((token // S) * angle_step + token % S).to(tl.int64) * half + feature
     return tl.load(cosines + place, mask=inside, other=0.0), tl.load(sines + place, mask=inside, other=0.0)

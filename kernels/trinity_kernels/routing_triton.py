@@ -22,10 +22,10 @@ TOKENS = 16
 @torch.library.custom_op("trinity::route_triton", mutates_args=())
 def route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     """See trinity_kernels.route."""
-    return choose(scores_TE, bias_E, active)
+    return launch_route(scores_TE, bias_E, active)
 
 
-def choose(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
+def launch_route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     """Launch the kernel of `route`."""
     T, E = scores_TE.shape
     indices_TK = torch.empty(T, active, dtype=torch.int64, device=scores_TE.device)
@@ -70,10 +70,10 @@ def route_kernel(
 
 @torch.library.custom_op("trinity::gates_triton", mutates_args=())
 def _gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
-    return weigh(scores_TE, indices_TK, scale)
+    return launch_gates(scores_TE, indices_TK, scale)
 
 
-def weigh(scores_TE: Tensor, indices_TK: Tensor, scale: float, grad_TK: Tensor | None = None) -> Tensor:
+def launch_gates(scores_TE: Tensor, indices_TK: Tensor, scale: float, grad_TK: Tensor | None = None) -> Tensor:
     """The gates [T, K]; with grad_TK, the gradient of the scores [T, E], 0 for experts that are not chosen."""
     (T, E), active = scores_TE.shape, indices_TK.shape[1]
     out = torch.empty(T, active if grad_TK is None else E, dtype=scores_TE.dtype, device=scores_TE.device)
@@ -94,7 +94,7 @@ def _(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("trinity::gates_triton_backward", mutates_args=())
 def _gates_backward(grad_TK: Tensor, scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
-    return weigh(scores_TE, indices_TK, scale, grad_TK.contiguous())
+    return launch_gates(scores_TE, indices_TK, scale, grad_TK.contiguous())
 
 
 @_gates_backward.register_fake

@@ -63,15 +63,15 @@ def ignore(*_: object, **__: object) -> None:
     """A Note that drops its event."""
 
 
-def newest(run: Path) -> tuple[int, list[str]]:
+def newest_intact(run: Path) -> tuple[int, list[str]]:
     """The step that a run would resume from, and its warnings; equal by folder and by URL."""
-    step, warnings = newest_in(CheckpointDirectory.at(run))
-    url_step, url_warnings = newest_in(at_url(run))
+    step, warnings = newest_intact_in(CheckpointDirectory.at(run))
+    url_step, url_warnings = newest_intact_in(at_url(run))
     assert (url_step, [message.replace("norename://", "") for message in url_warnings]) == (step, warnings)
     return step, warnings
 
 
-def newest_in(checkpoints: CheckpointDirectory) -> tuple[int, list[str]]:
+def newest_intact_in(checkpoints: CheckpointDirectory) -> tuple[int, list[str]]:
     warnings: list[tuple[str, str]] = []
     step = checkpoints.newest_intact(lambda *words, **_: warnings.append(words))
     assert all(kind == "checkpoint_damaged" and "\n" not in message for kind, message in warnings)
@@ -94,7 +94,7 @@ def folder_of(run: Path, step: int) -> Path:
     return run / f"checkpoints/step_{step:08d}"
 
 
-def flip(path: Path, bit: int) -> None:
+def flip_bit(path: Path, bit: int) -> None:
     """Change one bit of a file."""
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
@@ -104,7 +104,7 @@ def flip(path: Path, bit: int) -> None:
 def test_files_of_a_checkpoint(run: Path) -> None:
     """FILES is complete, so the tests below cover every file."""
     assert sorted(path.name for path in folder_of(run, 6).iterdir()) == FILES
-    assert newest(run) == (6, [])
+    assert newest_intact(run) == (6, [])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -114,14 +114,14 @@ def test_flipped_bit(run: Path, name: str) -> None:
     bits = range(8 * path.stat().st_size)
     whole = path.read_bytes()
     for bit in bits if name == "COMPLETE" else random.Random(name).sample(bits, 40):
-        flip(path, bit)
-        step, (sentence,) = newest(run)
+        flip_bit(path, bit)
+        step, (sentence,) = newest_intact(run)
         assert step == 3, bit
         assert f"{folder_of(run, 6)} is damaged (" in sentence
         if name != "COMPLETE":
             assert f"({name} has changed since it was written) and is not used" in sentence
         path.write_bytes(whole)
-    assert newest(run) == (6, [])
+    assert newest_intact(run) == (6, [])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -130,7 +130,7 @@ def test_truncated_file(run: Path, name: str, left: int) -> None:
     """Each file truncated to nothing, to one byte, and by one byte."""
     path = folder_of(run, 6) / name
     path.write_bytes(path.read_bytes()[:left])
-    step, warnings = newest(run)
+    step, warnings = newest_intact(run)
     if name == "COMPLETE" and left == -1:  # only the newline at the end may be missing
         assert (step, warnings) == (6, [])
         return
@@ -143,7 +143,7 @@ def test_truncated_file(run: Path, name: str, left: int) -> None:
 def test_missing_file(run: Path, name: str) -> None:
     """Without COMPLETE the checkpoint is an interrupted save; without another file it is damaged."""
     (folder_of(run, 6) / name).unlink()
-    step, (sentence,) = newest(run)
+    step, (sentence,) = newest_intact(run)
     assert step == 3
     expected = "has no COMPLETE, as a save that was cut off leaves it" if name == "COMPLETE" else f"({name} is missing)"
     assert expected in sentence
@@ -156,7 +156,7 @@ def test_missing_file(run: Path, name: str) -> None:
 def test_malformed_complete(run: Path, text: str) -> None:
     """The checkpoint is named, the one before it is used, and the tools do not list it."""
     (folder_of(run, 6) / "COMPLETE").write_text(text)
-    step, (sentence,) = newest(run)
+    step, (sentence,) = newest_intact(run)
     assert step == 3
     assert "is damaged (its COMPLETE is missing or cannot be read) and is not used" in sentence
     assert CheckpointDirectory.at(run).pick_complete(None) == 3
@@ -166,14 +166,14 @@ def test_malformed_complete(run: Path, text: str) -> None:
 def test_latest_is_a_hint(run: Path, text: str) -> None:
     """A wrong, empty or missing `latest` changes nothing: no code reads it."""
     (run / "checkpoints/latest").write_text(text)
-    assert newest(run) == (6, [])
+    assert newest_intact(run) == (6, [])
     (run / "checkpoints/latest").unlink()
-    assert newest(run) == (6, [])
+    assert newest_intact(run) == (6, [])
 
 
 def test_no_intact_checkpoint(run: Path) -> None:
     """All damaged: UserError naming each. All without COMPLETE: step 0, a run that starts from the beginning."""
-    flip(folder_of(run, 6) / "__0_0.distcp", 999)
+    flip_bit(folder_of(run, 6) / "__0_0.distcp", 999)
     (folder_of(run, 3) / "__0_0.distcp").unlink()
     with pytest.raises(UserError) as mistake:
         CheckpointDirectory.at(run).newest_intact(ignore)
@@ -183,9 +183,9 @@ def test_no_intact_checkpoint(run: Path) -> None:
     )
     for step in (3, 6):
         (folder_of(run, step) / "COMPLETE").unlink()
-    step, warnings = newest(run)
+    step, warnings = newest_intact(run)
     assert (step, len(warnings)) == (0, 2)
-    assert newest(run / "nowhere") == (0, [])
+    assert newest_intact(run / "nowhere") == (0, [])
 
 
 def test_newest_intact_before_a_step(run: Path, checkpoints: CheckpointDirectory) -> None:
@@ -196,7 +196,7 @@ def test_newest_intact_before_a_step(run: Path, checkpoints: CheckpointDirectory
 
 def test_pick_intact(run: Path, checkpoints: CheckpointDirectory, capsys: pytest.CaptureFixture) -> None:
     """A damaged requested step is an error; without a requested step, a warning and the newest intact one."""
-    flip(folder_of(run, 6) / ".metadata", 999)
+    flip_bit(folder_of(run, 6) / ".metadata", 999)
     assert checkpoints.pick_intact(3) == 3
     with pytest.raises(
         UserError, match=r"is damaged \(\.metadata has changed since it was written\); take another of \[3"

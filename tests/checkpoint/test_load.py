@@ -32,7 +32,7 @@ class PickledCall:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a checkpoint with every dtype, shape and placement that a run may save."""
     checkpoints = CheckpointDirectory.at(tmp_path_factory.mktemp("run"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -45,13 +45,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.path_of(1)
 
 
-def test_metadata_equals_an_ordinary_unpickler(saved: Path) -> None:
+def test_metadata_equals_an_ordinary_unpickler(saved_folder: Path) -> None:
     """Names, shapes, dtypes and places equal those that pickle.loads returns."""
-    path = saved / ".metadata"
+    path = saved_folder / ".metadata"
     metadata, expected = read_metadata(path), pickle.loads(path.read_bytes())
     assert metadata.state_dict_metadata == expected.state_dict_metadata
     assert metadata.storage_data == expected.storage_data
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in empty_tensors(saved, "").items()}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in empty_tensors(saved_folder, "").items()}
     assert shapes["data.torch.bfloat16"] == ((3,), torch.bfloat16)
     assert shapes["model.sharded"] == ((4, 2), torch.float32)
     assert len(shapes) == len(DTYPES) + 4
@@ -65,10 +65,10 @@ def test_metadata_equals_an_ordinary_unpickler(saved: Path) -> None:
         (getattr, "TRAP", "builtins.getattr"), (Path, "TRAP", "pathlib.Path"),
     ],
 )  # fmt: skip
-def test_malicious_pickle(saved: Path, tmp_path: Path, function: Callable, words: str, name: str) -> None:
+def test_malicious_pickle(saved_folder: Path, tmp_path: Path, function: Callable, words: str, name: str) -> None:
     """A call hidden in an otherwise correct .metadata: refused by its name, before anything is called."""
     trap, folder = tmp_path / "sprung", tmp_path / "step_00000001"
-    description = pickle.loads((saved / ".metadata").read_bytes())
+    description = pickle.loads((saved_folder / ".metadata").read_bytes())
     description.planner_data = PickledCall(function, words.replace("TRAP", str(trap)))
     folder.mkdir(parents=True)
     path = folder / ".metadata"
@@ -88,9 +88,9 @@ def test_pickle_of_another_type(tmp_path: Path, value: object) -> None:
         Reader(tmp_path)
 
 
-def test_damaged_pickle(saved: Path, tmp_path: Path) -> None:
+def test_damaged_pickle(saved_folder: Path, tmp_path: Path) -> None:
     """Truncated anywhere, or with any byte changed: either read, or refused in one sentence."""
-    whole = (saved / ".metadata").read_bytes()
+    whole = (saved_folder / ".metadata").read_bytes()
     chance, path = random.Random(1), tmp_path / ".metadata"
     refused = []
     for _ in range(300):

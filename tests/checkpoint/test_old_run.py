@@ -1,7 +1,7 @@
 """Files written by version 0.1 still load: a run directory with a checkpoint, and a Hugging Face folder.
 
-Both were written at commit 2c6ed28 from the shards and the tokenizer beside them. OLD in the config stands for their
-folder.
+Both were written at commit 2c6ed28 from the shards and the tokenizer beside them. In the config, OLD is
+replaced by their folder.
 """
 
 import json
@@ -24,13 +24,13 @@ from trinity.training.trainer import pretrain
 
 SAVED = Path(__file__).parents[1] / "data" / "run_of_version_0_1"
 STEP = 3
-# float64 throughout, so another CPU's order of sums moves a figure by some 1e-13 of itself, which the three steps'
+# float64 throughout, so another CPU's order of sums moves a metric by some 1e-13 of itself, which the three steps'
 # Newton-Schulz iterations may amplify a hundredfold; float32 parts (the biases) hold nothing that is not exact there.
 TOLERANCE = 1e-9
 
 
 @pytest.fixture
-def old(tmp_path: Path) -> Path:
+def old_folder(tmp_path: Path) -> Path:
     """A copy of the folder whose config names its own files."""
     folder = tmp_path / "old"
     shutil.copytree(SAVED, folder)
@@ -39,9 +39,9 @@ def old(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_tensor_is_read_bit_for_bit(old: Path) -> None:
+def test_every_tensor_is_read_bit_for_bit(old_folder: Path) -> None:
     """Loading returns the tensors that the library alone returns."""
-    path = CheckpointDirectory.at(old / "run").path_of(STEP)
+    path = CheckpointDirectory.at(old_folder / "run").path_of(STEP)
     expected: dict = {}
     reader = dcp.FileSystemReader(path)
     dcp.state_dict_loader._load_state_dict(expected, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
@@ -53,27 +53,27 @@ def test_every_tensor_is_read_bit_for_bit(old: Path) -> None:
         assert torch.equal(tensors[name], tensor), name
 
 
-def test_load_model(old: Path) -> None:
+def test_load_model(old_folder: Path) -> None:
     """load_model, as tools/generate.py and export_hf.py call it, equals the export written then, in fp32."""
-    model, _, step = load_model(old / "run")
+    model, _, step = load_model(old_folder / "run")
     assert step == STEP
     tensors = {name: tensor.float() for name, tensor in model.state_dict().items()}
-    for name, tensor in load_hf(old / "hf").state_dict().items():
+    for name, tensor in load_hf(old_folder / "hf").state_dict().items():
         if not name.endswith("expert_momentum"):  # no export holds it
             assert torch.equal(tensor.float(), tensors[name]), name
 
 
-def test_export_is_the_same_byte_for_byte(old: Path, tmp_path: Path) -> None:
+def test_export_is_the_same_byte_for_byte(old_folder: Path, tmp_path: Path) -> None:
     """Names, shapes, order and metadata of the safetensors file, and the config beside it."""
-    export_hf(load_hf(old / "hf"), tmp_path / "again", old / "tokenizer", dtype=torch.float32)
+    export_hf(load_hf(old_folder / "hf"), tmp_path / "again", old_folder / "tokenizer", dtype=torch.float32)
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (old / "hf" / name).read_bytes(), name
-    assert len(safetensors.torch.load_file(old / "hf" / "model.safetensors")) == 73
+        assert (tmp_path / "again" / name).read_bytes() == (old_folder / "hf" / name).read_bytes(), name
+    assert len(safetensors.torch.load_file(old_folder / "hf" / "model.safetensors")) == 73
 
 
-def test_resume_gives_the_same_steps(old: Path) -> None:
+def test_resume_gives_the_same_steps(old_folder: Path) -> None:
     """From step 3 to step 6: data, counts and routing exactly, floats within TOLERANCE."""
-    run = old / "run"
+    run = old_folder / "run"
     before = metrics(run)
     assert pretrain(load_config(run / "config.yaml"), []) == 0
     after = metrics(run)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.training.run_files import bits, metrics, refuse, status, train
+from tests.training.run_files import checkpoint_bytes, metrics, refuse, status, train
 from tests.url_stores import failing, register
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
-def one(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def remote_run(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run directory with checkpoints in fsspec's memory, stopped after step 4 and resumed."""
     run = tmp_path_factory.mktemp("one") / "run"
     fsspec.filesystem("memory").store.clear()
@@ -50,23 +50,23 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def names(url: str) -> list[str]:
+def files_below(url: str) -> list[str]:
     """Every file below a URL."""
     files, path = fsspec.core.url_to_fs(url)
     files.invalidate_cache()
     return sorted(name.removeprefix(path).strip("/") for name in files.find(path))
 
 
-def test_run_equals_one_with_local_checkpoints(one: Path, uninterrupted: Path) -> None:
+def test_run_equals_one_with_local_checkpoints(remote_run: Path, uninterrupted: Path) -> None:
     """Stopped and resumed, it has the metrics and state of an uninterrupted local run; nothing is written locally."""
-    checkpoints, expected = CheckpointDirectory.of_run(one), CheckpointDirectory.at(uninterrupted)
+    checkpoints, expected = CheckpointDirectory.of_run(remote_run), CheckpointDirectory.at(uninterrupted)
     assert str(checkpoints) == URL
-    assert metrics(one) == metrics(uninterrupted)
+    assert metrics(remote_run) == metrics(uninterrupted)
     assert checkpoints.complete_steps() == expected.complete_steps() == [6, LAST]
-    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
-    assert not (one / "checkpoints").exists()
+    assert checkpoint_bytes(checkpoints.path_of(LAST)) == checkpoint_bytes(expected.path_of(LAST))
+    assert not (remote_run / "checkpoints").exists()
     files = [f"step_{step:08d}/{name}" for step in (6, LAST) for name in (".metadata", "COMPLETE", "__0_0.distcp")]
-    assert names(URL) == ["latest", *files]
+    assert files_below(URL) == ["latest", *files]
 
 
 def call(tool: str, *words: object) -> int:
@@ -77,26 +77,26 @@ def call(tool: str, *words: object) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_tools(one: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_tools(remote_run: Path, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Given only the run directory: exports and generated text equal those of the local run, byte for byte."""
-    for name, run in (("here", uninterrupted), ("there", one)):
+    for name, run in (("here", uninterrupted), ("there", remote_run)):
         for step in (6, LAST):
             assert call("export_hf.py", run, tmp_path / f"{name}{step}", "--step", step) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("here6", "there6", "here8", "there8")]
     assert weights[0] == weights[1] != weights[2] == weights[3]
     capfd.readouterr()
     texts = []
-    for run in (uninterrupted, one):
+    for run in (uninterrupted, remote_run):
         assert call("generate.py", run, "--prompt", "def main", "--max-new-tokens", 12) == 0
         texts.append(capfd.readouterr().out)
     assert texts[0] == texts[1]
-    assert call("export_hf.py", one, tmp_path / "no", "--step", 3) == 2
+    assert call("export_hf.py", remote_run, tmp_path / "no", "--step", 3) == 2
     assert capfd.readouterr().err == f"error: {URL} has no complete checkpoint of step 3; it has [6, 8]\n"
 
 
-def test_go_near_reads_remote_checkpoints(one: Path, recipe: Callable) -> None:
+def test_seek_near_reads_remote_checkpoints(remote_run: Path, recipe: Callable) -> None:
     """The data stream starts at the nearest checkpoint, also if the given config has no checkpoint.url."""
-    config = build_config([("test", OmegaConf.create(recipe(one)))])
+    config = build_config([("test", OmegaConf.create(recipe(remote_run)))])
     stream, begun = open_stream(config, 0, 1), open_stream(config, 0, 1)
     seek_near(stream, config, 7)
     assert stream.k == 48 == sum(config.batch.sequences * (2 if step > 4 else 1) for step in range(1, 7))
@@ -111,9 +111,11 @@ def failing_memory() -> mock._patch:
     return mock.patch.object(fsspec.get_filesystem_class("memory"), "ls", side_effect=TimeoutError("no answer"))
 
 
-def test_init_run_with_remote_checkpoints(one: Path, uninterrupted: Path, recipe: Callable, tmp_path: Path) -> None:
+def test_init_run_with_remote_checkpoints(
+    remote_run: Path, uninterrupted: Path, recipe: Callable, tmp_path: Path
+) -> None:
     """init.run names the run directory; with init.keep=all the steps equal those from a local run."""
-    for name, run in (("here", uninterrupted), ("there", one)):
+    for name, run in (("here", uninterrupted), ("there", remote_run)):
         assert train(recipe(tmp_path / name), f"init.run={run}", "init.keep=all", "run.steps=10") == 0
     assert [line["step"] for line in metrics(tmp_path / "here")] == [9, 10]
     assert metrics(tmp_path / "there") == metrics(tmp_path / "here")
@@ -160,16 +162,16 @@ def test_store_fails_during_a_write(
     )
     assert metrics(run) == metrics(uninterrupted)
     checkpoints, expected = CheckpointDirectory.of_run(run), CheckpointDirectory.at(uninterrupted)
-    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
+    assert checkpoint_bytes(checkpoints.path_of(LAST)) == checkpoint_bytes(expected.path_of(LAST))
     assert checkpoints.complete_steps() == [6, LAST]
 
 
 def test_store_does_not_answer(settings: dict, tmp_path: Path) -> None:
-    """It is never taken for an empty store: the start fails and changes nothing."""
+    """A store that does not answer is not treated as empty: the start fails and changes nothing."""
     url, run = f"norename://{tmp_path}/store", Path(settings["run"]["dir"])
     words = [f"checkpoint.url={url}", "run.steps=2"]
     assert train(settings, *words) == 0
-    before = (run / "metrics.jsonl").read_bytes(), names(url), list(run.glob("config*"))
+    before = (run / "metrics.jsonl").read_bytes(), files_below(url), list(run.glob("config*"))
     for verb in ("ls", "info", "open", "read"):
         silent = failing(lambda request, path, verb=verb: PermissionError("forbidden") if request == verb else None)
         with (
@@ -177,7 +179,7 @@ def test_store_does_not_answer(settings: dict, tmp_path: Path) -> None:
             pytest.raises(Failure, match=r"cannot be read \(forbidden\); run the same command again to go on$"),
         ):
             train(settings, *words)
-        assert ((run / "metrics.jsonl").read_bytes(), names(url), list(run.glob("config*"))) == before
+        assert ((run / "metrics.jsonl").read_bytes(), files_below(url), list(run.glob("config*"))) == before
         assert status(run)["code"] == 1
     assert train(settings, *words) == 0
 
@@ -186,8 +188,8 @@ def state_of(step: int) -> dict[str, torch.Tensor]:
     return {"model.a": torch.arange(100.0) + step, "run.step": torch.tensor(step)}
 
 
-def attempt(checkpoints: CheckpointDirectory, at: int) -> tuple[int, str]:
-    """Save step 9 over what there is, the store failing at its request number `at`; (requests, the save's error)."""
+def save_with_failure(checkpoints: CheckpointDirectory, at: int) -> tuple[int, str]:
+    """Save step 9 while the store fails at request number `at`; return (requests, the save's error)."""
     requests, message = [0], ""
 
     def fail(verb: str, path: str) -> Exception | None:
@@ -210,10 +212,10 @@ def test_store_fails_at_any_request(tmp_path: Path, group: None) -> None:
         for step in (3, 6):
             save(state_of(step), checkpoints, step, keep=2)
         at += 1
-        requests, message = attempt(checkpoints, at)
+        requests, message = save_with_failure(checkpoints, at)
         assert ("(gone); run the same command again to go on" in message) == (at <= requests), at
         step = checkpoints.newest_intact(lambda *_, **__: None)
-        assert bits(checkpoints.path_of(step)) == tensor_bytes(state_of(step)), at
+        assert checkpoint_bytes(checkpoints.path_of(step)) == tensor_bytes(state_of(step)), at
         newest.append(step)
         save(state_of(10), checkpoints, 10, keep=1)
         assert checkpoints.complete_steps() == [10], at
@@ -322,12 +324,12 @@ def test_changed_url(settings: dict, tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(run)] == [1, 2]
 
 
-def test_url_of_another_run(one: Path, settings: dict) -> None:
+def test_url_of_another_run(remote_run: Path, settings: dict) -> None:
     """A run directory without a config neither resumes from the checkpoints at a URL nor overwrites them."""
-    before, run = names(URL), Path(settings["run"]["dir"])
+    before, run = files_below(URL), Path(settings["run"]["dir"])
     unknown = f"holds checkpoints, and {run} has no config.yaml that says of which run; put that file back, or give"
     assert refuse(settings, f"checkpoint.url={URL}") == f"{URL} {unknown} another run.dir or checkpoint.url"
-    assert names(URL) == before
+    assert files_below(URL) == before
     fsspec.filesystem("memory").get("/bucket/runs/one", str(run / "checkpoints"), recursive=True)
     assert refuse(settings) == f"{run / 'checkpoints'} {unknown} another run.dir or checkpoint.url"
 
@@ -354,9 +356,9 @@ def test_malicious_metadata(tmp_path: Path, group: None) -> None:
         empty_tensors(checkpoints.path_of(3), "")
 
 
-def test_checkpoint_events(one: Path) -> None:
+def test_checkpoint_events(remote_run: Path) -> None:
     """One event per checkpoint, with the bytes in the store."""
-    lines = [json.loads(line) for line in (one / "events.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (remote_run / "events.jsonl").read_text().splitlines()]
     events = [line for line in lines if line["kind"] == "checkpoint"]
     assert [line["step"] for line in events] == [3, 4, 6, LAST]
     files, path = fsspec.core.url_to_fs(f"{URL}/step_{LAST:08d}")

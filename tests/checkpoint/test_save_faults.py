@@ -8,7 +8,7 @@ import pytest
 
 from tests.training.fault_injection import MOMENTS, QUICK, WORDS
 from tests.training.forked_ranks import run
-from tests.training.run_files import bits, metrics, refuse, status, train
+from tests.training.run_files import checkpoint_bytes, metrics, refuse, status, train
 from trinity.checkpoint import save as saver
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.training.trainer import Trainer
@@ -28,7 +28,7 @@ def test_kill_during_a_save(settings: dict, uninterrupted: Path, moment: str) ->
     assert checkpoints.complete_steps() == complete
     assert train(settings, *WORDS) == 0
     assert metrics(run_folder) == metrics(uninterrupted)
-    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
+    assert checkpoint_bytes(checkpoints.path_of(LAST)) == checkpoint_bytes(expected.path_of(LAST))
     assert checkpoints.complete_steps() == [LAST]
 
 
@@ -49,7 +49,7 @@ def test_resume_past_damaged_checkpoints(settings: dict, uninterrupted: Path, ca
     assert "resuming after step 2" in errors
     assert (run / "events.jsonl").read_text().count('"checkpoint_damaged"') == 2
     assert metrics(run) == metrics(uninterrupted)
-    assert bits(checkpoints.path_of(LAST)) == bits(expected.path_of(LAST))
+    assert checkpoint_bytes(checkpoints.path_of(LAST)) == checkpoint_bytes(expected.path_of(LAST))
     assert checkpoints.complete_steps() == [2, 4, 6, 8]
     before = (run / "metrics.jsonl").read_text()
     for step in (2, 4, 6, 8):

@@ -74,9 +74,13 @@ def test_adding_a_source_without_weights_is_refused() -> None:
 
 def test_phases_that_have_begun_are_fixed_and_later_ones_free() -> None:
     def config(*phases: DataPhaseConfig) -> RunConfig:
-        made = RunConfig()
-        made.data.train, made.data.mixture, made.data.phases = {"a": "x", "b": "y"}, {"a": 1, "b": 1}, list(phases)
-        return made
+        changed = RunConfig()
+        changed.data.train, changed.data.mixture, changed.data.phases = (
+            {"a": "x", "b": "y"},
+            {"a": 1, "b": 1},
+            list(phases),
+        )
+        return changed
 
     before = config(DataPhaseConfig(1000, {"a": 1}), DataPhaseConfig(2000, packing="rsdb"))
     now = config(DataPhaseConfig(1000, {"a": 1}), DataPhaseConfig(1500, {"b": 1}))

@@ -44,7 +44,7 @@ AT_LEAST = {
 }
 
 
-def changed(key: str, value: Any) -> RunConfig:
+def config_with(key: str, value: Any) -> RunConfig:
     """A run of one step with one changed value."""
     config = RunConfig(run=RunSection(steps=1))
     *sections, name = key.split(".")
@@ -62,16 +62,16 @@ def refusal(path: Path, words: list[str]) -> str:
 def test_smallest_values() -> None:
     """The bound is allowed, one less is not."""
     for key, least in AT_LEAST.items():
-        check_run(changed(key, least))
+        check_run(config_with(key, least))
         with pytest.raises(UserError) as caught:
-            check_run(changed(key, least - 1))
+            check_run(config_with(key, least - 1))
         assert str(caught.value) == f"{key}={least - 1} must be at least {least}"
 
 
 @pytest.mark.parametrize("key", ["loss.z", "optim.muon.lr", "optim.clip_norm"])
 def test_nan_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=f"^{key}=nan must be at least 0$"):
-        check_run(changed(key, math.nan))
+        check_run(config_with(key, math.nan))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
@@ -80,11 +80,11 @@ def test_momenta_and_betas(value: float) -> None:
     momenta = {"optim.muon.momentum": value, "balancing.beta": value}
     for key, new in momenta.items():
         with pytest.raises(UserError, match=f"^{key}={value} must be at least 0 and less than 1$"):
-            check_run(changed(key, new))
+            check_run(config_with(key, new))
     for place, betas in enumerate([(value, 0.5), (0.5, value)]):
         sentence = f"optim.adamw.betas[{place}]={value} must be at least 0 and less than 1"
         with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
-            check_run(changed("optim.adamw.betas", betas))
+            check_run(config_with("optim.adamw.betas", betas))
 
 
 COMBINATIONS = [

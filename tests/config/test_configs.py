@@ -115,7 +115,7 @@ def settings(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, in
 
 
 @pytest.mark.parametrize("name", list(REPORT))
-def test_every_value_not_from_the_report_says_so(name: str) -> None:
+def test_values_not_from_the_report_are_commented(name: str) -> None:
     """A setting that is not in REPORT, except model.name, has a comment that says "not from the" report or text."""
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     lines = text.splitlines()

@@ -19,7 +19,7 @@ CONFIGS = {
 }
 
 
-def written(config: ModelConfig = CONFIG) -> dict[str, Any]:
+def written_config(config: ModelConfig = CONFIG) -> dict[str, Any]:
     return to_hf_config(config, bos_id=0, eos_id=1, pad_id=2, dtype=torch.bfloat16)
 
 
@@ -27,8 +27,8 @@ def written(config: ModelConfig = CONFIG) -> dict[str, Any]:
 def test_round_trip_directly_and_through_transformers(name: str) -> None:
     """Trinity reads its own config.json and the one that transformers makes from it."""
     config = CONFIGS[name]
-    hf_config = AfmoeConfig.from_dict(written(config))
-    assert from_hf_config(written(config)) == config
+    hf_config = AfmoeConfig.from_dict(written_config(config))
+    assert from_hf_config(written_config(config)) == config
     assert from_hf_config(hf_config.to_dict()) == config
     assert hf_config.layer_types == [
         "full_attention" if config.is_global(i) else "sliding_attention" for i in range(config.layers)
@@ -39,8 +39,8 @@ def test_round_trip_directly_and_through_transformers(name: str) -> None:
 
 def test_every_field_of_transformers_is_written() -> None:
     """A missing field would get a default that may change; output_router_logits affects only the returned values."""
-    mine = set(AfmoeConfig().to_dict()) - set(AfmoeConfig.__base__().to_dict())
-    assert mine - set(written()) == {"output_router_logits"}
+    own_fields = set(AfmoeConfig().to_dict()) - set(AfmoeConfig.__base__().to_dict())
+    assert own_fields - set(written_config()) == {"output_router_logits"}
 
 
 def test_every_field_of_the_model_is_written() -> None:
@@ -49,15 +49,15 @@ def test_every_field_of_the_model_is_written() -> None:
         if field in ("name", "heads"):
             continue
         other = {"kv_heads": 1, "global_every": 3}.get(field, value + 2)
-        assert written(ModelConfig(**{**vars(CONFIG), field: other})) != written(), field
-    assert written(ModelConfig(**{**vars(CONFIG), "heads": 8})) != written()
+        assert written_config(ModelConfig(**{**vars(CONFIG), field: other})) != written_config(), field
+    assert written_config(ModelConfig(**{**vars(CONFIG), "heads": 8})) != written_config()
 
 
 def test_keys_that_other_programs_need() -> None:
     """vLLM reads the first four without a default; llama.cpp leaves gates unnormalised without route_norm."""
     expected = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1, "rope_theta": 500.0}
-    assert expected.items() <= written().items()
-    assert written()["architectures"] == ["AfmoeForCausalLM"]
+    assert expected.items() <= written_config().items()
+    assert written_config()["architectures"] == ["AfmoeForCausalLM"]
 
 
 OLDER = ("rope_parameters", "layer_types", "score_func", "route_norm", "n_group", "topk_group", "num_key_value_heads")
@@ -65,7 +65,7 @@ OLDER = ("rope_parameters", "layer_types", "score_func", "route_norm", "n_group"
 
 def test_older_folders() -> None:
     """Missing keys get transformers' defaults: θ at the top level, as many key heads as query heads."""
-    raw = {key: value for key, value in written().items() if key not in OLDER}
+    raw = {key: value for key, value in written_config().items() if key not in OLDER}
     raw |= {"rope_scaling": None, "num_expert_groups": 1, "load_balance_coeff": 0.001}
     assert from_hf_config(raw) == ModelConfig(**{**vars(CONFIG), "kv_heads": CONFIG.heads})
 
@@ -98,11 +98,11 @@ def test_older_folders() -> None:
 )
 def test_other_models_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=r"^config\.json: ") as caught:
-        from_hf_config(written() | change)
+        from_hf_config(written_config() | change)
     assert named in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["model_type", "mup_enabled", "hidden_size", "num_dense_layers"])
 def test_missing_keys_are_named(key: str) -> None:
     with pytest.raises(UserError, match=key):
-        from_hf_config({name: value for name, value in written().items() if name != key})
+        from_hf_config({name: value for name, value in written_config().items() if name != key})

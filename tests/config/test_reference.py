@@ -44,7 +44,7 @@ def test_every_key_has_an_entry() -> None:
 
 
 def test_from_the_report() -> None:
-    """By the docstring, which never says both and never says "ours"."""
+    """By the docstring, which never has both markers and never the word "ours"."""
     assert from_the_report(docstrings(MuonConfig)["lr"])
     assert not from_the_report(docstrings(MuonConfig)["momentum"])
     assert docstrings(KernelsConfig)["newton_schulz"] == "Newton-Schulz iteration of Muon."

@@ -1,4 +1,4 @@
-"""Small files to prepare shards from, and what came of them."""
+"""Small input files for prepare_data, and readers of its output."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,19 @@ from trinity.data.tokenizer.tokenizer import bos_id, load_tokenizer
 TEXTS = [f"Text number {number}, " + "日本 and more. " * (number % 5) for number in range(50)]
 
 
-def jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
     """Write a line for each text; returns the path."""
     path.write_text("".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 
-def zstd(raw: bytes) -> bytes:
-    """One frame."""
+def compress_zstd(raw: bytes) -> bytes:
+    """Compress as one zstd frame."""
     return pyarrow.compress(raw, codec="zstd", asbytes=True)
 
 
 def tokenizer_with_gap(tokenizer: Path, folder: Path, largest: int) -> Path:
-    """A tokenizer with one more token, <|gap|>, whose id leaves a gap behind the others."""
+    """A tokenizer with one more token, <|gap|>, whose id leaves a gap after the others."""
     folder.mkdir()
     value = json.loads((tokenizer / "tokenizer.json").read_text())
     value["model"]["vocab"]["<|gap|>"] = largest
@@ -32,12 +32,12 @@ def tokenizer_with_gap(tokenizer: Path, folder: Path, largest: int) -> Path:
     return folder
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def read_folder(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def decoded(out: Path, tokenizer: Path) -> list[str]:
+def decode_documents(out: Path, tokenizer: Path) -> list[str]:
     """The documents' texts, each checked to begin with BOS and to hold no other."""
     tok, source = load_tokenizer(tokenizer), TokenSource(out)
     texts = []

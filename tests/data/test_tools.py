@@ -20,7 +20,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """(name, arguments) → exit code, stdout, stderr of a tool, run in this process; every bit of progress is a line."""
+    """(name, arguments) → exit code, stdout, stderr of a tool in this process; each progress update is a line."""
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
@@ -94,12 +94,12 @@ def test_train_tokenizer_twice(tool: Callable, tmp_path: Path) -> None:
     arguments = ["--input", source, "--out", out, "--vocab-size"]
     assert tool("train_tokenizer", *arguments, 270)[:2] == (0, f"{out}: 270 ids\n")
     assert load_tokenizer(out).get_vocab_size() == 270
-    made = (out / "tokenizer.json").stat().st_mtime_ns
+    modified = (out / "tokenizer.json").stat().st_mtime_ns
     # A setting that is not given is as good as one that this version does not know.
     made_from = json.loads((out / "made_from.json").read_text())
     (out / "made_from.json").write_text(json.dumps({**made_from, "another_setting": None}))
     assert tool("train_tokenizer", *arguments, 270) == (0, f"{out}: 270 ids, already there\n", "")
-    assert (out / "tokenizer.json").stat().st_mtime_ns == made
+    assert (out / "tokenizer.json").stat().st_mtime_ns == modified
     code, _, error = tool("train_tokenizer", *arguments, 271)
     assert code == 2
     assert error == f"error: --out {out} holds something else already; give a new folder, or --force to write over it\n"

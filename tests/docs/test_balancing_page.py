@@ -34,7 +34,7 @@ print("done")
 
 
 @pytest.fixture
-def changed(tmp_path: Path) -> Path:
+def changed_package(tmp_path: Path) -> Path:
     """A copy of the package with the page's changes."""
     shutil.copytree(ROOT / "trinity", tmp_path / "trinity", ignore=shutil.ignore_patterns("__pycache__"))
     for block in fenced(PAGE, "diff"):
@@ -52,14 +52,14 @@ def apply(block: str, folder: Path) -> None:
     path.write_text(text.replace(before, after), encoding="utf-8")
 
 
-def test_the_changes_of_the_page(changed: Path) -> None:
+def test_the_changes_of_the_page(changed_package: Path) -> None:
     """One process: it imports the copy, runs the page's test, and moves biases as the trainer does."""
     (test,) = fenced(PAGE, "python")
     command = next(line for line in "".join(fenced(PAGE, "sh")).splitlines() if "balancing.kind" in line)
     settings = [word for word in shlex.split(command) if "=" in word]
     values = f"CONFIG, WORDS = {str(CONFIG)!r}, {settings}"
     program = "\n".join([test, "test_proportional_follows_its_equation()", values, TRAINER])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(changed), str(ROOT / "kernels")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(changed_package), str(ROOT / "kernels")])}
     words = [sys.executable, "-c", program]
-    done = subprocess.run(words, cwd=changed, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=changed_package, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

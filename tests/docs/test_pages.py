@@ -126,7 +126,7 @@ def is_key(key: str) -> bool:
 
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folders that a reader has made by then; here only what loading a config reads."""
+    """The folders that a reader of the pages has made before; only the files that loading a config reads."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for run in ("mine", "smoke", "laws"):

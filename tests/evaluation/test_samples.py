@@ -26,10 +26,10 @@ def test_greedy_decode_equals_single_prompts(exact: Trinity) -> None:
 
     continuations = greedy_decode(counted, prompts, 14, CPU)
     assert continuations == [generate(exact, prompt, 14, temperature=0) for prompt in prompts]
-    assert calls == [torch.Size([3, 8 + 14])] * 14, "the same calls on every rank, whatever tokens are generated"
+    assert calls == [torch.Size([3, 8 + 14])] * 14, "the same calls on every rank, for any generated tokens"
 
 
-def scripted(texts: list[list[int]], prompt_lengths: list[int]) -> Callable[[Tensor], Tensor]:
+def scripted_model(texts: list[list[int]], prompt_lengths: list[int]) -> Callable[[Tensor], Tensor]:
     """A model that generates given tokens."""
 
     def model(tokens_PS: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_texts_end_with_their_document(config: RunConfig) -> None:
         [511, *continuation, continuation[0]],
     ]
     sampler = Sampler(prompts, new, folder, 512)
-    samples = sampler(scripted(texts, lengths), CPU)
+    samples = sampler(scripted_model(texts, lengths), CPU)
     assert samples == [
         {"prompt": "the run", "text": " and more"},
         {"prompt": "", "text": " and more"},

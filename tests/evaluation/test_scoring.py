@@ -9,7 +9,7 @@ from trinity.models import Trinity
 LENGTHS = [(2, 1), (9, 1), (9, 8), (30, 12), (5, 3), (17, 1), (30, 29)]
 
 
-def plain(model: Trinity, span: Span) -> float:
+def plain_log_likelihood(model: Trinity, span: Span) -> float:
     """Σ ln p of the span's scored tokens, by softmax over all logits."""
     with torch.no_grad():
         logs_SV = torch.log_softmax(model(torch.tensor([span.tokens]))[0], dim=-1)
@@ -24,7 +24,7 @@ def test_scores_equal_those_of_each_text_alone(exact: Trinity, batch_tokens: int
     scores = dict(log_likelihoods(exact, spans, batch_tokens))
     assert sorted(scores) == list(range(len(spans)))
     for place, span in enumerate(spans):
-        assert abs(scores[place] - plain(exact, span)) < 1e-10, span
+        assert abs(scores[place] - plain_log_likelihood(exact, span)) < 1e-10, span
 
 
 def test_batch_by_length() -> None:

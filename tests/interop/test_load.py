@@ -58,7 +58,7 @@ def test_bf16_comes_back_rounded_once(model: Trinity, tmp_path: Path) -> None:
 def test_a_model_that_is_loaded_is_not_initialised(
     model: Trinity, exported: Path, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a folder and of a run's checkpoint: a large model would pay a minute for each billion parameters."""
+    """From a folder or a run's checkpoint: initialising would take a minute for each billion parameters."""
     save_config(RunConfig(run=RunSection(steps=1), model=model.config), tmp_path / "config.yaml")
     save(model_state(model), CheckpointDirectory.at(tmp_path), 1, keep=1)
     monkeypatch.setattr(trinity_module, "initialize", lambda *_: pytest.fail("initialised, to be loaded next"))
@@ -66,7 +66,7 @@ def test_a_model_that_is_loaded_is_not_initialised(
     assert_equal(load_model(tmp_path)[0].state_dict(), dict(model.state_dict()))
 
 
-def test_into_a_model_that_is_there(model: Trinity, exported: Path) -> None:
+def test_into_an_existing_model(model: Trinity, exported: Path) -> None:
     other = Trinity(model.config)
     other.init_weights(9)
     for buffer in other.buffers():
@@ -96,7 +96,7 @@ def test_into_another_architecture(exported: Path) -> None:
     load_hf(exported, into=make_model(max_positions=512))  # max_positions is no part of the architecture
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a folder's first file that holds layers."""
     path = sorted(folder.glob("*.safetensors"))[1]
     tensors = load_file(path)
@@ -105,7 +105,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
 
 
 def rename_file(folder: Path, to: str) -> str:
-    """Make the index name the first file otherwise; the file's own name."""
+    """Give the first file another name in the index; return the file's real name."""
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     first = sorted(set(index["weight_map"].values()))[0]
@@ -118,13 +118,13 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 
 def test_missing_tensors(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.pop(NORM))
+    rewrite_tensors(exported, lambda tensors: tensors.pop(NORM))
     with pytest.raises(UserError, match=f"lacks tensors that its config.json asks for: {NORM}$"):
         load_hf(exported)
 
 
 def test_a_config_of_endless_layers_does_not_hang(exported: Path) -> None:
-    """No memory is allocated by the config's claims before the tensors' names are checked."""
+    """The tensors' names are checked before memory for the config's sizes is allocated."""
     path = exported / "config.json"
     raw = json.loads(path.read_text()) | {"num_experts": 10**12, "vocab_size": 10**12, "hidden_size": 10**12}
     path.write_text(json.dumps(raw))
@@ -133,27 +133,27 @@ def test_a_config_of_endless_layers_does_not_hang(exported: Path) -> None:
 
 
 def test_unexpected_tensors(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(3)}))
     with pytest.raises(UserError, match=r"has no place for: model\.layers\.0\.self_attn\.q_proj\.bias$"):
         load_hf(exported)
 
 
 def test_wrong_shape(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
     with pytest.raises(UserError, match=rf"{NORM} has shape \(25,\), not \(24,\)"):
         load_hf(exported)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")])
-def test_numbers_that_are_not_plain_floating_point(exported: Path, dtype: torch.dtype, name: str) -> None:
+def test_unsupported_dtypes(exported: Path, dtype: torch.dtype, name: str) -> None:
     """fp8 too: without its scales it is not the weight."""
-    rewrite(exported, lambda tensors: tensors.update({NORM: torch.zeros(24).to(dtype)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({NORM: torch.zeros(24).to(dtype)}))
     with pytest.raises(UserError, match=f"{NORM} is {name}"):
         load_hf(exported)
 
 
 def test_nothing_is_written_into_a_model_before_all_is_checked(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({NORM: torch.zeros(25)}))
     other = make_model(max_positions=512)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(UserError):
@@ -162,7 +162,7 @@ def test_nothing_is_written_into_a_model_before_all_is_checked(exported: Path) -
 
 
 def test_a_tensor_in_two_files(exported: Path) -> None:
-    rewrite(exported, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(300, 24)}))
+    rewrite_tensors(exported, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(300, 24)}))
     with pytest.raises(UserError, match=r"model\.embed_tokens\.weight in two files"):
         load_hf(exported)
 
@@ -200,9 +200,9 @@ def test_links_out_of_the_folder(exported: Path) -> None:
 
 @pytest.mark.parametrize("through_a_link", [False, True])
 def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, through_a_link: bool) -> None:
-    """snapshots/REVISION/NAME → ../../blobs/HASH; the same numbers, by whatever path the snapshot is named."""
+    """snapshots/REVISION/NAME → ../../blobs/HASH; the same numbers, by either path of the snapshot."""
     expected = {name: tensor.clone() for name, tensor in load_hf(exported).state_dict().items()}
-    snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
+    snapshot = move_into_cache(exported, tmp_path / "hub/models--an--model")
     if through_a_link:
         (tmp_path / "short").symlink_to(snapshot)
     loaded = load_hf(tmp_path / "short" if through_a_link else snapshot).state_dict()
@@ -210,20 +210,20 @@ def test_a_model_in_the_hugging_face_cache(exported: Path, tmp_path: Path, throu
 
 
 @pytest.mark.parametrize("to", ["../../../models--another/blobs", "../../refs", "../other", "../../blobs/below"])
-def test_links_to_elsewhere_in_the_cache(exported: Path, tmp_path: Path, to: str) -> None:
+def test_links_to_other_places_in_the_cache(exported: Path, tmp_path: Path, to: str) -> None:
     """Another model's blobs, another folder of this one's, another revision, a folder below the blobs."""
-    snapshot = in_cache(exported, tmp_path / "hub/models--an--model")
+    snapshot = move_into_cache(exported, tmp_path / "hub/models--an--model")
     file = sorted(snapshot.glob("*.safetensors"))[0]
-    there = (snapshot / to).resolve()
-    there.mkdir(parents=True)
-    moved = file.resolve().rename(there / "hash")
+    target = (snapshot / to).resolve()
+    target.mkdir(parents=True)
+    moved = file.resolve().rename(target / "hash")
     file.unlink()
     file.symlink_to(moved)
     with pytest.raises(UserError, match="is a link out of the folder"):
         load_hf(snapshot)
 
 
-def in_cache(folder: Path, model: Path) -> Path:
+def move_into_cache(folder: Path, model: Path) -> Path:
     """Move a folder into a cache as huggingface_hub lays it out; returns the snapshot."""
     snapshot, blobs = model / "snapshots/0123abcd", model / "blobs"
     snapshot.mkdir(parents=True)

@@ -59,10 +59,10 @@ def call(tool: str, *words: object) -> int:
 def test_export_as_a_command(run_directory: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
     """The newest step, in bf16, compared with transformers, in a process of its own."""
     words = [sys.executable, TOOLS / "export_hf.py", run_directory, tmp_path / "hf", "--verify"]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert f"step 5 of {run_directory} is in {tmp_path / 'hf'} (bfloat16)" in done.stdout
-    assert "logits differ by at most" in done.stdout
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert f"step 5 of {run_directory} is in {tmp_path / 'hf'} (bfloat16)" in result.stdout
+    assert "logits differ by at most" in result.stdout
     expected = export_hf(model_of(5), tmp_path / "expected")
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
     assert (tmp_path / "hf" / "tokenizer.json").is_file()

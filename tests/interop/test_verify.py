@@ -16,7 +16,7 @@ from trinity.interop.verify import largest_logit_difference
 from trinity.models import Trinity
 
 
-def test_differences_are_seen(model: Trinity, exported: Path, tokens: Tensor, tmp_path: Path) -> None:
+def test_a_known_difference_is_measured(model: Trinity, exported: Path, tokens: Tensor, tmp_path: Path) -> None:
     """Doubling the head doubles the logits: the difference equals the largest logit of the smaller model."""
     with torch.no_grad():
         model.head.weight.mul_(2)

@@ -31,7 +31,7 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
-class Synced:
+class SyncRecorder:
     """Records calls of os.fsync: files, and folders with the names that were in them then."""
 
     def __init__(self) -> None:
@@ -45,16 +45,16 @@ class Synced:
         else:
             self.files.append(path)
 
-    def lasts(self, path: Path) -> bool:
+    def is_durable(self, path: Path) -> bool:
         """Whether a file's content was synced under its temporary name, and then its name in the folder."""
         path = path.resolve()
         return temporary_path(path) in self.files and path.name in self.names.get(path.parent, ())
 
 
 @pytest.fixture
-def synced(monkeypatch: pytest.MonkeyPatch) -> Synced:
+def synced(monkeypatch: pytest.MonkeyPatch) -> SyncRecorder:
     """The os.fsync calls during a test."""
-    calls = Synced()
+    calls = SyncRecorder()
     monkeypatch.setattr(os, "fsync", calls)
     return calls
 
@@ -111,9 +111,11 @@ WRITERS = (run_directory, checkpoint, metrics, shards, text_index, tokenizer, re
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_content_and_name_are_synced(write: Callable, tmp_path: Path, corpus: SimpleNamespace, synced: Synced) -> None:
+def test_content_and_name_are_synced(
+    write: Callable, tmp_path: Path, corpus: SimpleNamespace, synced: SyncRecorder
+) -> None:
     files = write(tmp_path, corpus)
-    assert [path.name for path in files if not synced.lasts(path)] == []
+    assert [path.name for path in files if not synced.is_durable(path)] == []
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -123,7 +125,7 @@ def small_model() -> Trinity:
     return model
 
 
-def test_export_is_synced(tmp_path: Path, corpus: SimpleNamespace, synced: Synced) -> None:
+def test_export_is_synced(tmp_path: Path, corpus: SimpleNamespace, synced: SyncRecorder) -> None:
     """Its files, the partial folder that holds them, and the name that this folder is renamed to."""
     folder = export_hf(small_model(), tmp_path / "hf", corpus.tokenizer, torch.float32, max_shard_bytes=10_000)
     names = {path.name for path in folder.iterdir()}
@@ -184,7 +186,7 @@ def test_surrogateescape_round_trip(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"a\xffb"
 
 
-def test_make_folder_syncs_all_parents(tmp_path: Path, synced: Synced) -> None:
+def test_make_folder_syncs_all_parents(tmp_path: Path, synced: SyncRecorder) -> None:
     make_folder(tmp_path / "a/b/c")
     assert synced.names == {tmp_path: {"a"}, tmp_path / "a": {"b"}, tmp_path / "a/b": {"c"}}
 

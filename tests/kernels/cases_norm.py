@@ -43,7 +43,7 @@ def attention(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def feed_forward(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    """The dense network's."""
+    """SwiGLU of the dense FFN."""
     pre = torch.empty(32768, 2 * sizes[-1], dtype=dtype)
     swiglu_triton.forward(pre)
     swiglu_triton.backward(torch.empty(32768, sizes[-1], dtype=dtype), pre)

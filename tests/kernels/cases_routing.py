@@ -15,9 +15,9 @@ def router(experts: int, active: int) -> None:
     """Choice, gates and their gradient for 32,768 tokens."""
     scores_TE = torch.empty(32768, experts)
     indices_TK = torch.empty(32768, active, dtype=torch.int64)
-    routing_triton.choose(scores_TE, torch.empty(experts), active)
-    routing_triton.weigh(scores_TE, indices_TK, 2.0)
-    routing_triton.weigh(scores_TE, indices_TK, 2.0, torch.empty(32768, active))
+    routing_triton.launch_route(scores_TE, torch.empty(experts), active)
+    routing_triton.launch_gates(scores_TE, indices_TK, 2.0)
+    routing_triton.launch_gates(scores_TE, indices_TK, 2.0, torch.empty(32768, active))
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -1,7 +1,7 @@
 """Compile Triton kernels for Hopper without a GPU, as real calls would: python -m tests.kernels.compiled MODULE…
 
 Each module is a test helper with `CASES`, name → function. The function calls launchers with tensors on the "meta"
-device, of the real models' shapes; every launch in it is compiled for sm_90, with the specialisation of such a call,
+device, of the real models' shapes; every launch in it is compiled for sm_90, with the specialisation of that call,
 and not run. Prints one JSON list: case, kernel, constants, warps, stages, registers, spilled bytes, shared bytes,
 and how many HGMMA (Hopper's matrix instruction) and HMMA (its slow predecessor) the machine code holds.
 

@@ -29,12 +29,12 @@ SPILLS_ALLOWED: dict[str, tuple[int, str]] = {}
 def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """The reports of one module's kernels."""
     command = [sys.executable, "-m", "tests.kernels.compiled", f"tests.kernels.{request.param}"]
-    done = subprocess.run(
+    result = subprocess.run(
         command, capture_output=True, text=True, cwd=HERE.parents[1],
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_no_spills_and_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:

@@ -42,7 +42,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 @pytest.fixture(params=[1, 10, 1000], ids=["a token a chunk", "10 tokens a chunk", "one chunk"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def set_chunk_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Chunks of this many fp32 tokens (half as many in float64); 37 tokens leave a rest in the last one."""
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * V * request.param)
     return request.param
@@ -50,7 +50,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("z", [0.0, Z])
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("set_chunk_tokens")
 def test_matches_whole_logits(z: float, dtype: torch.dtype) -> None:
     """All four results, and gradients under an incoming factor of 3; float64 on the same rounded inputs."""
     x_TD, weight_VD, targets_T = make(dtype)
@@ -172,7 +172,7 @@ def test_a_chunk_has_a_token_at_least() -> None:
     assert cross_entropy.chunk_tokens(10, 10**9, 4, "cpu") == 1
 
 
-@pytest.mark.usefixtures("chunked")
+@pytest.mark.usefixtures("set_chunk_tokens")
 def test_all_targets_ignored() -> None:
     """Loss and gradients are exact zeros; the largest logits are still returned."""
     x_TD, weight_VD, _ = make()

@@ -36,7 +36,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def make(E: int, K: int, T: int, dtype: torch.dtype) -> list[Tensor]:
-    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices want gradients."""
+    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices require gradients."""
     random = torch.Generator().manual_seed(1000 * E + 100 * K + T)
     x_TD, s_TK = torch.randn(T, D, generator=random), torch.rand(T, K, generator=random)
     w1, w2 = torch.randn(E, 2, F, D, generator=random) / D**0.5, torch.randn(E, D, F, generator=random)

@@ -20,7 +20,7 @@ SIZES = [(E, K, T) for E in (1, 4, 7) for K in sorted({1, 2, E}) if K <= E for T
 
 
 def make(E: int, K: int, T: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices want gradients."""
+    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices require gradients."""
     random = torch.Generator().manual_seed(1000 * E + 100 * K + T)
     x_TD = torch.randn(T, D, generator=random, dtype=torch.float64)
     gate_up_E2FD = torch.randn(E, 2, F, D, generator=random, dtype=torch.float64)
@@ -152,7 +152,7 @@ def with_remote_choices(inputs: list[Tensor], kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["some local", "one local", "none local"])
 @pytest.mark.parametrize("T", [0, 7, 64])
 def test_remote_choices(T: int, kind: str, dtype: torch.dtype) -> None:
-    """A choice of −1 takes no row and its gate gets no gradient; a token with only such choices gives zeros."""
+    """A choice of −1 takes no row and its gate gets no gradient; a token with only choices of −1 gives zeros."""
     inputs = with_remote_choices(make(7, 3, T, dtype), kind)
     dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T)).to(dtype)
     got, exact = run(local_expert_mlp, inputs, dy_TD), run(plain, to_float64(inputs), dy_TD)

@@ -42,7 +42,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(E: int, K: int, T: int, D: int, F: int, dtype: torch.dtype) -> list[Tensor]:
-    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices want gradients."""
+    """x, gate_up, down, indices (distinct within a token) and gates; all but the indices require gradients."""
     random = torch.Generator().manual_seed(1000 * E + 100 * K + T)
     x_TD, s_TK = torch.randn(T, D, generator=random), torch.rand(T, K, generator=random)
     w1, w2 = torch.randn(E, 2, F, D, generator=random) / D**0.5, torch.randn(E, D, F, generator=random)
@@ -103,7 +103,7 @@ def test_all_tokens_on_one_expert(hot: int) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.97, 1.0])
 def test_remote_choices(share: float) -> None:
-    """Choices of −1 with gates of NaN: no row, gradient 0; zeros for a token with only such choices."""
+    """Choices of −1 with gates of NaN: no row, gradient 0; zeros for a token with only choices of −1."""
     inputs = make(7, 3, 64, 40, 24, torch.float32)
     remote_TK = (torch.rand(64, 3, generator=torch.Generator().manual_seed(1)) < share).to(DEVICE)
     remote_TK[:2] = True

@@ -22,7 +22,7 @@ def plain_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def inputs_of(op: Callable, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """For the gate: x, and a gate that is a part of something wider; for SwiGLU both halves."""
+    """For the gate: x, and a gate that is a part of a wider tensor; for SwiGLU both halves."""
     random = torch.Generator().manual_seed(0)
     rows, width = shape[:-1], shape[-1]
     if op is swiglu:

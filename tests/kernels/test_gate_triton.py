@@ -1,4 +1,4 @@
-"""The sigmoid gate and SwiGLU in Triton against the float64 references, which test_gate.py holds to the equations.
+"""The sigmoid gate and SwiGLU in Triton against the float64 references, which test_gate.py compares with the equations.
 
 Shapes: T rows, N width.
 """
@@ -67,7 +67,7 @@ def test_matches_float64_in_16_bits(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", OPS)
 def test_any_strides(name: str) -> None:
-    """Columns for rows in, leading dimensions, and gradients of stride zero, as sum() gives."""
+    """A transposed input, leading dimensions, and gradients of stride zero, as from sum()."""
     inputs = [x.detach().t().contiguous().t().requires_grad_() for x in make(name, 65, 40, torch.float32)]
     ones = torch.ones((), device=DEVICE).expand(65, 40)
     flat = compare(OPS[name], inputs, ones)

@@ -71,7 +71,7 @@ def test_gathered_rows_added_to_an_existing_gradient(gathered: str, dtype: torch
     in_fp32 = grouped_gemm_triton.outer(left, right, ends_E, order_R, 2, gathered, dtype=torch.float32)
     grouped_gemm_triton.outer(left, right, ends_E, order_R, 2, gathered, into=into)
     assert in_fp32.dtype == torch.float32
-    assert_close(in_fp32, exact, 1e-5)  # sums and result in fp32, whatever the rows are in
+    assert_close(in_fp32, exact, 1e-5)  # sums and result in fp32, for any dtype of the rows
     assert_close(into, before.double() + exact, 1e-5)
     assert torch.equal(into[1], before[1])
 

@@ -17,7 +17,7 @@ I, O = 48, 24
 
 @pytest.fixture(params=[True, False], ids=["bf16 arithmetic", "widened"])
 def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Make linear believe that this CPU has bf16 arithmetic, or that it has none; the product works either way."""
+    """Let linear run as on a CPU with bf16 arithmetic, or as on one without; the product works either way."""
     monkeypatch.setattr(MODULE, "_cpu_has_bf16", lambda: request.param)
     return request.param
 

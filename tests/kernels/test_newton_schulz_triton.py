@@ -56,7 +56,7 @@ def test_each_product_alone(m: int, n: int, dtype: torch.dtype) -> None:
     """One product and one rounding: half a unit in the last place of each element (2⁻⁹ in bf16, 2⁻¹² in fp16).
 
     The second operand of `symmetric` must commute with the first: a polynomial of it, and so only up to its rounding.
-    What is above the diagonal is a copy of what is below, so that it is off by twice that rounding at most.
+    Elements above the diagonal are copies of those below, so they are off by twice that rounding at most.
     """
     bound = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     x_Nmn = make(3, m, n, dtype)
@@ -82,7 +82,7 @@ def test_each_product_alone(m: int, n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("m", "n"), [(40, 72), (16, 16), (136, 24)])
 def test_both_forms_against_the_polynomial(m: int, n: int, form: Callable, dtype: torch.dtype) -> None:
-    """fp32: 15 products, each 2⁻²⁴ off, grown by slopes up to 493, beside σ near 1: 1e-5 is ten times what was seen.
+    """fp32: 15 products, each 2⁻²⁴ off, grown by slopes up to 493, beside σ near 1: 1e-5 is ten times the measured one.
 
     bf16: in the plain form five roundings of X and of Z show, as in the reference; no worse than 1.5 times that.
     """
@@ -105,7 +105,7 @@ def test_both_forms_against_the_polynomial(m: int, n: int, form: Callable, dtype
 def test_singular_values_stay_within_the_table(form: Callable, coefficients: str) -> None:
     """σ down to 1e-4 of the norm and 0, in bf16, with singular vectors of every kind; 0.02 beyond is what bf16 may add.
 
-    As many values must be above the lower limit as there are σ ≥ 0.01. Seen here: 0.008 beyond in the plain form,
+    As many values must be above the lower limit as there are σ ≥ 0.01. Measured: 0.008 beyond in the plain form,
     0.0001 in the Gram form; with three steps between its fresh Gram matrices it misses by 3 (dion) and 7.
     """
     triples = coefficient_steps(coefficients, 5)
@@ -175,7 +175,7 @@ def test_unsupported_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_orthogonalize_passes_the_kernel_on() -> None:
-    """The same bits as the op on what orthogonalize divided by the norm; that is a power of 2 here, so exactly."""
+    """The same bits as the op on x divided by its norm, which is a power of 2 here, so that the division is exact."""
     x_Nmn = torch.eye(16, 64, device=DEVICE).expand(2, 16, 64).bfloat16()
     got = orthogonalize(x_Nmn, kernel="triton")
     assert torch.equal(got, newton_schulz.triton(x_Nmn / 4, DION))

@@ -18,7 +18,7 @@ BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x, small enough that ε shows, and a gain in the precision gains are kept in."""
+    """x, small enough that ε shows, and a gain in the master dtype."""
     random = torch.Generator().manual_seed(0)
     x = (0.01 * torch.randn(shape, generator=random, dtype=torch.float64)).to(dtype)
     gain_D = 1 + 0.3 * torch.randn(shape[-1], generator=random, dtype=torch.float64)

@@ -60,7 +60,7 @@ def test_gates_and_their_gradient(E: int, K: int, T: int) -> None:
     assert_close(got, exact, 1e-6)
     if K > 1:
         assert_close(gradient, exact_gradient, 1e-6)
-    else:  # one gate is the scale whatever the score: what is left is rounding
+    else:  # a single gate equals the scale for any score: the gradient is rounding alone
         assert gradient.abs().max() <= 1e-5 if T else gradient.numel() == 0
     scores_TE.requires_grad_()
     total = gates.triton(scores_TE, indices_TK, 2.448).sum()

@@ -1,4 +1,4 @@
-"""Preflight: outliers among made-up figures, pairs of neighbours, and a run on three nodes."""
+"""Preflight: outliers among made-up measurements, pairs of neighbours, and a run on three nodes."""
 
 import json
 import subprocess
@@ -53,11 +53,11 @@ def ranks(**different: dict[int, Any]) -> list[Report]:
         # all ranks of a node have its bandwidth; the node is named once; the median of 400 and 300 is 350
         ({"node_bus": dict.fromkeys(range(4, 8), 300.0)}, [Outlier("host1", None, "node_bus", 300.0, 350.0)]),
         ({"node_bus": dict.fromkeys(range(8)), "pair_bus": dict.fromkeys(range(8))}, []),  # None: one rank, one node
-        ({"all_bus": {7: 1.0}}, []),  # a figure of all ranks
+        ({"all_bus": {7: 1.0}}, []),  # a measurement of all ranks
     ],
 )
 def test_outliers(different: dict, expected: list[Outlier]) -> None:
-    """More than 10 % below the median of a figure."""
+    """More than 10 % below the median of a measurement."""
     assert find_outliers(ranks(**different), 0.1) == expected
 
 
@@ -69,7 +69,7 @@ def test_threshold() -> None:
 
 
 def test_sentences() -> None:
-    """Host, local rank, figure, unit, how far below."""
+    """Host, local rank, measurement, unit, how far below."""
     assert sentence(Outlier("a", 3, "gemm", 560.0, 700.0)) == (
         "slow: a local rank 3: gemm 560 TFLOP/s, 20% below the median 700"
     )
@@ -87,7 +87,7 @@ def test_mismatches(fact: str) -> None:
 
 
 def test_table() -> None:
-    """One line per rank, with its figures."""
+    """One line per rank, with its measurements."""
     lines = table(ranks(gemm={6: 123.0}, pair_bus={6: None})).splitlines()
     assert lines[2 + 6].split() == ["host1", "6", "2", "123", "4000", "400", "-"]
     assert lines[-1] == "all-reduce among all 8 ranks: 50 GB/s algorithm, 80 GB/s bus bandwidth"

@@ -44,11 +44,11 @@ def hf(exported: Path, tmp_path: Path) -> Path:
 def finished(recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with checkpoints of steps 3 and 6; read only."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert train(quick(recipe(run)), "run.steps=6") == 0
+    assert train(without_slow_parts(recipe(run)), "run.steps=6") == 0
     return run
 
 
-def quick(settings: dict) -> dict:
+def without_slow_parts(settings: dict) -> dict:
     """Settings without data workers and evaluation, which make a start slow."""
     settings["data"]["workers"] = 0
     settings["evaluation"] = {"every": 0}
@@ -64,7 +64,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def resumed(run: Path, recipe) -> dict:
     """The settings that resume `run`."""
-    return quick(recipe(run)) | {"checkpoint": {"every": 0}}
+    return without_slow_parts(recipe(run)) | {"checkpoint": {"every": 0}}
 
 
 @pytest.fixture

@@ -143,8 +143,8 @@ def test_an_unknown_key(tmp_path: Path, section: str) -> None:
     key = f"{section}.zzz" if section else "zzz"
     sentence = refused(tmp_path, nested(key, 1))
     assert sentence.startswith(f"{key} in {tmp_path / 'run.yaml'} is not a known key; ")
-    here = [name for name in SETTINGS if name.startswith(f"{section}." if section else "")]
-    names = dict.fromkeys(name.removeprefix(f"{section}.").split(".")[0] for name in here)
+    keys = [name for name in SETTINGS if name.startswith(f"{section}." if section else "")]
+    names = dict.fromkeys(name.removeprefix(f"{section}.").split(".")[0] for name in keys)
     assert sentence.endswith(f"{section} has {', '.join(names)}" if section else f"one of {', '.join(names)}")
     assert f"{key} in the command line is not a known key" in refused(tmp_path, "run: {steps: 3}", [f"{key}=1"])
 

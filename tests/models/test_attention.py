@@ -39,7 +39,7 @@ def normed(x: list[float], gain: list[float]) -> list[float]:
     return [v * scale * g for v, g in zip(x, gain)]
 
 
-def turned(x: list[float], position: int) -> list[float]:
+def rotated(x: list[float], position: int) -> list[float]:
     """RoPE as complex numbers: (x_i, x_{i+C/2}) times e^{i·position·θ^(−2i/C)}."""
     half = len(x) // 2
     angles = [position * 100.0 ** (-2 * i / len(x)) for i in range(half)]
@@ -59,13 +59,13 @@ def plain(attention: Attention, x_SD: Tensor, local: bool, window: int, document
         for h in range(heads):
             g = h // (heads // kv_heads)
             query = normed(q[t, h * C : (h + 1) * C].tolist(), q_gain)
-            query = turned(query, t) if local else query
+            query = rotated(query, t) if local else query
             first = max(1, (t + 1) - window + 1) - 1 if local else 0  # the rule counts from 1, Python from 0
             visible = [u for u in range(first, t + 1) if documents[u] == documents[t]]
             weights, values = [], []
             for u in visible:
                 key = normed(k[u, g * C : (g + 1) * C].tolist(), k_gain)
-                key = turned(key, u) if local else key
+                key = rotated(key, u) if local else key
                 weights.append(math.exp(sum(a * b for a, b in zip(query, key)) / math.sqrt(C)))
                 values.append(v[u, g * C : (g + 1) * C].tolist())
             total = sum(weights)
@@ -128,7 +128,7 @@ def test_rope_is_relative(shift: int) -> None:
 def test_rope_rotates_bf16_in_fp32() -> None:
     """bf16 queries at positions up to 131071: the float64 rotation to one rounding of bf16 (2⁻⁹ of the result).
 
-    fp32 holds such positions times θ^(−2i/C) to about 0.008 radians at worst, which is what the absolute bound allows.
+    fp32 holds these positions times θ^(−2i/C) to about 0.008 radians at worst, which is what the absolute bound allows.
     In bf16 the angles would be off by hundreds.
     """
     q = torch.randn(1, 64, 2, 128, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -135,7 +135,7 @@ def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int 
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def installed_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """The optional packages that pick_engine finds installed: a set for the test to fill."""
     packages: set[str] = set()
     monkeypatch.setattr(attention_backends, "_is_installed", lambda module: module in packages)
@@ -152,8 +152,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         (("flash_attn.flash_attn_interface", "flash_attn.cute"), "flash4"),
     ],
 )
-def test_auto_takes_the_best_available_engine(installed: set[str], packages: tuple[str, ...], engine: str) -> None:
-    installed.update(packages)
+def test_auto_takes_the_best_available_engine(
+    installed_packages: set[str], packages: tuple[str, ...], engine: str
+) -> None:
+    installed_packages.update(packages)
     assert pick_engine("auto", "cuda", torch.bfloat16) == engine
     assert pick_engine("auto", "cuda", torch.float32) == "sdpa"
     assert pick_engine("auto", "cpu", torch.bfloat16) == "sdpa"
@@ -169,7 +171,7 @@ def test_auto_takes_the_best_available_engine(installed: set[str], packages: tup
         ("flash2", "cuda", torch.float16, "kernels.attention=flash2 needs the package flash-attn and a CUDA device"),
     ],
 )
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("installed_packages")
 def test_refusals(engine: str, device: str, dtype: torch.dtype, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         pick_engine(engine, device, dtype)

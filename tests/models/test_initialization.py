@@ -34,8 +34,8 @@ def test_the_standard_deviation_after_truncation_is_the_reports() -> None:
 def test_weights_are_truncated_normal_numbers(tiny: ModelConfig) -> None:
     """Deviation and mean of each tensor within five standard errors of n draws, which are σ/√(2n) and σ/√n.
 
-    (A cut distribution has lighter tails, so its own errors are smaller.) One such miss in a million is chance; the
-    seed is fixed, so there is none. The largest is at most 3σ, rounded to fp32.
+    (A truncated distribution has lighter tails, so its errors are smaller.) Chance misses this once in a million; the
+    seed is fixed, so it does not. The largest is at most 3σ, rounded to fp32.
     """
     config = replace(tiny, width=64)
     model = Trinity(config)

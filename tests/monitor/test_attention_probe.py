@@ -54,7 +54,7 @@ def test_the_largest_logit(window: int | None, documents: bool, length: int) -> 
 
 @pytest.mark.parametrize("words", [[], ["recompute=block"], ["compile=block"]])
 def test_the_probe_of_a_model(settings: dict, ranks: mesh.Ranks, words: list[str]) -> None:
-    """The queries and keys that attention receives, whatever wraps the blocks; all 24 queries of a row are sampled."""
+    """Queries and keys as attention receives them, in any wrapper of the blocks; all 24 of a row are sampled."""
     words = [*words, "precision.compute=float64", "optim.muon.dtype=float64"]
     config = build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(words))])
     model = build_model(config, ranks)
@@ -101,7 +101,7 @@ def test_entropy_of_each_router(settings: dict) -> None:
     assert train(settings, "run.steps=2", "log.router_every=1") == 0
     run = Path(settings["run"]["dir"])
     lines = [json.loads(line) for line in (run / "router.jsonl").read_text().splitlines()]
-    for line, figures in zip(lines, metrics(run), strict=True):
+    for line, record in zip(lines, metrics(run), strict=True):
         assert len(line["entropy"]) == 4
         assert len(set(line["entropy"])) == 4
-        assert sum(line["entropy"]) / 4 == pytest.approx(figures["router_entropy"], rel=1e-14)
+        assert sum(line["entropy"]) / 4 == pytest.approx(record["router_entropy"], rel=1e-14)

@@ -24,7 +24,7 @@ class Clock:
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The console's clock."""
     return Clock(monkeypatch)
 
@@ -35,24 +35,24 @@ def record(step: int, **fields: object) -> dict:
     return metrics | {"max_violation": 0.25} | fields
 
 
-def line(step: int, total: int, left: int, more: str = "") -> str:
+def line(step: int, total: int, seconds: int, more: str = "") -> str:
     """The console's line of a record."""
-    return f"step {step}/{total}  loss {10 - step:.4f}  grad 1.500  2,500 tok/s  vio 0.25{more}  ETA 0:00:{left:02d}"
+    return f"step {step}/{total}  loss {10 - step:.4f}  grad 1.500  2,500 tok/s  vio 0.25{more}  ETA 0:00:{seconds:02d}"
 
 
-def make_steps(logger: Console, now: Clock, steps: range) -> None:
+def make_steps(logger: Console, clock: Clock, steps: range) -> None:
     """Log steps that take a second each."""
     for step in steps:
-        now.now += 1
+        clock.now += 1
         logger.write(record(step))
 
 
-def test_lines_and_messages_stay_above_the_bar(now: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_and_messages_stay_above_the_bar(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each on a line of its own, in order; the bar is the last line, and gone at the end."""
     with Terminal(90, monkeypatch) as screen:
         monkeypatch.setattr(logging.getLogger("torch"), "handlers", [logging.StreamHandler()])
         logger = Console(0, 6, 2)
-        make_steps(logger, now, range(1, 3))
+        make_steps(logger, clock, range(1, 3))
         events = Events(tmp_path, 0, 2)
         events.note("checkpoint", "not for the console")
         events.note("spike", "far above")
@@ -61,7 +61,7 @@ def test_lines_and_messages_stay_above_the_bar(now: Clock, tmp_path: Path, monke
             warnings.simplefilter("always")
             warnings.warn_explicit("slow", UserWarning, "library.py", 7)
         logging.getLogger("torch").warning("of torch")
-        make_steps(logger, now, range(3, 5))
+        make_steps(logger, clock, range(3, 5))
         *lines, bar = screen.lines()
         assert lines == [
             line(2, 6, 4), "rank 0, step 2: spike: far above", "warning: cut off", "library.py:7: UserWarning: slow",
@@ -73,11 +73,11 @@ def test_lines_and_messages_stay_above_the_bar(now: Clock, tmp_path: Path, monke
         assert screen.lines() == lines
 
 
-def test_ctrl_c_does_not_push_the_bar_up(now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The terminal writes ^C behind the bar: there is room for it, and the next message takes both away."""
+def test_ctrl_c_does_not_push_the_bar_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal prints ^C after the bar: there is room for it, and the next message clears both."""
     with Terminal(90, monkeypatch) as screen:
         logger = Console(0, 9, 100)
-        make_steps(logger, now, range(1, 2))
+        make_steps(logger, clock, range(1, 2))
         screen.echo("^C")
         (bar,) = screen.lines()
         assert bar.endswith("^C")
@@ -90,7 +90,7 @@ def test_ctrl_c_does_not_push_the_bar_up(now: Clock, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["pipe", "no width", "dumb"])
-def test_plain_lines(kind: str, now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines(kind: str, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """No bar and no control characters where there is no terminal, or one without a width or a cursor."""
     with Terminal(90 if kind == "dumb" else 0, monkeypatch) as screen:
         pipe = io.StringIO()
@@ -99,18 +99,18 @@ def test_plain_lines(kind: str, now: Clock, monkeypatch: pytest.MonkeyPatch) -> 
         elif kind == "dumb":
             monkeypatch.setenv("TERM", "dumb")
         logger = Console(0, 5, 2)
-        make_steps(logger, now, range(1, 6))
+        make_steps(logger, clock, range(1, 6))
         logger.close()
         screen.lines()
         expected = "".join(f"{one}\n" for one in [line(2, 5, 3), line(4, 5, 1), line(5, 5, 0)])
         assert pipe.getvalue() + screen.raw.replace("\r\n", "\n") == expected
 
 
-def test_the_window_may_change(now: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_window_may_change(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bar takes the width that the terminal has now."""
     with Terminal(90, monkeypatch) as screen:
         logger = Console(0, 900, 1000)
-        make_steps(logger, now, range(1, 2))
+        make_steps(logger, clock, range(1, 2))
         before = len(screen.lines()[0])
         monkeypatch.setattr(console, "terminal_width", lambda: 60)
         logger.write(record(2))
@@ -119,20 +119,20 @@ def test_the_window_may_change(now: Clock, monkeypatch: pytest.MonkeyPatch) -> N
         logger.close()
 
 
-def test_a_rollback(now: Clock, capsys: pytest.CaptureFixture) -> None:
-    """Steps that are made again are made: the time left is that of all steps so far, also before the first one."""
+def test_a_rollback(clock: Clock, capsys: pytest.CaptureFixture) -> None:
+    """Repeated steps count as made: the time left follows from all steps so far, also before the first one."""
     logger = Console(4, 8, 1)
-    make_steps(logger, now, range(5, 6))
+    make_steps(logger, clock, range(5, 6))
     logger.rewind(3)
-    make_steps(logger, now, range(4, 6))
+    make_steps(logger, clock, range(4, 6))
     assert capsys.readouterr().err.splitlines() == [line(5, 8, 3), line(4, 8, 4), line(5, 8, 3)]
 
 
-def test_records_without_figures(now: Clock, capsys: pytest.CaptureFixture) -> None:
-    """A validation before the first step, a loss that is no number, a model without experts."""
+def test_records_with_missing_values(clock: Clock, capsys: pytest.CaptureFixture) -> None:
+    """A validation before the first step, a loss that is not finite, a model without experts."""
     logger = Console(0, 3, 1)
     logger.write({"step": 0, "validation_loss.code": 3.25})
-    now.now = 1
+    clock.now = 1
     logger.write({"step": 1, "loss": None, "grad_norm": None, "tokens_per_second": 10.0, "skipped": True})
     logger.write(record(2, loss=float("nan"), mfu=0.5, **{"validation_loss.code": 3.0, "validation_loss.x": None}))
     assert capsys.readouterr().err.splitlines() == [

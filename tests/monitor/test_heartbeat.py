@@ -35,17 +35,17 @@ def test_a_step_that_hangs_ends_the_run(
     )
     settings["health"] = {"heartbeat_seconds": 2}
     with mock.patch.dict("os.environ", {"PYTHONPATH": str(tmp_path)}):
-        done = run_command("launch/pretrain.py", config_file(settings))
-    assert done.code == 1, done.errors
+        result = run_command("launch/pretrain.py", config_file(settings))
+    assert result.code == 1, result.errors
     run = Path(settings["run"]["dir"])
     assert "hang_forever" in (run / "stacks.rank0.txt").read_text()
     (event,) = events(run, "heartbeat")
     assert (event["step"], event["message"].split(";")[0]) == (3, "no progress for 2 s while training")
-    assert "heartbeat: no progress" in done.errors
+    assert "heartbeat: no progress" in result.errors
 
 
 @pytest.mark.parametrize("beating", [True, False])
-def test_beats_prevent_the_alarm_whatever_the_clock_shows(
+def test_beats_prevent_the_alarm_when_the_clock_jumps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: bool
 ) -> None:
     """A system clock that is set back and forward raises no alarm while something beats; without beats there is one."""

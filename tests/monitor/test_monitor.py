@@ -48,32 +48,32 @@ def test_a_restart_keeps_the_dead_experts_count(
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[int]]:
-    """poisoned({k, …}): these steps, counted from 0 in the order they run, get a gradient norm 1000 times as large."""
+def scale_gradient_norms(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], list[int]]:
+    """scale_gradient_norms({k, …}): multiply the gradient norm of these steps, counted from 0 as they run, by 1000."""
 
-    def poison(calls: set[int]) -> list[int]:
-        made: list[int] = []
+    def scale(calls: set[int]) -> list[int]:
+        steps: list[int] = []
         norm = train_step.global_norm
 
         def enlarged(*args: object) -> torch.Tensor:
-            made.append(len(made))
-            return norm(*args) * (1000 if made[-1] in calls else 1)
+            steps.append(len(steps))
+            return norm(*args) * (1000 if steps[-1] in calls else 1)
 
         monkeypatch.setattr(train_step, "global_norm", enlarged)
-        return made
+        return steps
 
-    return poison
+    return scale
 
 
 WORDS = ["health.spike.window=6", "health.spike.sigma=20", "evaluation.every=0"]
 
 
-def test_a_spike_warning_changes_nothing(settings: dict, poisoned: Callable) -> None:
+def test_a_spike_warning_changes_nothing(settings: dict, scale_gradient_norms: Callable) -> None:
     """Every metric and bit is that of a run without spike detection; the event describes the spike."""
     run = Path(settings["run"]["dir"])
-    poisoned({6})
+    scale_gradient_norms({6})
     assert train(settings, *WORDS, "run.dir=" + str(run / "plain"), "health.spike.action=none") == 0
-    poisoned({6})
+    scale_gradient_norms({6})
     assert train(settings, *WORDS, "run.dir=" + str(run / "warned")) == 0
     plain, warned = metrics(run / "plain"), metrics(run / "warned")
     assert [line.pop("spike") for line in warned] == [step == 7 for step in range(1, 9)]
@@ -84,10 +84,10 @@ def test_a_spike_warning_changes_nothing(settings: dict, poisoned: Callable) -> 
     assert "gradient norm" in event["message"]
 
 
-def test_a_skipped_spike_changes_nothing_but_the_count(settings: dict, poisoned: Callable) -> None:
+def test_a_skipped_spike_changes_nothing_but_the_count(settings: dict, scale_gradient_norms: Callable) -> None:
     """Weights, momentum and biases stay as before it; and a skipped spike does not count as a bad step."""
     run = Path(settings["run"]["dir"])
-    poisoned({6})
+    scale_gradient_norms({6})
     words = [*WORDS, "health.spike.action=skip", "health.bad_steps=1", "checkpoint.every=1", "checkpoint.keep=9"]
     assert train(settings, *words) == 0
     before, after = state(run, 6), state(run, 7)
@@ -97,13 +97,13 @@ def test_a_skipped_spike_changes_nothing_but_the_count(settings: dict, poisoned:
     assert lines[7]["sequences"] == 72
 
 
-def test_rollback_after_a_spike(settings: dict, poisoned: Callable) -> None:
-    """The spike in step 7 leads back to the checkpoint of step 6 and on with what comes after the data of step 7.
+def test_rollback_after_a_spike(settings: dict, scale_gradient_norms: Callable) -> None:
+    """A spike in step 7 rolls back to the checkpoint of step 6 and continues with the data after that of step 7.
 
-    What follows is, bit for bit, a run that was started from that checkpoint with the stream moved on by hand.
+    The steps after it equal, bit for bit, a run that was started from that checkpoint with the stream advanced by hand.
     """
     run = Path(settings["run"]["dir"])
-    poisoned({6})
+    scale_gradient_norms({6})
     words = [*WORDS, "health.spike.action=rollback", "checkpoint.keep=9"]
     assert train(settings, *words, "run.steps=10") == 0
     lines = metrics(run)
@@ -115,7 +115,7 @@ def test_rollback_after_a_spike(settings: dict, poisoned: Callable) -> None:
     assert state(run, 10)["data.jumped"].tolist() == [[0, 0], [48, 60]]
     assert state(run, 10)["data.k"] == 96 + 12
 
-    poisoned(set())
+    scale_gradient_norms(set())
     other = run.with_name("by_hand")
     assert train(settings, *words, "run.steps=6", f"run.dir={other}") == 0
     load = SequenceStream.load_state_dict
@@ -133,9 +133,9 @@ def test_rollback_after_a_spike(settings: dict, poisoned: Callable) -> None:
     assert {key for key in one if not torch.equal(one[key], by_hand[key])} == {"run.rollbacks"}
 
 
-def test_a_run_without_a_checkpoint_to_roll_back_to_ends(settings: dict, poisoned: Callable) -> None:
+def test_a_run_without_a_checkpoint_to_roll_back_to_ends(settings: dict, scale_gradient_norms: Callable) -> None:
     """No checkpoint before the spike: code 3, and STOP."""
-    poisoned({6})
+    scale_gradient_norms({6})
     words = [*WORDS, "health.spike.action=rollback", "checkpoint.every=0"]
     assert train(settings, *words) == trainer.TOO_MANY_BAD_STEPS
     run = Path(settings["run"]["dir"])

@@ -100,6 +100,6 @@ def test_ways_to_name_steps(value: object, steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, "1-", "-1", [None], "1-2-3", ""])
-def test_what_is_no_step(value: object) -> None:
+def test_invalid_steps(value: object) -> None:
     with pytest.raises(UserError, match="is not a step"):
         profiled_steps(value)

@@ -82,7 +82,7 @@ def test_experts_are_a_batch_and_starve_one_by_one(starved: str) -> None:
 
 
 def test_a_missing_gradient_is_zero() -> None:
-    """Momentum shrinks by μ, and the update goes on along it: of a plain matrix in full, of an expert by μ."""
+    """Momentum shrinks by μ, and the update still follows it: in full for a plain matrix, times μ for an expert."""
     weight = random(6, 4)
     roles = [role_of(weight, "matrix", (6,)), role_of(weight, "experts", (6,))]
     optimizer = ReferenceMuon(roles, 0.1, 0.9, weight_decay=0.0, dtype=torch.float64)

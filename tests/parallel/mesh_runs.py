@@ -58,19 +58,19 @@ def run_steps(
         if wrong:
             stack.enter_context(MISTAKES[wrong][0](model))
         for step in range(steps):
-            batch = uneven(stream.take(config.batch.sequences // ranks.data_ranks), ranks.is_first)
+            batch = uneven_batch(stream.take(config.batch.sequences // ranks.data_ranks), ranks.is_first)
             forced = None if routes is None else routes[step][:, ranks.rank :: ranks.world]
-            with recording(model, recorded, len(batch.tokens_BS), forced):
+            with record_step(model, recorded, len(batch.tokens_BS), forced):
                 result = train_step(model, optimizers, batch, config, 1.0, ranks)
             assert result.skip_reason is None
             recorded["tokens"].append(batch.tokens_BS)
             recorded["metrics"].append(result.metrics)
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-    state |= {name: whole(tensor) for name, tensor in optimizers.state_dict().items()}
+    state = {name: full_copy(tensor) for name, tensor in model.state_dict().items()}
+    state |= {name: full_copy(tensor) for name, tensor in optimizers.state_dict().items()}
     return recorded | {"state": state}
 
 
-def alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | None = None) -> dict[str, Any]:
+def run_steps_alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | None = None) -> dict[str, Any]:
     """run_steps in this process alone."""
     try:
         return run_steps(settings, words, steps, None, routes)
@@ -78,7 +78,7 @@ def alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | N
         mesh.stop()
 
 
-def uneven(batch: Batch, first: bool) -> Batch:
+def uneven_batch(batch: Batch, first: bool) -> Batch:
     """A batch whose first row has fewer targets if `first`: ranks then have different numbers of valid targets."""
     if first:
         batch.targets_BS[0, :11] = -100
@@ -86,7 +86,7 @@ def uneven(batch: Batch, first: bool) -> Batch:
 
 
 @contextmanager
-def recording(
+def record_step(
     model: torch.nn.Module, recorded: dict[str, list], rows: int, forced: Tensor | None = None
 ) -> Iterator[None]:
     """Record raw gradients, counts and routes of one step; forced: this rank's routes [M, rows, S, K], or None."""
@@ -95,7 +95,7 @@ def recording(
 
     def record_gradients(gradients: list[Tensor], norm: Tensor, most: float) -> None:
         named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        recorded["gradients"].append({name: whole(grad) for name, grad in named.items()})
+        recorded["gradients"].append({name: full_copy(grad) for name, grad in named.items()})
         clip(gradients, norm, most)
 
     def record_route(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def recording(
     recorded["routes"].append(torch.cat(by_row, dim=1).sort(dim=-1).values)  # [M, rows, S, K]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_copy(tensor: Tensor) -> Tensor:
     """A copy of the full tensor."""
     return tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
 

@@ -51,7 +51,7 @@ def gradients(model: Trinity, random: torch.Generator, tokens: int) -> tuple[dic
     return grads, count.times
 
 
-def alone(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
+def on_one_process(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
     """In this process, in fp32: a recomputed sum in another order would change bits."""
     model = Trinity(CONFIG)
     model.init_weights(0)
@@ -63,7 +63,7 @@ def alone(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
 @pytest.mark.parametrize(("kind", "experts", "attention"), [("block", 2, 2), ("selective", 1, 1)])
 def test_one_process(kind: str, experts: int, attention: int) -> None:
     """Routing runs once per layer and forward pass; experts and attention twice if recomputed, else once."""
-    (recomputed, ran), (expected, _) = alone(kind), alone("none")
+    (recomputed, ran), (expected, _) = on_one_process(kind), on_one_process("none")
     assert ran["trinity::route"] == 2 * SPARSE
     assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
     assert ran[ATTENTION] == 2 * LAYERS * attention
@@ -71,7 +71,7 @@ def test_one_process(kind: str, experts: int, attention: int) -> None:
         assert torch.equal(recomputed[name], gradient), name
 
 
-def sharded(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
+def on_mesh(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
     """On every rank of a mesh, in bf16, with different tokens on each rank."""
     ranks = join_meshes(sizes, torch.device("cpu"))
     with torch.device("meta"):
@@ -92,9 +92,9 @@ def test_over_meshes(processes: Callable[[int], ProcessPool], sizes: Sizes, worl
 
     A layer exchanges counts, tokens, choices and sums in forward, sums, tokens and choices in backward.
     """
-    expected = processes(world).run(sharded, "none", sizes)
+    expected = processes(world).run(on_mesh, "none", sizes)
     for kind, exchanges, experts in (("block", 10, 2), ("selective", 7, 1)):
-        results = processes(world).run(sharded, kind, sizes)
+        results = processes(world).run(on_mesh, kind, sizes)
         for (recomputed, ran), (plain, ran_without) in zip(results, expected):
             assert ran_without[EXCHANGE] == 2 * SPARSE * 7
             assert ran[EXCHANGE] == 2 * SPARSE * exchanges

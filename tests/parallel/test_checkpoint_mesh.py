@@ -38,16 +38,16 @@ LAST = 6
 
 def slow_run(settings: dict, words: list[str], copies: bool = True) -> int:
     """Run with slow writes: writing step s waits until training has made steps s + 1 and s + 2."""
-    made: list[int] = []
+    steps: list[int] = []
 
     def step(*args: Any) -> StepResult:
         result = train_step.train_step(*args)
-        made.append(1)
+        steps.append(1)
         return result
 
     copy = saver.copy_to_host if copies else lambda state, buffers: state
     with (
-        slow_writes(lambda writer: len(made) >= min(writer.step + 2, LAST)),
+        slow_writes(lambda writer: len(steps) >= min(writer.step + 2, LAST)),
         mock.patch.object(mesh, "stop"),
         mock.patch.object(trainer, "train_step", step),
         mock.patch.object(saver, "copy_to_host", copy),
@@ -82,7 +82,7 @@ def on_ranks(processes: Callable, world: int, case: Callable, *args: Any) -> lis
     return processes(world).run(case, *args) if world > 1 else [case(*args)]
 
 
-def contents(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
+def bytes_by_step(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
     """The bytes of every tensor, by step and name."""
     tensors = {}
     for step in checkpoints.complete_steps():
@@ -93,8 +93,8 @@ def contents(checkpoints: CheckpointDirectory) -> dict[int, dict[str, bytes]]:
 
 
 @pytest.fixture(autouse=True)
-def _none_is_left() -> Iterator[None]:
-    """The group of this process, which plain_run and slow_run leave as they do the pool's."""
+def _destroy_process_group() -> Iterator[None]:
+    """plain_run and slow_run leave the process group of this process open, as they must in the pool."""
     yield
     mesh.stop()
 
@@ -109,8 +109,8 @@ def test_asynchronous_save_holds_the_state_of_its_step(
     assert on_ranks(processes, world, plain_run, recipe(tmp_path / "waits"), waits) == [0] * world
     assert on_ranks(processes, world, slow_run, recipe(tmp_path / "goes_on"), words) == [0] * world
     expected, saved = (
-        contents(CheckpointDirectory.at(tmp_path / "waits")),
-        contents(CheckpointDirectory.at(tmp_path / "goes_on")),
+        bytes_by_step(CheckpointDirectory.at(tmp_path / "waits")),
+        bytes_by_step(CheckpointDirectory.at(tmp_path / "goes_on")),
     )
     assert list(expected) == [2, 4, 6]
     assert saved == expected
@@ -121,8 +121,8 @@ def test_save_without_the_host_copy_differs(recipe: Callable, processes: Callabl
     assert plain_run(recipe(tmp_path / "waits"), [*WORDS, "checkpoint.asynchronous=false"]) == 0
     assert slow_run(recipe(tmp_path / "wrong"), WORDS, copies=False) == 0
     expected, saved = (
-        contents(CheckpointDirectory.at(tmp_path / "waits")),
-        contents(CheckpointDirectory.at(tmp_path / "wrong")),
+        bytes_by_step(CheckpointDirectory.at(tmp_path / "waits")),
+        bytes_by_step(CheckpointDirectory.at(tmp_path / "wrong")),
     )
     assert saved[LAST] == expected[LAST]
     for step in (2, 4):
@@ -183,7 +183,7 @@ def ignore(*_: object, **__: object) -> None:
     """A Note that drops its event."""
 
 
-def chosen(run: str) -> SimpleNamespace:
+def newest_intact_on_rank(run: str) -> SimpleNamespace:
     """The step that this rank would resume from, and its warnings."""
     warnings: list[str] = []
     step = CheckpointDirectory.at(Path(run)).newest_intact(lambda kind, message, **_: warnings.append(message))
@@ -199,7 +199,7 @@ def test_every_rank_takes_the_same_checkpoint(recipe: Callable, processes: Calla
         whole = path.read_bytes()
         middle = len(whole) // 2
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
-        first, second = processes(2).run(chosen, str(run))
+        first, second = processes(2).run(newest_intact_on_rank, str(run))
         assert (first.step, second.step) == (4, 4)
         assert (len(first.warnings), second.warnings) == (1, [])
         assert f"({name} has changed since it was written)" in first.warnings[0]

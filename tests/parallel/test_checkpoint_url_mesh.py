@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from tests.parallel.test_checkpoint_mesh import MESH, WORDS, contents, plain_run, slow_run
+from tests.parallel.test_checkpoint_mesh import MESH, WORDS, bytes_by_step, plain_run, slow_run
 from tests.url_stores import failing, register
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import empty_tensors, load
@@ -33,23 +33,23 @@ def test_two_processes_save_remotely(recipe: Callable, processes: Callable, tmp_
     """Synchronous and asynchronous: every tensor equals that of a run with local checkpoints."""
     waits = "checkpoint.asynchronous=false"
     assert processes(2).run(plain_run, recipe(tmp_path / "here"), [*TWO, waits]) == [0, 0]
-    expected = contents(CheckpointDirectory.at(tmp_path / "here"))
+    expected = bytes_by_step(CheckpointDirectory.at(tmp_path / "here"))
     assert list(expected) == [2, 4, 6]
     for name, case, words in (("waits", plain_remote_run, [waits]), ("goes_on", slow_remote_run, [])):
         url = f"checkpoint.url=norename://{tmp_path}/store/{name}"
         assert processes(2).run(case, recipe(tmp_path / name), [*TWO, *words, url]) == [0, 0]
-        assert contents(CheckpointDirectory.of_run(tmp_path / name)) == expected
+        assert bytes_by_step(CheckpointDirectory.of_run(tmp_path / name)) == expected
         assert not (tmp_path / name / "checkpoints").exists()
 
 
-def loaded(run: str, broken_rank: int) -> str:
+def load_newest(run: str, broken_rank: int) -> str:
     """Load the newest checkpoint while the store fails for one rank; returns this rank's error."""
     register()
     checkpoints = CheckpointDirectory.of_run(Path(run))
     step = checkpoints.newest_intact(lambda *_, **__: None)
     state = empty_tensors(checkpoints.path_of(step), "")
-    here = dist.get_rank() == broken_rank
-    with failing(lambda request, path: OSError("late") if here and request == "read" and "/__" in path else None):
+    is_broken = dist.get_rank() == broken_rank
+    with failing(lambda request, path: OSError("late") if is_broken and request == "read" and "/__" in path else None):
         try:
             load(state, checkpoints.path_of(step))
         except Failure as failure:
@@ -57,13 +57,13 @@ def loaded(run: str, broken_rank: int) -> str:
     return "no failure"
 
 
-def broken_for(rank: int, settings: dict, words: list[str], verb: str, name: str) -> str:
+def run_with_failing_store(rank: int, settings: dict, words: list[str], verb: str, name: str) -> str:
     """Run with a store that fails for one rank and one file; returns this rank's error."""
     register()
-    here = dist.get_rank() == rank
+    is_broken = dist.get_rank() == rank
 
     def fail(request: str, path: str) -> Exception | None:
-        return ConnectionError("no route to host") if here and request == verb and name in path else None
+        return ConnectionError("no route to host") if is_broken and request == verb and name in path else None
 
     with failing(fail), mock.patch.object(mesh, "stop"):
         try:
@@ -79,13 +79,13 @@ def test_store_fails_for_one_rank(recipe: Callable, processes: Callable, tmp_pat
     words = [*TWO, f"checkpoint.url={url}"]
     # rank 1 writes its own file, and checks the second of the three: .metadata, __0_0, __1_0
     for verb, name, did in (("write", "step_00000004/__1_0", "written"), ("read", "step_00000002/__0_0", "read")):
-        errors = processes(2).run(broken_for, 1, settings, words, verb, name)
+        errors = processes(2).run(run_with_failing_store, 1, settings, words, verb, name)
         message = f"{name}.distcp cannot be {did} (no route to host); run the same command again to go on"
         assert errors == [f"rank 1: {url}/{message}"] * 2
         assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2]
     assert processes(2).run(plain_remote_run, settings, words) == [0, 0]
     assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2, 4, 6]
-    errors = processes(2).run(loaded, str(tmp_path / "run"), 1)
+    errors = processes(2).run(load_newest, str(tmp_path / "run"), 1)
     assert errors[0] == errors[1]
     assert errors[0].startswith(f"rank 1: {url}/step_00000006/__")
     assert errors[0].endswith("_0.distcp cannot be read (late); run the same command again to go on")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.parallel.mesh_runs import alone, assert_same, run_steps
+from tests.parallel.mesh_runs import assert_same, run_steps, run_steps_alone
 from trinity.parallel import compilation
 from trinity.parallel.compilation import compile_blocks
 
@@ -34,7 +34,7 @@ def test_compiled_blocks(recipe: Callable, processes: Callable, tmp_path: Path) 
     words = [*WORDS, "compile=block", "parallel.expert=2"]
     runs = processes(2).run(compiled_steps, settings, words, 2)
     assert all(run["graphs"] for run in runs)
-    assert_same(runs, alone(settings, WORDS, 2), BOUND)
+    assert_same(runs, run_steps_alone(settings, WORDS, 2), BOUND)
 
 
 class Toy(torch.nn.Module):

@@ -17,7 +17,15 @@ import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from tests.parallel.mesh_runs import MISTAKES, alone, assert_same, config_of, run_steps, uneven, whole
+from tests.parallel.mesh_runs import (
+    MISTAKES,
+    assert_same,
+    config_of,
+    full_copy,
+    run_steps,
+    run_steps_alone,
+    uneven_batch,
+)
 from trinity.models import Trinity
 from trinity.parallel import fsdp, mesh
 from trinity.parallel.comm_counter import count_collectives
@@ -58,14 +66,14 @@ def settings(recipe: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def expected(settings: dict) -> Callable[[list[str], int], dict[str, Any]]:
     """expected(words, steps): the records of one process, computed once for each."""
-    done: dict[tuple, dict[str, Any]] = {}
+    records: dict[tuple, dict[str, Any]] = {}
 
     def once(words: list[str], steps: int) -> dict[str, Any]:
         model = [word for word in words if not word.startswith(("parallel.", "recompute=", "batch.microbatch="))]
         key = (*model, steps)
-        if key not in done:
-            done[key] = alone(settings, [*model, "batch.microbatch=12"], steps)
-        return done[key]
+        if key not in records:
+            records[key] = run_steps_alone(settings, [*model, "batch.microbatch=12"], steps)
+        return records[key]
 
     return once
 
@@ -115,13 +123,13 @@ def test_in_fp32(settings: dict, processes: Callable, expected: Callable, name: 
 def test_one_step_in_bf16(settings: dict, processes: Callable, expected: Callable, name: str) -> None:
     """As on a GPU: bf16 compute with fp32 masters, routes forced to those of one process in float64.
 
-    Compares raw gradients, counts and figures; a single step is too small to show in the weights.
+    Compares raw gradients, counts and metrics; a single step is too small to show in the weights.
     """
     world, words = MESHES[name]
     model = [word for word in words if word.startswith("model.")]
     routes = expected([*FLOAT64, *BATCH, *model], STEPS)["routes"]
     words = [*BATCH, "precision.compute=bfloat16", *words]
-    one = alone(settings, [*BATCH, "precision.compute=bfloat16", *model, "batch.microbatch=12"], 1, routes)
+    one = run_steps_alone(settings, [*BATCH, "precision.compute=bfloat16", *model, "batch.microbatch=12"], 1, routes)
     runs = processes(world).run(run_steps, settings, [*words, f"batch.microbatch={12 // world}"], 1, None, routes)
     assert_same(runs, one, BF16_BOUND, state=False)
 
@@ -141,7 +149,7 @@ def initial_weights(settings: dict, words: list[str]) -> dict[str, torch.Tensor]
     ranks = mesh.start(config.parallel, config.model, 1, False)
     model = build_model(config, ranks)
     model.init_weights(config.run.seed)
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    return {name: full_copy(tensor) for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -181,7 +189,7 @@ def dtypes_inside(settings: dict, words: list[str], wrong: bool) -> dict[str, st
 
     for name, module in model.named_modules():
         module.register_forward_pre_hook(partial(note, name=name))  # runs after FSDP's hook, which gathers
-    batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(2), False)
+    batch = uneven_batch(open_stream(config, ranks.rank, ranks.data_ranks).take(2), False)
     model(batch.tokens_BS, targets_BS=batch.targets_BS)
     return dtypes
 
@@ -208,7 +216,7 @@ def collectives_of_a_step(settings: dict, words: list[str]) -> tuple[dict, dict[
     model = build_model(config, ranks)
     model.init_weights(0)
     optimizers = make_optimizers(config, model)
-    batch = uneven(open_stream(config, ranks.rank, ranks.data_ranks).take(3), False)
+    batch = uneven_batch(open_stream(config, ranks.rank, ranks.data_ranks).take(3), False)
     train_step(model, optimizers, batch, config, 1.0, ranks)
     with count_collectives() as traffic:
         train_step(model, optimizers, batch, config, 1.0, ranks)
@@ -229,12 +237,12 @@ def test_collectives_of_a_step(settings: dict, processes: Callable) -> None:
         dense = sum(size for name, size in sizes.items() if ".experts." not in name)
         ending = sizes["norm.gain"] + sizes["head.weight"]
         # of 4 ranks, in float64: CE and valid targets of 3 rows, four more, and the entropy of 4 layers
-        figures = 4 * 8 * (3 + 3 + 4 + 4)
+        metrics_bytes = 4 * 8 * (3 + 3 + 4 + 4)
         assert traffic.keys() == {
             (kind, 4) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
         } | {(kind, 2) for kind in ("all_gather", "reduce_scatter", "all_to_all")}
         # over the 4 ranks of shard: 13 groups (two per block, embedding, norm, head) in forward, 11 in backward
-        assert traffic["all_gather", 4] == (13 + 11 + 1, 2 * dense - ending + figures)
+        assert traffic["all_gather", 4] == (13 + 11 + 1, 2 * dense - ending + metrics_bytes)
         assert traffic["reduce_scatter", 4] == (13, dense)
         # valid targets; counts of 4 layers × 8 experts; the squared norm
         assert traffic["all_reduce", 4] == (3, 8 + 4 * 8 * 8 + 8)

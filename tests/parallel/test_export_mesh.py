@@ -39,7 +39,7 @@ MESHES = {
 }
 
 
-def filled(config: ModelConfig) -> Trinity:
+def make_filled_model(config: ModelConfig) -> Trinity:
     """A whole model with no two equal tensors."""
     model = Trinity(config)
     model.init_weights(1)
@@ -69,7 +69,7 @@ def test_round_trip(processes: Callable, tmp_path: Path, mesh: str) -> None:
     """Folder of one process → shards on every rank → the same folder."""
     world, words, changes = MESHES[mesh]
     config = ModelConfig(**(SIZES | changes))
-    model = filled(config)
+    model = make_filled_model(config)
     export_hf(model, tmp_path / "one", dtype=torch.float32)
     runs = processes(world).run(load_and_export, config, words, tmp_path / "one", tmp_path / "many")
     for run in runs:
@@ -112,7 +112,7 @@ def export_of_a_run(run: Path, target: Path) -> int:
 def test_export_of_a_checkpoint_by_four_processes(processes: Callable, tmp_path: Path) -> None:
     """Each of four processes reads a quarter of the checkpoint; the files equal those of the whole model."""
     config = ModelConfig(**SIZES)
-    model = filled(config)
+    model = make_filled_model(config)
     save_config(RunConfig(run=RunSection(steps=5), model=config), tmp_path / "config.yaml")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     save(model_state(model), CheckpointDirectory.at(tmp_path), 5, keep=1)

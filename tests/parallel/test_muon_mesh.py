@@ -304,7 +304,7 @@ EXPERTS = ["gate_up", "down"]
 
 @pytest.mark.parametrize("name", ["shard 2", "shard 2, expert 2", "shard 4, expert 2", "shard 4, expert 4"])
 def test_experts_need_no_collective(processes: Callable, name: str) -> None:
-    """No collective passes the dispatcher where each expert lies whole on a rank."""
+    """No collective passes the dispatcher where each expert is whole on a rank."""
     for calls in processes(MESHES[name].world).run(recorded_step, MESHES[name], EXPERTS, FLOAT64):
         assert {name for name, _ in calls} == {"baddbmm"}
 

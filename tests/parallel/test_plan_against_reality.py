@@ -78,7 +78,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum({part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}.values())
 
 
-def planned(config: RunConfig) -> dict[str, Any]:
+def planned_step(config: RunConfig) -> dict[str, Any]:
     """The same values from the plan."""
     load = rank_load(config, schedule_segments(config)[0], 4)
     with fake_rank(config, check_parallel(config.parallel, config.model, 4)) as rank:
@@ -93,7 +93,7 @@ def planned(config: RunConfig) -> dict[str, Any]:
 @pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words))
 def test_memory_and_collectives_of_rank_0(processes: Callable, words: list[str]) -> None:
     """Bytes and calls are equal; no rank holds more than rank 0."""
-    expected = planned(config_of(SETTINGS, words))
+    expected = planned_step(config_of(SETTINGS, words))
     runs = processes(4).run(one_step, words)
     assert all(run["memory"][part] <= size for run in runs for part, size in expected["memory"].items())
     assert runs[0]["memory"] == expected["memory"]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from tests.parallel.mesh_runs import config_of, whole
+from tests.parallel.mesh_runs import config_of, full_copy
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.errors import UserError
 from trinity.parallel import mesh
@@ -82,7 +82,7 @@ def step_with_nan(settings: dict, where: str) -> tuple[bool, dict, dict, list[st
     path = Path(config.run.dir)
     training = Trainer(config, ranks, RunDirectory(path, ranks.is_first), Origin(CheckpointDirectory.at(path)))
     good = training.one_step()
-    before = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
+    before = {name: full_copy(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     backward = train_step._forward_and_backward
 
     def poisoned(model: torch.nn.Module, *args: object) -> list:
@@ -95,7 +95,7 @@ def step_with_nan(settings: dict, where: str) -> tuple[bool, dict, dict, list[st
 
     with mock.patch.object(train_step, "_forward_and_backward", poisoned):
         bad = training.one_step()
-    after = {name: whole(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
+    after = {name: full_copy(tensor) for name, tensor in training.state().items() if not name.startswith("data.")}
     training.close()
     training.directory.release()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
@@ -122,10 +122,10 @@ def test_torchrun_prints_a_user_error_once(recipe: Callable, tmp_path: Path) -> 
     """Two processes, one message: the config is refused before any process group exists."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(recipe(tmp_path / "run")))
-    done = torchrun(2, config, "parallel.shard=3")
-    assert done.returncode == 1
-    assert done.stderr.count("error: parallel.replicate=1 × shard=3 × context=1 does not make 2 processes") == 1
-    assert 'launch/pretrain.py", line' not in done.stderr  # any traceback is torchrun's own
+    result = torchrun(2, config, "parallel.shard=3")
+    assert result.returncode == 1
+    assert result.stderr.count("error: parallel.replicate=1 × shard=3 × context=1 does not make 2 processes") == 1
+    assert 'launch/pretrain.py", line' not in result.stderr  # any traceback is torchrun's own
     assert not (tmp_path / "run").exists()
 
 
@@ -140,8 +140,8 @@ def test_torchrun_equals_one_process(recipe: Callable, tmp_path: Path) -> None:
     lines = {}
     for world in (1, 2):
         folder = tmp_path / f"run{world}"
-        done = torchrun(world, config, *words, f"run.dir={folder}", f"parallel.expert={world}")
-        assert done.returncode == 0, done.stderr
+        result = torchrun(world, config, *words, f"run.dir={folder}", f"parallel.expert={world}")
+        assert result.returncode == 0, result.stderr
         lines[world] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert json.loads((folder / "status.json").read_text())["code"] == 0
     assert [line["step"] for line in lines[2]] == [1, 2, 3, 4]

@@ -46,20 +46,22 @@ def ranks_of(shape: str = "split") -> Ranks:
     return join_meshes(Sizes(1, world, expert, world // expert, "experts"), torch.device("cpu"))
 
 
-def distinct(tokens: int, active: int, among: range, random: torch.Generator) -> Tensor:
+def distinct_choices(tokens: int, active: int, among: range, random: torch.Generator) -> Tensor:
     """[T, K] experts, distinct for each token."""
     return torch.rand(tokens, len(among), generator=random).argsort(dim=1)[:, :active] + among.start
 
 
 ROUTES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
-    "uneven": lambda rank, _, random: distinct(5 + 3 * rank, 2, range(E), random),
-    "one choice": lambda rank, _, random: distinct(9 - rank, 1, range(E), random),
-    "a rank without tokens": lambda rank, _, random: distinct(0 if rank == 1 else 7, 2, range(E), random),
+    "uneven": lambda rank, _, random: distinct_choices(5 + 3 * rank, 2, range(E), random),
+    "one choice": lambda rank, _, random: distinct_choices(9 - rank, 1, range(E), random),
+    "a rank without tokens": lambda rank, _, random: distinct_choices(0 if rank == 1 else 7, 2, range(E), random),
     "no tokens at all": lambda *_: torch.empty(0, 2, dtype=torch.int64),
     "one hot expert": lambda rank, *_: torch.full((4 + rank, 1), 2),
-    "all choices on the last rank": lambda rank, ranks, random: distinct(6, 2, range(E - E // ranks, E), random),
-    "more choices than a rank has experts": lambda rank, _, random: distinct(4 + rank, 6, range(E), random),
-    "every expert": lambda rank, _, random: distinct(3 + rank, E, range(E), random),
+    "all choices on the last rank": lambda rank, ranks, random: distinct_choices(
+        6, 2, range(E - E // ranks, E), random
+    ),
+    "more choices than a rank has experts": lambda rank, _, random: distinct_choices(4 + rank, 6, range(E), random),
+    "every expert": lambda rank, _, random: distinct_choices(3 + rank, E, range(E), random),
 }
 """Experts chosen on a rank: (rank, ranks, random) → [T, K]."""
 
@@ -112,8 +114,8 @@ def split_and_local(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
     expected = run(
         local_dispatch, experts.double(), [x.double() if x.is_floating_point() else x for x in inputs], dy_TD.double()
     )
-    here, dispatcher = split(experts.to(dtype), ranks_of())
-    actual = run(dispatcher, here, inputs, dy_TD)
+    local_experts, dispatcher = split(experts.to(dtype), ranks_of())
+    actual = run(dispatcher, local_experts, inputs, dy_TD)
     return actual, expected
 
 
@@ -380,11 +382,11 @@ def deep_ep_and_local(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     inputs, dy_TD = make(case, torch.float64)
     experts = whole_experts(inputs[1].shape[1], torch.float64)
     expected = run(local_dispatch, experts, inputs, dy_TD)
-    here, _ = split(experts, ranks_of())
+    local_experts, _ = split(experts, ranks_of())
     with mock.patch.object(deep_ep, "find_spec", return_value=True):
         dispatcher = deep_ep.DeepEP(dist.group.WORLD, E)
     with mock.patch.object(dispatcher, "_buffer_for", return_value=FakeBuffer()):
-        return run(dispatcher, here, inputs, dy_TD), expected
+        return run(dispatcher, local_experts, inputs, dy_TD), expected
 
 
 @pytest.mark.parametrize("case", ["uneven", "a rank without tokens"])

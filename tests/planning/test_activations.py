@@ -57,7 +57,7 @@ def test_destinations(experts: int, active: int, ranks: int) -> None:
 def test_dense_block_by_hand(tiny: ModelConfig) -> None:
     """Every tensor that backward needs, per token; 2 bytes a number except the fp32 ones.
 
-    Flash attention's seeds take a few bytes whatever the size.
+    Flash attention's seeds take a few bytes for any size.
     """
     D, P, HC, GC, F = 24, 2 * (32 + 16), 32, 16, 40
     sixteen_bits = D + P + HC + GC  # first norm's output; q, k, v and gate; q and k after their norms (and RoPE)

@@ -40,9 +40,9 @@ def check_moment(rank: FakeRank, part: int, backward: bool, microbatches: int) -
     gathered, reduced = ([size_of(rank.groups, field, i) for i in range(-1, 7)] for field in ("gathered", "reduced"))
     state = state_bytes(rank.model, rank.optimizers)
     gradients = state.pop("gradients")
-    done = sum(reduced[part + 1 :]) / sum(reduced)  # all parts are cut in two
+    reduced_share = sum(reduced[part + 1 :]) / sum(reduced)  # all parts are cut in two
     expected = state | {
-        "gradients": gradients if microbatches > 1 else gradients * done if backward else 0,
+        "gradients": gradients if microbatches > 1 else gradients * reduced_share if backward else 0,
         "gathered weights": gathered[part + 1] + gathered[part if backward else part + 2],
         "activations": sum(KEPT[: part + 1]),
         f"work of {NAMES[part]}": MUCH,

@@ -35,12 +35,12 @@ def work(config: RunConfig, gpus: int = 1) -> StepWork:
 )
 def test_products(tiny: ModelConfig, recompute: str, again: list[str]) -> None:
     """Forward and backward are 3 times forward, recompute adds one; attention's core is 3.5 times, 4.5 in `block`."""
-    done = work(RunConfig(model=tiny, data=DataConfig(sequence_length=10), recompute=recompute))
+    step = work(RunConfig(model=tiny, data=DataConfig(sequence_length=10), recompute=recompute))
     flops = flops_per_token(tiny, 10)
     products = 3 * (flops["total"] - flops["attention core"]) + sum(flops[part] for part in again)
-    assert done.model == 60 * flops["training"]
-    assert done.products == pytest.approx(60 * products, rel=1e-12)
-    assert done.attention == 60 * (4.5 if recompute == "block" else 3.5) * flops["attention core"]
+    assert step.model == 60 * flops["training"]
+    assert step.products == pytest.approx(60 * products, rel=1e-12)
+    assert step.attention == 60 * (4.5 if recompute == "block" else 3.5) * flops["attention core"]
 
 
 def test_newton_schulz(tiny: ModelConfig) -> None:

@@ -23,13 +23,13 @@ def test_command(tmp_path: Path) -> None:
     """Tables on stdout, the same numbers in the file."""
     file = tmp_path / "plan.json"
     words = ["configs/smoke.yaml", "batch.sequences=16", "--gpu", "b200", "--gpus", "2", "--json", str(file)]
-    done = subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("smoke on 2 × b200\n")
+    result = subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("smoke on 2 × b200\n")
     values = json.loads(file.read_text(encoding="utf-8"))
     assert values["mesh"] == {"replicate": 1, "shard": 2, "expert": 1, "expert_shard": 2, "experts_by": "experts"}
     assert values["runs_on"] == [1, 2, 4, 8, 16]
-    assert f"{values['memory']['total'] / 1e9:,.2f}" in done.stdout
+    assert f"{values['memory']['total'] / 1e9:,.2f}" in result.stdout
 
 
 def help_examples() -> list[str]:
@@ -46,9 +46,9 @@ def test_help_examples_run(line: str, tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(ROOT / name)
     words = [sys.executable, *shlex.split(line)[1:]]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.match(r"[\w-]+ on \d+ × [\w-]+\n(fits|DOES NOT FIT) ", done.stdout)
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"[\w-]+ on \d+ × [\w-]+\n(fits|DOES NOT FIT) ", result.stdout)
     assert ("--json" in line) == (tmp_path / "plan.json").exists()
 
 

@@ -72,8 +72,8 @@ def test_text_is_never_markup(run: Path) -> None:
     assert sum(displayed in row for row in page.rows) == 1 + len(event_lines())  # the summary's head, and the events
     for figure in page.figures.values():
         for trace in figure["data"]:
-            shown = [trace.get("name", ""), *trace.get("text", [])]
-            assert not any("<" in word for word in shown), shown
+            texts = [trace.get("name", ""), *trace.get("text", [])]
+            assert not any("<" in word for word in texts), texts
 
 
 def test_page_needs_no_network(run: Path) -> None:
@@ -159,8 +159,8 @@ def test_without_plotly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_command_line(run: Path, tmp_path: Path, run_command: Callable) -> None:
     """Prints the report's path; a mistake gives exit code 2 and one line."""
-    done = run_command("tools/report.py", run, "--out", tmp_path / "r.html")
-    assert (done.code, done.output, done.errors) == (0, f"{tmp_path / 'r.html'}\n", "")
+    result = run_command("tools/report.py", run, "--out", tmp_path / "r.html")
+    assert (result.code, result.output, result.errors) == (0, f"{tmp_path / 'r.html'}\n", "")
     wrong = run_command("tools/report.py", tmp_path / "none")
     assert (wrong.code, wrong.output, wrong.errors.count("\n")) == (2, "", 1)
 

@@ -26,7 +26,7 @@ def test_only_metrics(run: Path) -> None:
 
 
 def test_broken_files(run: Path) -> None:
-    """Repeated steps count once, tails kept aside are ignored, and broken lines are counted in the notes."""
+    """Repeated steps count once, tail files are ignored, and broken lines are counted in the notes."""
     before, again = records()[:9], [record | {"loss": record["loss"] + 1} for record in records()[4:10]]
     again[2] |= {"loss": None, "grad_norm": float("inf"), "mfu": float("nan"), "lr_muon": "fast", "tokens": 700}
     broken = [*before, {"no": "step"}, {"step": True}, {"step": -1}, {"step": 1 << 70}, *again]

@@ -68,12 +68,12 @@ def test_goodput_over_all_starts(run: Path) -> None:
 
 def test_samples(run: Path) -> None:
     """Every prompt at some of the steps, the newest first; a broken line is counted."""
-    made = [
+    lines = [
         {"step": step, "tokens": step, "prompt": f"p{n}", "text": f" {step}\n{n}"}
         for step in range(1, 12)
         for n in (1, 2)
     ]
-    write_lines(run / "samples.jsonl", [*made, {"step": 3, "prompt": 4, "text": ""}])
+    write_lines(run / "samples.jsonl", [*lines, {"step": 3, "prompt": 4, "text": ""}])
     page = Page(write_report([run]))
     assert [row for row in page.rows if len(row) == 3 and row[1] in ("p1", "p2")] == [
         [str(step), f"p{n}", f" {step}\n{n}"] for step in (11, 9, 7, 5, 3, 1) for n in (1, 2)

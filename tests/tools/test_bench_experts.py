@@ -1,4 +1,4 @@
-"""The suite `experts` without its clock: routings, counts of flops, goals, tables, and that contenders agree."""
+"""The suite `experts` without timing: routings, FLOP counts, goals, tables, and agreement of the contenders."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_cases_are_the_models(name: str) -> None:
         assert int(name.split()[1]) == case.T * case.K // case.E
 
 
-def test_smoke_is_the_zoos() -> None:
+def test_the_smoke_case_is_the_zoo_model() -> None:
     case, model = experts.CPU_CASES["smoke"], ZOO["smoke"]
     assert case[:4] == (model.width, model.expert_width, model.experts, model.active_experts)
     assert case.layers == model.moe_layers
@@ -80,7 +80,10 @@ def results(on: str, tf: list[float], kept_mib: float) -> dict:
 
 
 def test_goals() -> None:
-    """By our own on an H200, never by a peer and on no other GPU. 322 MiB × 54 layers are 16.98 GiB, 323 are 17.03."""
+    """Met by Trinity's kernels on an H200 alone, not by a peer.
+
+    322 MiB × 54 layers are 16.98 GiB, 323 are 17.03.
+    """
     verdicts = results("NVIDIA H200", [400, 430], 322)["goals"]
     assert verdicts["Nano forward ≥ 400 TF"] == "met (400)"
     assert verdicts["Nano backward ≥ 420 TF"] == "met (430)"
@@ -93,7 +96,7 @@ def test_goals() -> None:
 
 
 def test_table() -> None:
-    """Every row has as many cells as the head; a failure is one of them."""
+    """Every row has as many cells as the header; a failure is one cell."""
     lines = experts.table(results("NVIDIA H200", [394.5, 430], 322)).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in rows} == {10}
@@ -103,25 +106,25 @@ def test_table() -> None:
     assert "Nano forward ≥ 400 TF: missed (394)" in lines[-1]
 
 
-def test_contenders_that_run_here_agree_and_the_others_say_why() -> None:
-    """The suite on a layer of a few numbers: what disagreed with the reference would be a failure."""
+def test_contenders_agree_or_give_a_reason() -> None:
+    """The suite on a tiny layer: a contender that disagrees with the reference is reported as failed."""
     case = {"contenders": {}}
     experts._measure(case, Case(16, 8, 4, 2, 24, 1), "Zipf", rounds=1)
     contenders = case["contenders"]
-    there = {name for name, row in contenders.items() if "failed" not in row}
+    measured = {name for name, row in contenders.items() if "failed" not in row}
     assert {
         "trinity reference",
         "trinity's engine grouped_mm",
         "transformers eager",
         "transformers grouped_mm",
-    } <= there
-    assert all(len(contenders[name]["tf"]) == 2 and min(contenders[name]["seconds"]) > 0 for name in there)
+    } <= measured
+    assert all(len(contenders[name]["tf"]) == 2 and min(contenders[name]["seconds"]) > 0 for name in measured)
     if not torch.cuda.is_available():
         assert contenders["SonicMoE"]["failed"] == "needs a GPU"
 
 
-def test_a_broken_device_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the suite does where even inputs cannot be made: a row a case, goals and table as ever."""
+def test_a_broken_device_gives_failed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If even the inputs cannot be created, each case has one failed row; goals and table are complete."""
 
     def broken(*_: object) -> None:
         raise RuntimeError("an illegal memory access")
@@ -132,7 +135,7 @@ def test_a_broken_device_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| the rest | RuntimeError: an illegal memory access |" in experts.table(output)
 
 
-def test_a_contender_that_computes_something_else_is_found() -> None:
+def test_a_contender_with_wrong_results_fails() -> None:
     inputs = make_inputs(Case(16, 8, 4, 2, 24, 1), "balanced")
     right = experts.Inputs(*inputs).x_TD.detach() + 1
     with pytest.raises(ValueError, match="computes something else"):

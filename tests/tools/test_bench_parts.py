@@ -1,4 +1,4 @@
-"""What the suites share, and the pure parts of attention, nano_step and bench.py."""
+"""Shared parts of the benchmark suites, and the pure functions of attention, nano_step and bench.py."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from trinity.models.moe import Router
 
 
 def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warm-up and three rounds; what fails is not called again, nor what takes twenty times as long."""
+    """One warm-up and three rounds; a contender that fails, or takes twenty times as long, is not called again."""
     monkeypatch.setattr(timing, "parts_of", lambda call: call(None))
     order = []
 
@@ -40,8 +40,8 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results["broken"] == {"failed": "RuntimeError: no / such thing"}
 
 
-def test_when_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that has no figure yet is begun."""
+def test_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the deadline no contender without a result is started."""
     monkeypatch.setenv("BENCH_SECONDS", "0")
     assert take_turns({"a": lambda _: None}, 3) == {"a": {"failed": "not measured: the suite's time was up"}}
     assert nano_step.in_process("configs/smoke.yaml", "balanced", [], (1,))[0]["failed"].startswith("not measured")
@@ -90,13 +90,13 @@ def test_table_of_attention() -> None:
 
 
 def test_rows_of_a_process_that_fails() -> None:
-    """Its last line of complaint is a row."""
+    """The last line of its stderr is a row."""
     rows = nano_step.in_process("configs/none.yaml", "balanced", [], (1,))
     assert len(rows) == 1
     assert "the config configs/none.yaml does not exist" in rows[0]["failed"]
 
 
-def test_a_process_that_is_late_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_times_out_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     first = {"what": "forward + backward", "tokens": 4096, "seconds": 0.5, "mfu": 0.25, "memory_gib": 3.0}
 
     def late(*_: object, **options: object) -> None:
@@ -128,7 +128,7 @@ def test_forced_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert router.weight.grad.abs().sum() > 0
 
 
-def test_a_broken_suite_breaks_itself_alone(run_command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_suite_does_not_stop_the_others(run_command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench._about("none").startswith("(the suite none cannot be imported here: No module named 'benchmarks.none'")
     monkeypatch.setitem(sys.modules, "benchmarks.muon", None)
     assert bench._about("muon").startswith("(the suite muon cannot be imported here")
@@ -140,5 +140,5 @@ def test_a_broken_suite_breaks_itself_alone(run_command, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("words", [["tune"], ["step", "experts"], ["none"], []])
-def test_wrong_words(run_command, words: list[str]) -> None:
+def test_wrong_arguments(run_command, words: list[str]) -> None:
     assert run_command("tools/bench.py", *words).code == 2

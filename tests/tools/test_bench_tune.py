@@ -15,8 +15,8 @@ from trinity_kernels import experts_triton, grouped_gemm_triton
 from trinity_kernels.grouped_gemm_triton import Tile
 
 
-class Fake:
-    """Takes as long as its tile says; 0 does not fit."""
+class FakeKernel:
+    """A kernel whose time is the number of its tile; 0 does not fit the device."""
 
     chosen = (64, 4)
 
@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_fastest_is_written(clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("trinity_kernels.fake_triton")
-    module.TUNABLE = {"one": Fake((64, 4), (32, 8), (0, 1)), "two": Fake((0, 1))}
+    module.TUNABLE = {"one": FakeKernel((64, 4), (32, 8), (0, 1)), "two": FakeKernel((0, 1))}
     monkeypatch.setitem(sys.modules, module.__name__, module)
     results = tune.run(quick=True, op="fake")
     one, two = results["kernels"].values()
@@ -65,7 +65,7 @@ def test_ops_without_tiles() -> None:
 
 
 def test_the_experts_kernels_take_the_candidate() -> None:
-    """Each of the six runs with the tile it is given, and the table is itself again afterwards."""
+    """Each of the six runs with the tile it is given, and the table is restored afterwards."""
     case, tile = Case(16, 8, 4, 2, 16, 1), Tile(16, 32, 16, 4, 2)
     tables = [
         (experts_triton, "up_tile"), (experts_triton, "dpre_tile"),

@@ -13,12 +13,12 @@ def undisturbed(
     recipe: Callable, uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Path]:
     """undisturbed(world) is the directory of a run on `world` processes."""
-    made: dict[int, Path] = {1: uninterrupted}
+    runs: dict[int, Path] = {1: uninterrupted}
 
     def make(world: int) -> Path:
-        if world not in made:
-            made[world] = tmp_path_factory.mktemp("undisturbed") / "run"
-            assert run(recipe(made[world]), world=world) == [0] * world
-        return made[world]
+        if world not in runs:
+            runs[world] = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert run(recipe(runs[world]), world=world) == [0] * world
+        return runs[world]
 
     return make

@@ -26,7 +26,7 @@ def kill_while_writing_files(times: int) -> mock._patch:
 
 
 def kill_at_publication(name: str, times: int, after: bool = False) -> mock._patch:
-    """Kill when COMPLETE or latest is written for the n-th time: before the temporary file is renamed, or after."""
+    """Kill at the n-th write of COMPLETE or latest: before its temporary file is renamed, or just after."""
     write = checkpoint.write_atomically
 
     def write_and_die(path: Path, text: str) -> None:
@@ -55,11 +55,11 @@ def replace_nth_call(
     times: int, function: Callable, counts: Callable = lambda *args, **words: True, instead: Callable = kill
 ) -> Callable:
     """The function, with `instead` in place of its n-th call for which `counts` is true."""
-    left = [times]
+    remaining = [times]
 
     def call(*args: Any, **words: Any) -> Any:
-        left[0] -= counts(*args, **words)
-        return (instead if left[0] == 0 and counts(*args, **words) else function)(*args, **words)
+        remaining[0] -= counts(*args, **words)
+        return (instead if remaining[0] == 0 and counts(*args, **words) else function)(*args, **words)
 
     return call
 

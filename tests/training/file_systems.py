@@ -10,9 +10,9 @@ import pytest
 
 def mount(*words: object) -> None:
     """Call mount; skip the test where it is not permitted."""
-    done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+    result = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"needs the right to mount: {result.stderr.strip()}")
 
 
 def unmount(folder: Path) -> None:

@@ -28,7 +28,7 @@ def train(settings: dict, *words: str, accept: tuple[str, ...] = ()) -> int:
 
 
 def refuse(settings: dict, *words: str) -> str:
-    """Run in this process, which must refuse; returns the sentence."""
+    """Run in this process, check that the run is refused, and return the error message."""
     with pytest.raises(UserError) as mistake:
         train(settings, *words)
     sentence = str(mistake.value)
@@ -48,14 +48,14 @@ def status(run: Path) -> dict:
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whatever it holds."""
+    """Every tensor of a checkpoint, by name."""
     tensors: dict = {}
     reader = dcp.FileSystemReader(run / "checkpoints" / f"step_{step:08d}")
     dcp.state_dict_loader._load_state_dict(tensors, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     return tensors
 
 
-def bits(path: AnyPath) -> dict[str, bytes]:
+def checkpoint_bytes(path: AnyPath) -> dict[str, bytes]:
     """The bytes of every tensor of a checkpoint, local or remote."""
     tensors = empty_tensors(path, "")
     load(tensors, path)

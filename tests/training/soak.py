@@ -39,7 +39,7 @@ def soak(config: Path, run: Path, world: int, kills: int, seed: int = 1) -> dict
     numbers, began = random.Random(seed), time.monotonic()
     steps = yaml.safe_load(config.read_text())["run"]["steps"]
     process = start(config, world, restarts=kills + 5)
-    done = 0
+    killed = 0
     for step in sorted(numbers.sample(range(1, steps - 10), kills)):
         while process.poll() is None and lines_of(run / "metrics.jsonl") < step:
             time.sleep(0.01)
@@ -47,12 +47,12 @@ def soak(config: Path, run: Path, world: int, kills: int, seed: int = 1) -> dict
         workers = pids_below(process.pid) if process.poll() is None else []
         if workers:
             os.kill(numbers.choice(workers), signal.SIGKILL)
-            done += 1
+            killed += 1
             wait_until_gone(workers)
     process.wait()
     assert process.returncode == 0, config.with_suffix(".log").read_text()[-3000:]
     redone = sum(lines_of(path) for path in run.glob("metrics.tail.*.jsonl"))
-    return {"kills": done, "redone": redone, "seconds": time.monotonic() - began}
+    return {"kills": killed, "redone": redone, "seconds": time.monotonic() - began}
 
 
 def start(config: Path, world: int, restarts: int) -> subprocess.Popen:

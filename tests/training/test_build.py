@@ -41,10 +41,10 @@ def test_triton_needs_a_gpu(name: str, no_interpreter: None, monkeypatch: pytest
 def test_on_the_command_line(
     settings: dict, config_file: Callable, run_command: Callable, no_interpreter: None
 ) -> None:
-    done = run_command("launch/pretrain.py", config_file(settings), "kernels.norms=triton")
-    assert done.code == 2, done.errors
-    assert done.errors.splitlines()[-1] == "error: kernels.norms=triton needs an NVIDIA GPU; use auto or reference"
-    assert "Traceback" not in done.errors
+    result = run_command("launch/pretrain.py", config_file(settings), "kernels.norms=triton")
+    assert result.code == 2, result.errors
+    assert result.errors.splitlines()[-1] == "error: kernels.norms=triton needs an NVIDIA GPU; use auto or reference"
+    assert "Traceback" not in result.errors
 
 
 def test_a_plan_is_made_anywhere(settings: dict, no_interpreter: None) -> None:

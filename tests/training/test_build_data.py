@@ -20,7 +20,7 @@ def config_of(settings: dict, *words: str) -> object:
 def test_packed_documents_do_not_attend_to_each_other(settings: dict) -> None:
     """Logits of each piece of a packed row, masked by the row's document ids, against the piece in a row of its own.
 
-    In float64, to 1e-12 of logits around 1: RoPE's angles differ by where a piece stands in its row, in fp32 by 1e-6.
+    In float64, to 1e-12 of logits around 1: RoPE's angles differ by a piece's position in its row, in fp32 by 1e-6.
     """
     config = config_of(settings, "precision.compute=float64")
     stream = open_stream(config, 0, 1)
@@ -42,7 +42,7 @@ def test_packed_documents_do_not_attend_to_each_other(settings: dict) -> None:
 
 
 def test_a_phase_of_longer_rows(settings: dict) -> None:
-    """Six rows of 24 tokens a step until a step begins with 400 seen, then rows of 40, and learning rates by tokens."""
+    """Six rows of 24 tokens a step until a step begins with 400 tokens read, then rows of 40; rates by tokens."""
     settings["data"]["phases"] = [{"tokens": 400, "sequence_length": 40, "packing": "sequential"}]
     assert train(settings, "batch.ramp=[]", "run.steps=6") == 0
     lines = metrics(Path(settings["run"]["dir"]))
@@ -68,7 +68,7 @@ def test_a_later_phase_may_be_edited_and_one_that_has_begun_may_not(settings: di
 def test_the_same_batches_from_text(
     settings: dict, corpus: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run on the files that the shards were made of, every figure bit for bit, through a worker and a resume."""
+    """A run on the files that the shards were made of, every metric bit for bit, through a worker and a resume."""
     monkeypatch.setenv("TRINITY_CACHE", str(tmp_path / "cache"))
     assert train(settings) == 0
     expected = metrics(Path(settings["run"]["dir"]))

@@ -1,4 +1,4 @@
-"""A batch, phase or length changed on resume holds from there on, bit for bit as in a run that planned it so."""
+"""A batch, phase or length changed on resume applies from there on, bit for bit as if planned from the start."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ ACCEPT = ("batch",)
 
 @pytest.fixture
 def settings(settings: dict) -> dict:
-    """As everywhere, without evaluation, which the end of a shorter run would add."""
+    """The recipe without evaluation, because a shorter run would add one at its end."""
     settings["evaluation"] = {}
     return settings
 
@@ -34,8 +34,8 @@ def config_with(settings: dict, *words: str) -> RunConfig:
 
 
 @pytest.fixture
-def planned(settings: dict) -> Path:
-    """Three steps of 6 sequences, then 12, and shorter ones from 800 tokens on, as a ramp says from the start."""
+def planned_run(settings: dict) -> Path:
+    """Three steps of 6 sequences, then 12, and shorter ones from 800 tokens on, planned from the start."""
     run = Path(settings["run"]["dir"]).with_name("planned")
     words = [f"run.dir={run}", f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES]
     assert train(settings, *words, "run.steps=8", "checkpoint.keep=9") == 0
@@ -43,22 +43,22 @@ def planned(settings: dict) -> Path:
 
 
 @pytest.mark.parametrize("fork", [False, True], ids=["resumed", "forked"])
-def test_a_changed_batch_starts_where_the_run_is(settings: dict, planned: Path, fork: bool) -> None:
-    """Every figure and every bit of the state, on resume and where init.keep=all goes on from another run."""
+def test_a_changed_batch_starts_where_the_run_is(settings: dict, planned_run: Path, fork: bool) -> None:
+    """All metrics and the state, bit for bit, on resume and where init.keep=all continues another run."""
     first = Path(settings["run"]["dir"])
     assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
     run = first.with_name("fork") if fork else first
     words = [f"run.dir={run}", f"init.run={first}", "init.keep=all"] if fork else []
     assert "--accept-change batch.sequences" in refuse(settings, *LATER, PHASES, *words)
     assert train(settings, *LATER, PHASES, *words, accept=ACCEPT) == 0
-    assert metrics(run) == metrics(planned)[3 if fork else 0 :]
-    one, other = state(run, 8), state(planned, 8)
+    assert metrics(run) == metrics(planned_run)[3 if fork else 0 :]
+    one, other = state(run, 8), state(planned_run, 8)
     assert one.keys() == other.keys()
     assert not [key for key in one if not torch.equal(one[key], other[key])]
 
 
 def test_tokens_are_those_that_were_read(settings: dict) -> None:
-    """The sources count by themselves; a budget of tokens ends the run with the step that reaches it."""
+    """They equal the sources' own counts; run.tokens ends the run with the step that reaches it."""
     assert train(settings, "batch.ramp=[]", "run.steps=3") == 0
     words = ["batch.ramp=[]", "batch.sequences=12", "run.steps=null", "run.tokens=1000"]
     assert train(settings, *words, accept=ACCEPT) == 0
@@ -69,8 +69,8 @@ def test_tokens_are_those_that_were_read(settings: dict) -> None:
         assert line["tokens"] == read == line["sequences"] * S
 
 
-def test_a_changed_batch_and_the_way_back(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spike after the change leads back before it; the batch asked for now holds from there, and no data twice."""
+def test_a_rollback_past_a_changed_batch(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spike after the change rolls back to before it; the new batch applies from there, and no data is read twice."""
     words = ["batch.ramp=[]", "data.phases=[]", "checkpoint.every=2", "checkpoint.keep=1"]
     assert train(settings, *words, "run.steps=2") == 0
     calls, norm = [], train_step.global_norm
@@ -94,7 +94,7 @@ def test_a_changed_batch_and_the_way_back(settings: dict, monkeypatch: pytest.Mo
     assert saved["data.k"] == 24 + 5 * 12 + 7 * 12
 
 
-def test_show_batch_knows_the_history(settings: dict, planned: Path) -> None:
+def test_show_batch_knows_the_history(settings: dict, planned_run: Path) -> None:
     """Any step of a run whose batch was changed, before the change and after, with and without a replay."""
     assert train(settings, "batch.ramp=[]", PHASES, "run.steps=3") == 0
     assert train(settings, *LATER, PHASES, accept=ACCEPT) == 0
@@ -122,7 +122,7 @@ def test_show_batch_of_a_fork_that_has_not_begun(settings: dict, uninterrupted: 
 
 
 def test_a_fork_keeps_what_is_fixed(settings: dict, uninterrupted: Path) -> None:
-    """init.keep=all goes on with data and steps, so it may change no more than a resume may."""
+    """init.keep=all continues data and steps, so the same changes are refused as on resume."""
     words = [f"init.run={uninterrupted}", "init.keep=all"]
     for word in ("run.seed=4", "data.sequence_length=16", "data.streams=24"):
         key = word.split("=")[0]
@@ -134,8 +134,8 @@ def test_a_fork_keeps_what_is_fixed(settings: dict, uninterrupted: Path) -> None
     assert not (Path(settings["run"]["dir"]) / "config.yaml").exists()
 
 
-def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.MonkeyPatch, planned: Path) -> None:
-    """Those of an older version: the steps are taken to be those of the config, and checked against the data."""
+def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.MonkeyPatch, planned_run: Path) -> None:
+    """Checkpoints of an older version: the steps are assumed to follow the config, and checked against the data."""
     from trinity.training import trainer
 
     full = trainer.Trainer.state
@@ -149,14 +149,14 @@ def test_checkpoints_without_a_history(settings: dict, monkeypatch: pytest.Monke
     run = Path(settings["run"]["dir"])
     assert "run.batch_history" not in state(run, 3)
     assert train(settings, *LATER, PHASES, accept=ACCEPT) == 0
-    assert metrics(run) == metrics(planned)
+    assert metrics(run) == metrics(planned_run)
 
 
 DECAY = ["optim.schedule.decay=linear", "optim.schedule.decay_start_steps=4", "optim.schedule.decay_steps=null"]
 
 
 def test_a_longer_run_does_not_raise_a_decayed_rate(settings: dict, capsys: pytest.CaptureFixture) -> None:
-    """Refused with both rates; the words that the refusal gives work, the second ones without a change of the past."""
+    """Refused, naming both rates; --accept-change and the suggested decay_steps each let the run continue."""
     words = [*DECAY, "optim.schedule.final=0.25"]
     assert train(settings, *words) == 0
     sentence = refuse(settings, *words, "run.steps=10")
@@ -179,7 +179,7 @@ def test_a_longer_run_does_not_raise_a_decayed_rate(settings: dict, capsys: pyte
 
 
 def test_a_run_that_ended_before_its_decay_may_become_longer(settings: dict) -> None:
-    """No length was in force, so none changes."""
+    """The decay had not started, so its length may change."""
     words = [*DECAY, "optim.schedule.final=0"]
     before = replace(config_with(settings, *words), run=RunSection(steps=6))
     now = replace(before, run=RunSection(steps=7))
@@ -200,7 +200,7 @@ def test_a_run_that_ended_before_its_decay_may_become_longer(settings: dict) -> 
         (["optim.schedule.warmup_steps=2"], ""),
     ],
 )
-def test_an_odd_schedule_is_said_at_the_start(
+def test_a_schedule_that_does_not_fit_is_noted_at_the_start(
     settings: dict, capsys: pytest.CaptureFixture, words: list[str], note: str
 ) -> None:
     assert train(settings, "run.steps=2", *words, "optim.schedule.decay=none", *words) == 0
@@ -209,11 +209,11 @@ def test_an_odd_schedule_is_said_at_the_start(
     assert all(note in line for line in notes)
 
 
-def test_the_history_in_a_checkpoint(planned: Path) -> None:
+def test_the_history_in_a_checkpoint(planned_run: Path) -> None:
     """Whole numbers: step, first sequence, sequences, length, tokens, phase."""
-    rows = state(planned, 8)["run.batch_history"].tolist()
+    rows = state(planned_run, 8)["run.batch_history"].tolist()
     assert rows == [
         [0, 0, 6, 24, 0, 0], [3, 18, 12, 24, 432, 0], [5, 42, 12, 16, 1008, 1], [8, 78, 0, 0, 1584, 0],
     ]  # fmt: skip
-    last = json.loads((planned / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((planned_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (last["tokens"], last["sequences"]) == (1584, 78)

@@ -53,7 +53,7 @@ SLOW = [(".", 2), ("checkpoints", 1), ("checkpoints", 2)]
 
 @pytest.mark.parametrize(("shut", "world"), [(".", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_a_run_directory_that_becomes_read_only(settings: dict, undisturbed: Callable, shut: str, world: int) -> None:
-    """Step 5: all ranks end where they are to write next, with one sentence; once it is writable, the run goes on."""
+    """From step 5 on: all ranks end at their next write, with one sentence; once it is writable, the run resumes."""
     folder, words = Path(settings["run"]["dir"]), ["checkpoint.asynchronous=false"]
     shut_folder = folder / shut
     with read_only(folder.parent):  # or skip here: the rank cannot

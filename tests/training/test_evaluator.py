@@ -1,4 +1,4 @@
-"""samples.jsonl of a run: at every evaluation, what the model of that step says, and none twice after a resume."""
+"""samples.jsonl of a run: the continuations at every evaluation, none twice after a resume."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ PROMPTS = ["def train", "Raises:\n    User"]
 
 
 @pytest.fixture
-def speaking(settings: dict) -> dict:
+def with_prompts(settings: dict) -> dict:
     """Two prompts at every second step."""
     settings["evaluation"] = {"every": 2, "sequences": 5, "prompts": PROMPTS, "sample_tokens": 6}
     return settings
@@ -24,10 +24,10 @@ def samples(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def test_what_is_written(speaking: dict, uninterrupted: Path) -> None:
-    """The last step's text is that of the saved model, by another way of generating; samples change no step."""
-    assert train(speaking) == 0
-    run = Path(speaking["run"]["dir"])
+def test_samples_are_written(with_prompts: dict, uninterrupted: Path) -> None:
+    """The last step's texts equal those that generate() gives for the saved model; samples change no step."""
+    assert train(with_prompts) == 0
+    run = Path(with_prompts["run"]["dir"])
     lines = samples(run)
     assert [(line["step"], line["prompt"]) for line in lines] == [(s, p) for s in (2, 4, 6, 8) for p in PROMPTS]
     tokens = {line["step"]: line["tokens"] for line in metrics(run)}
@@ -41,18 +41,18 @@ def test_what_is_written(speaking: dict, uninterrupted: Path) -> None:
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in metrics(uninterrupted)]
 
 
-def test_a_resumed_run_says_everything_once(speaking: dict, tmp_path: Path) -> None:
-    """Back from step 8 to the checkpoint of step 6, as after a crash; what is cut off is kept aside."""
-    assert train(speaking) == 0
-    run = Path(speaking["run"]["dir"])
+def test_a_resumed_run_writes_each_sample_once(with_prompts: dict, tmp_path: Path) -> None:
+    """Back from step 8 to the checkpoint of step 6, as after a crash; the lines cut off are in a tail file."""
+    assert train(with_prompts) == 0
+    run = Path(with_prompts["run"]["dir"])
     expected = samples(run)
     (run / "checkpoints/step_00000008/COMPLETE").unlink()
-    assert train(speaking) == 0
+    assert train(with_prompts) == 0
     assert samples(run) == expected
     assert [json.loads(line) for line in (run / "samples.tail.1.jsonl").read_text().splitlines()] == expected[-2:]
 
 
-def test_prompts_need_a_tokenizer(speaking: dict) -> None:
-    assert "evaluation.sample_tokens=0 must be at least 1" in refuse(speaking, "evaluation.sample_tokens=0")
-    del speaking["data"]["tokenizer"]
-    assert "evaluation.prompts are texts and there is no tokenizer; set data.tokenizer" in refuse(speaking)
+def test_prompts_need_a_tokenizer(with_prompts: dict) -> None:
+    assert "evaluation.sample_tokens=0 must be at least 1" in refuse(with_prompts, "evaluation.sample_tokens=0")
+    del with_prompts["data"]["tokenizer"]
+    assert "evaluation.prompts are texts and there is no tokenizer; set data.tokenizer" in refuse(with_prompts)

@@ -22,7 +22,7 @@ RECORDS = {
 }
 
 
-def figures(folder: Path) -> list[dict]:
+def metrics_without_evaluation(folder: Path) -> list[dict]:
     """metrics.jsonl without measurements, and without evaluations, which change nothing."""
     return [{k: value for k, value in line.items() if not k.startswith("validation")} for line in metrics(folder)]
 
@@ -59,7 +59,7 @@ def test_a_record_that_cannot_be_written(
         assert checkpoints.newest_intact() == checkpoints.complete_steps()[-1]
         resize(small, "1m")
         assert run(settings, *words, world=world) == [0] * world
-        assert figures(folder) == figures(undisturbed(world))
+        assert metrics_without_evaluation(folder) == metrics_without_evaluation(undisturbed(world))
         read, unread = lines(folder / f"{name}.jsonl")
         if name == "events":  # the incomplete line stays, as a line of its own
             assert unread == 1
@@ -97,4 +97,4 @@ def test_an_export_that_does_not_fit(settings: dict, undisturbed: Callable, worl
         resize(small, "4m")
         assert run(settings, *words, "run.steps=12", world=world) == [0] * world
         assert sorted(path.name for path in small.iterdir()) == ["step_00000004", "step_00000012"]
-    assert figures(folder)[:8] == figures(undisturbed(world))
+    assert metrics_without_evaluation(folder)[:8] == metrics_without_evaluation(undisturbed(world))

@@ -52,8 +52,8 @@ def test_fork_another_run(settings: dict, uninterrupted: Path, keep: str) -> Non
     assert not torch.equal(source["model.embed.weight"], fresh["model.embed.weight"])
 
 
-def test_fork_with_all_goes_on(settings: dict, uninterrupted: Path) -> None:
-    """A fork that keeps everything makes the steps that the other run made."""
+def test_fork_with_keep_all_continues(settings: dict, uninterrupted: Path) -> None:
+    """A fork that keeps everything makes the same steps as the other run."""
     settings["init"] = {"run": str(uninterrupted), "step": 6, "keep": "all"}
     assert train(settings) == 0
     assert metrics(Path(settings["run"]["dir"])) == metrics(uninterrupted)[6:]
@@ -73,7 +73,7 @@ def test_start_from_hugging_face(settings: dict, uninterrupted: Path, tmp_path: 
     assert "validation_bits_per_byte.held_out" in metrics(Path(settings["run"]["dir"]))[0]
 
 
-def test_start_from_nothing_useful(settings: dict, tmp_path: Path) -> None:
+def test_invalid_init(settings: dict, tmp_path: Path) -> None:
     """A folder that is no run, a run without that step, a model of other sizes: each one sentence."""
     with pytest.raises(UserError, match="is not a run directory"):
         train(settings, f"init.run={tmp_path}")
@@ -95,11 +95,11 @@ def test_torchrun_gives_the_same_bits(settings: dict, config_file: Callable, uni
     """The launcher sets OMP_NUM_THREADS to 1; the run sets its own, so nothing differs from plain python."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, "launch/pretrain.py", str(config_file(settings))],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert metrics(Path(settings["run"]["dir"])) == metrics(uninterrupted)
 
 
@@ -113,7 +113,7 @@ def test_wandb_is_offline_without_a_key(settings: dict, monkeypatch: pytest.Monk
 
 
 def test_export_in_the_loop(settings: dict, uninterrupted: Path) -> None:
-    """export.every writes folders that transformers' names fill, next to the checkpoints."""
+    """export.every writes folders with transformers' tensor names, in addition to checkpoints."""
     assert train(settings, "export.every=4") == 0
     run = Path(settings["run"]["dir"])
     folders = sorted(path.name for path in (run / "hf").iterdir())
@@ -124,7 +124,7 @@ def test_export_in_the_loop(settings: dict, uninterrupted: Path) -> None:
 
 
 def test_a_start_without_a_checkpoint_is_forgotten(settings: dict) -> None:
-    """A first start of another model that saved nothing: the directory then holds the second one's model."""
+    """After a first start of another model that saved nothing, the directory holds the second start's model."""
     settings["checkpoint"] = {"every": 0}
     run = Path(settings["run"]["dir"])
     first_state(settings, "model.expert_width=20")

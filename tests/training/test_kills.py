@@ -33,7 +33,7 @@ BOUND = 1e-10
 WORDS = ("checkpoint.every=3", "checkpoint.keep=2")
 
 
-def float64(settings: dict) -> dict:
+def in_float64(settings: dict) -> dict:
     """The settings in float64, with batches that divide by 1, 2 and 4 ranks."""
     return settings | {
         "precision": {"compute": "float64"},
@@ -102,27 +102,27 @@ def kill_often(settings: dict, kills: int, worlds: tuple[int, ...]) -> Counter:
 
     Checks that each start moves the steps after its checkpoint from metrics.jsonl to a tail file.
     """
-    folder, numbers, done = Path(settings["run"]["dir"]), random.Random(1), Counter()
+    folder, numbers, kinds = Path(settings["run"]["dir"]), random.Random(1), Counter()
     world, redone = worlds[0], []
     for _ in range(kills):
         world = numbers.choice([other for other in worlds if other != world] or worlds)
-        made = lines_of(folder / "metrics.jsonl")
+        steps = lines_of(folder / "metrics.jsonl")
         saved = max(CheckpointDirectory.at(folder).complete_steps(), default=0)
-        done[kill_once(settings, world, numbers)] += 1
+        kinds[kill_once(settings, world, numbers)] += 1
         if len(tail_lines(folder)) > len(redone):
-            redone.append(made - saved)
+            redone.append(steps - saved)
         assert tail_lines(folder) == redone
-    return done
+    return kinds
 
 
 @pytest.mark.parametrize("worlds", [(1, 2, 4), (2,)], ids=["other numbers of processes", "the same number"])
-def test_killed_again_and_again(settings: dict, tmp_path: Path, worlds: tuple[int, ...]) -> None:
+def test_repeated_kills(settings: dict, tmp_path: Path, worlds: tuple[int, ...]) -> None:
     """No step is missing, doubled or different, and the last state is equal."""
     settings = settings | {"batch": {"sequences": 12, "microbatch": 12}}  # 1, 2 and 4 ranks share it evenly
     if len(worlds) > 1:
-        settings |= float64(settings)
-    done = kill_often(settings, 50 if len(worlds) > 1 else 15, worlds)
-    assert {moment for moment, _ in done} >= {"write", "publish", "deletion", "training"}
+        settings |= in_float64(settings)
+    kinds = kill_often(settings, 50 if len(worlds) > 1 else 15, worlds)
+    assert {moment for moment, _ in kinds} >= {"write", "publish", "deletion", "training"}
     alone, folder = tmp_path / "alone", Path(settings["run"]["dir"])
     last = lines_of(folder / "metrics.jsonl") + 2
     assert run(settings, *WORDS, f"run.steps={last}", world=worlds[-1]) == [0] * worlds[-1]

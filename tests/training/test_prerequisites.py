@@ -45,8 +45,8 @@ def test_no_directory_is_made(settings: dict, word: str, monkeypatch: pytest.Mon
     assert not Path(settings["run"]["dir"]).exists()
 
 
-def test_a_directory_that_exists_says_why(settings: dict) -> None:
-    """A refusal in an existing directory goes to status.json, as under a restarting launcher (test_user_errors)."""
+def test_a_refusal_in_an_existing_directory(settings: dict) -> None:
+    """A refusal in an existing directory is in status.json, as under a restarting launcher (test_user_errors)."""
     run = Path(settings["run"]["dir"])
     run.mkdir()
     sentence = refuse(settings, "data.train.code=nowhere")
@@ -107,7 +107,7 @@ def test_the_note_is_printed(settings: dict, capsys: pytest.CaptureFixture) -> N
     assert "\nnote: 7 rows a rank (batch.sequences=7) are no multiple of" in capsys.readouterr().err
 
 
-def test_whose_run_it_is(settings: dict) -> None:
+def test_refusals_describe_the_run(settings: dict) -> None:
     """The message names the run, its model, first start and step; without events the config's time is the start."""
     from trinity.run_directory import describe_run, newest_config
 
@@ -149,12 +149,12 @@ def test_a_continued_model_is_evaluated_first(
     assert [record["step"] for record in metrics(run)] == [0, 1]
     assert '"step": 0' in (run / "samples.jsonl").read_text().splitlines()[0]
     assert state(run, 1)["run.step"] == 1
-    if key == "run":  # the run goes on with step 0 kept
+    if key == "run":  # the run continues with step 0 kept
         assert train(settings, *words, "run.steps=2") == 0
         assert [record["step"] for record in metrics(run)] == [0, 1, 2]
 
 
-def test_a_run_that_begins_anew_keeps_no_step(tmp_path: Path) -> None:
+def test_a_run_that_starts_over_keeps_no_step(tmp_path: Path) -> None:
     """A start without a checkpoint moves the record of step 0 to the tail file too; a resume keeps it."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n')

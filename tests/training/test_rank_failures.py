@@ -32,7 +32,7 @@ def in_forward(times: int, instead: Callable) -> mock._patch:
 
 
 @contextmanager
-def hanging(times: int) -> Iterator[None]:
+def hang_in_forward(times: int) -> Iterator[None]:
     """Hang in the n-th forward pass; this rank's heartbeat times out before the other rank's."""
     watch = Heartbeat._watch
 
@@ -54,7 +54,7 @@ def test_a_rank_that_hangs(settings: dict) -> None:
     """The hanging rank and the one that waits for it write their stacks and an event, and exit with 1."""
     folder = Path(settings["run"]["dir"])
     settings |= {"health": {"heartbeat_seconds": 2}, "log": {"probe_every": 0}}  # a probe would count as a forward
-    assert run(settings, world=2, fault=partial(hanging, 7), rank=1) == [1, 1]
+    assert run(settings, world=2, fault=partial(hang_in_forward, 7), rank=1) == [1, 1]
     assert "hang_forever" in (folder / "stacks.rank1.txt").read_text()
     stacks = (folder / "stacks.rank0.txt").read_text()
     assert "in train_step" in stacks
@@ -77,7 +77,7 @@ def test_a_rank_that_dies(settings: dict, rank: int) -> None:
 
 
 @contextmanager
-def not_finite() -> Iterator[None]:
+def nan_losses() -> Iterator[None]:
     """Make every loss of this rank NaN."""
     forward = Trinity.forward
 
@@ -93,14 +93,14 @@ def test_too_many_bad_steps(settings: dict) -> None:
     """All ranks exit with 3 for the NaN that one of them computes."""
     folder = Path(settings["run"]["dir"])
     settings["health"] = {"bad_steps": 2}
-    assert run(settings, world=2, fault=not_finite, rank=1) == [3, 3]
+    assert run(settings, world=2, fault=nan_losses, rank=1) == [3, 3]
     assert [line["skipped"] for line in metrics(folder)] == [True, True]
     assert status(folder)["code"] == 3
     assert "2 steps in a row" in (folder / "STOP").read_text()
 
 
 @contextmanager
-def poisoned(step: int, rows: slice) -> Iterator[None]:
+def wrong_targets(step: int, rows: slice) -> Iterator[None]:
     """In the n-th step, set the targets of these rows of the rank to a token that no text has."""
     calls: list[int] = []
 
@@ -126,8 +126,8 @@ def test_poison_in_the_rows_of_one_rank(settings: dict, tmp_path: Path, action: 
     settings["run"]["steps"] = 14
     settings |= {"precision": {"compute": "float64"}, "batch": {"sequences": 12, "microbatch": 12}}
     folder, alone = Path(settings["run"]["dir"]), tmp_path / "alone"
-    assert run(settings, world=2, fault=partial(poisoned, 13, slice(None)), rank=1) == [0, 0]
-    with poisoned(13, slice(1, None, 2)):
+    assert run(settings, world=2, fault=partial(wrong_targets, 13, slice(None)), rank=1) == [0, 0]
+    with wrong_targets(13, slice(1, None, 2)):
         assert train(settings, f"run.dir={alone}") == 0
     (spike,) = events(folder, "spike")
     assert (spike["step"], spike["action"]) == (13, action)

@@ -30,7 +30,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Until metrics.jsonl has that many lines."""
+    """Wait until metrics.jsonl has this many lines."""
     path = run / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not path.exists() or len(path.read_text().splitlines()) < step:
@@ -56,11 +56,11 @@ def test_sigkill(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(
+def test_stop_signal(
     settings: dict, config_file: Callable, command: Callable, run_command: Callable, uninterrupted: Path,
     number: signal.Signals,
 ) -> None:  # fmt: skip
-    """The step is finished and saved, the code is 75; the same command goes on to the same end."""
+    """The step is finished and saved, the code is 75; the same command continues to the same end."""
     settings["checkpoint"] = {"every": 0}
     run, words = Path(settings["run"]["dir"]), ("launch/pretrain.py", config_file(settings))
     process = command(*words)
@@ -83,10 +83,10 @@ def test_asked_to_stop(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_while_waiting_for_the_others(
+def test_stop_signal_while_waiting_for_other_ranks(
     settings: dict, config_file: Callable, command: Callable, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """One of two processes, whose first one answers nothing: it ends at once, with 75."""
+    """Rank 1 of two waits for a rank 0 that does not answer: it exits with 75 at once."""
     with socket.create_server(("127.0.0.1", 0)) as first:
         place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first.getsockname()[1])}
@@ -101,8 +101,8 @@ def test_asked_to_stop_while_waiting_for_the_others(
     assert process.returncode == 75, errors
 
 
-def test_a_finished_run_stays(settings: dict) -> None:
-    """The same command after the end does nothing and ends with 0; more steps go on from there."""
+def test_a_finished_run_is_not_trained_again(settings: dict) -> None:
+    """The same command after the end does nothing and ends with 0; more steps continue from there."""
     run = Path(settings["run"]["dir"])
     assert train(settings, "run.steps=4") == 0
     first = metrics(run)
@@ -113,7 +113,7 @@ def test_a_finished_run_stays(settings: dict) -> None:
 
 
 def test_the_cut_off_tail_of_metrics_is_kept(settings: dict) -> None:
-    """Steps after the checkpoint are redone; their first record stays aside, half a line included."""
+    """Steps after the checkpoint are repeated; their first records stay in a tail file, an incomplete line included."""
     run = Path(settings["run"]["dir"])
     assert train(settings, "run.steps=3") == 0
     kept = (run / "metrics.jsonl").read_text()

@@ -30,7 +30,7 @@ def finished(uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_closing(finished: tuple[RunConfig, Path]) -> None:
-    """Loss, time, places; a saved run has no next command but the same one."""
+    """Loss, time, locations of files; the only next command of a stopped run is the same command."""
     config, path = finished
     saved = path / "checkpoints" / "step_00000008"
     text = closing(config, path, saved, record(8, **{"validation_loss.x": 2.5}), 8, 8, 3725)
@@ -53,7 +53,7 @@ def test_closing(finished: tuple[RunConfig, Path]) -> None:
 def test_the_next_commands_work_as_printed(
     finished: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Each ends with 0 and makes what it says; from another folder the paths are whole ones."""
+    """Each exits with 0 and writes what it names; from another folder the paths are absolute."""
     config, path = finished
     commands = [shlex.split(command) for command in next_commands(config, path, 8)]
     assert [words[1] for words in commands] == ["tools/generate.py", "tools/export_hf.py", "tools/report.py"]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make(folder: Path, text: str = "{}") -> Path:
-    """A folder that is as good as a tokenizer's for whoever only compares and copies."""
+    """A folder with the file names of a tokenizer, enough to compare and copy it."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(text)
     (folder / "tokenizer_config.json").write_text("{}")
@@ -62,7 +62,7 @@ def test_a_new_run_takes_what_its_config_names(run: Path, tmp_path: Path) -> Non
 
 
 def test_a_resumed_run_keeps_its_own(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The same content is accepted from anywhere, another is refused, none given is its own."""
+    """The same content is accepted from anywhere, another is refused; without data.tokenizer its own is used."""
     first, moved, other = tmp_path / "first", tmp_path / "moved", make(tmp_path / "other", "1")
     shutil.copytree(first, moved)
     for own in (first, run / "tokenizer"):  # as an old run directory has it, and with a copy
@@ -99,7 +99,7 @@ def test_the_copy_is_that_of_the_start(run: Path, tmp_path: Path) -> None:
     assert fingerprint(copy) == fingerprint(other)
 
 
-def test_what_tools_read(run: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_that_tools_read(run: Path, tmp_path: Path) -> None:
     first, config = tmp_path / "first", config_with(tmp_path / "first")
     assert run_tokenizer(run, config) == first
     assert run_tokenizer(run, config_with()) is None
@@ -123,7 +123,7 @@ def test_prompts_need_one(run: Path, tmp_path: Path) -> None:
 def test_a_run_whose_tokenizer_moves(
     settings: dict, corpus: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Started with relative paths; then the folder is gone, and resume, samples, export and tools go on without it."""
+    """Started with relative paths; then the folder is deleted; resume, samples, export and tools work without it."""
     monkeypatch.chdir(corpus.folder)
     shutil.copytree(corpus.tokenizer, tmp_path / "mine")
     monkeypatch.chdir(tmp_path)

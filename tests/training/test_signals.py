@@ -49,7 +49,7 @@ SLOW = {"backward", "publishing a checkpoint", "exporting"}
 @pytest.mark.parametrize(
     "moment", [pytest.param(moment, marks=pytest.mark.slow if moment in SLOW else ()) for moment in MOMENTS]
 )
-def test_asked_to_stop(settings: dict, uninterrupted: Path, moment: str) -> None:
+def test_stop_signal(settings: dict, uninterrupted: Path, moment: str) -> None:
     """Code 75; then, without the signal, every metric of every step and every tensor equals the undisturbed run's."""
     run, (interruption, saved) = Path(settings["run"]["dir"]), MOMENTS[moment]
     words = ["export.every=5"] if moment == "exporting" else []

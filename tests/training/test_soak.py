@@ -19,10 +19,10 @@ def write(settings: dict, run: Path) -> Path:
 
 
 def test_torchrun_starts_a_killed_run_again(settings: dict, tmp_path: Path) -> None:
-    """Three kills of one of two workers at random moments: no step missing, doubled or different in any figure."""
+    """Three kills of one of two workers at random moments: no step missing, doubled or different in any metric."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     soak(write(settings, alone), alone, world=2, kills=0)
-    figures = soak(write(settings, killed), killed, world=2, kills=3)
-    assert figures["kills"] == 3
+    outcome = soak(write(settings, killed), killed, world=2, kills=3)
+    assert outcome["kills"] == 3
     assert [line["step"] for line in metrics(killed)] == list(range(1, 31))
     assert metrics(killed) == metrics(alone)

@@ -71,7 +71,7 @@ def take_step(run: SimpleNamespace, rate: float = 1.0) -> StepResult:
     return train_step(run.model, run.optimizers, run.batch, run.config, rate, run.ranks)
 
 
-def contents(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+def trained_tensors(run: SimpleNamespace) -> dict[str, torch.Tensor]:
     """Every tensor that a step may change."""
     state = {name: whole(tensor).clone() for name, tensor in run.model.state_dict().items()}
     return state | {name: whole(tensor).clone() for name, tensor in run.optimizers.state_dict().items()}
@@ -115,8 +115,8 @@ def test_microbatches_and_recompute_change_nothing(
         torch.testing.assert_close(run.gradients[name], gradient, rtol=1e-9, atol=BOUND)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-9), name
-    state = contents(run)
-    for name, tensor in contents(reference).items():
+    state = trained_tensors(run)
+    for name, tensor in trained_tensors(reference).items():
         # Newton-Schulz amplifies rounding by its steepest slope, about 500, on each weight
         torch.testing.assert_close(state[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
 
@@ -160,11 +160,11 @@ def test_a_bad_step_changes_nothing(settings: dict, ranks: mesh.Ranks, where: st
             run.model.norm.gain.fill_(math.inf)
     else:
         run.model.embed.weight.register_post_accumulate_grad_hook(lambda p: p.grad.to_local().fill_(math.nan))
-    before = contents(run)
+    before = trained_tensors(run)
     result = take_step(run)
     assert (result.metrics["skipped"], result.skip_reason) == (True, "not finite")
     assert all(parameter.grad is None for parameter in run.model.parameters())
-    for name, tensor in contents(run).items():
+    for name, tensor in trained_tensors(run).items():
         assert torch.equal(tensor, before[name]), name
 
 

@@ -39,11 +39,11 @@ def test_on_the_command_line(
     """Through the program itself: one line, no traceback, code 2, and no directory of a run that cannot start."""
     for name, path in {"CONFIG": config_file(settings), "RUN": tmp_path / "run"}.items():
         words = [word.replace(name, str(path)) for word in words]
-    done = run_command("launch/pretrain.py", *words)
-    assert done.code == 2
-    assert done.errors.count("\n") == 1
-    assert done.errors.startswith("error: ")
-    assert expected in done.errors
+    result = run_command("launch/pretrain.py", *words)
+    assert result.code == 2
+    assert result.errors.count("\n") == 1
+    assert result.errors.startswith("error: ")
+    assert expected in result.errors
     assert not (tmp_path / "run").exists()
 
 
@@ -58,7 +58,7 @@ def test_another_tokenizer(settings: dict, corpus: SimpleNamespace, tmp_path: Pa
 
 
 def test_a_damaged_shard(settings: dict, corpus: SimpleNamespace, tmp_path: Path) -> None:
-    """Cut short is seen by its size, changed by its checksum; the file is named."""
+    """A truncated file is detected by its size, a changed one by its checksum; the message names it."""
     folder = tmp_path / "code"
     shutil.copytree(corpus.folder / "code", folder)
     settings["data"]["train"]["code"] = str(folder)
@@ -87,15 +87,15 @@ def test_a_run_of_another_config(settings: dict) -> None:
     """Fixed keys are refused and named, learning rates need --accept-change, the rest is free; the run stays whole."""
     run = Path(settings["run"]["dir"])
     assert train(settings, "run.steps=3") == 0
-    before, figures = state(run, 3), metrics(run)
+    before, steps = state(run, 3), metrics(run)
     assert "model.window was 9 and is 5" in refuse(settings, "model.window=5")
     assert "--accept-change optim.muon.lr" in refuse(settings, "optim.muon.lr=0.5")
     assert status(run)["code"] == 2
-    assert metrics(run) == figures
+    assert metrics(run) == steps
     for name, tensor in state(run, 3).items():
         assert torch.equal(tensor, before[name]), name
     assert train(settings, "optim.muon.lr=0.5", "log.every=5", "run.steps=4", accept=("optim.muon.lr",)) == 0
-    assert metrics(run)[:3] == figures
+    assert metrics(run)[:3] == steps
     assert metrics(run)[3]["lr_muon"] == 0.5
     assert yaml.safe_load((run / "config.1.yaml").read_text())["optim"]["muon"]["lr"] == 0.5
 
@@ -140,8 +140,8 @@ def test_a_restarting_launcher_stops(settings: dict, monkeypatch: pytest.MonkeyP
     assert status(run)["code"] == 2
 
 
-def test_save_now_and_go_on(settings: dict, config_file: Callable, command: Callable) -> None:
-    """touch SAVE: a checkpoint after the next step, the file SAVE removed, and the run goes on."""
+def test_a_save_request(settings: dict, config_file: Callable, command: Callable) -> None:
+    """touch SAVE: the next step saves a checkpoint and removes SAVE, and the run continues."""
     settings["checkpoint"] = {"every": 0}
     run = Path(settings["run"]["dir"])
     process = command("launch/pretrain.py", config_file(settings), "run.steps=100000")
@@ -184,10 +184,10 @@ def test_a_full_disk(settings: dict, config_file: Callable, run_command: Callabl
         settings["run"]["dir"] = str(small / "run")
         settings["checkpoint"] = {"every": 1, "keep": 9}
         words = ("launch/pretrain.py", config_file(settings))
-        done = run_command(*words, "run.steps=40")
-        assert done.code == 1, done.errors
-        assert done.errors.splitlines()[-1].startswith("error: the disk is full")
-        assert "Traceback" not in done.errors
+        result = run_command(*words, "run.steps=40")
+        assert result.code == 1, result.errors
+        assert result.errors.splitlines()[-1].startswith("error: the disk is full")
+        assert "Traceback" not in result.errors
         whole = sorted(small.glob("run/checkpoints/*/COMPLETE"))
         assert whole
         newest = int(whole[-1].parent.name.removeprefix("step_"))
@@ -202,16 +202,16 @@ def test_system_errors_are_explained() -> None:
     assert explain(full) == (1, "the disk is full while writing x.bin; free some space and run the same command again")
     assert explain(PermissionError(13, "Permission denied", "y"))[0] == 2
     assert explain(FileNotFoundError(2, "No such file or directory", "z"))[0] == 2
-    assert explain(ValueError("ours")) is None
-    assert explain(KeyError("ours")) is None
+    assert explain(ValueError("a bug")) is None
+    assert explain(KeyError("a bug")) is None
 
 
 def test_dry_run(run_command: Callable) -> None:
     """Large, in seconds: the resolved config and the exact count, on one process and with nothing written."""
-    done = run_command("launch/pretrain.py", "configs/large.yaml", "--dry-run")
-    assert done.code == 0, done.errors
-    assert "398,635,286,016" in done.output
-    assert yaml.safe_load(done.output.split("\n\n")[0])["batch"]["ramp"] == [
+    result = run_command("launch/pretrain.py", "configs/large.yaml", "--dry-run")
+    assert result.code == 0, result.errors
+    assert "398,635,286,016" in result.output
+    assert yaml.safe_load(result.output.split("\n\n")[0])["batch"]["ramp"] == [
         {"tokens": 4900000000000, "sequences": 16384}
     ]
     assert not (ROOT / "runs/large").exists()
@@ -222,17 +222,19 @@ def test_show_batch_is_what_the_run_read(settings: dict, config_file: Callable, 
     from trinity.training.build_data import open_stream
 
     path = config_file(settings)
-    done = run_command("tools/show_batch.py", path, "--step", 3)
-    assert done.code == 0, done.errors
+    result = run_command("tools/show_batch.py", path, "--step", 3)
+    assert result.code == 0, result.errors
     stream = open_stream(build_config([("test", OmegaConf.create(settings))]), 0, 1)
     stream.take(12)
     pieces = [piece for row in stream.take(6).pieces for piece in row]
-    shown = [line for line in done.output.splitlines() if line.startswith("--- ")]
-    assert shown == [f"--- {p.source}: document {p.document}, tokens {p.start} to {p.start + p.length}" for p in pieces]
+    titles = [line for line in result.output.splitlines() if line.startswith("--- ")]
+    assert titles == [
+        f"--- {p.source}: document {p.document}, tokens {p.start} to {p.start + p.length}" for p in pieces
+    ]
 
 
 def test_show_batch_starts_from_the_nearest_checkpoint(settings: dict, config_file: Callable) -> None:
-    """Of those before the step; one of a run of other data is no help, and no harm."""
+    """The nearest one before the step; a checkpoint of a run on other data is ignored."""
     from trinity.training.build_data import open_stream, seek_near
 
     assert train(settings, "run.steps=7", "checkpoint.keep=9") == 0  # 6 sequences a step, from the fifth on 12

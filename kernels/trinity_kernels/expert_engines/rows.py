@@ -41,7 +41,7 @@ def expert_mlp_by(
     groups = group_rows(indices_TK, len(gate_up_E2FD), rows)
     x_RD = _Gather.apply(x_TD, *groups)
     gate_RF, up_RF = linear(x_RD, gate_up_E2FD.flatten(1, 2), groups.ends_E).chunk(2, dim=-1)
-    return _Weigh.apply(linear(F.silu(gate_RF) * up_RF, down_EDF, groups.ends_E), s_TK, *groups)
+    return _WeightedSum.apply(linear(F.silu(gate_RF) * up_RF, down_EDF, groups.ends_E), s_TK, *groups)
 
 
 class _NoRows(torch.autograd.Function):
@@ -71,7 +71,7 @@ class _Gather(torch.autograd.Function):
         return _sum_per_token(grad_RD, place_TK).to(grad_RD.dtype), None, None, None
 
 
-class _Weigh(torch.autograd.Function):
+class _WeightedSum(torch.autograd.Function):
     """Σ_k s_tk · row in fp32. Saves the rows in their own dtype."""
 
     @staticmethod

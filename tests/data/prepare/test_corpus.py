@@ -1,4 +1,4 @@
-"""The corpus from a made-up library, and that no held-out text leaks, from this Python's standard library."""
+"""The corpus of a made-up library; and no held-out text of the standard library is in the training files."""
 
 import json
 from pathlib import Path
@@ -75,8 +75,8 @@ def test_the_same_python_gives_the_same_bytes(library: Path, tmp_path: Path) -> 
     assert {path.name for path in (tmp_path / "b").iterdir()} == set(names)
 
 
-def test_a_module_is_on_one_side(library: Path, tmp_path: Path) -> None:
-    """A docstring of a held-out module stands in that module's code, so neither may be trained on."""
+def test_a_module_is_in_one_split(library: Path, tmp_path: Path) -> None:
+    """A docstring of a held-out module is also in that module's code, so neither may be in the training files."""
     write_corpus(tmp_path / "out", library)
     sides = {}
     for side in ("train", "validation"):
@@ -87,7 +87,7 @@ def test_a_module_is_on_one_side(library: Path, tmp_path: Path) -> None:
     assert any(name.startswith("package.") for name in sides["validation"])
 
 
-def test_about_three_in_a_hundred_are_held_out() -> None:
+def test_about_three_percent_are_held_out() -> None:
     """10,000 names: mean 300, standard deviation 17; six of them bound the chance of a miss by 1e-8."""
     assert abs(sum(held_out(f"name{number}") for number in range(10_000)) - 300) < 6 * 17
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.small_files import content, decoded, jsonl
+from tests.data.small_files import decode_documents, read_folder, write_jsonl
 from trinity.data.prepare.dedup import SeenHashes
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.prepare.tokenize import text_hashes
@@ -22,7 +22,7 @@ KEPT = ["one", "two", "three", "two ", "four"]
 
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=8), st.integers(0, 3))
-def test_the_table_is_a_set(batches: list[list[int]], collisions: int) -> None:
+def test_the_table_equals_a_set(batches: list[list[int]], collisions: int) -> None:
     """Few numbers, so that many are equal; first halves cut to a few, so that many slots are the same."""
     table, reference = SeenHashes(), set()
     for batch in batches:
@@ -48,9 +48,9 @@ def test_the_table_grows() -> None:
 
 def test_the_first_of_equal_texts_stays(tmp_path: Path, tokenizer_dir: Path) -> None:
     """Over two files and several shards; without the option all texts stay."""
-    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS[:4]), jsonl(tmp_path / "b.jsonl", TEXTS[4:])]
+    inputs = [write_jsonl(tmp_path / "a.jsonl", TEXTS[:4]), write_jsonl(tmp_path / "b.jsonl", TEXTS[4:])]
     index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=5, deduplicate=True)
-    assert decoded(tmp_path / "out", tokenizer_dir) == KEPT
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == KEPT
     assert index["skipped"] == {"duplicate": 3, "empty": 1}
     assert (index["documents"], index["deduplicate"], index["input_documents"]) == (5, True, [2, 3])
     sizes = [(tmp_path / "out" / f"shard_{n:05d}.hashes").stat().st_size for n in range(len(index["shards"]))]
@@ -61,20 +61,20 @@ def test_the_first_of_equal_texts_stays(tmp_path: Path, tokenizer_dir: Path) -> 
 
 def test_repair_keeps_the_hashes_of_earlier_shards(tmp_path: Path, tokenizer_dir: Path) -> None:
     """Damaged hashes are rebuilt with their shard; a reader does not need them."""
-    inputs, out = [jsonl(tmp_path / "a.jsonl", TEXTS * 3)], tmp_path / "out"
+    inputs, out = [write_jsonl(tmp_path / "a.jsonl", TEXTS * 3)], tmp_path / "out"
     prepare_data(inputs, tokenizer_dir, out, shard_tokens=5, deduplicate=True)
-    whole = content(out)
+    whole = read_folder(out)
     for name in ("shard_00001.hashes", "shard_00002.tokens"):
         (out / name).write_bytes(b"")
         if name.endswith("hashes"):
             assert TokenSource(out).documents == 5
         assert prepare_data(inputs, tokenizer_dir, out, shard_tokens=5, deduplicate=True)[1] is False
-        assert content(out) == whole
+        assert read_folder(out) == whole
 
 
 def test_shards_with_and_without_the_option_do_not_mix(tmp_path: Path, tokenizer_dir: Path) -> None:
     """A folder from before the option existed counts as one without it."""
-    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    inputs = [write_jsonl(tmp_path / "a.jsonl", TEXTS)]
     for before, after in ((False, True), (True, False)):
         out = tmp_path / f"out{before}"
         prepare_data(inputs, tokenizer_dir, out, deduplicate=before)

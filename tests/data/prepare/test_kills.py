@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.small_files import content, jsonl
+from tests.data.small_files import read_folder, write_jsonl
 from trinity.data.prepare import prepare
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import documents
@@ -32,7 +32,7 @@ def inputs(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) ->
         start = numbers.randrange(len(lines) - 12)
         copied = contents and numbers.random() < 0.25
         contents.append(numbers.choice(contents) if copied else "\n".join(lines[start : start + numbers.randrange(12)]))
-    paths = [jsonl(tmp_path / "a.jsonl", contents[:350]), jsonl(tmp_path / "b.jsonl", contents[350:])]
+    paths = [write_jsonl(tmp_path / "a.jsonl", contents[:350]), write_jsonl(tmp_path / "b.jsonl", contents[350:])]
     for path in paths:
         path.write_bytes(path.read_bytes() + b"{oops\n")
     return paths
@@ -75,26 +75,26 @@ def test_killed_until_done(
     out, numbers, kept = tmp_path / "out", random.Random(7), {}
     for kill in range(KILLS):
         process = start(inputs, tokenizer_dir, out, workers[kill % len(workers)], deduplicate)
-        shards_before = len(done(out))
-        while kill % 2 and process.is_alive() and len(done(out)) == shards_before:
+        shards_before = len(finished_files(out))
+        while kill % 2 and process.is_alive() and len(finished_files(out)) == shards_before:
             time.sleep(0.001)  # every other start is left until it has finished a shard more
         process.join(numbers.uniform(0, longest))
         if process.exitcode is not None:
             break
         process.kill()
         process.join()
-        kept |= {name: (out / name).stat().st_ino for name in done(out)}
+        kept |= {name: (out / name).stat().st_ino for name in finished_files(out)}
     assert kill >= 1
     assert kept
     last = start(inputs, tokenizer_dir, out, 2, deduplicate)
     last.join()
     assert last.exitcode == 0
-    assert content(out) == content(tmp_path / "whole")
+    assert read_folder(out) == read_folder(tmp_path / "whole")
     assert {name: (out / name).stat().st_ino for name in kept} == kept
     assert len(TokenSource(out)._shards) > 10
 
 
-def done(out: Path) -> list[str]:
+def finished_files(out: Path) -> list[str]:
     """Files of the finished shards in progress.json."""
     if not (out / "progress.json").exists():
         return []
@@ -110,13 +110,13 @@ def test_any_number_of_workers_gives_the_same(
         process = start(inputs, tokenizer_dir, tmp_path / f"{workers}", workers, deduplicate)
         process.join()
         assert process.exitcode == 0
-    assert content(tmp_path / "0") == content(tmp_path / "1") == content(tmp_path / "3")
+    assert read_folder(tmp_path / "0") == read_folder(tmp_path / "1") == read_folder(tmp_path / "3")
     index = json.loads((tmp_path / "0" / "index.json").read_text())
     assert index["skipped"]["unreadable"] == 2
     assert (index["skipped"].get("duplicate", 0) > 50) == deduplicate
 
 
-def test_two_at_once_are_refused(
+def test_two_preparations_of_one_folder_are_refused(
     tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: list[Path], capfd: Callable
 ) -> None:
     monkeypatch.setattr(prepare, "LOCK_SECONDS", 0.1)
@@ -127,4 +127,4 @@ def test_two_at_once_are_refused(
         second.join()
     assert second.exitcode == 1
     assert f"--out {out} is being written by another process" in capfd.readouterr().err
-    assert content(out) == {}
+    assert read_folder(out) == {}

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.data.small_files import content, decoded, jsonl, tokenizer_with_gap, zstd
+from tests.data.small_files import compress_zstd, decode_documents, read_folder, tokenizer_with_gap, write_jsonl
 from trinity.data.prepare import prepare, shard_writer, tokenize
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import documents
@@ -28,17 +28,17 @@ TEXTS = [f"Document {number}: " + "some words of text, 日本語, 12345. " * (nu
 
 def test_every_kind_of_file(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXTS[0])
-    jsonl(tmp_path / "b.jsonl", [*TEXTS[1:10], "", *TEXTS[10:20]])
+    write_jsonl(tmp_path / "b.jsonl", [*TEXTS[1:10], "", *TEXTS[10:20]])
     raw = "\n".join(json.dumps({"text": text}) for text in TEXTS[20:30])
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(raw.encode()))
     table = pyarrow.table({"n": list(range(20)), "text": TEXTS[30:50]})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
-    frames = [jsonl(tmp_path / "frame", part).read_bytes() for part in (TEXTS[50:53], TEXTS[53:])]
-    (tmp_path / "e.jsonl.zst").write_bytes(b"".join(map(zstd, frames)))
+    frames = [write_jsonl(tmp_path / "frame", part).read_bytes() for part in (TEXTS[50:53], TEXTS[53:])]
+    (tmp_path / "e.jsonl.zst").write_bytes(b"".join(map(compress_zstd, frames)))
     inputs = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet", "e.jsonl.zst")]
     index, already = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500)
     assert not already
-    assert decoded(tmp_path / "out", tokenizer_dir) == TEXTS
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == TEXTS
     assert index["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert index["skipped"] == {"empty": 1}
     assert index["input_documents"] == [1, 19, 10, 20, 10]
@@ -48,25 +48,25 @@ def test_every_kind_of_file(tmp_path: Path, tokenizer_dir: Path) -> None:
 
 def test_special_tokens_in_text_are_text(tmp_path: Path, tokenizer_dir: Path) -> None:
     texts = [f"a {BOS} b", "<|end_of_text|>"]
-    prepare_data([jsonl(tmp_path / "a.jsonl", texts)], tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == texts
+    prepare_data([write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer_dir, tmp_path / "out")
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == texts
 
 
 def test_batch_size_changes_no_byte(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    inputs = [write_jsonl(tmp_path / "a.jsonl", TEXTS)]
     prepare_data(inputs, tokenizer_dir, tmp_path / "large", shard_tokens=500)
     monkeypatch.setattr(documents, "BATCH_BYTES", 300)
     monkeypatch.setattr(prepare, "BATCH_BYTES", 300)
     prepare_data(inputs, tokenizer_dir, tmp_path / "small", shard_tokens=500)
-    assert content(tmp_path / "large") == content(tmp_path / "small")
+    assert read_folder(tmp_path / "large") == read_folder(tmp_path / "small")
     monkeypatch.setattr(tokenize, "GROUP_CHARACTERS", 100)
     monkeypatch.setattr(tokenize, "PIECE_CHARACTERS", 40)
     prepare_data(inputs, tokenizer_dir, tmp_path / "pieces", shard_tokens=500)
-    assert content(tmp_path / "large") == content(tmp_path / "pieces")
+    assert read_folder(tmp_path / "large") == read_folder(tmp_path / "pieces")
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches SIGKILL."""
+    """An exception that no code catches, like SIGKILL."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
@@ -87,7 +87,10 @@ def test_killed_at_any_moment_and_started_again(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two inputs, empty and unreadable documents among them: the same bytes as without a kill."""
-    inputs = [jsonl(tmp_path / "a.jsonl", [*TEXTS[:30], "", ""]), jsonl(tmp_path / "b.jsonl", ["", *TEXTS[30:]])]
+    inputs = [
+        write_jsonl(tmp_path / "a.jsonl", [*TEXTS[:30], "", ""]),
+        write_jsonl(tmp_path / "b.jsonl", ["", *TEXTS[30:]]),
+    ]
     with open(inputs[0], "a") as file:
         file.write("not json\n")
     arguments = {"shard_tokens": 900, "skip_bad_lines": True}
@@ -101,11 +104,11 @@ def test_killed_at_any_moment_and_started_again(
             kill_at(patch, moment)
             with pytest.raises(Killed):
                 prepare_data(inputs, tokenizer_dir, out, **arguments)
-        done = {name for name in content(out) if name.endswith((".tokens", ".documents"))}
-        before = {name: (out / name).stat().st_ino for name in done}
+        complete = {name for name in read_folder(out) if name.endswith((".tokens", ".documents"))}
+        before = {name: (out / name).stat().st_ino for name in complete}
         _, already = prepare_data(inputs, tokenizer_dir, out, **arguments)
         assert not already
-        assert content(out) == content(tmp_path / "whole")
+        assert read_folder(out) == read_folder(tmp_path / "whole")
         whole = max(0, moment - 1) // 3
         for number in range(whole):
             name = f"shard_{number:05d}.tokens"
@@ -113,12 +116,12 @@ def test_killed_at_any_moment_and_started_again(
 
 
 def test_killed_before_progress_is_removed(tmp_path: Path, tokenizer_dir: Path) -> None:
-    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    inputs = [write_jsonl(tmp_path / "a.jsonl", TEXTS)]
     prepare_data(inputs, tokenizer_dir, tmp_path / "out")
-    whole = content(tmp_path / "out")
+    whole = read_folder(tmp_path / "out")
     shutil.copy(tmp_path / "out" / "index.json", tmp_path / "out" / "progress.json")
     assert prepare_data(inputs, tokenizer_dir, tmp_path / "out")[1]
-    assert content(tmp_path / "out") == whole
+    assert read_folder(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize(
@@ -131,28 +134,28 @@ def test_killed_before_progress_is_removed(tmp_path: Path, tokenizer_dir: Path) 
     ids=["missing", "cut short", "changed"],
 )
 def test_the_same_command_repairs_damage(tmp_path: Path, tokenizer_dir: Path, harm: Callable) -> None:
-    inputs = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    inputs = [write_jsonl(tmp_path / "a.jsonl", TEXTS)]
     index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500)
-    whole = content(tmp_path / "out")
+    whole = read_folder(tmp_path / "out")
     assert prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500) == (index, True)
     harm(tmp_path / "out" / "shard_00001.documents")
     with pytest.raises(UserError, match="shard_00001"):
         TokenSource(tmp_path / "out")
     assert prepare_data(inputs, tokenizer_dir, tmp_path / "out", shard_tokens=500) == (index, False)
-    assert content(tmp_path / "out") == whole
+    assert read_folder(tmp_path / "out") == whole
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, tokenizer_dir: Path) -> None:
-    inputs, out = [jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out"
+def test_a_folder_with_other_files_is_not_changed(tmp_path: Path, tokenizer_dir: Path) -> None:
+    inputs, out = [write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"holds something else \(thesis.tex\)"):
         prepare_data(inputs, tokenizer_dir, out)
-    assert content(out) == {"thesis.tex": b"mine"}
+    assert read_folder(out) == {"thesis.tex": b"mine"}
     (out / "thesis.tex").unlink()
     prepare_data(inputs, tokenizer_dir, out)
-    whole = content(out)
-    changed = jsonl(tmp_path / "b.jsonl", TEXTS)
+    whole = read_folder(out)
+    changed = write_jsonl(tmp_path / "b.jsonl", TEXTS)
     with pytest.raises(UserError, match="whose inputs differ"):
         prepare_data([changed], tokenizer_dir, out)
     with pytest.raises(UserError, match="whose shard_tokens differ"):
@@ -162,12 +165,12 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, tokenizer_dir:
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
     with pytest.raises(UserError, match="whose tokenizer differ"):
         prepare_data(inputs, other, out)
-    assert content(out) == whole
+    assert read_folder(out) == whole
 
 
 def test_an_input_changed_in_place_is_noticed(tmp_path: Path, tokenizer_dir: Path) -> None:
     """Same name, same size, one letter."""
-    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    path, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     prepare_data([path], tokenizer_dir, out)
     path.write_text(path.read_text().replace("Document 33", "Dokument 33"))
     with pytest.raises(UserError, match="whose inputs differ"):
@@ -176,7 +179,7 @@ def test_an_input_changed_in_place_is_noticed(tmp_path: Path, tokenizer_dir: Pat
 
 @pytest.mark.parametrize(("size", "places"), [(1 << 20, [0, 500_000, (1 << 20) - 1]), (10_000_000, [0, 9_900_000])])
 def test_identity_hashes_small_files_whole_and_samples_large_ones(tmp_path: Path, size: int, places: list[int]) -> None:
-    """9,900,000 lies in the last of 64 blocks of 65,536 bytes, which begins at 63/64 of the file."""
+    """9,900,000 is in the last of 64 blocks of 65,536 bytes, which begins at 63/64 of the file."""
     path = tmp_path / "a"
     path.write_bytes(bytes(size))
     before = checksum.identity(path)
@@ -204,7 +207,7 @@ BAD = {
         gzip.compress(GOOD)[:20] + b"~" * 40,
         r"a\.jsonl\.gz is not a whole gzip file",
     ),
-    "cut zstd": ("a.jsonl.zst", zstd(GOOD * 1000)[:-9], r"a\.jsonl\.zst is not a whole zstd file"),
+    "cut zstd": ("a.jsonl.zst", compress_zstd(GOOD * 1000)[:-9], r"a\.jsonl\.zst is not a whole zstd file"),
     "no zstd": ("a.jsonl.zst", GOOD, r"a\.jsonl\.zst is not a whole zstd file"),
     "list": ("a.jsonl", GOOD + b'{"text": ["x"]}\n', r"a\.jsonl:2 holds list where text"),
     "null": ("a.jsonl", GOOD + b'{"text": null}\n', r"a\.jsonl:2 holds NoneType where text"),
@@ -223,7 +226,7 @@ def test_bad_input_is_named(tmp_path: Path, tokenizer_dir: Path, case: str) -> N
     (tmp_path / name).write_bytes(GOOD)
     (tmp_path / "good.jsonl").write_bytes(GOOD)
     prepare_data([tmp_path / "good.jsonl"], tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == ["good"]
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == ["good"]
 
 
 def test_bad_parquet_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -238,7 +241,7 @@ def test_bad_parquet_is_named(tmp_path: Path, tokenizer_dir: Path) -> None:
 
 
 def test_missing_things_are_named(tmp_path: Path, tokenizer_dir: Path) -> None:
-    good, empty = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "empty"
+    good, empty = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "empty"
     empty.mkdir()
     (empty / "a.zip").write_bytes(b"PK")
     cases = [
@@ -271,12 +274,12 @@ MARKED = {
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
+def test_byte_order_marks_are_removed(tmp_path: Path, tokenizer_dir: Path, name: str) -> None:
     """In shards, in text that a run reads, and in a tokenizer's training text; later in a text it is text."""
     raw, expected = MARKED[name]
     (tmp_path / name).write_bytes(raw)
     prepare_data([tmp_path / name], tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == expected
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == expected
     source = TextSource([tmp_path / name], tokenizer_dir, cache=tmp_path / "cache")
     assert [source._text(document) for document in range(source.documents)] == expected
     assert list(_texts([tmp_path / name], "text", None, 0, False)) == expected
@@ -284,7 +287,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer_dir: Path, name:
 
 
 def long_zstd(raw: bytes, window_log: int) -> bytes:
-    """As `zstd --long=WINDOW_LOG` compresses a pipe, whose size it does not know."""
+    """Compress as `zstd --long=WINDOW_LOG` does from a pipe: without the content's size."""
     options = {
         zstd_library.CompressionParameter.window_log: window_log,
         zstd_library.CompressionParameter.enable_long_distance_matching: 1,
@@ -300,13 +303,13 @@ def long_zstd(raw: bytes, window_log: int) -> bytes:
 @pytest.mark.parametrize("window_log", [27, 28, 31])
 def test_zstd_with_a_long_window(tmp_path: Path, tokenizer_dir: Path, window_log: int) -> None:
     """Two consecutive frames."""
-    parts = [jsonl(tmp_path / "part", texts).read_bytes() for texts in (TEXTS[:20], TEXTS[20:])]
+    parts = [write_jsonl(tmp_path / "part", texts).read_bytes() for texts in (TEXTS[:20], TEXTS[20:])]
     packed = long_zstd(parts[0], window_log) + long_zstd(parts[1], window_log)
     assert packed[5] >> 3 == window_log - 10  # the window's size, in the frame's header (RFC 8878, 3.1.1.1.2)
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(packed)
     prepare_data([path], tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == TEXTS
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == TEXTS
     path.write_bytes(packed[:-3])
     with pytest.raises(UserError, match=r"a\.jsonl\.zst is not a whole zstd file"):
         prepare_data([path], tokenizer_dir, tmp_path / "cut")
@@ -324,7 +327,7 @@ def test_ids_with_gaps(tmp_path: Path, tokenizer_dir: Path) -> None:
     """701 ids, of which the largest is 70,000: shards of four bytes an id that hold it."""
     gap = tokenizer_with_gap(tokenizer_dir, tmp_path / "gap", 70_000)
     assert load_tokenizer(gap).get_vocab_size() == 701
-    index, _ = prepare_data([jsonl(tmp_path / "a.jsonl", ["a <|gap|> b"])], gap, tmp_path / "out")
+    index, _ = prepare_data([write_jsonl(tmp_path / "a.jsonl", ["a <|gap|> b"])], gap, tmp_path / "out")
     assert (index["vocab_size"], index["dtype"]) == (70_001, "<u4")
     assert TextSource([tmp_path / "a.jsonl"], gap, cache=tmp_path / "cache").vocab_size == 70_001
     assert len(token_byte_lengths(load_tokenizer(gap))) == 70_001
@@ -337,4 +340,4 @@ def test_skipping_bad_lines_counts_them(tmp_path: Path, tokenizer_dir: Path) -> 
         prepare_data([path], tokenizer_dir, tmp_path / "out")
     index, _ = prepare_data([path], tokenizer_dir, tmp_path / "out", skip_bad_lines=True)
     assert index["skipped"] == {"empty": 1, "unreadable": 2}
-    assert decoded(tmp_path / "out", tokenizer_dir) == ["good", "good"]
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == ["good", "good"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.small_files import content, decoded, jsonl
+from tests.data.small_files import decode_documents, read_folder, write_jsonl
 from trinity.data.prepare import prepare
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.prepare.tokenize import Encoder
@@ -27,8 +27,8 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tokeniz
     """(out, words) → exit code, stdout, last line of stderr."""
 
     def run(out: Path, *words: object) -> tuple[int, str, str]:
-        given = ["prepare_data", "--tokenizer", tokenizer_dir, "--out", out, *words]
-        monkeypatch.setattr(sys, "argv", list(map(str, given)))
+        arguments = ["prepare_data", "--tokenizer", tokenizer_dir, "--out", out, *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(Path(__file__).parents[3] / "tools" / "prepare_data.py"), run_name="__main__")
         output = capsys.readouterr()
@@ -40,13 +40,13 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tokeniz
 def test_options(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
-    jsonl(folder / "train.jsonl", ["a", "b", "a"])
-    jsonl(folder / "dev.jsonl", ["c"], field="body")
+    write_jsonl(folder / "train.jsonl", ["a", "b", "a"])
+    write_jsonl(folder / "dev.jsonl", ["c"], field="body")
     out = tmp_path / "out"
     code, printed, _ = tool(out, "--dataset", folder, "--deduplicate", "--workers", 2)
     assert code == 0
     assert printed == f"{out}: 2 documents, 4 tokens, 2 bytes of text, 1 shards, 1 duplicate skipped\n"
-    assert decoded(out, tokenizer_dir) == ["a", "b"]
+    assert decode_documents(out, tokenizer_dir) == ["a", "b"]
     files = [f"{folder}/*.jsonl", "--skip-bad-lines", "--shard-tokens", 2, "--workers", 0]
     code, printed, _ = tool(tmp_path / "files", "--input", *files)
     assert printed.endswith(": 3 documents, 6 tokens, 3 bytes of text, 3 shards, 1 unreadable skipped\n")
@@ -60,7 +60,10 @@ def test_options(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
 
 def test_interrupted_at_a_terminal(command: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
     """Ctrl-C reaches the main process and the workers: one line, no traceback, and the same command resumes."""
-    path, out = jsonl(tmp_path / "a.jsonl", [f"{number} " + text for text in TEXTS for number in range(200)]), tmp_path
+    path, out = (
+        write_jsonl(tmp_path / "a.jsonl", [f"{number} " + text for text in TEXTS for number in range(200)]),
+        tmp_path,
+    )
     words = ["--input", path, "--tokenizer", tokenizer_dir, "--out", out / "out", "--shard-tokens", 30_000]
     interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background is not
     process = command("tools/prepare_data.py", *words, "--workers", 2, start_new_session=True, preexec_fn=interruptible)
@@ -75,13 +78,13 @@ def test_interrupted_at_a_terminal(command: Callable, tmp_path: Path, tokenizer_
     assert not (out / "out" / "index.json").exists()
     prepare_data([path], tokenizer_dir, out / "out", shard_tokens=30_000)
     prepare_data([path], tokenizer_dir, out / "whole", shard_tokens=30_000)
-    assert content(out / "out") == content(out / "whole")
+    assert read_folder(out / "out") == read_folder(out / "whole")
 
 
 def test_a_killed_worker_costs_one_shard(
     tool: Callable, tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    path, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     real = Encoder.__call__
 
     def killed(self: Encoder, batches: list) -> object:
@@ -103,17 +106,17 @@ def test_a_killed_worker_costs_one_shard(
         code, _, error = tool(out, "--input", path, "--shard-tokens", 700, "--workers", 2)
     assert code == 1
     assert error.startswith("error: a worker process was killed by signal 9, perhaps for want of memory; run the same")
-    done = shards_done()
-    assert done > 0
-    kept = [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(done)]
+    finished = shards_done()
+    assert finished > 0
+    kept = [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(finished)]
     assert tool(out, "--input", path, "--shard-tokens", 700)[0] == 0
-    assert [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(done)] == kept
-    assert decoded(out, tokenizer_dir) == TEXTS
+    assert [(out / f"shard_{number:05d}.tokens").stat().st_ino for number in range(finished)] == kept
+    assert decode_documents(out, tokenizer_dir) == TEXTS
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_out_that_cannot_be_created(tool: Callable, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
 
     def refuse(self: Path, *arguments: object, **options: object) -> None:
         raise OSError(code, os.strerror(code), str(self))
@@ -126,7 +129,7 @@ def test_out_that_cannot_be_created(tool: Callable, tmp_path: Path, code: int, m
 
 def test_an_out_that_cannot_be_written(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A finished folder is not written to."""
-    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    path, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     prepare_data([path], tokenizer_dir, out)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert prepare_data([path], tokenizer_dir, out)[1]
@@ -135,25 +138,25 @@ def test_an_out_that_cannot_be_written(tmp_path: Path, tokenizer_dir: Path, monk
         prepare_data([path], tokenizer_dir, out)
 
 
-def test_an_input_gone_or_changed_after_a_kill(tmp_path: Path, tokenizer_dir: Path) -> None:
-    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+def test_an_input_missing_or_changed_after_a_kill(tmp_path: Path, tokenizer_dir: Path) -> None:
+    path, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     prepare_data([path], tokenizer_dir, out, shard_tokens=700)
     (out / "index.json").rename(out / "progress.json")
     (out / "shard_00002.tokens").unlink()
-    before = content(out)
-    jsonl(path, TEXTS[:-1])
+    before = read_folder(out)
+    write_jsonl(path, TEXTS[:-1])
     with pytest.raises(UserError, match="whose inputs differ from this command's"):
         prepare_data([path], tokenizer_dir, out, shard_tokens=700)
     path.unlink()
     with pytest.raises(UserError, match=r"a\.jsonl does not exist"):
         prepare_data([path], tokenizer_dir, out, shard_tokens=700)
-    assert content(out) == before
+    assert read_folder(out) == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("kind", ["tokens", "documents", "hashes"])
 def test_a_full_disk_with_workers(tool: Callable, tmp_path: Path, tokenizer_dir: Path, kind: str) -> None:
-    path, out = jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
+    path, out = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     words = ["--input", path, "--shard-tokens", 700, "--workers", 2, "--deduplicate"]
     assert tool(tmp_path / "whole", *words)[0] == 0
     out.mkdir()
@@ -165,4 +168,4 @@ def test_a_full_disk_with_workers(tool: Callable, tmp_path: Path, tokenizer_dir:
     first = (out / "shard_00000.tokens").stat().st_ino
     assert tool(out, *words)[0] == 0
     assert (out / "shard_00000.tokens").stat().st_ino == first
-    assert content(out) == content(tmp_path / "whole")
+    assert read_folder(out) == read_folder(tmp_path / "whole")

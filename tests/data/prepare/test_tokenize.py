@@ -54,8 +54,8 @@ def test_a_pickled_encoder_is_the_same(tokenizer_dir: Path) -> None:
     batch = RawBatch("a", BEGINNING, 0, "value", [f"a {BOS} b", "", "c"], 3)
     original, unpickled = encoder([batch]), pickle.loads(pickle.dumps(encoder))([batch])
     assert original.ids.tolist().count(encoder.bos) == 2
-    for mine, other in zip(original, unpickled):
-        assert np.array_equal(mine, other)
+    for value, other_value in zip(original, unpickled):
+        assert np.array_equal(value, other_value)
 
 
 def without_cuts() -> dict[str, Tokenizer]:

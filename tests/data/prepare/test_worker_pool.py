@@ -79,7 +79,7 @@ def kill_itself(number: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_killed_worker_is_a_sentence(workers: int) -> None:
+def test_a_killed_worker_is_reported_in_one_sentence(workers: int) -> None:
     with pytest.raises(Failure, match="a worker process was killed by signal 9, perhaps for want of memory"):
         list(run(kill_itself, 100, workers))
     assert not multiprocessing.active_children()
@@ -116,7 +116,7 @@ def test_workers_end_with_the_main_process() -> None:
 
 
 def test_workers_leave_interrupts_to_the_main_process() -> None:
-    """As a terminal on Ctrl-C: SIGINT to every process of the group."""
+    """SIGINT to every process of the group, as a terminal sends on Ctrl-C."""
 
     def interrupted() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.data.small_files import decoded, jsonl, zstd
+from tests.data.small_files import compress_zstd, decode_documents, write_jsonl
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources import find_files
 from trinity.data.sources.file_formats import FileKind, file_kind
@@ -29,7 +29,7 @@ def notes(capsys: pytest.CaptureFixture) -> Callable[[], list[str]]:
     return lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
 
 
-def make(folder: Path, *names: str) -> Path:
+def make_files(folder: Path, *names: str) -> Path:
     """Files that hold their own names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,20 +61,21 @@ def test_kinds(name: str) -> None:
 
 
 PACK = {
-    "a.JSONL": bytes, "b.ndjson": bytes, "c.json.gz": gzip.compress, "d.json.zst": zstd, "e.jsonl.bz2": bz2.compress,
-    "f.ndjson.xz": lzma.compress, "g.JSON.GZ": gzip.compress, "h.Jsonl.Zst": zstd,
+    "a.JSONL": bytes, "b.ndjson": bytes, "c.json.gz": gzip.compress, "d.json.zst": compress_zstd,
+    "e.jsonl.bz2": bz2.compress,
+    "f.ndjson.xz": lzma.compress, "g.JSON.GZ": gzip.compress, "h.Jsonl.Zst": compress_zstd,
 }  # fmt: skip
 
 
 def test_lines_of_every_ending(tmp_path: Path, tokenizer_dir: Path) -> None:
     """A folder of them as shards, and read by a run."""
-    folder = make(tmp_path / "folder", "nested/deep/a.JSONL").joinpath("nested/deep")
+    folder = make_files(tmp_path / "folder", "nested/deep/a.JSONL").joinpath("nested/deep")
     for number, (name, pack) in enumerate(PACK.items()):
         lines = [json.dumps({"text": f"{name} {line}"}) + "\n" for line in range(number + 1)]
         (folder / name).write_bytes(pack("".join(lines).encode()))
     prepare_data([tmp_path / "folder"], tokenizer_dir, tmp_path / "out")
     expected = [f"{name} {line}" for number, name in enumerate(PACK) for line in range(number + 1)]
-    assert decoded(tmp_path / "out", tokenizer_dir) == expected
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == expected
     assert holds_text(tmp_path / "folder")
     source = TextSource([tmp_path / "folder"], tokenizer_dir, cache=tmp_path / "cache")
     assert [source._text(document) for document in range(source.documents)] == expected
@@ -90,14 +91,14 @@ def test_lines_of_every_ending(tmp_path: Path, tokenizer_dir: Path) -> None:
 def test_a_parquet_file_in_capitals(tmp_path: Path, tokenizer_dir: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "A.Parquet")
     prepare_data([tmp_path / "A.Parquet"], tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == ["one", "two"]
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == ["one", "two"]
     source = TextSource([tmp_path / "A.Parquet"], tokenizer_dir, cache=tmp_path / "cache")
     assert [source._text(document) for document in range(2)] == ["one", "two"]
 
 
 @pytest.mark.parametrize("data", ["a.parquet", "a.jsonl", "a.json.gz"])
 def test_text_beside_data_is_left_out_and_reported(tmp_path: Path, notes: Callable, data: str) -> None:
-    make(tmp_path, data, "sub/b" + data[1:], "README.md", "x.csv", "old.zip", ".git/config", ".gitignore")
+    make_files(tmp_path, data, "sub/b" + data[1:], "README.md", "x.csv", "old.zip", ".git/config", ".gitignore")
     taken = [data, "sub/b" + data[1:]]
     assert names(expand_inputs([tmp_path]), tmp_path) == taken
     assert notes() == [
@@ -114,7 +115,7 @@ def test_text_beside_data_is_left_out_and_reported(tmp_path: Path, notes: Callab
 
 
 def test_two_kinds_of_data_need_a_choice(tmp_path: Path) -> None:
-    make(tmp_path, "a.parquet", "b.jsonl")
+    make_files(tmp_path, "a.parquet", "b.jsonl")
     with pytest.raises(UserError, match=r"holds Parquet files and JSON lines; .* as '\*\.parquet', or --kind parquet"):
         expand_inputs([tmp_path])
     with pytest.raises(UserError, match=r"holds Parquet files and JSON lines; .* as '\*\.parquet'$"):
@@ -137,8 +138,8 @@ def test_one_kind_at_a_url(memory: fsspec.AbstractFileSystem, notes: Callable) -
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     """A link to a folder, two links to one folder, links to parent folders, to themselves, and to a file."""
-    make(tmp_path / "elsewhere", "x.txt", "deep/y.txt")
-    folder = make(tmp_path / "folder", "a.txt", "sub/b.txt")
+    make_files(tmp_path / "elsewhere", "x.txt", "deep/y.txt")
+    folder = make_files(tmp_path / "folder", "a.txt", "sub/b.txt")
     for link, target in (
         ("linked", "../elsewhere"), ("sub/again", "../../elsewhere/deep"), ("sub/up", ".."), ("up", ".."),
         ("self", "self"), ("c.txt", "../elsewhere/x.txt"),
@@ -146,8 +147,8 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
         (folder / link).symlink_to(target)
     (folder / "self").unlink()
     expected = {(folder / name).resolve() for name in ("a.txt", "sub/b.txt", "linked/x.txt", "linked/deep/y.txt")}
-    for given in (folder, f"{folder}/**/*", f"{folder}/**", f"{folder}/**/**/*.txt", f"{folder}/**/*.txt"):
-        files = expand_inputs([given])
+    for inputs in (folder, f"{folder}/**/*", f"{folder}/**", f"{folder}/**/**/*.txt", f"{folder}/**/*.txt"):
+        files = expand_inputs([inputs])
         assert {path.resolve() for path in files} == expected
         assert len(files) == 4
     assert names(expand_inputs([folder]), folder) == ["a.txt", "c.txt", "linked/deep/y.txt", "sub/b.txt"]
@@ -155,7 +156,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 
 
 def test_a_relative_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(tmp_path, "x/a.txt", "x/[b]/c.txt", "x/.h/d.txt", "x/y/.e.txt")
+    make_files(tmp_path, "x/a.txt", "x/[b]/c.txt", "x/.h/d.txt", "x/y/.e.txt")
     monkeypatch.chdir(tmp_path)
     assert names(expand_inputs(["**/*.txt"]), ".") == ["x/[b]/c.txt", "x/a.txt"]
     assert names(expand_inputs(["x/y/.*"]), ".") == ["x/y/.e.txt"]
@@ -166,14 +167,14 @@ def test_a_relative_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Callable) -> None:
     """A folder without permission, a link to a missing file, and a pipe."""
-    make(tmp_path, "a.txt", "shut/b.txt")
+    make_files(tmp_path, "a.txt", "shut/b.txt")
     os.mkfifo(tmp_path / "pipe")
     expand_inputs([tmp_path])
     assert "1 pipe or device (pipe)" in notes()[0]
     (tmp_path / "c.txt").symlink_to("gone")
-    for given in (tmp_path, tmp_path / "*.txt"):
+    for inputs in (tmp_path, tmp_path / "*.txt"):
         with pytest.raises(UserError, match=r"c\.txt is a link to a file that does not exist; mend the link"):
-            expand_inputs([given])
+            expand_inputs([inputs])
     (tmp_path / "c.txt").unlink()
     listed = os.listdir
 
@@ -183,49 +184,50 @@ def test_unreadable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.Monke
         return listed(folder)
 
     monkeypatch.setattr(find_files.os, "listdir", refuse)
-    for given in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/*/*.txt"):
+    for inputs in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/*/*.txt"):
         with pytest.raises(PermissionError) as error:
-            expand_inputs([given])
+            expand_inputs([inputs])
         assert explain(error.value) == (
             2, f"{tmp_path}/shut cannot be written or read (Permission denied); check its permissions"
         )  # fmt: skip
 
 
 def test_a_file_named_twice_is_read_once(tmp_path: Path, tokenizer_dir: Path, notes: Callable) -> None:
-    folder = make(tmp_path / "folder", "a.txt", "b.txt")
+    folder = make_files(tmp_path / "folder", "a.txt", "b.txt")
     (tmp_path / "link.txt").symlink_to(folder / "b.txt")
-    given = [folder, folder / "a.txt", f"{folder}/*.txt", f"{folder}/../folder/b.txt", tmp_path / "link.txt"]
-    index, _ = prepare_data(given, tokenizer_dir, tmp_path / "out")
-    assert decoded(tmp_path / "out", tokenizer_dir) == ["a.txt", "b.txt"]
+    inputs = [folder, folder / "a.txt", f"{folder}/*.txt", f"{folder}/../folder/b.txt", tmp_path / "link.txt"]
+    index, _ = prepare_data(inputs, tokenizer_dir, tmp_path / "out")
+    assert decode_documents(tmp_path / "out", tokenizer_dir) == ["a.txt", "b.txt"]
     assert [entry["name"] for entry in index["inputs"]] == ["a.txt", "b.txt"]
     assert "--input: named more than once and read once: 5 (" in notes()[0]
     assert names(expand_inputs([folder / "b.txt", folder]), folder) == ["b.txt", "a.txt"]
-    assert TextSource(given, tokenizer_dir, cache=tmp_path / "cache").documents == 2
+    assert TextSource(inputs, tokenizer_dir, cache=tmp_path / "cache").documents == 2
 
 
 def test_a_url_named_twice_is_read_once(memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe("/web/a.txt", b"x")
-    given = ["memory://web", "memory://web/a.txt", "memory:///web/a.txt", "memory://web/*"]
-    assert expand_inputs(given) == ["memory:///web/a.txt"]
+    inputs = ["memory://web", "memory://web/a.txt", "memory:///web/a.txt", "memory://web/*"]
+    assert expand_inputs(inputs) == ["memory:///web/a.txt"]
 
 
 def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fsspec.AbstractFileSystem) -> None:
     """All inputs of prepare_data; not shards, complete or partial, nor a missing folder, which may become shards."""
     text = [
-        make(tmp_path / "nested", "a/b/c.JSONL"), make(tmp_path / "code", "x/y.py", "index.json"),
-        make(tmp_path / "lines", "a.ndjson"), make(tmp_path / "packed", "a.json.gz"), make(tmp_path, "one"),
+        make_files(tmp_path / "nested", "a/b/c.JSONL"), make_files(tmp_path / "code", "x/y.py", "index.json"),
+        make_files(tmp_path / "lines", "a.ndjson"), make_files(tmp_path / "packed", "a.json.gz"),
+        make_files(tmp_path, "one"),
     ]  # fmt: skip
     text[-1] = tmp_path / "one"
     assert all(map(holds_text, text))
     missing = ["a.jsonl", "a.JSON.GZ", "a.parquet", "a.txt", "some/*", "s3://b/a.jsonl", "s3://b/x/*.json.gz"]
     assert all(map(holds_text, missing))
-    jsonl(tmp_path / "a.jsonl", ["a text"])
+    write_jsonl(tmp_path / "a.jsonl", ["a text"])
     prepare_data([tmp_path / "a.jsonl"], tokenizer_dir, tmp_path / "shards")
-    make(tmp_path / "shards", "README.md")
-    make(tmp_path / "no-index", "shard_00000.documents", "README.md")
-    make(tmp_path / "begun", "README.md")
+    make_files(tmp_path / "shards", "README.md")
+    make_files(tmp_path / "no-index", "shard_00000.documents", "README.md")
+    make_files(tmp_path / "begun", "README.md")
     (tmp_path / "begun" / "progress.json").write_text('{"shards": []}')
-    make(tmp_path / "nothing", "a.zip")
+    make_files(tmp_path / "nothing", "a.zip")
     shards = ["shards", "no-index", "begun", "nothing", "missing"]
     assert not any(holds_text(tmp_path / name) for name in shards)
     assert not holds_text(f"file://{tmp_path}/shards")
@@ -236,7 +238,7 @@ def test_which_sources_hold_text(tmp_path: Path, tokenizer_dir: Path, memory: fs
 
 
 def test_files_without_text_are_reported(tmp_path: Path, tokenizer_dir: Path, notes: Callable) -> None:
-    jsonl(tmp_path / "b.jsonl", ["a text"])
+    write_jsonl(tmp_path / "b.jsonl", ["a text"])
     for name, content in (("a.jsonl", ""), ("c.jsonl", "\n\n"), ("d.jsonl", '{"text": ""}\n')):
         (tmp_path / name).write_text(content)
     expected = [f"note: files without any text: 3 of 4 ({tmp_path}/a.jsonl, {tmp_path}/c.jsonl, "

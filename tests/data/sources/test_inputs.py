@@ -7,7 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.data.small_files import TEXTS, content, decoded, jsonl
+from tests.data.small_files import TEXTS, decode_documents, read_folder, write_jsonl
 from trinity.data.prepare import shard_writer
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.sources.inputs import Dataset, DatasetInput, expand_inputs
@@ -35,8 +35,8 @@ def test_a_folder_gives_the_shards_of_its_files(folder: Path, tmp_path: Path, to
     index, _ = prepare_data([folder], tokenizer_dir, tmp_path / "folder_out", kind="all")
     files = [f"file://{folder}/*.jsonl", *expand_inputs([folder], kind="all")[1:]]
     prepare_data(files, tokenizer_dir, tmp_path / "files_out")
-    assert content(tmp_path / "folder_out") == content(tmp_path / "files_out")
-    assert decoded(tmp_path / "folder_out", tokenizer_dir) == TEXTS
+    assert read_folder(tmp_path / "folder_out") == read_folder(tmp_path / "files_out")
+    assert decode_documents(tmp_path / "folder_out", tokenizer_dir) == TEXTS
     assert index["input_documents"] == [10, 10, 1, 9, 20]
 
 
@@ -90,8 +90,8 @@ def test_urls_that_cannot_be_read(
 
 def dataset(folder: Path) -> Dataset:
     folder.mkdir()
-    jsonl(folder / "train.jsonl", [*TEXTS, ""])
-    jsonl(folder / "test.jsonl", TEXTS[:3])
+    write_jsonl(folder / "train.jsonl", [*TEXTS, ""])
+    write_jsonl(folder / "test.jsonl", TEXTS[:3])
     return Dataset(str(folder))
 
 
@@ -99,23 +99,23 @@ def test_a_data_set_gives_the_shards_of_its_file(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when its second shard is about to be recorded, and resumed."""
-    given = dataset(tmp_path / "set")
+    source = dataset(tmp_path / "set")
     expected, _ = prepare_data([tmp_path / "set" / "train.jsonl"], tokenizer_dir, tmp_path / "file", shard_tokens=300)
-    whole, _ = prepare_data(given, tokenizer_dir, tmp_path / "whole", shard_tokens=300, workers=2)
+    whole, _ = prepare_data(source, tokenizer_dir, tmp_path / "whole", shard_tokens=300, workers=2)
     kinds = ("tokens_checksum", "documents_checksum", "skipped", "documents")
     for entry, expected_entry in zip(whole["shards"], expected["shards"], strict=True):
         assert {kind: entry[kind] for kind in kinds} == {kind: expected_entry[kind] for kind in kinds}
     assert whole["dataset"] | {"version": ""} == {
-        "name": given.name, "config": None, "split": "train", "version": ""
+        "name": source.name, "config": None, "split": "train", "version": ""
     }  # fmt: skip
     with monkeypatch.context() as patch:
         die_at(patch, 6)
         with pytest.raises(KeyboardInterrupt):
-            prepare_data(given, tokenizer_dir, tmp_path / "out", shard_tokens=300)
+            prepare_data(source, tokenizer_dir, tmp_path / "out", shard_tokens=300)
     assert len(json.loads((tmp_path / "out" / "progress.json").read_text())["shards"]) == 1
-    assert prepare_data(given, tokenizer_dir, tmp_path / "out", shard_tokens=300) == (whole, False)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-    test, _ = prepare_data(Dataset(given.name, split="test"), tokenizer_dir, tmp_path / "test")
+    assert prepare_data(source, tokenizer_dir, tmp_path / "out", shard_tokens=300) == (whole, False)
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")
+    test, _ = prepare_data(Dataset(source.name, split="test"), tokenizer_dir, tmp_path / "test")
     assert test["documents"] == 3
 
 
@@ -133,28 +133,28 @@ def die_at(patch: pytest.MonkeyPatch, moment: int) -> None:
 
 
 def test_data_sets_that_do_not_fit(tmp_path: Path, tokenizer_dir: Path) -> None:
-    given = dataset(tmp_path / "set")
+    source = dataset(tmp_path / "set")
     out = tmp_path / "out"
     cases = {
         Dataset(str(tmp_path / "none")): r"--dataset .*none --split train cannot be opened \(.*\); check --dataset",
-        given._replace(split="dev"): r"--split dev cannot be opened \(Bad split: dev\. Available splits",
-        given._replace(config="en"): r"--config en --split train cannot be opened",
+        source._replace(split="dev"): r"--split dev cannot be opened \(Bad split: dev\. Available splits",
+        source._replace(config="en"): r"--config en --split train cannot be opened",
     }
     for wrong, words in cases.items():
         with pytest.raises(UserError, match=words):
             prepare_data(wrong, tokenizer_dir, out)
     with pytest.raises(UserError, match="has no column body; set --field to one of: id, text"):
-        prepare_data(given, tokenizer_dir, out, field="body")
+        prepare_data(source, tokenizer_dir, out, field="body")
     with pytest.raises(UserError, match=r"--split train:1 holds int where text should be"):
-        prepare_data(given, tokenizer_dir, out, field="id")
-    prepare_data(given, tokenizer_dir, out)
+        prepare_data(source, tokenizer_dir, out, field="id")
+    prepare_data(source, tokenizer_dir, out)
     with pytest.raises(UserError, match="whose dataset differ"):
-        prepare_data(given._replace(split="test"), tokenizer_dir, out)
+        prepare_data(source._replace(split="test"), tokenizer_dir, out)
     with pytest.raises(UserError, match="whose inputs, dataset differ"):
         prepare_data([tmp_path / "set" / "train.jsonl"], tokenizer_dir, out)
-    jsonl(tmp_path / "set" / "train.jsonl", TEXTS[:4])
+    write_jsonl(tmp_path / "set" / "train.jsonl", TEXTS[:4])
     with pytest.raises(UserError, match="whose dataset differ"):
-        prepare_data(given, tokenizer_dir, out)
+        prepare_data(source, tokenizer_dir, out)
 
 
 def test_the_total_of_a_data_set(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere: read through the cache they are the same, each file is fetched once, and checked."""
+"""Remote shards: read through the cache they equal local ones; each file is fetched once and checked."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def local(make_source: Callable, random_documents: Callable) -> TokenSource:
+def local_shards(make_source: Callable, random_documents: Callable) -> TokenSource:
     """Several shards."""
     source = make_source("s", random_documents(40, 30, 2))
     assert len(source._shards) > 4
@@ -46,27 +46,33 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def test_the_same_from_elsewhere(local: TokenSource, memory: fsspec.AbstractFileSystem, cache: Path) -> None:
-    """Nothing but index.json comes before it is asked for; and without the original the cache is enough."""
-    memory.put(f"{local.directory}/", "/shards", recursive=True)
+def test_remote_shards_equal_local_ones(
+    local_shards: TokenSource, memory: fsspec.AbstractFileSystem, cache: Path
+) -> None:
+    """Only index.json is fetched before it is needed; once all is cached, the remote folder is not needed."""
+    memory.put(f"{local_shards.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards/")
     assert source.directory == cache_folder_of("memory://shards")
     assert source.directory.parent == cache / "shards"
     assert names(source.directory) == {"index.json"}
-    assert (source.documents, source.tokens, source.fingerprint) == (local.documents, local.tokens, local.fingerprint)
+    assert (source.documents, source.tokens, source.fingerprint) == (
+        local_shards.documents,
+        local_shards.tokens,
+        local_shards.fingerprint,
+    )
     source.length(0)
     assert names(source.directory) == {"index.json", "shard_00000.tokens", "shard_00000.documents"}
-    assert tokens(source) == tokens(local)
-    assert source.lengths(np.arange(40)).tolist() == local.lengths(np.arange(40)).tolist()
-    assert names(source.directory) == names(local.directory)
+    assert tokens(source) == tokens(local_shards)
+    assert source.lengths(np.arange(40)).tolist() == local_shards.lengths(np.arange(40)).tolist()
+    assert names(source.directory) == names(local_shards.directory)
     memory.store.clear()
-    assert tokens(TokenSource("memory://shards", "always")) == tokens(local)
+    assert tokens(TokenSource("memory://shards", "always")) == tokens(local_shards)
 
 
-def test_a_file_url_is_a_local_path(local: TokenSource, cache: Path) -> None:
-    source = TokenSource(f"file://{local.directory}")
-    assert source.directory == local.directory
-    assert tokens(source) == tokens(local)
+def test_a_file_url_is_a_local_path(local_shards: TokenSource, cache: Path) -> None:
+    source = TokenSource(f"file://{local_shards.directory}")
+    assert source.directory == local_shards.directory
+    assert tokens(source) == tokens(local_shards)
     assert not cache.exists()
 
 
@@ -82,11 +88,11 @@ def test_a_file_url_is_a_local_path(local: TokenSource, cache: Path) -> None:
     ],
     ids=["cut short", "changed", "missing"],
 )
-def test_what_comes_is_checked(
-    local: TokenSource, memory: fsspec.AbstractFileSystem, harm: Callable | None, words: str
+def test_fetched_files_are_checked(
+    local_shards: TokenSource, memory: fsspec.AbstractFileSystem, harm: Callable | None, words: str
 ) -> None:
-    """And what is refused does not stay in the cache: mended there, it is fetched."""
-    memory.put(f"{local.directory}/", "/shards", recursive=True)
+    """A refused file does not stay in the cache: once repaired at its source, it is fetched again."""
+    memory.put(f"{local_shards.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards")
     good = memory.cat("/shards/shard_00001.tokens")
     memory.rm("/shards/shard_00001.tokens") if harm is None else memory.pipe("/shards/shard_00001.tokens", harm(good))
@@ -94,11 +100,11 @@ def test_what_comes_is_checked(
         tokens(source)
     assert "shard_00001.tokens" not in names(source.directory)
     memory.pipe("/shards/shard_00001.tokens", good)
-    assert tokens(source) == tokens(local)
+    assert tokens(source) == tokens(local_shards)
 
 
-def test_harm_in_the_cache_is_named(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
-    memory.put(f"{local.directory}/", "/shards", recursive=True)
+def test_damage_in_the_cache_is_named(local_shards: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
+    memory.put(f"{local_shards.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards")
     tokens(source)
     path = source.directory / "shard_00001.documents"
@@ -108,7 +114,7 @@ def test_harm_in_the_cache_is_named(local: TokenSource, memory: fsspec.AbstractF
     ):
         TokenSource("memory://shards")
     path.unlink()
-    assert tokens(TokenSource("memory://shards")) == tokens(local)
+    assert tokens(TokenSource("memory://shards")) == tokens(local_shards)
 
 
 def test_a_folder_without_an_index(memory: fsspec.AbstractFileSystem) -> None:
@@ -116,20 +122,20 @@ def test_a_folder_without_an_index(memory: fsspec.AbstractFileSystem) -> None:
         TokenSource("memory://nothing")
 
 
-def test_a_fetch_that_was_killed_is_begun_anew(local: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
-    memory.put(f"{local.directory}/", "/shards", recursive=True)
+def test_a_killed_fetch_starts_again(local_shards: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
+    memory.put(f"{local_shards.directory}/", "/shards", recursive=True)
     source = TokenSource("memory://shards")
     (source.directory / "shard_00000.tokens.tmp").write_bytes(b"half")
-    assert tokens(source) == tokens(local)
+    assert tokens(source) == tokens(local_shards)
     assert not list(source.directory.glob("*.tmp"))
 
 
 def test_many_processes_fetch_each_file_once(
-    local: TokenSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_shards: TokenSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """local:// is fsspec's other name for files here, and it is treated as elsewhere."""
-    url, log, real = f"local://{local.directory}", tmp_path / "log", remote.open_input
-    expected = tokens(local)
+    """local:// is another fsspec name for local files, treated as remote."""
+    url, log, real = f"local://{local_shards.directory}", tmp_path / "log", remote.open_input
+    expected = tokens(local_shards)
 
     def logged(path: str) -> object:
         with open(log, "a") as file:
@@ -147,4 +153,4 @@ def test_many_processes_fetch_each_file_once(
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     fetched = log.read_text().splitlines()
-    assert sorted(fetched) == sorted(f"{url}/{name}" for name in names(local.directory))
+    assert sorted(fetched) == sorted(f"{url}/{name}" for name in names(local_shards.directory))

@@ -72,25 +72,25 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mix(tmp_path: Path) -> list[Path]:
+def mixed(tmp_path: Path) -> list[Path]:
     return write_mix(tmp_path)
 
 
 @pytest.fixture
-def opened(mix: list[Path], tokenizer_dir: Path, cache: Path) -> Callable[..., TextSource]:
+def open_source(mixed: list[Path], tokenizer_dir: Path, cache: Path) -> Callable[..., TextSource]:
     """Open the mix of files as a source."""
-    return lambda **options: TextSource(mix, tokenizer_dir, cache=cache, **options)
+    return lambda **options: TextSource(mixed, tokenizer_dir, cache=cache, **options)
 
 
 @pytest.fixture
-def shards(mix: list[Path], tokenizer_dir: Path, tmp_path: Path) -> TokenSource:
+def shards(mixed: list[Path], tokenizer_dir: Path, tmp_path: Path) -> TokenSource:
     """The shards that prepare_data makes of them."""
-    prepare_data(mix, tokenizer_dir, tmp_path / "shards", shard_tokens=200)
+    prepare_data(mixed, tokenizer_dir, tmp_path / "shards", shard_tokens=200)
     return TokenSource(tmp_path / "shards")
 
 
 @pytest.fixture
-def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def tokenised_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The texts that were tokenised, in order."""
     texts: list[str] = []
     encode = text_source._encode
@@ -126,17 +126,17 @@ def test_one_file_equals_its_shards(
     check_equal(TextSource([path], tokenizer_dir, cache=cache), TokenSource(tmp_path / "shards"))
 
 
-def test_a_mix_of_files_equals_its_shards(opened: Callable, shards: TokenSource) -> None:
+def test_a_mix_of_files_equals_its_shards(open_source: Callable, shards: TokenSource) -> None:
     assert shards.documents == 7 + 7 + 1 + 7
-    check_equal(opened(), shards)
+    check_equal(open_source(), shards)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rsdb_size", [0, 3])
-def test_a_run_reads_the_same_batches(opened: Callable, shards: TokenSource, workers: int, rsdb_size: int) -> None:
+def test_a_run_reads_the_same_batches(open_source: Callable, shards: TokenSource, workers: int, rsdb_size: int) -> None:
     """Through packing and, in forked workers, tokenising in the background; more than one epoch of 22 documents."""
     batches = []
-    for source in (opened(), shards):
+    for source in (open_source(), shards):
         stream = SequenceStream(
             {"mix": source}, [Phase((1.0,), rsdb_size)], streams=4, seed=1, bos_id=source.bos_id,
             plan=BatchPlan(4, [], 32),
@@ -160,43 +160,47 @@ def test_another_field(tmp_path: Path, tokenizer_dir: Path, cache: Path) -> None
     assert source.fingerprint != TextSource([path], tokenizer_dir, cache=cache).fingerprint
 
 
-def test_lengths_of_many(opened: Callable, shards: TokenSource, tokenised: list[str]) -> None:
+def test_lengths_of_many(open_source: Callable, shards: TokenSource, tokenised_texts: list[str]) -> None:
     """Any order, documents twice, none at all; nothing is tokenised twice."""
-    source = opened()
+    source = open_source()
     documents = np.array([5, 0, 21, 5, 14, 9])
     for numbers in (documents, documents[:0], documents[::-1], np.arange(22), documents):
         lengths = source.lengths(numbers)
         assert lengths.dtype == np.int64
         np.testing.assert_array_equal(lengths, shards.lengths(numbers))
-    assert len(tokenised) == 22
+    assert len(tokenised_texts) == 22
 
 
-def test_lengths_from_another_process(opened: Callable, tokenised: list[str]) -> None:
-    worker, source = opened(), opened()
+def test_lengths_from_another_process(open_source: Callable, tokenised_texts: list[str]) -> None:
+    worker, source = open_source(), open_source()
     documents = np.array([3, 20, 1])
     lengths = worker.lengths(documents)
-    tokenised.clear()
+    tokenised_texts.clear()
     source.keep_lengths(documents, lengths)
     assert [source.length(document) for document in documents] == lengths.tolist()
     np.testing.assert_array_equal(source.lengths(documents[::-1]), lengths[::-1])
-    assert tokenised == []
+    assert tokenised_texts == []
 
 
-def test_pieces_of_a_document_tokenise_it_once(opened: Callable, shards: TokenSource, tokenised: list[str]) -> None:
-    source = opened()
+def test_pieces_of_a_document_tokenise_it_once(
+    open_source: Callable, shards: TokenSource, tokenised_texts: list[str]
+) -> None:
+    source = open_source()
     for start in range(0, shards.length(4), 10):
         length = min(10, shards.length(4) - start)
         np.testing.assert_array_equal(source.read(4, start, length), shards.read(4, start, length))
-    assert len(tokenised) == 1
+    assert len(tokenised_texts) == 1
 
 
-def test_a_cache_that_holds_one_document(opened: Callable, shards: TokenSource, tokenised: list[str]) -> None:
-    source = opened(cache_bytes=1)
+def test_a_cache_that_holds_one_document(
+    open_source: Callable, shards: TokenSource, tokenised_texts: list[str]
+) -> None:
+    source = open_source(cache_bytes=1)
     check_equal(source, shards)
-    tokenised.clear()
+    tokenised_texts.clear()
     for document in (0, 0, 1, 1, 0):
         source.read(document, 0, 2)
-    assert len(tokenised) == 3
+    assert len(tokenised_texts) == 3
 
 
 def test_the_least_recently_used_value_is_dropped() -> None:
@@ -209,8 +213,10 @@ def test_the_least_recently_used_value_is_dropped() -> None:
     assert [cache.get(key) for key in ("a", "c", "large")] == [None, None, 3]
 
 
-def test_pickled(opened: Callable, shards: TokenSource, tmp_path: Path, mix: list[Path], tokenizer_dir: Path) -> None:
-    source = opened()
+def test_pickled(
+    open_source: Callable, shards: TokenSource, tmp_path: Path, mixed: list[Path], tokenizer_dir: Path
+) -> None:
+    source = open_source()
     check_equal(source, shards)
     packed = pickle.dumps(source)
     assert len(packed) < 4000  # no ids, no arrays, no vocabulary
@@ -219,17 +225,17 @@ def test_pickled(opened: Callable, shards: TokenSource, tmp_path: Path, mix: lis
     assert (again.fingerprint, again.directory) == (source.fingerprint, tmp_path.resolve())
 
     shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
-    packed = pickle.dumps(TextSource(mix, tmp_path / "tokenizer", cache=source._index.folder.parents[1]))
+    packed = pickle.dumps(TextSource(mixed, tmp_path / "tokenizer", cache=source._index.folder.parents[1]))
     with open(tmp_path / "tokenizer" / "tokenizer.json", "a") as file:
         file.write(" ")
     with pytest.raises(UserError, match="tokenizer has changed since this run began"):
         pickle.loads(packed)
 
 
-def test_after_a_fork(opened: Callable, shards: TokenSource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_fork(open_source: Callable, shards: TokenSource, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent has used the library's threads, which a forked child lacks and must not wait for."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    source = opened()
+    source = open_source()
     source.lengths(np.arange(10))  # many at once, which takes threads
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=check_equal, args=(source, shards)) for _ in range(2)]
@@ -269,20 +275,20 @@ def test_tokens_of_much_text_are_estimated(
 
 
 def test_the_index_is_made_once(
-    opened: Callable, shards: TokenSource, monkeypatch: pytest.MonkeyPatch, cache: Path
+    open_source: Callable, shards: TokenSource, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """A second start reads no input, and gives the same."""
-    first = opened()
+    first = open_source()
     for name in ("read_with_progress", "identity"):
         monkeypatch.setattr(text_index, name, None)
-    second = opened()
+    second = open_source()
     assert second.fingerprint == first.fingerprint
     check_equal(second, shards)
     monkeypatch.setenv("TRINITY_CACHE", str(cache))
     check_equal(TextSource(first.files, second._tokenizer), shards)
 
 
-def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Path) -> None:
+def test_processes_that_start_together_index_once(open_source: Callable, tmp_path: Path) -> None:
     """Each process that indexes leaves a line."""
     read = text_index.read_with_progress
 
@@ -293,7 +299,7 @@ def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Pa
 
     def start() -> None:
         text_index.read_with_progress = noted
-        assert opened().documents == 22
+        assert open_source().documents == 22
 
     children = [multiprocessing.get_context("fork").Process(target=start) for _ in range(3)]
     for child in children:
@@ -305,96 +311,96 @@ def test_processes_that_start_together_index_once(opened: Callable, tmp_path: Pa
 
 
 def test_folders_patterns_and_urls(
-    mix: list[Path], shards: TokenSource, tokenizer_dir: Path, cache: Path, tmp_path: Path
+    mixed: list[Path], shards: TokenSource, tokenizer_dir: Path, cache: Path, tmp_path: Path
 ) -> None:
     """Files are those of expand_inputs; a remote file is copied once, and again when it has changed."""
     folder = tmp_path / "inputs"
     folder.mkdir()
-    for path in mix:
+    for path in mixed:
         shutil.copy(path, folder)
     prepare_data([folder], tokenizer_dir, tmp_path / "sorted", kind="all")
-    for given in (folder, folder / "*"):
-        check_equal(TextSource([given], tokenizer_dir, cache=cache, kind="all"), TokenSource(tmp_path / "sorted"))
+    for inputs in (folder, folder / "*"):
+        check_equal(TextSource([inputs], tokenizer_dir, cache=cache, kind="all"), TokenSource(tmp_path / "sorted"))
 
     remote = fsspec.filesystem("memory")
     remote.put(str(folder), "/text_source", recursive=True)
-    urls = [f"memory://text_source/{path.name}" for path in mix]
+    urls = [f"memory://text_source/{path.name}" for path in mixed]
     source = TextSource(urls, tokenizer_dir, cache=cache)
     check_equal(source, shards)
-    assert source.fingerprint == TextSource(mix, tokenizer_dir, cache=cache).fingerprint
+    assert source.fingerprint == TextSource(mixed, tokenizer_dir, cache=cache).fingerprint
     copies = {path: path.stat().st_ino for path in source.files}
     assert {path: path.stat().st_ino for path in TextSource(urls, tokenizer_dir, cache=cache).files} == copies
     remote.pipe("/text_source/c.txt", b"another text, and a longer one")
     changed = TextSource(urls, tokenizer_dir, cache=cache)
     assert changed.fingerprint != source.fingerprint
-    assert len(set(changed.files) & set(copies)) == len(mix) - 1
+    assert len(set(changed.files) & set(copies)) == len(mixed) - 1
 
 
 @pytest.mark.parametrize("name", ["index.json", "offsets", "first"])
 @pytest.mark.parametrize("harm", ["gone", "cut", "flipped"])
-def test_a_damaged_index_is_rebuilt(opened: Callable, shards: TokenSource, name: str, harm: str) -> None:
-    fingerprint = opened().fingerprint
-    path = opened()._index.folder / name
+def test_a_damaged_index_is_rebuilt(open_source: Callable, shards: TokenSource, name: str, harm: str) -> None:
+    fingerprint = open_source().fingerprint
+    path = open_source()._index.folder / name
     content = path.read_bytes()
     path.unlink()
     if harm == "cut":
         path.write_bytes(content[:-3])
     elif harm == "flipped":
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    source = opened()
+    source = open_source()
     assert source.fingerprint == fingerprint
     check_equal(source, shards)
     assert path.read_bytes() == content
 
 
 def test_the_fingerprint_is_of_the_content(
-    opened: Callable, mix: list[Path], tokenizer_dir: Path, cache: Path, tmp_path: Path
+    open_source: Callable, mixed: list[Path], tokenizer_dir: Path, cache: Path, tmp_path: Path
 ) -> None:
     """Another folder or time does not change it; another byte, order or tokenizer does."""
-    source = opened()
-    os.utime(mix[0], (1, 1))
-    assert opened().fingerprint == source.fingerprint
+    source = open_source()
+    os.utime(mixed[0], (1, 1))
+    assert open_source().fingerprint == source.fingerprint
     (tmp_path / "elsewhere").mkdir()
-    copies = [Path(shutil.copy(path, tmp_path / "elsewhere")) for path in mix]
+    copies = [Path(shutil.copy(path, tmp_path / "elsewhere")) for path in mixed]
     assert TextSource(copies, tokenizer_dir, cache=cache).fingerprint == source.fingerprint
     assert TextSource(copies[::-1], tokenizer_dir, cache=cache).fingerprint != source.fingerprint
-    mix[4].write_text("another text")
-    assert opened().fingerprint != source.fingerprint
+    mixed[4].write_text("another text")
+    assert open_source().fingerprint != source.fingerprint
 
 
 @pytest.mark.parametrize("position", [0, 2, 4], ids=["jsonl", "parquet", "text"])
-def test_a_file_that_changes_is_refused(opened: Callable, mix: list[Path], position: int) -> None:
+def test_a_file_that_changes_is_refused(open_source: Callable, mixed: list[Path], position: int) -> None:
     """Also when it was read before the change, and when it is removed."""
-    source = opened()
+    source = open_source()
     document = int(source._index.first[position])
     source.read(document, 0, 2)
     fresh = pickle.loads(pickle.dumps(source))
-    with open(mix[position], "ab") as file:
+    with open(mixed[position], "ab") as file:
         file.write(b"\n")
     another = document + 1 if position != 4 else document
     for reader in (source, fresh) if position != 4 else (fresh,):
-        with pytest.raises(UserError, match=re.escape(f"{mix[position]} has changed since this run indexed it")):
+        with pytest.raises(UserError, match=re.escape(f"{mixed[position]} has changed since this run indexed it")):
             reader.read(another, 0, 2)
-    mix[position].unlink()
+    mixed[position].unlink()
     with pytest.raises(UserError, match="has changed since"):
         fresh.read(document, 0, 2)
 
 
 def test_a_file_that_is_written_while_it_is_indexed(
-    opened: Callable, mix: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+    open_source: Callable, mixed: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = text_index.read_with_progress
 
     def slow(*arguments: object) -> object:
         yield from read(*arguments)
-        with open(mix[0], "a") as file:
+        with open(mixed[0], "a") as file:
             file.write('\n{"text": "more"}')
 
     with monkeypatch.context() as patched:
         patched.setattr(text_index, "read_with_progress", slow)
-        with pytest.raises(UserError, match=re.escape(f"{mix[0]} was written to while it was read")):
-            opened()
-    assert opened().documents == 23
+        with pytest.raises(UserError, match=re.escape(f"{mixed[0]} was written to while it was read")):
+            open_source()
+    assert open_source().documents == 23
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from trinity.data.stream.batch_schedule import BatchHistory, BatchPlan
 from trinity.errors import UserError
 
 
-def loop(
+def plan_by_loop(
     sequences: int,
     ramp: list[tuple[int, int]],
     length: int,
@@ -42,7 +42,7 @@ def entries(largest: int) -> st.SearchStrategy:
     tokens=st.integers(-5, 5000),
 )  # fmt: skip
 def test_against_a_loop(sequences: int, ramp: list, length: int, phases: list, tokens: int) -> None:
-    plan, steps = BatchPlan(sequences, ramp, length, phases), loop(sequences, ramp, length, phases, 400)
+    plan, steps = BatchPlan(sequences, ramp, length, phases), plan_by_loop(sequences, ramp, length, phases, 400)
     assert [plan.at(step) for step in range(400)] == steps
     enough = [step for step, (_, _, _, tokens_seen, _) in enumerate(steps) if tokens_seen >= tokens]
     if enough:
@@ -87,12 +87,12 @@ def test_mistakes_are_named(arguments: tuple, words: str) -> None:
 )  # fmt: skip
 def test_another_schedule_continues_a_history(first: tuple, done: int, then: tuple) -> None:
     """Steps of the history stay; later ones are those of a loop from its end."""
-    made = loop(*first, done + 1)
+    made = plan_by_loop(*first, done + 1)
     history = BatchPlan(*first).history(done)
     assert (history.step, history.sequences, history.tokens) == (done, made[done][0], made[done][3])
     history = BatchHistory.from_rows(history.rows())
     plan = BatchPlan(*then, history)
-    steps = [*made[:done], *loop(*then, 300, made[done][0], made[done][3])]
+    steps = [*made[:done], *plan_by_loop(*then, 300, made[done][0], made[done][3])]
     assert [plan.at(step) for step in range(len(steps))] == steps
     for k, size, long, _, phase in steps:
         for at in (k, k + size - 1):

@@ -11,7 +11,7 @@ B, S = 6, 8
 
 
 def sequences() -> list[PackedSequence]:
-    """Different values everywhere."""
+    """Sequences in which all values differ."""
     values = np.arange(B * 3 * S, dtype=np.int32).reshape(B, 3, S)
     return [PackedSequence(values[row], [Piece("a", row, 0, S)]) for row in range(B)]
 

@@ -31,18 +31,18 @@ def sources(make_source: Callable, random_documents: Callable) -> dict[str, Toke
 @pytest.fixture
 def make_loader(sources: dict) -> Iterator[Callable[..., Loader]]:
     """A loader over the sources, closed in the end."""
-    made = []
+    loaders = []
 
     def make(workers: int, rank: int = 0, ranks: int = 1, **arguments: object) -> Loader:
-        made.append(Loader(make_stream(sources, rank, ranks, **arguments), workers, ahead=8))
-        return made[-1]
+        loaders.append(Loader(make_stream(sources, rank, ranks, **arguments), workers, ahead=8))
+        return loaders[-1]
 
     yield make
-    for loader in made:
+    for loader in loaders:
         loader.close()
 
 
-def running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     try:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
@@ -155,21 +155,21 @@ def test_workers_leave_signals_to_the_run_and_end_with_it(make_loader: Callable)
 def test_workers_end_when_the_run_is_killed(sources: dict) -> None:
     """A separate process starts them and is killed by SIGKILL."""
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
+    receiver, sender = context.Pipe()
 
     def train() -> None:
         loader = Loader(make_stream(sources), 2, 8)
         loader.take(4)
-        there.send([worker.process.pid for worker in loader._started])
+        sender.send([worker.process.pid for worker in loader._started])
         time.sleep(60)
 
     run = context.Process(target=train)
     run.start()
-    pids = here.recv()
+    pids = receiver.recv()
     run.kill()
     run.join()
     for _ in range(100):
-        if not any(running(pid) for pid in pids):
+        if not any(is_running(pid) for pid in pids):
             return
         time.sleep(0.05)
     raise AssertionError("a worker outlived its run")

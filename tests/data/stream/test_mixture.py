@@ -1,4 +1,4 @@
-"""Phases: what a change of phase changes, what it does not, and the state kept over it."""
+"""A change of phase: its effects, what it leaves unchanged, and the state before, at and after it."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def test_a_step_of_another_length_by_replay(make_stream: Callable) -> None:
     for step, length in ((0, S), (2, S), (3, 50), (7, 50)):
         batch = stream.batch(step)
         assert batch.tokens_BS.shape == (V, length)
-    taken = make_stream([FIRST, *OTHERS["longer rows"][:1]], [S, 50])
+    resumed = make_stream([FIRST, *OTHERS["longer rows"][:1]], [S, 50])
     for _ in range(7):
-        taken.take(V)
-    assert taken.take(V).pieces == stream.batch(7).pieces
+        resumed.take(V)
+    assert resumed.take(V).pieces == stream.batch(7).pieces

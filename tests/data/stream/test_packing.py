@@ -17,7 +17,7 @@ from trinity.data.stream.shuffle import permutation_keys, permute, random_bits, 
 V, SEED = 48, 11
 
 
-class Listed:
+class ListedLengths:
     """Documents of given lengths, without tokens."""
 
     def __init__(self, lengths: list[int], lookahead: int = 8) -> None:
@@ -39,7 +39,7 @@ def make_stream(
     lengths: list[int], length: int, phase: Phase, rank: int = 0, ranks: int = 1, **arguments: object
 ) -> SequenceStream:
     values = {"streams": V, "seed": SEED, "bos_id": 0, "plan": BatchPlan(V, [], length), **arguments}
-    return SequenceStream({"all": Listed(lengths)}, [phase], rank=rank, ranks=ranks, **values)
+    return SequenceStream({"all": ListedLengths(lengths)}, [phase], rank=rank, ranks=ranks, **values)
 
 
 PHASES = [Phase((1.0,)), Phase((1.0,), rsdb_size=1), Phase((1.0,), rsdb_size=3)]
@@ -75,11 +75,11 @@ def test_every_token_once_an_epoch_and_in_order(lengths: list[int], length: int,
             seen_in.setdefault(piece.document, set()).add(k % V)
     assert all(heads[document] <= size for document, size in enumerate(lengths))
     assert all(len(streams) == 1 for streams in seen_in.values())
-    left = Counter()
+    remaining = Counter()
     order = permute(np.arange(len(lengths)), len(lengths), permutation_keys(SEED, "all", 0))
     for j, document in enumerate(order.tolist()):
-        left[j % V] += lengths[document] - heads[document]
-    assert all(count < length for count in left.values())
+        remaining[j % V] += lengths[document] - heads[document]
+    assert all(count < length for count in remaining.values())
 
 
 @settings(deadline=None, derandomize=True, max_examples=15)
@@ -107,7 +107,7 @@ def test_killed_and_resumed_on_another_number_of_ranks(
 
 
 def rsdb(lengths: list[int], stream: int, size: int, length: int, rows: int) -> list[list[tuple[int, int, int]]]:
-    """The report's algorithm on lists of tokens (document, place): buffers of whole documents, each with a head."""
+    """The report's algorithm on lists of tokens (document, position): buffers of whole documents, each with a head."""
     n, taken, draws = len(lengths), 0, 0
     buffer: list[dict] = []
 
@@ -191,7 +191,7 @@ def test_tokens_read_are_the_packed_ones(bias: LengthBias | None) -> None:
     assert sum(stream.tokens_read() for stream in ranks).tolist() == [7 * V * 16]
 
 
-def test_a_bias_draws_anew_every_epoch() -> None:
+def test_a_length_bias_draws_again_every_epoch() -> None:
     stream = make_stream([5] * 960, 5, Phase((1.0,), bias=LengthBias(10, 0.2, 0.2)))
     rows = stream.advance(10 * V)
     drawn = [piece.document for row in rows for piece in row]
@@ -213,7 +213,7 @@ def test_a_worker_packs_every_nth_row(phase: Phase, workers: int, random_documen
 
 def test_streams_begin_with_different_sources() -> None:
     """Of two sources of equal weight and long documents, about half of the streams read each, row after row."""
-    sources = {"a": Listed([1000] * 500), "b": Listed([1000] * 500)}
+    sources = {"a": ListedLengths([1000] * 500), "b": ListedLengths([1000] * 500)}
     stream = SequenceStream(sources, [Phase((0.5, 0.5))], streams=400, seed=1, bos_id=0, plan=BatchPlan(400, [], 100))
     for _ in range(30):
         reads = Counter(row[0].source for row in islice(stream.advance(400), 400))

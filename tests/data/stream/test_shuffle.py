@@ -14,7 +14,7 @@ GOLDEN = [8, 3, 9, 11, 10, 1, 0, 2, 6, 4, 7, 5]
 OTHER_GOLDEN = [0, 11, 6, 7, 2, 5, 1, 10, 4, 8, 3, 9]
 
 
-def one(index: int, n: int, keys: tuple[int, ...]) -> int:
+def permute_one(index: int, n: int, keys: tuple[int, ...]) -> int:
     """A transcription for one number, in Python's own integers."""
 
     def mix(x: int) -> int:
@@ -44,7 +44,7 @@ def order(n: int, seed: int = 0, source: str = "code", epoch: int = 0) -> list[i
 def test_every_number_once(n: int, seed: int, epoch: int) -> None:
     shuffled = order(n, seed, "code", epoch)
     assert sorted(shuffled) == list(range(n))
-    assert shuffled == [one(index, n, permutation_keys(seed, "code", epoch)) for index in range(n)]
+    assert shuffled == [permute_one(index, n, permutation_keys(seed, "code", epoch)) for index in range(n)]
 
 
 def test_random_bits_are_splitmix64() -> None:
@@ -57,7 +57,7 @@ def test_large_numbers_stay_below_n_and_apart() -> None:
     n, keys = 10**15 + 7, permutation_keys(1, "web", 3)
     indices = random.Random(0).sample(range(n), 2000)
     images = permute(np.array(indices), n, keys).tolist()
-    assert images == [one(index, n, keys) for index in indices]
+    assert images == [permute_one(index, n, keys) for index in indices]
     results = set(images)
     assert len(results) == 2000
     assert max(results) < n
@@ -69,11 +69,11 @@ def test_every_key_matters() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 50, 99])
-def test_every_place_is_as_likely(index: int) -> None:
+def test_every_position_is_equally_likely(index: int) -> None:
     """χ² of 100 places over 20,000 epochs has mean 99 and standard deviation 14; six of them are 184."""
     counts = [0] * 100
     for epoch in range(20_000):
-        counts[one(index, 100, permutation_keys(0, "code", epoch))] += 1
+        counts[permute_one(index, 100, permutation_keys(0, "code", epoch))] += 1
     assert sum((count - 200) ** 2 / 200 for count in counts) < 184
 
 

@@ -52,7 +52,7 @@ def chance(*key: object) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def permuted(documents: dict, name: str, j: int) -> list[int]:
+def document_at(documents: dict, name: str, j: int) -> list[int]:
     """The j-th document of a source's endless order."""
     n = len(documents[name])
     return documents[name][permute(np.array([j % n]), n, permutation_keys(SEED, name, j // n))[0]]
@@ -67,17 +67,17 @@ def head_start(documents: dict, stream: int, mixture: dict) -> tuple[str, Counte
             first = name
     others = [name for name in documents if mixture[name] and name != first]
     return first, Counter({
-        name: int(chance(SEED, 0, stream, name) * len(permuted(documents, name, stream))) for name in others
+        name: int(chance(SEED, 0, stream, name) * len(document_at(documents, name, stream))) for name in others
     })  # fmt: skip
 
 
-def transcription(documents: dict, stream: int, mixture: dict, count: int) -> list[tuple[list, list, list]]:
+def transcribed_rows(documents: dict, stream: int, mixture: dict, count: int) -> list[tuple[list, list, list]]:
     """(tokens, targets, documents begun before) of a stream's first rows, cut from one long list of tokens."""
     tokens, targets, numbers = [], [], []
     name, drawn = head_start(documents, stream, mixture)
     taken, total_weight = Counter(), sum(mixture.values())
     while len(tokens) < count * S:
-        ids = permuted(documents, name, stream + V * taken[name])
+        ids = document_at(documents, name, stream + V * taken[name])
         taken[name] += 1
         drawn[name] += len(ids)
         tokens += ids
@@ -93,7 +93,7 @@ def transcription(documents: dict, stream: int, mixture: dict, count: int) -> li
 def test_against_the_transcription(make_stream: Callable, documents: dict) -> None:
     rows = list(islice(make_stream(), 30 * V))
     for stream in range(V):
-        for row, (tokens, targets, numbers) in zip(rows[stream::V], transcription(documents, stream, MIXTURE, 30)):
+        for row, (tokens, targets, numbers) in zip(rows[stream::V], transcribed_rows(documents, stream, MIXTURE, 30)):
             assert row.tokens.tolist() == tokens
             assert row.targets.tolist() == targets
             assert row.document_ids.tolist() == [number - numbers[0] for number in numbers]

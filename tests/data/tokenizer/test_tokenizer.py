@@ -97,14 +97,14 @@ def many_files(tmp_path: Path) -> tuple[list[Path], list[tuple[str, str]]]:
 
 
 @pytest.fixture
-def trained_on(monkeypatch: pytest.MonkeyPatch, tok: Tokenizer) -> Callable[..., list[str]]:
+def training_texts(monkeypatch: pytest.MonkeyPatch, tok: Tokenizer) -> Callable[..., list[str]]:
     """(files, bytes, seed) → the texts that the trainer gets, without empty ones."""
 
     def train(files: list[Path], sample_bytes: int, seed: int = 0) -> list[str]:
-        given: list[str] = []
-        monkeypatch.setattr(training, "train_tokenizer", lambda texts, *_: given.extend(texts) or tok)
+        received: list[str] = []
+        monkeypatch.setattr(training, "train_tokenizer", lambda texts, *_: received.extend(texts) or tok)
         train_from_files(files, 700, files[0].parent / f"{sample_bytes}.{seed}", sample_bytes=sample_bytes, seed=seed)
-        return [text for text in given if text]
+        return [text for text in received if text]
 
     return train
 
@@ -238,7 +238,7 @@ def test_padding_to_a_multiple(tokenizer_dir: Path, multiple: int, size: int) ->
         assert tok.get_vocab_size() == size
 
 
-def test_special_tokens_stand_for_no_bytes(tok: Tokenizer) -> None:
+def test_special_tokens_have_no_bytes(tok: Tokenizer) -> None:
     lengths_V = token_byte_lengths(tok)
     assert lengths_V.shape == (700,)
     assert (lengths_V == 0).nonzero().flatten().tolist() == [tok.token_to_id(token) for token in (BOS, EOS, PAD)]
@@ -256,7 +256,7 @@ def test_training_is_deterministic_and_exact(texts: list[str], tokenizer_dir: Pa
 @pytest.mark.parametrize("sample_bytes", [1, 500, 5_000, 20_000, 10**9])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_sample_is_the_documents_of_the_smallest_hashes(
-    many_files: tuple, trained_on: Callable, sample_bytes: int, seed: int
+    many_files: tuple, training_texts: Callable, sample_bytes: int, seed: int
 ) -> None:
     """As many documents as fit, at least one; in the order of the files."""
     files, documents = many_files
@@ -269,15 +269,15 @@ def test_a_sample_is_the_documents_of_the_smallest_hashes(
     sizes = list(accumulate(len(text.encode()) for _, text in by_hash))
     fitting = len(list(takewhile(lambda size: size <= sample_bytes, sizes)))
     chosen = by_hash[: max(1, fitting)]
-    assert trained_on(files, sample_bytes, seed) == [text for place, text in documents if (place, text) in chosen]
-    assert len(trained_on(files, sizes[4], seed)) == 5
+    assert training_texts(files, sample_bytes, seed) == [text for place, text in documents if (place, text) in chosen]
+    assert len(training_texts(files, sizes[4], seed)) == 5
 
 
-def test_a_sample_is_spread_over_all_inputs(many_files: tuple, trained_on: Callable) -> None:
-    """Every third of each file, and in about its share: 300 documents, of which 60 are taken, 6.7 ± 2.3 of each."""
+def test_a_sample_is_spread_over_all_inputs(many_files: tuple, training_texts: Callable) -> None:
+    """Every third of each file, and in about its share: 60 of 300 documents, 6.7 ± 2.3 of each."""
     files, documents = many_files
     total = sum(len(text.encode()) for _, text in documents)
-    taken = set(trained_on(files, total // 5))
+    taken = set(training_texts(files, total // 5))
     for third in range(9):
         here = [text for _, text in documents[third * 100 // 3 : (third + 1) * 100 // 3]]
         assert 1 <= len(taken.intersection(here)) <= 15
@@ -305,7 +305,7 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_kill_while_writing_over_leaves_no_wrong_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_during_replacement_leaves_no_stale_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--force replaces a tokenizer of 259 ids by one of 260, and is killed before made_from.json is written."""
     source, out = tmp_path / "a.txt", tmp_path / "out"
     source.write_text("text text")

@@ -124,7 +124,7 @@ class LogicalStream:
             first, page = self._pages[source]
             at = self.documents_taken[source] - first
             if not 0 <= at < len(page.lengths):
-                if not self._turn_page(source):
+                if not self._load_page(source):
                     return False
                 continue
             self.documents_taken[source] += 1
@@ -135,7 +135,7 @@ class LogicalStream:
         self.open.append([source, page.documents[at], 0, length])
         return True
 
-    def _turn_page(self, source: int) -> bool:
+    def _load_page(self, source: int) -> bool:
         """Get the page that holds the source's next document; False if there is none."""
         size = self._page_sizes[source]
         number = self.documents_taken[source] // size
@@ -145,7 +145,7 @@ class LogicalStream:
 
     def _next_length(self, source: int) -> int:
         """Tokens of the source's next document, 0 if there is none."""
-        if not self._turn_page(source):
+        if not self._load_page(source):
             return 0
         first, page = self._pages[source]
         return page.lengths[self.documents_taken[source] - first]
