@@ -183,7 +183,7 @@ def test_a_run_that_ended_before_its_decay_may_become_longer(settings: dict) -> 
     words = [*DECAY, "optim.schedule.final=0"]
     before = replace(config_with(settings, *words), run=RunSection(steps=6))
     now = replace(before, run=RunSection(steps=7))
-    with pytest.raises(UserError, match="from 2 steps to 3 steps: rates differ from 4 steps on; say"):
+    with pytest.raises(UserError, match="from 2 steps to 3 steps: rates differ from 4 steps on; add"):
         check_decay(before, now, 3, 432, [], "runs/mine")
     assert train(settings, *words, "run.steps=2") == 0
     assert train(settings, *words, "run.steps=4") == 0

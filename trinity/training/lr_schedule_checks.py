@@ -77,7 +77,7 @@ def check_decay(
             f"in place of {fractions[0]:.3g} ({fractions[0] * peak:.3g})"
         )
     raise UserError(
-        f"going on from {where} would change the decay of the learning rate from {old.length} {old.unit} to "
-        f"{new_length}: {effect}; say --accept-change optim.schedule if that is meant, or set {key}={old.length} to "
+        f"resuming {where} would change the decay of the learning rate from {old.length} {old.unit} to "
+        f"{new_length}: {effect}; add --accept-change optim.schedule if that is meant, or set {key}={old.length} to "
         "keep the decay as it is, after which the rate stays at optim.schedule.final"
     )
