@@ -80,7 +80,7 @@ def main() -> int | None:
             progress=True,
         )
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        print("stopped; run the same command again to continue", file=sys.stderr)
         return STOPPED
     skipped = "".join(f", {count:,} {reason} skipped" for reason, count in index["skipped"].items())
     print(

@@ -43,7 +43,7 @@ class RunDirectory:
             raise UserError(f"{stop} says: {reason}; remove that file to run again")
         saved = path / "checkpoints"
         if saved.exists() and not saved.is_dir():
-            raise UserError(f"{saved} is no folder, and checkpoints are to go there; move it away, or set run.dir")
+            raise UserError(f"{saved} is not a folder, but checkpoints are saved there; move it away, or set run.dir")
         try:
             make_folder(path)
             return self._acquire_lock()

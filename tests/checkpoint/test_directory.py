@@ -179,7 +179,7 @@ def test_no_intact_checkpoint(run: Path) -> None:
         CheckpointDirectory.at(run).newest_intact(ignore)
     assert str(mistake.value) == (
         f"every checkpoint in {run} is damaged: step_00000006 (__0_0.distcp has changed since it was written), "
-        "step_00000003 (__0_0.distcp is missing); put one back from a copy, or start afresh with another run.dir"
+        "step_00000003 (__0_0.distcp is missing); put one back from a copy, or start a new run with another run.dir"
     )
     for step in (3, 6):
         (folder_of(run, step) / "COMPLETE").unlink()

@@ -152,7 +152,7 @@ def test_store_fails_during_a_write(
     with failing(fail), pytest.raises(Failure) as failure:
         train(settings, f"checkpoint.url={url}")
     sentence = f"{url}/step_00000006/__0_0.distcp cannot be written (no route to host); run the same command again"
-    assert str(failure.value) == f"{sentence} to go on"
+    assert str(failure.value) == f"{sentence} to continue"
     assert (status(run)["state"], status(run)["code"]) == ("stopped", 1)
     assert (tmp_path / "store/step_00000006/__0_0.distcp").stat().st_size > 0
     assert CheckpointDirectory.of_run(run).complete_steps() == [3]
@@ -176,7 +176,7 @@ def test_store_does_not_answer(settings: dict, tmp_path: Path) -> None:
         silent = failing(lambda request, path, verb=verb: PermissionError("forbidden") if request == verb else None)
         with (
             silent,
-            pytest.raises(Failure, match=r"cannot be read \(forbidden\); run the same command again to go on$"),
+            pytest.raises(Failure, match=r"cannot be read \(forbidden\); run the same command again to continue$"),
         ):
             train(settings, *words)
         assert ((run / "metrics.jsonl").read_bytes(), files_below(url), list(run.glob("config*"))) == before
@@ -213,7 +213,7 @@ def test_store_fails_at_any_request(tmp_path: Path, group: None) -> None:
             save(state_of(step), checkpoints, step, keep=2)
         at += 1
         requests, message = save_with_failure(checkpoints, at)
-        assert ("(gone); run the same command again to go on" in message) == (at <= requests), at
+        assert ("(gone); run the same command again to continue" in message) == (at <= requests), at
         step = checkpoints.newest_intact(lambda *_, **__: None)
         assert checkpoint_bytes(checkpoints.path_of(step)) == tensor_bytes(state_of(step)), at
         newest.append(step)
@@ -244,7 +244,7 @@ def test_store_fails_during_a_load(tmp_path: Path, group: None) -> None:
         state = empty_tensors(checkpoints.path_of(3), "")
         with silent, pytest.raises(Failure) as failure:
             load(state, checkpoints.path_of(3))
-        assert str(failure.value) == f"{url} cannot be read (late); run the same command again to go on"
+        assert str(failure.value) == f"{url} cannot be read (late); run the same command again to continue"
 
 
 def test_order_of_requests(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:

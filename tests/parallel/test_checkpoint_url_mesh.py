@@ -80,7 +80,7 @@ def test_store_fails_for_one_rank(recipe: Callable, processes: Callable, tmp_pat
     # rank 1 writes its own file, and checks the second of the three: .metadata, __0_0, __1_0
     for verb, name, did in (("write", "step_00000004/__1_0", "written"), ("read", "step_00000002/__0_0", "read")):
         errors = processes(2).run(run_with_failing_store, 1, settings, words, verb, name)
-        message = f"{name}.distcp cannot be {did} (no route to host); run the same command again to go on"
+        message = f"{name}.distcp cannot be {did} (no route to host); run the same command again to continue"
         assert errors == [f"rank 1: {url}/{message}"] * 2
         assert CheckpointDirectory.of_run(tmp_path / "run").complete_steps() == [2]
     assert processes(2).run(plain_remote_run, settings, words) == [0, 0]
@@ -88,4 +88,4 @@ def test_store_fails_for_one_rank(recipe: Callable, processes: Callable, tmp_pat
     errors = processes(2).run(load_newest, str(tmp_path / "run"), 1)
     assert errors[0] == errors[1]
     assert errors[0].startswith(f"rank 1: {url}/step_00000006/__")
-    assert errors[0].endswith("_0.distcp cannot be read (late); run the same command again to go on")
+    assert errors[0].endswith("_0.distcp cannot be read (late); run the same command again to continue")

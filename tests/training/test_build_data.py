@@ -126,7 +126,7 @@ def test_a_note_on_fewer_documents_than_streams(settings: dict) -> None:
     many = 1000 * (documents + 1)
     advice = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, 1))[-1]
     assert f"data.train.prose has {documents} documents for data.streams={many}" in advice
-    assert advice.endswith(f"or start afresh with data.streams={documents}")
+    assert advice.endswith(f"or start a new run with data.streams={documents}")
     assert not any(".prose" in note for note in document_notes(
         open_stream(config_of(settings, f"data.streams={documents}"), 0, 1)))  # fmt: skip
     alone = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, many))[-1]

@@ -76,7 +76,7 @@ def test_a_resumed_run_keeps_its_own(run: Path, tmp_path: Path, capsys: pytest.C
     shutil.rmtree(first)
     assert capsys.readouterr().err == ""
     assert tokenizer_at_start(config_with(first), run, resumes=True) == run / "tokenizer"
-    assert "does not exist; the run goes on with its copy" in capsys.readouterr().err
+    assert "does not exist; the run continues with its copy" in capsys.readouterr().err
     shutil.rmtree(run / "tokenizer")
     assert tokenizer_at_start(config_with(moved), run, resumes=True) == moved  # compared with the sources
 

@@ -110,7 +110,7 @@ class CheckpointDirectory:
         if damaged:
             raise UserError(
                 f"every checkpoint in {self} is damaged: {', '.join(damaged)}; put one back from a copy, "
-                "or start afresh with another run.dir"
+                "or start a new run with another run.dir"
             )
         return 0
 

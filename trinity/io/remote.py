@@ -73,7 +73,7 @@ def remote_errors(url: str) -> Iterator[None]:
 def remote_failure(url: str, verb: str, error: Exception) -> Failure:
     """A Failure that says in one sentence that a URL cannot be read, written or deleted, and why."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return Failure(f"{url} cannot be {verb} ({reason}); run the same command again to go on")
+    return Failure(f"{url} cannot be {verb} ({reason}); run the same command again to continue")
 
 
 @contextmanager
@@ -143,8 +143,8 @@ def fetch(url: str, path: Path, size: int | None = None, digest: str | None = No
                 wrong = "its checksum is another"
             if wrong:
                 raise UserError(
-                    f"{url} is not what {path.parent / 'index.json'} names ({wrong}); mend it there, "
-                    f"or remove {path.parent} if the folder was made anew"
+                    f"{url} is not what {path.parent / 'index.json'} names ({wrong}); fix it there, "
+                    f"or remove {path.parent} if the folder was made again"
                 )
 
 

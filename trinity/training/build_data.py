@@ -94,7 +94,7 @@ def document_notes(stream: SequenceStream) -> list[str]:
     for name, source in stream.sources.items():
         if source.documents < stream.streams:
             fewer = source.documents // stream.ranks * stream.ranks
-            words = f", or start afresh with data.streams={fewer}" if fewer else ""
+            words = f", or start a new run with data.streams={fewer}" if fewer else ""
             notes.append(
                 f"note: data.train.{name} has {source.documents} documents for data.streams={stream.streams}, so rows "
                 f"of one step repeat each other's text; split its texts into more documents{words}"

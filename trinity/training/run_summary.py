@@ -49,9 +49,9 @@ def opening(
     """
     total = total_steps(config, plan)
     if step >= total:
-        done = f"{path} has made {step} steps of {total}; nothing is left to do"
+        done = f"{path} has made {step} steps of {total}; the run is complete"
         accept = " with --accept-change optim.schedule, since the decay ends with the run"
-        return [f"{done} (a larger run.steps or run.tokens goes on{accept if decay_ends_with_run(config) else ''})"]
+        return [f"{done} (a larger run.steps or run.tokens continues{accept if decay_ends_with_run(config) else ''})"]
     rows = plan.at(step).sequences // ranks.data_ranks
     size = (
         f"{'resuming after step ' + str(step) if step else 'starting'}: {total} steps on {ranks.world} × "

@@ -68,11 +68,11 @@ def _for_resumed_run(config: RunConfig, run: Path) -> Path | None:
     if named is None:
         return own
     if not named.exists():
-        say(f"note: data.tokenizer={named} does not exist; the run goes on with its copy in {own}")
+        say(f"note: data.tokenizer={named} does not exist; the run continues with its copy in {own}")
     elif fingerprint(named) != fingerprint(own):
         raise UserError(
-            f"{run} was begun with another tokenizer than data.tokenizer={named}; leave data.tokenizer out to go on "
-            f"with its own in {own}, or start afresh with another run.dir"
+            f"{run} was begun with another tokenizer than data.tokenizer={named}; leave data.tokenizer out to continue "
+            f"with its own in {own}, or start a new run with another run.dir"
         )
     return own
 

@@ -234,7 +234,7 @@ class Trainer:
                 record = self.one_step()
             if record["spike"] and config.health.spike.action == "rollback":
                 if not self._roll_back():
-                    return self._give_up("spikes come again after every way back")
+                    return self._give_up("the rollback limit is reached: spikes return after each rollback")
                 continue  # the step is undone, so it is not logged
             is_last = self._is_finished()
             if self._is_due(config.evaluation.every) or (is_last and config.evaluation.every):

@@ -73,7 +73,7 @@ def test_interrupted_at_a_terminal(command: Callable, tmp_path: Path, tokenizer_
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=20)
     assert (process.returncode, output) == (130, "")
-    assert errors.splitlines()[-1] == "stopped; run the same command again to go on"
+    assert errors.splitlines()[-1] == "stopped; run the same command again to continue"
     assert "Traceback" not in errors
     assert not (out / "out" / "index.json").exists()
     prepare_data([path], tokenizer_dir, out / "out", shard_tokens=30_000)

@@ -81,7 +81,7 @@ def test_a_file_url_is_a_local_path(local_shards: TokenSource, cache: Path) -> N
     [
         (
             lambda raw: raw[:-1],
-            r"shard_00001\.tokens is not what .*index\.json names \(\d+ bytes of \d+\); mend it there",
+            r"shard_00001\.tokens is not what .*index\.json names \(\d+ bytes of \d+\); fix it there",
         ),
         (lambda raw: bytes([raw[0] ^ 1]) + raw[1:], r"\(its checksum is another\)"),
         (None, r"memory://shards/shard_00001\.tokens does not exist; check the address"),

@@ -100,7 +100,7 @@ def _alive(process: BaseProcess) -> Iterator[None]:
     except (EOFError, OSError):
         raise Failure(
             f"a worker process {exit_reason(process)}, perhaps for want of memory; "
-            "run the same command again to go on, maybe with fewer --workers"
+            "run the same command again to continue, maybe with fewer --workers"
         ) from None
 
 

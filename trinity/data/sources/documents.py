@@ -271,7 +271,7 @@ def parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> 
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{name}:{number} is not valid JSON ({error}); mend it, or prepare shards with --skip-bad-lines"
+            f"{name}:{number} is not valid JSON ({error}); fix it, or prepare shards with --skip-bad-lines"
         ) from None
     if not isinstance(value, dict) or field not in value:
         known = ", ".join(value) if isinstance(value, dict) else "none, the line is no object"
@@ -281,10 +281,10 @@ def parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> 
 
 def _checked(value: Any, name: str, number: int, offset: int, field: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{name}:{number} holds {type(value).__name__} where text should be; mend it, or set --field")
+        raise UserError(f"{name}:{number} holds {type(value).__name__} where text should be; fix it, or set --field")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair, which is no character and has no UTF-8.
-        raise UserError(f"{name}:{number} holds half a surrogate pair at character {error.start}; mend it") from None
+        raise UserError(f"{name}:{number} holds half a surrogate pair at character {error.start}; fix it") from None
     return value.removeprefix(BYTE_ORDER_MARK)  # of the file that the text came from

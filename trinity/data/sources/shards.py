@@ -115,7 +115,7 @@ class TokenSource:
             if wrong and self._url:
                 raise UserError(f"{wrong}; remove it, and it is fetched from {self._url} again")
             if wrong:
-                raise UserError(f"{wrong}; remove it and {HINT} to make it anew")
+                raise UserError(f"{wrong}; remove it and {HINT} to make it again")
         self.documents, self.tokens, self.text_bytes = index["documents"], index["tokens"], index["text_bytes"]
         self.vocab_size, self.bos_id, self.tokenizer_fingerprint = (
             index["vocab_size"],
@@ -212,7 +212,7 @@ def _read_index(directory: Path) -> dict:
         raise UserError(f"{directory} has shard format {index.get('version')}, this reads {VERSION}; prepare it again")
     wrong = _wrong(index)
     if wrong:
-        raise UserError(f"{directory / 'index.json'} is damaged ({wrong}); remove it and {HINT} to make it anew")
+        raise UserError(f"{directory / 'index.json'} is damaged ({wrong}); remove it and {HINT} to make it again")
     return index
 
 

@@ -264,5 +264,5 @@ def _check_tokenizers(sources: Mapping[str, Source], bos_id: int) -> None:
             raise UserError(f"data.train.{name} was made with another tokenizer than {first}; prepare both with one")
         if source.bos_id != bos_id:
             raise UserError(
-                f"data.train.{name} begins documents with id {source.bos_id}, not {bos_id}; prepare it anew"
+                f"data.train.{name} begins documents with id {source.bos_id}, not {bos_id}; prepare it again"
             )
