@@ -25,6 +25,8 @@ from trinity.monitor.router_health import CollapseDetector
 from trinity.monitor.straggler import StragglerDetector
 from trinity.run_directory import RunDirectory
 
+SPIKES = "spikes"
+"""The spike detector's key in state(), which every checkpoint has; one of an older version may lack the others."""
 COLLAPSE = "collapse."
 """Prefix of the collapse detector's keys in state()."""
 
@@ -113,7 +115,7 @@ class Monitor:
         The heartbeat, goodput and the straggler detector belong to one start of the run and have no state here.
         """
         model = self.config.model
-        state = {"spikes": self.spikes.state()}
+        state = {SPIKES: self.spikes.state()}
         if model.moe_layers:
             collapse = self._collapse.state(model.moe_layers, model.experts)
             state |= {f"{COLLAPSE}{name}": tensor for name, tensor in collapse.items()}
@@ -121,8 +123,7 @@ class Monitor:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Restore what state() returned; a detector that an older checkpoint lacks starts empty."""
-        if "spikes" in state:
-            self.spikes.restore(state["spikes"])
+        self.spikes.restore(state[SPIKES])
         collapse = {key.removeprefix(COLLAPSE): value for key, value in state.items() if key.startswith(COLLAPSE)}
         if collapse:
             self._collapse.restore(collapse)

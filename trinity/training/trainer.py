@@ -34,7 +34,7 @@ from trinity.monitor.attention_probe import probe_attention
 from trinity.monitor.events import Events
 from trinity.monitor.hooks import StepResult
 from trinity.monitor.loggers import JsonLines, Logger, open_loggers
-from trinity.monitor.monitor import Monitor
+from trinity.monitor.monitor import SPIKES, Monitor
 from trinity.monitor.param_norms import ParamNorms
 from trinity.monitor.profiler import Profiler
 from trinity.optim.lr_schedule import lr_fraction
@@ -465,7 +465,7 @@ class Trainer:
         """Load a checkpoint of a run; without its place in the data for a rollback."""
         state = self.state()  # model and optimizer tensors are filled in place
         # their sizes differ from save to save, and checkpoints of older versions lack some
-        varies = ("data.", HISTORY, *(f"run.{name}" for name in self.monitor.state()))
+        varies = ("data.", HISTORY, *(f"run.{name}" for name in self.monitor.state() if name != SPIKES))
         saved = run_on_all_ranks(empty_tensors, path, varies)
         own = {key for key in state if key.startswith(varies)}
         state |= {key: tensor for key, tensor in saved.items() if key in own}
