@@ -234,7 +234,10 @@ class Trainer:
                 record = self.one_step()
             if record["spike"] and config.health.spike.action == "rollback":
                 if not self._roll_back():
-                    return self._give_up("the rollback limit is reached: spikes return after each rollback")
+                    used = (
+                        f"all health.rollbacks={config.health.rollbacks} are used, or there is no checkpoint before it"
+                    )
+                    return self._give_up(f"a loss spike cannot be rolled back: {used}")
                 continue  # the step is undone, so it is not logged
             is_last = self._is_finished()
             if self._is_due(config.evaluation.every) or (is_last and config.evaluation.every):
