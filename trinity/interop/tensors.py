@@ -28,14 +28,14 @@ def part_shape(shape: torch.Size, index: Index) -> tuple[int, ...]:
 
 
 def local_part(tensor: Tensor, index: Index) -> tuple[Tensor, tuple[slice, ...]] | None:
-    """The local part of tensor[index]: what this rank's shard holds of it.
+    """The part of tensor[index] that is in this rank's shard.
 
     Args:
         tensor: a parameter, sharded or not.
         index: integers and slices with both ends, for the first dimensions.
     Returns:
         (a view of the rank's shard, without the dimensions that an integer indexes; its position in tensor[index]).
-        None if the shard holds nothing of it.
+        None if tensor[index] is entirely on other ranks.
     """
     local, offset = tensor, (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
