@@ -9,7 +9,7 @@ Precision: logits, their gradient and dX are in x's dtype; the rest, and the sum
 Triton (cross_entropy_triton.py): one kernel per chunk turns logits into their gradient in place, between products of
 cuBLAS.
 
-Shapes: T tokens, D width, V vocabulary, C tokens of one chunk.
+Shapes: T tokens, D width, V vocabulary, C tokens of one chunk, N tokens of one block of a chunk.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trinity_kernels.linear import matmul_operand
+from trinity_kernels.linear import linear_forward, linear_grad_input, linear_grad_weight, matmul_operand, takes_onednn
 from trinity_kernels.norm import wide
 from trinity_kernels.op import Op
 
@@ -25,8 +25,15 @@ IGNORE = -100
 """Target of a token that is ignored."""
 
 CHUNK_BYTES = 256 * 2**20
-"""Most bytes of one chunk's logits, counting their widest copy (fp32 on a CPU). Each chunk reads the weight once, and
-reads and writes its gradient once, so larger chunks are faster, up to a point."""
+"""Most bytes of one chunk's logits on a CPU, counting their widest copy (fp32 or float64)."""
+
+CHUNK_TOKENS = 512
+"""Most tokens of a chunk on a CPU, except in float64. Each chunk reads the weight once, and reads and writes its gradient
+once; but logits that do not fit the cache are read from memory by each of four steps."""
+
+BLOCK_BYTES = 2**20
+"""Most bytes of the rows of a chunk that the reference turns into their gradient at a time: the steps of one block find
+it in the cache of a CPU core. One row may be larger."""
 
 CUDA_CHUNK_BYTES = 3200 * 2**20
 """The same on a GPU: 8192 tokens of Trinity's vocabulary in bf16 take 3128 MiB; adding to dW then costs about 3 %."""
@@ -46,6 +53,8 @@ def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, device: str) -> in
         device: the device type.
     """
     most = max(1, (CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES) // (itemsize * vocabulary))
+    if device != "cuda" and itemsize < 8:
+        most = min(most, CHUNK_TOKENS)
     if most > 128:
         most -= most % 128
     chunks = max(1, -(-tokens // most))
@@ -77,28 +86,28 @@ def forward_in_chunks(
         x_CD = matmul_operand(x_TD[rows])
         # no variable holds the logits, so that those of two chunks are never in memory together
         grad_CV = chunk_loss(
-            x_CD @ weight.t(), targets_T[rows], z, ce_T[rows], lse_T[rows], top_T[rows], for_x or for_weight
+            linear_forward(x_CD, weight), targets_T[rows], z, ce_T[rows], lse_T[rows], top_T[rows], for_x or for_weight
         )
         if for_x:
-            grad_x[rows] = grad_CV @ weight
+            grad_x[rows] = linear_grad_input(grad_CV, weight)
         if for_weight:
-            add_product_(grad_weight, grad_CV.t(), x_CD)
+            add_product_(grad_weight, grad_CV, x_CD)
         del grad_CV
     return (ce_T + z * lse_T.square()).sum(), ce_T, lse_T, top_T, grad_x, grad_weight
 
 
-def add_product_(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """into += left·right, where into's dtype is the operands' or a wider one.
+def add_product_(into_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
+    """into += leftᵀ·right, where into's dtype is the operands' or a wider one.
 
     On CUDA the matrix product itself accumulates 16-bit operands into fp32; on other devices the product is first
     rounded to the operands' dtype.
     """
-    if into.dtype == left.dtype:
-        into.addmm_(left, right)
-    elif left.device.type == "cuda":
-        torch.addmm(into, left, right, out_dtype=into.dtype, out=into)
+    if left_NO.device.type == "cuda" and into_OI.dtype != left_NO.dtype:
+        torch.addmm(into_OI, left_NO.t(), right_NI, out_dtype=into_OI.dtype, out=into_OI)
+    elif into_OI.dtype == left_NO.dtype and not takes_onednn(left_NO):
+        into_OI.addmm_(left_NO.t(), right_NI)
     else:
-        into += left @ right
+        into_OI += linear_grad_weight(left_NO, right_NI)
 
 
 def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,11 +169,17 @@ def _high(dtype: torch.dtype) -> torch.dtype:
 def _chunk_loss(
     logits: Tensor, targets_C: Tensor, z: float, ce_C: Tensor, lse_C: Tensor, top_C: Tensor, with_gradient: bool
 ) -> Tensor:
-    """One chunk in torch; see ChunkLoss."""
-    logits_CV = wide(logits)
-    ce, lse, top, sum_C = _token_losses(logits_CV, targets_C)
-    ce_C.copy_(ce), lse_C.copy_(lse), top_C.copy_(top)
-    return _logits_gradient(logits_CV, sum_C, lse, targets_C, z).to(logits.dtype) if with_gradient else logits_CV
+    """One chunk in torch, a block of rows at a time; see ChunkLoss."""
+    block = len(logits) if logits.is_cuda else max(1, BLOCK_BYTES // (logits.shape[1] * _high(logits.dtype).itemsize))
+    for start in range(0, len(logits), block):
+        rows = slice(start, start + block)
+        logits_NV, targets_N = wide(logits[rows]), targets_C[rows]
+        ce_C[rows], lse_C[rows], top_C[rows], sum_N = _token_losses(logits_NV, targets_N)
+        if with_gradient:
+            _logits_gradient(logits_NV, sum_N, lse_C[rows], targets_N, z)
+            if logits_NV.dtype != logits.dtype:  # a copy: otherwise the logits themselves are overwritten
+                logits[rows] = logits_NV
+    return logits
 
 
 def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

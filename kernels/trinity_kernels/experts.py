@@ -8,6 +8,7 @@ rows and a batch without tokens are allowed.
 Saved for backward (as in SonicMoE, arXiv 2512.14080): x, the pre-activations H, the choices and their weights; not the
 gathered x, the activations or the outputs. With dA' = dy_gathered·W2: dA = s·dA', ds = rowsum(dA'∘A), dW2 = dyᵀ·(s·A),
 dH = dSwiGLU(dA, H), dW1 = dHᵀ·x_gathered.
+On a CPU in fp32 and 16 bits (experts_cpu.py): one expert after the other, in the cache.
 Triton (experts_triton.py): gathering and SwiGLU happen inside the matrix products, and H may be computed again.
 
 Under expert parallelism some of a token's experts are on other ranks. Their choices are −1, take no row and get no
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trinity_kernels import experts_cpu
 from trinity_kernels.grouped_gemm import grouped_matmul, grouped_outer, refuses
 from trinity_kernels.grouping import Groups, group_rows
 from trinity_kernels.norm import wide
@@ -32,10 +34,17 @@ def _swiglu(pre_RH: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def _one_by_one(x: Tensor) -> bool:
+    """Whether experts_cpu computes: one expert after the other."""
+    return x.device.type == "cpu" and x.dtype != torch.float64
+
+
 @torch.library.custom_op("trinity::expert_mlp", mutates_args=())
 def _forward(
     x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
+    if _one_by_one(x_TD):
+        return experts_cpu.forward(x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, rows)
     groups = group_rows.reference(indices_TK, w1_EHD.shape[0], rows)
     token_R = groups.order_R // indices_TK.shape[1]
     pre_RH = grouped_matmul.reference(x_TD.index_select(0, token_R), w1_EHD, groups.ends_E, transpose=True)
@@ -82,6 +91,8 @@ def sum_of_rows(rows_RD: Tensor, place_R: Tensor, counts_T: Tensor, weights_R: T
 def _backward(
     grad_TD: Tensor, x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, pre_RH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _one_by_one(x_TD):
+        return experts_cpu.backward(grad_TD, x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, pre_RH)
     groups = group_rows.reference(indices_TK, w1_EHD.shape[0], pre_RH.shape[0])
     order_R, _, ends_E = groups
     token_R = order_R // indices_TK.shape[1]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity_kernels.linear import matmul_operand
+from trinity_kernels.linear import linear_grad_weight, product
 from trinity_kernels.op import Op
 
 
@@ -37,7 +37,7 @@ def _grouped_matmul(rows: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose:
     out = rows.new_empty(rows.shape[0], weight_EOI.shape[1 if transpose else 2])
     for expert, (start, end) in enumerate(_spans(ends_E)):
         weight = weight_EOI[expert].t() if transpose else weight_EOI[expert]
-        _matmul_into(out[start:end], rows[start:end], weight)
+        product(rows[start:end], weight, out=out[start:end])
     return out
 
 
@@ -57,7 +57,7 @@ def _grouped_outer(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
         return F.grouped_mm(left_RO.t(), right_RI, offs=ends_E)
     out = left_RO.new_empty(shape)
     for expert, (start, end) in enumerate(_spans(ends_E)):
-        _matmul_into(out[expert], left_RO[start:end].t(), right_RI[start:end])
+        linear_grad_weight(left_RO[start:end], right_RI[start:end], out=out[expert])
     return out
 
 
@@ -113,11 +113,3 @@ def _grouped_by_torch(x: Tensor) -> bool:
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
     ends = ends_E.tolist()
     return list(zip([0, *ends[:-1]], ends))
-
-
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    wide_a, wide_b = matmul_operand(a), matmul_operand(b)
-    if wide_a is a:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(wide_a @ wide_b)
