@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity.models import attention_backends
+from trinity.models import attention_backends, attention_blocks
 from trinity.models.attention_backends import ENGINE_NAMES, AttentionMask, attend, pick_engine
 
 LENGTHS = [37, 1, 90]
@@ -97,16 +97,51 @@ def error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-@pytest.mark.parametrize("dtype", list(BOUNDS))
-@pytest.mark.parametrize("window", [None, 16, 1000])
-def test_sdpa_packed_equals_documents_one_by_one(window: int | None, dtype: torch.dtype) -> None:
-    """Outputs and gradients."""
+CPU_ENGINES = [("sdpa", dtype) for dtype in BOUNDS] + [("blocks", dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("engine", "dtype"), CPU_ENGINES)
+@pytest.mark.parametrize("window", [None, 16, 70, 1000])
+def test_packed_equals_documents_one_by_one(window: int | None, engine: str, dtype: torch.dtype) -> None:
+    """Outputs and gradients; 128 tokens are two blocks of the engine blocks."""
     inputs = make(dtype, "cpu", grads=True)
-    got, exact = packed(*inputs, window, "sdpa"), one_by_one(*inputs, window)
+    got, exact = packed(*inputs, window, engine), one_by_one(*inputs, window)
     assert got.dtype == dtype
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
     grads, exact_grads = (torch.autograd.grad(y, inputs, dy.to(y.dtype)) for y in (got, exact))
     assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("batch", "length", "window"), [(3, 200, 50), (1, 63, 64), (2, 65, 1), (1, 1, 8)])
+def test_blocks_of_several_rows(
+    monkeypatch: pytest.MonkeyPatch, batch: int, length: int, window: int, grouped: bool
+) -> None:
+    """Against sdpa in float64: rows whose positions have gaps, and a torch whose kernel does not share keys."""
+    monkeypatch.setattr(attention_blocks, "_flash_groups_queries", lambda: grouped)
+    random = torch.Generator().manual_seed(length)
+    positions_BS = torch.randint(1, 4, (batch, length), generator=random).cumsum(dim=1)
+    inputs = [torch.randn(batch, length, heads, 16, generator=random, requires_grad=True) for heads in (4, 2, 2)]
+    wide_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    got = attend(*inputs, window, AttentionMask(positions_BS, None, engine="blocks"))
+    exact = attend(*wide_inputs, window, AttentionMask(positions_BS, None, engine="sdpa"))
+    dy = torch.randn(exact.shape, generator=random)
+    grads, exact_grads = torch.autograd.grad(got, inputs, dy), torch.autograd.grad(exact, wide_inputs, dy.double())
+    assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[torch.float32]
+
+
+def test_blocks_read_only_the_keys_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 tokens with a window of 100: 64 queries × at most 163 keys."""
+    scores = []
+    flash = attention_blocks._flash
+    monkeypatch.setattr(
+        attention_blocks,
+        "_flash",
+        lambda q, k, v, bias: scores.append((q.shape[2], k.shape[2])) or flash(q, k, v, bias),
+    )
+    x = torch.randn(1, 256, 2, 8)
+    attend(x, x, x, 100, AttentionMask(torch.arange(256).unsqueeze(0), None, True, engine="blocks"))
+    assert scores == [(64, 64), (64, 128), (64, 163), (64, 163)]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # flex warns that it is not compiled here
@@ -120,7 +155,7 @@ def test_flex_packed_equals_documents_one_by_one(window: int | None) -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("window", [None, 16, 1000])
-@pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name not in ("auto", "sdpa")])
+@pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name not in ("auto", "sdpa", "blocks")])
 def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int | None) -> None:
     """Outputs and gradients of every engine that is installed, bf16."""
     try:
@@ -158,13 +193,16 @@ def test_auto_takes_the_best_available_engine(
     installed_packages.update(packages)
     assert pick_engine("auto", "cuda", torch.bfloat16) == engine
     assert pick_engine("auto", "cuda", torch.float32) == "sdpa"
-    assert pick_engine("auto", "cpu", torch.bfloat16) == "sdpa"
+    assert pick_engine("auto", "cpu", torch.bfloat16) == pick_engine("auto", "cpu", torch.float32) == "blocks"
+    assert pick_engine("auto", "cpu", torch.float64) == "sdpa"
 
 
 @pytest.mark.parametrize(
     ("engine", "device", "dtype", "sentence"),
     [
-        ("flash3", "cuda", torch.bfloat16, "kernels.attention=flash3 is not known; use one of auto, sdpa, varlen"),
+        ("flash3", "cuda", torch.bfloat16, "kernels.attention=flash3 is not known; use one of auto, sdpa, blocks"),
+        ("blocks", "cuda", torch.float32, "needs a CPU and fp32 or 16 bits, not cuda and torch.float32; use auto"),
+        ("blocks", "cpu", torch.float64, "needs a CPU and fp32 or 16 bits, not cpu and torch.float64; use auto"),
         ("varlen", "cpu", torch.bfloat16, "needs a CUDA device in 16 bits, not cpu in torch.bfloat16; use auto"),
         ("varlen", "cuda", torch.float32, "needs a CUDA device in 16 bits, not cuda in torch.float32; use auto"),
         ("flash4", "cuda", torch.bfloat16, "kernels.attention=flash4 needs the package flash-attn-4 and a CUDA device"),

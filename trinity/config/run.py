@@ -296,8 +296,9 @@ class ParallelConfig:
 class KernelsConfig:
     """Implementation of each operation. auto: the fastest one that is installed and runs on the device."""
 
-    attention: Literal["auto", "sdpa", "varlen", "flex", "flash4", "flash2"] = "auto"
-    """Softmax attention. auto: on a GPU in 16 bits flash4 or flash2 (packages) or varlen (torch), else sdpa (torch)."""
+    attention: Literal["auto", "sdpa", "blocks", "varlen", "flex", "flash4", "flash2"] = "auto"
+    """Softmax attention. auto: on a GPU in 16 bits flash4 or flash2 (packages) or varlen (torch), on a CPU blocks
+    (torch, in blocks of queries that read only the keys in their window), else sdpa (torch)."""
     experts: Literal["auto", "triton", "reference", "grouped_mm", "megablocks", "transformer_engine"] = "auto"
     """Routed experts. grouped_mm (torch), megablocks and transformer_engine (packages) are for comparison. Here and
     below, auto: triton on a GPU, for the sizes that it supports, else reference (torch)."""

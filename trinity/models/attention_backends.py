@@ -7,10 +7,11 @@ without a document mask (Nano, Mini) attention crosses documents and needs one r
 
 Engines:
     sdpa             torch, with a dense mask; runs everywhere, float64 included: the reference
+    blocks           the same in blocks of queries that read only the keys in reach; CPU, in fp32 and 16 bits
     varlen           torch's own FlashAttention 2; CUDA
     flex             torch, compiled; CUDA, and a CPU without gradients
     flash4, flash2   the packages flash-attn-4 and flash-attn; CUDA
-    auto             in 16 bits on CUDA the first available one of flash4, flash2, varlen; otherwise sdpa
+    auto             in 16 bits on CUDA the first available one of flash4, flash2, varlen; on a CPU blocks; else sdpa
 
 Shapes: B batch, S sequence, H query heads, G key/value heads, C head width, N documents.
 """
@@ -26,11 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.errors import UserError
+from trinity.models import attention_blocks
 from trinity_kernels.linear import matmul_operand
 
 Result = TypeVar("Result")
 
-ENGINE_NAMES = ("auto", "sdpa", "varlen", "flex", "flash4", "flash2")
+ENGINE_NAMES = ("auto", "sdpa", "blocks", "varlen", "flex", "flash4", "flash2")
 
 
 class AttentionMask:
@@ -126,16 +128,21 @@ def pick_engine(name: str, device: str, dtype: torch.dtype) -> str:
     flash_runs = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
     available = {
         "sdpa": True,
+        "blocks": device == "cpu" and dtype != torch.float64 and attention_blocks.can_run(),
         "varlen": flash_runs,
         "flex": True,
         "flash4": flash_runs and _is_installed("flash_attn.cute"),
         "flash2": flash_runs and _is_installed("flash_attn.flash_attn_interface"),
     }
     if name == "auto":
-        return next((engine for engine in ("flash4", "flash2", "varlen") if available[engine]), "sdpa")
+        return next((engine for engine in ("flash4", "flash2", "varlen", "blocks") if available[engine]), "sdpa")
     if name not in available:
         raise UserError(f"kernels.attention={name} is not known; use one of {', '.join(ENGINE_NAMES)}")
     if not available[name]:
+        if name == "blocks":
+            raise UserError(
+                f"kernels.attention=blocks runs on a CPU in fp32 or 16 bits, not {device} in {dtype}; use auto"
+            )
         package = {"flash4": "the package flash-attn-4 and ", "flash2": "the package flash-attn and "}.get(name, "")
         raise UserError(
             f"kernels.attention={name} needs {package}a CUDA device in 16 bits, not {device} in {dtype}; use auto"
@@ -157,6 +164,19 @@ def _sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, ma
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense(window), enable_gqa=True)
     return mixed.transpose(1, 2).to(q_BSHC.dtype)
+
+
+def _blocks(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+    if mask.is_causal_only(window):
+        return _sdpa(q_BSHC, k_BSGC, v_BSGC, window, mask)  # torch skips what is above the diagonal by itself
+    q, k, v = (matmul_operand(x.transpose(1, 2)) for x in (q_BSHC, k_BSGC, v_BSGC))
+
+    def make() -> Tensor:
+        allowed = mask.dense(window)
+        return torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
+
+    bias = mask.cached(("bias", window, q.dtype), make)
+    return attention_blocks.block_attention(q, k, v, bias, window).transpose(1, 2).to(q_BSHC.dtype)
 
 
 def _flex(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
@@ -226,4 +246,4 @@ def _flash2(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, 
     return mixed.unflatten(0, q_BSHC.shape[:2])
 
 
-_ENGINES = {"sdpa": _sdpa, "varlen": _varlen, "flex": _flex, "flash4": _flash4, "flash2": _flash2}
+_ENGINES = {"sdpa": _sdpa, "blocks": _blocks, "varlen": _varlen, "flex": _flex, "flash4": _flash4, "flash2": _flash2}
