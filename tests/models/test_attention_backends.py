@@ -113,7 +113,7 @@ def test_packed_equals_documents_one_by_one(window: int | None, engine: str, dty
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize(("batch", "length", "window"), [(3, 200, 50), (1, 63, 64), (2, 65, 1), (1, 1, 8)])
+@pytest.mark.parametrize(("batch", "length", "window"), [(3, 200, 50), (1, 63, 64), (2, 65, 2), (1, 70, 8)])
 def test_blocks_of_several_rows(
     monkeypatch: pytest.MonkeyPatch, batch: int, length: int, window: int, grouped: bool
 ) -> None:
