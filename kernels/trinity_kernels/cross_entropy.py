@@ -28,8 +28,8 @@ CHUNK_BYTES = 256 * 2**20
 """Most bytes of one chunk's logits on a CPU, counting their widest copy (fp32 or float64)."""
 
 CHUNK_TOKENS = 512
-"""Most tokens of a chunk on a CPU, except in float64. Each chunk reads the weight once, and reads and writes its gradient
-once; but logits that do not fit the cache are read from memory by each of four steps."""
+"""Most tokens of a chunk on a CPU, except in float64. Each chunk reads the weight once, and reads and writes its
+gradient once; but logits that do not fit the cache are read from memory by each of four steps."""
 
 BLOCK_BYTES = 2**20
 """Most bytes of the rows of a chunk that the reference turns into their gradient at a time: the steps of one block find

@@ -18,6 +18,7 @@ Shapes: ... any leading dimensions, N rows, I input width, O output width.
 """
 
 from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def fp32_products() -> str:
     return _fp32_products
 
 
-def fastest_fp32_products() -> str:
+def fastest_fp32_products() -> Literal["torch", "onednn"]:
     """The faster implementation on this machine: oneDNN where torch multiplies by MKL on a processor not by Intel.
 
     By vendor and not by a measurement, so that every start and every rank chooses the same.

@@ -10,6 +10,7 @@ Shapes: N matrices in a batch, each of m rows and n columns; k the shorter side.
 import torch
 from torch import Tensor
 
+from trinity_kernels.linear import product, takes_onednn
 from trinity_kernels.op import Op, interpreted
 
 Triple = tuple[float, float, float]
@@ -26,6 +27,8 @@ def _newton_schulz(y_Nmn: Tensor, triples: list[Triple]) -> Tensor:
         [N, m, n], same dtype.
     """
     m, n = y_Nmn.shape[1:]
+    if takes_onednn(y_Nmn):
+        return torch.stack([_one_matrix(y_mn, triples) for y_mn in y_Nmn]) if len(y_Nmn) else y_Nmn
     for a, b, c in triples:
         # (XXᵀ)X = X(XᵀX): the products use the shorter side, which equals transposing a tall matrix
         gram_Nkk = y_Nmn.mT @ y_Nmn if m > n else y_Nmn @ y_Nmn.mT
@@ -33,6 +36,17 @@ def _newton_schulz(y_Nmn: Tensor, triples: list[Triple]) -> Tensor:
         left, right = (y_Nmn, poly_Nkk) if m > n else (poly_Nkk, y_Nmn)
         y_Nmn = torch.baddbmm(y_Nmn, left, right, beta=a)
     return y_Nmn
+
+
+def _one_matrix(y_mn: Tensor, triples: list[Triple]) -> Tensor:
+    """The same for one matrix, by trinity_kernels.linear's product: torch's batched products are always MKL's."""
+    tall = y_mn.shape[0] > y_mn.shape[1]
+    for a, b, c in triples:
+        gram_kk = product(y_mn.t(), y_mn) if tall else product(y_mn, y_mn.t())
+        poly_kk = product(gram_kk, gram_kk).mul_(c).add_(gram_kk, alpha=b)
+        left, right = (y_mn, poly_kk) if tall else (poly_kk, y_mn)
+        y_mn = product(left, right).add_(y_mn, alpha=a)
+    return y_mn
 
 
 def refuses(y_Nmn: Tensor, triples: list[Triple]) -> str | None:

@@ -317,6 +317,10 @@ class KernelsConfig:
     """Sigmoid gate of the attention output, and SwiGLU."""
     newton_schulz: Literal["auto", "triton", "reference"] = "auto"
     """Newton-Schulz iteration of Muon."""
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    """Matrix products in fp32 on a CPU, in all of these and in the linear layers; their last bits differ. auto: the
+    choice of the run's last start; at first onednn on a processor not by Intel where torch multiplies by MKL, else
+    torch."""
 
 
 AUTOMATIC = KernelsConfig()

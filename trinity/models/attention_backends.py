@@ -141,7 +141,7 @@ def pick_engine(name: str, device: str, dtype: torch.dtype) -> str:
     if not available[name]:
         if name == "blocks":
             raise UserError(
-                f"kernels.attention=blocks runs on a CPU in fp32 or 16 bits, not {device} in {dtype}; use auto"
+                f"kernels.attention=blocks needs a CPU and fp32 or 16 bits, not {device} and {dtype}; use auto"
             )
         package = {"flash4": "the package flash-attn-4 and ", "flash2": "the package flash-attn and "}.get(name, "")
         raise UserError(

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trinity.config.model import ModelConfig
 from trinity.config.run import ParallelConfig
 from trinity.errors import UserError
+from trinity.hardware import keep_freed_memory
 
 
 class Sizes(NamedTuple):
@@ -201,6 +202,8 @@ def start(parallel: ParallelConfig, model: ModelConfig, threads: int | None, det
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     sizes = check_parallel(parallel, model, world_size())
     _init_process_group(on_gpu)
     return join_meshes(sizes, device)

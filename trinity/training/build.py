@@ -1,6 +1,7 @@
 """Build what a config describes: the model, the optimizers, the batch plan. Data: build_data.py."""
 
 from dataclasses import fields
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,7 @@ from trinity.parallel.compilation import compile_blocks
 from trinity.parallel.fsdp import master_dtype, shard_model
 from trinity.parallel.mesh import Ranks
 from trinity_kernels.expert_engines import ENGINES, check_engine
+from trinity_kernels.linear import fastest_fp32_products, has_onednn, set_fp32_products
 from trinity_kernels.op import interpreted
 
 
@@ -29,6 +31,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     will_run = ranks.device.type != "meta"  # planning builds the model of another machine
     if will_run:
         check_kernels(config.kernels, ranks.device)
+        set_fp32_products(fp32_products(config.kernels, ranks.device))
     with torch.device("meta"):
         model = Trinity(config.model, config.kernels).to(master_dtype(config.precision))
     if config.precision.fp8 != "none" and will_run:
@@ -41,6 +44,13 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     return model.to_empty(device=ranks.device)
 
 
+def fp32_products(kernels: KernelsConfig, device: torch.device) -> Literal["torch", "onednn"]:
+    """The implementation of fp32 products that kernels.linear names, or the fastest one for `auto`."""
+    if kernels.linear == "auto":
+        return fastest_fp32_products() if device.type == "cpu" else "torch"
+    return kernels.linear
+
+
 def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
     """Refuse kernels that the config names and that cannot run on a device.
 
@@ -50,6 +60,8 @@ def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
     for name in (field.name for field in fields(kernels)):
         if getattr(kernels, name) == "triton" and device.type != "cuda" and not interpreted():
             raise UserError(f"kernels.{name}=triton needs an NVIDIA GPU; use auto or reference")
+    if kernels.linear == "onednn" and not has_onednn():
+        raise UserError("kernels.linear=onednn cannot be used: this torch has no product of oneDNN; use auto or torch")
     if kernels.experts in ENGINES:
         try:
             check_engine(kernels.experts, device.type)

@@ -4,24 +4,26 @@ The choice is the run's own newest intact checkpoint, another run's (init.keep=a
 from the checkpoint; a new batch size, ramp or phase in the config applies to the steps after them.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from trinity.checkpoint.directory import CheckpointDirectory, Note
 from trinity.checkpoint.load import load_on_this_rank
 from trinity.config.changes import check_changes
-from trinity.config.paths import run_directory
-from trinity.config.run import RunConfig
+from trinity.config.paths import config_files, run_directory
+from trinity.config.run import KernelsConfig, RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory
 from trinity.data.stream.stream import position_of
 from trinity.errors import UserError
 from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
 from trinity.run_directory import describe_run, newest_config
 from trinity.terminal import say
-from trinity.training.build import batch_plan
+from trinity.training.build import batch_plan, fp32_products
 from trinity.training.lr_schedule_checks import check_decay
+from trinity_kernels.linear import has_onednn
 
 HISTORY = "run.batch_history"
 """Key of the batch history in a checkpoint."""
@@ -66,6 +68,22 @@ def find_origin(config: RunConfig, accepted: list[str], path: Path, note: Note) 
     step = init_checkpoints.pick_intact(config.init.step, note)
     history = run_on_rank0(_check_config, config, accepted, init_run, init_checkpoints, step)
     return Origin(init_checkpoints, step, history, own=False)
+
+
+def fp32_products_of_run(config: RunConfig, path: Path, device: torch.device) -> Literal["torch", "onednn"]:
+    """Resolve kernels.linear: `auto` is what the run's last start took, so that its bits stay the same.
+
+    Args:
+        config: of this start.
+        path: the run directory, which may not exist yet.
+        device: of the run.
+    """
+    kernels = config.kernels
+    if kernels.linear == "auto" and config_files(path):
+        kernels = replace(kernels, linear=newest_config(path).kernels.linear)
+        if kernels.linear == "onednn" and not has_onednn():  # another torch
+            kernels = KernelsConfig()
+    return fp32_products(kernels, device)
 
 
 def history_of(checkpoints: CheckpointDirectory, step: int, before: RunConfig) -> BatchHistory:

@@ -9,6 +9,7 @@ UserError, for which the command line exits with 2.
 import os
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -53,7 +54,7 @@ from trinity.training.build_data import open_data
 from trinity.training.divisibility import check_batches, check_mesh
 from trinity.training.evaluator import Evaluator
 from trinity.training.prerequisites import check_prerequisites
-from trinity.training.resume import HISTORY, Origin, find_origin, history_tensor
+from trinity.training.resume import HISTORY, Origin, find_origin, fp32_products_of_run, history_tensor
 from trinity.training.run_summary import closing, opening
 from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.signals import SAVED, StopRequest
@@ -85,6 +86,8 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         if not records_refusal:
             run_on_all_ranks(check_prerequisites, config, ranks)
         directory = run_on_all_ranks(RunDirectory, path, ranks.is_first)
+        linear = run_on_rank0(fp32_products_of_run, config, path, ranks.device)
+        config = replace(config, kernels=replace(config.kernels, linear=linear))
         origin = find_origin(config, accepted, path, Events(path, ranks.rank).note)
         if records_refusal:
             run_on_all_ranks(check_prerequisites, config, ranks)
