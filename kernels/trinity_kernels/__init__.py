@@ -12,6 +12,7 @@ from trinity_kernels.linear import linear
 from trinity_kernels.norm import add_norm, norm_add, rms_norm
 from trinity_kernels.qk_norm import qk_norm
 from trinity_kernels.routing import gates, route
+from trinity_kernels.split import split_projection
 from trinity_kernels.swiglu import swiglu
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "rms_norm",
     "route",
     "sigmoid_gate",
+    "split_projection",
     "swiglu",
     "tile_table",
 ]

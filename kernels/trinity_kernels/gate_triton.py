@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.split import GradientSlice
 
 
 def tile(width: int) -> dict[str, int]:
@@ -23,10 +24,11 @@ def grid(rows: int, width: int) -> tuple[int, int]:
     return cdiv(rows, blocks["BLOCK_T"]), cdiv(width, blocks["BLOCK_N"])
 
 
-def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+def sigmoid_gate(x: Tensor, gate: Tensor, into: GradientSlice | None = None) -> Tensor:
     """See trinity_kernels.sigmoid_gate."""
-    N = x.shape[-1]
-    return forward_op(x.reshape(-1, N), gate.reshape(-1, N)).view(x.shape)
+    x_TN, gate_TN = x.reshape(-1, x.shape[-1]), gate.reshape(-1, x.shape[-1])
+    out = forward_op(x_TN, gate_TN) if into is None else _SigmoidGate.apply(x_TN, gate_TN, into)
+    return out.view(x.shape)
 
 
 def forward(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
@@ -38,14 +40,15 @@ def forward(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
     return out
 
 
-def backward(grad_TN: Tensor, x_TN: Tensor, gate_TN: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and gate, [T, N] contiguous."""
+def backward(grad_TN: Tensor, x_TN: Tensor, gate_TN: Tensor, into_TN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of x, [T, N] contiguous, and of gate: in `into_TN`, whose rows may be strided, or contiguous."""
     grad_TN, x_TN, gate_TN = (_contiguous_rows(part) for part in (grad_TN, x_TN, gate_TN))
-    (T, N), grad_x, grad_gate = x_TN.shape, *(x_TN.new_empty(x_TN.shape) for _ in range(2))
+    (T, N), grad_x = x_TN.shape, x_TN.new_empty(x_TN.shape)
+    grad_gate = x_TN.new_empty(x_TN.shape) if into_TN is None else into_TN
     if grad_x.numel():
         gate_backward_kernel[grid(T, N)](
             grad_TN, x_TN, gate_TN, grad_x, grad_gate, T, N,
-            grad_TN.stride(0), x_TN.stride(0), gate_TN.stride(0), **tile(N),
+            grad_TN.stride(0), x_TN.stride(0), gate_TN.stride(0), grad_gate.stride(0), **tile(N),
         )  # fmt: skip
     return grad_x, grad_gate
 
@@ -69,8 +72,9 @@ def gate_kernel(
 
 @triton.jit
 def gate_backward_kernel(
-    grad, x, gate, grad_x, grad_gate, T, N, grad_step, x_step, gate_step, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    grad, x, gate, grad_x, grad_gate, T, N, grad_step, x_step, gate_step, grad_gate_step,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One tile of both gradients."""
     row = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]).to(tl.int64)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -79,9 +83,9 @@ def gate_backward_kernel(
     value = tl.load(x + row * x_step + column, mask=inside, other=0.0).to(tl.float32)
     opening = tl.sigmoid(tl.load(gate + row * gate_step + column, mask=inside, other=0.0).to(tl.float32))
     dx = dy * opening
-    place = row * N + column
-    tl.store(grad_x + place, dx.to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(grad_gate + place, (dx * value * (1 - opening)).to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_x + row * N + column, dx.to(grad_x.dtype.element_ty), mask=inside)
+    dg = dx * value * (1 - opening)
+    tl.store(grad_gate + row * grad_gate_step + column, dg.to(grad_gate.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("trinity::sigmoid_gate_triton", mutates_args=())
@@ -115,3 +119,18 @@ def _differentiate(ctx, grad_TN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+class _SigmoidGate(torch.autograd.Function):
+    """The op in eager mode, with a gradient of the gate that is written into a slice; a custom op cannot alias one."""
+
+    @staticmethod
+    def forward(ctx, x_TN: Tensor, gate_TN: Tensor, into: GradientSlice) -> Tensor:
+        ctx.save_for_backward(x_TN, gate_TN)
+        ctx.into = into
+        return forward(x_TN, gate_TN)
+
+    @staticmethod
+    def backward(ctx, grad_TN: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TN, gate_TN = ctx.saved_tensors
+        return *backward(grad_TN, x_TN, gate_TN, ctx.into.take(gate_TN.shape)), None

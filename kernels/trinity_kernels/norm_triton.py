@@ -51,10 +51,14 @@ def forward_plan(width: int) -> Plan:
     return Plan(rows, columns, warps, 4, MULTIPROCESSORS * 32 // warps)
 
 
-def backward_plan(width: int) -> Plan:
-    """The same tiles, fewer programs: each also holds sums in registers, so 16 warps fit, with ≥ 32 kB in flight."""
+def backward_plan(width: int, element_bytes: int) -> Plan:
+    """The same tiles, fewer programs: each also holds sums in registers, so 16 warps fit, with ≥ 32 kB in flight.
+
+    One row ahead is enough where a row of both inputs has 32 kB (fp32, width 4096): with two, Triton 3.6 spills there.
+    """
     plan = forward_plan(width)
-    return plan._replace(stages=3, programs=MULTIPROCESSORS * 16 // plan.warps)
+    stages = 2 if 2 * width * element_bytes >= 32 * 1024 else 3
+    return plan._replace(stages=stages, programs=MULTIPROCESSORS * 16 // plan.warps)
 
 
 def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
@@ -88,7 +92,7 @@ def norm_forward(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) ->
 def norm_backward(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and the gain."""
     T, D = len(inverse_T), x.shape[-1]
-    grad_x, plan = torch.empty_like(x), backward_plan(D)
+    grad_x, plan = torch.empty_like(x), backward_plan(D, x.element_size())
     sums_PD = gain_D.new_empty(*plan.grid(T), D, dtype=torch.float32)
     if T:
         norm_backward_kernel[plan.grid(T)](grad, x, gain_D, inverse_T, grad_x, sums_PD, T, D, **plan.options())
@@ -117,7 +121,7 @@ def add_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of y, x, post_gain and gain."""
     T, D = len(inverse_y), y.shape[-1]
-    grad_y, grad_x, plan = torch.empty_like(y), torch.empty_like(y), backward_plan(D)
+    grad_y, grad_x, plan = torch.empty_like(y), torch.empty_like(y), backward_plan(D, y.element_size())
     post_sums_PD, sums_PD = (gain_D.new_empty(*plan.grid(T), D, dtype=torch.float32) for _ in range(2))
     if T:
         add_norm_backward_kernel[plan.grid(T)](

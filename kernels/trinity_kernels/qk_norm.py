@@ -17,6 +17,7 @@ from torch import Tensor
 from trinity_kernels.norm import differentiate_norm, inverse_rms_of, wide
 from trinity_kernels.norm import refuses as norm_refuses
 from trinity_kernels.op import Op
+from trinity_kernels.split import GradientSlice
 
 WIDEST_HEAD = 2048
 """The widest head that a Triton program holds in its registers."""
@@ -38,23 +39,38 @@ def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _QKNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(
+        ctx, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None,
+        into: GradientSlice | None,
+    ) -> Tensor:  # fmt: skip
         x_wide = wide(x_BSHC)
         inverse_rms = inverse_rms_of(x_wide, eps)
         ctx.save_for_backward(x_BSHC, gain_C, inverse_rms, cos, sin)
+        ctx.into = into
         out = (x_wide * inverse_rms).mul_(wide(gain_C))
         return (out if cos is None or sin is None else rotate(out, cos, sin)).to(x_BSHC.dtype)
 
     @staticmethod
-    def backward(ctx, grad_BSHC: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx, grad_BSHC: Tensor) -> tuple[Tensor | None, ...]:
         x_BSHC, gain_C, inverse_rms, cos, sin = ctx.saved_tensors
         grad = wide(grad_BSHC)
         grad = grad if cos is None or sin is None else rotate(grad, cos, -sin)
         scaled, grad_gain = differentiate_norm(grad, x_BSHC, gain_C, inverse_rms)
-        return scaled.mul_(inverse_rms).to(x_BSHC.dtype), grad_gain, None, None, None
+        out = None if ctx.into is None else ctx.into.take(x_BSHC.shape)
+        if out is None:
+            grad_x = scaled.mul_(inverse_rms).to(x_BSHC.dtype)
+        else:
+            grad_x = torch.mul(scaled, inverse_rms, out=out)
+        return grad_x, grad_gain, None, None, None, None
 
 
-def _qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def _qk_norm(
+    x_BSHC: Tensor,
+    gain_C: Tensor,
+    eps: float,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    into: GradientSlice | None = None,
+) -> Tensor:
     """RMSNorm over the head width, then the rotation if there is one.
 
     Args:
@@ -63,11 +79,12 @@ def _qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor,
         eps: added to the mean square.
         rotation: cos and sin [B or 1, S, 1, C/2] in fp32 (float64 for a float64 x), one angle per pair of features;
             None: no positional encoding. They get no gradient.
+        into: where x's gradient belongs, if x is a part of split_projection.
     Returns:
         [B, S, H, C], x's dtype.
     """
     cos, sin = (None, None) if rotation is None else rotation
-    return _QKNorm.apply(x_BSHC, gain_C, eps, cos, sin)
+    return _QKNorm.apply(x_BSHC, gain_C, eps, cos, sin, into)
 
 
 def _refuses(x_BSHC: Tensor, *_: object, **__: object) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.split import GradientSlice
 
 WARPS = 4
 STAGES = 3
@@ -26,10 +27,18 @@ def tile(head_dim: int) -> dict[str, int]:
     return {"BLOCK_T": min(16, 1024 // half), "BLOCK_C": half, "STAGES": STAGES, "num_warps": WARPS}
 
 
-def qk_norm(x_BSHC: Tensor, gain_C: Tensor, eps: float, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def qk_norm(
+    x_BSHC: Tensor,
+    gain_C: Tensor,
+    eps: float,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    into: GradientSlice | None = None,
+) -> Tensor:
     """See trinity_kernels.qk_norm."""
     cos, sin = (None, None) if rotation is None else (part.contiguous() for part in rotation)
-    return forward_op(x_BSHC, gain_C, eps, cos, sin)
+    if into is None:
+        return forward_op(x_BSHC, gain_C, eps, cos, sin)
+    return _QKNorm.apply(x_BSHC, gain_C, eps, cos, sin, into)
 
 
 def forward(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -45,16 +54,17 @@ def forward(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin:
 
 
 def backward(
-    grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x [B, S, H, C], contiguous, and of the gain."""
+    grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None,
+    into_BSHC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of x [B, S, H, C], contiguous or in `into_BSHC`, whose heads are contiguous; and of the gain."""
     grad_BSHC, x_BSHC = _contiguous_heads(grad_BSHC), _contiguous_heads(x_BSHC)
-    grad_x = x_BSHC.new_empty(x_BSHC.shape)
+    grad_x = x_BSHC.new_empty(x_BSHC.shape) if into_BSHC is None else into_BSHC
     sums_PC = gain_C.new_empty(*_grid(x_BSHC), len(gain_C), dtype=torch.float32)
     if grad_x.numel():
         qk_norm_backward_kernel[_grid(x_BSHC)](
             grad_BSHC, x_BSHC, gain_C, *_angles(x_BSHC, cos, sin), grad_x, sums_PC, eps, *_sizes(x_BSHC, cos),
-            *grad_BSHC.stride()[:3], *x_BSHC.stride()[:3], **_options(x_BSHC, cos),
+            *grad_BSHC.stride()[:3], *x_BSHC.stride()[:3], *grad_x.stride()[:3], **_options(x_BSHC, cos),
         )  # fmt: skip
     return grad_x, sums_PC.sum(dim=0).to(gain_C.dtype)
 
@@ -112,7 +122,7 @@ def qk_norm_kernel(
 @triton.jit
 def qk_norm_backward_kernel(
     grad, x, gain, cosines, sines, grad_x, sums, eps, T, S, H, half, angle_step,
-    grad_b, grad_s, grad_h, x_b, x_s, x_h,
+    grad_b, grad_s, grad_h, x_b, x_s, x_h, out_b, out_s, out_h,
     TURN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all heads of BLOCK_T tokens, and this program's share of the gain's gradient."""
@@ -126,7 +136,7 @@ def qk_norm_backward_kernel(
     row, place = (token // S).to(tl.int64), (token % S).to(tl.int64)
     from_grad = grad + row * grad_b + place * grad_s + feature
     from_x = x + row * x_b + place * x_s + feature
-    to = grad_x + token.to(tl.int64) * H * (2 * half) + feature
+    to = grad_x + row * out_b + place * out_s + feature
     total_1 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     total_2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for head in tl.range(0, H, num_stages=STAGES):
@@ -143,8 +153,8 @@ def qk_norm_backward_kernel(
         d_1, d_2 = d_1 * gain_1, d_2 * gain_2
         along = tl.sum(d_1 * unit_1 + d_2 * unit_2, axis=1, keep_dims=True) / (2 * half)
         d_1, d_2 = (d_1 - unit_1 * along) * inverse, (d_2 - unit_2 * along) * inverse
-        tl.store(to + head * (2 * half), d_1.to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(to + head * (2 * half) + half, d_2.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(to + head * out_h, d_1.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(to + head * out_h + half, d_2.to(grad_x.dtype.element_ty), mask=inside)
     place = sums + tl.program_id(0).to(tl.int64) * (2 * half) + feature
     tl.store(place, tl.sum(total_1, axis=0, keep_dims=True), mask=feature < half)
     tl.store(place + half, tl.sum(total_2, axis=0, keep_dims=True), mask=feature < half)
@@ -200,3 +210,21 @@ def _differentiate(ctx, grad_BSHC: Tensor) -> tuple[Tensor | None, ...]:
 
 
 forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+class _QKNorm(torch.autograd.Function):
+    """The op in eager mode, with a gradient of x that is written into a slice; a custom op cannot alias one."""
+
+    @staticmethod
+    def forward(
+        ctx, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, into: GradientSlice
+    ) -> Tensor:
+        ctx.save_for_backward(x_BSHC, gain_C, cos, sin)
+        ctx.eps, ctx.into = eps, into
+        return forward(x_BSHC, gain_C, eps, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad_BSHC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSHC, gain_C, cos, sin = ctx.saved_tensors
+        out = ctx.into.take(x_BSHC.shape)
+        return *backward(grad_BSHC, x_BSHC, gain_C, ctx.eps, cos, sin, out), None, None, None, None

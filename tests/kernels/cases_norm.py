@@ -37,9 +37,11 @@ def attention(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
         for cos in (angles, None):
             qk_norm_triton.forward(x, gain, EPS, cos, cos)
             qk_norm_triton.backward(x.contiguous(), x, gain, EPS, cos, cos)
+            qk_norm_triton.backward(x.contiguous(), x, gain, EPS, cos, cos, x)  # into a part of the gradient
     mixed = torch.empty(B * S, H * C, dtype=dtype)
     gate_triton.forward(mixed, gate.flatten(0, 1))
     gate_triton.backward(mixed, mixed, gate.flatten(0, 1))
+    gate_triton.backward(mixed, mixed, gate.flatten(0, 1), gate.flatten(0, 1))
 
 
 def feed_forward(sizes: tuple[int, ...], dtype: torch.dtype) -> None:

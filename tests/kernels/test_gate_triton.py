@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
-from trinity_kernels import gate_triton, sigmoid_gate, swiglu, swiglu_triton
+from trinity_kernels import gate_triton, sigmoid_gate, split, split_projection, swiglu, swiglu_triton
 from trinity_kernels.op import Op
 
 OPS = {"sigmoid_gate": sigmoid_gate, "swiglu": swiglu}
@@ -80,6 +80,20 @@ def test_any_strides(name: str) -> None:
 def test_repetition_gives_the_same_bits(name: str) -> None:
     inputs, dy = make(name, 129, 24, torch.bfloat16), gradient(129, 24, torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(*(run(OPS[name].triton, inputs, dy) for _ in range(2))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_in_a_slice(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written where the gradient of the projection has it: the same bits, and nothing beside it."""
+    monkeypatch.setattr(split, "DEVICES", ("cpu", "cuda"))
+    (x, gate), dy = make("sigmoid_gate", 65, 40, dtype), gradient(65, 40, dtype)
+    wider = torch.cat((gate, torch.ones_like(gate)), dim=-1).detach().unflatten(0, (5, 13)).requires_grad_()
+    (part, _), into = split_projection(wider, (40, 40))
+    out = sigmoid_gate.triton(x.unflatten(0, (5, 13)), part, into[0])
+    got = torch.autograd.grad(out, (x, wider), dy.unflatten(0, (5, 13)))
+    exact = torch.autograd.grad(sigmoid_gate.triton(x, gate), (x, gate), dy)
+    assert torch.equal(got[0], exact[0])
+    assert torch.equal(got[1].flatten(0, 1), torch.cat((exact[1], torch.zeros_like(gate)), dim=-1))
 
 
 @pytest.mark.parametrize("name", OPS)

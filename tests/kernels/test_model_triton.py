@@ -17,6 +17,7 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import KernelsConfig
 from trinity.models import Trinity
 from trinity.models.trinity import Losses
+from trinity_kernels import split
 
 CONFIG = ModelConfig(
     vocab_size=128, width=32, layers=4, dense_layers=1, dense_width=48, heads=4, kv_heads=2, head_dim=8, window=5,
@@ -45,7 +46,8 @@ def run(which: str, config: ModelConfig) -> tuple[Losses, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("experts", [8, 3])
-def test_model_in_triton_is_the_model_in_torch(experts: int) -> None:
+def test_model_in_triton_is_the_model_in_torch(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "DEVICES", ("cpu", "cuda"))
     config = replace(CONFIG, experts=experts)
     (actual, gradients), (reference, exact) = run("triton", config), run("reference", config)
     assert torch.equal(actual.counts_ME, reference.counts_ME)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
-from trinity_kernels import qk_norm, qk_norm_triton
+from trinity_kernels import qk_norm, qk_norm_triton, split, split_projection
 
 EPS = 1e-3
 # B, S, H, C: T of 0, 1, 7, 63, 64, 65 and 129; a program takes 16 tokens, of the widest head 1
@@ -97,6 +97,23 @@ def test_repetition_gives_the_same_bits() -> None:
     inputs = make(3, 43, 4, 32, torch.bfloat16, 3)
     first, second = (run(qk_norm.triton, *inputs, gradient(inputs[0])) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_in_a_slice(dtype: torch.dtype, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written where the gradient of the projection has it: the same bits, and nothing beside it."""
+    monkeypatch.setattr(split, "DEVICES", ("cpu", "cuda"))
+    x, gain_C, rotation = make(3, 43, 4, 32, dtype, rows)
+    rotation = None if rotation is None else tuple(part.float() for part in rotation)
+    wider = torch.cat((torch.ones_like(x), x), dim=-2).flatten(-2).detach().requires_grad_()
+    dy = gradient(x)
+    (_, part), into = split_projection(wider, (4 * 32, 4 * 32))
+    out = qk_norm.triton(part.unflatten(-1, (4, 32)), gain_C, EPS, rotation, into[1])
+    got = torch.autograd.grad(out, (wider, gain_C), dy)
+    exact = torch.autograd.grad(qk_norm.triton(x, gain_C, EPS, rotation), (x, gain_C), dy)
+    assert torch.equal(got[0], torch.cat((torch.zeros_like(x), exact[0]), dim=-2).flatten(-2))
+    assert torch.equal(got[1], exact[1])
 
 
 def test_unsupported_arguments() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from trinity.config.model import ModelConfig
 from trinity.models.attention import Attention, rope_cos_sin
 from trinity.models.attention_backends import AttentionMask
+from trinity_kernels import split
 from trinity_kernels.qk_norm import rotate
 
 LOCAL, GLOBAL = 0, 3  # layers
@@ -140,6 +141,29 @@ def test_rope_rotates_bf16_in_fp32() -> None:
     got = rotate(q, cos, sin)
     assert got.dtype == torch.bfloat16
     assert torch.allclose(got.double(), exact, rtol=2**-8, atol=0.01 * q.abs().max().item())
+
+
+@pytest.mark.parametrize("layer", [LOCAL, GLOBAL])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_do_not_depend_on_how_the_projection_is_split(
+    tiny: ModelConfig, dtype: torch.dtype, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written into slices of one tensor or concatenated by torch: the same bits."""
+    attention = make(tiny, layer)
+    for linear in (attention.qkvg, attention.out):
+        linear.to(dtype)
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.to(precision)
+    x_BSD = torch.randn(2, S, tiny.width, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    positions_BS = torch.arange(S).unsqueeze(0)
+    rotation = rope_cos_sin(positions_BS, attention.head_dim, 100.0, precision)
+    grads = []
+    for devices in (("cpu", "cuda"), ()):
+        monkeypatch.setattr(split, "DEVICES", devices)
+        y_BSD = attention(x_BSD, rotation, AttentionMask(positions_BS, None, engine="sdpa"))
+        grads.append(torch.autograd.grad(y_BSD.square().sum(), (x_BSD, *attention.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*grads))
 
 
 @torch.no_grad()

@@ -5,10 +5,12 @@ The reference is sdpa on one document at a time; tests/models/test_attention.py 
 Shapes: B batch, S sequence.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.errors import UserError
@@ -44,13 +46,33 @@ def test_the_window_counts_the_token_itself(window: int | None, allowed: list[in
     assert AttentionMask(torch.arange(5).unsqueeze(0), None).dense(window).sum(dim=-1).flatten().tolist() == allowed
 
 
-def test_cu_seqlens() -> None:
-    """Boundaries in the flattened batch: every row starts a document, even with the id of the previous row."""
-    ids_BS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [5, 0, 0, 9]])
-    ends, longest = AttentionMask(torch.arange(4).unsqueeze(0), ids_BS).cu_seqlens(3)
-    assert (ends.tolist(), ends.dtype, longest) == ([0, 2, 4, 8, 9, 11, 12], torch.int32, 4)
-    ends, _ = AttentionMask(torch.arange(4).unsqueeze(0), None).cu_seqlens(3)
-    assert ends.tolist() == [0, 4, 8, 12]
+IDS_BS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [5, 0, 0, 9]])
+
+
+@pytest.mark.parametrize("documents", [None, 6, 7, 32, 33])
+def test_cu_seqlens(documents: int | None) -> None:
+    """Boundaries in the flattened batch: every row starts a document, even with the id of the previous row.
+
+    With a bound on the number of documents, documents without tokens follow.
+    """
+    ends, longest = AttentionMask(torch.arange(4).unsqueeze(0), IDS_BS, documents=documents).cu_seqlens(3)
+    bound = {None: 6, 33: 64}.get(documents, 32)
+    assert (ends.tolist(), ends.dtype, longest) == ([0, 2, 4, 8, 9, 11, *[12] * (bound - 5)], torch.int32, 4)
+
+
+@pytest.mark.parametrize("documents", [None, 6])
+def test_cu_seqlens_do_not_wait_for_the_device(documents: int | None) -> None:
+    """Their size follows from numbers that the host has: meta tensors have no values. Only counting does wait."""
+    positions_BS = torch.arange(4, device="meta").unsqueeze(0)
+    if documents is None:
+        ends, _ = AttentionMask(torch.arange(4).unsqueeze(0), None).cu_seqlens(3)
+        assert (ends.tolist(), ends.dtype) == ([0, 4, 8, 12], torch.int32)
+        assert AttentionMask(positions_BS, None).cu_seqlens(3)[0].shape == (4,)
+    else:
+        mask = AttentionMask(positions_BS, IDS_BS.to("meta"), documents=documents)
+        assert mask.cu_seqlens(3)[0].shape == (33,)
+        with pytest.raises(NotImplementedError):
+            AttentionMask(positions_BS, IDS_BS.to("meta")).cu_seqlens(3)
 
 
 def test_masks_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,11 +103,10 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, engine: str) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, engine: str, documents: int | None = None) -> Tensor:
     positions_BS = torch.arange(S, device=q.device).unsqueeze(0)
-    return attend(
-        q, k, v, window, AttentionMask(positions_BS, DOCUMENTS.to(q.device), default_positions=True, engine=engine)
-    )
+    mask = AttentionMask(positions_BS, DOCUMENTS.to(q.device), True, engine, documents)
+    return attend(q, k, v, window, mask)
 
 
 # fp32: rounding 2⁻²⁴ in sums of up to 128 terms; bf16: 2⁻⁹ of weights, results and, in backward, several products
@@ -154,19 +175,116 @@ def test_flex_packed_equals_documents_one_by_one(window: int | None) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("documents", [None, len(LENGTHS)])
 @pytest.mark.parametrize("window", [None, 16, 1000])
 @pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name not in ("auto", "sdpa", "blocks")])
-def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int | None) -> None:
-    """Outputs and gradients of every engine that is installed, bf16."""
+def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int | None, documents: int | None) -> None:
+    """Outputs and gradients of every engine that is installed, bf16; a bound adds documents without tokens."""
     try:
         pick_engine(engine, "cuda", torch.bfloat16)
     except UserError as missing:
         pytest.skip(str(missing))
     inputs = make(torch.bfloat16, "cuda", grads=True)
-    got, exact = packed(*inputs, window, engine), one_by_one(*inputs, window)
+    got, exact = packed(*inputs, window, engine, documents), one_by_one(*inputs, window)
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).cuda()
     grads, exact_grads = (torch.autograd.grad(y, inputs, dy.to(y.dtype)) for y in (got, exact))
     assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[torch.bfloat16]
+
+
+class StandIn:
+    """torch's varlen_attn by loops over sequences and heads; records the numbers of heads it is called with.
+
+    refusal: fewer key and value heads than query heads raise an error of this type.
+    """
+
+    def __init__(self, refusal: type[Exception] | None = None) -> None:
+        self.refusal, self.heads = refusal, []
+
+    def __call__(self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        self.heads.append((query.shape[1], key.shape[1], value.shape[1]))
+        if self.refusal is not None and query.shape[1] != key.shape[1]:
+            raise self.refusal("Expect query and key/value to have the same number of heads")
+        assert (cu_seq_q.tolist(), max_q, max_k) == (cu_seq_k.tolist(), S, S)
+        outputs = []
+        for start, end in itertools.pairwise(cu_seq_q.tolist()):
+            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+            distance = torch.arange(end - start).unsqueeze(1) - torch.arange(end - start)
+            seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(0, 1))
+        return torch.cat(outputs)
+
+
+class NewStandIn(StandIn):
+    """Of torch from 2.12 on: fewer key and value heads only with enable_gqa."""
+
+    def __call__(self, query, key, value, *rest, window_size=(-1, -1), enable_gqa=False):
+        if not enable_gqa and query.shape[1] != key.shape[1]:
+            raise ValueError("Try setting enable_gqa=True for GQA.")
+        return super().__call__(query, key, value, *rest, window_size=window_size)
+
+
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[StandIn], None]]:
+    """varlen(function): function takes the place of torch's varlen_attn, which needs a GPU."""
+
+    def replace(function: StandIn) -> None:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+        monkeypatch.setattr(attention_backends, "pick_engine", lambda engine, *_: engine)
+        attention_backends._varlen_function.cache_clear()
+
+    yield replace
+    attention_backends._varlen_function.cache_clear()
+
+
+def varlen_and_exact(window: int | None, documents: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of the engine varlen, and of sdpa on one document at a time."""
+    inputs = make(torch.float64, "cpu", grads=True)
+    got, exact = packed(*inputs, window, "varlen", documents), one_by_one(*inputs, window)
+    dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return tuple([y, *torch.autograd.grad(y, inputs, dy)] for y in (got, exact))
+
+
+@pytest.mark.parametrize("documents", [None, len(LENGTHS)])
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("function", [StandIn, NewStandIn])
+def test_varlen_repeats_no_keys(
+    varlen: Callable, function: type[StandIn], window: int | None, documents: int | None
+) -> None:
+    """Two key and value heads for four query heads in every call; float64, sums of up to 128 products in other orders.
+
+    A bound on the documents adds sequences without tokens, which change nothing.
+    """
+    stand_in = function()
+    varlen(stand_in)
+    for _ in range(2):
+        for actual, expected in zip(*varlen_and_exact(window, documents)):
+            assert actual.shape == expected.shape
+            assert error(actual, expected) <= BOUNDS[torch.float64]
+    assert stand_in.heads == [(4, 2, 2)] * 2
+
+
+@pytest.mark.parametrize("refusal", [ValueError, RuntimeError])
+def test_varlen_repeats_keys_after_a_refusal(varlen: Callable, refusal: type[Exception]) -> None:
+    """By torch's Python code or by its kernel; fewer heads are tried once. Gradients have the shapes of k and v."""
+    stand_in = StandIn(refusal)
+    varlen(stand_in)
+    for _ in range(2):
+        for actual, expected in zip(*varlen_and_exact(16)):
+            assert actual.shape == expected.shape
+            assert error(actual, expected) <= BOUNDS[torch.float64]
+    assert stand_in.heads == [(4, 2, 2), (4, 4, 4), (4, 4, 4)]
+
+
+def test_an_error_that_repeated_keys_do_not_cure(varlen: Callable) -> None:
+    """It is raised, and does not end the use of fewer heads."""
+
+    def broken(*_: object, window_size: tuple[int, int]) -> None:
+        raise RuntimeError("the device is gone")
+
+    varlen(broken)
+    with pytest.raises(RuntimeError, match="gone"):
+        varlen_and_exact(None)
+    assert not attention_backends._varlen_function().repeats
 
 
 @pytest.fixture

@@ -80,6 +80,22 @@ def test_flops_of_attention_are_those_of_the_model() -> None:
     assert sum(layers) / S == pytest.approx(flops_per_token(nano, S)["attention core"], rel=1e-12)
 
 
+def test_keys_are_repeated_for_one_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    """varlen's second row: each key and value head as often as it has query heads; gradients of all heads given."""
+    heads = []
+
+    def attend(q, k, v, window, mask):
+        heads.append((mask.engine, k.shape[2], v.shape[2]))
+        return q * k.sum() * v.sum()
+
+    monkeypatch.setattr("trinity.models.attention_backends.attend", attend)
+    monkeypatch.setattr("trinity.models.attention_backends.pick_engine", lambda name, *_: name)
+    results = attention._measure(Case(4, 2, 8, None, 16, 1, False), rounds=1)
+    assert [name for name, row in results.items() if "failed" in row] == []
+    assert set(heads) == {(e, 2, 2) for e in ("flash4", "flash2", "varlen", "sdpa", "flex")} | {("varlen", 4, 4)}
+    assert list(results) == list(attention.CONTENDERS)
+
+
 def test_table_of_attention() -> None:
     """An engine that fails everywhere is one line; one that fails once is named with its case."""
     row = {"seconds": [0.001, 0.002], "tf": [400.0, 300.0], "tf_both": 328.0}

@@ -16,6 +16,7 @@ from trinity import balancing
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
 from trinity.models import ZOO, Trinity
+from trinity.models.attention_backends import AttentionMask
 from trinity.models.trinity import moe_layers
 from trinity.optim.grad_clip import global_norm
 from trinity.parallel import mesh
@@ -119,6 +120,28 @@ def test_microbatches_and_recompute_change_nothing(
     for name, tensor in trained_tensors(reference).items():
         # Newton-Schulz amplifies rounding by its steepest slope, about 500, on each weight
         torch.testing.assert_close(state[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_attention_gets_the_number_of_documents(
+    settings: dict, ranks: mesh.Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted on the host, so that the device's boundaries of documents are the counted ones, then empty documents."""
+    masks = []
+
+    class Recorded(AttentionMask):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)
+            masks.append(self)
+
+    monkeypatch.setattr("trinity.models.trinity.AttentionMask", Recorded)
+    take_step(start(in_float64(settings, **{"batch.microbatch": 2}), ranks))
+    assert len(masks) == 3
+    assert sum(len(mask.document_ids_BS.unique()) > 1 for mask in masks)
+    for mask in masks:
+        bounded, _ = mask.cu_seqlens(2)
+        counted, S = AttentionMask(mask.positions_BS, mask.document_ids_BS).cu_seqlens(2)
+        assert len(counted) - 1 <= mask.most_documents
+        assert bounded.tolist() == counted.tolist() + [2 * S] * (len(bounded) - len(counted))
 
 
 def test_clip_and_rates(settings: dict, ranks: mesh.Ranks) -> None:

@@ -1,5 +1,7 @@
 """Softmax attention of one layer, forward and backward, with each engine of trinity.models.attention_backends.
 
+varlen is measured twice: called with the key and value heads as they are, and with them repeated.
+
 Heads of the report's models, a local layer's window and a global layer, rows of 4096 and 8192 tokens, with and without
 a document mask; bf16 on a GPU. On a CPU the heads of configs/smoke.yaml, in fp32. FLOPs count exactly the pairs that
 the mask allows: 4 per head, feature and pair in forward, 10 in backward, which computes the scores again. A figure is
@@ -17,8 +19,12 @@ from benchmarks.timing import DENSE_TF, Marks, device, one_line, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
-ENGINES = ("flash4", "flash2", "varlen", "sdpa", "flex")
-"""In order of preference; flex last, because it compiles for each mask."""
+REPEATED = "varlen, keys repeated"
+"""varlen with each key and value head repeated for its query heads, as grouped queries need where it takes only H."""
+
+CONTENDERS = {"flash4": "flash4", "flash2": "flash2", "varlen": "varlen", REPEATED: "varlen", "sdpa": "sdpa",
+              "flex": "flex"}  # fmt: skip
+"""Row → engine, in order of preference; flex last, because it compiles for each mask."""
 
 MEAN_DOCUMENT = 1024
 """Mean length in tokens; lengths follow an exponential distribution. Not from the report: chosen for this benchmark."""
@@ -133,22 +139,26 @@ def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     documents_BS = make_documents(case)
     results: dict[str, dict[str, Any]] = {}
     calls = {}
-    for engine in ENGINES:
+    for name, engine in CONTENDERS.items():
         try:
             pick_engine(engine, where.type, dtype)
-            calls[engine] = _timed(engine, case, [x.requires_grad_() for x in qkv], documents_BS.to(where), grad)
+            repeats = case.H // case.G if name == REPEATED else 1
+            inputs = [x.requires_grad_() for x in qkv]
+            calls[name] = _timed(engine, case, inputs, documents_BS.to(where), grad, repeats)
         except ValueError as error:
-            results[engine] = {"failed": one_line(error)}
+            results[name] = {"failed": one_line(error)}
     work = flops(case, documents_BS)
-    for engine, figures in take_turns(calls, rounds).items():
+    for name, figures in take_turns(calls, rounds).items():
         if "seconds" in figures:
             figures["tf"] = [flop / seconds / 1e12 for flop, seconds in zip(work, figures["seconds"])]
             figures["tf_both"] = sum(work) / sum(figures["seconds"]) / 1e12
-        results[engine] = figures
+        results[name] = figures
     return results
 
 
-def _timed(engine: str, case: Case, qkv: list[Tensor], documents_BS: Tensor, grad: Tensor) -> Callable[[Marks], None]:
+def _timed(
+    engine: str, case: Case, qkv: list[Tensor], documents_BS: Tensor, grad: Tensor, repeats: int = 1
+) -> Callable[[Marks], None]:
     from trinity.models.attention_backends import AttentionMask, attend
 
     positions = torch.arange(case.S, device=documents_BS.device).unsqueeze(0)
@@ -156,7 +166,10 @@ def _timed(engine: str, case: Case, qkv: list[Tensor], documents_BS: Tensor, gra
     mask = AttentionMask(positions, documents_BS if case.documents else None, default_positions=True, engine=engine)
 
     def call(mark: Marks) -> None:
-        mixed = attend(*qkv, case.window, mask)
+        q, k, v = qkv
+        if repeats > 1:
+            k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+        mixed = attend(q, k, v, case.window, mask)
         mark()
         torch.autograd.grad(mixed, qkv, grad)
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trinity.data.stream.collate import PackedSequence
+from trinity.data.stream.collate import PackedSequence, count_documents
 from trinity.models.trinity import Trinity
 from trinity_kernels.cross_entropy import IGNORE
 
@@ -36,11 +36,12 @@ def evaluate(
     ce, valid, text_bytes = 0.0, 0, 0
     for rows in _microbatches(sequences, microbatch):
         targets_BS = torch.stack([row.targets for row in rows])
-        documents = torch.stack([row.document_ids for row in rows]).to(device) if document_mask else None
+        ids_BS = torch.stack([row.document_ids for row in rows]) if document_mask else None
         losses = model(
             torch.stack([row.tokens for row in rows]).to(device),
-            document_ids_BS=documents,
+            document_ids_BS=None if ids_BS is None else ids_BS.to(device),
             targets_BS=targets_BS.to(device),
+            documents=None if ids_BS is None else count_documents(ids_BS),
         )
         ce += losses.ce_BS.double().sum().item()
         counted = targets_BS[targets_BS != IGNORE]

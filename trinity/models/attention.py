@@ -1,6 +1,7 @@
 """The report's grouped-query attention (eq. 9-14): QK-norm, RoPE on local layers only, a sigmoid gate on the output.
 
-- One projection computes queries, keys, values and gate: one GEMM, four matrices for the optimizer.
+- One projection computes queries, keys, values and gate: one GEMM, four matrices for the optimizer. In backward the
+  norms and the gate write their gradients into one tensor, the gradient of the projection (trinity_kernels.split).
 - RMSNorm over the head width on queries and keys, before RoPE.
 - Local layers: RoPE (rotate-half, fp32) and a causal window. Global layers: causal, no positional encoding (NoPE).
 - σ(W_G x) multiplies the attention output elementwise before the output projection.
@@ -48,14 +49,14 @@ class Attention(nn.Module):
         Returns:
             [B, S, D], x's dtype.
         """
-        q, k, v, gate = self.qkvg(x_BSD).split(self.qkvg.rows, dim=-1)
+        (q, k, v, gate), into = trinity_kernels.split_projection(self.qkvg(x_BSD), self.qkvg.rows)
         if self.window is None:  # a global layer: NoPE
             rotation = None
-        q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), rotation)
-        k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), rotation)
+        q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), rotation, into[0])
+        k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), rotation, into[1])
         v_BSGC = v.unflatten(-1, (self.kv_heads, self.head_dim))
         mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, mask).flatten(-2)
-        return self.out(trinity_kernels.sigmoid_gate(mixed, gate, kernel=self.gate_kernel))
+        return self.out(trinity_kernels.sigmoid_gate(mixed, gate, into[3], kernel=self.gate_kernel))
 
 
 def rope_cos_sin(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

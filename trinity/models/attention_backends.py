@@ -34,6 +34,9 @@ Result = TypeVar("Result")
 
 ENGINE_NAMES = ("auto", "sdpa", "blocks", "varlen", "flex", "flash4", "flash2")
 
+DOCUMENTS_STEP = 32
+"""A known number of documents is rounded up to a multiple of it."""
+
 
 class AttentionMask:
     """The mask of one forward pass in each form that an engine takes.
@@ -45,6 +48,8 @@ class AttentionMask:
         document_ids_BS: [B, S] integer, equal within a document, contiguous; None: a row is one document.
         default_positions: whether positions are 0…S−1 in every row, so that engines may use their own causal mask.
         engine: one of ENGINE_NAMES.
+        documents: at least N, the number of documents in document_ids_BS, each row beginning a new one; None: not
+            known. With it, cu_seqlens need not wait for the device. A number below N gives wrong results.
     """
 
     def __init__(
@@ -53,8 +58,11 @@ class AttentionMask:
         document_ids_BS: Tensor | None,
         default_positions: bool = False,
         engine: str = "auto",
+        documents: int | None = None,
     ) -> None:
         self.positions_BS, self.document_ids_BS = positions_BS, document_ids_BS
+        # rounded up, because torch.compile compiles for each number
+        self.most_documents = None if documents is None else -(-documents // DOCUMENTS_STEP) * DOCUMENTS_STEP
         self.default_positions, self.engine = default_positions, engine
         self._cache: dict[object, Any] = {}
 
@@ -91,18 +99,24 @@ class AttentionMask:
         """Boundaries of documents in the flattened batch, for engines that take sequences of uneven length.
 
         Returns:
-            cu_seqlens [N + 1] int32: the start of each document and B·S; and the longest possible document, S. The
-            forward pass waits for the device only here, to count the documents.
+            cu_seqlens [N + 1] int32: the start of each document and B·S; and the longest possible document, S. If a
+            bound on N was given, it is longer: B·S is repeated, as documents without tokens. If none was given, the
+            forward pass waits for the device here, to count the documents, and nowhere else.
         """
         return self.cached("cu_seqlens", partial(self._cu_seqlens, batch))
 
     def _cu_seqlens(self, batch: int) -> tuple[Tensor, int]:
-        starts_BS = torch.zeros(batch, self.sequence_length, dtype=torch.bool, device=self.positions_BS.device)
-        starts_BS[:, 0] = True
-        if self.document_ids_BS is not None:
-            starts_BS[:, 1:] |= self.document_ids_BS[:, 1:] != self.document_ids_BS[:, :-1]
-        starts = starts_BS.flatten().nonzero().squeeze(1).to(torch.int32)
-        return F.pad(starts, (0, 1), value=batch * self.sequence_length), self.sequence_length
+        device, S = self.positions_BS.device, self.sequence_length
+        if self.document_ids_BS is None:
+            return torch.arange(0, batch * S + 1, S, dtype=torch.int32, device=device), S
+        starts_BS = torch.ones_like(self.document_ids_BS, dtype=torch.bool)
+        starts_BS[:, 1:] = self.document_ids_BS[:, 1:] != self.document_ids_BS[:, :-1]
+        starts_T = starts_BS.flatten()
+        if self.most_documents is None:
+            starts = F.pad(starts_T.nonzero(), (0, 0, 0, 1), value=batch * S)
+        else:
+            starts = torch.nonzero_static(starts_T, size=self.most_documents + 1, fill_value=batch * S)
+        return starts.squeeze(1).to(torch.int32), S
 
 
 def attend(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
@@ -209,18 +223,47 @@ def _flex_function() -> Callable[..., Tensor]:
 
 
 def _varlen(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     cu_seqlens, longest = mask.cu_seqlens(q_BSHC.shape[0])
     left = -1 if window is None else window - 1
     q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BSGC, v_BSGC))
-    attention: Callable[..., Any] = varlen_attn
-    if "enable_gqa" in signature(varlen_attn).parameters:
-        attention = partial(varlen_attn, enable_gqa=True)
-    else:  # torch 2.11 needs as many key and value heads as query heads
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    mixed: Tensor = attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0))
+    mixed = _varlen_function()(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0))
     return mixed.unflatten(0, q_BSHC.shape[:2])
+
+
+@cache
+def _varlen_function() -> Callable[..., Tensor]:
+    """torch's varlen_attn, which takes fewer key and value heads than query heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    function: Callable[..., Any] = varlen_attn
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        return partial(function, enable_gqa=True)
+    return FewerHeads(function)  # torch 2.11 does not check the heads, and its kernel takes fewer of them
+
+
+class FewerHeads:
+    """A varlen_attn without a parameter for grouped queries: called with G key and value heads, or else with H.
+
+    If a call with G heads fails and the same call with each repeated H/G times does not, G heads are not tried again.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.repeats = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """varlen_attn; k and v are [T, G, C]."""
+        if not self.repeats:
+            try:
+                mixed: Tensor = self._function(q, k, v, *arguments, **options)
+                return mixed
+            except (ValueError, RuntimeError):
+                if q.shape[1] == k.shape[1]:
+                    raise
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        mixed = self._function(q, k, v, *arguments, **options)
+        self.repeats = True
+        return mixed
 
 
 def _flash4(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import trinity_kernels
 from trinity.config.model import ModelConfig
+from trinity_kernels.split import GradientSlice
 
 
 class Linear(nn.Module):
@@ -116,13 +117,16 @@ class FusedPostNorm(Norm):
 class QKNorm(Norm):
     """RMSNorm of queries or keys over the head width, then RoPE in local layers."""
 
-    def forward(self, x_BSHC: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self, x_BSHC: Tensor, rotation: tuple[Tensor, Tensor] | None, into: GradientSlice | None = None
+    ) -> Tensor:
         """[B, S, H, C], any strides → the same shape and dtype.
 
         Args:
             rotation: cos and sin [B or 1, S, 1, C/2]; None: no positional encoding (NoPE).
+            into: where x's gradient belongs, if x is a part of trinity_kernels.split_projection.
         """
-        return trinity_kernels.qk_norm(x_BSHC, self.gain, self.eps, rotation, kernel=self.kernel)
+        return trinity_kernels.qk_norm(x_BSHC, self.gain, self.eps, rotation, into, kernel=self.kernel)
 
 
 class SwiGLU(nn.Module):

@@ -117,6 +117,7 @@ class Trinity(nn.Module):
         document_ids_BS: Tensor | None = None,
         targets_BS: Tensor | None = None,
         z: float = 0.0,
+        documents: int | None = None,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
@@ -126,13 +127,15 @@ class Trinity(nn.Module):
             document_ids_BS: [B, S] integers; if given, attention stays within a document.
             targets_BS: [B, S] int64, already shifted: each token's successor; −100 is ignored.
             z: coefficient of the z-loss.
+            documents: the number of documents in document_ids_BS or more, so that a GPU's attention need not count
+                them, for which the host would wait; see AttentionMask.
         Returns:
             logits [B, S, V] in the compute dtype, or Losses.
         """
         default_positions = positions_BS is None
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-        mask = AttentionMask(positions_BS, document_ids_BS, default_positions, self.attention_engine)
+        mask = AttentionMask(positions_BS, document_ids_BS, default_positions, self.attention_engine, documents)
         x_BSD = self.embed(tokens_BS)
         precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)

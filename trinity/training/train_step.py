@@ -119,6 +119,7 @@ def _forward_and_backward(
             document_ids_BS=microbatch.document_ids_BS,
             targets_BS=microbatch.targets_BS,
             z=config.loss.z,
+            documents=microbatch.documents,
         )
         loss = losses.token_loss / valid
         if alpha and losses.sequence_loss_B is not None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trinity.data.stream.collate import Batch, PackedSequence, collate
+from trinity.data.stream.collate import Batch, PackedSequence, collate, count_documents
 from trinity.data.stream.packing import Piece
 
 B, S = 6, 8
@@ -50,5 +50,13 @@ def test_microbatches_are_the_batch_in_order(size: int, document_mask: bool) -> 
     assert torch.equal(torch.cat([part.targets_BS for part in parts]), batch.targets_BS)
     if document_mask:
         assert torch.equal(torch.cat([part.document_ids_BS for part in parts]), batch.document_ids_BS)
+        # all ids differ: each token is a document
+        assert [part.documents for part in parts] == [size * S] * (B // size)
     else:
-        assert all(part.document_ids_BS is None for part in parts)
+        assert all(part.document_ids_BS is None and part.documents is None for part in parts)
+
+
+def test_number_of_documents() -> None:
+    """Each row begins a document, also with the id at which the row before it ended."""
+    assert count_documents(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [5, 0, 0, 9]], dtype=torch.int32)) == 6
+    assert count_documents(torch.empty(0, 4, dtype=torch.int32)) == 0

@@ -52,23 +52,31 @@ class Batch:
     tokens_BS, targets_BS: int64; IGNORE where there is no target.
     document_ids_BS: int32, for the document mask; None without one.
     pieces: of each sequence; empty in a microbatch.
+    documents: how many documents a microbatch's document_ids_BS hold, each row beginning a new one; otherwise None.
     """
 
     tokens_BS: Tensor
     targets_BS: Tensor
     document_ids_BS: Tensor | None
     pieces: list[list[Piece]] = field(default_factory=list)
+    documents: int | None = None
 
     def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
         """Consecutive parts of `size` sequences on the device."""
         for start in range(0, self.tokens_BS.shape[0], size):
             rows = slice(start, start + size)
-            documents = self.document_ids_BS
+            ids_BS = None if self.document_ids_BS is None else self.document_ids_BS[rows]
             yield Batch(
                 self.tokens_BS[rows].to(device, non_blocking=True),
                 self.targets_BS[rows].to(device, non_blocking=True),
-                None if documents is None else documents[rows].to(device, non_blocking=True),
+                None if ids_BS is None else ids_BS.to(device, non_blocking=True),
+                documents=None if ids_BS is None else count_documents(ids_BS),
             )
+
+
+def count_documents(document_ids_BS: Tensor) -> int:
+    """Number of documents in a batch on the CPU, each row beginning a new one."""
+    return len(document_ids_BS) + int((document_ids_BS[:, 1:] != document_ids_BS[:, :-1]).sum())
 
 
 def read_pieces(pieces: list[Piece], sources: Mapping[str, Source], after_document: int) -> PackedSequence:
