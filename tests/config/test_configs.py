@@ -149,7 +149,7 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
     for label, size in rows.items():
         line = next(line for line in text.splitlines() if line.startswith(f"#   {label}"))
         printed = re.findall(r"(?<= )\d+\.\d(?= |$)", line)[0]
-        assert float(printed) == pytest.approx(size, abs=0.051), line
+        assert printed == f"{size:.1f}", line
     assert "38,147" in as_text(plan)
     assert "tokens: 20e9 # 38,147 steps" in text
 
