@@ -18,7 +18,16 @@ from trinity.config.run import RunConfig
 from trinity.hardware import GPU, GPUS
 from trinity.planning.fake_rank import FsdpGroup
 from trinity.planning.schedule_segments import RankLoad
-from trinity.planning.step_overheads import DENSE, HOST, SPARSE, STATISTICS, copy_terms, host_seconds, wait_seconds
+from trinity.planning.step_overheads import (
+    DENSE,
+    HOST,
+    HOST_PASSES,
+    SPARSE,
+    STATISTICS,
+    copy_terms,
+    host_seconds,
+    wait_seconds,
+)
 from trinity.planning.step_terms import PRESENT, SHARES, Implementation
 
 CARD = GPU(bf16=1e12, fp32=1e11, memory=1.0, bandwidth=1e10, node_link=1e9, network=1e8)
@@ -127,8 +136,8 @@ def test_host(tiny: ModelConfig, recompute: str) -> None:
     back = 50 * 8 + 20 * 12 + 15 * 4 + 3 * (50 * 11 + 20 * 21 + 15 * 5)
     again = dense + 3 * sparse + 4 * HOST["checkpoint"] if recompute == "block" else 0
     assert (DENSE.ops, SPARSE.ops) == (8, 11)
-    assert forward == pytest.approx(1e-6 * (dense + 3 * sparse + 2 * HOST["group"][0]), rel=1e-12)
-    assert backward == pytest.approx(1e-6 * (back + again + 2 * HOST["group"][1]), rel=1e-12)
+    assert forward == pytest.approx(1e-6 * (dense + 3 * sparse + 2 * HOST_PASSES["group"][0]), rel=1e-12)
+    assert backward == pytest.approx(1e-6 * (back + again + 2 * HOST_PASSES["group"][1]), rel=1e-12)
 
 
 def test_host_of_a_plan_on_a_cpu(tiny: ModelConfig) -> None:

@@ -219,7 +219,7 @@ def _microbatch_rows(plan: Plan, step: StepEstimate) -> Rows:
         cells = [f"{1e3 * value:,.1f}" if value else "" for value in (forward, backward, again, seconds)]
         return (name, *cells, f"{seconds / in_all:.0%}" if in_all else "")
 
-    sums = [sum(getattr(term, name) for term in microbatch.terms) for name in ("forward", "backward", "again")]
+    forward, backward, again = (sum(column) for column in zip(*(term[2:] for term in microbatch.terms)))
     there, back = microbatch.host
     share = f"the update, 1/{load.microbatches} of it"
     return [
@@ -227,7 +227,7 @@ def _microbatch_rows(plan: Plan, step: StepEstimate) -> Rows:
          "forward", "backward", "again", "in all", "share"),
         *(row(term.name, term.forward, term.backward, term.again, term.seconds) for term in microbatch.terms),
         row(share, 0, 0, 0, update),
-        row(f"on the {'CPU' if plan.gpu == 'cpu' else 'GPU'}", *sums, in_all),
+        row(f"on the {'CPU' if plan.gpu == 'cpu' else 'GPU'}", forward, backward, again, in_all),
         row("on the host, at the same time", there, back, 0, there + back),
     ]  # fmt: skip
 
