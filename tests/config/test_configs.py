@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,28 +125,42 @@ def test_values_not_from_the_report_are_commented(name: str) -> None:
             assert re.search("not from the (report|text)", lines[line].partition("#")[2]), lines[line]
 
 
-def test_nano_on_one_gpu_fits() -> None:
-    """Its memory table: 75.1 GB of state on one rank, and a batch of 524,288 tokens in microbatches of 8."""
-    config = load_config(CONFIGS / "nano_1gpu.yaml")
-    assert config.model == ZOO["nano"]
+@pytest.mark.parametrize(("name", "layers", "gpu"), [("nano_1gpu", 56, "h200"), ("nano_80gb", 28, "h100")])
+def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
+    """Its memory table is the plan's count for one rank, to the last digit that it prints."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.model == replace(ZOO["nano"], layers=layers)
     assert config.batch.sequences * config.data.sequence_length == 524_288
     assert config.batch.sequences % config.batch.microbatch == 0
-    plan = make_plan(config, 1)
-    state = plan.state | {"state": sum(plan.state.values())}
-    memory = {part: f"{size / 1e9:.1f}" for part, size in state.items()}
-    text = (CONFIGS / "nano_1gpu.yaml").read_text(encoding="utf-8")
+    plan = make_plan(config, 1, gpu)
+    assert plan.fits
+    parts = plan.state | plan.memory.parts | {"state": sum(plan.state.values()), "in all": plan.memory.total}
+    memory = {part: size / 1e9 for part, size in parts.items()}
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     rows = {
         "parameters, fp32": memory["parameters"],
         "gradients, fp32": memory["gradients"],
         "Muon momentum, fp32": memory["Muon momentum"],
         "AdamW moments, fp32": memory["AdamW moments"],
         "state  ": memory["state"],
+        "copies in bf16": memory["gathered weights"],
+        "in all": memory["in all"],
     }
     for label, size in rows.items():
         line = next(line for line in text.splitlines() if line.startswith(f"#   {label}"))
-        assert line.split()[-1] == size, line
+        printed = re.findall(r"(?<= )\d+\.\d(?= |$)", line)[0]
+        assert printed == f"{size:.1f}", line
     assert "38,147" in as_text(plan)
     assert "tokens: 20e9 # 38,147 steps" in text
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_plans(path: Path) -> None:
+    """On the number of GPUs that its comments name, it fits a GPU of 141 GB or, Large, of 288; nano_80gb one of 80."""
+    gpu = {"large": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
+    plan = make_plan(load_config(path), GPUS.get(path.stem, 1), gpu)
+    assert plan.fits
+    assert all(step.seconds.step > 0 for step in plan.steps)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_advice_against_exposed_communication() -> None:
     config = config_of("parallel.shard=2", "parallel.replicate=-1", "batch.microbatch=1")
     fast = GPUS["h200"]._replace(node_link=1e14, network=1e14)
     assert advice.warnings(make_plan(config, 4, fast)) == []
-    slow = make_plan(config, 4, fast._replace(node_link=1e9))
+    slow = make_plan(config, 4, fast._replace(node_link=1e7))
     assert advice.exposed_communication(slow) > advice.EXPOSED_LIMIT
     (warning,) = advice.warnings(slow)
     match = re.fullmatch(r"GPUs wait for links during (\d+%).*; (.*) would take (\d+)% of .*", warning)
@@ -95,7 +95,7 @@ def test_advice_against_exposed_communication() -> None:
 def test_exposed_communication() -> None:
     """By hand, for two segments: step seconds minus computing seconds, over all steps."""
     config = config_of("parallel.shard=2", "batch.ramp=[{tokens: 4096, sequences: 32}]")
-    plan = make_plan(config, 2, GPUS["h200"]._replace(node_link=1e9))
+    plan = make_plan(config, 2, GPUS["h200"]._replace(node_link=1e7))
     first, second = (step.seconds for step in plan.steps)
     exposed = [seconds.step - seconds.computing for seconds in (first, second)]
     expected = (2 * exposed[0] + 8 * exposed[1]) / (2 * first.step + 8 * second.step)

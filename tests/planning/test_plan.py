@@ -18,12 +18,6 @@ from trinity.planning.tables import as_text, as_values
 ROOT = Path(__file__).parents[2]
 
 
-def test_recompute_adds_memory_passes() -> None:
-    """The bytes that a forward pass produces do not depend on recompute; five passes over them become seven."""
-    none, block = (make_plan(config_of(f"recompute={kind}")).steps[0].seconds.memory for kind in ("none", "block"))
-    assert block == pytest.approx(none * 7 / 5, rel=1e-12)
-
-
 def test_default_number_of_gpus() -> None:
     """The product of the fixed sizes."""
     assert make_plan(config_of("parallel.shard=2", "parallel.replicate=-1")).gpus == 2

@@ -23,8 +23,9 @@ from trinity.planning.mesh_search import (
     min_gpus,
     min_state_bytes,
 )
-from trinity.planning.roofline import StepSeconds, StepWork, step_seconds, step_work
+from trinity.planning.roofline import Microbatch, StepSeconds, StepWork, estimate_microbatch, step_seconds, step_work
 from trinity.planning.schedule_segments import RankLoad, ScheduleSegment, rank_load, schedule_segments
+from trinity.planning.step_terms import PRESENT, Implementation
 
 USABLE_SHARE = 0.92
 """Share of a GPU's memory that tensors may take; fragmentation, CUDA and NCCL take the rest. Not from the report:
@@ -42,7 +43,7 @@ class StepEstimate:
     """A step of rank 0 in one segment of the schedule.
 
     flops: per token, from trinity.models.flops. deferred: gradients are reduced once a step, not every microbatch.
-    memory: at its peak. flows: the step's collectives.
+    memory: at its peak. flows: the step's collectives. microbatch: where the time of one microbatch goes.
     """
 
     segment: ScheduleSegment
@@ -52,6 +53,7 @@ class StepEstimate:
     memory: Memory
     work: StepWork
     flows: list[Flow]
+    microbatch: Microbatch
     seconds: StepSeconds
 
     @property
@@ -66,7 +68,8 @@ class Plan:
 
     config: includes the planned mesh. picked: settings of the mesh that replaces the config's, if that does not fit
     the number of GPUs; refusal: why it does not. parameters: counts from trinity.models.flops. state: bytes on rank 0
-    that do not depend on the batch. steps: one for each segment of the schedule, in order.
+    that do not depend on the batch. steps: one for each segment of the schedule, in order. implementation: the costs
+    beside the model's arithmetic that the plan counts.
     """
 
     config: RunConfig
@@ -78,6 +81,7 @@ class Plan:
     steps: list[StepEstimate]
     picked: list[str] = field(default_factory=list)
     refusal: str = ""
+    implementation: Implementation = PRESENT
     cache: ActivationCache = field(default_factory=dict, repr=False)
 
     @property
@@ -124,13 +128,20 @@ def fits(memory: Memory, card: GPU) -> bool:
     return memory.total <= USABLE_SHARE * card.memory
 
 
-def make_plan(config: RunConfig, gpus: int | None = None, gpu: str | GPU = "h200", pick: bool = False) -> Plan:
+def make_plan(
+    config: RunConfig,
+    gpus: int | None = None,
+    gpu: str | GPU = "h200",
+    pick: bool = False,
+    implementation: Implementation = PRESENT,
+) -> Plan:
     """Plan a run. The calling process must not be in a process group.
 
     Args:
         gpus: number of GPUs; default: the product of the mesh's fixed sizes.
         gpu: a name in trinity.hardware.GPUS, or a GPU.
         pick: if the config's mesh does not fit `gpus`, plan the fastest mesh found that fits in memory.
+        implementation: costs beside the model's arithmetic; another one than the present code's, to compare.
     Raises:
         UserError: the config does not run on `gpus`; with pick, its batches or streams do not divide by `gpus`.
     """
@@ -142,8 +153,8 @@ def make_plan(config: RunConfig, gpus: int | None = None, gpu: str | GPU = "h200
         try:
             mesh_sizes(config.parallel, config.model, gpus)
         except UserError as error:
-            return replace(_pick_mesh(config, gpus, card), refusal=str(error))
-    return _plan_for_mesh(config, gpus, card, {})
+            return replace(_pick_mesh(config, gpus, card, implementation), refusal=str(error))
+    return _plan_for_mesh(config, gpus, card, {}, implementation)
 
 
 def replan(plan: Plan, config: RunConfig, gpus: int) -> Plan:
@@ -152,7 +163,7 @@ def replan(plan: Plan, config: RunConfig, gpus: int) -> Plan:
     Raises:
         UserError: the config does not run on `gpus`.
     """
-    return _plan_for_mesh(config, gpus, plan.card, plan.cache)
+    return _plan_for_mesh(config, gpus, plan.card, plan.cache, plan.implementation)
 
 
 def peak_memory(config: RunConfig, gpus: int, card: GPU, cache: ActivationCache | None = None) -> Memory:
@@ -167,7 +178,7 @@ def peak_memory(config: RunConfig, gpus: int, card: GPU, cache: ActivationCache 
     return max(peaks, key=lambda memory: memory.total)
 
 
-def _pick_mesh(config: RunConfig, gpus: int, card: GPU) -> Plan:
+def _pick_mesh(config: RunConfig, gpus: int, card: GPU, implementation: Implementation) -> Plan:
     """The plan of the fastest mesh that fits in memory; if none fits, of the one that needs the least.
 
     More shards need less memory, fewer communicate less. The largest number is planned first and measures the
@@ -176,7 +187,10 @@ def _pick_mesh(config: RunConfig, gpus: int, card: GPU) -> Plan:
     cache: ActivationCache = {}
 
     def plans_of(candidates: list[tuple[list[str], RunConfig]]) -> list[Plan]:
-        return [replace(_plan_for_mesh(changed, gpus, card, cache), picked=words) for words, changed in candidates]
+        return [
+            replace(_plan_for_mesh(changed, gpus, card, cache, implementation), picked=words)
+            for words, changed in candidates
+        ]
 
     candidates = mesh_candidates(config, gpus, card)
     plans = plans_of(candidates.pop(max(candidates)))
@@ -193,16 +207,27 @@ def _pick_mesh(config: RunConfig, gpus: int, card: GPU) -> Plan:
     return min(fitting, key=lambda plan: plan.total_seconds or plan.longest_step.seconds.step)
 
 
-def _plan_for_mesh(config: RunConfig, gpus: int, card: GPU, cache: ActivationCache) -> Plan:
+def _plan_for_mesh(
+    config: RunConfig, gpus: int, card: GPU, cache: ActivationCache, implementation: Implementation
+) -> Plan:
     sizes = check_gpus(config, gpus)
     with fake_rank(config, sizes) as rank:
         state = state_bytes(rank.model, rank.optimizers)
-        state_size = sum(state.values())
         steps = [
-            _estimate_step(at, rank, segment, load, card, state_size, cache)
+            _estimate_step(at, rank, segment, load, card, state, cache, implementation)
             for at, segment, load in _segment_loads(config, gpus)
         ]
-    return Plan(config, gpus, card, sizes, parameter_counts(config.model), state, steps, cache=cache)
+    return Plan(
+        config,
+        gpus,
+        card,
+        sizes,
+        parameter_counts(config.model),
+        state,
+        steps,
+        implementation=implementation,
+        cache=cache,
+    )
 
 
 def _segment_loads(config: RunConfig, gpus: int) -> Iterator[tuple[RunConfig, ScheduleSegment, RankLoad]]:
@@ -218,18 +243,18 @@ def _estimate_step(
     segment: ScheduleSegment,
     load: RankLoad,
     card: GPU,
-    state: int,
+    state: dict[str, int],
     cache: ActivationCache,
+    implementation: Implementation,
 ) -> StepEstimate:
     blocks = _blocks(config, rank, load, cache)
     memory, deferred = _memory(config, rank, load, card, cache)
     flows = communication_flows(config, rank, load, [block.exchange for block in blocks], deferred)
     work = step_work(config, rank.optimizers.muon, load, rank.ranks.sizes.replicate)
-    without_recompute = _blocks(replace(config, recompute="none"), rank, load, cache)
-    produced = load.microbatches * sum(block.kept for block in without_recompute)
+    microbatch = estimate_microbatch(config, rank, load, deferred, card, implementation)
     flops = flops_per_token(config.model, config.data.sequence_length)
-    seconds = step_seconds(config, work, flows, produced, state, card)
-    return StepEstimate(segment, load, flops, deferred, memory, work, flows, seconds)
+    seconds = step_seconds(config, load.microbatches, microbatch, work, flows, state, card)
+    return StepEstimate(segment, load, flops, deferred, memory, work, flows, microbatch, seconds)
 
 
 def _blocks(config: RunConfig, rank: FakeRank, load: RankLoad, cache: ActivationCache) -> list[Activations]:

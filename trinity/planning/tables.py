@@ -8,7 +8,8 @@ from trinity.hardware import GPU
 from trinity.planning.advice import warnings
 from trinity.planning.communication import Flow, flow_seconds
 from trinity.planning.plan import USABLE_SHARE, Plan, StepEstimate, make_plan
-from trinity.planning.roofline import ACHIEVED, PASSES, UPDATE_PASSES
+from trinity.planning.roofline import ADAMW_PASSES, LINKS, MUON_PASSES
+from trinity.planning.step_terms import SHARES
 from trinity.training.divisibility import process_counts
 
 GB = 1e9
@@ -27,7 +28,7 @@ def as_text(plan: Plan) -> str:
     tables = [_parameter_rows(plan), _flop_rows(plan), _length_rows(plan), _memory_rows(plan)]
     if plan.longest_step.flows:
         tables.append(_communication_rows(plan, plan.longest_step))
-    tables.append(_time_rows(plan, plan.longest_step))
+    tables += [_microbatch_rows(plan, plan.longest_step), _time_rows(plan, plan.longest_step)]
     return "\n\n".join([_verdict(plan, warnings(plan)), _mesh(plan), *map(table, tables), _assumptions(plan)])
 
 
@@ -71,6 +72,11 @@ def _step_values(plan: Plan, step: StepEstimate) -> dict[str, Any]:
         "work": step.work._asdict(),
         "traffic": [flow._asdict() | {"seconds": _seconds(plan, flow)} for flow in step.flows],
         "seconds": seconds._asdict() | derived,
+        "microbatch_seconds": {
+            "terms": [term._asdict() for term in step.microbatch.terms],
+            "host": sum(step.microbatch.host),
+            "update": step.seconds.update / step.load.microbatches,
+        },
         "mfu": plan.mfu(step),
         "tokens_per_second_per_gpu": plan.tokens_per_second(step),
     }
@@ -81,7 +87,7 @@ def _memory_values(step: StepEstimate) -> dict[str, Any]:
 
 
 def _seconds(plan: Plan, flow: Flow) -> float:
-    return flow_seconds(flow, plan.card, ACHIEVED["links"])
+    return flow_seconds(flow, plan.card, LINKS)
 
 
 def _verdict(plan: Plan, sentences: list[str]) -> str:
@@ -203,6 +209,29 @@ def _size(size: float) -> str:
     return f"{size / GB:,.3f}" if size >= 1e6 else "< 0.001"
 
 
+def _microbatch_rows(plan: Plan, step: StepEstimate) -> Rows:
+    """Milliseconds of each term in forward, backward and recompute; the update is divided by the microbatches."""
+    load, microbatch = step.load, step.microbatch
+    update = step.seconds.update / load.microbatches
+    in_all = microbatch.device + update
+
+    def row(name: str, forward: float, backward: float, again: float, seconds: float) -> tuple[str, ...]:
+        cells = [f"{1e3 * value:,.1f}" if value else "" for value in (forward, backward, again, seconds)]
+        return (name, *cells, f"{seconds / in_all:.0%}" if in_all else "")
+
+    forward, backward, again = (sum(column) for column in zip(*(term[2:] for term in microbatch.terms)))
+    there, back = microbatch.host
+    share = f"the update, 1/{load.microbatches} of it"
+    return [
+        (f"ms of a microbatch of {load.microbatch} × {step.segment.sequence_length:,} tokens",
+         "forward", "backward", "again", "in all", "share"),
+        *(row(term.name, term.forward, term.backward, term.again, term.seconds) for term in microbatch.terms),
+        row(share, 0, 0, 0, update),
+        row(f"on the {'CPU' if plan.gpu == 'cpu' else 'GPU'}", forward, backward, again, in_all),
+        row("on the host, at the same time", there, back, 0, there + back),
+    ]  # fmt: skip
+
+
 def _time_rows(plan: Plan, step: StepEstimate) -> Rows:
     seconds, work = step.seconds, step.work
     return [
@@ -210,11 +239,13 @@ def _time_rows(plan: Plan, step: StepEstimate) -> Rows:
         ("the model, as MFU counts it", _teraflops(work.model), ""),
         ("matrix products, including recompute", _teraflops(work.products), f"{seconds.products:.3f}"),
         ("attention's core", _teraflops(work.attention), f"{seconds.attention:.3f}"),
-        ("reading and writing activations", "", f"{seconds.memory:.3f}"),
+        ("memory-bound kernels and copies", "", f"{seconds.memory:.3f}"),
+        ("the host, beside these", "", f"{seconds.host:.3f}"),
         ("communication that overlaps with these", "", f"{seconds.gathers:.3f}"),
         ("expert exchange, not overlapped", "", f"{seconds.tokens:.3f}"),
+        ("idle after waits for its sizes", "", f"{seconds.waits:.3f}"),
         ("Newton-Schulz", _teraflops(work.newton_schulz), f"{seconds.newton_schulz:.3f}"),
-        ("reading and writing the state", "", f"{seconds.state:.3f}"),
+        ("clipping, reading and writing the state", "", f"{seconds.state:.3f}"),
         ("communication of the update", "", f"{seconds.moved:.3f}"),
         ("the step", "", f"{seconds.step:.3f}"),
     ]
@@ -230,16 +261,16 @@ def _rate(flops: float) -> str:
 
 def _assumptions(plan: Plan) -> str:
     card = plan.card
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in ACHIEVED.items())
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in (SHARES | {"links": LINKS}).items())
     sheet = (
         f"{plan.gpu} {card.origin}: {_rate(card.bf16)} TFLOP/s in bf16, {_rate(card.fp32)} in fp32, "
         f"memory {card.bandwidth / 1e12:.2g} TB/s; in each direction {card.node_link / GB:.3g} GB/s to the "
         f"{card.per_node} of a node and {card.network / GB:.3g} to others. "
     )
     assumed = (
-        f"Assumed and not measured: of these rates, {shares} are reached; {PASSES} passes over activations (2 more "
-        f"with recompute) and {UPDATE_PASSES} over the state; routing is even; gathers and reductions of weights and "
-        "gradients overlap with computation, so the longer of the two counts; the expert exchange does not overlap. "
+        f"Predicted and not measured: of these rates, {shares} are reached; {MUON_PASSES} passes over what Muon "
+        f"updates and {ADAMW_PASSES} over the rest; routing is even; gathers and reductions of weights and gradients "
+        "overlap with computation, and so does the host, so the longest counts; the expert exchange does not overlap. "
     )
     exact = (
         "State, calls and bytes are those of the run, except the expert exchange, which depends on the routing. "
