@@ -1,9 +1,10 @@
 """A training step of configs/smoke.yaml's model against transformers' AfMoE of the same size and weights.
 
-Each contender runs in a separate process, so that its peak memory can be measured. Contenders take turns over several
-rounds, so that a busy moment of the machine does not hit one of them only; each figure is the median over all rounds.
-Trinity: as in training, under FSDP2 on a mesh of one, fp32 master weights, Muon and AdamW. transformers: every experts
-implementation that runs here, sdpa attention, weights in the compute dtype, torch's fused AdamW.
+Every contender is a process of its own, so that its peak memory can be measured. First each experts implementation of
+transformers takes a few steps; then the fastest one and Trinity take turns, step by step, so that a busy moment of the
+machine hits both. A ratio is the median of the ratios of these pairs; the table has medians over all steps.
+Trinity: as in training, under FSDP2 on a mesh of one, fp32 master weights, Muon and AdamW. transformers: sdpa
+attention, weights in the compute dtype, torch's fused AdamW.
 
 On a GPU the suite starts with the whole of Nano: see benchmarks/nano_step.py.
 """
@@ -16,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from tqdm import tqdm
@@ -26,42 +28,36 @@ from tqdm import tqdm
 from trinity.io.json_files import to_json
 
 ROWS, LENGTH = 8, 256
-TRANSFORMERS_EXPERTS = ("eager", "batched_mm", "grouped_mm")
+TRANSFORMERS_EXPERTS = ("grouped_mm", "eager", "batched_mm")
 DTYPES = ("float32", "bfloat16")
-TIMEOUT = 90  # seconds for one contender's turn; a slower engine is not the fastest one of transformers
+TRIALS = 3
+"""Steps by which the fastest experts implementation of transformers is chosen, the first not counted."""
+
+Part = Callable[[], None]
+"""Part of a step of one contender."""
+
+TIMEOUT = 60
+"""Seconds that a contender has for its start, and then for each step; a slower one is not the fastest."""
 
 
 def run(quick: bool) -> dict[str, Any]:
     """Measure every contender; return the figures and the machine."""
     import torch
     from benchmarks import nano_step
-    from benchmarks.timing import out_of_time
 
     nano = nano_step.run(quick) if torch.cuda.is_available() else None
     quick = quick or nano is not None  # the small model is too small for a GPU
-    rounds, steps = (1, 2) if quick else (2, 4)
-    contenders = [("trinity", dtype) for dtype in DTYPES]
-    engines = TRANSFORMERS_EXPERTS[-1:] if quick else TRANSFORMERS_EXPERTS
-    contenders += [(f"transformers {experts}", dtype) for experts in engines for dtype in DTYPES]
-    samples: dict[str, list[dict[str, Any]]] = {}
-    turns = [contender for _ in range(rounds) for contender in contenders]
+    engines, pairs = (TRANSFORMERS_EXPERTS[:1], 2) if quick else (TRANSFORMERS_EXPERTS, 9)
+    found: dict[str, Any] = {"on": machine(), "tokens_per_step": ROWS * LENGTH, "contenders": {}, "ratios": {}}
     with tempfile.TemporaryDirectory() as folder:
         _export(Path(folder) / "export")
-        for name, dtype in tqdm(turns, unit="run", file=sys.stderr, disable=None):
-            earlier = samples.setdefault(f"{name} {dtype}", [])
-            if out_of_time():
-                earlier[:] = earlier or [{"failed": "not measured: the suite's time was up"}]
-            elif not any("failed" in sample for sample in earlier):
-                earlier.append(_in_process(name, dtype, steps, Path(folder) / "export"))
-    return {
-        "on": machine(),
-        "tokens_per_step": ROWS * LENGTH,
-        "contenders": {k: _median(v) for k, v in samples.items()},
-    } | ({"nano": nano} if nano else {})
+        for dtype in DTYPES:
+            _compare(dtype, engines, pairs, Path(folder) / "export", found)
+    return found | ({"nano": nano} if nano else {})
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as a Markdown table, with ratios to the fastest engine of transformers in the same dtype."""
+    """The figures as a Markdown table, and the ratios to the fastest engine of transformers in the same dtype."""
     tokens = results["tokens_per_step"]
     lines = [
         f"{results['on']}; {tokens} tokens a step",
@@ -78,7 +74,13 @@ def table(results: dict[str, Any]) -> str:
             f"| {name} | {gradient:.3f} | {tokens / gradient:,.0f} | {whole:.3f} | {tokens / whole:,.0f} "
             f"| {1 - gradient / whole:.0%} | {found['memory_gib']:.2f} |"
         )
-    lines += ["", *_ratios(results["contenders"])]
+    lines += [""]
+    for dtype, ratio in results["ratios"].items():
+        lines.append(
+            f"{dtype}: trinity takes {_range(ratio['gradient'])} of the time of {ratio['peer']} for forward + "
+            f"backward, {_range(ratio['step'])} for the whole step (medians of {ratio['pairs']} pairs), and "
+            f"{ratio['memory']:.2f} of its memory"
+        )
     if "nano" in results:
         from benchmarks import nano_step
 
@@ -86,25 +88,116 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ratios(contenders: dict[str, dict[str, Any]]) -> list[str]:
-    lines = []
-    for dtype in DTYPES:
-        peers = {k: v for k, v in contenders.items() if k.startswith("transformers") and k.endswith(dtype)}
-        peers = {k: v for k, v in peers.items() if "failed" not in v}
-        if not peers:
-            continue
-        best = min(peers, key=lambda name: peers[name]["gradient_seconds"])
-        trinity, peer = contenders[f"trinity {dtype}"], peers[best]
-        if "failed" in trinity:
-            continue
-        gradient, step, memory = (
-            trinity[key] / peer[key] for key in ("gradient_seconds", "step_seconds", "memory_gib")
+def _range(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _compare(dtype: str, engines: tuple[str, ...], pairs: int, export: Path, found: dict[str, Any]) -> None:
+    """Choose the fastest engine in one dtype, and measure it in turn with Trinity; add to `found`."""
+    from benchmarks.timing import out_of_time
+
+    contenders = found["contenders"]
+    for engine in tqdm(engines, desc=f"{dtype}: engines", unit="run", file=sys.stderr, disable=None):
+        name = f"transformers {engine}"
+        contenders[f"{name} {dtype}"] = _alone(Contender(name, dtype, export), TRIALS)
+    peers = {name: row for name, row in contenders.items() if name.endswith(dtype) and "failed" not in row}
+    if not peers or out_of_time():
+        return
+    peer = min(peers, key=lambda name: peers[name]["gradient_seconds"])
+    both = [Contender("trinity", dtype, export), Contender(peer.removesuffix(f" {dtype}"), dtype, export)]
+    samples: list[list[dict[str, float]]] = [[], []]
+    try:
+        for contender in both:
+            contender.step()  # warm-up
+        for index in tqdm(range(pairs), desc=f"{dtype}: pairs", unit="pair", file=sys.stderr, disable=None):
+            for which in (0, 1) if index % 2 else (1, 0):
+                samples[which].append(both[which].step())
+    except Failed as failure:
+        contenders[f"trinity {dtype}"] = {"failed": str(failure)}
+        return
+    finally:
+        for contender in both:
+            contender.close()
+    contenders[f"trinity {dtype}"], contenders[peer] = (_median(rows) for rows in samples)
+    ratio = {key: [a[f"{key}_seconds"] / b[f"{key}_seconds"] for a, b in zip(*samples)] for key in ("gradient", "step")}
+    memory = samples[0][-1]["memory_gib"] / samples[1][-1]["memory_gib"]
+    found["ratios"][dtype] = ratio | {"peer": peer, "pairs": pairs, "memory": memory}
+
+
+def _alone(contender: "Contender", steps: int) -> dict[str, Any]:
+    """Medians of a contender's steps after the first, or the reason why it does not run."""
+    try:
+        return _median([contender.step() for _ in range(steps)][1:])
+    except Failed as failure:
+        return {"failed": str(failure)}
+    finally:
+        contender.close()
+
+
+def _median(samples: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
+
+
+class Failed(Exception):
+    """A contender did not run, or took too long; the message says why."""
+
+
+class Contender:
+    """One implementation in a process of its own, which takes a step on request.
+
+    Args:
+        name: "trinity", or "transformers ENGINE".
+        dtype: the compute dtype.
+        export: folder of the weights that transformers loads.
+    """
+
+    def __init__(self, name: str, dtype: str, export: Path) -> None:
+        command = [sys.executable, __file__, name, dtype, str(export)]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
-        lines.append(
-            f"{dtype}: trinity takes {gradient:.2f} of the time of {best} for forward + backward, {step:.2f} for the "
-            f"whole step, and {memory:.2f} of its memory"
-        )
-    return lines
+        self._ready = False
+
+    def step(self) -> dict[str, float]:
+        """Take one step: seconds of forward + backward and of the whole step, and the peak memory so far.
+
+        Raises:
+            Failed: the process ended, or did not answer within TIMEOUT.
+        """
+        if not self._ready:
+            self._answer()
+            self._ready = True
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise Failed(self._reason()) from error
+        return json.loads(self._answer())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        late = threading.Timer(TIMEOUT, self._process.kill)
+        late.start()
+        line = self._process.stdout.readline()
+        late.cancel()
+        if not line:
+            raise Failed(self._reason())
+        return line
+
+    def _reason(self) -> str:
+        """Why the process ended: the last line of its error output."""
+        if self._process.wait() == -9:
+            return f"a step takes more than {TIMEOUT} s"
+        self._errors.seek(0)
+        return (self._errors.read().strip().splitlines() or ["it ended"])[-1][:120]
 
 
 def machine() -> str:
@@ -116,13 +209,6 @@ def machine() -> str:
         return f"{torch.cuda.get_device_name()}, {versions}"
     bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
     return f"{os.cpu_count()} CPU cores ({platform.machine()}, {bf16} bf16 arithmetic), {versions}"
-
-
-def _median(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    for sample in samples:
-        if "failed" in sample:
-            return sample
-    return {key: statistics.median(sample[key] for sample in samples) for key in samples[0]}
 
 
 def _export(folder: Path) -> None:
@@ -138,40 +224,27 @@ def _export(folder: Path) -> None:
     export_hf(model, folder, dtype=torch.float32)
 
 
-def _in_process(name: str, dtype: str, steps: int, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, name, dtype, str(steps), str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"{steps + 1} steps take more than {TIMEOUT} s"}
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1][:120]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(gradient: Callable[[], None], update: Callable[[], None], steps: int, held: float) -> dict[str, Any]:
-    """Median seconds of forward + backward and of the whole step, after one step of warm-up.
-
-    Args:
-        held: GiB that the process used before it built the model; subtracted from the peak.
-    """
+def serve(contender: str, dtype: str, export: str) -> None:
+    """Run one contender: a line on stdin asks for a step, and the answer is a line of JSON on stdout."""
     import torch
 
     from trinity.hardware import memory_gib
 
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print does not count as an answer
+    held = _memory_of_imports()
+    make = _trinity if contender == "trinity" else _transformers
+    gradient, update = make(contender, dtype, export)
+    torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock: list[tuple[float, float]] = []
-    for _ in range(steps + 1):
+    print("ready", file=answers, flush=True)
+    for _ in sys.stdin:
         times = [_now(device)]
         for part in (gradient, update):
             part()
             times.append(_now(device))
-        clock.append((times[1] - times[0], times[2] - times[0]))
-    return {
-        "gradient_seconds": statistics.median(pair[0] for pair in clock[1:]),
-        "step_seconds": statistics.median(pair[1] for pair in clock[1:]),
-        "memory_gib": memory_gib(device) - held,
-    }
+        seconds = {"gradient_seconds": times[1] - times[0], "step_seconds": times[2] - times[0]}
+        print(to_json(seconds | {"memory_gib": memory_gib(device) - held}), file=answers, flush=True)
 
 
 def _memory_of_imports() -> float:
@@ -188,18 +261,16 @@ def _now(device: Any) -> float:
 
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return perf_counter()
 
 
-def _trinity_step(dtype: str, steps: int) -> dict[str, Any]:
-    import torch
-
+def _trinity(_: str, dtype: str, export: str) -> tuple[Part, Part]:
+    """Forward + backward, and the update, of Trinity."""
     from trinity.config.load import load_config
     from trinity.optim.grad_clip import clip_, global_norm
     from trinity.parallel import mesh
     from trinity.training.build import build_model, make_optimizers
 
-    held = _memory_of_imports()
     config = load_config("configs/smoke.yaml", [f"precision.compute={dtype}"])
     ranks = mesh.start(config.parallel, config.model, None, False)
     model = build_model(config, ranks)
@@ -217,22 +288,22 @@ def _trinity_step(dtype: str, steps: int) -> dict[str, Any]:
         optimizers.step()
         optimizers.zero_grad()
 
-    figures = measure(gradient, update, steps, held)
-    mesh.stop()
-    assert torch.isfinite(model.norm.gain.full_tensor()).all()
-    return figures
+    return gradient, update
 
 
-def _transformers_step(experts: str, dtype: str, steps: int, folder: str) -> dict[str, Any]:
+def _transformers(contender: str, dtype: str, export: str) -> tuple[Part, Part]:
+    """The same of transformers."""
     import torch
     from transformers import AfmoeForCausalLM
 
-    held = _memory_of_imports()
     model = AfmoeForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), experts_implementation=experts, attn_implementation="sdpa"
+        export,
+        dtype=getattr(torch, dtype),
+        experts_implementation=contender.removeprefix("transformers "),
+        attn_implementation="sdpa",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).train()
+    torch.nn.Module.to(model, device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens, targets = (tensor.to(device) for tensor in _text(model.config.vocab_size))
 
@@ -245,7 +316,7 @@ def _transformers_step(experts: str, dtype: str, steps: int, folder: str) -> dic
         optimizer.step()
         optimizer.zero_grad()
 
-    return measure(gradient, update, steps, held)
+    return gradient, update
 
 
 def _text(vocabulary: int) -> tuple[Any, Any]:
@@ -256,12 +327,4 @@ def _text(vocabulary: int) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    contender, precision, repetitions, export = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    engine = contender.removeprefix("transformers ")
-    if contender == "trinity":
-        print(to_json(_trinity_step(precision, repetitions)))
-    else:
-        print(to_json(_transformers_step(engine, precision, repetitions, export)))
+    serve(*sys.argv[1:])
