@@ -11,13 +11,13 @@ from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.linear import linear
 from trinity_kernels.norm import add_norm, norm_add, rms_norm
 from trinity_kernels.qk_norm import qk_norm
-from trinity_kernels.routing import gates, route
+from trinity_kernels.router_scores import router_scores
+from trinity_kernels.routing import route, weigh
 from trinity_kernels.swiglu import swiglu
 
 __all__ = [
     "add_norm",
     "expert_mlp",
-    "gates",
     "group_rows",
     "grouped_linear",
     "grouped_matmul",
@@ -28,7 +28,9 @@ __all__ = [
     "qk_norm",
     "rms_norm",
     "route",
+    "router_scores",
     "sigmoid_gate",
     "swiglu",
     "tile_table",
+    "weigh",
 ]
