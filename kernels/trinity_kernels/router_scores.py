@@ -4,7 +4,8 @@ In fp32 and float64 this is torch's product. For x in bf16 the reference casts x
 itself for backward, half the bytes of the copy.
 
 Triton (router_scores_triton.py) computes the same on tensor cores. A bf16 number holds 8 bits of an fp32 number's 24, so
-three hold it exactly: w = hi + mid + lo, where hi = bf16(w), mid = bf16(w − hi), lo = w − hi − mid. Products of two bf16
+three hold it exactly: w = hi + mid + lo, where hi = bf16(w), mid = bf16(w − hi) and lo = w − hi − mid; mid is at most
+2⁻⁸·|w| and lo 2⁻¹⁶·|w|. Products of two bf16
 numbers are exact in fp32. So three bf16 products, summed in fp32, are an fp32 product, and their error is that of the
 additions alone:
 
@@ -17,8 +18,8 @@ bf16's largest number, 3.39e38, counts as infinite.
 
 Backward, with g = ds·s·(1 − s) in fp32, split likewise:
 dW = gᵀ·x      three products with the parts of g; the same bound over T tokens
-dx = g·W       hi·hi + hi·mid + mid·hi, rounded to bf16 (2⁻⁹). What is left out is at most 2⁻¹⁶·Σ_e |g_e·w_e|: less than
-               the rounding unless the sum over experts is 128 times smaller than the sum of magnitudes.
+dx = g·W       hi·hi + hi·mid + mid·hi, rounded to bf16 (2⁻⁸). What is left out is at most 2⁻¹⁴·Σ_e |g_e·w_e|: less than
+               the rounding unless the sum over experts is 64 times smaller than the sum of magnitudes
 
 Saved for backward: x, W (the parts of W in Triton), s.
 

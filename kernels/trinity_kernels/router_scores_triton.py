@@ -114,7 +114,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> 
 def _differentiate(ctx, grad_TE: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
     if grad_TE is None:
         return None, None
-    for_x, for_weight = ctx.needs_input_grad
+    for_x, for_weight = ctx.needs_input_grad[:2]
     grad_x, grad_weight = _backward(grad_TE, *ctx.saved_tensors, for_x, for_weight)
     return grad_x if for_x else None, grad_weight if for_weight else None
 

@@ -21,7 +21,7 @@ from trinity_kernels.routing import TINY, Weighed
 
 TOKENS = 16
 """Tokens per program."""
-PARTS = 32
+PARTS = 16
 """Programs whose sums `finish_kernel` reads at a time."""
 
 
@@ -93,19 +93,22 @@ def launch_weigh(
     loss_B, load_BE = scores_TE.new_empty(losses), scores_TE.new_empty(losses, E)
     if not T:
         return gates_TK, loss_B.zero_(), load_BE.zero_(), scores_TE.new_zeros(())
-    blocks = cdiv(T // rows, TOKENS)
+    if T % rows:
+        raise ValueError(f"{T} tokens are not {rows} rows of the same length")
+    tokens = T // rows
+    block = TOKENS if E <= 256 else TOKENS // 2  # 512 experts take 253 registers with 16 tokens
+    blocks = cdiv(tokens, block)
     entropy_P = scores_TE.new_empty(rows * blocks)
     share_PE = scores_TE.new_empty(rows * blocks if losses else 0, E)
     count_PE = torch.empty_like(share_PE, dtype=torch.int32)
     experts = triton.next_power_of_2(E)
     weigh_kernel[(rows * blocks,)](
         scores_TE.contiguous(), indices_TK.contiguous(), gates_TK, entropy_P, share_PE, count_PE,
-        T // rows, E, blocks, scale, TINY,
+        tokens, E, blocks, scale, TINY,
         ACTIVE=K, BALANCE=with_sequence_loss,
-        BLOCK_T=TOKENS, CHOICES=triton.next_power_of_2(K), EXPERTS=experts, num_warps=4,
+        BLOCK_T=block, CHOICES=triton.next_power_of_2(K), EXPERTS=experts, num_warps=4,
     )  # fmt: skip
     if losses:
-        tokens = T // rows
         finish_kernel[(rows,)](
             share_PE, count_PE, loss_B, load_BE, E, blocks, E / (K * tokens), 1 / tokens,
             BLOCK_P=PARTS, EXPERTS=experts, num_warps=8,
@@ -203,9 +206,9 @@ def weigh_kernel(
 
     known = there[:, None] & (expert < E)[None, :]
     share = tl.load(scores + token[:, None] * E + expert[None, :], mask=known, other=0.0)
-    share = tl.where(known, share / tl.sum(share, axis=1)[:, None], 0.0)
-    entropy = tl.where(share == 0.0, 0.0, -share * tl.log(share))
-    tl.store(entropies + program, tl.sum(tl.sum(entropy, axis=1), axis=0))
+    share = share / tl.where(there, tl.sum(share, axis=1), 1.0)[:, None]
+    logarithm = tl.log(tl.where(share == 0.0, 1.0, share))  # 0·log 0 is 0 here
+    tl.store(entropies + program, -tl.sum(tl.sum(share * logarithm, axis=1), axis=0))
     if BALANCE:
         times = tl.zeros((BLOCK_T, EXPERTS), tl.int32)
         for k in range(ACTIVE):
@@ -270,7 +273,7 @@ def weigh_backward_kernel(
     if BALANCE:
         load = tl.load(loads + row * E + expert, mask=expert < E, other=0.0)[None, :]
         every = tl.load(scores + line + expert[None, :], mask=known, other=0.0)
-        size = tl.sum(every, axis=1)[:, None]
+        size = tl.where(there, tl.sum(every, axis=1), 1.0)[:, None]
         mean = tl.sum(load * every, axis=1)[:, None] / size
         result += tl.load(grad_losses + row) / S * (load - mean) / size
     tl.store(out + line + expert[None, :], result, mask=known)

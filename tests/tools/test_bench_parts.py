@@ -8,6 +8,7 @@ from pathlib import Path
 import bench
 import pytest
 import torch
+import trinity_kernels
 from benchmarks import attention, nano_step, timing
 from benchmarks.attention import Case, make_documents, pairs_seen
 from benchmarks.timing import medians, one_line, take_turns
