@@ -3,17 +3,17 @@
 In fp32 and float64 this is torch's product. For x in bf16 the reference casts x to fp32 for the product, and saves x
 itself for backward, half the bytes of the copy.
 
-Triton (router_scores_triton.py) computes the same on tensor cores. A bf16 number holds 8 bits of an fp32 number's 24, so
-three hold it exactly: w = hi + mid + lo, where hi = bf16(w), mid = bf16(w − hi) and lo = w − hi − mid; mid is at most
-2⁻⁸·|w| and lo 2⁻¹⁶·|w|. Products of two bf16 numbers are exact in fp32. So three bf16 products, summed in fp32, are an
-fp32 product, and their error is that of the additions alone:
+Triton (router_scores_triton.py) computes the same on tensor cores. A bf16 number holds 8 bits of an fp32 number's 24,
+so three hold it exactly: w = hi + mid + lo, where hi = bf16(w), mid = bf16(w − hi) and lo = w − hi − mid; mid is at
+most 2⁻⁸·|w| and lo 2⁻¹⁶·|w|. Products of two bf16 numbers are exact in fp32. So three bf16 products, summed in fp32,
+are an fp32 product, and their error is that of the additions alone:
 
     |error of a logit| ≤ (D + 3)·u·(1 + 2⁻⁶)·Σ_d |x_d·w_d| + 2⁻¹³⁴·Σ_d |x_d|
 
 with u = 2⁻²⁴ for additions rounded to nearest and 2⁻²³ for truncated ones, which a tensor core's are taken to be. The
-fp32 product has the bound D·u·Σ|x·w|. The last term is for parts below bf16's smallest number, 2⁻¹³³; a w of at least 2⁻¹¹⁰ has none.
-An infinite or NaN w is its own hi, and mid = lo = 0, so that it has the effect that it has in fp32; a finite w above
-bf16's largest number, 3.39e38, counts as infinite.
+fp32 product has the bound D·u·Σ|x·w|. The last term is for parts below bf16's smallest number, 2⁻¹³³; a w of at least
+2⁻¹¹⁰ has none. An infinite or NaN w is its own hi, and mid = lo = 0, so that it has the effect that it has in fp32; a
+finite w above bf16's largest number, 3.39e38, counts as infinite.
 
 Backward, with g = ds·s·(1 − s) in fp32, split likewise:
 dW = gᵀ·x      three products with the parts of g; the same bound over T tokens

@@ -1,7 +1,7 @@
 """The router's scores in Triton and cuBLAS: three bf16 products in place of one in fp32 (router_scores.py).
 
-forward    `split_kernel` writes the weight's parts; `scores_kernel` reads each tile of x once, multiplies it by the three
-           parts, sums hi in one accumulator and mid and lo, 2⁸ times smaller, in a second, and applies σ
+forward    `split_kernel` writes the weight's parts; `scores_kernel` reads each tile of x once, multiplies it by the
+           three parts, sums hi in one accumulator and mid and lo, 2⁸ times smaller, in a second, and applies σ
 backward   `split_kernel` makes g = ds·s·(1 − s) and its parts; dx and dW are one product each, by torch
 
 Parts are kept in four blocks, so that both products of backward are products of slices, without a copy:
@@ -32,7 +32,7 @@ def tile(experts: int) -> dict[str, int]:
 
 
 def launch_split(values_ND: Tensor, scores: Tensor | None = None) -> Tensor:
-    """Parts of a weight [N, D] as [4·N, D]: hi, hi, mid, lo; with scores, those of g [T, E] as [T, 4·E]: lo, mid, hi, hi.
+    """Parts hi, hi, mid, lo of a weight [N, D] as [4·N, D]; with scores, lo, mid, hi, hi of g [T, E] as [T, 4·E].
 
     Args:
         values_ND: fp32, contiguous: the weight, or the gradient ds of the scores.

@@ -29,6 +29,9 @@ def router(width: int, experts: int, active: int) -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "nano": partial(router, 1024, 128, 8), "mini": partial(router, 2048, 128, 8), "large": partial(router, 3072, 256, 4),
-    "smoke": partial(router, 256, 16, 4), "most experts": partial(router, 1024, 512, 8),
-}  # fmt: skip
+    "nano": partial(router, 1024, 128, 8),
+    "mini": partial(router, 2048, 128, 8),
+    "large": partial(router, 3072, 256, 4),
+    "smoke": partial(router, 256, 16, 4),
+    "most experts": partial(router, 1024, 512, 8),
+}

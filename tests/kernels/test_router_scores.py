@@ -64,7 +64,7 @@ def test_three_parts_hold_every_fp32_number() -> None:
     random = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (1_000_000,), generator=random).to(torch.int32).view(torch.float32)
     powers = torch.ldexp(torch.ones(254), torch.arange(-126, 128)).repeat_interleave(7)
-    special = (powers.view(torch.int32) + torch.tensor([-1, 0, 1, 2**15 - 1, 2**15, 2**15 + 1, -(2**15)]).repeat(254))
+    special = powers.view(torch.int32) + torch.tensor([-1, 0, 1, 2**15 - 1, 2**15, 2**15 + 1, -(2**15)]).repeat(254)
     values = torch.cat([bits, special.to(torch.int32).view(torch.float32)])
     values = values[values.abs() < torch.finfo(torch.bfloat16).max]
     high, middle, low = (part.double() for part in parts_of(values))

@@ -107,7 +107,7 @@ def test_statistics_of_no_tokens(B: int, T: int) -> None:
 
 
 def test_gates_and_loss_have_the_gradient_of_their_equation() -> None:
-    """gradcheck in float64; a gate has no gradient to scores that were not chosen, the loss has; the entropy has none."""
+    """gradcheck in float64; a gate has no gradient to scores not chosen, the loss has; the entropy has none."""
     scores_TE, bias_E = make(8, 6, torch.float64)
     indices_TK, _ = route(scores_TE, bias_E, 3)
     scores_TE.requires_grad_()

@@ -79,7 +79,7 @@ ROWS = [(1, 7, 16, 4), (2, 17, 128, 8), (3, 16, 5, 2), (2, 40, 256, 4), (2, 9, 5
 
 @pytest.mark.parametrize(("B", "S", "E", "K"), ROWS)
 def test_statistics_and_their_gradient(B: int, S: int, E: int, K: int) -> None:
-    """fp32 sums of a few hundred positive numbers against float64: 1e-6. Gradients of gates and loss alone and together.
+    """fp32 sums of a few hundred positive numbers: 1e-6. Gradients of gates and loss alone and together.
 
     300 tokens of a row are more programs than `finish_kernel` reads at a time. A score of 0 has entropy 0.
     """

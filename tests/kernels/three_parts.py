@@ -47,7 +47,7 @@ def _truncated(x: Tensor) -> Tensor:
 
 
 def inputs(kind: str, T: int = 256, D: int = 512, E: int = 64) -> tuple[Tensor, Tensor]:
-    """x in bf16 and an fp32 weight: random; as a model has them; of wide range; that cancel; with parts that underflow."""
+    """x in bf16 and an fp32 weight: random; as a model's; of wide range; that cancel; with parts that underflow."""
     random = torch.Generator().manual_seed(0)
     x_TD, weight_ED = torch.randn(T, D, generator=random), torch.randn(E, D, generator=random)
     if kind == "realistic":  # an RMSNorm's output with some large features; the weight of the initialisation, trained

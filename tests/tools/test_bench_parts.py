@@ -8,11 +8,11 @@ from pathlib import Path
 import bench
 import pytest
 import torch
-import trinity_kernels
 from benchmarks import attention, nano_step, timing
 from benchmarks.attention import Case, make_documents, pairs_seen
 from benchmarks.timing import medians, one_line, take_turns
 
+import trinity_kernels
 from trinity.config.model import ZOO
 from trinity.models.attention_backends import AttentionMask
 from trinity.models.flops import flops_per_token

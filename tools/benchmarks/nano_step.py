@@ -164,8 +164,9 @@ def _force_routing(routing: str) -> None:
     from functools import cache
 
     import torch
-    import trinity_kernels
     from benchmarks.experts import balanced_routing, zipf_routing
+
+    import trinity_kernels
 
     draw = {"balanced": balanced_routing, "Zipf": zipf_routing}[routing]
 

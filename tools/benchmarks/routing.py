@@ -1,7 +1,8 @@
 """Routing and the grouping of rows: Triton against the torch reference, at the sizes of the zoo's models.
 
 The scores from x in bf16, the choice of experts with the counts, the gates with the entropy (and the sequence-wise
-loss), the gradients, the grouping of rows by expert, and one table of tiles of 128 rows. Routing is balanced, or skewed by a bias that falls from +½ to −½ over the experts.
+loss), the gradients, the grouping of rows by expert, and one table of tiles of 128 rows. Routing is balanced, or skewed
+by a bias that falls from +½ to −½ over the experts.
 On a GPU 32,768 tokens, timed by Triton's do_bench: the median, with the L2 cache cleared before each run. On a CPU the
 reference alone, at a small size, because timing Triton's interpreter would mean nothing.
 

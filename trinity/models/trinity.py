@@ -171,9 +171,7 @@ class Trinity(nn.Module):
         """
         if targets_BS is None:
             targets_BS = next_tokens(tokens_BS, document_ids_BS)
-        losses = self(
-            tokens_BS, document_ids_BS=document_ids_BS, targets_BS=targets_BS, z=z, with_sequence_loss=False
-        )
+        losses = self(tokens_BS, document_ids_BS=document_ids_BS, targets_BS=targets_BS, z=z, with_sequence_loss=False)
         return losses.token_loss / (targets_BS != IGNORE).sum().clamp(min=1)
 
 
