@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trinity.config.run import BalancingConfig
+from trinity_kernels import routing
 
 
 def smebu_update(
@@ -72,13 +73,7 @@ def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor) -> Tensor:
     Returns:
         [B], scores' dtype; 0 for rows of no tokens.
     """
-    B, S, E = scores_BSE.shape
-    K = indices_BSK.shape[-1]
-    chosen_BSK = torch.ones_like(indices_BSK, dtype=scores_BSE.dtype)
-    counts_BE = scores_BSE.new_zeros(B, E).scatter_add_(1, indices_BSK.flatten(1), chosen_BSK.flatten(1))
-    share_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).sum(dim=1)
-    tokens = max(S, 1)
-    return (counts_BE * (E / (K * tokens)) * (share_BE / tokens)).sum(dim=-1)
+    return routing.sequence_loss(scores_BSE, indices_BSK)
 
 
 def max_violation(counts: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.linear import linear
 from trinity_kernels.norm import add_norm, norm_add, rms_norm
 from trinity_kernels.qk_norm import qk_norm
-from trinity_kernels.routing import gates, route
+from trinity_kernels.router_scores import router_scores
+from trinity_kernels.routing import route, weigh
 from trinity_kernels.split import split_projection
 from trinity_kernels.swiglu import swiglu
 
 __all__ = [
     "add_norm",
     "expert_mlp",
-    "gates",
     "group_rows",
     "grouped_linear",
     "grouped_matmul",
@@ -29,8 +29,10 @@ __all__ = [
     "qk_norm",
     "rms_norm",
     "route",
+    "router_scores",
     "sigmoid_gate",
     "split_projection",
     "swiglu",
     "tile_table",
+    "weigh",
 ]

@@ -1,16 +1,20 @@
 """Top-K routing as one opaque custom op, so that recompute of a block in backward never routes again; and the gates.
 
 route   the K experts with the largest score + bias (eq. 17), and the tokens per expert
-gates   g = c · s / Σ chosen s: the scores without bias, normalised over the chosen, times the route scale c (eq. 18)
+weigh   the gates g = c · s / Σ chosen s: the scores without bias, normalised over the chosen, times the route scale c
+        (eq. 18); and what is reported about the same scores: the sequence-wise balancing loss of each row (eq. 29-32)
+        and the entropy of s/Σs, summed over tokens
 
-The choice has no gradient, so `route` returns indices and counts, and `gates` takes the scores again.
-Saved for backward, by gates alone: scores and indices. Activation checkpointing keeps indices and counts
-(`trinity.parallel.activation_checkpoint`), 8·K bytes per token, and computes scores and gates again, which would take
-4·E. torch.compile and fake tensors see only the op's shapes.
-Triton (routing_triton.py): K rounds of taking the largest score in place of topk; one kernel for the gates.
+The choice has no gradient, so `route` returns indices and counts, and `weigh` takes the scores again.
+Saved for backward, by weigh alone: scores and indices, and f of each row with the sequence-wise loss. Activation
+checkpointing keeps indices and counts (`trinity.parallel.activation_checkpoint`), 8·K bytes per token, and computes
+scores and gates again, which would take 4·E. torch.compile and fake tensors see only the op's shapes.
+Triton (routing_triton.py): K rounds of taking the largest score in place of topk; gates and statistics in one kernel.
 
-Shapes: T tokens, E experts, K active experts.
+Shapes: T tokens, B rows of S tokens (T = B·S), E experts, K active experts.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +26,19 @@ MOST_EXPERTS = 512
 
 TINY = 1e-20
 """Added to the sum of the chosen scores, as in transformers, so that a token whose scores are all 0 divides by no 0."""
+
+
+class Weighed(NamedTuple):
+    """What `weigh` returns.
+
+    gates_TK: [T, K], the scores' dtype, differentiable.
+    sequence_loss_B: [B], the scores' dtype, differentiable; None if not wanted.
+    entropy_sum: scalar, the scores' dtype, in nats; no gradient.
+    """
+
+    gates_TK: Tensor
+    sequence_loss_B: Tensor | None
+    entropy_sum: Tensor
 
 
 @torch.library.custom_op("trinity::route", mutates_args=())
@@ -47,18 +64,48 @@ def _(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     return indices_TK, scores_TE.new_empty((scores_TE.shape[1],), dtype=torch.int64)
 
 
-def _gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
-    """Scores of the chosen, normalised over them, times the route scale (eq. 18).
+def _weigh(
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int = 1, with_sequence_loss: bool = False
+) -> Weighed:
+    """Gates of the chosen experts, and statistics of the scores.
 
     Args:
         scores_TE: [T, E] fp32 or float64; differentiable.
         indices_TK: [T, K] int64, distinct within a token.
         scale: the route scale.
+        rows: B, the sequences that the tokens consist of, equally long and one after the other.
+        with_sequence_loss: compute the sequence-wise loss; without it, gates and entropy alone.
     Returns:
-        [T, K], the scores' dtype.
+        Weighed: the gates [T, K] (eq. 18), the sequence-wise loss of each row [B] (`sequence_loss`) or None, and the
+        entropy of s/Σs summed over the tokens.
     """
     chosen_TK = scores_TE.gather(1, indices_TK)
-    return chosen_TK / (chosen_TK.sum(dim=1, keepdim=True) + TINY) * scale
+    gates_TK = chosen_TK / (chosen_TK.sum(dim=1, keepdim=True) + TINY) * scale
+    loss_B = None
+    if with_sequence_loss:
+        by_row = rows, len(scores_TE) // max(rows, 1)
+        loss_B = sequence_loss(scores_TE.unflatten(0, by_row), indices_TK.unflatten(0, by_row))
+    scores_TE = scores_TE.detach()
+    entropy_sum = torch.special.entr(scores_TE / scores_TE.sum(dim=1, keepdim=True)).sum()
+    return Weighed(gates_TK, loss_B, entropy_sum)
+
+
+def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor) -> Tensor:
+    """Σ_i f_i·P_i of each row (eq. 29-32), in torch. trinity.balancing.sequence_loss describes it.
+
+    Args:
+        scores_BSE: [B, S, E], fp32 or float64.
+        indices_BSK: [B, S, K], int64.
+    Returns:
+        [B], scores' dtype; 0 for rows of no tokens.
+    """
+    B, S, E = scores_BSE.shape
+    K = indices_BSK.shape[-1]
+    chosen_BSK = torch.ones_like(indices_BSK, dtype=scores_BSE.dtype)
+    counts_BE = scores_BSE.new_zeros(B, E).scatter_add_(1, indices_BSK.flatten(1), chosen_BSK.flatten(1))
+    share_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).sum(dim=1)
+    tokens = max(S, 1)
+    return (counts_BE * (E / (K * tokens)) * (share_BE / tokens)).sum(dim=-1)
 
 
 def _refuses(scores_TE: Tensor, *_: object) -> str | None:
@@ -70,4 +117,4 @@ def _refuses(scores_TE: Tensor, *_: object) -> str | None:
 
 
 route = Op(_route, "trinity_kernels.routing_triton:route", _refuses)
-gates = Op(_gates, "trinity_kernels.routing_triton:gates", _refuses)
+weigh = Op(_weigh, "trinity_kernels.routing_triton:weigh", _refuses)

@@ -1,22 +1,28 @@
-"""Routing in Triton: top K of each token's biased scores, the counts per expert, and the gates of the chosen.
+"""Routing in Triton: top K of each token's biased scores, the counts per expert; gates and statistics of the scores.
 
 The choice is K rounds of taking the largest remaining score, the first of equal ones. NaN counts as the smallest, so
 that a broken router still names K different experts. Counts are summed by integer atomics, whose order has no effect.
 
 Gates: g_k = c·s_k/Σ, where Σ is the sum of the chosen scores plus 1e-20; so ds_k = c·(dg_k − (Σ_j dg_j·s_j)/Σ)/Σ.
-Saved for backward: scores and indices.
+Sequence-wise loss of a row, with p = s/Σs and f_i = E/(K·S) · (times i was chosen): L = Σ_i f_i · (Σ_t p_ti)/S; so
+ds_ti = dL·(f_i − Σ_j f_j·p_tj)/(S·Σs_t). Both gradients are summed in one kernel.
+A program holds tokens of one row. It writes its sums of p, its counts and its entropy to places of its own, and a
+second kernel adds those of a row: no float is added by an atomic.
+Saved for backward: scores, indices, and f with the sequence-wise loss.
 
-Shapes: T tokens, E experts, K active experts.
+Shapes: T tokens, B rows of S tokens (T = B·S), E experts, K active experts, P programs.
 """
 
 import torch
 from torch import Tensor
 
 from trinity_kernels.language import cdiv, tl, triton
-from trinity_kernels.routing import TINY
+from trinity_kernels.routing import TINY, Weighed
 
 TOKENS = 16
 """Tokens per program."""
+PARTS = 16
+"""Programs whose sums `finish_kernel` reads at a time."""
 
 
 @torch.library.custom_op("trinity::route_triton", mutates_args=())
@@ -68,83 +74,206 @@ def route_kernel(
     tl.atomic_add(counts + expert, taken.to(tl.int64), mask=(expert < E) & (taken > 0), sem="relaxed")
 
 
-@torch.library.custom_op("trinity::gates_triton", mutates_args=())
-def _gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
-    return launch_gates(scores_TE, indices_TK, scale)
+@torch.library.custom_op("trinity::weigh_triton", mutates_args=())
+def _weigh(
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_weigh(scores_TE, indices_TK, scale, rows, with_sequence_loss)
 
 
-def launch_gates(scores_TE: Tensor, indices_TK: Tensor, scale: float, grad_TK: Tensor | None = None) -> Tensor:
-    """The gates [T, K]; with grad_TK, the gradient of the scores [T, E], 0 for experts that are not chosen."""
-    (T, E), active = scores_TE.shape, indices_TK.shape[1]
-    out = torch.empty(T, active if grad_TK is None else E, dtype=scores_TE.dtype, device=scores_TE.device)
-    if T:
-        gates_kernel[(cdiv(T, TOKENS),)](
-            scores_TE.contiguous(), indices_TK.contiguous(), out if grad_TK is None else grad_TK, out,
-            T, E, scale, TINY,
-            ACTIVE=active, BACKWARD=grad_TK is not None,
-            BLOCK_T=TOKENS, CHOICES=triton.next_power_of_2(active), EXPERTS=triton.next_power_of_2(E), num_warps=4,
+def launch_weigh(
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates [T, K]; loss [B] and f [B, E], without elements unless with_sequence_loss; the entropy's sum, a scalar."""
+    (T, E), K = scores_TE.shape, indices_TK.shape[1]
+    if not with_sequence_loss:
+        rows = 1  # the entropy alone does not depend on rows
+    gates_TK = scores_TE.new_empty(T, K)
+    losses = rows if with_sequence_loss else 0
+    loss_B, load_BE = scores_TE.new_empty(losses), scores_TE.new_empty(losses, E)
+    if not T:
+        return gates_TK, loss_B.zero_(), load_BE.zero_(), scores_TE.new_zeros(())
+    if T % rows:
+        raise ValueError(f"{T} tokens are not {rows} rows of the same length")
+    tokens = T // rows
+    block = TOKENS if E <= 256 else TOKENS // 2  # 512 experts take 253 registers with 16 tokens
+    blocks = cdiv(tokens, block)
+    entropy_P = scores_TE.new_empty(rows * blocks)
+    share_PE = scores_TE.new_empty(rows * blocks if losses else 0, E)
+    count_PE = torch.empty_like(share_PE, dtype=torch.int32)
+    experts = triton.next_power_of_2(E)
+    weigh_kernel[(rows * blocks,)](
+        scores_TE.contiguous(), indices_TK.contiguous(), gates_TK, entropy_P, share_PE, count_PE,
+        tokens, E, blocks, scale, TINY,
+        ACTIVE=K, BALANCE=with_sequence_loss,
+        BLOCK_T=block, CHOICES=triton.next_power_of_2(K), EXPERTS=experts, num_warps=4,
+    )  # fmt: skip
+    if losses:
+        finish_kernel[(rows,)](
+            share_PE, count_PE, loss_B, load_BE, E, blocks, E / (K * tokens), 1 / tokens,
+            BLOCK_P=PARTS, EXPERTS=experts, num_warps=8,
         )  # fmt: skip
-    return out
+    return gates_TK, loss_B, load_BE, entropy_P.sum()
 
 
-@_gates.register_fake
-def _(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
-    return scores_TE.new_empty(indices_TK.shape)
+@_weigh.register_fake
+def _(
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses = rows if with_sequence_loss else 0
+    shapes = (indices_TK.shape, (losses,), (losses, scores_TE.shape[1]), ())
+    gates_TK, loss_B, load_BE, entropy_sum = (scores_TE.new_empty(shape) for shape in shapes)
+    return gates_TK, loss_B, load_BE, entropy_sum
 
 
-@torch.library.custom_op("trinity::gates_triton_backward", mutates_args=())
-def _gates_backward(grad_TK: Tensor, scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
-    return launch_gates(scores_TE, indices_TK, scale, grad_TK.contiguous())
+@torch.library.custom_op("trinity::weigh_triton_backward", mutates_args=())
+def _weigh_backward(
+    grad_TK: Tensor | None, grad_B: Tensor | None, scores_TE: Tensor, indices_TK: Tensor, load_BE: Tensor, scale: float
+) -> Tensor:
+    return launch_weigh_backward(grad_TK, grad_B, scores_TE, indices_TK, load_BE, scale)
 
 
-@_gates_backward.register_fake
-def _(grad_TK: Tensor, scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
+def launch_weigh_backward(
+    grad_TK: Tensor | None, grad_B: Tensor | None, scores_TE: Tensor, indices_TK: Tensor, load_BE: Tensor, scale: float
+) -> Tensor:
+    """Gradient of the scores [T, E] from those of the gates and of the losses; either may be None, not both."""
+    (T, E), K = scores_TE.shape, indices_TK.shape[1]
+    grad_TE = scores_TE.new_empty(T, E)
+    if T:
+        rows = 1 if grad_B is None else len(grad_B)
+        blocks = cdiv(T // rows, TOKENS)
+        weigh_backward_kernel[(rows * blocks,)](
+            None if grad_TK is None else grad_TK.contiguous(), None if grad_B is None else grad_B.contiguous(),
+            scores_TE.contiguous(), indices_TK.contiguous(), load_BE, grad_TE, T // rows, E, blocks, scale, TINY,
+            ACTIVE=K, GATES=grad_TK is not None, BALANCE=grad_B is not None,
+            BLOCK_T=TOKENS, CHOICES=triton.next_power_of_2(K), EXPERTS=triton.next_power_of_2(E), num_warps=4,
+        )  # fmt: skip
+    return grad_TE
+
+
+@_weigh_backward.register_fake
+def _(
+    grad_TK: Tensor | None, grad_B: Tensor | None, scores_TE: Tensor, indices_TK: Tensor, load_BE: Tensor, scale: float
+) -> Tensor:
     return scores_TE.new_empty(scores_TE.shape)
 
 
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.scale = inputs[2]
+def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    scores_TE, indices_TK, ctx.scale, _, ctx.with_sequence_loss = inputs
+    _, _, load_BE, entropy_sum = output
+    ctx.save_for_backward(scores_TE, indices_TK, load_BE)
+    ctx.mark_non_differentiable(load_BE, entropy_sum)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_TK: Tensor) -> tuple[Tensor, None, None]:
-    return _gates_backward(grad_TK, *ctx.saved_tensors, ctx.scale), None, None
+def _differentiate(ctx, grad_TK: Tensor | None, grad_B: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grad_B = grad_B if ctx.with_sequence_loss else None
+    if grad_TK is None and grad_B is None:
+        return (None,) * 5
+    return _weigh_backward(grad_TK, grad_B, *ctx.saved_tensors, ctx.scale), None, None, None, None
 
 
-_gates.register_autograd(_differentiate, setup_context=_save)
+_weigh.register_autograd(_differentiate, setup_context=_save)
 
 
-def gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
-    """See trinity_kernels.gates."""
-    return _gates(scores_TE, indices_TK, scale)
+def weigh(
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int = 1, with_sequence_loss: bool = False
+) -> Weighed:
+    """See trinity_kernels.weigh."""
+    gates_TK, loss_B, _, entropy_sum = _weigh(scores_TE, indices_TK, scale, rows, with_sequence_loss)
+    return Weighed(gates_TK, loss_B if with_sequence_loss else None, entropy_sum)
 
 
 @triton.jit
-def gates_kernel(
-    scores, indices, grad, out, T, E, scale, tiny,
-    ACTIVE: tl.constexpr, BACKWARD: tl.constexpr,
+def weigh_kernel(
+    scores, indices, gates, entropies, shares, counts, S, E, blocks, scale, tiny,
+    ACTIVE: tl.constexpr, BALANCE: tl.constexpr,
     BLOCK_T: tl.constexpr, CHOICES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Gates of BLOCK_T tokens; with BACKWARD, the gradient of their scores."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Gates and entropy of up to BLOCK_T tokens of one row; with BALANCE, their sums of p and their counts."""
+    program = tl.program_id(0)
+    within = (program % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = within < S
+    token = (program // blocks).to(tl.int64) * S + within
+    expert = tl.arange(0, EXPERTS)
     choice = tl.arange(0, CHOICES)
-    there = token < T
     inside = there[:, None] & (choice < ACTIVE)[None, :]
-    place = token.to(tl.int64)[:, None] * ACTIVE + choice[None, :]
+    place = token[:, None] * ACTIVE + choice[None, :]
     chosen = tl.load(indices + place, mask=inside, other=0)
-    line = token.to(tl.int64)[:, None] * E
-    score = tl.load(scores + line + chosen, mask=inside, other=0.0)
+    score = tl.load(scores + token[:, None] * E + chosen, mask=inside, other=0.0)
     total = tl.sum(score, axis=1)[:, None] + tiny
-    if BACKWARD:
+    tl.store(gates + place, score / total * scale, mask=inside)
+
+    known = there[:, None] & (expert < E)[None, :]
+    share = tl.load(scores + token[:, None] * E + expert[None, :], mask=known, other=0.0)
+    share = share / tl.where(there, tl.sum(share, axis=1), 1.0)[:, None]
+    logarithm = tl.log(tl.where(share == 0.0, 1.0, share))  # 0·log 0 is 0 here
+    tl.store(entropies + program, -tl.sum(tl.sum(share * logarithm, axis=1), axis=0))
+    if BALANCE:
+        times = tl.zeros((BLOCK_T, EXPERTS), tl.int32)
+        for k in range(ACTIVE):
+            index = tl.sum(tl.where((choice == k)[None, :], chosen, 0), axis=1)
+            times += ((expert[None, :] == index[:, None]) & there[:, None]).to(tl.int32)
+        line = program.to(tl.int64) * E + expert
+        tl.store(shares + line, tl.sum(share, axis=0), mask=expert < E)
+        tl.store(counts + line, tl.sum(times, axis=0), mask=expert < E)
+
+
+@triton.jit
+def finish_kernel(
+    shares, counts, losses, loads, E, blocks, count_scale, share_scale,
+    BLOCK_P: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """f and loss of one row, from the sums that `blocks` programs wrote."""
+    row = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    share = tl.zeros((BLOCK_P, EXPERTS), tl.float32)
+    count = tl.zeros((BLOCK_P, EXPERTS), tl.int32)
+    for first in range(0, blocks, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        place = (row * blocks + part).to(tl.int64)[:, None] * E + expert[None, :]
+        inside = (part < blocks)[:, None] & (expert < E)[None, :]
+        share += tl.load(shares + place, mask=inside, other=0.0)
+        count += tl.load(counts + place, mask=inside, other=0)
+    load = tl.sum(count, axis=0).to(tl.float32) * count_scale
+    tl.store(loads + row.to(tl.int64) * E + expert, load, mask=expert < E)
+    tl.store(losses + row, tl.sum(load * (tl.sum(share, axis=0) * share_scale), axis=0))
+
+
+@triton.jit
+def weigh_backward_kernel(
+    grad, grad_losses, scores, indices, loads, out, S, E, blocks, scale, tiny,
+    ACTIVE: tl.constexpr, GATES: tl.constexpr, BALANCE: tl.constexpr,
+    BLOCK_T: tl.constexpr, CHOICES: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the scores of up to BLOCK_T tokens of one row, from GATES, BALANCE or both."""
+    program = tl.program_id(0)
+    within = (program % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    there = within < S
+    row = (program // blocks).to(tl.int64)
+    token = row * S + within
+    expert = tl.arange(0, EXPERTS)
+    known = there[:, None] & (expert < E)[None, :]
+    line = token[:, None] * E
+    result = tl.zeros((BLOCK_T, EXPERTS), tl.float32)
+    if GATES:
+        choice = tl.arange(0, CHOICES)
+        inside = there[:, None] & (choice < ACTIVE)[None, :]
+        place = token[:, None] * ACTIVE + choice[None, :]
+        chosen = tl.load(indices + place, mask=inside, other=0)
+        score = tl.load(scores + line + chosen, mask=inside, other=0.0)
+        total = tl.sum(score, axis=1)[:, None] + tiny
         q = tl.load(grad + place, mask=inside, other=0.0)
         ds = scale * (q - tl.sum(q * score, axis=1)[:, None] / total) / total
-        expert = tl.arange(0, EXPERTS)
-        result = tl.zeros((BLOCK_T, EXPERTS), tl.float32)
         for k in range(ACTIVE):
             this = (choice == k)[None, :]
             index = tl.sum(tl.where(this, chosen, 0), axis=1)
             value = tl.sum(tl.where(this, ds, 0.0), axis=1)
             result += tl.where(expert[None, :] == index[:, None], value[:, None], 0.0)
-        tl.store(out + line + expert[None, :], result, mask=there[:, None] & (expert < E)[None, :])
-    else:
-        tl.store(out + place, score / total * scale, mask=inside)
+    if BALANCE:
+        load = tl.load(loads + row * E + expert, mask=expert < E, other=0.0)[None, :]
+        every = tl.load(scores + line + expert[None, :], mask=known, other=0.0)
+        size = tl.where(there, tl.sum(every, axis=1), 1.0)[:, None]
+        mean = tl.sum(load * every, axis=1)[:, None] / size
+        result += tl.load(grad_losses + row) / S * (load - mean) / size
+    tl.store(out + line + expert[None, :], result, mask=known)

@@ -1,13 +1,15 @@
-"""route against sorting each token's biased scores in Python; gates against eq. 18 in Python.
+"""route against sorting each token's biased scores in Python; weigh against eq. 18 and 29-32 in Python.
 
-Shapes: T tokens, E experts, K active experts.
+Shapes: T tokens, B rows of S tokens, E experts, K active experts.
 """
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from trinity_kernels import gates, route
+from trinity_kernels import route, weigh
 
 SIZES = [(E, K, T) for E in (1, 4, 16, 128) for K in sorted({1, min(4, E), E}) for T in (0, 1, 7, 65)]
 
@@ -67,22 +69,52 @@ def test_gates_are_the_chosen_scores_normalised_and_scaled(E: int, K: int, T: in
     expected = [[2.448 * row[e] / sum(row[i] for i in chosen) for e in chosen] for row, chosen in rows]
     exact_TK = torch.tensor(expected, dtype=torch.float64).view(T, K)
     for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 5e-7)):
-        gates_TK = gates(scores_TE.to(dtype), indices_TK, 2.448)
+        gates_TK, loss_B, _ = weigh(scores_TE.to(dtype), indices_TK, 2.448)
         assert gates_TK.dtype == dtype
+        assert loss_B is None
         torch.testing.assert_close(gates_TK.double(), exact_TK, rtol=bound, atol=0)
 
 
 def test_gates_of_a_token_whose_scores_are_zero() -> None:
     """0 and not NaN."""
-    assert gates(torch.zeros(1, 4), torch.tensor([[2, 0]]), 2.0).tolist() == [[0.0, 0.0]]
+    assert weigh(torch.zeros(1, 4), torch.tensor([[2, 0]]), 2.0).gates_TK.tolist() == [[0.0, 0.0]]
 
 
-def test_gates_have_the_gradient_of_their_equation() -> None:
-    """gradcheck in float64; the scores that were not chosen have none."""
-    scores_TE, bias_E = make(8, 5, torch.float64)
+@pytest.mark.parametrize(("B", "S", "E", "K"), [(1, 7, 6, 2), (3, 5, 6, 2), (2, 4, 1, 1), (2, 3, 4, 4)])
+def test_statistics_are_those_of_loops(B: int, S: int, E: int, K: int) -> None:
+    """Σ f·P of each row (eq. 29-32) and the entropy's sum, by expert and token in Python floats; 1e-14 of each."""
+    scores_TE, bias_E = make(E, B * S, torch.float64)
+    indices_TK, _ = route(scores_TE, bias_E, K)
+    _, loss_B, entropy_sum = weigh(scores_TE, indices_TK, 2.0, B, True)
+    shares = [[s / sum(row) for s in row] for row in scores_TE.tolist()]
+    assert loss_B.shape == (B,)
+    for b in range(B):
+        tokens, chosen = range(b * S, (b + 1) * S), indices_TK[b * S : (b + 1) * S].flatten().tolist()
+        f = [E / (K * S) * chosen.count(i) for i in range(E)]
+        P = [sum(shares[t][i] for t in tokens) / S for i in range(E)]
+        assert loss_B[b].item() == pytest.approx(sum(x * y for x, y in zip(f, P)), rel=1e-14)
+    entropy = -sum(p * math.log(p) for row in shares for p in row)
+    assert entropy_sum.item() == pytest.approx(entropy, rel=1e-14, abs=1e-14)
+
+
+@pytest.mark.parametrize(("B", "T"), [(0, 0), (2, 0)])
+def test_statistics_of_no_tokens(B: int, T: int) -> None:
+    scores_TE, indices_TK = torch.zeros(T, 4, requires_grad=True), torch.zeros(T, 2, dtype=torch.int64)
+    gates_TK, loss_B, entropy_sum = weigh(scores_TE, indices_TK, 2.0, B, True)
+    assert (gates_TK.shape, loss_B.tolist(), entropy_sum.item()) == ((T, 2), [0.0] * B, 0.0)
+    (gates_TK.sum() + loss_B.sum()).backward()
+    assert scores_TE.grad.shape == (T, 4)
+
+
+def test_gates_and_loss_have_the_gradient_of_their_equation() -> None:
+    """gradcheck in float64; a gate has no gradient to scores not chosen, the loss has; the entropy has none."""
+    scores_TE, bias_E = make(8, 6, torch.float64)
     indices_TK, _ = route(scores_TE, bias_E, 3)
     scores_TE.requires_grad_()
-    assert torch.autograd.gradcheck(lambda scores: gates(scores, indices_TK, 2.448), scores_TE)
-    (gradient_TE,) = torch.autograd.grad(gates(scores_TE, indices_TK, 2.448)[:, 0].sum(), scores_TE)
+    assert torch.autograd.gradcheck(lambda scores: weigh(scores, indices_TK, 2.448, 2, True)[:2], scores_TE)
+    gates_TK, loss_B, entropy_sum = weigh(scores_TE, indices_TK, 2.448, 2, True)
+    (gradient_TE,) = torch.autograd.grad(gates_TK[:, 0].sum(), scores_TE)
     assert ((gradient_TE != 0).sum(dim=1) == 3).all()
     assert gradient_TE.scatter(1, indices_TK, 0).count_nonzero() == 0
+    assert torch.autograd.grad(loss_B.sum(), scores_TE)[0].count_nonzero() == scores_TE.numel()
+    assert not entropy_sum.requires_grad

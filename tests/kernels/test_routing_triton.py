@@ -1,14 +1,19 @@
-"""Routing in Triton: choices and counts with sorting in Python, gates and their gradient with float64.
+"""Routing in Triton: choices and counts with sorting in Python, gates, statistics and their gradient with float64.
 
-Shapes: T tokens, E experts, K active experts.
+Shapes: T tokens, B rows of S tokens, E experts, K active experts.
 """
+
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.kernels.triton_case import DEVICE, assert_close
-from trinity_kernels import gates, route
+from trinity.parallel.activation_checkpoint import SAVED, _policy
+from trinity_kernels import route, routing_triton, weigh
 
 SIZES = [(1, 1, 7), (4, 4, 65), (4, 1, 1), (6, 2, 16), (128, 8, 63), (128, 1, 17), (256, 4, 129), (16, 4, 0)]
 
@@ -51,9 +56,10 @@ def test_gates_and_their_gradient(E: int, K: int, T: int) -> None:
     indices_TK = route.reference(scores_TE, bias_E, K)[0]
     dy_TK = torch.randn(T, K, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
-    for function, scores in ((gates.triton, scores_TE), (gates.reference, scores_TE.double())):
+    for function, scores in ((weigh.triton, scores_TE), (weigh.reference, scores_TE.double())):
         scores.requires_grad_()
-        y = function(scores, indices_TK, 2.448)
+        y, loss_B, _ = function(scores, indices_TK, 2.448)
+        assert loss_B is None
         results.append((y, *torch.autograd.grad(y, scores, dy_TK.to(y.dtype))))
         scores.requires_grad_(False)
     (got, gradient), (exact, exact_gradient) = results
@@ -63,20 +69,103 @@ def test_gates_and_their_gradient(E: int, K: int, T: int) -> None:
     else:  # a single gate equals the scale for any score: the gradient is rounding alone
         assert gradient.abs().max() <= 1e-5 if T else gradient.numel() == 0
     scores_TE.requires_grad_()
-    total = gates.triton(scores_TE, indices_TK, 2.448).sum()
+    total = weigh.triton(scores_TE, indices_TK, 2.448).gates_TK.sum()
     assert torch.autograd.grad(total, scores_TE)[0].abs().sum() <= 1e-4
 
 
+ROWS = [(1, 7, 16, 4), (2, 17, 128, 8), (3, 16, 5, 2), (2, 40, 256, 4), (2, 9, 512, 4), (2, 300, 4, 2), (0, 5, 4, 2),
+        (2, 0, 4, 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("B", "S", "E", "K"), ROWS)
+def test_statistics_and_their_gradient(B: int, S: int, E: int, K: int) -> None:
+    """fp32 sums of a few hundred positive numbers: 1e-6. Gradients of gates and loss alone and together.
+
+    300 tokens of a row are more programs than `finish_kernel` reads at a time. A score of 0 has entropy 0.
+    """
+    scores_TE, bias_E = make(E, B * S)
+    scores_TE[: B * S // 2, 0] = 0.0
+    indices_TK = route.reference(scores_TE, bias_E, K)[0]
+    random = torch.Generator().manual_seed(0)
+    dy_TK, dloss_B = torch.randn(B * S, K, generator=random).to(DEVICE), torch.randn(B, generator=random).to(DEVICE)
+    results = []
+    for function, scores in ((weigh.triton, scores_TE), (weigh.reference, scores_TE.double())):
+        scores.requires_grad_()
+        gates_TK, loss_B, entropy_sum = function(scores, indices_TK, 2.448, B, True)
+        gates_only = (gates_TK * dy_TK).sum()
+        loss_only = (loss_B * dloss_B).sum()
+        gradients = [
+            torch.autograd.grad(total, scores, retain_graph=True)[0]
+            for total in (gates_only, loss_only, gates_only + loss_only)
+        ]
+        assert not entropy_sum.requires_grad
+        results.append((gates_TK, loss_B, entropy_sum, *gradients))
+    for got, exact in zip(*results):
+        assert_close(got, exact, 1e-6)
+
+
+def test_the_loss_is_computed_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the kernel that adds the sums of a row is not launched; entropy and gates keep their bits."""
+    scores_TE, bias_E = make(16, 32)
+    indices_TK = route.reference(scores_TE, bias_E, 4)[0]
+    wanted = weigh.triton(scores_TE, indices_TK, 2.0, 2, True)
+    monkeypatch.setattr(routing_triton, "finish_kernel", None)
+    plain = weigh.triton(scores_TE, indices_TK, 2.0, 2, False)
+    assert plain.sequence_loss_B is None
+    assert torch.equal(plain.gates_TK, wanted.gates_TK)
+    assert torch.equal(plain.entropy_sum, wanted.entropy_sum)
+    with pytest.raises(TypeError):
+        weigh.triton(scores_TE, indices_TK, 2.0, 2, True)
+
+
+def test_rows_of_different_lengths_are_refused() -> None:
+    scores_TE, bias_E = make(16, 7)
+    indices_TK = route.reference(scores_TE, bias_E, 4)[0]
+    with pytest.raises(ValueError, match="7 tokens are not 2 rows of the same length"):
+        weigh.triton(scores_TE, indices_TK, 2.0, 2, True)
+
+
+def test_recompute_keeps_the_route_and_weighs_again() -> None:
+    """Under the policy of `recompute: block` the choice is made once; gradients have the same bits as without."""
+    scores_TE, bias_E = make(16, 32)
+    ran: list[str] = []
+
+    def layer(scores_TE: Tensor) -> Tensor:
+        indices_TK, _ = route.triton(scores_TE.detach(), bias_E, 4)
+        gates_TK, loss_B, _ = weigh.triton(scores_TE.sigmoid(), indices_TK, 2.0, 2, True)
+        return gates_TK.square().sum() + loss_B.square().sum()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            ran.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    scores_TE.requires_grad_()
+    (expected,) = torch.autograd.grad(layer(scores_TE), scores_TE)
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, SAVED))
+    with Record():
+        y = checkpoint(layer, scores_TE, use_reentrant=False, context_fn=contexts)
+        (gradient,) = torch.autograd.grad(y, scores_TE)
+    assert torch.equal(gradient, expected)
+    assert ran.count("trinity::route_triton") == 1
+    assert ran.count("trinity::weigh_triton") == 2
+
+
 def test_repetition_gives_the_same_bits() -> None:
-    scores_TE, bias_E = make(16, 65)
+    """Counts, and every sum of floats, in the order of the programs."""
+    scores_TE, bias_E = make(16, 650)
     first, second = (route(scores_TE, bias_E, 4, kernel="triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    first, second = (weigh(scores_TE, first[0], 2.0, 5, True, kernel="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize("T", [0, 7])
+@pytest.mark.parametrize("T", [0, 8])
 def test_opcheck(T: int) -> None:
     """Schema, fake tensors, autograd registration and tracing, by torch's own checker."""
     scores_TE, bias_E = make(16, T)
     torch.library.opcheck(torch.ops.trinity.route_triton.default, (scores_TE, bias_E, 4))
     indices_TK = route.reference(scores_TE, bias_E, 4)[0]
-    torch.library.opcheck(torch.ops.trinity.gates_triton.default, (scores_TE.requires_grad_(), indices_TK, 2.0))
+    for with_sequence_loss in (False, True):
+        arguments = scores_TE.requires_grad_(), indices_TK, 2.0, 2, with_sequence_loss
+        torch.library.opcheck(torch.ops.trinity.weigh_triton.default, arguments)

@@ -33,7 +33,7 @@ def correct_bf16_in_the_interpreter() -> None:
     """Make bf16 behave as on a GPU: Triton's interpreter multiplies raw bits and rounds to bf16 towards zero.
 
     Operands of a product are cast to fp32, where the product of two bf16 numbers is exact; fp32 is rounded to the
-    nearest bf16, ties to even.
+    nearest bf16, ties to even; denormal bf16 numbers keep their value in fp32.
     """
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
@@ -51,6 +51,8 @@ def correct_bf16_in_the_interpreter() -> None:
         return multiply(self, as_fp32(a), as_fp32(b), *rest)
 
     def convert_float(values, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return values.astype(np.uint32) << 16
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(values, source, target, rounding)
         bits = np.ascontiguousarray(values).view(np.uint32)

@@ -93,6 +93,20 @@ def test_losses_are_those_of_the_logits(model: Trinity) -> None:
     assert losses.entropy_M.tolist() == [routing.entropy_sum.item() for routing in routings[:4]]
 
 
+def test_without_the_sequence_loss_all_else_is_equal(model: Trinity) -> None:
+    """Bit for bit, losses and gradients; the sequence loss is None."""
+    tokens_BS, targets_BS = batch()
+    results = []
+    for wanted in (True, False):
+        losses = model(tokens_BS, targets_BS=targets_BS, z=0.01, with_sequence_loss=wanted)
+        results.append((losses, torch.autograd.grad(losses.token_loss, list(model.parameters()))))
+    (expected, gradients), (actual, others) = results
+    assert actual.sequence_loss_B is None
+    for one, other in zip(expected._replace(sequence_loss_B=None), actual):
+        assert one is other is None or torch.equal(one, other)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, others))
+
+
 def test_loss_is_the_mean_over_the_next_tokens(model: Trinity) -> None:
     """Against cross_entropy on shifted logits, and on given targets with z·lse² added; 1e-12 in float64."""
     tokens_BS, targets_BS = batch()

@@ -12,6 +12,7 @@ from benchmarks import attention, nano_step, timing
 from benchmarks.attention import Case, make_documents, pairs_seen
 from benchmarks.timing import medians, one_line, take_turns
 
+import trinity_kernels
 from trinity.config.model import ZOO
 from trinity.models.attention_backends import AttentionMask
 from trinity.models.flops import flops_per_token
@@ -129,13 +130,13 @@ def test_a_process_that_times_out_keeps_its_rows(monkeypatch: pytest.MonkeyPatch
 
 def test_forced_routing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly even counts, gates of the scores as the router makes them, and gradients to its weight."""
-    monkeypatch.setattr(Router, "forward", Router.forward)
+    monkeypatch.setattr(trinity_kernels, "route", trinity_kernels.route)
     nano_step._force_routing("balanced")
     config = ZOO["smoke"]
     router = Router(config)
     torch.nn.init.normal_(router.weight)
     x_TD = torch.randn(32, config.width, generator=torch.Generator().manual_seed(0))
-    gates_TK, scores_TE, indices_TK, counts_E = router(x_TD, torch.zeros(config.experts))
+    gates_TK, scores_TE, indices_TK, (counts_E, _, _) = router(x_TD, torch.zeros(config.experts))
     assert counts_E.eq(32 * config.active_experts // config.experts).all()
     assert torch.equal(counts_E, torch.bincount(indices_TK.flatten(), minlength=config.experts))
     chosen_TK = scores_TE.gather(1, indices_TK)

@@ -103,6 +103,26 @@ def test_loss_is_the_equation_on_the_logits(settings: dict, ranks: mesh.Ranks) -
         torch.testing.assert_close(run.gradients[name], parameter.grad, rtol=1e-9, atol=BOUND)
 
 
+def test_without_weight_the_sequence_loss_is_not_computed(settings: dict, ranks: mesh.Ranks) -> None:
+    """With α = 0 the model computes none, the metric is 0, and gradients are those of the other losses."""
+    run = start(in_float64(settings, **{"balancing.sequence_loss": 0, "optim.clip_norm": 0}), ranks)
+    batch, config = run.batch, run.config
+    asked = []
+    run.model.blocks[1].ffn.register_forward_hook(lambda module, args, output: asked.append(output[1].sequence_loss_B))
+    metrics = take_step(run).metrics
+    assert metrics["sequence_loss"] == 0.0
+    assert asked
+    assert all(loss is None for loss in asked)
+
+    other = Trinity(config.model).double()
+    other.init_weights(config.run.seed)
+    losses = other(batch.tokens_BS, document_ids_BS=batch.document_ids_BS, targets_BS=batch.targets_BS, z=config.loss.z)
+    (losses.token_loss / (batch.targets_BS != -100).sum()).backward()
+    assert losses.sequence_loss_B is not None
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(run.gradients[name], parameter.grad, rtol=1e-9, atol=BOUND)
+
+
 @pytest.mark.parametrize("microbatch", [1, 2, 3])
 @pytest.mark.parametrize("recompute", ["none", "block"])
 def test_microbatches_and_recompute_change_nothing(

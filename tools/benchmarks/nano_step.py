@@ -160,13 +160,13 @@ def _fill(model: Any) -> None:
 
 
 def _force_routing(routing: str) -> None:
-    """Make every router choose experts from a table; scores and gates are still computed."""
+    """Make every router choose experts from a table; its own choice is made too, and dropped."""
     from functools import cache
 
     import torch
     from benchmarks.experts import balanced_routing, zipf_routing
 
-    from trinity.models.moe import Router
+    import trinity_kernels
 
     draw = {"balanced": balanced_routing, "Zipf": zipf_routing}[routing]
 
@@ -175,16 +175,13 @@ def _force_routing(routing: str) -> None:
         indices_TK = draw(tokens, experts, active).to(device)
         return indices_TK, torch.bincount(indices_TK.flatten(), minlength=experts)
 
-    router_forward = Router.forward
+    choose = trinity_kernels.route
 
-    def forward(self: Router, x_TD: Any, bias_E: Any) -> tuple[Any, ...]:
-        _, scores_TE, indices_TK, _ = router_forward(self, x_TD, bias_E)
-        indices_TK, counts_E = table_of(len(scores_TE), scores_TE.shape[1], indices_TK.shape[1], scores_TE.device)
-        picked_TK = scores_TE.gather(1, indices_TK)
-        gates_TK = picked_TK / picked_TK.sum(dim=1, keepdim=True) * self.route_scale
-        return gates_TK, scores_TE, indices_TK, counts_E
+    def route(scores_TE: Any, bias_E: Any, active: int, kernel: str = "auto") -> tuple[Any, Any]:
+        choose(scores_TE, bias_E, active, kernel=kernel)
+        return table_of(*scores_TE.shape, active, scores_TE.device)
 
-    Router.forward = forward
+    trinity_kernels.route = route
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Routing and the grouping of rows: Triton against the torch reference, at the sizes of the zoo's models.
 
-From the scores on: the choice of experts with the counts, the gates, their gradient, the grouping of rows by expert,
-and one table of tiles of 128 rows. Routing is balanced, or skewed by a bias that falls from +½ to −½ over the experts.
+The scores from x in bf16, the choice of experts with the counts, the gates with the entropy (and the sequence-wise
+loss), the gradients, the grouping of rows by expert, and one table of tiles of 128 rows. Routing is balanced, or skewed
+by a bias that falls from +½ to −½ over the experts.
 On a GPU 32,768 tokens, timed by Triton's do_bench: the median, with the L2 cache cleared before each run. On a CPU the
 reference alone, at a small size, because timing Triton's interpreter would mean nothing.
 
 GB/s count the least an op must read and write, each tensor once: scratch memory costs time and adds no bytes.
 
-Shapes: T tokens, E experts, K active experts, R rows.
+Shapes: T tokens, D width, E experts, K active experts, R routed rows.
 """
 
 import statistics
@@ -28,7 +29,9 @@ MODELS = {"cpu": ("smoke",), "cuda": ("nano", "mini", "large")}
 TOKENS = {"cpu": 1024, "cuda": 32768}
 KERNELS = {"cpu": ("reference",), "cuda": ("triton", "reference")}
 BLOCK = 128
-"""Rows of a tile."""
+"""Routed rows of a tile."""
+ROWS = 8
+"""Sequences that the tokens consist of."""
 SKEWS = {"balanced": 0.0, "skewed": 0.5}
 
 
@@ -68,7 +71,7 @@ def table(results: dict[str, Any]) -> str:
 def _ops(model: str, most: float, device: str) -> Iterator[tuple[str, int, dict[str, Callable[[], Any]]]]:
     """Each op's name, the bytes it must read and write, and one call per kernel."""
     config, T = ZOO[model], TOKENS[device]
-    E, K = config.experts, config.active_experts
+    D, E, K = config.width, config.experts, config.active_experts
     R = T * K
     random = torch.Generator(device).manual_seed(0)
     scores_TE = torch.rand(T, E, generator=random, device=device).requires_grad_()
@@ -79,18 +82,27 @@ def _ops(model: str, most: float, device: str) -> Iterator[tuple[str, int, dict[
     def each(op: Any, *arguments: Any) -> dict[str, Callable[[], Any]]:
         return {kernel: lambda kernel=kernel: op(*arguments, kernel=kernel) for kernel in KERNELS[device]}
 
+    x_TD = torch.randn(T, D, generator=random, device=device).bfloat16().requires_grad_()
+    weight_ED = (torch.randn(E, D, generator=random, device=device) / D**0.5).requires_grad_()
+    product = each(trinity_kernels.router_scores, x_TD, weight_ED)
+    yield "router_scores", 2 * T * D + 4 * E * D + 4 * T * E, product
+    backward = {kernel: _backward([call()], [x_TD, weight_ED]) for kernel, call in product.items()}
+    yield "router_scores, backward", 2 * 4 * T * E + 2 * 2 * T * D + 2 * 4 * E * D, backward
     yield "route", 4 * T * E + 4 * E + 8 * R + 8 * E, each(trinity_kernels.route, scores_TE.detach(), bias_E, K)
-    weigh = each(trinity_kernels.gates, scores_TE, indices_TK, config.route_scale)
-    yield "gates", 4 * R + 8 * R + 4 * R, weigh
-    backward = {kernel: _backward(call(), scores_TE) for kernel, call in weigh.items()}
-    yield "gates, backward", 4 * R + 8 * R + 4 * R + 4 * T * E, backward
+    for name, loss in (("weigh", False), ("weigh with sequence loss", True)):
+        weigh = each(trinity_kernels.weigh, scores_TE, indices_TK, config.route_scale, ROWS, loss)
+        yield name, 4 * T * E + 8 * R + 4 * R, weigh
+        outputs = {kernel: [value for value in call() if value is not None][:-1] for kernel, call in weigh.items()}
+        backward = {kernel: _backward(values, [scores_TE]) for kernel, values in outputs.items()}
+        read = 4 * T * E if loss else 4 * R
+        yield f"{name}, backward", read + 8 * R + 4 * R + 4 * T * E, backward
     yield "group_rows", 8 * R + 4 * R + 4 * R + 4 * E, each(trinity_kernels.group_rows, indices_TK, E, R)
     yield "tile_table", 4 * E + 12 * table_length(R, BLOCK, E), each(trinity_kernels.tile_table, ends_E, R, BLOCK)
 
 
-def _backward(gates_TK: Tensor, scores_TE: Tensor) -> Callable[[], Any]:
-    dy_TK = torch.rand_like(gates_TK)
-    return lambda: torch.autograd.grad(gates_TK, scores_TE, dy_TK, retain_graph=True)
+def _backward(outputs: list[Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+    gradients = [torch.rand_like(output) for output in outputs]
+    return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
 
 
 def _seconds(call: Callable[[], Any], device: str, quick: bool) -> float:

@@ -15,16 +15,13 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import trinity_kernels
-from trinity.balancing import sequence_loss
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.layers import SwiGLU
 from trinity_kernels.expert_engines import ENGINES, engine
-from trinity_kernels.norm import wide
 
 RunExperts = Callable[..., Tensor]
 """The experts module as a function: (x_RD, indices_RK, gates_RK, rows) → [R, D]; see Experts."""
@@ -62,12 +59,12 @@ class Routing(NamedTuple):
     """Routing statistics of one MoE layer in one forward pass.
 
     counts_E: [E] int64, tokens routed to each expert.
-    sequence_loss_B: [B] fp32, Σ_i f_i·P_i of each row (eq. 29-32, without α), differentiable.
+    sequence_loss_B: [B] fp32, Σ_i f_i·P_i of each row (eq. 29-32, without α), differentiable; None if not wanted.
     entropy_sum: scalar fp32, Σ over tokens of the entropy of s_i/Σs in nats.
     """
 
     counts_E: Tensor
-    sequence_loss_B: Tensor
+    sequence_loss_B: Tensor | None
     entropy_sum: Tensor
 
 
@@ -81,19 +78,27 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.experts, config.width))
         self.roles = {"weight": ("router", (config.experts,))}
 
-    def forward(self, x_TD: Tensor, bias_E: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_TD: Tensor, bias_E: Tensor, rows: int = 1, with_sequence_loss: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Routing]:
         """Choose K experts for each token.
 
         Args:
             x_TD: tokens, any floating point.
             bias_E: [E] fp32, the balancing bias.
+            rows: B, the sequences that the tokens consist of.
+            with_sequence_loss: compute the sequence-wise balancing loss.
         Returns:
-            gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, counts_E.
+            gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, the statistics.
         """
-        scores_TE = torch.sigmoid(F.linear(wide(x_TD), wide(self.weight)))
+        # Triton has this product for bf16 alone: in fp32 and float64 it is torch's
+        kernel = self.kernel if x_TD.dtype == torch.bfloat16 else "reference"
+        scores_TE = trinity_kernels.router_scores(x_TD, self.weight, kernel=kernel)
         indices_TK, counts_E = trinity_kernels.route(scores_TE.detach(), bias_E, self.active, kernel=self.kernel)
-        gates_TK = trinity_kernels.gates(scores_TE, indices_TK, self.route_scale, kernel=self.kernel)
-        return gates_TK, scores_TE, indices_TK, counts_E
+        gates_TK, loss_B, entropy_sum = trinity_kernels.weigh(
+            scores_TE, indices_TK, self.route_scale, rows, with_sequence_loss, kernel=self.kernel
+        )
+        return gates_TK, scores_TE, indices_TK, Routing(counts_E, loss_B, entropy_sum)
 
 
 class Experts(nn.Module):
@@ -160,17 +165,10 @@ class MoE(nn.Module):
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))
         self.dispatcher: Dispatcher = local_dispatch
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BSD: Tensor, with_sequence_loss: bool = True) -> tuple[Tensor, Routing]:
         """[B, S, D] → the same shape and dtype, and the routing statistics."""
         x_TD = x_BSD.flatten(0, 1)
-        gates_TK, scores_TE, indices_TK, counts_E = self.router(x_TD, self.expert_bias)
+        gates_TK, _, indices_TK, routing = self.router(x_TD, self.expert_bias, len(x_BSD), with_sequence_loss)
         run_shared = partial(self.shared, x_TD)
         routed_TD, shared_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, overlap=run_shared)
-        rows = x_BSD.shape[:2]
-        balance_B = sequence_loss(scores_TE.unflatten(0, rows), indices_TK.unflatten(0, rows))
-        return (shared_TD + routed_TD).view_as(x_BSD), Routing(counts_E, balance_B, _entropy_sum(scores_TE.detach()))
-
-
-def _entropy_sum(scores_TE: Tensor) -> Tensor:
-    shares = scores_TE / scores_TE.sum(dim=1, keepdim=True)
-    return torch.special.entr(shares).sum()
+        return (shared_TD + routed_TD).view_as(x_BSD), routing

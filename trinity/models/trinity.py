@@ -39,7 +39,8 @@ class Losses(NamedTuple):
     token_loss: scalar, Σ over valid targets of CE + z·lse², differentiable.
     ce_BS, lse_BS: [B, S] fp32, each token's cross-entropy and log-sum-exp, 0 where the target is ignored.
     top_logit: scalar fp32, the largest logit.
-    sequence_loss_B: [B] fp32, Σ over MoE layers of Σ_i f_i·P_i, differentiable; None without MoE layers.
+    sequence_loss_B: [B] fp32, Σ over MoE layers of Σ_i f_i·P_i, differentiable; None without MoE layers
+        or where it is not wanted.
     counts_ME: [M, E] int64, tokens per expert; None without MoE layers.
     entropy_M: [M], Σ over tokens of each router's entropy; None without MoE layers.
     """
@@ -71,14 +72,14 @@ class Block(nn.Module):
         self.ffn_post_norm = PostNorm(*post_norm)
 
     def forward(
-        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask, with_sequence_loss: bool = True
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, D] → the same shape and dtype; and the routing statistics of a MoE block, else None."""
         y_BSD = self.attention(self.attention_norm(x_BSD), rotation, mask)
         x_BSD, u_BSD = self.attention_post_norm(y_BSD, x_BSD, self.ffn_norm)
         routing = None
         if self.sparse:
-            out_BSD, routing = self.ffn(u_BSD)
+            out_BSD, routing = self.ffn(u_BSD, with_sequence_loss)
         else:
             out_BSD = self.ffn(u_BSD)
         return self.ffn_post_norm(out_BSD, ResidualStream(x_BSD)), routing
@@ -118,6 +119,7 @@ class Trinity(nn.Module):
         targets_BS: Tensor | None = None,
         z: float = 0.0,
         documents: int | None = None,
+        with_sequence_loss: bool = True,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
@@ -129,6 +131,7 @@ class Trinity(nn.Module):
             z: coefficient of the z-loss.
             documents: the number of documents in document_ids_BS or more, so that a GPU's attention need not count
                 them, for which the host would wait; see AttentionMask.
+            with_sequence_loss: compute the sequence-wise balancing loss; only with targets.
         Returns:
             logits [B, S, V] in the compute dtype, or Losses.
         """
@@ -139,9 +142,9 @@ class Trinity(nn.Module):
         x_BSD = self.embed(tokens_BS)
         precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
-        routings = []
+        routings, with_sequence_loss = [], with_sequence_loss and targets_BS is not None
         for block in self.blocks:
-            x_BSD, routing = block(x_BSD, rotation, mask)
+            x_BSD, routing = block(x_BSD, rotation, mask, with_sequence_loss)
             if routing is not None:
                 routings.append(routing)
         x_BSD = self.norm(x_BSD)
@@ -171,7 +174,7 @@ class Trinity(nn.Module):
         """
         if targets_BS is None:
             targets_BS = next_tokens(tokens_BS, document_ids_BS)
-        losses = self(tokens_BS, document_ids_BS=document_ids_BS, targets_BS=targets_BS, z=z)
+        losses = self(tokens_BS, document_ids_BS=document_ids_BS, targets_BS=targets_BS, z=z, with_sequence_loss=False)
         return losses.token_loss / (targets_BS != IGNORE).sum().clamp(min=1)
 
 
@@ -197,8 +200,9 @@ def _combine_losses(head_losses: tuple[Tensor, ...], routings: list[Routing], sh
     losses = Losses(token_loss, ce_T.view(shape), lse_T.view(shape), wide(top_T).amax(), None, None, None)
     if not routings:
         return losses
+    sequence_losses = [routing.sequence_loss_B for routing in routings if routing.sequence_loss_B is not None]
     return losses._replace(
-        sequence_loss_B=torch.stack([routing.sequence_loss_B for routing in routings]).sum(dim=0),
+        sequence_loss_B=torch.stack(sequence_losses).sum(dim=0) if sequence_losses else None,
         counts_ME=torch.stack([routing.counts_E for routing in routings]),
         entropy_M=torch.stack([routing.entropy_sum for routing in routings]),
     )

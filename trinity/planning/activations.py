@@ -91,11 +91,13 @@ def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Ac
         recompute_blocks(only_block, config.recompute)
     rotation = rope_cos_sin(positions, model.head_dim, model.rope_theta, master)
     with _patched_for_meta(rows * length, model), LiveBytes() as live, count_collectives() as collectives:
-        y_BSD, routing = block(x_BSD, rotation, AttentionMask(positions, None, True, "sdpa"))
+        mask = AttentionMask(positions, None, True, "sdpa")
+        y_BSD, routing = block(x_BSD, rotation, mask, config.balancing.sequence_loss != 0)
         kept, forward = live.now, live.peak
         live.peak = live.now
-        losses = [routing.sequence_loss_B] if routing and config.balancing.sequence_loss else []
-        outputs = [y_BSD, *losses]
+        outputs = [y_BSD]
+        if routing and routing.sequence_loss_B is not None:
+            outputs.append(routing.sequence_loss_B)
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
     workspace = _expert_workspace(model, rows * length) if block.sparse else 0
     exchange = collectives.get(("all_to_all", ranks.sizes.expert), Traffic(0, 0))

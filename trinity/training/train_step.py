@@ -120,9 +120,10 @@ def _forward_and_backward(
             targets_BS=microbatch.targets_BS,
             z=config.loss.z,
             documents=microbatch.documents,
+            with_sequence_loss=alpha != 0,
         )
         loss = losses.token_loss / valid
-        if alpha and losses.sequence_loss_B is not None:
+        if losses.sequence_loss_B is not None:
             loss = loss + alpha * losses.sequence_loss_B.sum() / (rows * ranks.data_ranks)
         loss.backward()
         done.append(Losses._make(None if value is None else value.detach() for value in losses))
