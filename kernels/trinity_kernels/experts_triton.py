@@ -144,7 +144,8 @@ def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None, plus_
         columns = min(1024, triton.next_power_of_2(D))
         tokens = max(1, 2048 // columns)
         combine_kernel[(cdiv(T, tokens), cdiv(D, columns))](
-            rows_RD, out_TD, place_TK, place_TK if s_TK is None else s_TK, rows_RD if plus_TD is None else plus_TD, T, D,
+            rows_RD, out_TD, place_TK,
+            place_TK if s_TK is None else s_TK, rows_RD if plus_TD is None else plus_TD, T, D,
             ACTIVE=active, WEIGHTED=s_TK is not None, PLUS=plus_TD is not None, BLOCK_T=tokens, BLOCK_D=columns,
             num_warps=4,
         )  # fmt: skip
