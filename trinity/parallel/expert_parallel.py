@@ -44,32 +44,38 @@ def split_experts(model: nn.Module, mesh: DeviceMesh, exchange: str = "auto") ->
 
 
 def local_part(weight: Tensor, wide_gradient: bool) -> Tensor:
-    """This rank's part of an expert weight that is a DTensor, and the part of its gradient with it.
+    """This rank's part of an expert weight that is a DTensor.
 
-    With wide_gradient it is a leaf that shares memory with the weight's part, and its gradient with the weight's
-    gradient: a backward pass that adds to a leaf's gradient in place adds to the weight's. Between a forward pass and
-    its backward pass nothing may replace the weight's gradient. Otherwise autograd passes the gradient on to the weight,
-    through DTensor, which rounds it to the weight's dtype.
+    With wide_gradient the part is a leaf that shares memory with the weight, and its gradient is this rank's part of
+    the weight's gradient: what backward adds to a leaf's gradient in place, it adds to the weight's. Nothing may
+    replace the weight's gradient between a forward pass and its backward pass. Otherwise the part's gradient reaches
+    the weight through DTensor, rounded to the weight's dtype.
     """
-    assert isinstance(weight, DTensor), "split the experts first"
     if not (wide_gradient and torch.is_grad_enabled() and weight.requires_grad):
-        return weight.to_local()
-    with torch.no_grad():  # to_local is then not an operation of autograd
-        part = weight.to_local().detach().requires_grad_()
+        return _local(weight)
+    with torch.no_grad():  # nothing here is an operation of autograd
+        part = _local(weight).detach().requires_grad_()
         keep_gradient_wide(weight)
         keep_gradient_wide(part)
         if weight.grad is not None:
-            part.grad = weight.grad.to_local()
+            part.grad = _local(weight.grad)
     part.register_post_accumulate_grad_hook(partial(_share_gradient, weight))
     return part
 
 
-def _share_gradient(weight: DTensor, part: Tensor) -> None:
-    """After the part's gradient was created or added to: make it the weight's gradient, or add it, if it is not yet."""
+def _local(x: Tensor) -> Tensor:
+    assert isinstance(x, DTensor), "split the experts first"
+    return x.to_local()
+
+
+def _share_gradient(weight: Tensor, part: Tensor) -> None:
+    """After backward made the part's gradient, or added to it: make it the weight's gradient, or add it there."""
+    assert isinstance(weight, DTensor)
+    assert part.grad is not None
     if weight.grad is None:
         weight.grad = DTensor.from_local(part.grad, weight.device_mesh, weight.placements, run_check=False)
-    elif (gradient := weight.grad.to_local()).data_ptr() != part.grad.data_ptr():
-        gradient += part.grad  # another forward pass took its part before this gradient existed
+    elif (gradient := _local(weight.grad)).data_ptr() != part.grad.data_ptr():
+        gradient += part.grad  # two forward passes took their parts before the first gradient existed
 
 
 def _make_dispatcher(exchange: str, group: dist.ProcessGroup, experts: int) -> Dispatcher:
