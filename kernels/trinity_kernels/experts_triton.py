@@ -152,6 +152,11 @@ def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None, plus_
     return out_TD
 
 
+def combine_rows(rows_RD: Tensor, place_TK: Tensor, plus_TD: Tensor | None = None) -> Tensor:
+    """See trinity_kernels.combine."""
+    return combine(rows_RD.contiguous(), place_TK, None, None if plus_TD is None else plus_TD.contiguous())
+
+
 @triton.jit
 def up_kernel(
     x, w1, pre, act, order, tiles, D, F, active,

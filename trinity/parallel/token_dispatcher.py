@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity.models.moe import RunExperts
-from trinity_kernels.experts import sum_of_rows
+from trinity_kernels import combine
 
 all_to_all = torch.ops._c10d_functional.all_to_all_single
 wait = torch.ops._c10d_functional.wait_tensor
@@ -148,9 +148,11 @@ class TokenExchange:
         sent_TP = choices_TP > 0
         own_P2 = torch.stack((sent_TP.sum(dim=0), choices_TP.sum(dim=0)), dim=1)
         self._counts = own_P2, all_to_all(own_P2, [1] * ranks, [1] * ranks, group)
-        self._group, self._copies_T = group, sent_TP.sum(dim=1)
-        # Tokens in order of (rank, token): first the S that are sent, then some that are not; S is not known yet.
-        order = sent_TP.t().flatten().logical_not().to(torch.uint8).argsort(stable=True)
+        self._group = group
+        # Rows are in order of (rank, token): first the S that are sent, then some that are not; S is not known yet.
+        sent = sent_TP.t().flatten()
+        self._place_TP = sent.cumsum(0).sub_(1).masked_fill_(~sent, -1).view(ranks, tokens).t().contiguous()
+        order = sent.logical_not().to(torch.uint8).argsort(stable=True)
         self._token_S = order[: tokens * min(active, ranks)] % max(tokens, 1)
         self.sizes: tuple[list[int], list[int]] | None = None
         self.in_flight: list[Tensor] = []
@@ -188,10 +190,7 @@ class TokenExchange:
 
     def finish_combine(self, rows_SD: Tensor, plus_TD: Tensor | None = None) -> Tensor:
         """Wait for the returned rows and sum them per token, in fp32 and in order of ranks, then add plus: [T, D]."""
-        sums_TD = sum_of_rows(wait(rows_SD), self._by_token_S, self._copies_T)
-        if plus_TD is not None:
-            sums_TD += plus_TD
-        return sums_TD.to(rows_SD.dtype)
+        return combine(wait(rows_SD), self._place_TP, plus_TD)
 
     def wait_for_sizes(self) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank; the first call waits for them."""
@@ -200,7 +199,6 @@ class TokenExchange:
             self.sizes = [rows for rows, _ in own_P2], [rows for rows, _ in others_P2]
             self.choices_received = sum(choices for _, choices in others_P2)
             self._token_S = self._token_S[: sum(self.sizes[0])]
-            self._by_token_S = self._token_S.argsort(stable=True)
         return self.sizes
 
 
