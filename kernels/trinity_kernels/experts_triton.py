@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from trinity_kernels.combine import Places
 from trinity_kernels.grouped_gemm_triton import Tile, halves, matmul, outer, precision
 from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.language import TensorDescriptor, cdiv, tl, triton
@@ -152,9 +153,9 @@ def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None, plus_
     return out_TD
 
 
-def combine_rows(rows_RD: Tensor, place_TK: Tensor, plus_TD: Tensor | None = None) -> Tensor:
+def combine_rows(rows_RD: Tensor, places: Places, plus_TD: Tensor | None = None) -> Tensor:
     """See trinity_kernels.combine."""
-    return combine(rows_RD.contiguous(), place_TK, None, None if plus_TD is None else plus_TD.contiguous())
+    return combine(rows_RD.contiguous(), places.place_TK, None, None if plus_TD is None else plus_TD.contiguous())
 
 
 @triton.jit

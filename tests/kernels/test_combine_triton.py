@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.kernels.triton_case import DEVICE, relative_error
 from trinity_kernels import combine
+from trinity_kernels.combine import Places
 
 # one rounding of the result, by half a unit in the last place: at most 2⁻⁸ in bf16 and 2⁻¹¹ in fp16, of a number just
 # above a power of two; fp32 and float64 also round in sums of up to nine terms
@@ -39,27 +40,29 @@ def test_matches_a_loop(T: int, K: int, D: int, share: float, dtype: torch.dtype
     rows_RD, place_TK, plus_TD = make(T, K, D, share, dtype)
     sums = [sum((rows_RD[p].double() for p in places if p >= 0), torch.zeros(D)) for places in place_TK.tolist()]
     exact_TD = torch.stack(sums).to(DEVICE) if T else torch.zeros(0, D)
+    places = Places(place_TK, len(rows_RD))
     for function in implementations(dtype):
         for plus, expected in ((None, exact_TD), (plus_TD, exact_TD + plus_TD.double())):
-            got = function(rows_RD, place_TK, plus)
+            got = function(rows_RD, places, plus)
             assert got.dtype == dtype
             assert relative_error(got, expected) <= BOUNDS[dtype]
-            assert torch.equal(got, function(rows_RD, place_TK, plus))
-        assert function(rows_RD, place_TK)[(place_TK < 0).all(dim=1)].eq(0).all()
+            assert torch.equal(got, function(rows_RD, places, plus))
+        assert function(rows_RD, places)[(place_TK < 0).all(dim=1)].eq(0).all()
 
 
 def test_both_add_in_the_order_of_places() -> None:
     """fp32: the same bits from the reference and from Triton."""
     for case in CASES:
-        inputs = make(*case, 0.3, torch.float32)
+        rows_RD, place_TK, plus_TD = make(*case, 0.3, torch.float32)
+        inputs = rows_RD, Places(place_TK, len(rows_RD)), plus_TD
         assert torch.equal(combine.reference(*inputs), combine.triton(*inputs))
 
 
 def test_float64_is_refused_by_triton() -> None:
-    assert "not torch.float64" in combine._refuses(torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, 1))
+    assert "not torch.float64" in combine._refuses(torch.zeros(1, 4, dtype=torch.float64), None)
 
 
 def test_the_reference_runs_on_meta() -> None:
     """As a plan does, without knowing how many places hold a row."""
     rows_RD, place_TK, plus_TD = (x.to("meta") for x in make(7, 2, 8, 0.3, torch.bfloat16))
-    assert combine(rows_RD, place_TK, plus_TD).shape == (7, 8)
+    assert combine(rows_RD, Places(place_TK, len(rows_RD)), plus_TD).shape == (7, 8)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from trinity.models.moe import RunExperts
 from trinity_kernels import combine
+from trinity_kernels.combine import Places
 
 all_to_all = torch.ops._c10d_functional.all_to_all_single
 wait = torch.ops._c10d_functional.wait_tensor
@@ -149,11 +150,11 @@ class TokenExchange:
         own_P2 = torch.stack((sent_TP.sum(dim=0), choices_TP.sum(dim=0)), dim=1)
         self._counts = own_P2, all_to_all(own_P2, [1] * ranks, [1] * ranks, group)
         self._group = group
-        # Rows are in order of (rank, token): first the S that are sent, then some that are not; S is not known yet.
+        # Rows are in order of (rank, token): the S that are sent, then token 0 up to N, because S is not known yet.
         sent = sent_TP.t().flatten()
-        self._place_TP = sent.cumsum(0).sub_(1).masked_fill_(~sent, -1).view(ranks, tokens).t().contiguous()
-        order = sent.logical_not().to(torch.uint8).argsort(stable=True)
-        self._token_S = order[: tokens * min(active, ranks)] % max(tokens, 1)
+        self._place_TP = sent.cumsum(0).mul_(sent).sub_(1).view(ranks, tokens).t().contiguous()  # −1: not sent
+        most = tokens * min(active, ranks)
+        self._token_S = torch.nonzero_static(sent, size=most, fill_value=0).squeeze(1) % max(tokens, 1)
         self.sizes: tuple[list[int], list[int]] | None = None
         self.in_flight: list[Tensor] = []
         self._packed: list[Tensor] = []
@@ -190,7 +191,7 @@ class TokenExchange:
 
     def finish_combine(self, rows_SD: Tensor, plus_TD: Tensor | None = None) -> Tensor:
         """Wait for the returned rows and sum them per token, in fp32 and in order of ranks, then add plus: [T, D]."""
-        return combine(wait(rows_SD), self._place_TP, plus_TD)
+        return combine(wait(rows_SD), self._places, plus_TD)
 
     def wait_for_sizes(self) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank; the first call waits for them."""
@@ -199,6 +200,7 @@ class TokenExchange:
             self.sizes = [rows for rows, _ in own_P2], [rows for rows, _ in others_P2]
             self.choices_received = sum(choices for _, choices in others_P2)
             self._token_S = self._token_S[: sum(self.sizes[0])]
+            self._places = Places(self._place_TP, len(self._token_S))
         return self.sizes
 
 
