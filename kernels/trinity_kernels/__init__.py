@@ -3,6 +3,7 @@
 `op(…)` picks an implementation, `op.reference(…)` is the torch one, `op.triton(…)` the Triton one.
 """
 
+from trinity_kernels.combine import combine
 from trinity_kernels.cross_entropy import linear_cross_entropy
 from trinity_kernels.experts import expert_mlp
 from trinity_kernels.gate import sigmoid_gate
@@ -18,6 +19,7 @@ from trinity_kernels.swiglu import swiglu
 
 __all__ = [
     "add_norm",
+    "combine",
     "expert_mlp",
     "group_rows",
     "grouped_linear",

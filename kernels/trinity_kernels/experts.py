@@ -1,6 +1,7 @@
 """The routed experts as one differentiable op: each token's K SwiGLU experts and their weighted sum.
 
-y_t = Σ_k s_tk · W2_e · (silu(gate) ∘ up), [gate; up] = W1_e · x_t, e the k-th expert of token t (eq. 15 and 18).
+y_t = plus_t + Σ_k s_tk · W2_e · (silu(gate) ∘ up), [gate; up] = W1_e · x_t, e the k-th expert of token t (eq. 15 and
+18); plus_t, the shared expert's output, is added to the sum in fp32 before it is rounded.
 
 Rows are grouped by expert (a stable sort of the choices); each expert multiplies its contiguous rows. An expert without
 rows and a batch without tokens are allowed.
@@ -41,21 +42,26 @@ def _one_by_one(x: Tensor) -> bool:
 
 @torch.library.custom_op("trinity::expert_mlp", mutates_args=())
 def _forward(
-    x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int,
+    plus_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if _one_by_one(x_TD):
-        return experts_cpu.forward(x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, rows)
+        return experts_cpu.forward(x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, rows, plus_TD)
     groups = group_rows.reference(indices_TK, w1_EHD.shape[0], rows)
     token_R = groups.order_R // indices_TK.shape[1]
     pre_RH = grouped_matmul.reference(x_TD.index_select(0, token_R), w1_EHD, groups.ends_E, transpose=True)
     rows_RD = grouped_matmul.reference(_swiglu(pre_RH), w2_EDF, groups.ends_E, transpose=True)
-    return _sum_per_token(rows_RD, groups, s_TK).to(x_TD.dtype), pre_RH
+    sums_TD = _sum_per_token(rows_RD, groups, s_TK)
+    if plus_TD is not None:
+        sums_TD += plus_TD
+    return sums_TD.to(x_TD.dtype), pre_RH
 
 
 @_forward.register_fake
 def _(
-    x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int,
+    plus_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(x_TD), x_TD.new_empty(rows, w1_EHD.shape[1])
 
 
@@ -129,14 +135,16 @@ def _(
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:-1], output[1])
+    *tensors, _, plus_TD = inputs
+    ctx.adds = plus_TD is not None
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, pre_RH = ctx.saved_tensors
     grad_x, grad_w1, grad_w2, grad_s = _backward(grad_TD.contiguous(), x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, pre_RH)
-    return grad_x, grad_w1, grad_w2, None, grad_s, None
+    return grad_x, grad_w1, grad_w2, None, grad_s, None, grad_TD if ctx.adds else None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -150,6 +158,7 @@ def _expert_mlp(
     s_TK: Tensor,
     rows: int | None = None,
     keep_pre: bool = True,
+    plus_TD: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of each token's K experts; a choice of −1 contributes nothing.
 
@@ -161,12 +170,13 @@ def _expert_mlp(
         s_TK: [T, K] fp32 or float64, the gates; the gate of a −1 is ignored and gets a gradient of 0.
         rows: exact number of choices that are not −1; None: all.
         keep_pre: save H for backward (2F numbers per row), or compute it again there; the reference always saves it.
+        plus_TD: [T, D], x's dtype, added to each token's sum; its gradient is the output's. None: nothing is added.
     Returns:
-        [T, D], x's dtype; the sum over K is in fp32 (float64 stays float64). Zeros for a token whose choices are all
-        −1.
+        [T, D], x's dtype; the sum over K and plus_TD is in fp32 (float64 stays float64) and rounded once. Without
+        plus_TD zeros for a token whose choices are all −1.
     """
     rows = indices_TK.numel() if rows is None else rows
-    return _forward(x_TD, gate_up_E2FD.flatten(1, 2), down_EDF, indices_TK, s_TK, rows)[0]
+    return _forward(x_TD, gate_up_E2FD.flatten(1, 2), down_EDF, indices_TK, s_TK, rows, plus_TD)[0]
 
 
 def _refuses(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, *_: object, **__: object) -> str | None:

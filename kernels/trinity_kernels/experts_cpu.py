@@ -27,13 +27,14 @@ from trinity_kernels.norm import wide
 
 
 def forward(
-    x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
-    """The weighted sums [T, D], and H [R, 2F] for backward; see trinity_kernels.expert_mlp."""
+    x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int,
+    plus_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The weighted sums [T, D], with plus_TD if given, and H [R, 2F] for backward; see trinity_kernels.expert_mlp."""
     groups = group_rows.reference(indices_TK, len(w1_EHD), rows)
     score_R1 = wide(s_TK).flatten()[groups.order_R].unsqueeze(1)
     pre_RH = x_TD.new_empty(rows, w1_EHD.shape[1])
-    out_TD = torch.zeros(x_TD.shape, dtype=score_R1.dtype, device=x_TD.device)
+    out_TD = torch.zeros_like(x_TD, dtype=score_R1.dtype) if plus_TD is None else plus_TD.to(score_R1.dtype, copy=True)
     for expert, span, token_N in _experts_with_rows(groups, indices_TK.shape[1]):
         pre_NH = linear_forward(x_TD.index_select(0, token_N), w1_EHD[expert], out=pre_RH[span])
         gate_NF, up_NF = wide(pre_NH).chunk(2, dim=1)
@@ -49,7 +50,7 @@ def backward(
     """Gradients of x, both weights and the gates."""
     groups = group_rows.reference(indices_TK, len(w1_EHD), len(pre_RH))
     score_R1 = wide(s_TK).flatten()[groups.order_R].unsqueeze(1)
-    grad_x = torch.zeros(x_TD.shape, dtype=score_R1.dtype, device=x_TD.device)
+    grad_x = torch.zeros_like(x_TD, dtype=score_R1.dtype)
     grad_w1, grad_w2, grad_s_R = torch.zeros_like(w1_EHD), torch.zeros_like(w2_EDF), torch.empty_like(score_R1[:, 0])
     for expert, span, token_N in _experts_with_rows(groups, indices_TK.shape[1]):
         grad_ND, dtype = grad_TD.index_select(0, token_N), x_TD.dtype

@@ -2,7 +2,7 @@
 
 forward     up       H = X[token]·W1ᵀ, gathering rows of X inside the product; A = silu(gate)∘up in its epilogue
             down     Y = A·W2ᵀ, contiguous in and out
-            combine  out_t = Σ_k s_tk · Y[place_tk] in fp32, computed per token over its own rows
+            combine  out_t = plus_t + Σ_k s_tk · Y[place_tk] in fp32, computed per token over its own rows
 backward    dpre     dA' = dO[token]·W2; in its epilogue, with A computed again from H: ds = rowsum(dA'∘A), A' = s·A,
                      dH = the gradient of SwiGLU at s·dA'
             dW2 = Σ dO[token] ⊗ A',  dW1 = Σ dH ⊗ X[token]
@@ -16,7 +16,9 @@ Shapes: T tokens, K active experts, R rows sorted by expert, D width, F expert w
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from trinity_kernels.combine import Places
 from trinity_kernels.grouped_gemm_triton import Tile, halves, matmul, outer, precision
 from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.language import TensorDescriptor, cdiv, tl, triton
@@ -48,21 +50,24 @@ def expert_mlp(
     s_TK: Tensor,
     rows: int | None = None,
     keep_pre: bool = True,
+    plus_TD: Tensor | None = None,
 ) -> Tensor:
     """See trinity_kernels.expert_mlp."""
     rows = indices_TK.numel() if rows is None else rows
-    return forward_op(x_TD.contiguous(), gate_up_E2FD, down_EDF, indices_TK, s_TK, rows, keep_pre)[0]
+    plus_TD = None if plus_TD is None else plus_TD.contiguous()
+    return forward_op(x_TD.contiguous(), gate_up_E2FD, down_EDF, indices_TK, s_TK, rows, keep_pre, plus_TD)[0]
 
 
 def forward(
-    x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool,
+    plus_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The weighted sums, and the tensors for backward: out [T, D], H [R, 2F] (or [0, 2F]), and the three of Groups."""
     groups = group_rows.triton(indices_TK, len(w1_E2FD), rows)
     active = indices_TK.shape[1]
     pre_RH, act_RF = up(x_TD, w1_E2FD, groups.order_R, groups.ends_E, active, keep_pre)
     y_RD = matmul(act_RF, w2_EDF, groups.ends_E, transpose=True)
-    out_TD = combine(y_RD, groups.place_TK, s_TK)
+    out_TD = combine(y_RD, groups.place_TK, s_TK, plus_TD)
     return out_TD, pre_RH, groups.order_R, groups.place_TK, groups.ends_E
 
 
@@ -132,18 +137,25 @@ def dpre(
     return grad_pre_RH, scaled_RF, grad_s.where(place_TK >= 0, 0.0).to(s_TK.dtype)
 
 
-def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None) -> Tensor:
-    """Each token's sum over its rows, weighted by s if given: [T, D], the rows' dtype, summed in fp32."""
+def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None, plus_TD: Tensor | None = None) -> Tensor:
+    """Each token's sum over its rows, weighted by s if given, and plus: [T, D], the rows' dtype, summed in fp32."""
     (T, active), D = place_TK.shape, rows_RD.shape[1]
     out_TD = rows_RD.new_empty(T, D)
     if T:
         columns = min(1024, triton.next_power_of_2(D))
         tokens = max(1, 2048 // columns)
         combine_kernel[(cdiv(T, tokens), cdiv(D, columns))](
-            rows_RD, out_TD, place_TK, place_TK if s_TK is None else s_TK, T, D,
-            ACTIVE=active, WEIGHTED=s_TK is not None, BLOCK_T=tokens, BLOCK_D=columns, num_warps=4,
+            rows_RD, out_TD, place_TK,
+            place_TK if s_TK is None else s_TK, rows_RD if plus_TD is None else plus_TD, T, D,
+            ACTIVE=active, WEIGHTED=s_TK is not None, PLUS=plus_TD is not None, BLOCK_T=tokens, BLOCK_D=columns,
+            num_warps=4,
         )  # fmt: skip
     return out_TD
+
+
+def combine_rows(rows_RD: Tensor, places: Places, plus_TD: Tensor | None = None) -> Tensor:
+    """See trinity_kernels.combine."""
+    return combine(rows_RD.contiguous(), places.place_TK, None, None if plus_TD is None else plus_TD.contiguous())
 
 
 @triton.jit
@@ -252,10 +264,10 @@ def _columns(line, k, width, EVEN: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def combine_kernel(
-    rows, out, places, s, T, D,
-    ACTIVE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, out, places, s, plus, T, D,
+    ACTIVE: tl.constexpr, WEIGHTED: tl.constexpr, PLUS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens' sums over BLOCK_D columns, added in the order of the choices."""
+    """BLOCK_T tokens' sums over BLOCK_D columns, added in the order of the choices, and plus after them."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     there = token < T
@@ -270,21 +282,25 @@ def combine_kernel(
         total += row
     inside = there[:, None] & (column < D)[None, :]
     place = token.to(tl.int64)[:, None] * D + column[None, :]
+    if PLUS:
+        total += tl.load(plus + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("trinity::expert_mlp_triton", mutates_args=())
 def forward_op(
-    x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool,
+    plus_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward` as a custom op, known to autograd, torch.compile and recompute."""
-    return forward(x_TD, w1_E2FD, w2_EDF, indices_TK, s_TK, rows, keep_pre)
+    return forward(x_TD, w1_E2FD, w2_EDF, indices_TK, s_TK, rows, keep_pre, plus_TD)
 
 
 @forward_op.register_fake
 def _(
-    x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool,
+    plus_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     integers = indices_TK.new_empty
     return (
         torch.empty_like(x_TD),
@@ -334,7 +350,8 @@ def _(
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x_TD, w1_E2FD, w2_EDF, _, s_TK, _, _ = inputs
+    x_TD, w1_E2FD, w2_EDF, _, s_TK, _, _, plus_TD = inputs
+    ctx.adds = plus_TD is not None
     ctx.save_for_backward(x_TD, w1_E2FD, w2_EDF, s_TK, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -342,16 +359,25 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _differentiate(ctx, grad_TD: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x_TD, w1_E2FD, w2_EDF, s_TK, *kept = ctx.saved_tensors
     arguments = (grad_TD.contiguous(), x_TD, w1_E2FD, w2_EDF, s_TK, *kept)
-    wide = _gradient_dtype(w1_E2FD) == _gradient_dtype(w2_EDF) == torch.float32
-    leaves = w1_E2FD.is_leaf and w2_EDF.is_leaf
-    if wide and leaves and w1_E2FD.grad is not None and w2_EDF.grad is not None:
-        grad_x, grad_s = backward_into_op(*arguments, w1_E2FD.grad, w2_EDF.grad)
-        return grad_x, None, None, None, grad_s, None, None
+    grad_plus = grad_TD if ctx.adds else None
+    weights = _leaf(w1_E2FD), _leaf(w2_EDF)
+    wide = all(_gradient_dtype(weight) == torch.float32 for weight in weights)
+    main = [weight.grad for weight in weights if weight.is_leaf and weight.grad is not None]
+    if wide and len(main) == 2:
+        grad_x, grad_s = backward_into_op(*arguments, *main)
+        return grad_x, None, None, None, grad_s, None, None, grad_plus
     grad_x, grad_s, grad_w1, grad_w2 = backward_op(*arguments, wide)
-    return grad_x, grad_w1, grad_w2, None, grad_s, None, None
+    return grad_x, grad_w1, grad_w2, None, grad_s, None, None, grad_plus
 
 
 forward_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _leaf(weight: Tensor) -> Tensor:
+    """The leaf that a saved weight is: recompute returns a copy of a leaf, without its `grad` and `grad_dtype`."""
+    if torch.compiler.is_compiling() or not (weight.is_leaf and weight.requires_grad):
+        return weight
+    return get_gradient_edge(weight).node.variable  # type: ignore[attr-defined]  # the node that accumulates
 
 
 def _gradient_dtype(weight: Tensor) -> torch.dtype | None:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from trinity_kernels import experts_triton, grouping_triton
+from trinity_kernels.combine import Places
 
 # d, expert width, experts, active
 SIZES = {
@@ -25,7 +26,8 @@ def layer(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     order_R, place_TK, ends_E = (torch.empty(shape, dtype=torch.int32) for shape in ((R,), (T, K), (E,)))
     grouping_triton.group_rows(torch.empty(T, K, dtype=torch.int64), E, R)
     for keep in (True, False):
-        experts_triton.forward(x_TD, w1, w2, torch.empty(T, K, dtype=torch.int64), s_TK, R, keep)
+        experts_triton.forward(x_TD, w1, w2, torch.empty(T, K, dtype=torch.int64), s_TK, R, keep, x_TD)
+    experts_triton.combine_rows(x_TD, Places(torch.empty(T, 8, dtype=torch.int64), T), x_TD)
     kept = torch.empty(R, 2 * F, dtype=dtype), order_R, place_TK, ends_E
     experts_triton.backward(x_TD, x_TD, w1, w2, s_TK, kept)
     experts_triton.backward(x_TD, x_TD, w1, w2, s_TK, kept, into=(torch.empty(E, 2, F, D), torch.empty(E, D, F)))

@@ -4,10 +4,12 @@ Shapes: T tokens, D width, E experts, F expert width, K active experts.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.triton_case import BOUNDS, DEVICE, assert_close
 from trinity_kernels import expert_mlp, experts_triton, grouped_gemm_triton
@@ -156,6 +158,50 @@ def test_weight_gradients_are_added_to_main_gradients_in_fp32() -> None:
         assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
 
 
+def test_main_gradients_under_recompute() -> None:
+    """A checkpoint returns a copy of the weight in backward; the op adds to the gradient of the weight all the same.
+
+    The same bits: two passes in bf16 with fp32 gradients, added up by the op.
+    """
+    results = []
+    for through in (lambda f, *a: f(*a), partial(checkpoint, use_reentrant=False)):
+        inputs = make(4, 2, 65, 40, 24, torch.bfloat16)
+        for weight in inputs[1:3]:
+            weight.grad_dtype = torch.float32
+        for index in range(2):
+            if index:
+                before = [weight.grad for weight in inputs[1:3]]
+            through(lambda *a: expert_mlp.triton(*a).relu(), *inputs).sum().backward()
+        assert all(weight.grad is old for weight, old in zip(inputs[1:3], before))
+        results.append([x.grad for x in inputs if x.requires_grad])
+    for a, b in zip(*results):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["all local", "some local", "none local"])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_plus(dtype: torch.dtype, kind: str) -> None:
+    """plus + Σ against float64, plus not contiguous; in fp32 the same bits as a separate addition.
+
+    Its gradient is the output's, and the other gradients keep their bits.
+    """
+    inputs = make(7, 3, 65, 40, 24, dtype)
+    if kind != "all local":
+        inputs[3] = inputs[3].masked_fill(inputs[3] > (2 if kind == "some local" else -1), -1)
+    random, rows = torch.Generator().manual_seed(0), (inputs[3] >= 0).sum().item()
+    plus_TD, dy_TD = (torch.randn(40, 65, generator=random).to(DEVICE, dtype).t() for _ in range(2))
+    inputs.append(plus_TD.requires_grad_())
+    fused = run(lambda *a: expert_mlp.triton(*a[:-1], rows=rows, plus_TD=a[-1]), inputs, dy_TD)
+    apart = run(lambda *a: a[-1] + expert_mlp.triton(*a[:-1], rows=rows), inputs, dy_TD)
+    exact = run(lambda *a: expert_mlp.reference(*a[:-1], rows=rows, plus_TD=a[-1]), to_float64(inputs), dy_TD)
+    assert_close(fused[0], exact[0], BOUNDS[dtype])
+    assert torch.equal(fused[-1], dy_TD)
+    assert all(torch.equal(a, b) for a, b in zip(fused[1:], apart[1:]))
+    if dtype == torch.float32:
+        assert torch.equal(fused[0], apart[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repetition_gives_the_same_bits(dtype: torch.dtype) -> None:
     inputs = make(7, 2, 64, 40, 24, dtype)
@@ -168,7 +214,9 @@ def test_repetition_gives_the_same_bits(dtype: torch.dtype) -> None:
 def test_opcheck(T: int, keep: bool) -> None:
     """Schema, fake tensors, autograd registration and tracing, by torch's own checker."""
     inputs = make(4, 2, T, 16, 8, torch.float32)
+    plus = torch.ones_like(inputs[0])
     torch.library.opcheck(torch.ops.trinity.expert_mlp_triton.default, (*inputs, 2 * T, keep))
+    torch.library.opcheck(torch.ops.trinity.expert_mlp_triton.default, (*inputs, 2 * T, keep, plus))
     x, w1, w2, indices, s = (tensor.detach() for tensor in inputs)
     kept = torch.ops.trinity.expert_mlp_triton(x, w1, w2, indices, s, 2 * T, keep)[1:]
     arguments = (torch.ones_like(x), x, w1, w2, s, *kept)

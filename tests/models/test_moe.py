@@ -129,10 +129,10 @@ def test_another_dispatcher_gives_the_same(tiny: ModelConfig) -> None:
     calls, hooked = [], []
     moe.experts.register_forward_hook(lambda *_: hooked.append(True))
 
-    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, overlap: Callable) -> tuple:
+    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, shared: Callable) -> Tensor:
         calls.append((x_TD, indices_TK, gates_TK, experts))
         parts = zip(x_TD.chunk(2), indices_TK.chunk(2), gates_TK.chunk(2))
-        return torch.cat([experts(*part) for part in parts]), overlap()
+        return shared() + torch.cat([experts(*part) for part in parts])
 
     assert moe.dispatcher is local_dispatch
     moe.dispatcher = halves

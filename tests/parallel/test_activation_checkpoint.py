@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.config.run import PrecisionConfig
 from trinity.models import Trinity
+from trinity.parallel import token_dispatcher
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Sizes, join_meshes
@@ -71,8 +73,11 @@ def test_one_process(kind: str, experts: int, attention: int) -> None:
         assert torch.equal(recomputed[name], gradient), name
 
 
-def on_mesh(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
-    """On every rank of a mesh, in bf16, with different tokens on each rank."""
+def on_mesh(kind: str, sizes: Sizes, on_its_own: bool = False) -> tuple[dict[str, Tensor], Counter[str]]:
+    """On every rank of a mesh, in bf16, with different tokens on each rank.
+
+    on_its_own: tokens are exchanged in the order for a GPU.
+    """
     ranks = join_meshes(sizes, torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(CONFIG)
@@ -81,7 +86,8 @@ def on_mesh(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
     shard_model(model, ranks, PrecisionConfig(compute="bfloat16"))
     model.to_empty(device="cpu")
     model.init_weights(0)
-    return gradients(model, torch.Generator().manual_seed(ranks.rank), 6 + ranks.rank)
+    with mock.patch.object(token_dispatcher, "works_on_its_own", return_value=on_its_own):
+        return gradients(model, torch.Generator().manual_seed(ranks.rank), 6 + ranks.rank)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +108,15 @@ def test_over_meshes(processes: Callable[[int], ProcessPool], sizes: Sizes, worl
             assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
             for name, gradient in plain.items():
                 assert torch.equal(recomputed[name], gradient), name
+
+
+def test_the_exchange_in_the_order_for_a_gpu(processes: Callable[[int], ProcessPool]) -> None:
+    """Counts awaited after the shared expert: the same bits with and without recompute, and still awaited once."""
+    sizes = Sizes(1, 2, 2, 1, "experts")
+    expected = processes(2).run(on_mesh, "none", sizes)
+    for kind, exchanges in (("none", 7), ("block", 10), ("selective", 7)):
+        for (actual, ran), (plain, _) in zip(processes(2).run(on_mesh, kind, sizes, True), expected):
+            assert ran[EXCHANGE] == 2 * SPARSE * exchanges
+            assert ran["trinity::exchanged_counts"] == 2 * SPARSE
+            for name, gradient in plain.items():
+                assert torch.equal(actual[name], gradient), name

@@ -99,8 +99,7 @@ def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) 
     """The output and every gradient; of sharded weights, this rank's part."""
     x_TD, indices_TK, gates_TK = inputs
     x_TD, gates_TK = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
-    y_TD, three = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=lambda: 3 * x_TD)
-    assert torch.equal(three, 3 * x_TD)
+    y_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, shared=lambda: 3 * x_TD)
     variables = [x_TD, gates_TK, *experts.parameters()]
     grads = torch.autograd.grad(y_TD, variables, dy_TD)
     grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
@@ -187,49 +186,90 @@ class Record(TorchDispatchMode):
 
 
 class RecordedIdentity(torch.autograd.Function):
-    """Identity that records when it runs."""
+    """Identity that records when it runs, in place of the shared expert."""
 
     @staticmethod
     def forward(ctx, x: Tensor, events: list[str]) -> Tensor:
         ctx.events = events
-        events.append("overlap")
+        events.append("shared")
         return x * 1
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.events.append("overlap backward")
+        ctx.events.append("shared backward")
         return grad, None
 
 
-def events_of_a_pass(case: str) -> tuple[list[str], list[str], list[tuple[int, list[int]]], Tensor]:
-    """Events of forward and of backward, the rows sent, and the experts chosen on this rank."""
+def events_of_a_pass(
+    case: str, on_its_own: bool = False
+) -> tuple[list[str], list[str], list[tuple[int, list[int]]], Tensor]:
+    """Events of forward and of backward, the rows sent, and the experts chosen on this rank.
+
+    on_its_own: in the order for a device on which the host queues work, a GPU.
+    """
     (x_TD, indices_TK, gates_TK), _ = make(case, torch.float64)
     experts, dispatcher = split(whole_experts(indices_TK.shape[1], torch.float64), ranks_of())
     x_TD.requires_grad_()
     gates_TK.requires_grad_()
-    with Record() as record:
-        overlap = lambda: RecordedIdentity.apply(x_TD, record.events)  # noqa: E731
-        y_TD, other_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, overlap=overlap)
+    queues = mock.patch.object(token_dispatcher, "works_on_its_own", return_value=on_its_own)
+    with queues, Record() as record:
+        shared = lambda: RecordedIdentity.apply(x_TD, record.events)  # noqa: E731
+        y_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, shared=shared)
         forward = len(record.events)
-        (y_TD.sum() + other_TD.sum()).backward()
+        y_TD.sum().backward()
     return record.events[:forward], record.events[forward:], record.sent, indices_TK
 
 
 def test_the_shared_expert_overlaps_the_exchange(processes: Pools) -> None:
-    """In forward and backward every transfer starts before it and is awaited after it. The host waits once.
+    """On a CPU, in forward and backward every transfer starts before it and is awaited after it. The host waits once.
 
     D = 6 wide: tokens and sums; 2K = 4: gates with choices; 2: counts.
     """
-    for forward, backward, sent, indices_TK in processes(4).run(events_of_a_pass, "uneven"):
-        most, exactly = indices_TK.numel(), sum(sent[1][1])
+    for forward, backward, sent, _ in processes(4).run(events_of_a_pass, "uneven"):
+        rows = sum(sent[1][1])
         assert forward == [
-            "start 2", f"gather {most}", "host waits", "start 6", f"gather {exactly}", "start 4", "overlap",
+            "start 2", "host waits", f"gather {rows}", f"gather {rows}", "start 6", "start 4", "shared",
             "wait", "wait", "experts", "start 6", "wait",
         ]  # fmt: skip
-        assert backward == [
-            f"gather {exactly}", "start 6", "wait", "experts backward", "start 6", "start 4", "overlap backward",
-            "wait", "wait",
+        assert backward == backward_events(rows)
+
+
+def test_the_wait_for_counts_is_hidden_behind_the_shared_expert(processes: Pools) -> None:
+    """On a GPU the copies and the shared expert are queued before the host waits, once; backward does not change.
+
+    A copy then takes as many rows as could be sent: the number of choices, of which no token has more than ranks.
+    """
+    for forward, backward, sent, indices_TK in processes(4).run(events_of_a_pass, "uneven", True):
+        most = indices_TK.numel()
+        assert forward == [
+            "start 2", f"gather {most}", f"gather {most}", "shared", "host waits", "start 6", "start 4",
+            "wait", "wait", "experts", "start 6", "wait",
         ]  # fmt: skip
+        assert backward == backward_events(sum(sent[1][1]))
+
+
+def backward_events(rows: int) -> list[str]:
+    """Gradients are in flight during the shared expert's backward pass, and the host waits for no counts."""
+    return [
+        f"gather {rows}", "start 6", "wait", "experts backward", "start 6", "start 4", "shared backward",
+        "wait", "wait",
+    ]  # fmt: skip
+
+
+def same_bits_in_both_orders(case: str) -> bool:
+    inputs, dy_TD = make(case, torch.float32)
+    experts, dispatcher = split(whole_experts(inputs[1].shape[1], torch.float32), ranks_of())
+    results = []
+    for on_its_own in (False, True):
+        with mock.patch.object(token_dispatcher, "works_on_its_own", return_value=on_its_own):
+            results.append(run(dispatcher, experts, inputs, dy_TD))
+    return all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("case", list(ROUTES))
+def test_both_orders_give_the_same_bits(processes: Pools, case: str) -> None:
+    """Counts awaited before or after the shared expert: the same rows are sent."""
+    assert all(processes(4).run(same_bits_in_both_orders, case))
 
 
 @pytest.mark.parametrize("case", ["uneven", "every expert", "all choices on the last rank", "one hot expert"])
@@ -372,9 +412,11 @@ class FakeBuffer:
         arrived = type("Event", (), {"current_stream_wait": lambda self: None})()
         return x_UD, indices, gates, received, exchange, arrived
 
-    def combine(self, x: Tensor, handle: Any, topk_weights: Tensor | None = None) -> tuple[Tensor, Tensor | None, None]:
+    def combine(
+        self, x: Tensor, handle: Any, topk_weights: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, None]:
         weights = None if topk_weights is None else handle.finish_combine(handle.start_combine(topk_weights))
-        return handle.finish_combine(handle.start_combine(x)), weights, None
+        return handle.finish_combine(handle.start_combine(x), bias), weights, None
 
 
 def deep_ep_and_local(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -24,35 +24,34 @@ from trinity.models.layers import SwiGLU
 from trinity_kernels.expert_engines import ENGINES, engine
 
 RunExperts = Callable[..., Tensor]
-"""The experts module as a function: (x_RD, indices_RK, gates_RK, rows) → [R, D]; see Experts."""
+"""The experts module as a function: (x_RD, indices_RK, gates_RK, rows, plus_RD) → [R, D]; see Experts."""
 
 
 class Dispatcher(Protocol):
-    """Sends tokens to their experts and brings the weighted sums back."""
+    """Sends tokens to their experts and brings the weighted sums back, with the shared expert's output in them."""
 
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Run the chosen experts.
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor]
+    ) -> Tensor:
+        """Run the shared expert and the chosen experts.
 
         Args:
             x_TD: tokens, any floating point; T may be 0.
             indices_TK: [T, K] int64, numbers among all experts of the layer.
             gates_TK: [T, K] fp32 or float64, differentiable.
             experts: called exactly once, even without tokens, because every rank takes part in gathering its weights.
-            overlap: other work of the layer on the same tokens, done while the tokens are sent (the shared expert).
+            shared: the shared expert on the same tokens, called once: [T, D], computed while the tokens are sent.
         Returns:
-            [T, D], each token's weighted sum over its experts, in x's dtype; and the result of `overlap`.
+            [T, D], shared's output plus each token's weighted sum over its experts, in x's dtype.
         """
         ...
 
 
 def local_dispatch(
-    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor]
+) -> Tensor:
     """The Dispatcher of a layer whose experts are all on this rank: nothing is sent."""
-    other = overlap()
-    return experts(x_TD, indices_TK, gates_TK), other
+    return experts(x_TD, indices_TK, gates_TK, plus_TD=shared())
 
 
 class Routing(NamedTuple):
@@ -105,8 +104,8 @@ class Experts(nn.Module):
     """Weights of the routed experts, one SwiGLU network per expert, stacked along the first dimension.
 
     Attributes:
-        local_part: function from a weight to its part with this rank's experts; the identity, unless
-            trinity.parallel.expert_parallel splits the experts.
+        local_part: function from a weight and `wide_gradient` to the part with this rank's experts: whole_weight,
+            unless trinity.parallel.expert_parallel splits the experts.
         wide_gradient: keep the weights' gradients in fp32, for any dtype of the weights, so that Triton adds to them in
             place. trinity.parallel.grad_accumulation sets it where gradients stay on this rank over microbatches.
     """
@@ -118,10 +117,12 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.roles = {"gate_up": ("experts", (hidden,)), "down": ("experts", (width,))}
-        self.local_part: Callable[[Tensor], Tensor] = _identity
+        self.local_part: Callable[[Tensor, bool], Tensor] = whole_weight
         self.wide_gradient = False
 
-    def forward(self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, rows: int | None = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, rows: int | None = None, plus_TD: Tensor | None = None
+    ) -> Tensor:
         """Weighted sum of the outputs of each token's experts on this rank.
 
         Args:
@@ -129,26 +130,29 @@ class Experts(nn.Module):
             indices_TK: [T, K] int64, numbers among this rank's experts; −1 for an expert on another rank.
             gates_TK: [T, K] fp32 or float64.
             rows: how many entries of indices_TK are not −1; None: all.
+            plus_TD: added to the sums before they are rounded; None: nothing is added.
         Returns:
             [T, D], x's dtype.
         """
-        if self.wide_gradient and self.local_part is _identity:
-            _keep_gradients_wide(self.gate_up, self.down)
-        gate_up, down = self.local_part(self.gate_up), self.local_part(self.down)
+        gate_up, down = (self.local_part(weight, self.wide_gradient) for weight in (self.gate_up, self.down))
         arguments = (x_TD, gate_up, down, indices_TK, gates_TK, rows)
         if self.kernel in ENGINES:
-            return engine(self.kernel)(*arguments)
-        return trinity_kernels.expert_mlp(*arguments, self.keep_pre, kernel=self.kernel)
+            routed_TD = engine(self.kernel)(*arguments)
+            return routed_TD if plus_TD is None else plus_TD + routed_TD
+        return trinity_kernels.expert_mlp(*arguments, self.keep_pre, plus_TD, kernel=self.kernel)
 
 
-def _identity(weight: Tensor) -> Tensor:
+def whole_weight(weight: Tensor, wide_gradient: bool) -> Tensor:
+    """The weight itself; if wide_gradient, its gradient will be in fp32 at least."""
+    if wide_gradient:
+        keep_gradient_wide(weight)
     return weight
 
 
 @torch.compiler.disable  # Dynamo cannot trace grad_dtype
-def _keep_gradients_wide(*weights: Tensor) -> None:
-    for weight in weights:
-        weight.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
+def keep_gradient_wide(weight: Tensor) -> None:
+    """Keep the gradient of a leaf in fp32 at least, for any dtype of the leaf."""
+    weight.grad_dtype = torch.promote_types(weight.dtype, torch.float32)
 
 
 class MoE(nn.Module):
@@ -169,6 +173,5 @@ class MoE(nn.Module):
         """[B, S, D] → the same shape and dtype, and the routing statistics."""
         x_TD = x_BSD.flatten(0, 1)
         gates_TK, _, indices_TK, routing = self.router(x_TD, self.expert_bias, len(x_BSD), with_sequence_loss)
-        run_shared = partial(self.shared, x_TD)
-        routed_TD, shared_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, overlap=run_shared)
-        return (shared_TD + routed_TD).view_as(x_BSD), routing
+        y_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, shared=partial(self.shared, x_TD))
+        return y_TD.view_as(x_BSD), routing

@@ -3,8 +3,12 @@
 Written from DeepEP's documentation of `Buffer` (1.x; 2.x keeps it as its legacy interface) and NOT RUN on a GPU by this
 project: the tests replace its kernels. Measure it, and compare its gradients with those of all_to_all, before relying
 on it. It takes bf16 tokens, over NVLink and RDMA; sends a token once to a rank; waits on the host for the counts inside
-`dispatch`; and overlaps the shared expert in forward, nothing in backward. Recompute cannot see DeepEP's calls: both
-kinds exchange again, along the same routes, and rely on rows arriving in the same order.
+`dispatch`; overlaps the shared expert in forward, nothing in backward; and adds the shared expert's output inside
+`combine` (its `bias`, which the first versions lack). Recompute cannot see DeepEP's calls: both kinds exchange again,
+along the same routes, and rely on rows arriving in the same order.
+
+Its `num_worst_tokens` removes the wait, but not the need for the number of choices, by which the experts' rows are
+allocated; see trinity/parallel/README.md.
 
 Combine is the adjoint of dispatch: gradients of tokens are combined, and gradients of sums are dispatched with the
 handle of the forward pass.
@@ -55,15 +59,15 @@ class DeepEP:
 
     @torch.compiler.disable
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, overlap: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor]
+    ) -> Tensor:
         """See trinity.models.moe.Dispatcher; every rank of the group calls it."""
         exchange = SimpleNamespace(buffer=self._buffer_for(x_TD), experts=self.experts)
         x_UD, gates_UK = _Dispatch.apply(x_TD, gates_TK, indices_TK, exchange)
-        done = overlap()
+        shared_TD = shared()
         exchange.event.current_stream_wait()
         y_UD = experts(x_UD, exchange.indices_UK, gates_UK, exchange.choices_received)
-        return _Combine.apply(y_UD, exchange), done
+        return _Combine.apply(y_UD, shared_TD, exchange)
 
     def _buffer_for(self, x_TD: Tensor) -> Any:
         """The buffer of all layers, of the size that DeepEP recommends for these rows."""
@@ -122,10 +126,10 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_UD: Tensor, exchange: SimpleNamespace) -> Tensor:
+    def forward(ctx, y_UD: Tensor, shared_TD: Tensor, exchange: SimpleNamespace) -> Tensor:
         ctx.exchange = exchange
-        return exchange.buffer.combine(y_UD, exchange.handle)[0]
+        return exchange.buffer.combine(y_UD, exchange.handle, bias=shared_TD)[0]
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.buffer.dispatch(grad_TD.contiguous(), handle=ctx.exchange.handle)[0], None
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        return ctx.exchange.buffer.dispatch(grad_TD.contiguous(), handle=ctx.exchange.handle)[0], grad_TD, None
