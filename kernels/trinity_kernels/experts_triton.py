@@ -17,6 +17,7 @@ Shapes: T tokens, K active experts, R rows sorted by expert, D width, F expert w
 import torch
 from torch import Tensor
 
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.grouped_gemm_triton import Tile, halves, matmul, outer, precision
 from trinity_kernels.grouping import group_rows, tile_table
 from trinity_kernels.language import TensorDescriptor, cdiv, tl, triton
@@ -273,7 +274,7 @@ def combine_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("trinity::expert_mlp_triton", mutates_args=())
+@custom_op("trinity::expert_mlp_triton")
 def forward_op(
     x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -295,7 +296,7 @@ def _(
     )
 
 
-@torch.library.custom_op("trinity::expert_mlp_triton_backward", mutates_args=())
+@custom_op("trinity::expert_mlp_triton_backward")
 def backward_op(
     grad_TD: Tensor, x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, s_TK: Tensor,
     pre_RH: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, wide: bool,
@@ -315,7 +316,7 @@ def _(
     return torch.empty_like(x_TD), torch.empty_like(s_TK), *weights
 
 
-@torch.library.custom_op("trinity::expert_mlp_triton_backward_into", mutates_args=("into_1", "into_2"))
+@custom_op("trinity::expert_mlp_triton_backward_into", mutates_args=("into_1", "into_2"))
 def backward_into_op(
     grad_TD: Tensor, x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, s_TK: Tensor,
     pre_RH: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, into_1: Tensor, into_2: Tensor,

@@ -8,6 +8,7 @@ Shapes: T rows (all leading dimensions), N width.
 import torch
 from torch import Tensor
 
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.language import cdiv, tl, triton
 
 
@@ -84,7 +85,7 @@ def gate_backward_kernel(
     tl.store(grad_gate + place, (dx * value * (1 - opening)).to(grad_gate.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("trinity::sigmoid_gate_triton", mutates_args=())
+@custom_op("trinity::sigmoid_gate_triton")
 def forward_op(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
     """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(x_TN, gate_TN)
@@ -95,7 +96,7 @@ def _(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
     return x_TN.new_empty(x_TN.shape)
 
 
-@torch.library.custom_op("trinity::sigmoid_gate_triton_backward", mutates_args=())
+@custom_op("trinity::sigmoid_gate_triton_backward")
 def backward_op(grad_TN: Tensor, x_TN: Tensor, gate_TN: Tensor) -> tuple[Tensor, Tensor]:
     """`backward` as a custom op."""
     return backward(grad_TN, x_TN, gate_TN)

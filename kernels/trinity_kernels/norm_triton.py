@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.language import cdiv, tl, triton
 
 MULTIPROCESSORS = 132
@@ -241,7 +242,7 @@ def _norm_gradient(dy, unit, inverse, gain, D):
     return (scaled - unit * (tl.sum(scaled * unit, axis=1, keep_dims=True) / D)) * inverse
 
 
-@torch.library.custom_op("trinity::norm_triton", mutates_args=())
+@custom_op("trinity::norm_triton")
 def norm_op(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`norm_forward` as a custom op, known to autograd, torch.compile and recompute."""
     return norm_forward(x, added, gain_D, eps)
@@ -252,7 +253,7 @@ def _(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) -> tuple[Tens
     return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("trinity::norm_triton_backward", mutates_args=())
+@custom_op("trinity::norm_triton_backward")
 def norm_backward_op(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) -> tuple[Tensor, Tensor]:
     """`norm_backward` as a custom op."""
     return norm_backward(grad, x, gain_D, inverse_T)
@@ -263,7 +264,7 @@ def _(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) -> tuple[Tenso
     return torch.empty_like(x), torch.empty_like(gain_D)
 
 
-@torch.library.custom_op("trinity::add_norm_triton", mutates_args=())
+@custom_op("trinity::add_norm_triton")
 def add_norm_op(
     y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -277,7 +278,7 @@ def _(y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float) -> 
     return torch.empty_like(x), torch.empty_like(x), inverse_y, inverse_r
 
 
-@torch.library.custom_op("trinity::add_norm_triton_backward", mutates_args=())
+@custom_op("trinity::add_norm_triton_backward")
 def add_norm_backward_op(
     grad_r: Tensor, grad_u: Tensor, y: Tensor, r: Tensor, post_gain_D: Tensor, gain_D: Tensor,
     inverse_y: Tensor, inverse_r: Tensor,
@@ -313,8 +314,12 @@ def _save_add_norm(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(inverse_y, inverse_r)
 
 
-def _differentiate_add_norm(ctx, grad_r: Tensor, grad_u: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *add_norm_backward_op(grad_r.contiguous(), grad_u.contiguous(), *ctx.saved_tensors), None
+def _differentiate_add_norm(
+    ctx, grad_r: Tensor | None, grad_u: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    r = ctx.saved_tensors[1]
+    grads = (torch.zeros_like(r) if grad is None else grad.contiguous() for grad in (grad_r, grad_u))
+    return *add_norm_backward_op(*grads, *ctx.saved_tensors), None
 
 
 norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)

@@ -13,6 +13,7 @@ Shapes: B batch, S sequence, T = B·S tokens, H heads, C head width, P programs.
 import torch
 from torch import Tensor
 
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.language import cdiv, tl, triton
 
 WARPS = 4
@@ -163,7 +164,7 @@ def _inverse_rms(x_1, x_2, half, eps):
     return tl.rsqrt(tl.sum(x_1 * x_1 + x_2 * x_2, axis=1, keep_dims=True) / (2 * half) + eps)
 
 
-@torch.library.custom_op("trinity::qk_norm_triton", mutates_args=())
+@custom_op("trinity::qk_norm_triton")
 def forward_op(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(x_BSHC, gain_C, eps, cos, sin)
@@ -174,7 +175,7 @@ def _(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tenso
     return x_BSHC.new_empty(x_BSHC.shape)
 
 
-@torch.library.custom_op("trinity::qk_norm_triton_backward", mutates_args=())
+@custom_op("trinity::qk_norm_triton_backward")
 def backward_op(
     grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ Shapes: T tokens, E experts, K active experts.
 import torch
 from torch import Tensor
 
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.language import cdiv, tl, triton
 from trinity_kernels.routing import TINY
 
@@ -19,7 +20,7 @@ TOKENS = 16
 """Tokens per program."""
 
 
-@torch.library.custom_op("trinity::route_triton", mutates_args=())
+@custom_op("trinity::route_triton")
 def route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     """See trinity_kernels.route."""
     return launch_route(scores_TE, bias_E, active)
@@ -68,7 +69,7 @@ def route_kernel(
     tl.atomic_add(counts + expert, taken.to(tl.int64), mask=(expert < E) & (taken > 0), sem="relaxed")
 
 
-@torch.library.custom_op("trinity::gates_triton", mutates_args=())
+@custom_op("trinity::gates_triton")
 def _gates(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
     return launch_gates(scores_TE, indices_TK, scale)
 
@@ -92,7 +93,7 @@ def _(scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
     return scores_TE.new_empty(indices_TK.shape)
 
 
-@torch.library.custom_op("trinity::gates_triton_backward", mutates_args=())
+@custom_op("trinity::gates_triton_backward")
 def _gates_backward(grad_TK: Tensor, scores_TE: Tensor, indices_TK: Tensor, scale: float) -> Tensor:
     return launch_gates(scores_TE, indices_TK, scale, grad_TK.contiguous())
 
