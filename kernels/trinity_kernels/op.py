@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from trinity_kernels.replay import kept
+
 
 class Op:
     """An operation with its torch reference and, where it has one, a Triton implementation.
@@ -22,6 +24,7 @@ class Op:
         reference: the torch implementation; its docstring becomes the operation's.
         triton: "module:function" with the same arguments; imported at the first call, because only it needs Triton.
         refuses: takes the same arguments; returns why Triton does not support them, or None. Op checks the device.
+        replayed: recomputation of a forward pass takes the results of that pass again; they have no gradient.
     """
 
     def __init__(
@@ -29,18 +32,23 @@ class Op:
         reference: Callable[..., Any],
         triton: str | None = None,
         refuses: Callable[..., str | None] | None = None,
+        replayed: bool = False,
     ) -> None:
         self.reference = reference
         self.__doc__ = reference.__doc__
-        self._triton, self._refuses = triton, refuses
+        self._triton, self._refuses, self._replayed = triton, refuses, replayed
 
     def __call__(self, *args: Any, kernel: str = "auto", **kwargs: Any) -> Any:
+        function = self._pick(kernel, args, kwargs)
+        return kept(function, *args, **kwargs) if self._replayed else function(*args, **kwargs)
+
+    def _pick(self, kernel: str, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
         if kernel == "reference" or self._triton is None:
-            return self.reference(*args, **kwargs)
+            return self.reference
         reason = self.refusal(kernel, *args, **kwargs)
         if kernel == "triton" and reason:
             raise ValueError(f"kernel=triton cannot be used: {reason}; use auto or reference")
-        return (self.reference if reason else self.triton)(*args, **kwargs)
+        return self.reference if reason else self.triton
 
     @cached_property
     def triton(self) -> Callable[..., Any]:

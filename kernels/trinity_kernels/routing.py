@@ -69,5 +69,5 @@ def _refuses(scores_TE: Tensor, *_: object) -> str | None:
     return None
 
 
-route = Op(_route, "trinity_kernels.routing_triton:route", _refuses)
+route = Op(_route, "trinity_kernels.routing_triton:route", _refuses, replayed=True)
 gates = Op(_gates, "trinity_kernels.routing_triton:gates", _refuses)

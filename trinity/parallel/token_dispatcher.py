@@ -28,6 +28,7 @@ from torch import Tensor
 
 from trinity.models.moe import RunExperts
 from trinity_kernels.experts import sum_of_rows
+from trinity_kernels.replay import kept
 
 all_to_all = torch.ops._c10d_functional.all_to_all_single
 wait = torch.ops._c10d_functional.wait_tensor
@@ -123,7 +124,7 @@ class TokenExchange:
         choices_TP.scatter_add_(1, ranks_TK, torch.ones_like(ranks_TK))
         sent_TP = choices_TP > 0
         own_P2 = torch.stack((sent_TP.sum(dim=0), choices_TP.sum(dim=0)), dim=1)
-        self._counts = own_P2, all_to_all(own_P2, [1] * ranks, [1] * ranks, group)
+        self._counts = own_P2, kept(all_to_all, own_P2, [1] * ranks, [1] * ranks, group)
         self._group, self._copies_T = group, sent_TP.sum(dim=1)
         # Tokens in order of (rank, token): first the S that are sent, then some that are not; S is not known yet.
         order = sent_TP.t().flatten().logical_not().to(torch.uint8).argsort(stable=True)
@@ -154,7 +155,7 @@ class TokenExchange:
 
     def _wait_for_sizes(self) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank."""
-        own_P2, others_P2 = exchanged_counts(*self._counts).tolist()
+        own_P2, others_P2 = kept(exchanged_counts, *self._counts).tolist()
         self._sizes = [rows for rows, _ in own_P2], [rows for rows, _ in others_P2]
         self.choices_received = sum(choices for _, choices in others_P2)
         self._token_S = self._token_S[: sum(self._sizes[0])]
