@@ -5,7 +5,6 @@ Tiles span several rows and up to 1024 columns. Rows may be strided, as those of
 Shapes: T rows (all leading dimensions), N width.
 """
 
-import torch
 from torch import Tensor
 
 from trinity_kernels.custom_op import custom_op

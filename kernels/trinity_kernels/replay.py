@@ -1,8 +1,8 @@
 """Record results in a forward pass and take them again in its recomputation, without computing them a second time.
 
-Routing again in backward could choose other experts than forward did (a tie, another rounding). A dispatch mode can keep
-the results of chosen operations (selective checkpointing), but it runs Python code for every operation of a block. Here
-only the calls that must be kept are wrapped, in `kept`:
+Routing again in backward could choose other experts than forward did (a tie, another rounding). A dispatch mode can
+keep the results of chosen operations (selective checkpointing), but it runs Python code for every operation of a block.
+Here only the calls that must be kept are wrapped, in `kept`:
 
     results = Results()
     with results.recording():      # the forward pass
@@ -10,7 +10,8 @@ only the calls that must be kept are wrapped, in `kept`:
     with results.replaying():      # its recomputation: calls through `kept` return the recorded results, in order
         y = f(x)
 
-The recorded tensors live as long as the Results object. Results is per thread: backward runs in threads of its own.
+The recorded tensors live as long as the Results object. A context applies to its thread alone, because backward may run
+in another one.
 """
 
 import threading
