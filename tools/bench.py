@@ -14,7 +14,20 @@ from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
 
-SUITES = ("step", "experts", "attention", "head", "norms", "routing", "muon", "mesh", "data", "prepare", "overhead")
+SUITES = (
+    "step",
+    "experts",
+    "attention",
+    "head",
+    "norms",
+    "routing",
+    "muon",
+    "mesh",
+    "data",
+    "prepare",
+    "overhead",
+    "host",
+)
 """Modules of tools/benchmarks, each with run(quick) and table(results)."""
 
 

@@ -317,9 +317,9 @@ def _save_add_norm(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _differentiate_add_norm(
     ctx, grad_r: Tensor | None, grad_u: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    r = ctx.saved_tensors[1]
-    grads = (torch.zeros_like(r) if grad is None else grad.contiguous() for grad in (grad_r, grad_u))
-    return *add_norm_backward_op(*grads, *ctx.saved_tensors), None
+    saved = ctx.saved_tensors  # once, because checkpoint refuses a second reading
+    grads = (torch.zeros_like(saved[0]) if grad is None else grad.contiguous() for grad in (grad_r, grad_u))
+    return *add_norm_backward_op(*grads, *saved), None
 
 
 norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)

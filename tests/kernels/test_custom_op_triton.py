@@ -6,10 +6,12 @@ graph without breaks. Backend "aot_eager" suffices for that: forward and backwar
 Shapes: T tokens, D width, E experts, F expert width, K active experts, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from tests.kernels.test_model_triton import CONFIG, kernels
 from tests.kernels.triton_case import DEVICE
 from trinity.models.attention import rope_cos_sin
 from trinity.models.attention_backends import AttentionMask
-from trinity.models.trinity import Block
+from trinity.models.trinity import Block, Trinity
+from trinity.parallel.activation_checkpoint import recompute_blocks
+from trinity_kernels import experts_triton, routing_triton
 from trinity_kernels.custom_op import CustomOp
 
 FOLDER = Path(trinity_kernels.__file__).parent
@@ -145,9 +149,8 @@ def test_unused_results_of_add_norm() -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, with_zeros))
 
 
-@pytest.mark.parametrize("layer", [0, 1, 3], ids=["dense, local", "sparse, local", "sparse, global"])
-def test_a_block_compiles_into_one_graph(layer: int) -> None:
-    """The whole block in Triton: fullgraph, so no graph break, and one graph; the same bits as eager."""
+def block_in_triton(layer: int) -> tuple[Block, Callable[..., Any], list[Tensor]]:
+    """A block, its outputs as a function of the input and the parameters, and these."""
     torch.manual_seed(0)
     block = Block(CONFIG, layer, kernels("triton"))
     for parameter in block.parameters():
@@ -162,6 +165,35 @@ def test_a_block_compiles_into_one_graph(layer: int) -> None:
         y_BSD, routing = block(x_BSD, rotation, AttentionMask(positions, None, True, "sdpa"))
         return (y_BSD, *(routing or ()))
 
-    names = assert_three_forms_agree(function, [normal(1, T, CONFIG.width), *block.parameters()])
+    return block, function, [normal(1, T, CONFIG.width), *block.parameters()]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3], ids=["dense, local", "sparse, local", "sparse, global"])
+def test_a_block_compiles_into_one_graph(layer: int) -> None:
+    """The whole block in Triton: fullgraph, so no graph break, and one graph; the same bits as eager."""
+    block, function, leaves = block_in_triton(layer)
+    names = assert_three_forms_agree(function, leaves)
     assert {"norm_triton", "add_norm_triton_backward", "qk_norm_triton", "swiglu_triton_backward"} <= names
     assert ("expert_mlp_triton" in names) == ("route_triton" in names) == block.sparse
+
+
+@pytest.mark.parametrize(("kind", "will_compile"), [("block", False), ("block", True), ("selective", False)])
+def test_recompute_of_a_block_in_triton(
+    monkeypatch: pytest.MonkeyPatch, kind: Literal["block", "selective"], will_compile: bool
+) -> None:
+    """The same bits as without recompute; the experts run a second time unless their op is saved."""
+    block, function, leaves = block_in_triton(1)
+    plain = run(function, leaves)
+    ran: Counter[str] = Counter()
+    for module, name in ((routing_triton, "launch_route"), (experts_triton, "forward")):
+        launcher = getattr(module, name)
+
+        def counted(*args: Any, name: str = name, launcher: Callable[..., Any] = launcher) -> Any:
+            ran[name] += 1
+            return launcher(*args)
+
+        monkeypatch.setattr(module, name, counted)
+    recompute_blocks(cast(Trinity, SimpleNamespace(blocks=[block])), kind, will_compile)
+    recomputed = run(function, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
+    assert ran == {"launch_route": 1, "forward": 1 if kind == "selective" else 2}
