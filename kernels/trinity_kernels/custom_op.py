@@ -94,4 +94,7 @@ def is_observed(args: tuple) -> bool:
         return True
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(isinstance(x, Tensor) and (type(x) not in (Tensor, Parameter) or x.is_meta) for x in args)
+    for x in args:  # no generator, which would take as long again
+        if isinstance(x, Tensor) and ((type(x) is not Tensor and type(x) is not Parameter) or x.is_meta):
+            return True
+    return False

@@ -20,7 +20,7 @@ from torch import Tensor
 from trinity_kernels.custom_op import custom_op
 from trinity_kernels.grouped_gemm_triton import Tile, halves, matmul, outer, precision
 from trinity_kernels.grouping import group_rows, tile_table
-from trinity_kernels.language import TensorDescriptor, cdiv, tl, triton
+from trinity_kernels.language import TensorDescriptor, cdiv, next_power_of_2, tl, triton
 
 
 def up_tile(width: int, hidden: int, dtype: torch.dtype) -> Tile:
@@ -138,7 +138,7 @@ def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None) -> Te
     (T, active), D = place_TK.shape, rows_RD.shape[1]
     out_TD = rows_RD.new_empty(T, D)
     if T:
-        columns = min(1024, triton.next_power_of_2(D))
+        columns = min(1024, next_power_of_2(D))
         tokens = max(1, 2048 // columns)
         combine_kernel[(cdiv(T, tokens), cdiv(D, columns))](
             rows_RD, out_TD, place_TK, place_TK if s_TK is None else s_TK, T, D,

@@ -8,12 +8,12 @@ Shapes: T rows (all leading dimensions), N width.
 from torch import Tensor
 
 from trinity_kernels.custom_op import custom_op
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 
 
 def tile(width: int) -> dict[str, int]:
     """2048 numbers for 4 warps: in bf16, two 16-byte reads of each operand per thread."""
-    columns = min(1024, triton.next_power_of_2(width))
+    columns = min(1024, next_power_of_2(width))
     return {"BLOCK_T": max(1, 2048 // columns), "BLOCK_N": columns, "num_warps": 4}
 
 

@@ -10,13 +10,14 @@ Saved for backward: the input of each norm, and 1/rms per row in fp32.
 Shapes: T rows (all leading dimensions), D width, P programs.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trinity_kernels.custom_op import custom_op
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200. Other GPUs get a less even grid, nothing worse."""
@@ -40,18 +41,20 @@ class Plan(NamedTuple):
         return (min(self.programs, cdiv(tokens, self.rows)),)
 
 
+@cache
 def forward_plan(width: int) -> Plan:
     """8 numbers of a row per thread, which are 16 bytes in bf16; 32 warps per multiprocessor.
 
     Three rows of prefetch keep 48 kB in flight per multiprocessor for Nano's rms_norm and 36 kB for Large's; a
     bandwidth of 4.3 TB/s at a latency of one microsecond needs 33 kB.
     """
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     rows = max(1, 1024 // columns)
     warps = min(16, rows * columns // 256)
     return Plan(rows, columns, warps, 4, MULTIPROCESSORS * 32 // warps)
 
 
+@cache
 def backward_plan(width: int) -> Plan:
     """The same tiles, fewer programs: each also holds sums in registers, so 16 warps fit, with ≥ 32 kB in flight."""
     plan = forward_plan(width)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.custom_op import custom_op
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 
 WARPS = 4
 STAGES = 3
@@ -23,7 +23,7 @@ STAGES = 3
 
 def tile(head_dim: int) -> dict[str, int]:
     """At most 1024 numbers of each half; with heads of 128 that is 8 per thread, 16 bytes in bf16."""
-    half = triton.next_power_of_2(head_dim // 2)
+    half = next_power_of_2(head_dim // 2)
     return {"BLOCK_T": min(16, 1024 // half), "BLOCK_C": half, "STAGES": STAGES, "num_warps": WARPS}
 
 

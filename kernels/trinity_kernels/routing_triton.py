@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.custom_op import custom_op
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 from trinity_kernels.routing import TINY
 
 TOKENS = 16
@@ -34,7 +34,7 @@ def launch_route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor
     if T:
         route_kernel[(cdiv(T, TOKENS),)](
             scores_TE.contiguous(), bias_E, indices_TK, counts_E, T, E,
-            ACTIVE=active, BLOCK_T=TOKENS, EXPERTS=triton.next_power_of_2(E), num_warps=4,
+            ACTIVE=active, BLOCK_T=TOKENS, EXPERTS=next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return indices_TK, counts_E
 
@@ -83,7 +83,7 @@ def launch_gates(scores_TE: Tensor, indices_TK: Tensor, scale: float, grad_TK: T
             scores_TE.contiguous(), indices_TK.contiguous(), out if grad_TK is None else grad_TK, out,
             T, E, scale, TINY,
             ACTIVE=active, BACKWARD=grad_TK is not None,
-            BLOCK_T=TOKENS, CHOICES=triton.next_power_of_2(active), EXPERTS=triton.next_power_of_2(E), num_warps=4,
+            BLOCK_T=TOKENS, CHOICES=next_power_of_2(active), EXPERTS=next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return out
 
