@@ -50,6 +50,11 @@ class Op:
             raise ValueError(f"kernel=triton cannot be used: {reason}; use auto or reference")
         return self.reference if reason else self.triton
 
+    @property
+    def has_triton(self) -> bool:
+        """Whether the operation has a Triton implementation; `triton` imports it."""
+        return self._triton is not None
+
     @cached_property
     def triton(self) -> Callable[..., Any]:
         """The Triton implementation.
