@@ -20,6 +20,9 @@ arithmetic and not measured: matrix products at 600 TFLOP/s, attention at 450, e
     not saved: q, k, v, gate                   29 kB   150 ns, 5 ns per kB: the next candidate
 
 So `block` saves 6 kB per token and layer and `selective` about 130. Gradients have the same bits as without recompute.
+
+`selective` and compiled blocks find operations by a dispatch mode, which runs Python code for each of them. `block` in
+eager mode wraps only the calls whose results it saves (trinity_kernels.replay), in half of the host time.
 """
 
 from functools import partial
