@@ -15,19 +15,8 @@ from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
 
 SUITES = (
-    "step",
-    "experts",
-    "attention",
-    "head",
-    "norms",
-    "routing",
-    "muon",
-    "mesh",
-    "data",
-    "prepare",
-    "overhead",
-    "host",
-)
+    "step", "experts", "attention", "head", "norms", "routing", "muon", "mesh", "data", "prepare", "overhead", "host",
+)  # fmt: skip
 """Modules of tools/benchmarks, each with run(quick) and table(results)."""
 
 
