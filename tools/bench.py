@@ -27,6 +27,7 @@ SUITES = (
     "data",
     "prepare",
     "overhead",
+    "host",
 )
 """Modules of tools/benchmarks, each with run(quick) and table(results)."""
 

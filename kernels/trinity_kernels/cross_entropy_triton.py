@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.cross_entropy import IGNORE, forward_in_chunks, required_gradients, scaled_gradients
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.language import tl, triton
 
 
@@ -106,7 +107,7 @@ def losses_and_gradient(
             tl.store(row + at, tl.where(valid, gradient, 0.0).to(logits.dtype.element_ty), mask=at < V)
 
 
-@torch.library.custom_op("trinity::linear_cross_entropy", mutates_args=())
+@custom_op("trinity::linear_cross_entropy")
 def _forward(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float,
     for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype,

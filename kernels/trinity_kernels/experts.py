@@ -135,13 +135,16 @@ def _(
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # no zeros [R, 2F] as the gradient of the pre-activations
     *tensors, _, plus_TD = inputs
     ctx.adds = plus_TD is not None
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, grad_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 7
     x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, pre_RH = ctx.saved_tensors
     grad_x, grad_w1, grad_w2, grad_s = _backward(grad_TD.contiguous(), x_TD, w1_EHD, w2_EDF, indices_TK, s_TK, pre_RH)
     return grad_x, grad_w1, grad_w2, None, grad_s, None, grad_TD if ctx.adds else None

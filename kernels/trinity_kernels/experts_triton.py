@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from trinity_kernels.combine import Places
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.grouped_gemm_triton import Tile, halves, matmul, outer, precision
 from trinity_kernels.grouping import group_rows, tile_table
-from trinity_kernels.language import TensorDescriptor, cdiv, tl, triton
+from trinity_kernels.language import TensorDescriptor, cdiv, next_power_of_2, tl, triton
 
 
 def up_tile(width: int, hidden: int, dtype: torch.dtype) -> Tile:
@@ -142,7 +143,7 @@ def combine(rows_RD: Tensor, place_TK: Tensor, s_TK: Tensor | None = None, plus_
     (T, active), D = place_TK.shape, rows_RD.shape[1]
     out_TD = rows_RD.new_empty(T, D)
     if T:
-        columns = min(1024, triton.next_power_of_2(D))
+        columns = min(1024, next_power_of_2(D))
         tokens = max(1, 2048 // columns)
         combine_kernel[(cdiv(T, tokens), cdiv(D, columns))](
             rows_RD, out_TD, place_TK,
@@ -287,7 +288,7 @@ def combine_kernel(
     tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("trinity::expert_mlp_triton", mutates_args=())
+@custom_op("trinity::expert_mlp_triton")
 def forward_op(
     x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int, keep_pre: bool,
     plus_TD: Tensor | None = None,
@@ -311,7 +312,7 @@ def _(
     )
 
 
-@torch.library.custom_op("trinity::expert_mlp_triton_backward", mutates_args=())
+@custom_op("trinity::expert_mlp_triton_backward")
 def backward_op(
     grad_TD: Tensor, x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, s_TK: Tensor,
     pre_RH: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, wide: bool,
@@ -331,7 +332,7 @@ def _(
     return torch.empty_like(x_TD), torch.empty_like(s_TK), *weights
 
 
-@torch.library.custom_op("trinity::expert_mlp_triton_backward_into", mutates_args=("into_1", "into_2"))
+@custom_op("trinity::expert_mlp_triton_backward_into", mutates_args=("into_1", "into_2"))
 def backward_into_op(
     grad_TD: Tensor, x_TD: Tensor, w1_E2FD: Tensor, w2_EDF: Tensor, s_TK: Tensor,
     pre_RH: Tensor, order_R: Tensor, place_TK: Tensor, ends_E: Tensor, into_1: Tensor, into_2: Tensor,

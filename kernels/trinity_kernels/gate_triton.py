@@ -8,13 +8,14 @@ Shapes: T rows (all leading dimensions), N width.
 import torch
 from torch import Tensor
 
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.custom_op import custom_op
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 from trinity_kernels.split import GradientSlice
 
 
 def tile(width: int) -> dict[str, int]:
     """2048 numbers for 4 warps: in bf16, two 16-byte reads of each operand per thread."""
-    columns = min(1024, triton.next_power_of_2(width))
+    columns = min(1024, next_power_of_2(width))
     return {"BLOCK_T": max(1, 2048 // columns), "BLOCK_N": columns, "num_warps": 4}
 
 
@@ -88,7 +89,7 @@ def gate_backward_kernel(
     tl.store(grad_gate + row * grad_gate_step + column, dg.to(grad_gate.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("trinity::sigmoid_gate_triton", mutates_args=())
+@custom_op("trinity::sigmoid_gate_triton")
 def forward_op(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
     """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(x_TN, gate_TN)
@@ -99,7 +100,7 @@ def _(x_TN: Tensor, gate_TN: Tensor) -> Tensor:
     return x_TN.new_empty(x_TN.shape)
 
 
-@torch.library.custom_op("trinity::sigmoid_gate_triton_backward", mutates_args=())
+@custom_op("trinity::sigmoid_gate_triton_backward")
 def backward_op(grad_TN: Tensor, x_TN: Tensor, gate_TN: Tensor) -> tuple[Tensor, Tensor]:
     """`backward` as a custom op."""
     return backward(grad_TN, x_TN, gate_TN)

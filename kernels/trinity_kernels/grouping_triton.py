@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.grouping import Groups, table_length
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 
 BLOCK = 128
 """Choices per program: 16384 pairs, 128 per thread."""
@@ -40,7 +40,7 @@ def tile_table(ends_E: Tensor, rows: int, block: int) -> Tensor:
     """See trinity_kernels.tile_table."""
     experts = len(ends_E)
     table = torch.empty(table_length(rows, block, experts), 3, dtype=torch.int32, device=ends_E.device)
-    experts_block = triton.next_power_of_2(experts)
+    experts_block = next_power_of_2(experts)
     table_kernel[(experts + 1,)](ends_E, table, experts, len(table), block, EXPERTS=experts_block, num_warps=4)
     return table
 

@@ -10,12 +10,14 @@ Saved for backward: the input of each norm, and 1/rms per row in fp32.
 Shapes: T rows (all leading dimensions), D width, P programs.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.custom_op import custom_op
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200. Other GPUs get a less even grid, nothing worse."""
@@ -39,18 +41,20 @@ class Plan(NamedTuple):
         return (min(self.programs, cdiv(tokens, self.rows)),)
 
 
+@cache
 def forward_plan(width: int) -> Plan:
     """8 numbers of a row per thread, which are 16 bytes in bf16; 32 warps per multiprocessor.
 
     Three rows of prefetch keep 48 kB in flight per multiprocessor for Nano's rms_norm and 36 kB for Large's; a
     bandwidth of 4.3 TB/s at a latency of one microsecond needs 33 kB.
     """
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     rows = max(1, 1024 // columns)
     warps = min(16, rows * columns // 256)
     return Plan(rows, columns, warps, 4, MULTIPROCESSORS * 32 // warps)
 
 
+@cache
 def backward_plan(width: int, element_bytes: int) -> Plan:
     """The same tiles, fewer programs: each also holds sums in registers, so 16 warps fit, with ≥ 32 kB in flight.
 
@@ -245,7 +249,7 @@ def _norm_gradient(dy, unit, inverse, gain, D):
     return (scaled - unit * (tl.sum(scaled * unit, axis=1, keep_dims=True) / D)) * inverse
 
 
-@torch.library.custom_op("trinity::norm_triton", mutates_args=())
+@custom_op("trinity::norm_triton")
 def norm_op(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`norm_forward` as a custom op, known to autograd, torch.compile and recompute."""
     return norm_forward(x, added, gain_D, eps)
@@ -256,7 +260,7 @@ def _(x: Tensor, added: Tensor | None, gain_D: Tensor, eps: float) -> tuple[Tens
     return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("trinity::norm_triton_backward", mutates_args=())
+@custom_op("trinity::norm_triton_backward")
 def norm_backward_op(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) -> tuple[Tensor, Tensor]:
     """`norm_backward` as a custom op."""
     return norm_backward(grad, x, gain_D, inverse_T)
@@ -267,7 +271,7 @@ def _(grad: Tensor, x: Tensor, gain_D: Tensor, inverse_T: Tensor) -> tuple[Tenso
     return torch.empty_like(x), torch.empty_like(gain_D)
 
 
-@torch.library.custom_op("trinity::add_norm_triton", mutates_args=())
+@custom_op("trinity::add_norm_triton")
 def add_norm_op(
     y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -281,7 +285,7 @@ def _(y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: float) -> 
     return torch.empty_like(x), torch.empty_like(x), inverse_y, inverse_r
 
 
-@torch.library.custom_op("trinity::add_norm_triton_backward", mutates_args=())
+@custom_op("trinity::add_norm_triton_backward")
 def add_norm_backward_op(
     grad_r: Tensor, grad_u: Tensor, y: Tensor, r: Tensor, post_gain_D: Tensor, gain_D: Tensor,
     inverse_y: Tensor, inverse_r: Tensor,
@@ -317,8 +321,12 @@ def _save_add_norm(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(inverse_y, inverse_r)
 
 
-def _differentiate_add_norm(ctx, grad_r: Tensor, grad_u: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *add_norm_backward_op(grad_r.contiguous(), grad_u.contiguous(), *ctx.saved_tensors), None
+def _differentiate_add_norm(
+    ctx, grad_r: Tensor | None, grad_u: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once, because checkpoint refuses a second reading
+    grads = (torch.zeros_like(saved[0]) if grad is None else grad.contiguous() for grad in (grad_r, grad_u))
+    return *add_norm_backward_op(*grads, *saved), None
 
 
 norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)

@@ -13,7 +13,8 @@ Shapes: B batch, S sequence, T = B·S tokens, H heads, C head width, P programs.
 import torch
 from torch import Tensor
 
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.custom_op import custom_op
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 from trinity_kernels.split import GradientSlice
 
 WARPS = 4
@@ -23,7 +24,7 @@ STAGES = 3
 
 def tile(head_dim: int) -> dict[str, int]:
     """At most 1024 numbers of each half; with heads of 128 that is 8 per thread, 16 bytes in bf16."""
-    half = triton.next_power_of_2(head_dim // 2)
+    half = next_power_of_2(head_dim // 2)
     return {"BLOCK_T": min(16, 1024 // half), "BLOCK_C": half, "STAGES": STAGES, "num_warps": WARPS}
 
 
@@ -173,7 +174,7 @@ def _inverse_rms(x_1, x_2, half, eps):
     return tl.rsqrt(tl.sum(x_1 * x_1 + x_2 * x_2, axis=1, keep_dims=True) / (2 * half) + eps)
 
 
-@torch.library.custom_op("trinity::qk_norm_triton", mutates_args=())
+@custom_op("trinity::qk_norm_triton")
 def forward_op(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(x_BSHC, gain_C, eps, cos, sin)
@@ -184,7 +185,7 @@ def _(x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tenso
     return x_BSHC.new_empty(x_BSHC.shape)
 
 
-@torch.library.custom_op("trinity::qk_norm_triton_backward", mutates_args=())
+@custom_op("trinity::qk_norm_triton_backward")
 def backward_op(
     grad_BSHC: Tensor, x_BSHC: Tensor, gain_C: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ Shapes: T tokens, D width, E experts.
 import torch
 from torch import Tensor
 
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.custom_op import custom_op
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 
 BLOCK = 1024
 """Numbers per program of `split_kernel`."""
@@ -27,7 +28,7 @@ BLOCK = 1024
 
 def tile(experts: int) -> dict[str, int]:
     """Tile of `scores_kernel` and its warps and stages; two accumulators of 128 × 128 take half the registers."""
-    block = min(128, max(16, triton.next_power_of_2(experts)))
+    block = min(128, max(16, next_power_of_2(experts)))
     return {"BLOCK_T": 128, "BLOCK_E": block, "BLOCK_K": 64, "num_warps": 8 if block > 64 else 4, "num_stages": 3}
 
 
@@ -63,7 +64,7 @@ def launch_scores(x_TD: Tensor, parts: Tensor, block: dict[str, int] | None = No
     return scores_TE
 
 
-@torch.library.custom_op("trinity::router_scores_triton", mutates_args=())
+@custom_op("trinity::router_scores_triton")
 def _router_scores(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     parts = launch_split(weight_ED.contiguous())
     return launch_scores(x_TD.contiguous(), parts), parts
@@ -75,7 +76,7 @@ def _(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     return x_TD.new_empty((T, E), dtype=torch.float32), x_TD.new_empty((4 * E, D))
 
 
-@torch.library.custom_op("trinity::router_scores_triton_backward", mutates_args=())
+@custom_op("trinity::router_scores_triton_backward")
 def _backward(
     grad_TE: Tensor, scores_TE: Tensor, x_TD: Tensor, parts: Tensor, for_x: bool, for_weight: bool
 ) -> tuple[Tensor, Tensor]:

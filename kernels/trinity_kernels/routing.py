@@ -116,5 +116,5 @@ def _refuses(scores_TE: Tensor, *_: object) -> str | None:
     return None
 
 
-route = Op(_route, "trinity_kernels.routing_triton:route", _refuses)
+route = Op(_route, "trinity_kernels.routing_triton:route", _refuses, replayed=True)
 weigh = Op(_weigh, "trinity_kernels.routing_triton:weigh", _refuses)

@@ -16,7 +16,8 @@ Shapes: T tokens, B rows of S tokens (T = B·S), E experts, K active experts, P 
 import torch
 from torch import Tensor
 
-from trinity_kernels.language import cdiv, tl, triton
+from trinity_kernels.custom_op import custom_op
+from trinity_kernels.language import cdiv, next_power_of_2, tl, triton
 from trinity_kernels.routing import TINY, Weighed
 
 TOKENS = 16
@@ -25,7 +26,7 @@ PARTS = 16
 """Programs whose sums `finish_kernel` reads at a time."""
 
 
-@torch.library.custom_op("trinity::route_triton", mutates_args=())
+@custom_op("trinity::route_triton")
 def route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     """See trinity_kernels.route."""
     return launch_route(scores_TE, bias_E, active)
@@ -39,7 +40,7 @@ def launch_route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor
     if T:
         route_kernel[(cdiv(T, TOKENS),)](
             scores_TE.contiguous(), bias_E, indices_TK, counts_E, T, E,
-            ACTIVE=active, BLOCK_T=TOKENS, EXPERTS=triton.next_power_of_2(E), num_warps=4,
+            ACTIVE=active, BLOCK_T=TOKENS, EXPERTS=next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return indices_TK, counts_E
 
@@ -74,7 +75,7 @@ def route_kernel(
     tl.atomic_add(counts + expert, taken.to(tl.int64), mask=(expert < E) & (taken > 0), sem="relaxed")
 
 
-@torch.library.custom_op("trinity::weigh_triton", mutates_args=())
+@custom_op("trinity::weigh_triton")
 def _weigh(
     scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -101,12 +102,12 @@ def launch_weigh(
     entropy_P = scores_TE.new_empty(rows * blocks)
     share_PE = scores_TE.new_empty(rows * blocks if losses else 0, E)
     count_PE = torch.empty_like(share_PE, dtype=torch.int32)
-    experts = triton.next_power_of_2(E)
+    experts = next_power_of_2(E)
     weigh_kernel[(rows * blocks,)](
         scores_TE.contiguous(), indices_TK.contiguous(), gates_TK, entropy_P, share_PE, count_PE,
         tokens, E, blocks, scale, TINY,
         ACTIVE=K, BALANCE=with_sequence_loss,
-        BLOCK_T=block, CHOICES=triton.next_power_of_2(K), EXPERTS=experts, num_warps=4,
+        BLOCK_T=block, CHOICES=next_power_of_2(K), EXPERTS=experts, num_warps=4,
     )  # fmt: skip
     if losses:
         finish_kernel[(rows,)](
@@ -126,7 +127,7 @@ def _(
     return gates_TK, loss_B, load_BE, entropy_sum
 
 
-@torch.library.custom_op("trinity::weigh_triton_backward", mutates_args=())
+@custom_op("trinity::weigh_triton_backward")
 def _weigh_backward(
     grad_TK: Tensor | None, grad_B: Tensor | None, scores_TE: Tensor, indices_TK: Tensor, load_BE: Tensor, scale: float
 ) -> Tensor:
@@ -146,7 +147,7 @@ def launch_weigh_backward(
             None if grad_TK is None else grad_TK.contiguous(), None if grad_B is None else grad_B.contiguous(),
             scores_TE.contiguous(), indices_TK.contiguous(), load_BE, grad_TE, T // rows, E, blocks, scale, TINY,
             ACTIVE=K, GATES=grad_TK is not None, BALANCE=grad_B is not None,
-            BLOCK_T=TOKENS, CHOICES=triton.next_power_of_2(K), EXPERTS=triton.next_power_of_2(E), num_warps=4,
+            BLOCK_T=TOKENS, CHOICES=next_power_of_2(K), EXPERTS=next_power_of_2(E), num_warps=4,
         )  # fmt: skip
     return grad_TE
 

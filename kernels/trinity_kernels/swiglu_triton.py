@@ -9,6 +9,7 @@ Shapes: T rows (all leading dimensions), F width of the result.
 import torch
 from torch import Tensor
 
+from trinity_kernels.custom_op import custom_op
 from trinity_kernels.gate_triton import grid, tile
 from trinity_kernels.language import tl, triton
 
@@ -67,7 +68,7 @@ def swiglu_backward_kernel(grad, gate_up, out, T, F, BLOCK_T: tl.constexpr, BLOC
     tl.store(out + place + F, (dy * silu).to(out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("trinity::swiglu_triton", mutates_args=())
+@custom_op("trinity::swiglu_triton")
 def forward_op(gate_up: Tensor) -> Tensor:
     """`forward` as a custom op, known to autograd, torch.compile and recompute."""
     return forward(gate_up)
@@ -78,7 +79,7 @@ def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@torch.library.custom_op("trinity::swiglu_triton_backward", mutates_args=())
+@custom_op("trinity::swiglu_triton_backward")
 def backward_op(grad: Tensor, gate_up: Tensor) -> Tensor:
     """`backward` as a custom op."""
     return backward(grad, gate_up)

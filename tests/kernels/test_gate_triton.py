@@ -107,11 +107,11 @@ def test_unsupported_arguments(name: str) -> None:
 def test_opcheck(T: int) -> None:
     """Schema, fake tensors, autograd registration and tracing, by torch's own checker."""
     x, (pre,) = gradient(T, 16, torch.float32), make("swiglu", T, 16, torch.float32)
-    torch.library.opcheck(swiglu_triton.forward_op, (pre,))
-    torch.library.opcheck(swiglu_triton.backward_op, (x, pre.detach()))
+    torch.library.opcheck(swiglu_triton.forward_op.op, (pre,))
+    torch.library.opcheck(swiglu_triton.backward_op.op, (x, pre.detach()))
     inputs = make("sigmoid_gate", T, 16, torch.float32)
-    torch.library.opcheck(gate_triton.forward_op, tuple(inputs))
-    torch.library.opcheck(gate_triton.backward_op, (x, *(tensor.detach() for tensor in inputs)))
+    torch.library.opcheck(gate_triton.forward_op.op, tuple(inputs))
+    torch.library.opcheck(gate_triton.backward_op.op, (x, *(tensor.detach() for tensor in inputs)))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a GPU")

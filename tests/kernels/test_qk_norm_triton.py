@@ -131,9 +131,9 @@ def test_opcheck(S: int, rows: int | None) -> None:
     """Schema, fake tensors, autograd registration and tracing, by torch's own checker."""
     x, gain_C, rotation = make(2, S, 2, 8, torch.float32, rows)
     angles = (None, None) if rotation is None else tuple(part.float() for part in rotation)
-    torch.library.opcheck(qk_norm_triton.forward_op, (x, gain_C, EPS, *angles))
+    torch.library.opcheck(qk_norm_triton.forward_op.op, (x, gain_C, EPS, *angles))
     arguments = (torch.ones_like(x), x.detach(), gain_C.detach(), EPS, *angles)
-    torch.library.opcheck(qk_norm_triton.backward_op, arguments)
+    torch.library.opcheck(qk_norm_triton.backward_op.op, arguments)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs the memory of a GPU")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import trinity_kernels
 from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.config.run import PrecisionConfig
@@ -18,6 +19,7 @@ from trinity.parallel import token_dispatcher
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Sizes, join_meshes
+from trinity.planning.activations import LiveBytes
 
 LAYERS, SPARSE = 5, 4
 CONFIG = ModelConfig(
@@ -53,16 +55,28 @@ def gradients(model: Trinity, random: torch.Generator, tokens: int) -> tuple[dic
     return grads, count.times
 
 
-def on_one_process(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
-    """In this process, in fp32: a recomputed sum in another order would change bits."""
+def model_with(kind: str) -> Trinity:
+    """In fp32: a recomputed sum in another order would change bits."""
     model = Trinity(CONFIG)
     model.init_weights(0)
+    recompute(model, kind)
+    return model
+
+
+def recompute(model: Trinity, kind: str) -> None:
+    """Apply "none", "selective", "block", or "block to compile": `block` as it is where the blocks will be compiled."""
     if kind != "none":
-        recompute_blocks(model, kind)
-    return gradients(model, torch.Generator().manual_seed(0), 9)
+        recompute_blocks(model, kind.split()[0], will_compile="compile" in kind)
 
 
-@pytest.mark.parametrize(("kind", "experts", "attention"), [("block", 2, 2), ("selective", 1, 1)])
+def on_one_process(kind: str) -> tuple[dict[str, Tensor], Counter[str]]:
+    """In this process."""
+    return gradients(model_with(kind), torch.Generator().manual_seed(0), 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts", "attention"), [("block", 2, 2), ("block to compile", 2, 2), ("selective", 1, 1)]
+)
 def test_one_process(kind: str, experts: int, attention: int) -> None:
     """Routing runs once per layer and forward pass; experts and attention twice if recomputed, else once."""
     (recomputed, ran), (expected, _) = on_one_process(kind), on_one_process("none")
@@ -73,6 +87,45 @@ def test_one_process(kind: str, experts: int, attention: int) -> None:
         assert torch.equal(recomputed[name], gradient), name
 
 
+@pytest.mark.parametrize("kind", ["block", "block to compile", "selective"])
+def test_without_an_observer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """As above without the counter, which is a dispatch mode itself; each router alternates between two choices.
+
+    A second choice would differ from the first, so recomputation with another one would change every gradient.
+    """
+    ran: Counter[str] = Counter()
+
+    def alternating(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
+        ran["route"] += 1
+        return route(scores_TE * (-1) ** ran["route"], bias_E, active)
+
+    route = trinity_kernels.route.reference
+    monkeypatch.setattr(trinity_kernels.route, "reference", alternating)
+    tokens_BS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    grads = []
+    for chosen in ("none", kind):
+        ran.clear()
+        model = model_with(chosen)
+        model(tokens_BS, targets_BS=tokens_BS.roll(1)).token_loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+        # the dispatch mode sees the op inside, so the function around it runs again, and its result is the saved one
+        assert ran["route"] == (SPARSE if chosen in ("none", "block") else 2 * SPARSE)
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_block_keeps_as_many_bytes_with_either_context() -> None:
+    """The recorded results are the tensors that the dispatch mode keeps: the same bytes live after forward."""
+    kept = {}
+    tokens_BS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    for kind in ("none", "block", "block to compile", "selective"):
+        model = model_with(kind)
+        with LiveBytes() as live:
+            losses = model(tokens_BS, targets_BS=tokens_BS.roll(1))
+            kept[kind] = live.now
+            losses.token_loss.backward()
+    assert kept["block"] == kept["block to compile"] < kept["selective"] < kept["none"]
+
+
 def on_mesh(kind: str, sizes: Sizes, on_its_own: bool = False) -> tuple[dict[str, Tensor], Counter[str]]:
     """On every rank of a mesh, in bf16, with different tokens on each rank.
 
@@ -81,8 +134,7 @@ def on_mesh(kind: str, sizes: Sizes, on_its_own: bool = False) -> tuple[dict[str
     ranks = join_meshes(sizes, torch.device("cpu"))
     with torch.device("meta"):
         model = Trinity(CONFIG)
-    if kind != "none":
-        recompute_blocks(model, kind)
+    recompute(model, kind)
     shard_model(model, ranks, PrecisionConfig(compute="bfloat16"))
     model.to_empty(device="cpu")
     model.init_weights(0)
@@ -99,7 +151,7 @@ def test_over_meshes(processes: Callable[[int], ProcessPool], sizes: Sizes, worl
     A layer exchanges counts, tokens, choices and sums in forward, sums, tokens and choices in backward.
     """
     expected = processes(world).run(on_mesh, "none", sizes)
-    for kind, exchanges, experts in (("block", 10, 2), ("selective", 7, 1)):
+    for kind, exchanges, experts in (("block", 10, 2), ("block to compile", 10, 2), ("selective", 7, 1)):
         results = processes(world).run(on_mesh, kind, sizes)
         for (recomputed, ran), (plain, ran_without) in zip(results, expected):
             assert ran_without[EXCHANGE] == 2 * SPARSE * 7

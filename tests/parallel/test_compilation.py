@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import trinity_kernels
 from tests.parallel.mesh_runs import assert_same, run_steps, run_steps_alone
 from trinity.parallel import compilation
 from trinity.parallel.compilation import compile_blocks
+from trinity_kernels.op import Op
 
 # The same sums in another order in fp32: the bound for another mesh (test_every_mesh.FP32_BOUND).
 BOUND = 1e-5
@@ -64,6 +66,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], int]]:
     with torch._dynamo.config.patch(recompile_limit=3):  # restored at the end
         yield run
     torch._dynamo.reset()
+
+
+def test_triton_is_imported_before_anything_is_traced() -> None:
+    """An import inside a traced forward breaks the graph."""
+    ops = [op for op in vars(trinity_kernels).values() if isinstance(op, Op) and op.has_triton]
+    assert len(ops) > 10
+    for op in ops:
+        vars(op).pop("triton", None)
+    compile_blocks(SimpleNamespace(blocks=[]))
+    assert all("triton" in vars(op) for op in ops)
 
 
 def test_more_shapes_than_torchs_default_limit_stay_compiled(compiled: Callable, capfd: pytest.CaptureFixture) -> None:

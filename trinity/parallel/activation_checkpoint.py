@@ -20,6 +20,9 @@ arithmetic and not measured: matrix products at 600 TFLOP/s, attention at 450, e
     not saved: q, k, v, gate                   29 kB   150 ns, 5 ns per kB: the next candidate
 
 So `block` saves 6 kB per token and layer and `selective` about 130. Gradients have the same bits as without recompute.
+
+`selective` and compiled blocks find operations by a dispatch mode, which runs Python code for each of them. `block` in
+eager mode wraps only the calls whose results it saves (trinity_kernels.replay), in half of the host time.
 """
 
 from functools import partial
@@ -28,6 +31,7 @@ from typing import Any, Literal
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trinity.models.trinity import Trinity
+from trinity_kernels.replay import Results
 
 # Operations by name: the operations of an optional package exist only once it is imported.
 ALL_TO_ALL = "_c10d_functional::all_to_all_single"
@@ -45,16 +49,29 @@ SAVED_SELECTIVE = SAVED | {
 }
 
 
-def recompute_blocks(model: Trinity, kind: Literal["block", "selective"] = "block") -> None:
-    """Checkpoint every block's forward in place; apply before sharding.
+def recompute_blocks(model: Trinity, kind: Literal["block", "selective"] = "block", will_compile: bool = False) -> None:
+    """Checkpoint every block's forward in place; apply before compiling and sharding.
 
     The attention backends flex and flash4 are not visible as operations: `selective` recomputes them.
+
+    Args:
+        will_compile: the blocks will be compiled. Compiled code routes without calling Python, so the routes are then
+            kept by a dispatch mode, which the compiler reads as well.
     """
     saved = SAVED if kind == "block" else SAVED_SELECTIVE
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, saved))
+    by_operation = partial(create_selective_checkpoint_contexts, partial(_policy, saved))
+    contexts = by_operation if kind == "selective" or will_compile else _replay_contexts
     for block in model.blocks:
-        # on the instance, without a wrapper module: parameter names stay as they are
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+        # On the instance, without a wrapper module: parameter names stay as they are. A block draws no random numbers.
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+
+
+def _replay_contexts() -> tuple[Any, Any]:
+    """Contexts of one checkpointed call: no dispatch mode, so operations cost what they cost without recompute."""
+    results = Results()
+    return results.recording(), results.replaying()
 
 
 def _policy(saved: frozenset[str], _context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:

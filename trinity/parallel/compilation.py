@@ -14,8 +14,10 @@ import os
 import torch
 from torch._dynamo import config as dynamo
 
+import trinity_kernels
 from trinity.models.trinity import Trinity
 from trinity.terminal import say
+from trinity_kernels.op import Op, interpreted
 
 LIMIT = 256
 """Largest number of compilations of one function: torch's own limit over all objects."""
@@ -24,6 +26,7 @@ LIMIT = 256
 def compile_blocks(model: Trinity) -> None:
     """Compile every block's forward; apply before sharding."""
     dynamo.recompile_limit = max(dynamo.recompile_limit, LIMIT)
+    _import_triton()
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if not any(isinstance(present, _RecompileLimitWarning) for present in logger.filters):
         logger.addFilter(_RecompileLimitWarning())
@@ -32,6 +35,14 @@ def compile_blocks(model: Trinity) -> None:
         # fixed shapes only (dispatched rows vary, but pass through custom operations). Dynamic shapes would be slower,
         # and inductor 2.13 fails on them.
         block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def _import_triton() -> None:
+    """Import the Triton ops, which happens at an op's first call otherwise: imports would break the compiled graph."""
+    if torch.cuda.is_available() or interpreted():
+        for op in list(vars(trinity_kernels).values()):
+            if isinstance(op, Op) and op.has_triton:
+                _ = op.triton
 
 
 class _RecompileLimitWarning(logging.Filter):

@@ -36,6 +36,7 @@ from torch import Tensor
 from trinity.models.moe import RunExperts
 from trinity_kernels import combine
 from trinity_kernels.combine import Places
+from trinity_kernels.replay import kept
 
 all_to_all = torch.ops._c10d_functional.all_to_all_single
 wait = torch.ops._c10d_functional.wait_tensor
@@ -148,7 +149,7 @@ class TokenExchange:
         choices_TP.scatter_add_(1, ranks_TK, torch.ones_like(ranks_TK))
         sent_TP = choices_TP > 0
         own_P2 = torch.stack((sent_TP.sum(dim=0), choices_TP.sum(dim=0)), dim=1)
-        self._counts = own_P2, all_to_all(own_P2, [1] * ranks, [1] * ranks, group)
+        self._counts = own_P2, kept(all_to_all, own_P2, [1] * ranks, [1] * ranks, group)
         self._group = group
         # Rows are in order of (rank, token): the S that are sent, then token 0 up to N, because S is not known yet.
         sent = sent_TP.t().flatten()
@@ -196,7 +197,7 @@ class TokenExchange:
     def wait_for_sizes(self) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank; the first call waits for them."""
         if self.sizes is None:
-            own_P2, others_P2 = exchanged_counts(*self._counts).tolist()
+            own_P2, others_P2 = kept(exchanged_counts, *self._counts).tolist()
             self.sizes = [rows for rows, _ in own_P2], [rows for rows, _ in others_P2]
             self.choices_received = sum(choices for _, choices in others_P2)
             self._token_S = self._token_S[: sum(self.sizes[0])]

@@ -37,7 +37,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     if config.precision.fp8 != "none" and will_run:
         use_fp8(model, config.precision.fp8, ranks.device)
     if config.recompute != "none":
-        recompute_blocks(model, config.recompute)
+        recompute_blocks(model, config.recompute, will_compile=config.compile != "none")
     if config.compile == "block":
         compile_blocks(model)
     shard_model(model, ranks, config.precision, config.parallel.exchange)
