@@ -18,7 +18,7 @@ from trinity.config.run import RunConfig
 from trinity.models.param_roles import Role, parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.build import Optimizers
-from trinity.parallel.fsdp import sharded_modules
+from trinity.parallel.fsdp import param_groups
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
 from trinity.training.build import build_model, make_optimizers
 
@@ -75,9 +75,7 @@ def fake_rank(config: RunConfig, sizes: Sizes) -> Iterator[FakeRank]:
 def fsdp_groups(model: nn.Module) -> list[FsdpGroup]:
     """The FSDP2 groups of a sharded model's parameters, in forward order."""
     roles = {id(role.parameter): role for role in parameter_roles(model)}
-    # torch has no public interface for its groups; modules of one group share the group object
-    groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded_modules(model)]
-    return [_describe(group, roles) for group in dict.fromkeys(groups) if group is not None and group.fsdp_params]
+    return [_describe(group, roles) for group in param_groups(model)]
 
 
 def _describe(group: Any, roles: dict[int, Role]) -> FsdpGroup:
