@@ -60,9 +60,8 @@ def shard_model(model: Trinity, ranks: Ranks, precision: PrecisionConfig, exchan
     shard(model, mp_policy=precise_policy)
     for module in sharded_modules(model):
         group = param_group(module)
-        if (
-            group is not None and group.mesh_info.mesh.size() > 1
-        ):  # on one rank FSDP really divides, in a pass of its own
+        # a group on one rank is not divided by default, and by 1.0 FSDP would divide it into a temporary
+        if group is not None and group.mesh_info.mesh.size() > 1:
             module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(model)
