@@ -43,7 +43,12 @@ def set_reduction(model: nn.Module, last: bool, defer: bool) -> None:
         module.set_reshard_after_backward(last or not is_whole(group), recurse=False)
     for experts in model.modules():
         if isinstance(experts, Experts):
-            experts.wide_gradient = defer
+            experts.wide_gradient = defer and _may_use_triton(experts)
+
+
+def _may_use_triton(experts: Experts) -> bool:
+    """Whether Triton may compute the experts, which adds to wide gradients; others would only cast theirs."""
+    return experts.kernel == "triton" or (experts.kernel == "auto" and experts.gate_up.device.type == "cuda")
 
 
 def end_accumulation(model: nn.Module) -> None:
