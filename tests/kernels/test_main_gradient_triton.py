@@ -15,7 +15,7 @@ from trinity.config.run import KernelsConfig, ParallelConfig, PrecisionConfig
 from trinity.models import Trinity
 from trinity.parallel import mesh
 from trinity.parallel.fsdp import shard_model
-from trinity.parallel.grad_accumulation import set_reduction
+from trinity.parallel.grad_accumulation import end_accumulation, set_reduction
 from trinity.parallel.mesh import Ranks
 
 CONFIG = ModelConfig(
@@ -43,6 +43,7 @@ def gradients(ranks: Ranks, compute: str, defer: bool, which: str) -> dict[str, 
         set_reduction(model, last=index + 1 == MICROBATCHES, defer=defer)
         tokens = torch.randint(CONFIG.vocab_size, (2, 9), generator=random).to(ranks.device)
         (model(tokens, targets_BS=tokens.roll(1)).token_loss / 50).backward()
+    end_accumulation(model)
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 
 

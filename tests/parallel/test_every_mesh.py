@@ -15,7 +15,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests.parallel.mesh_runs import (
     MISTAKES,
@@ -165,9 +164,9 @@ def test_initial_weights(settings: dict, processes: Callable, name: str) -> None
             assert torch.equal(weights[key], tensor), key
 
 
-def one_policy(block: Any, kept: Callable, cast: Callable, experts: Callable, policy: MixedPrecisionPolicy) -> None:
+def one_policy(block: Any, _precise: Callable, compute: Callable, experts: Callable) -> None:
     """A wrong fsdp._shard_block: norms and router get the policy of the rest of the block."""
-    shard_block(block, partial(kept, mp_policy=policy), cast, experts, policy)
+    shard_block(block, compute, compute, experts)
 
 
 shard_block = fsdp._shard_block

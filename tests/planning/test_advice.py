@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     ("words", "expected"),
     [
         (["batch.microbatch=1"], "recompute=selective"),
-        (["batch.microbatch=1", "recompute=selective"], "recompute=block"),
+        (["batch.microbatch=1", "recompute=selective", "data.sequence_length=512"], "recompute=block"),
         (["recompute=block"], "batch.microbatch=4"),
         (["recompute=block", "batch.microbatch=1"], "2 GPUs (tools/plan.py --gpus 2)"),
         (["recompute=block", "batch.microbatch=1", "parallel.shard=1", "parallel.replicate=-1"], "parallel.shard=2"),
@@ -104,10 +104,10 @@ def test_exposed_communication() -> None:
 
 def test_recompute_turns_compile_off() -> None:
     """trinity.config.check refuses recompute with compile=block, so the advice turns compile off."""
-    config = config_of("compile=block", "batch.microbatch=1")
+    words = ["batch.microbatch=1", "data.sequence_length=512"]  # activations, not the update, are the peak
+    config = config_of("compile=block", *words)
     least = [
-        peak_memory(config_of("batch.microbatch=1", f"recompute={kind}"), 1, GPUS["h200"]).total
-        for kind in ("selective", "block")
+        peak_memory(config_of(*words, f"recompute={kind}"), 1, GPUS["h200"]).total for kind in ("selective", "block")
     ]
     (warning,) = advice.warnings(make_plan(config, 1, GPUS["h200"]._replace(memory=sum(least) / 2 / USABLE_SHARE)))
     assert "; recompute=block compile=none would, with" in warning

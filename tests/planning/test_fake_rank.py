@@ -76,7 +76,8 @@ def test_groups_by_hand(tiny: ModelConfig) -> None:
         ("norm", "precise"),
         ("head", "dense"),
     ]  # fmt: skip
-    by_name = {(group.part, group.kind): group[2:] for group in groups}
+    by_name = {(group.part, group.kind): group[2:6] for group in groups}
+    assert not any(group.local for group in groups)
     assert by_name["embed", "dense"] == (4, 2 * 52 * 24, 4 * 52 * 24, 2)  # 50 rows are 13 on each
     shared, attention = 20 * 24 + 24 * 10, 96 * 24 + 24 * 32
     assert by_name["blocks.1", "dense"] == (4, 2 * (attention + shared), 4 * (attention + shared), 2)

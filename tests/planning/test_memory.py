@@ -6,6 +6,7 @@ import pytest
 
 from trinity.config.model import ModelConfig
 from trinity.config.run import ParallelConfig, RunConfig
+from trinity.models.param_roles import parameter_roles
 from trinity.parallel.mesh import check_parallel
 from trinity.planning.activations import Activations
 from trinity.planning.fake_rank import FakeRank, FsdpGroup, fake_rank, state_bytes
@@ -53,11 +54,13 @@ def check_moment(rank: FakeRank, part: int, backward: bool, microbatches: int) -
     assert peak.total == pytest.approx(sum(expected.values()), rel=1e-12)
 
 
-def test_one_rank_keeps_all_weights(tiny: ModelConfig) -> None:
-    """Without sharding, FSDP frees no gathered weights."""
+def test_one_rank_holds_a_cast_of_its_matrices(tiny: ModelConfig) -> None:
+    """Without sharding, the bf16 weights stay; norms and routers have none, being fp32; no gradient is held twice."""
     with fake_rank(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
-        peak = peak_moment(rank, [Activations(0, MUCH, 0)] * 6, 1, 0.0)
-        assert peak.parts["gathered weights"] == sum(group.gathered for group in rank.groups)
+        peak = peak_moment(rank, [Activations(0, 0, MUCH)] * 6, 1, 0.0)
+        cast = [role.parameter.numel() for role in parameter_roles(rank.model) if role.kind not in ("gain", "router")]
+    assert peak.parts["gathered weights"] == 2 * sum(cast)
+    assert peak.parts["whole gradients being reduced"] == 0
 
 
 def test_update(tiny: ModelConfig) -> None:
@@ -66,31 +69,34 @@ def test_update(tiny: ModelConfig) -> None:
     The batch has the gate and up matrices of the experts, 3·2·6, and of the shared experts, 3·2, each [10, 24].
     """
     with fake_rank(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
-        small = rank._replace(groups=[group._replace(gathered=0, reduced=0) for group in rank.groups])
-        small = small._replace(groups=[group._replace(reduced=1) for group in small.groups])
+        small = rank._replace(groups=[group._replace(gathered=0, reduced=1) for group in rank.groups])
         peak = peak_moment(small, [Activations(0, 0, 0)] * 6, 1, 0.0)
     assert peak.moment == "update"
     assert peak.parts["update of the largest matrices"] == 6 * 4 * 42 * 240
 
 
 def test_unreduced(tiny: ModelConfig) -> None:
-    """Two ranks that split the experts keep all dense gradients and half of the experts', in fp32."""
+    """Two ranks that split the experts keep all dense gradients and half of the experts', in fp32.
+
+    Reduced, half of the dense gradients would be left, and the same of the experts: each rank has its own.
+    """
     config = RunConfig(model=tiny, parallel=ParallelConfig(shard=2, expert=2))
     experts = 3 * 6 * 3 * 10 * 24
     with fake_rank(config, check_parallel(config.parallel, tiny, 2)) as rank:
-        whole = 4 * (sum(p.numel() for p in rank.model.parameters()) - experts / 2)
+        parameters = sum(p.numel() for p in rank.model.parameters())
+        whole, more = 4 * (parameters - experts / 2), 4 * (parameters - experts) / 2
         kept = {
-            (setting, microbatches, room): unreduced_gradients(rank, setting, microbatches, room * whole)
+            (setting, microbatches, room): unreduced_gradients(rank, setting, microbatches, room * more)
             for setting, microbatches, room in CASES
         }
         peak = peak_moment(rank, [Activations(0, MUCH, 0)] * 6, 3, whole)
     assert kept == {case: whole * deferred for case, deferred in CASES.items()}
     assert peak.parts["gradients"] == whole
     with fake_rank(RunConfig(model=tiny), check_parallel(ParallelConfig(), tiny, 1)) as rank:
-        assert unreduced_gradients(rank, "auto", 2, 100 * whole) == 0  # one rank has no communication to save
+        assert unreduced_gradients(rank, "auto", 2, 1.0) == 4 * parameters  # no more than reduced ones on one rank
 
 
-# defer_reduce, microbatches, device memory in multiples of the gradients → deferred; the limit is a quarter
+# defer_reduce, microbatches, device memory in multiples of what deferring adds → deferred; the limit is a quarter
 CASES = {
     ("auto", 2, 4.0): True,
     ("auto", 2, 3.9): False,

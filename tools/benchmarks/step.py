@@ -269,6 +269,7 @@ def _trinity(_: str, dtype: str, export: str) -> tuple[Part, Part]:
     from trinity.config.load import load_config
     from trinity.optim.grad_clip import clip_, global_norm
     from trinity.parallel import mesh
+    from trinity.parallel.grad_accumulation import end_accumulation, set_reduction
     from trinity.training.build import build_model, make_optimizers
 
     config = load_config("configs/smoke.yaml", [f"precision.compute={dtype}"])
@@ -279,8 +280,10 @@ def _trinity(_: str, dtype: str, export: str) -> tuple[Part, Part]:
     tokens, targets = _text(config.model.vocab_size)
 
     def gradient() -> None:
+        set_reduction(model, last=True, defer=True)
         losses = model(tokens.to(ranks.device), targets_BS=targets.to(ranks.device))
         (losses.token_loss / tokens.numel()).backward()
+        end_accumulation(model)
 
     def update() -> None:
         gradients = [parameter.grad for parameter in model.parameters()]

@@ -289,7 +289,8 @@ class ParallelConfig:
     all_to_all."""
     defer_reduce: Literal["auto", "on", "off"] = "auto"
     """Reduce gradients only after the step's last microbatch. Saves communication, but holds unsharded gradients.
-    auto: on if these take at most a quarter of the device's memory."""
+    auto: on if these take at most a quarter of the device's memory more than reduced ones; on one rank they take no
+    more, and FSDP then copies neither."""
 
 
 @dataclass
@@ -335,7 +336,8 @@ class PrecisionConfig:
     """Data type of matrix products and of the residual stream; router, norms and losses are at least float32. From the
     report: bfloat16."""
     reduce: Literal["bfloat16", "float32", "float64"] = "float32"
-    """Data type of the gradient reduction between ranks."""
+    """Data type of the gradient reduction between ranks. Gradients that are on one rank only are not reduced; they have
+    the parameters' data type."""
     fp8: Literal["none", "torchao", "transformer_engine"] = "none"
     """Library for 8-bit matrix products in attention, dense FFN and shared experts (trinity.models.fp8). From the
     report: none; MXFP8 was turned off during Large's run, as one of six changes for stability."""

@@ -12,7 +12,7 @@ Gradients are summed, never divided.
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,24 +40,18 @@ def shard_model(model: Trinity, ranks: Ranks, precision: PrecisionConfig, exchan
         exchange: implementation of expert parallelism, as in `expert_parallel.split_experts`.
     """
     split_experts(model, ranks.experts, exchange)
-    master = master_dtype(precision)
-    compute = getattr(torch, precision.compute)
-    reduce = getattr(torch, precision.reduce)
-    precise_policy = MixedPrecisionPolicy(reduce_dtype=master, cast_forward_inputs=False)
-    compute_policy = MixedPrecisionPolicy(
-        param_dtype=None if compute == master else compute,
-        reduce_dtype=master if compute == torch.float64 else reduce,
-        cast_forward_inputs=False,
-    )
+    precise_policy = MixedPrecisionPolicy(reduce_dtype=master_dtype(precision), cast_forward_inputs=False)
+    sizes = ranks.sizes
+    compute_policy = _compute_policy(precision, sizes.replicate * sizes.shard)
+    experts_policy = _compute_policy(precision, sizes.replicate * sizes.expert_shard)
     shard = _sharder(ranks.dense, "shard")
-    shard_experts = _sharder(ranks.experts, "expert_shard", dim=2 if ranks.sizes.experts_by == "width" else 0)
+    shard_experts = _sharder(ranks.experts, "expert_shard", dim=2 if sizes.experts_by == "width" else 0)
     for block in cast(list[Block], model.blocks):
         _shard_block(
             block,
             partial(shard, mp_policy=precise_policy),
             partial(shard, mp_policy=compute_policy),
-            shard_experts,
-            compute_policy,
+            partial(shard_experts, mp_policy=experts_policy),
         )
     shard(model.embed, mp_policy=compute_policy)
     # norm and head stay gathered until backward, which begins with them: freeing them would save nothing
@@ -65,7 +59,10 @@ def shard_model(model: Trinity, ranks: Ranks, precision: PrecisionConfig, exchan
     shard(model.head, mp_policy=compute_policy, reshard_after_forward=False)
     shard(model, mp_policy=precise_policy)
     for module in sharded_modules(model):
-        module.set_gradient_divide_factor(1.0)
+        group = param_group(module)
+        # a group on one rank is not divided by default, and by 1.0 FSDP would divide it into a temporary
+        if group is not None and group.mesh_info.mesh.size() > 1:
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(model)
 
@@ -73,6 +70,35 @@ def shard_model(model: Trinity, ranks: Ranks, precision: PrecisionConfig, exchan
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """Every module to which fully_shard was applied."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def param_group(module: FSDPModule) -> Any:
+    """FSDP's group of the parameters that it gathers with this module; None if there are none.
+
+    torch has no public interface for its groups; modules that were sharded together share the group object.
+    """
+    group = module._get_fsdp_state()._fsdp_param_group
+    return group if group is not None and group.fsdp_params else None
+
+
+def param_groups(model: nn.Module) -> list[Any]:
+    """FSDP's groups of parameters, in forward order."""
+    groups = dict.fromkeys(param_group(module) for module in sharded_modules(model))
+    return [group for group in groups if group is not None]
+
+
+def _compute_policy(precision: PrecisionConfig, ranks: int) -> MixedPrecisionPolicy:
+    """The policy of parameters in the compute dtype, of which `ranks` ranks hold a part or a copy.
+
+    precision.reduce is for sums over ranks: on one rank, gradients accumulate in the master dtype.
+    """
+    master, compute = master_dtype(precision), getattr(torch, precision.compute)
+    narrow = ranks > 1 and compute != torch.float64
+    return MixedPrecisionPolicy(
+        param_dtype=None if compute == master else compute,
+        reduce_dtype=getattr(torch, precision.reduce) if narrow else master,
+        cast_forward_inputs=False,
+    )
 
 
 def _sharder(mesh: DeviceMesh, dimension: str, dim: int = 0) -> Callable[..., FSDPModule]:
@@ -92,12 +118,11 @@ def _shard_block(
     shard_precise: Callable[..., FSDPModule],
     shard_compute: Callable[..., FSDPModule],
     shard_experts: Callable[..., FSDPModule],
-    compute_policy: MixedPrecisionPolicy,
 ) -> None:
     precise: list[nn.Module] = [part for part in block.modules() if isinstance(part, Norm | Router)]
     shard_precise(precise)
     if isinstance(block.ffn, MoE):
-        shard_experts(block.ffn.experts, mp_policy=compute_policy)
+        shard_experts(block.ffn.experts)
     shard_compute(block)
 
 

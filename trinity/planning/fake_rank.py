@@ -18,8 +18,9 @@ from trinity.config.run import RunConfig
 from trinity.models.param_roles import Role, parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.build import Optimizers
-from trinity.parallel.fsdp import sharded_modules
+from trinity.parallel.fsdp import param_groups
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
+from trinity.parallel.one_rank_groups import computes_in_place, is_local
 from trinity.training.build import build_model, make_optimizers
 
 
@@ -28,9 +29,11 @@ class FsdpGroup(NamedTuple):
 
     part: "embed", "blocks.3", "norm" or "head".
     kind: "experts", "precise" (norms and router) or "dense".
-    shards: number of shards. gathered: bytes of the unsharded parameters in the compute dtype.
+    shards: number of shards.
+    gathered: bytes of the unsharded parameters in the compute dtype; 0 if modules compute with the shards' memory.
     reduced: bytes of their unsharded gradient in the reduce dtype. Both include FSDP's padding to equal shards.
     gathers: all-gathers in a microbatch: one for the forward pass, one for backward if the parameters are freed.
+    local: whether it is on one rank, and its gradients are not reduced.
     """
 
     part: str
@@ -39,6 +42,7 @@ class FsdpGroup(NamedTuple):
     gathered: int
     reduced: int
     gathers: int
+    local: bool
 
 
 class FakeRank(NamedTuple):
@@ -75,9 +79,7 @@ def fake_rank(config: RunConfig, sizes: Sizes) -> Iterator[FakeRank]:
 def fsdp_groups(model: nn.Module) -> list[FsdpGroup]:
     """The FSDP2 groups of a sharded model's parameters, in forward order."""
     roles = {id(role.parameter): role for role in parameter_roles(model)}
-    # torch has no public interface for its groups; modules of one group share the group object
-    groups = [module._get_fsdp_state()._fsdp_param_group for module in sharded_modules(model)]
-    return [_describe(group, roles) for group in dict.fromkeys(groups) if group is not None and group.fsdp_params]
+    return [_describe(group, roles) for group in param_groups(model)]
 
 
 def _describe(group: Any, roles: dict[int, Role]) -> FsdpGroup:
@@ -91,9 +93,10 @@ def _describe(group: Any, roles: dict[int, Role]) -> FsdpGroup:
         ".".join(name[:2]) if name[0] == "blocks" else name[0],
         kind,
         shards,
-        gathered=numel * (group.mp_policy.param_dtype or master_dtype).itemsize,
+        gathered=0 if computes_in_place(group) else numel * (group.mp_policy.param_dtype or master_dtype).itemsize,
         reduced=numel * (group.mp_policy.reduce_dtype or master_dtype).itemsize,
         gathers=1 if group.post_forward_mesh_info is None else 2,
+        local=is_local(group),
     )
 
 

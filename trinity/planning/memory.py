@@ -3,7 +3,8 @@
     forward   state, saved activations of the blocks so far, this block's temporaries, gathered weights of this block
               and the next
     backward  state, saved activations up to this block, its temporaries, gathered weights of this block and the one
-              before, unsharded gradients of this block and the one after, gradient shards of the blocks that are done
+              before, unsharded gradients of this block and the one after, gradient shards of the blocks that are done;
+              groups on one rank have only the gradients themselves (parallel/one_rank_groups.py)
     update    state, gradients, and buffers of Newton-Schulz
 
 State is exact; activations are measured on meta (activations.py); buffers of FSDP and of the update are estimated.
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from trinity.optim.muon import Muon
-from trinity.parallel.grad_accumulation import SHARE_OF_DEVICE, unreduced_bytes
+from trinity.parallel.grad_accumulation import SHARE_OF_DEVICE, deferral_bytes, unreduced_bytes
 from trinity.planning.activations import Activations
 from trinity.planning.fake_rank import FakeRank, FsdpGroup, state_bytes
 
@@ -53,17 +54,16 @@ def peak_moment(rank: FakeRank, parts: list[Activations], microbatches: int, unr
 
 def unreduced_gradients(rank: FakeRank, defer_reduce: str, microbatches: int, memory: float) -> float:
     """Bytes of unsharded gradients that parallel.defer_reduce keeps on a GPU with `memory` bytes; 0 if it does not."""
-    sizes = rank.ranks.sizes
-    unsharded = unreduced_bytes(rank.model, sizes.expert)
-    auto = sizes.shard > 1 and unsharded <= SHARE_OF_DEVICE * memory
-    return unsharded if microbatches > 1 and (defer_reduce == "on" or (defer_reduce == "auto" and auto)) else 0.0
+    auto = deferral_bytes(rank.model) <= SHARE_OF_DEVICE * memory
+    defers = microbatches > 1 and (defer_reduce == "on" or (defer_reduce == "auto" and auto))
+    return unreduced_bytes(rank.model) if defers else 0.0
 
 
 class _Buffers(NamedTuple):
     """FSDP's bytes for one part of the model.
 
-    gathered: weights gathered for use. kept: weights that are not sharded and stay. reduced: the unsharded gradient.
-    shards: the gradient's shards.
+    gathered: weights gathered for use. kept: weights that are not sharded and stay. reduced: the unsharded gradient, of
+    groups that reduce it. shards: the gradient's shards.
     """
 
     gathered: float
@@ -82,7 +82,7 @@ def _fsdp_buffers(groups: list[FsdpGroup]) -> list[_Buffers]:
             _Buffers(
                 sum(group.gathered for group in members if group.shards > 1),
                 sum(group.gathered for group in members if group.shards == 1),
-                sum(group.reduced for group in members),
+                sum(group.reduced for group in members if not group.local),
                 sum(group.reduced / group.shards for group in members),
             )
         )

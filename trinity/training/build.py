@@ -17,6 +17,7 @@ from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.compilation import compile_blocks
 from trinity.parallel.fsdp import master_dtype, shard_model
 from trinity.parallel.mesh import Ranks
+from trinity.parallel.one_rank_groups import use_weights_in_place
 from trinity_kernels.expert_engines import ENGINES, check_engine
 from trinity_kernels.linear import fastest_fp32_products, has_onednn, set_fp32_products
 from trinity_kernels.op import interpreted
@@ -41,7 +42,9 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     if config.compile == "block":
         compile_blocks(model)
     shard_model(model, ranks, config.precision, config.parallel.exchange)
-    return model.to_empty(device=ranks.device)
+    model.to_empty(device=ranks.device)
+    use_weights_in_place(model)
+    return model
 
 
 def fp32_products(kernels: KernelsConfig, device: torch.device) -> Literal["torch", "onednn"]:

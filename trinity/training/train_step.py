@@ -19,7 +19,7 @@ from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, SkipReason, StepHooks, StepResult
 from trinity.optim.build import Optimizers
 from trinity.optim.grad_clip import clip_, global_norm
-from trinity.parallel.grad_accumulation import defers_reduction, set_reduction
+from trinity.parallel.grad_accumulation import defers_reduction, end_accumulation, set_reduction
 from trinity.parallel.mesh import Ranks
 from trinity.training.divisibility import microbatch_size
 from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
@@ -110,7 +110,7 @@ def _forward_and_backward(
     rows = len(batch.tokens_BS)
     size = microbatch_size(rows, config.batch.microbatch)
     alpha = config.balancing.sequence_loss
-    defer = defers_reduction(config.parallel.defer_reduce, model, ranks) if size < rows else False
+    defer = defers_reduction(config.parallel.defer_reduce, model, ranks, rows // size)
     done: list[Losses] = []
     for microbatch in batch.microbatches(size, ranks.device):
         set_reduction(model, last=len(done) + 1 == rows // size, defer=defer)
@@ -129,4 +129,5 @@ def _forward_and_backward(
         done.append(Losses._make(None if value is None else value.detach() for value in losses))
         if hooks.microbatch_done is not None:
             hooks.microbatch_done()
+    end_accumulation(model)
     return done
