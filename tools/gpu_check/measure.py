@@ -2,11 +2,11 @@
 
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -59,8 +59,8 @@ def machine() -> dict[str, Any]:
     card = torch.cuda.get_device_properties(0)
     found |= {"gpu": card.name, "memory_gb": card.total_memory / 1e9, "multiprocessors": card.multi_processor_count}
     found |= {"cuda": torch.version.cuda, "cores": os.cpu_count()}
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem", "--format=csv"]
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem", "--format=csv"]
+    with suppress(OSError, subprocess.TimeoutExpired):  # not there, or it hangs: the figures are worth more
         done = subprocess.run(query, capture_output=True, text=True, timeout=5, stdin=subprocess.DEVNULL)
         found["nvidia_smi"] = done.stdout.strip().splitlines()
     return found
