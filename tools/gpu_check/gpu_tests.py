@@ -25,7 +25,7 @@ COUNTS = re.compile(r"(\d+) (passed|failed|skipped|deselected|error)")
 
 
 def run(select: str, files: Iterable[str] | None = None) -> int:
-    """Run the tests whose name contains `select` (or not, with "not NAME"); returns 1 if one fails.
+    """Run the tests that pytest's -k selects by the expression `select`; returns 1 if one fails.
 
     Args:
         files: test files, relative to the repository; by default those with tests for a GPU.
