@@ -26,7 +26,7 @@ class Part(NamedTuple):
     least: int
     options: dict[str, Any]
     cpu_options: dict[str, Any] | None
-    cpu_limit: int = 120
+    cpu_limit: int = 300  # on two quiet cores a part takes a few seconds; on busy ones the total time decides
     extra: bool = False
 
 
