@@ -11,19 +11,19 @@ Shapes: B rows, S sequence, H query heads, G key/value heads, C head width.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.timing import DENSE_TF, Marks, device, one_line, take_turns
+from benchmarks.timing import DENSE_TF, Marks, device, one_line, record, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
 REPEATED = "varlen, keys repeated"
 """varlen with each key and value head repeated for its query heads, as grouped queries need where it takes only H."""
 
-CONTENDERS = {"flash4": "flash4", "flash2": "flash2", "varlen": "varlen", REPEATED: "varlen", "sdpa": "sdpa",
-              "flex": "flex"}  # fmt: skip
+CONTENDERS = {"flash4": "flash4", "flash2": "flash2", "varlen": "varlen", REPEATED: "varlen", "blocks": "blocks",
+              "sdpa": "sdpa", "flex": "flex"}  # fmt: skip
 """Row → engine, in order of preference; flex last, because it compiles for each mask."""
 
 MEAN_DOCUMENT = 1024
@@ -62,16 +62,31 @@ def cases() -> dict[str, Case]:
     return named
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure every case with every engine; returns the figures and what they were measured on."""
+def run(
+    quick: bool,
+    *,
+    engines: Collection[str] = tuple(CONTENDERS),
+    lengths: Collection[int] | None = None,
+    documents: Collection[bool] = (False, True),
+) -> dict[str, Any]:
+    """Measure every case with every engine; returns the figures and what they were measured on.
+
+    Args:
+        engines: rows of CONTENDERS to measure.
+        lengths: only cases with rows of these lengths; all by default.
+        documents: only cases without or with a document mask.
+    """
     from benchmarks.step import machine
 
     results: dict[str, Any] = {"on": machine(), "unit": "TF" if torch.cuda.is_available() else "GF", "cases": {}}
-    for name, case in tqdm(cases().items(), unit="case", file=sys.stderr, disable=None):
+    chosen = {k: c for k, c in cases().items() if c.documents in documents and (lengths is None or c.S in lengths)}
+    for name, case in tqdm(chosen.items(), unit="case", file=sys.stderr, disable=None):
         try:
-            results["cases"][name] = _measure(case, rounds=2 if quick else 5)
+            results["cases"][name] = _measure(case, 2 if quick else 5, engines)
         except Exception as error:  # an engine may break the device: keep what was measured before
             results["cases"][name] = {"all": {"failed": one_line(error)}}
+        for engine, figures in results["cases"][name].items():
+            record(f"{name}: {engine}", figures)
     return results
 
 
@@ -128,7 +143,7 @@ def make_documents(case: Case) -> Tensor:
     return begins.cumsum(dim=1)
 
 
-def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
+def _measure(case: Case, rounds: int, engines: Collection[str] = tuple(CONTENDERS)) -> dict[str, dict[str, Any]]:
     from trinity.models.attention_backends import pick_engine
 
     where, dtype = device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -139,7 +154,8 @@ def _measure(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
     documents_BS = make_documents(case)
     results: dict[str, dict[str, Any]] = {}
     calls = {}
-    for name, engine in CONTENDERS.items():
+    for name in engines:
+        engine = CONTENDERS[name]
         try:
             pick_engine(engine, where.type, dtype)
             repeats = case.H // case.G if name == REPEATED else 1

@@ -12,11 +12,11 @@ Shapes: T tokens, D width, F expert width, E experts, K active experts.
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
-from benchmarks.timing import DENSE_TF, Marks, device, one_line, out_of_time, take_turns
+from benchmarks.timing import DENSE_TF, Marks, device, one_line, out_of_time, record, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,20 +75,27 @@ class Inputs(NamedTuple):
 Forward = Callable[[Inputs], Tensor]
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure every case, routing and contender; returns the figures and what they were measured on."""
+def run(
+    quick: bool, *, routings: Collection[str] = ("balanced", "Zipf"), names: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Measure every case, routing and contender; returns the figures and what they were measured on.
+
+    Args:
+        names: of the contenders to measure (benchmarks.expert_peers); all by default.
+    """
     from benchmarks.step import machine
 
     cases = CUDA_CASES if torch.cuda.is_available() else CPU_CASES
-    turns = [(name, routing) for routing in ("balanced", "Zipf") for name in cases]
+    turns = [(name, routing) for routing in routings for name in cases]
     unit = "TF" if torch.cuda.is_available() else "GF"
     results: dict[str, Any] = {"on": machine(), "zipf": ZIPF, "unit": unit, "cases": {}}
     for name, routing in tqdm(turns, unit="case", file=sys.stderr, disable=None):
         case = results["cases"][f"{name}, {routing}"] = {"sizes": cases[name]._asdict(), "contenders": {}}
         try:
-            _measure(case, cases[name], routing, rounds=2 if quick else 7)
+            _measure(case, cases[name], routing, 2 if quick else 7, names, f"{name}, {routing}")
         except Exception as error:  # a contender may break the device: keep what was measured before
             case["contenders"]["the rest"] = {"failed": one_line(error)}
+            record(f"{name}, {routing}: the rest", case["contenders"]["the rest"])
     results["goals"] = goals(results)
     return results
 
@@ -190,8 +197,10 @@ def make_inputs(case: Case, routing: str) -> Inputs:
     return Inputs(*leaves[:3], indices_TK, leaves[3], normal(T, D))
 
 
-def _measure(entry: dict[str, Any], case: Case, routing: str, rounds: int) -> None:
-    """Fill in the figures of a case."""
+def _measure(
+    entry: dict[str, Any], case: Case, routing: str, rounds: int, names: Collection[str] | None = None, title: str = ""
+) -> None:
+    """Fill in the figures of a case, and record each contender's under the case's title."""
     from benchmarks.expert_peers import contenders
 
     from trinity_kernels import expert_mlp
@@ -205,6 +214,8 @@ def _measure(entry: dict[str, Any], case: Case, routing: str, rounds: int) -> No
     with torch.no_grad():
         expected_TD = expert_mlp.reference(*inputs[:5])
     for name, make in contenders(case).items():
+        if names is not None and name not in names:
+            continue
         try:
             if out_of_time():
                 raise TimeoutError("the suite's time was up")
@@ -213,14 +224,19 @@ def _measure(entry: dict[str, Any], case: Case, routing: str, rounds: int) -> No
             ready[name] = _timed(forward, inputs)
         except Exception as error:  # not installed, or not able to: the reason is its row
             rows[name] = {"failed": one_line(error)}
+        record(f"{title}: {name}", rows[name])
         gc.collect()
     del expected_TD
     work = flops(case)
-    for name, figures in take_turns(ready, rounds).items():
+
+    def report(name: str, figures: dict[str, Any]) -> None:
         rows[name] |= figures
         if "seconds" in figures:
             rows[name]["tf"] = [flop / seconds / 1e12 for flop, seconds in zip(work, figures["seconds"])]
             rows[name]["tf_both"] = sum(work) / sum(figures["seconds"]) / 1e12
+        record(f"{title}: {name}", rows[name])
+
+    take_turns(ready, rounds, report)
 
 
 def make_indices(case: Case, routing: str) -> Tensor:

@@ -16,11 +16,12 @@ Shapes: T tokens, D width, V vocabulary.
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.timing import one_line, out_of_time, record
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,8 +39,13 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_TD, weight_VD, targets_T) → the loss; writes the gradients of x and weight."""
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure every contender at every width; returns the figures and what they were measured on."""
+def run(quick: bool, *, names: Collection[str] | None = None, rep: int | None = None) -> dict[str, Any]:
+    """Measure every contender at every width; returns the figures and what they were measured on.
+
+    Args:
+        names: of the contenders to measure; all by default.
+        rep: milliseconds in which a GPU repeats a contender; 1600 by default, 400 if quick.
+    """
     from benchmarks.step import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,11 +54,15 @@ def run(quick: bool) -> dict[str, Any]:
     for name in tqdm(models, unit="width", file=sys.stderr, disable=None):
         inputs = _inputs(ZOO[name].vocab_size, ZOO[name].width, device)
         flops = 6 * TOKENS[device] * ZOO[name].vocab_size * ZOO[name].width
-        measure = _on_gpu if device == "cuda" else _on_cpu
-        figures = measure(_contenders(device), inputs, 2 if quick else 8)
-        for figure in figures.values():
+        contenders = {k: loss for k, loss in _contenders(device).items() if names is None or k in names}
+        figures: dict[str, dict[str, Any]] = {}
+        rounds = _on_cpu(contenders, inputs, 2 if quick else 8) if device == "cpu" else None
+        for contender, loss in contenders.items():
+            figure = rounds[contender] if rounds else _on_gpu(loss, inputs, rep or (400 if quick else 1600))
             if "seconds" in figure:
                 figure["tflops"] = flops / figure["seconds"] / 1e12
+            figures[contender] = figure
+            record(f"{name}: {contender}", figure)
         results[name] = {"shape": [TOKENS[device], ZOO[name].width, ZOO[name].vocab_size], "contenders": figures}
     return {"on": machine(), "dtype": str(inputs[0].dtype).removeprefix("torch."), "models": results}
 
@@ -69,7 +79,7 @@ def table(results: dict[str, Any]) -> str:
             f"| | forward + backward, ms | against ours | TFLOP/s | of {PEAK} | peak memory, GiB | loss a token |",
             "|---|---|---|---|---|---|---|",
         ]
-        baseline = entry["contenders"]["ours"]["seconds"]
+        baseline = entry["contenders"].get("ours", {}).get("seconds")
         for contender, figure in entry["contenders"].items():
             if "failed" in figure:
                 lines.append(f"| {contender} | {figure['failed']} | | | | | |")
@@ -77,8 +87,9 @@ def table(results: dict[str, Any]) -> str:
             on_gpu = "memory_gib" in figure
             memory = f"{figure['memory_gib']:.2f}" if on_gpu else ""
             share = f"{figure['tflops'] / PEAK:.1%}" if on_gpu else ""
+            against = f"{figure['seconds'] / baseline:.2f}" if baseline else ""
             lines.append(
-                f"| {contender} | {figure['seconds'] * 1e3:.1f} | {figure['seconds'] / baseline:.2f} "
+                f"| {contender} | {figure['seconds'] * 1e3:.1f} | {against} "
                 f"| {figure['tflops']:.3g} | {share} | {memory} | {figure['loss'] / T:.4f} |"
             )
     return "\n".join(lines)
@@ -145,25 +156,23 @@ def _step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return loss(*inputs)
 
 
-def _on_gpu(contenders: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], repetitions: int) -> dict[str, Any]:
+def _on_gpu(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], rep: int) -> dict[str, Any]:
     from triton.testing import do_bench
 
-    figures: dict[str, Any] = {}
-    for name, loss in contenders.items():
-        for tensor in inputs[:2]:
-            tensor.grad = None
+    for tensor in inputs[:2]:
+        tensor.grad = None
+    if out_of_time():
+        return {"failed": "not measured: the suite's time was up"}
+    try:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        try:
-            value = _step(loss, inputs).item()
-        except torch.OutOfMemoryError:
-            figures[name] = {"failed": "its memory is not there"}
-            continue
+        value = _step(loss, inputs).item()
         memory = torch.cuda.max_memory_allocated() - before
-        seconds = do_bench(lambda loss=loss: _step(loss, inputs), rep=200 * repetitions, return_mode="median") / 1e3
-        figures[name] = {"seconds": seconds, "memory_gib": memory / 2**30, "loss": value}
-    return figures
+        seconds = do_bench(lambda: _step(loss, inputs), rep=rep, return_mode="median") / 1e3
+    except Exception as error:  # any error of a contender is its result
+        return {"failed": one_line(error)}
+    return {"seconds": seconds, "memory_gib": memory / 2**30, "loss": value}
 
 
 def _on_cpu(contenders: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], repetitions: int) -> dict[str, Any]:

@@ -14,14 +14,13 @@ On a GPU the table ends with Muon's share of a step of the whole of Nano on that
 scaled by flops from these layers to all; the rest of the step is a prediction.
 """
 
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
+from benchmarks.timing import Marks, record, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,8 +40,12 @@ NANO_GFLOP_PER_TOKEN, NANO_TOKENS_PER_SECOND = 6.25, 78e3
 """Forward and backward of Nano; the speed of one H200 is a prediction, not a measurement."""
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure every contender; return the figures and the machine."""
+def run(quick: bool, *, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Measure every contender; return the figures and the machine.
+
+    Args:
+        names: of the contenders to measure; all by default.
+    """
     from benchmarks.step import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,11 +61,14 @@ def run(quick: bool) -> dict[str, Any]:
     if dtype != "bfloat16":
         contenders["dense, bfloat16: ours"] = Muon(parts["dense"], lr=RATE).step
     contenders["dense, bfloat16: torch.optim.Muon"] = _torch_muon(parts["dense"])
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in tqdm(range(2 if quick else 8), unit="round", file=sys.stderr, disable=None):
-        for name, step in contenders.items():
-            seconds[name].append(_seconds(step, device))
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up
+    groups: dict[str, dict[str, Callable[[Marks], None]]] = {}  # contenders with the same matrices and dtype
+    for name, step in contenders.items():
+        if names is None or name in names:
+            groups.setdefault(name.split(":")[0], {})[name] = _timed(step)
+    found = {}
+    for group in tqdm(groups.values(), unit="group", file=sys.stderr, disable=None):
+        found |= take_turns(group, 1 if quick else 7, record)
+    medians = {name: figures["seconds"][0] for name, figures in found.items() if "seconds" in figures}
     flops = {part: _flops(owned) for part, owned in parts.items()}
     return {
         "on": machine(),
@@ -70,6 +76,7 @@ def run(quick: bool) -> dict[str, Any]:
         "tokens_per_step": TOKENS[device],
         "flops": flops,
         "seconds": medians,
+        "failed": {name: figures["failed"] for name, figures in found.items() if "failed" in figures},
         "nano": _nano_seconds(medians, flops, dtype) if device == "cuda" else {},
     }
 
@@ -84,9 +91,11 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for name, seconds in results["seconds"].items():
-        ours = results["seconds"][name.split(":")[0] + ": ours"]
+        ours = results["seconds"].get(name.split(":")[0] + ": ours")
         speed = results["flops"][name.split(",")[0]] / seconds / 1e12
-        lines.append(f"| {name} | {seconds:.4f} | {seconds / ours:.2f} | {speed:.3g} |")
+        against = f"{seconds / ours:.2f}" if ours else ""
+        lines.append(f"| {name} | {seconds:.4f} | {against} | {speed:.3g} |")
+    lines += [f"| {name} | {reason} | | |" for name, reason in results["failed"].items()]
     return "\n".join([*lines, *_shares(results["nano"])])
 
 
@@ -116,6 +125,7 @@ def _nano_seconds(seconds: dict[str, float], flops: dict[str, float], dtype: str
     return {
         name: sum(seconds[f"{part}, {dtype}: {name}"] * whole[part] / flops[part] for part in whole)
         for name in ("ours", "ours, kernel=reference")
+        if all(f"{part}, {dtype}: {name}" in seconds for part in whole)
     }
 
 
@@ -175,9 +185,5 @@ def _torch_muon(roles: list[Role]) -> Callable[[], None]:
     return torch.optim.Muon(parameters, lr=RATE, momentum=MOMENTUM, weight_decay=DECAY).step
 
 
-def _seconds(step: Callable[[], None], device: str) -> float:
-    began = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def _timed(step: Callable[[], None]) -> Callable[[Marks], None]:
+    return lambda mark: step()

@@ -3,8 +3,9 @@
 The config is configs/nano_1gpu.yaml: 6.1B parameters in bf16 with fp32 masters, rows of 4096. Each variant runs in a
 separate process with a time limit: one that runs out of memory or time is a row of the table and keeps the rows before.
 Weights are random numbers and routing is forced (benchmarks.experts: balanced, or Zipf), so that a step costs as much
-as in the middle of a run. On a GPU that cannot hold the whole model, a version with fewer layers comes first. MFU is
-trinity.models.flops.flops_per_token over the data sheet's peak.
+as in the middle of a run. A GPU that cannot hold the whole model gets 28 of the 56 layers: 3.17B parameters, 44 GB of
+state, and a head with 34 % of the FLOPs instead of 20. MFU is trinity.models.flops.flops_per_token over the data
+sheet's peak.
 """
 
 import json
@@ -13,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trinity.io.json_files import to_json
 
@@ -28,22 +30,35 @@ TIMEOUT = 75
 WHOLE_MODEL_BYTES = 100e9
 """Memory of a GPU that can hold the whole model's state (75 GB) and its activations."""
 
-VARIANTS = [
-    ("balanced routing", "balanced", ["recompute=block", "batch.microbatch=8"]),
-    ("Zipf routing", "Zipf", ["recompute=block", "batch.microbatch=8"]),
-    ("balanced routing, nothing recomputed, microbatch 4", "balanced", ["recompute=none", "batch.microbatch=4"]),
-]
+SHORT = 28
+"""Layers on a smaller GPU."""
+
+VARIANTS = {
+    "as configured": ("balanced", []),
+    "defer_reduce on": ("balanced", ["parallel.defer_reduce=on"]),
+    "nothing recomputed, microbatch 4": ("balanced", ["recompute=none", "batch.microbatch=4"]),
+    "as configured, Zipf routing": ("Zipf", []),
+}
+"""Name → routing, and words of the command line."""
 
 
 def run(quick: bool) -> dict[str, Any]:
     """Measure every variant: name → rows, each with figures or the reason of a failure."""
+    title, layers = layers_that_fit()
+    tokens = TOKENS[: 1 if quick else None]
+    return {
+        f"{title}, {name}": in_process(CONFIG, routing, [*words, *layers], tokens)
+        for name, (routing, words) in VARIANTS.items()
+    }
+
+
+def layers_that_fit() -> tuple[str, list[str]]:
+    """The model's name in the table, and the words that make it fit this GPU's memory."""
     import torch
 
-    variants = {f"Nano, {name}": (routing, words) for name, routing, words in VARIANTS}
-    if torch.cuda.get_device_properties(0).total_memory < WHOLE_MODEL_BYTES:
-        short = {f"Nano with 12 of 56 layers, {n}": (r, [*words, "model.layers=12"]) for n, r, words in VARIANTS[:2]}
-        variants = short | variants
-    return {name: in_process(CONFIG, *variant, TOKENS[: 1 if quick else None]) for name, variant in variants.items()}
+    if torch.cuda.get_device_properties(0).total_memory >= WHOLE_MODEL_BYTES:
+        return "Nano", []
+    return f"Nano with {SHORT} of 56 layers", [f"model.layers={SHORT}"]
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -86,55 +101,99 @@ def _rows(output: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in output.splitlines() if line.startswith('{"what"')]
 
 
-def _measure(path: str, routing: str, tokens_of_steps: list[int], words: list[str]) -> None:
-    """Measure one variant and print each row as a line of JSON."""
-    import torch
+class Setup(NamedTuple):
+    """A model on its device, filled with random numbers, and one microbatch of random tokens."""
 
+    config: Any
+    ranks: Any
+    model: Any
+    microbatch: Any
+
+    def gradient(self) -> None:
+        """Forward and backward of the microbatch."""
+        losses = self.model(self.microbatch.tokens_BS, targets_BS=self.microbatch.targets_BS)
+        (losses.token_loss / self.microbatch.tokens_BS.numel()).backward()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the microbatch."""
+        return self.microbatch.tokens_BS.numel()
+
+
+def prepare(path: str, routing: str, words: list[str]) -> Setup:
+    """The model of a config under FSDP2 on this process's device, with forced routing; see mesh.stop.
+
+    Gradients are reduced as in a step's first microbatch, so parallel.defer_reduce counts.
+    """
     from trinity.config.load import load_config
-    from trinity.data.stream.collate import Batch
-    from trinity.hardware import memory_gib, peak_flops
-    from trinity.models.flops import flops_per_token
     from trinity.parallel import mesh
-    from trinity.training.build import build_model, make_optimizers
-    from trinity.training.train_step import train_step
+    from trinity.parallel.grad_accumulation import defers_reduction, set_reduction
+    from trinity.training.build import build_model
 
     config = load_config(path, words)
     ranks = mesh.start(config.parallel, config.model, None, False)
     model = build_model(config, ranks)
     _fill(model)
     _force_routing(routing)
+    set_reduction(model, last=False, defer=defers_reduction(config.parallel.defer_reduce, model, ranks))
+    size = config.batch.microbatch * config.data.sequence_length
+    microbatch = next(_text(config, size).microbatches(config.batch.microbatch, ranks.device))
+    return Setup(config, ranks, model, microbatch)
+
+
+def measure(
+    path: str,
+    routing: str,
+    tokens_of_steps: list[int],
+    words: list[str],
+    report: Callable[[dict[str, Any]], None],
+    repeats: int = 3,
+) -> None:
+    """Measure one variant; each row is reported as soon as it is measured.
+
+    Args:
+        path: of the config; words are its overrides.
+        report: called with {"what", "tokens", "seconds", "mfu", "memory_gib"}.
+        repeats: microbatches, and steps of the first number of tokens, after one that warms up; medians are reported.
+    """
+    from trinity.hardware import memory_gib, peak_flops
+    from trinity.models.flops import flops_per_token
+    from trinity.parallel import mesh
+    from trinity.training.build import make_optimizers
+    from trinity.training.train_step import train_step
+
+    setup = prepare(path, routing, words)
+    config, ranks, model, _ = setup
     optimizers = make_optimizers(config, model)
-    length = config.data.sequence_length
-    flops, peak = flops_per_token(config.model, length)["training"], peak_flops(ranks.device)
+    flops, peak = flops_per_token(config.model, config.data.sequence_length)["training"], peak_flops(ranks.device)
 
-    def text(tokens: int) -> Batch:
-        random = torch.Generator().manual_seed(0)
-        both = torch.randint(config.model.vocab_size, (max(1, tokens // length), length + 1), generator=random)
-        return Batch(both[:, :-1], both[:, 1:], None)
-
-    def report(what: str, tokens: int, seconds: list[float]) -> None:
+    def row(what: str, tokens: int, seconds: list[float]) -> None:
         median = statistics.median(seconds)
         mfu = None if peak is None else flops * tokens / median / peak
-        row = {"what": what, "tokens": tokens, "seconds": median, "mfu": mfu, "memory_gib": memory_gib(ranks.device)}
-        print(to_json(row), flush=True)
+        memory = memory_gib(ranks.device)
+        report({"what": what, "tokens": tokens, "seconds": median, "mfu": mfu, "memory_gib": memory})
 
-    def gradient(batch: Batch) -> None:
-        losses = model(batch.tokens_BS, targets_BS=batch.targets_BS)
-        (losses.token_loss / batch.tokens_BS.numel()).backward()
-
-    size = config.batch.microbatch * length
-    microbatch = next(text(size).microbatches(config.batch.microbatch, ranks.device))
-    report("forward + backward", size, [_seconds(lambda: gradient(microbatch)) for _ in range(4)][1:])
+    row("forward + backward", setup.tokens, [_seconds(setup.gradient) for _ in range(repeats + 1)][1:])
     optimizers.zero_grad()
     for index, tokens in enumerate(tokens_of_steps):
-        batch = text(tokens)
-        repeats = 4 if index == 0 else 1  # the first of all warms up
+        batch = _text(config, tokens)
         taken = [
             _seconds(lambda: train_step(model, optimizers, batch, config, 1.0, ranks))  # noqa: B023
-            for _ in range(repeats)
+            for _ in range(repeats + 1 if index == 0 else 1)  # the first of all warms up
         ]
-        report("a step", batch.tokens_BS.numel(), taken[1:] or taken)
+        row("a step", batch.tokens_BS.numel(), taken[1:] or taken)
     mesh.stop()
+
+
+def _text(config: Any, tokens: int) -> Any:
+    """A batch of random tokens, at least one row."""
+    import torch
+
+    from trinity.data.stream.collate import Batch
+
+    length, random = config.data.sequence_length, torch.Generator().manual_seed(0)
+    both = torch.randint(config.model.vocab_size, (max(1, tokens // length), length + 1), generator=random)
+    return Batch(both[:, :-1], both[:, 1:], None)
 
 
 def _seconds(call: Any) -> float:
@@ -187,4 +246,5 @@ def _force_routing(routing: str) -> None:
 if __name__ == "__main__":
     os.chdir(Path(__file__).parents[2])
     sys.path[:0] = [str(Path(__file__).parents[1])]
-    _measure(sys.argv[1], sys.argv[2], [int(number) for number in sys.argv[3].split(",")], sys.argv[4:])
+    steps = [int(number) for number in sys.argv[3].split(",")]
+    measure(sys.argv[1], sys.argv[2], steps, sys.argv[4:], lambda row: print(to_json(row), flush=True))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from benchmarks.step import machine
-from benchmarks.timing import COPY_TBS, Marks, device, one_line, take_turns
+from benchmarks.timing import COPY_TBS, Marks, device, one_line, out_of_time, record, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,8 +52,13 @@ class Case(NamedTuple):
     backward: int
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Measure every contender; returns the figures and what they were measured on."""
+def run(quick: bool, *, compiled: bool = True, rep: int | None = None) -> dict[str, Any]:
+    """Measure every contender; returns the figures and what they were measured on.
+
+    Args:
+        compiled: whether torch.compile is a contender; it takes seconds for each op.
+        rep: milliseconds in which a GPU repeats a contender; 100 by default, 20 if quick.
+    """
     where = device().type
     rows = []
     for model in tqdm(MODELS[where][: 1 if quick else None], unit="model", file=sys.stderr, disable=None):
@@ -63,8 +68,10 @@ def run(quick: bool) -> dict[str, Any]:
                 "model": model,
                 "op": case.name,
                 "bytes": [case.forward * size, case.backward * size],
-                "contenders": _measure(case, where, quick),
+                "contenders": _measure(case, where, quick, compiled, rep or (20 if quick else 100)),
             })  # fmt: skip
+            for name, figures in rows[-1]["contenders"].items():
+                record(f"{model}, {case.name}: {name}", figures | {"bytes": rows[-1]["bytes"]})
     return {"on": machine(), "device": where, "tokens": ROWS[where][0] * ROWS[where][1], "found": rows}
 
 
@@ -77,7 +84,7 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["found"]:
-        baseline = row["contenders"]["ours"]
+        baseline = row["contenders"].get("ours", {})
         for name, figures in row["contenders"].items():
             head = f"| {row['model']}, {row['op']} | {name} | "
             if "failed" in figures:
@@ -93,21 +100,25 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measure(case: Case, where: str, quick: bool) -> dict[str, dict[str, Any]]:
+def _measure(case: Case, where: str, quick: bool, compiled: bool, rep: int) -> dict[str, dict[str, Any]]:
     contenders = {"ours": case.op, "torch": case.plain}
     if where == "cpu":
         turns = {name: _in_parts(function, case.inputs) for name, function in contenders.items()}
         return take_turns(turns, 5 if quick else 40)
-    contenders["torch.compile"] = torch.compile(case.plain, dynamic=False)
+    if compiled:
+        contenders["torch.compile"] = torch.compile(case.plain, dynamic=False)
     if case.name == "rms_norm" and find_spec("liger_kernel"):
         contenders["Liger"] = _liger_norm
     results: dict[str, dict[str, Any]] = {}
     for name, function in contenders.items():
         try:
-            results[name] = {"seconds": _on_gpu(function, case.inputs, quick)}
+            if out_of_time():
+                raise TimeoutError("the suite's time was up")
+            results[name] = {"seconds": _on_gpu(function, case.inputs, rep)}
         except Exception as error:  # any error of a contender is its result
             results[name] = {"failed": one_line(error)}
-    torch._dynamo.reset()  # one more compiled function per case would exceed the limit of recompilations
+    if compiled:
+        torch._dynamo.reset()  # one more compiled function per case would exceed the limit of recompilations
     return results
 
 
@@ -123,14 +134,14 @@ def _in_parts(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Calla
     return call
 
 
-def _on_gpu(function: Callable[..., Any], inputs: tuple[Tensor, ...], quick: bool) -> list[float]:
+def _on_gpu(function: Callable[..., Any], inputs: tuple[Tensor, ...], rep: int) -> list[float]:
     """Median seconds of forward and of backward."""
     from triton.testing import do_bench
 
     out = _outputs(function, inputs)
     dys = [torch.randn_like(y) for y in out]
     calls = (lambda: function(*inputs), lambda: torch.autograd.grad(out, inputs, dys, retain_graph=True))
-    return [do_bench(call, rep=20 if quick else 100, return_mode="median") / 1e3 for call in calls]
+    return [do_bench(call, rep=rep, return_mode="median") / 1e3 for call in calls]
 
 
 def _outputs(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Outputs:

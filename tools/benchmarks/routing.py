@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from benchmarks.timing import one_line, out_of_time, record
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,8 +45,18 @@ def run(quick: bool) -> dict[str, Any]:
     for model in tqdm(MODELS[device], unit="model", file=sys.stderr, disable=None):
         for skew, most in SKEWS.items():
             for op, bytes_, calls in _ops(model, most, device):
-                seconds = {kernel: _seconds(call, device, quick) for kernel, call in calls.items()}
-                rows.append({"model": model, "routing": skew, "op": op, "bytes": bytes_, "seconds": seconds})
+                row = {"model": model, "routing": skew, "op": op, "bytes": bytes_, "seconds": {}, "failed": {}}
+                for kernel, call in calls.items():
+                    try:
+                        if out_of_time():
+                            raise TimeoutError("the suite's time was up")
+                        row["seconds"][kernel] = _seconds(call, device, quick)
+                    except Exception as error:  # any error of a kernel is its result
+                        row["failed"][kernel] = one_line(error)
+                rows.append(row)
+                for kernel in calls:
+                    figures = {"seconds": row["seconds"].get(kernel), "bytes": bytes_}
+                    record(f"{model}, {skew}, {op}: {kernel}", figures | _reason(row["failed"].get(kernel)))
     return {"on": machine(), "tokens": TOKENS[device], "kernels": KERNELS[device], "found": rows}
 
 
@@ -62,10 +73,20 @@ def table(results: dict[str, Any]) -> str:
     ]
     for row in results["found"]:
         seconds = row["seconds"]
-        cells = [f"{seconds[k] * 1e6:.1f} | {row['bytes'] / seconds[k] / 1e9:.3g}" for k in kernels]
-        cells += [f"{seconds[k] / seconds[kernels[0]]:.2f}" for k in kernels[1:]]
+        cells = [
+            f"{seconds[k] * 1e6:.1f} | {row['bytes'] / seconds[k] / 1e9:.3g}"
+            if k in seconds
+            else f"{row['failed'][k]} | "
+            for k in kernels
+        ]
+        both = [k for k in kernels[1:] if k in seconds and kernels[0] in seconds]
+        cells += [f"{seconds[k] / seconds[kernels[0]]:.2f}" if k in both else "" for k in kernels[1:]]
         lines.append(f"| {row['model']}, {row['routing']}, {row['op']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _reason(failed: str | None) -> dict[str, str]:
+    return {} if failed is None else {"failed": failed}
 
 
 def _ops(model: str, most: float, device: str) -> Iterator[tuple[str, int, dict[str, Callable[[], Any]]]]:

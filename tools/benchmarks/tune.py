@@ -18,7 +18,7 @@ import sys
 from importlib import import_module
 from typing import Any, Protocol
 
-from benchmarks.timing import Marks, take_turns
+from benchmarks.timing import Marks, record, take_turns
 from tqdm import tqdm
 
 from trinity.errors import UserError
@@ -46,7 +46,7 @@ def run(quick: bool, op: str) -> dict[str, Any]:
 
     kernels = {}
     for name, tunable in tqdm(tunables(op).items(), unit="kernel", file=sys.stderr, disable=None):
-        kernels[name] = measure(tunable, rounds=2 if quick else 7)
+        kernels[name] = measure(tunable, rounds=2 if quick else 7, title=name)
     return {"on": machine(), "op": op, "kernels": kernels}
 
 
@@ -65,7 +65,7 @@ def tunables(op: str) -> dict[str, Tunable]:
         raise UserError(f"{module} has no TUNABLE: nothing to tune; see tools/benchmarks/tune.py") from error
 
 
-def measure(tunable: Tunable, rounds: int) -> dict[str, Any]:
+def measure(tunable: Tunable, rounds: int, title: str = "") -> dict[str, Any]:
     """Seconds or failure of each candidate, by its repr; the fastest; and what the module picks now."""
 
     def call(candidate: Any) -> Any:
@@ -75,7 +75,8 @@ def measure(tunable: Tunable, rounds: int) -> dict[str, Any]:
         return timed
 
     by_name = {repr(candidate): candidate for candidate in tunable.candidates}
-    figures = take_turns({name: call(candidate) for name, candidate in by_name.items()}, rounds)
+    calls = {name: call(candidate) for name, candidate in by_name.items()}
+    figures = take_turns(calls, rounds, lambda name, row: record(f"{title}: {name}", row))
     tiles = {name: {"seconds": f["seconds"][0]} if "seconds" in f else f for name, f in figures.items()}
     good = [name for name in tiles if "seconds" in tiles[name]]
     best = min(good, key=lambda name: tiles[name]["seconds"], default=None)

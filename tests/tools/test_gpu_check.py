@@ -1,0 +1,411 @@
+"""tools/gpu_check.sh: whatever a part does, and wherever the check is killed, what was measured before is there.
+
+The script runs as a user would run it, with a stub in place of the worker (stub_gpu_worker.py).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import attention, expert_peers, experts, head, nano_step, timing
+from gpu_check import gpu_tests, kernel_profile, packages, smoke_run, worker
+from gpu_check.kernel_profile import Interval
+from gpu_check.parts import PARTS
+from gpu_check.results import committed_name, read_cases
+from gpu_check.supervisor import Check
+
+from trinity.config.load import load_config
+from trinity.models import Trinity
+
+ROOT = Path(__file__).parents[2]
+NAMES = [part.name for part in PARTS if part.cpu_options is not None]
+FEW = ["ceilings", "step_deferred", "experts", "smoke_reference"]
+"""Parts, in order, of the tests in which one misbehaves."""
+FILES = {"check.json", "results.jsonl", "results.tar.gz", "summary.md"}
+Start = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start the script with OUT = tmp_path/out, in a group of its own; kill what is left of it in the end."""
+    started = []
+
+    def begin(
+        *parts: str, cpu: bool = True, stub: dict[str, str] | None = None, **environment: str
+    ) -> subprocess.Popen:
+        command = ["bash", ROOT / "tools" / "gpu_check.sh", *(["--cpu"] if cpu else []), tmp_path / "out", *parts]
+        added = {
+            "PYTHON": sys.executable, "STUB": json.dumps(stub or {}), "TMPDIR": str(tmp_path),
+            "CHECK_WORKER": f"{sys.executable} {ROOT / 'tests' / 'tools' / 'stub_gpu_worker.py'}",
+        }  # fmt: skip
+        process = subprocess.Popen(
+            command, env=os.environ | added | environment, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def written(out: Path) -> dict[str, Any]:
+    """check.json, after a look at the folder: few files to copy, and all readable."""
+    names = {path.name for path in out.iterdir()}
+    assert names >= FILES, names
+    assert len(names) <= 8
+    with tarfile.open(out / "results.tar.gz") as archive:
+        assert {"check.json", "summary.md"} <= set(archive.getnames())
+    check = json.loads((out / "check.json").read_text())
+    assert {"gpu", "date", "versions", "machine", "parts", "results"} <= set(check)
+    assert "| part | outcome |" in (out / "summary.md").read_text()
+    return check
+
+
+def outcomes(check: dict[str, Any]) -> dict[str, str]:
+    return {row["part"]: row["outcome"] for row in check["parts"]}
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """The condition's first true value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError("did not happen")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_every_part_runs(start: Start, tmp_path: Path) -> None:
+    """In the order of the table; with the log of each in the archive, and nothing left in the temporary folder."""
+    process = start()
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    check = written(tmp_path / "out")
+    assert list(outcomes(check)) == [part.name for part in PARTS]
+    assert {name for name, outcome in outcomes(check).items() if outcome == "done"} == set(NAMES)
+    assert all(check["results"][name].keys() == {"first", "second"} for name in NAMES)
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        assert {f"logs/{name}.log" for name in NAMES} <= set(archive.getnames())
+    assert output.splitlines()[0].startswith(f"{NAMES[0]}: done")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("behaviour", ["fail", "die", "hang"])
+@pytest.mark.parametrize("part", [FEW[0], FEW[1], FEW[-1]])
+def test_a_bad_part_is_a_row(start: Start, tmp_path: Path, part: str, behaviour: str) -> None:
+    """What it measured before is kept, the others run, and the exit code is 1."""
+    process = start(*FEW, stub={part: behaviour}, CHECK_PART_SECONDS="2")
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    check = written(tmp_path / "out")
+    expected = dict.fromkeys(FEW, "done") | {part: "timed out" if behaviour == "hang" else "failed"}
+    assert outcomes(check) == expected
+    assert check["results"][part]["first"]["seconds"] == 1.0
+    if behaviour == "hang":
+        assert not is_alive(check["results"][part]["child"]["pid"])
+    if behaviour == "fail":
+        assert [row["failed_cases"] for row in check["parts"] if row["part"] == part] == [1]
+        assert "**out of memory**" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_a_part_that_ignores_sigterm(start: Start, tmp_path: Path) -> None:
+    process = start(*FEW, stub={"experts": "ignore"}, CHECK_PART_SECONDS="2")
+    process.communicate(timeout=120)
+    check = written(tmp_path / "out")
+    assert outcomes(check)["experts"] == "timed out"
+    assert outcomes(check)["smoke_reference"] == "done"
+    assert not is_alive(check["results"]["experts"]["first"]["pid"])
+
+
+def test_parts_that_do_not_fit_are_rows(start: Start, tmp_path: Path) -> None:
+    """A hang takes the rest of the total time; what follows is skipped with the reason."""
+    process = start(stub={"ceilings": "hang"}, CHECK_SECONDS="22")
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    check = written(tmp_path / "out")
+    first, *rest = check["parts"]
+    assert first["outcome"] == "timed out"
+    assert first["seconds"] > 5
+    assert {row["outcome"] for row in rest} == {"skipped", "left out"}
+    assert all("s were left" in row["why"] for row in rest if row["outcome"] == "skipped")
+    assert check["seconds"] < 22
+
+
+@pytest.mark.parametrize("part", FEW)
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_check_keeps_its_results(start: Start, tmp_path: Path, part: str, name: signal.Signals) -> None:
+    """Every part before is done, the running one has its first case, and no process is left."""
+    process = start(*FEW, stub={part: "hang"})
+    results = tmp_path / "out" / "results.jsonl"
+    wait_for(lambda: results.exists() and f'"{part}", "case": "child"' in results.read_text())
+    os.killpg(process.pid, name)
+    process.communicate(timeout=30)
+    assert process.returncode == (1 if name == signal.SIGTERM else -signal.SIGKILL)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    index = FEW.index(part)
+    assert [row["part"] for row in rows if row["case"] == "second"] == FEW[:index]
+    assert rows[-2]["part"] == part
+    wait_for(lambda: not any(is_alive(row["pid"]) for row in rows if "pid" in row), seconds=10)
+    check = written(tmp_path / "out")
+    expected = dict.fromkeys(FEW[:index], "done") | {part: "running"}
+    if name == signal.SIGTERM:
+        expected = dict.fromkeys(FEW, "skipped") | expected | {part: "stopped"}
+        assert check["results"][part]["first"]["seconds"] == 1.0
+    assert outcomes(check) == expected
+
+
+def test_an_extra_part_may_lack_time_but_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sanitizer skipped for lack of time leaves the exit code 0; an access that it finds does not."""
+    extra = next(part for part in PARTS if part.name == "sanitizer")
+    for outcome, code in (("done", 0), ("skipped", 0), ("timed out", 0), ("failed", 1)):
+        scratch = tmp_path / outcome
+        scratch.mkdir()
+        check = Check(scratch, scratch, cpu=False, began=time.time())
+        monkeypatch.setattr(check, "_in_worker", lambda *_, outcome=outcome: (1, outcome))
+        assert check.run([extra]) == code
+        main = extra._replace(extra=False)
+        assert check.run([main]) == int(outcome != "done")
+
+
+def test_named_parts_alone_run(start: Start, tmp_path: Path) -> None:
+    """In the check's order; an unknown name is refused with the names that exist."""
+    process = start("norms", "ceilings")
+    assert process.communicate(timeout=60)[0].count("done") == 2
+    assert list(outcomes(written(tmp_path / "out"))) == ["ceilings", "norms"]
+    process = start("norm")
+    assert "there is no part norm; the parts are ceilings, " in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+
+
+def test_without_a_gpu(start: Start, tmp_path: Path) -> None:
+    """The first part finds none: one sentence, and nothing else runs. The real worker tells by its exit code."""
+    process = start(cpu=False, stub={"ceilings": "no gpu"})
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert errors == "error: torch finds no GPU; use --cpu to try the check without one\n"
+    if not torch.cuda.is_available():
+        assert worker.run("measure:ceilings", {}, needs_gpu=True) == worker.NO_GPU
+
+
+def blocked(folder: Path, *names: str) -> dict[str, str]:
+    """An environment in which Python finds none of these modules."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({names}))\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_missing_packages_are_named(start: Start, tmp_path: Path) -> None:
+    """One sentence with the wheels to bring, before anything runs."""
+    process = start(**blocked(tmp_path / "site", "omegaconf", "backports"))
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    names = ["omegaconf", *(["backports.zstd"] if "backports.zstd" in packages.NEEDED else [])]
+    assert f"lacks {', '.join(names)}: put wheels for Python {sys.version_info[0]}.{sys.version_info[1]} into" in errors
+    assert f"pip download --no-deps --only-binary=:all: -d wheels {' '.join(names)}) and name it in WHEELS" in errors
+    assert errors.count("\n") == 1
+
+
+def test_nothing_else_is_needed(tmp_path: Path) -> None:
+    """Every part, the suites and the tests' conftest import without the packages that a bare machine lacks."""
+    lacking = ["datasets", "dill", "multiprocess", "liger_kernel", "plotly", "wandb", "hypothesis", "matplotlib"]
+    modules = sorted({f"gpu_check.{part.function.split(':')[0]}" for part in PARTS})
+    modules += sorted({f"benchmarks.{part.options['suite']}" for part in PARTS if "suite" in part.options})
+    modules += ["benchmarks.expert_peers", "tests.conftest", "tests.kernels.conftest", "trinity.training.trainer"]
+    environment = blocked(tmp_path / "site", *lacking)
+    environment["PYTHONPATH"] += "".join(f":{path}" for path in (ROOT, ROOT / "kernels", ROOT / "tools"))
+    code = f"import importlib\nfor name in {modules}: importlib.import_module(name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_parts_are_callable() -> None:
+    """Each part's function takes its options, each suite takes those handed on, and each step's variant exists."""
+    assert len({part.name for part in PARTS}) == len(PARTS)
+    for part in PARTS:
+        module, name = part.function.split(":")
+        function = getattr(import_module(f"gpu_check.{module}"), name)
+        for options in (part.options, part.cpu_options):
+            if options is None:
+                continue
+            signature(function).bind(**options)
+            if "suite" in options:
+                suite = import_module(f"benchmarks.{options['suite']}")
+                signature(suite.run).bind(**{k: v for k, v in options.items() if k != "suite"})
+            if "variant" in options:
+                assert options["variant"] in nano_step.VARIANTS
+
+
+def test_contenders_exist() -> None:
+    """The names that the parts choose are names of the suites: a misspelt one would measure nothing."""
+    chosen = {part.name: part.options.get("names", []) for part in PARTS}
+    assert set(chosen["experts"]) | set(chosen["experts_liger"]) <= set(
+        expert_peers.contenders(experts.CUDA_CASES["Nano"])
+    ) | {"trinity triton"}
+    assert set(chosen["head"]) <= {"ours", *head._contenders("cpu"), "Liger"}
+    attends = next(part for part in PARTS if part.name == "attention").options
+    assert set(attends["engines"]) <= set(attention.ENGINES)
+
+
+@pytest.mark.parametrize("variant", nano_step.VARIANTS)
+def test_variants_load(variant: str) -> None:
+    """Whole and with 28 layers, which are the 3.17B parameters that fit 80 GB."""
+    words = nano_step.VARIANTS[variant][1]
+    load_config(str(ROOT / nano_step.CONFIG), words)
+    short = load_config(str(ROOT / nano_step.CONFIG), [*words, f"model.layers={nano_step.SHORT}"])
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Trinity(short.model).parameters())
+    assert parameters == pytest.approx(3.17e9, rel=2e-3)
+
+
+def test_a_record_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written at once; a later line of the same case wins; a torn line is left out; without the variable, nothing."""
+    path = tmp_path / "results.jsonl"
+    timing.record("lost", {"seconds": 0.0})
+    monkeypatch.setenv("BENCH_RECORD", str(path))
+    monkeypatch.setenv("BENCH_PART", "experts")
+    timing.record("a", {"seconds": float("nan"), "why": ValueError("x")})
+    timing.record("a", {"seconds": 2.0})
+    with open(path, "a") as file:
+        file.write('{"part": "experts", "case": "b", "sec')
+    assert len(path.read_text().splitlines()) == 3
+    assert read_cases(path) == {"experts": {"a": {"seconds": 2.0}}}
+    assert read_cases(tmp_path / "none") == {}
+
+
+def test_contenders_are_reported_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite cut short has the median so far; one that fails is reported too."""
+    seconds = iter([9.0, 1.0, 3.0])
+    monkeypatch.setattr(timing, "parts_of", lambda call: call(None) or [next(seconds)])
+    reports = []
+
+    def broken(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    calls = {"good": lambda _: None, "broken": broken}
+    timing.take_turns(calls, 2, lambda name, row: reports.append((name, row)))
+    assert reports == [
+        ("good", {"seconds": [9.0]}), ("broken", {"failed": "out of memory"}),
+        ("good", {"seconds": [1.0]}), ("good", {"seconds": [2.0]}),
+    ]  # fmt: skip
+
+
+def test_an_error_of_a_part_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory in a step is a row and no failure of the part; any other error is a row and exit code 1."""
+    monkeypatch.setenv("BENCH_RECORD", str(tmp_path / "results.jsonl"))
+    monkeypatch.setenv("BENCH_PART", "step")
+
+    def full(*_: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nano_step, "measure", full)
+    assert worker.run("measure:step", {"variant": "as configured"}, needs_gpu=False) == 0
+    assert worker.run("measure:step", {"variant": "none"}, needs_gpu=False) == 1
+    rows = read_cases(tmp_path / "results.jsonl")["step"].values()
+    assert [row["failed"] for row in rows if "failed" in row] == ["out of memory", "KeyError: 'none'"]
+
+
+def test_a_variant_that_changes_nothing_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the config already has a variant's settings, the row says so and nothing is measured twice."""
+    monkeypatch.setenv("BENCH_RECORD", str(tmp_path / "results.jsonl"))
+    monkeypatch.setenv("BENCH_PART", "step")
+    monkeypatch.setattr(nano_step, "VARIANTS", {"same": ("balanced", ["batch.microbatch=8"])})
+    monkeypatch.setattr(nano_step, "measure", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert worker.run("measure:step", {"variant": "same"}, needs_gpu=False) == 0
+    assert read_cases(tmp_path / "results.jsonl")["step"]["smoke: the rest"] == {
+        "skipped": "the config has these settings"
+    }
+
+
+def test_the_name_to_commit(tmp_path: Path) -> None:
+    for gpu, name in (("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("NVIDIA H200", "h200"), (None, "cpu")):
+        (tmp_path / "check.json").write_text(json.dumps({"gpu": gpu, "date": "2026-12-01"}))
+        assert committed_name(tmp_path / "check.json") == f"2026-12-01-{name}-check.json"
+
+
+def test_kernels_by_time() -> None:
+    """Sums by name, the longest first; the shares of all rows are 1."""
+    found = [Interval("a", 0, 2), Interval("b", 2, 7), Interval("a", 7, 10), Interval("c", 10, 11)]
+    rows = kernel_profile.by_time(found, rows=2)
+    assert list(rows) == ["a", "b", "the rest"]
+    assert rows["a"] == {"us": 5, "calls": 2, "share": 5 / 11}
+    assert rows["the rest"] == {"us": 1, "calls": 1, "share": 1 / 11}
+    assert kernel_profile.by_time([]) == {}
+
+
+def test_gaps() -> None:
+    """Kernels that overlap count once; a kernel inside another opens no gap; the names on both sides are given."""
+    found = [Interval("c", 30, 31), Interval("a", 0, 10), Interval("inside", 2, 3), Interval("b", 8, 12)]
+    found += [Interval("d", 33, 40)]
+    row = kernel_profile.gaps(found)
+    assert (row["span_us"], row["idle_us"], row["busy_us"]) == (40, 20, 20)
+    assert row["idle_share"] == 0.5
+    assert row["gaps"] == 1
+    assert row["longest"] == [{"us": 18, "after": "b", "before": "c"}, {"us": 2, "after": "c", "before": "d"}]
+    assert kernel_profile.gaps([])["span_us"] == 0
+
+
+def test_outcome_of_tests() -> None:
+    """From pytest's last line; from the lines so far if it was killed."""
+    lines = "FAILED tests/a.py::test_x[1] - assert 1 == 2\n1 failed, 3 passed, 28 deselected in 2.10s\n"
+    expected = {"failed": 1, "passed": 3, "deselected": 28}
+    assert gpu_tests.outcome(lines) == {"tests": expected, "failures": ["test_x[1]"]}
+    assert gpu_tests.outcome("a.py::x PASSED\na.py::y FAILED\na.py::z ")["tests"] == {"passed": 1, "failed": 1}
+    assert "tests/models/test_attention_backends.py" in gpu_tests.gpu_files()
+    assert "tests/kernels/test_experts_triton.py" in gpu_tests.gpu_files()
+
+
+def test_first_tests_are_of_every_op() -> None:
+    """Each file of Triton kernels with an op has a test that runs before anything is timed."""
+    select = next(part for part in PARTS if part.name == "first_tests").options["select"].split(" or ")
+    texts = {path.name: path.read_text() for path in (ROOT / "tests" / "kernels").glob("test_*_triton.py")}
+    without = {name for name, text in texts.items() if not any(word in text for word in select)}
+    assert without <= {"test_gpu_triton.py"}  # CUDA graphs and sizes beyond 2³¹, not an op
+
+
+def test_losses_are_compared() -> None:
+    def steps(*losses: float) -> list[dict[str, float]]:
+        return [{"loss": loss} for loss in losses]
+
+    assert "failed" not in smoke_run.compare(steps(9, 8, 7), steps(9.04, 8, 7, 6))
+    assert smoke_run.compare(steps(9, 8), steps(9, 8.05))["failed"] == "the losses differ by up to 6.2e-03"
+    assert "failed" in smoke_run.compare(steps(9, float("nan")), steps(9, 8))
+    assert smoke_run.compare([], steps(9))["failed"] == "one of the two runs has no step"
+    assert len(smoke_run.references()) > 5
+
+
+@pytest.mark.slow
+def test_the_check_at_toy_size(tmp_path: Path) -> None:
+    """The real parts, without a GPU, end with 0: in two minutes on two cores, and with time to spare on busy ones."""
+    done = subprocess.run(
+        ["bash", ROOT / "tools" / "gpu_check.sh", "--cpu", tmp_path / "out"],
+        env=os.environ | {"PYTHON": sys.executable, "CHECK_SECONDS": "1800"}, capture_output=True, text=True,
+    )  # fmt: skip
+    check = written(tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {outcomes(check)[name] for name in NAMES} == {"done"}
+    assert all(row["cases"] for row in check["parts"] if row["part"] in NAMES)

@@ -1,0 +1,173 @@
+"""Run the parts of the GPU check one after the other, each in a process with its own clock, within a total time.
+
+A part that fails, hangs or runs out of memory ends its own process only; what it had measured is in results.jsonl. A
+part that exceeds its limit gets SIGTERM, and SIGKILL five seconds later; one that even this does not end (a process
+stuck in the driver) is left behind. SIGTERM, SIGINT or SIGHUP end the check: it writes its files and exits.
+
+    python -m gpu_check.supervisor [--cpu] OUT [PART …]     by tools/gpu_check.sh, which prepares the environment
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gpu_check.packages import missing_sentence
+from gpu_check.parts import PARTS, Part
+from gpu_check.process import GRACE, Worker
+from gpu_check.results import committed_name, write_all
+from gpu_check.worker import NO_GPU
+
+SECONDS = 540
+"""Default of CHECK_SECONDS: the total, from the start of gpu_check.sh."""
+
+RESERVE = GRACE + 4
+"""Seconds kept at the end: for a part that ignores SIGTERM, and to write the files."""
+
+TOO_LATE = ("timed out", "skipped")
+"""Outcomes that are no failure of a part that is extra."""
+
+EARLY = 3
+"""Seconds before a part's limit at which it starts no further measurement (BENCH_SECONDS)."""
+
+
+class Check:
+    """One run of the check.
+
+    rows: of check.json, one for each part so far.
+    stopped: set by a signal, looked at between two steps, so that no file is left half written.
+    """
+
+    def __init__(self, out: Path, scratch: Path, cpu: bool, began: float) -> None:
+        """Args: began: time.time() at the start of gpu_check.sh; CHECK_SECONDS count from there."""
+        self.out, self.scratch, self.cpu, self.began = out, scratch, cpu, began
+        self.logs = scratch / "logs"
+        self.logs.mkdir()
+        self.deadline = began + float(os.environ.get("CHECK_SECONDS") or SECONDS) - RESERVE
+        self.rows: list[dict[str, Any]] = []
+        self.stopped = False
+        self.spare: Worker | None = None
+        self.workers = 0
+
+    def run(self, parts: list[Part]) -> int:
+        """Run the parts; returns the exit code: 1 if one failed or had no time, 2 without a GPU."""
+        for index, part in enumerate(parts):
+            row = self._run_or_skip(part, is_last=index + 1 == len(parts))
+            if row["outcome"] not in ("skipped", "left out"):
+                self._write()
+            why = f" ({row['why']})" if "why" in row else ""
+            print(f"{row['part']}: {row['outcome']}{why} after {row['seconds']:.0f} s", flush=True)
+            if row["code"] == NO_GPU:
+                print("error: torch finds no GPU; use --cpu to try the check without one", file=sys.stderr)
+                return 2
+        self._write()
+        print(f"to commit: {self.out / 'check.json'} as tools/bench/results/{committed_name(self.out / 'check.json')}")
+        good = {part.name: ("done", "left out", *(TOO_LATE if part.extra else ())) for part in parts}
+        return int(self.stopped or any(row["outcome"] not in good[row["part"]] for row in self.rows))
+
+    def close(self) -> None:
+        """End the process that waits for a part."""
+        if self.spare is not None:
+            self.spare.end(at_once=True)
+
+    def _run_or_skip(self, part: Part, is_last: bool) -> dict[str, Any]:
+        most = float(os.environ.get("CHECK_PART_SECONDS") or "inf")
+        limit, left = min(part.cpu_limit if self.cpu else part.limit, most), self.deadline - time.time()
+        row: dict[str, Any] = {"part": part.name, "outcome": "running", "code": None, "seconds": 0.0, "limit": limit}
+        self.rows.append(row)
+        if self.cpu and part.cpu_options is None:
+            return _set(row, outcome="left out", why="needs a GPU")
+        if self.stopped:
+            return _set(row, outcome="skipped", why="the check was stopped")
+        if left < part.least:
+            return _set(row, outcome="skipped", why=f"needs {part.least} s, {max(left, 0):.0f} s were left")
+        _set(row, limit=round(min(limit, left), 1))
+        self._write(archive=len(self.rows) == 1)  # shows which part was running if the check is killed
+        began = time.monotonic()
+        code, outcome = self._in_worker(part, row["limit"], is_last)
+        return _set(row, code=code, outcome=outcome, seconds=round(time.monotonic() - began, 1))
+
+    def _in_worker(self, part: Part, limit: float, is_last: bool) -> tuple[int | None, str]:
+        """Exit code and outcome of a part; the next worker is started meanwhile."""
+        worker = self.spare if self.spare is not None and self.spare.runs() else self._start()
+        self.spare = None if is_last else self._start()
+        worker.hand_over(self._task(part, limit), self.logs / f"{part.name}.log")
+        deadline = time.monotonic() + limit
+        while worker.runs() and time.monotonic() < deadline and not self.stopped:
+            time.sleep(0.05)
+        code = worker.code
+        gone = worker.end(at_once=self.stopped or code is not None)
+        if code is not None:
+            return code, "done" if code == 0 else "failed"
+        return None, ("stopped" if self.stopped else "timed out") + ("" if gone else ", its process does not end")
+
+    def _start(self) -> Worker:
+        self.workers += 1
+        return Worker(self.logs / f"worker_{self.workers}.log")
+
+    def _task(self, part: Part, limit: float) -> dict[str, Any]:
+        environment = {"BENCH_RECORD": str(self.out / "results.jsonl"), "BENCH_PART": part.name}
+        environment |= {"CHECK_LOGS": str(self.logs), "CHECK_SCRATCH": str(self.scratch)}
+        task = {"function": part.function, "options": part.cpu_options if self.cpu else part.options}
+        return task | {"gpu": not self.cpu, "environment": environment, "ends": time.time() + limit - EARLY}
+
+    def _write(self, archive: bool = True) -> None:
+        write_all(self.out, self.logs, self.rows, time.time() - self.began, archive)
+
+
+def _set(row: dict[str, Any], **values: Any) -> dict[str, Any]:
+    row |= values
+    return row
+
+
+def chosen(names: list[str]) -> list[Part]:
+    """The parts of these names in the check's order; all without names.
+
+    Raises:
+        ValueError: a part that does not exist.
+    """
+    known = [part.name for part in PARTS]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no part {name}; the parts are {', '.join(known)}")
+    return [part for part in PARTS if not names or part.name in names]
+
+
+def main() -> int:
+    """Parse, look for the packages, run; returns the exit code."""
+    words = sys.argv[1:]
+    cpu = words[:1] == ["--cpu"]
+    out, *names = words[1:] if cpu else words
+    try:
+        parts = chosen(names)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sentence = missing_sentence()
+    if sentence:
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    folder = Path(out).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    scratch = Path(os.environ.get("CHECK_SCRATCH") or tempfile.mkdtemp())
+    check = Check(folder, scratch, cpu, float(os.environ.get("CHECK_BEGAN") or time.time()))
+
+    def stop(*_: object) -> None:
+        check.stopped = True
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, stop)
+    try:
+        return check.run(parts)
+    finally:
+        check.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
