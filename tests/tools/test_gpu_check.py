@@ -267,7 +267,7 @@ def test_contenders_exist() -> None:
     ) | {"trinity triton"}
     assert set(chosen["head"]) <= {"ours", *head._contenders("cpu"), "Liger"}
     attends = next(part for part in PARTS if part.name == "attention").options
-    assert set(attends["engines"]) <= set(attention.ENGINES)
+    assert set(attends["engines"]) <= set(attention.CONTENDERS)
 
 
 @pytest.mark.parametrize("variant", nano_step.VARIANTS)
