@@ -20,7 +20,7 @@ from trinity.models.moe import Experts
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.expert_parallel import local_part
 from trinity.parallel.fsdp import shard_model
-from trinity.parallel.grad_accumulation import set_reduction
+from trinity.parallel.grad_accumulation import end_accumulation, set_reduction
 from trinity.parallel.mesh import Sizes, join_meshes
 
 CONFIG = ModelConfig(
@@ -56,6 +56,7 @@ def gradients(compute: str, kernel: str, recompute: str, in_place: bool = True) 
                     module.wide_gradient = False
             tokens = torch.randint(CONFIG.vocab_size, (1, 9 + ranks.rank), generator=random)
             (model(tokens, targets_BS=tokens.roll(1)).token_loss / 50).backward()
+    end_accumulation(model)
     return {name: parameter.grad.to_local() for name, parameter in model.named_parameters()}, added
 
 

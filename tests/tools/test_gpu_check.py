@@ -30,7 +30,7 @@ from trinity.models import Trinity
 
 ROOT = Path(__file__).parents[2]
 NAMES = [part.name for part in PARTS if part.cpu_options is not None]
-FEW = ["ceilings", "step_deferred", "experts", "smoke_reference"]
+FEW = ["ceilings", "step_copying", "experts", "smoke_reference"]
 """Parts, in order, of the tests in which one misbehaves."""
 FILES = {"check.json", "results.jsonl", "results.tar.gz", "summary.md"}
 Start = Callable[..., subprocess.Popen]

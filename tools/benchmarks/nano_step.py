@@ -35,8 +35,8 @@ SHORT = 28
 
 VARIANTS = {
     "as configured": ("balanced", []),
-    "defer_reduce on": ("balanced", ["parallel.defer_reduce=on"]),
-    "nothing recomputed, microbatch 4": ("balanced", ["recompute=none", "batch.microbatch=4"]),
+    "defer_reduce off": ("balanced", ["parallel.defer_reduce=off"]),
+    "blocks recomputed, microbatch 8": ("balanced", ["recompute=block", "batch.microbatch=8"]),
     "as configured, Zipf routing": ("Zipf", []),
 }
 """Name → routing, and words of the command line."""
@@ -135,7 +135,7 @@ def prepare(path: str, routing: str, words: list[str]) -> Setup:
     model = build_model(config, ranks)
     _fill(model)
     _force_routing(routing)
-    set_reduction(model, last=False, defer=defers_reduction(config.parallel.defer_reduce, model, ranks))
+    set_reduction(model, last=False, defer=defers_reduction(config.parallel.defer_reduce, model, ranks, microbatches=2))
     size = config.batch.microbatch * config.data.sequence_length
     microbatch = next(_text(config, size).microbatches(config.batch.microbatch, ranks.device))
     return Setup(config, ranks, model, microbatch)

@@ -49,8 +49,8 @@ PARTS = (
     Part("ceilings", "measure:ceilings", 25, 10, {}, {}),
     Part("first_tests", "gpu_tests:run", 60, 15, {"select": _FIRST}, {"select": _FIRST, "files": _GATE}),
     _step("step_configured", "as configured", 80),
-    _step("step_deferred", "defer_reduce on", 45),
-    _step("step_kept", "nothing recomputed, microbatch 4", 45),
+    _step("step_copying", "defer_reduce off", 45),
+    _step("step_recomputing", "blocks recomputed, microbatch 8", 45),
     Part("profile", "kernel_profile:run", 30, 20, {}, {}),
     _suite("experts", 75, {"routings": ["balanced"], "names": _OURS}, {"routings": ["balanced"], "names": _ON_CPU}),
     _suite(

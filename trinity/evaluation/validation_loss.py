@@ -42,6 +42,7 @@ def evaluate(
             document_ids_BS=None if ids_BS is None else ids_BS.to(device),
             targets_BS=targets_BS.to(device),
             documents=None if ids_BS is None else count_documents(ids_BS),
+            with_sequence_loss=False,
         )
         ce += losses.ce_BS.double().sum().item()
         counted = targets_BS[targets_BS != IGNORE]
