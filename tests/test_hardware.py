@@ -1,6 +1,8 @@
 """The table of GPUs, their CUDA names, GPUs described by --gpu, and this machine."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -127,3 +129,22 @@ def test_this_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     shared = this_machine()
     assert (shared.bf16, shared.memory, shared.per_node) == (alone.bf16 / 4, memory / 4, 4)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_freed_memory_is_kept_unless_the_user_chose() -> None:
+    """Repeated steps of ten blocks of 16 MB soon cause few page faults; the user's MALLOC_ variables are obeyed."""
+    program = (
+        "import resource, torch; from trinity.hardware import keep_freed_memory; kept = keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(6): before = faults(); [torch.empty(2**22).fill_(1.0) for _ in range(10)]\n"
+        "print(kept, faults() - before)"
+    )
+    for variables, keeps in (({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=clean | variables, capture_output=True, text=True, check=True
+        )
+        kept, faults = run.stdout.split()
+        assert kept == str(keeps)
+        assert (int(faults) < 8000) == keeps, faults  # 160 MB are 40,960 pages

@@ -227,10 +227,11 @@ def memory_gib(device: torch.device) -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed blocks in the process, for the next step, rather than return them to the system.
+    """Let glibc keep freed memory in the process, for the next step, rather than return it to the system.
 
-    A step on a CPU allocates and frees the same hundreds of megabytes. By default the large ones return to the system
-    each time, and the next step waits for as many page faults. The peak of memory stays the same.
+    A step on a CPU allocates and frees the same hundreds of megabytes. By default all beyond 64 MB at the heap's end
+    return to the system each time, and the next step waits for as many page faults. The peak of memory is the same.
+    Blocks above 32 MB are mapped one by one, as by default: kept in the heap, they would leave gaps.
 
     Returns:
         whether it was set: not outside of glibc, nor where the environment sets its MALLOC_ variables or tunables.
@@ -242,7 +243,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    return bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, 2**31 - 1))
+    return bool(mallopt(mmap_threshold, 2**25) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def device_name(device: torch.device) -> str:

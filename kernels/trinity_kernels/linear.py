@@ -107,7 +107,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     Returns:
         [M, N], same dtype; accumulated in at least fp32.
     """
-    if takes_onednn(left):
+    if takes_onednn(left) and left.numel() and right.numel():
         result = _onednn(left, right.t())
     elif multiplies_in_fp32(left):
         result = left.float() @ right.float()

@@ -162,10 +162,32 @@ def test_the_host_does_not_wait_for_the_device(dtype: torch.dtype) -> None:
         (1000, 4, "cpu", 256),  # 335 fit
         (5, 4, "cpu", 128),
         (0, 4, "cpu", 1),
+        (1000, 8, "cpu", 128),  # float64
     ],
 )
 def test_chunks_of_trinitys_vocabulary(tokens: int, itemsize: int, device: str, expected: int) -> None:
     assert cross_entropy.chunk_tokens(tokens, 200_192, itemsize, device) == expected
+
+
+@pytest.mark.parametrize(("itemsize", "device", "expected"), [(4, "cpu", 512), (8, "cpu", 2048), (4, "cuda", 2048)])
+def test_chunks_of_a_small_vocabulary_fit_the_cache(itemsize: int, device: str, expected: int) -> None:
+    """On a CPU, except in float64, whose bits stay as they were."""
+    assert cross_entropy.chunk_tokens(2048, 8192, itemsize, device) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_of_rows_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Rows are independent: in blocks of one row as in one block, ignored targets included."""
+    random = torch.Generator().manual_seed(0)
+    x_TD, weight_VD = (torch.randn(n, 16, generator=random).to(dtype).requires_grad_() for n in (33, 64))
+    targets_T = torch.randint(64, (33,), generator=random)
+    targets_T[::5] = IGNORE
+    found = []
+    for limit in (2**20, 1):
+        monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", limit)
+        results = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
+        found.append([*results, *torch.autograd.grad(results[0], (x_TD, weight_VD))])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_a_chunk_has_a_token_at_least() -> None:

@@ -1,4 +1,4 @@
-"""linear against float64, with bf16 arithmetic on the CPU and without (simulated).
+"""linear and its products against float64: by torch and oneDNN, with bf16 arithmetic and (simulated) without.
 
 Shapes: ... any leading dimensions, I input width, O output width.
 """
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trinity_kernels import linear
+from trinity_kernels import expert_mlp, linear, linear_cross_entropy
+from trinity_kernels.newton_schulz import newton_schulz
 
 MODULE = importlib.import_module("trinity_kernels.linear")  # the package's attribute of that name is the function
 I, O = 48, 24
@@ -20,6 +21,14 @@ def has_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Let linear run as on a CPU with bf16 arithmetic, or as on one without; the product works either way."""
     monkeypatch.setattr(MODULE, "_cpu_has_bf16", lambda: request.param)
     return request.param
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take oneDNN's products in fp32."""
+    if not MODULE.has_onednn():
+        pytest.skip("this torch has no product of oneDNN")
+    monkeypatch.setattr(MODULE, "_fp32_products", "onednn")
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,3 +83,102 @@ def test_the_operands_are_saved_in_their_own_dtype(monkeypatch: pytest.MonkeyPat
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         linear(x, weight_OI)
     assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr(), weight_OI.data_ptr()]
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (0,), (300,)])
+@pytest.mark.usefixtures("by_onednn")
+def test_onednn_matches_float64(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32: results of oneDNN, within the error of fp32 sums of up to 300 products; float64 and bf16 are torch's."""
+    x, weight_OI, dy = make(shape, torch.float32)
+    calls = []
+    onednn = MODULE._onednn
+    monkeypatch.setattr(MODULE, "_onednn", lambda *args: calls.append(args) or onednn(*args))
+    y = linear(x, weight_OI)
+    got = [y, *torch.autograd.grad(y, (x, weight_OI), dy)]
+    assert len(calls) == (3 if x.numel() else 0)
+    for actual, exact in zip(got, exact_results(x, weight_OI, dy)):
+        assert (actual.dtype, actual.shape) == (torch.float32, exact.shape)
+        assert torch.allclose(actual.double(), exact, rtol=0, atol=3e-4)
+    for dtype in (torch.float64, torch.bfloat16):
+        x, weight_OI, dy = make(shape, dtype)
+        count = len(calls)
+        linear(x, weight_OI).backward(dy)
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize("products", ["torch", "onednn"])
+def test_products_of_views_repeat_their_bits(request: pytest.FixtureRequest, products: str) -> None:
+    """Transposed and strided operands, a given output, and twice the same call."""
+    if products == "onednn":
+        request.getfixturevalue("by_onednn")
+    random = torch.Generator().manual_seed(0)
+    grad, x = torch.randn(60, O * 2, generator=random)[:, ::2], torch.randn(I, 60, generator=random).t()
+    weight = torch.randn(O, I, generator=random)
+    for function, a, b, exact in [
+        (MODULE.linear_forward, x, weight, x.double() @ weight.double().t()),
+        (MODULE.linear_grad_input, grad, weight, grad.double() @ weight.double()),
+        (MODULE.linear_grad_weight, grad, x, grad.double().t() @ x.double()),
+    ]:
+        result = function(a, b)
+        assert torch.allclose(result.double(), exact, rtol=0, atol=1e-4)
+        assert torch.equal(result, function(a, b))
+        out = torch.full(exact.shape, torch.nan)
+        assert function(a, b, out=out) is out
+        assert torch.allclose(out.double(), exact, rtol=0, atol=1e-4)
+
+
+def test_a_torch_without_the_private_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither chosen nor allowed."""
+
+    def missing(*_: object) -> None:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+    monkeypatch.setattr(MODULE, "_onednn", missing)
+    monkeypatch.setattr(MODULE, "_cpu_vendor", lambda: "AuthenticAMD")
+    MODULE.has_onednn.cache_clear()
+    try:
+        assert MODULE.fastest_fp32_products() == "torch"
+        with pytest.raises(ValueError, match="this torch has no product of oneDNN; use torch"):
+            MODULE.set_fp32_products("onednn")
+        with pytest.raises(ValueError, match="mkl is not known; use one of torch, onednn"):
+            MODULE.set_fp32_products("mkl")
+    finally:
+        MODULE.has_onednn.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "mkl", "fastest"),
+    [("AuthenticAMD", True, "onednn"), ("GenuineIntel", True, "torch"), ("", True, "torch"), ("ARM", False, "torch")],
+)
+def test_the_fastest_products_follow_from_the_processor(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, mkl: bool, fastest: str
+) -> None:
+    monkeypatch.setattr(MODULE, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(MODULE, "has_onednn", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert MODULE.fastest_fp32_products() == fastest
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_every_op_takes_the_chosen_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts, head and Newton-Schulz: without torch.mm, and within fp32's error of its results."""
+    random = torch.Generator().manual_seed(0)
+    x, w1, w2 = (torch.randn(shape, generator=random) for shape in ((40, 16), (4, 2, 8, 16), (4, 16, 8)))
+    indices = torch.rand(40, 4, generator=random).argsort(dim=1)[:, :2]
+    head, targets = torch.randn(50, 16, generator=random), torch.randint(50, (40,), generator=random)
+    triples = [(3.0, -3.0, 1.0)] * 2
+
+    def results() -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, w1, w2, head)]
+        y = expert_mlp(*leaves[:3], indices, torch.full((40, 2), 0.5))
+        loss = linear_cross_entropy(y, leaves[3], targets, 1e-3)[0]
+        orthogonal = [newton_schulz(m / m.norm(), triples) for m in (w1.flatten(1, 2)[:1], w2[:1], w1[0])]
+        return [y.detach(), *torch.autograd.grad(loss, leaves), *orthogonal]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE, "_fp32_products", "torch")
+        expected = results()
+    for name in ("mm", "bmm", "baddbmm", "matmul"):
+        monkeypatch.setattr(torch, name, None)
+    for got, wanted in zip(results(), expected):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()

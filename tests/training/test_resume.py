@@ -15,6 +15,9 @@ import torch
 
 from tests.training.run_files import metrics, state, status, train
 from trinity.monitor.monitor import SPIKES, Monitor
+from trinity.run_directory import newest_config
+from trinity.training import build
+from trinity_kernels.linear import has_onednn
 
 LAST = 8
 
@@ -110,6 +113,21 @@ def test_a_finished_run_is_not_trained_again(settings: dict) -> None:
     assert metrics(run) == first
     assert train(settings, "run.steps=6") == 0
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_choice_of_fp32_products_is_kept(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that started with one implementation goes on with it, though auto would now choose another."""
+    chosen = "onednn" if has_onednn() else "torch"
+    run, used = Path(settings["run"]["dir"]), []
+    monkeypatch.setattr(build, "set_fp32_products", used.append)
+    monkeypatch.setattr(build, "fastest_fp32_products", lambda: chosen)
+    assert train(settings, "run.steps=1") == 0
+    monkeypatch.setattr(build, "fastest_fp32_products", lambda: "torch")
+    assert train(settings, "run.steps=2") == 0
+    assert train(settings, "run.steps=3", "kernels.linear=torch") == 0
+    assert train(settings, "run.steps=4") == 0
+    assert used == [chosen, chosen, "torch", "torch"]
+    assert newest_config(run).kernels.linear == "torch"
 
 
 def test_the_cut_off_tail_of_metrics_is_kept(settings: dict) -> None:
