@@ -133,13 +133,21 @@ def test_this_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_freed_memory_is_kept_unless_the_user_chose() -> None:
-    """Repeated steps of ten blocks of 16 MB soon cause few page faults; the user's MALLOC_ variables are obeyed."""
-    program = (
-        "import resource, torch; from trinity.hardware import keep_freed_memory; kept = keep_freed_memory()\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(6): before = faults(); [torch.empty(2**22).fill_(1.0) for _ in range(10)]\n"
-        "print(kept, faults() - before)"
-    )
+    """Ten blocks of 16 MB, again and again, cause page faults once; the user's MALLOC_ variables are obeyed."""
+    program = """
+import ctypes, resource
+from trinity.hardware import keep_freed_memory
+libc, kept, size = ctypes.CDLL(None), keep_freed_memory(), 2**24
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(size) for _ in range(10)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
     for variables, keeps in (({}, True), ({"MALLOC_ARENA_MAX": "8"}, False)):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
         run = subprocess.run(
