@@ -77,8 +77,11 @@ OPS: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
         lambda x, gate: trinity_kernels.sigmoid_gate(x, gate, kernel="triton"), [normal(T, D), normal(T, D, seed=1)], 2
     ),
     "swiglu": (lambda x: trinity_kernels.swiglu(x, kernel="triton"), [normal(T, 2 * D)], 2),
-    "gates": (
-        lambda x: trinity_kernels.gates(x.sigmoid(), INDICES_TK, 2.0, kernel="triton"), [normal(T, E)], 2
+    "weigh": (
+        lambda x: trinity_kernels.weigh(x.sigmoid(), INDICES_TK, 2.0, 1, True, kernel="triton"), [normal(T, E)], 2
+    ),
+    "router_scores": (
+        lambda x, w: trinity_kernels.router_scores(x.bfloat16(), w, kernel="triton"), [normal(T, D), normal(E, D)], 2
     ),
     "expert_mlp": (
         lambda x, w1, w2, s: trinity_kernels.expert_mlp(x, w1, w2, INDICES_TK, s, None, True, kernel="triton"),

@@ -98,6 +98,22 @@ def test_copies_of_one_rank(one_rank: None, deferred: bool, divides: bool, keeps
     assert LOAD.microbatches * sum(term.seconds for term in terms) * RATE / 1000 == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("kind", "compute", "gathered", "bytes_a_step"),
+    [("dense", "bfloat16", 2, 10 + 6 + 2 * 10), ("experts", "bfloat16", 2, 10), ("precise", "bfloat16", 0, 2 * 12),
+     ("dense", "float32", 0, 2 * 12)],
+)  # fmt: skip
+def test_a_group_on_one_rank_hands_its_gradients_over(
+    kind: str, compute: str, gathered: int, bytes_a_step: float
+) -> None:
+    """The table of parallel/README.md: a cast of the weights, a cast of the first gradient, two additions."""
+    group = FsdpGroup("blocks.0", kind, 1, gathered=gathered * 1000, reduced=4 * 1000, gathers=1, local=True)
+    config = RunConfig()
+    config.precision.compute = compute
+    terms = copy_terms(config, LOAD, [group], True, CARD)
+    assert LOAD.microbatches * sum(term.seconds for term in terms) * RATE / 1000 == pytest.approx(bytes_a_step)
+
+
 def test_copies_of_a_single_microbatch() -> None:
     """As read in FSDP2's source: 10 bytes of weights, and 22 of gradients (34 with the division and the addition)."""
     group = FsdpGroup("blocks.0", "dense", 1, gathered=2 * 1000, reduced=4 * 1000, gathers=1)

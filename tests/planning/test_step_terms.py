@@ -35,6 +35,7 @@ BEFORE = Implementation(
     adds_shared=True,
     divides_gradients=True,
     keeps_weights=False,
+    hands_over=False,
     adds_in_place=False,
     op_us=154.0,
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trinity.config.load import load_config
 from trinity.io.json_files import write_json
+from trinity.io.local import write_atomically
 
 SMALL = "configs/smoke.yaml"
 """The model of the training step on a CPU."""
@@ -104,7 +105,7 @@ def suite(suite: str, **options: Any) -> None:
     write_json(folder / f"{part}.json", results)
     text = module.table(results)
     print(text)
-    (folder / f"{part}.table.md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / f"{part}.table.md", text + "\n")
 
 
 def grouped_queries() -> None:

@@ -1,6 +1,5 @@
 """A worker process seen from the supervisor: started ahead, handed one part, ended with everything that it started."""
 
-import json
 import os
 import shlex
 import signal
@@ -10,6 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from trinity.io.json_files import to_json
 
 GRACE = 5
 """Seconds between SIGTERM and SIGKILL."""
@@ -50,7 +51,7 @@ class Worker:
         self.log = self.log.rename(log)
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it died while it imported: its exit code tells
-            self.process.stdin.write(json.dumps(task).encode() + b"\n")
+            self.process.stdin.write(to_json(task).encode() + b"\n")
             self.process.stdin.flush()
 
     def end(self, at_once: bool) -> bool:

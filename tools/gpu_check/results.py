@@ -10,12 +10,14 @@ Only the standard library is imported: the supervisor must start at once, also w
 
 import datetime
 import json
-import os
 import re
 import tarfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from trinity.io.json_files import to_json, write_json
+from trinity.io.local import atomic_file, write_atomically
 
 LARGEST = 8 * 2**20
 """Bytes of a file in the archive; a larger one is cut to its end."""
@@ -80,19 +82,20 @@ def write_all(out: Path, logs: Path, parts: list[dict[str, Any]], seconds: float
         archive: False: not the archive, whose compression takes up to half a second.
     """
     check = check_of(parts, read_cases(out / "results.jsonl"), seconds)
-    _replace(out / "check.json", (json.dumps(check, indent=1) + "\n").encode())
-    _replace(out / "summary.md", summary_of(check, logs).encode())
+    write_json(out / "check.json", check)
+    write_atomically(out / "summary.md", summary_of(check, logs))
     if not archive:
         return
-    partial = out / "results.tar.gz.tmp"
-    with tarfile.open(partial, "w:gz", compresslevel=1) as file:
+    with (
+        atomic_file(out / "results.tar.gz") as archive_file,
+        tarfile.open(fileobj=archive_file, mode="w:gz", compresslevel=1) as file,
+    ):
         for path in sorted(logs.iterdir()):
             _shorten(path)
             file.add(path, f"logs/{path.name}")
         for name in ("check.json", "summary.md", "results.jsonl"):
             if (out / name).exists():
                 file.add(out / name, name)
-    partial.replace(out / "results.tar.gz")
 
 
 def committed_name(check: Path) -> str:
@@ -113,19 +116,13 @@ def _short(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_short, value)) + "]"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    return to_json(value) if isinstance(value, dict) else str(value)
 
 
 def _shorten(path: Path) -> None:
     """Keep the end of a log that is too large; another large file is emptied."""
     if path.stat().st_size > LARGEST:
-        path.write_bytes(path.read_bytes()[-LARGEST // 8 :] if path.suffix == ".log" else b"")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+        write_atomically(path, path.read_bytes()[-LARGEST // 8 :] if path.suffix == ".log" else b"")
 
 
 def _version(name: str) -> str | None:

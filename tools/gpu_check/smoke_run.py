@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from benchmarks.timing import record, time_left
 
+from trinity.io.json_files import to_json
+from trinity.io.local import write_atomically
+
 ROOT = Path(__file__).parents[2]
 SOURCES, SETS = ("code", "prose"), ("train", "validation")
 VOCABULARY, TOY_VOCABULARY = 8192, 400
@@ -77,7 +80,7 @@ def train(steps: int, toy: bool = False, without_triton: bool = False) -> int:
     except subprocess.TimeoutExpired:
         code = 124
     rows = metrics(run / "metrics.jsonl")
-    (Path(os.environ["CHECK_LOGS"]) / f"{name}.metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_atomically(Path(os.environ["CHECK_LOGS"]) / f"{name}.metrics.jsonl", (to_json(row) + "\n" for row in rows))
     record("run", summary(rows) | {"code": code} | ({"failed": f"exit code {code}"} if code else {}))
     if not without_triton:
         return int(code != 0)
@@ -139,5 +142,4 @@ def _toy_corpus(folder: Path) -> None:
     files |= {"prose.train": prose[2:8], "prose.validation": prose[:2]}
     for name, paths in files.items():
         parts = [part for path in paths for part in path.read_text(encoding="utf-8").split("\n\n")]
-        lines = [json.dumps({"text": part}) + "\n" for part in parts]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_atomically(folder / f"{name}.jsonl", (to_json({"text": part}) + "\n" for part in parts))

@@ -37,6 +37,7 @@ def block_attention(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, bias: Tensor
     return _BlockAttention.apply(q_BHSC, k_BGSC, v_BGSC, bias, window)
 
 
+@torch.compiler.assume_constant_result
 @cache
 def can_run() -> bool:
     """Whether this torch has its flash attention for CPUs, a private op."""
@@ -47,6 +48,7 @@ def can_run() -> bool:
         return False
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _flash_groups_queries() -> bool:
     """Whether the op takes fewer key/value heads than query heads."""

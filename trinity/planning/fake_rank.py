@@ -42,7 +42,7 @@ class FsdpGroup(NamedTuple):
     gathered: int
     reduced: int
     gathers: int
-    local: bool
+    local: bool = False
 
 
 class FakeRank(NamedTuple):

@@ -6,7 +6,7 @@ gradient; read in the source of torch 2.11 and 2.13, and counted in 2.13 for n =
     weights     cast m + c, copy 2c; n > 1: these on 1/n, and 2c to lay out what was gathered.          n = 1: 10
     gradients   collect c + r, divide 2r, copy 2r/n, add to the shard 3m/n.                              n = 1: 34
     deferred    each microbatch c + 2r, the first c + r, none for experts whose kernels add in place; once a step
-                collect 2r, divide, copy
+                collect 2r, divide, copy; groups on one rank: not the latter, and no weights where c = m
 
 The host launches what the device computes, so a microbatch takes the longer of both. Its time is a count of operations
 times HOST. HOST was measured on a CPU core without a GPU, as the least of repeated runs; processors differ by half.
@@ -69,9 +69,17 @@ def copy_terms(
     weights = gradients = 0.0
     for group in groups:
         c = master if group.kind == "precise" else compute
-        numel = group.gathered / c
-        r = group.reduced / numel
-        weights += numel * _weight_bytes(group, c, master) / _unshards_a_step(group, load, deferred, implementation)
+        r = (
+            master
+            if group.kind == "precise" or group.local
+            else max(compute, getattr(torch, config.precision.reduce).itemsize)
+        )
+        numel = group.reduced / r
+        weights += (
+            numel
+            * _weight_bytes(group, c, master, implementation)
+            / _unshards_a_step(group, load, deferred, implementation)
+        )
         gradients += numel * _gradient_bytes(group, load, deferred, implementation, (c, master, r))
     rate = memory_rate(gpu)
     terms = [
@@ -81,8 +89,10 @@ def copy_terms(
     return [term for term in terms if term.seconds > 0]
 
 
-def _weight_bytes(group: FsdpGroup, c: float, m: float) -> float:
+def _weight_bytes(group: FsdpGroup, c: float, m: float, implementation: Implementation) -> float:
     """Of all gathers of a microbatch, per parameter."""
+    if not group.gathered and implementation.hands_over:
+        return 0.0
     once = ((m + c if c != m else 0.0) + 2 * c) / group.shards + (2 * c if group.shards > 1 else 0.0)
     return group.gathers * once
 
@@ -105,6 +115,9 @@ def _gradient_bytes(
     if not deferred:
         return c + r + divided + 2 * r / n + 3 * m / n * (microbatches - 1) / microbatches
     in_place = group.kind == "experts" and implementation.adds_in_place
+    if group.local and implementation.hands_over:
+        cast = c + r if c != m else 0.0
+        return 0.0 if in_place else (cast + (microbatches - 1) * (c + 2 * r)) / microbatches
     added = 0.0 if in_place else c + 2 * r - r / microbatches
     return added + (2 * r + divided + 2 * r / n) / microbatches
 

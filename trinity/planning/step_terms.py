@@ -59,6 +59,8 @@ class Implementation(NamedTuple):
     adds_shared: the shared expert's output is added in a pass of its own, not while routed rows are summed.
     divides_gradients: FSDP2 divides gradients by 1 into a new tensor.
     keeps_weights: on one shard with deferred gradients, weights are copied to the compute dtype once a step.
+    hands_over: gradients that one rank has alone stay where autograd leaves them, and with weights in the master dtype
+        modules compute where they are.
     adds_in_place: with deferred gradients, kernels add the experts' weight gradients to the main gradient.
     waits_for_sizes: expert parallelism makes the host wait for the sizes of the exchange, once a layer.
     op_us: the host's microseconds for the autograd of one operation in forward and backward.
@@ -71,6 +73,7 @@ class Implementation(NamedTuple):
     adds_shared: bool = False
     divides_gradients: bool = False
     keeps_weights: bool = True
+    hands_over: bool = True
     adds_in_place: bool = True
     waits_for_sizes: bool = True
     op_us: float = 47.0
