@@ -11,8 +11,8 @@ CORPUS := $(DATA)/corpus
 SHARDS := $(DATA)/shards
 SETS := code/train code/validation prose/train prose/validation
 
-# Tests run many processes on the same cores, where spinning OpenMP threads slow each other down.
-quick test test-slow: export OMP_WAIT_POLICY := PASSIVE
+# Spinning OpenMP threads collapse torch where other processes run too.
+export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := true
 
 .PHONY: smoke quick test test-slow lint docs venv data clean help

@@ -3,11 +3,9 @@
 import os
 import time
 
-# How long libgomp's idle threads spin before they sleep; it must be set before torch starts its threads. A step on a
-# CPU is thousands of short operations: threads that sleep at once (OMP_WAIT_POLICY=PASSIVE) made it a third slower, and
-# with the default, three times as long, several processes on the same cores slow each other down.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+# Idle OpenMP threads sleep at once; it must be set before torch starts its threads. A step on a CPU is thousands of short
+# operations: where another process wants a core too, spinning threads made it up to five times slower (docs/speed.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 STARTED = time.monotonic()
 """Time at which this process first imported the package, before torch: the start time of a run counts from here."""

@@ -93,7 +93,9 @@ def test_keys_are_repeated_for_one_contender(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("trinity.models.attention_backends.pick_engine", lambda name, *_: name)
     results = attention._measure(Case(4, 2, 8, None, 16, 1, False), rounds=1)
     assert [name for name, row in results.items() if "failed" in row] == []
-    assert set(heads) == {(e, 2, 2) for e in ("flash4", "flash2", "varlen", "sdpa", "flex")} | {("varlen", 4, 4)}
+    assert set(heads) == {(e, 2, 2) for e in ("flash4", "flash2", "varlen", "blocks", "sdpa", "flex")} | {
+        ("varlen", 4, 4)
+    }
     assert list(results) == list(attention.CONTENDERS)
 
 

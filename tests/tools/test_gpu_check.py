@@ -384,7 +384,8 @@ def test_first_tests_are_of_every_op() -> None:
     select = next(part for part in PARTS if part.name == "first_tests").options["select"].split(" or ")
     texts = {path.name: path.read_text() for path in (ROOT / "tests" / "kernels").glob("test_*_triton.py")}
     without = {name for name, text in texts.items() if not any(word in text for word in select)}
-    assert without <= {"test_gpu_triton.py"}  # CUDA graphs and sizes beyond 2³¹, not an op
+    # CUDA graphs and sizes beyond 2³¹; how ops are called: neither is an op
+    assert without <= {"test_gpu_triton.py", "test_custom_op_triton.py"}
 
 
 def test_losses_are_compared() -> None:
