@@ -3,8 +3,8 @@
 import os
 import time
 
-# Idle OpenMP threads sleep at once; it must be set before torch starts its threads. A step on a CPU is thousands of short
-# operations: where another process wants a core too, spinning threads made it up to five times slower (docs/speed.md).
+# Idle OpenMP threads sleep at once; it must be set before torch starts its threads. A step on a CPU is thousands of
+# short operations: where another process wants a core too, spinning threads made it five times slower (docs/speed.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 STARTED = time.monotonic()

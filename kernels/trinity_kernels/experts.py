@@ -9,7 +9,7 @@ rows and a batch without tokens are allowed.
 Saved for backward (as in SonicMoE, arXiv 2512.14080): x, the pre-activations H, the choices and their weights; not the
 gathered x, the activations or the outputs. With dA' = dy_gathered·W2: dA = s·dA', ds = rowsum(dA'∘A), dW2 = dyᵀ·(s·A),
 dH = dSwiGLU(dA, H), dW1 = dHᵀ·x_gathered.
-On a CPU in fp32 and 16 bits (experts_cpu.py): one expert after the other, in the cache.
+On one CPU thread in fp32 and 16 bits (experts_cpu.py): one expert after the other, in the cache.
 Triton (experts_triton.py): gathering and SwiGLU happen inside the matrix products, and H may be computed again.
 
 Under expert parallelism some of a token's experts are on other ranks. Their choices are −1, take no row and get no
@@ -36,8 +36,11 @@ def _swiglu(pre_RH: Tensor) -> Tensor:
 
 
 def _one_by_one(x: Tensor) -> bool:
-    """Whether experts_cpu computes: one expert after the other."""
-    return x.device.type == "cpu" and x.dtype != torch.float64
+    """Whether experts_cpu computes, one expert after the other: on one thread.
+
+    Several threads must meet after each of its many short operations, which takes longer than the cache saves.
+    """
+    return x.device.type == "cpu" and x.dtype != torch.float64 and torch.get_num_threads() == 1
 
 
 @torch.library.custom_op("trinity::expert_mlp", mutates_args=())
@@ -71,6 +74,10 @@ def _sum_per_token(rows_RD: Tensor, groups: Groups, s_TK: Tensor | None) -> Tens
     if len(order_R) < place_TK.numel():
         weights_R = None if s_TK is None else wide(s_TK).flatten()[order_R]
         return sum_of_rows(rows_RD, order_R.argsort(), (place_TK >= 0).sum(dim=1), weights_R)
+    if rows_RD.device.type == "cpu" and rows_RD.dtype != torch.float64:
+        counts_T = torch.full(place_TK.shape[:1], place_TK.shape[1])
+        weights_R = None if s_TK is None else wide(s_TK).flatten()[order_R]
+        return sum_of_rows(rows_RD, place_TK.flatten().long(), counts_T, weights_R)
     rows_TKD = wide(rows_RD.index_select(0, place_TK.flatten()).view(*place_TK.shape, rows_RD.shape[1]))
     if s_TK is None:
         return rows_TKD.sum(dim=1)

@@ -1,4 +1,4 @@
-"""The routed experts on a CPU, one expert after the other, so that an expert's rows stay in the cache.
+"""The routed experts on one CPU thread, one expert after the other, so that an expert's rows stay in the cache.
 
 The same computation as in experts.py, which takes one step after the other over the rows of all experts: with 2048
 tokens of 4 experts each and a width of 256, a step reads and writes 8 MB. Here each expert's rows are gathered,

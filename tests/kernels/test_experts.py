@@ -3,7 +3,7 @@
 Shapes: T tokens, D width, E experts, F expert width, K active experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -46,6 +46,15 @@ def plain(x_TD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_TK: Tens
     return torch.stack(rows) if rows else x_TD * 1.0
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread computes one expert after the other, several all at once; except in float64."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 def local_expert_mlp(*inputs: Tensor) -> Tensor:
     """expert_mlp with the number of choices that are not −1."""
     return expert_mlp(*inputs, rows=(inputs[3] >= 0).sum().item())
@@ -71,7 +80,7 @@ def to_float64(inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize(("E", "K", "T"), SIZES)
-def test_matches_loops(E: int, K: int, T: int, dtype: torch.dtype) -> None:
+def test_matches_loops(E: int, K: int, T: int, dtype: torch.dtype, threads: None) -> None:
     """Output and every gradient, float64 on the same rounded inputs."""
     inputs = make(E, K, T, dtype)
     dy_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(T)).to(dtype)
@@ -201,7 +210,7 @@ def test_sum_of_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize("kind", ["all local", "some local", "none local"])
 @pytest.mark.parametrize("T", [0, 7, 64])
-def test_plus(T: int, kind: str, dtype: torch.dtype) -> None:
+def test_plus(T: int, kind: str, dtype: torch.dtype, threads: None) -> None:
     """plus + Σ: the equation, its gradient is the output's, and the other gradients keep their bits.
 
     In float64 the same bits as a separate addition. In bf16 one rounding less: no further from float64, over enough

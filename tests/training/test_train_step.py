@@ -154,7 +154,9 @@ def test_attention_gets_the_number_of_documents(
             masks.append(self)
 
     monkeypatch.setattr("trinity.models.trinity.AttentionMask", Recorded)
-    take_step(start(in_float64(settings, **{"batch.microbatch": 2}), ranks))
+    run = start(in_float64(settings, **{"batch.microbatch": 2}), ranks)
+    run.batch.document_ids_BS[1, 7:] += 100  # two documents at least in a row
+    take_step(run)
     assert len(masks) == 3
     assert sum(len(mask.document_ids_BS.unique()) > 1 for mask in masks)
     for mask in masks:

@@ -42,7 +42,8 @@ def _suite(name: str, limit: int, options: dict[str, Any], cpu_options: dict[str
 
 _OURS = ["trinity triton", "trinity's engine grouped_mm"]
 _ON_CPU = ["trinity reference", "trinity's engine grouped_mm"]
-_FIRST = "repetition or repeat_their_bits or same_sum_either_way or model_in_triton or in_the_order_of_places"  # of each op, then of the model
+# of each op, then of the model
+_FIRST = "repetition or repeat_their_bits or in_the_order_of_places or same_sum_either_way or model_in_triton"
 _GATE = ["tests/kernels/test_gate_triton.py"]
 
 PARTS = (
