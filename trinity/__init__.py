@@ -4,7 +4,7 @@ import os
 import time
 
 # Idle OpenMP threads sleep at once; it must be set before torch starts its threads. A step on a CPU is thousands of
-# short operations: where another process wants a core too, spinning threads made it five times slower (docs/speed.md).
+# short operations: where another process wants a core too, spinning threads slow it several times (docs/speed.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 STARTED = time.monotonic()
