@@ -11,8 +11,9 @@ CORPUS := $(DATA)/corpus
 SHARDS := $(DATA)/shards
 SETS := code/train code/validation prose/train prose/validation
 
-# Spinning OpenMP threads collapse torch where other processes run too.
+# OpenMP threads that spin for long collapse torch where other processes run too; see trinity/__init__.py.
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 3000
 export TOKENIZERS_PARALLELISM := true
 
 .PHONY: smoke quick test test-slow lint docs venv data clean help
