@@ -9,7 +9,7 @@ rows and a batch without tokens are allowed.
 Saved for backward (as in SonicMoE, arXiv 2512.14080): x, the pre-activations H, the choices and their weights; not the
 gathered x, the activations or the outputs. With dA' = dy_gathered·W2: dA = s·dA', ds = rowsum(dA'∘A), dW2 = dyᵀ·(s·A),
 dH = dSwiGLU(dA, H), dW1 = dHᵀ·x_gathered.
-On one CPU thread in fp32 and 16 bits (experts_cpu.py): one expert after the other, in the cache.
+On one CPU thread in fp32, and in 16 bits without bf16 arithmetic (experts_cpu.py): one expert after the other.
 Triton (experts_triton.py): gathering and SwiGLU happen inside the matrix products, and H may be computed again.
 
 Under expert parallelism some of a token's experts are on other ranks. Their choices are −1, take no row and get no
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity_kernels import experts_cpu
-from trinity_kernels.grouped_gemm import grouped_matmul, grouped_outer, refuses
+from trinity_kernels.grouped_gemm import grouped_matmul, grouped_outer, pads, refuses
 from trinity_kernels.grouping import Groups, group_rows
 from trinity_kernels.norm import wide
 from trinity_kernels.op import Op
@@ -36,11 +36,11 @@ def _swiglu(pre_RH: Tensor) -> Tensor:
 
 
 def _one_by_one(x: Tensor) -> bool:
-    """Whether experts_cpu computes, one expert after the other: on one thread.
+    """Whether experts_cpu computes, one expert after the other: on one thread, where grouped products do not pad.
 
     Several threads must meet after each of its many short operations, which takes longer than the cache saves.
     """
-    return x.device.type == "cpu" and x.dtype != torch.float64 and torch.get_num_threads() == 1
+    return x.device.type == "cpu" and x.dtype != torch.float64 and torch.get_num_threads() == 1 and not pads(x)
 
 
 @torch.library.custom_op("trinity::expert_mlp", mutates_args=())

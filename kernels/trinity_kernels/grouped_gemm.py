@@ -6,17 +6,24 @@
 
 Saved for backward by grouped_linear: x and W. An expert without rows is allowed. Rows past the last expert's are not
 computed: the output is undefined there.
+On a CPU with bf16 arithmetic, bf16 rows are padded to equal numbers for each expert and multiplied in one batch:
+oneDNN compiles a kernel for each new shape, which takes ten times its run, and routing gives new shapes every step.
 Triton (grouped_gemm_triton.py): one kernel over a table of tiles kept on the device; the host does not wait.
 
-Shapes: R rows, E experts, O output width, I input width.
+Shapes: R rows, E experts, O output width, I input width, C rows of each expert after padding.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trinity_kernels.linear import linear_grad_weight, product
+from trinity_kernels.linear import linear_grad_weight, multiplies_in_fp32, product
 from trinity_kernels.op import Op
+
+MOST_PADDING = 4
+"""Padded rows over rows, above which the experts are multiplied one after the other."""
 
 
 def _grouped_matmul(rows: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bool) -> Tensor:
@@ -34,6 +41,11 @@ def _grouped_matmul(rows: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose:
         return rows.new_empty(0, weight_EOI.shape[1 if transpose else 2])
     if _grouped_by_torch(rows):
         return F.grouped_mm(rows, weight_EOI.mT if transpose else weight_EOI, offs=ends_E)
+    if pads(rows):
+        padding = _Padding.of(ends_E, rows)
+        if padding is not None:
+            padded_ECO = torch.bmm(padding.pad(rows), weight_EOI.mT if transpose else weight_EOI)
+            return padding.unpad(padded_ECO)
     out = rows.new_empty(rows.shape[0], weight_EOI.shape[1 if transpose else 2])
     for expert, (start, end) in enumerate(_spans(ends_E)):
         weight = weight_EOI[expert].t() if transpose else weight_EOI[expert]
@@ -55,6 +67,10 @@ def _grouped_outer(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
         return left_RO.new_zeros(shape)
     if _grouped_by_torch(left_RO):
         return F.grouped_mm(left_RO.t(), right_RI, offs=ends_E)
+    if pads(left_RO):
+        padding = _Padding.of(ends_E, left_RO)
+        if padding is not None:
+            return torch.bmm(padding.pad(left_RO).mT, padding.pad(right_RI))
     out = left_RO.new_empty(shape)
     for expert, (start, end) in enumerate(_spans(ends_E)):
         linear_grad_weight(left_RO[start:end], right_RI[start:end], out=out[expert])
@@ -108,6 +124,48 @@ def _grouped_by_torch(x: Tensor) -> bool:
     # torch's grouped GEMM keeps the group sizes on the device: no host sync. It does not support float64, and in fp32
     # on a CPU it is no faster than a loop.
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def pads(x: Tensor) -> bool:
+    """Whether products of x are computed by oneDNN, which compiles a kernel for each number of rows."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not multiplies_in_fp32(x)
+
+
+class _Padding(NamedTuple):
+    """Rows sorted by expert, padded with zeros to C rows of each expert.
+
+    place_R: [R] int64, each row's place among the E·C.
+    experts, most: E and C.
+    """
+
+    place_R: Tensor
+    experts: int
+    most: int
+
+    @classmethod
+    def of(cls, ends_E: Tensor, rows: Tensor) -> "_Padding | None":
+        """C is the largest number of rows, rounded up to few values; None if most rows would be padding."""
+        sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
+        experts, most = len(ends_E), _rounded_up(int(sizes_E.max()))
+        if experts * most > MOST_PADDING * len(rows):
+            return None
+        first_E = torch.arange(experts) * most - (ends_E - sizes_E)
+        return cls(torch.arange(len(rows)) + first_E.repeat_interleave(sizes_E, output_size=len(rows)), experts, most)
+
+    def pad(self, rows_RI: Tensor) -> Tensor:
+        """[E, C, I]."""
+        padded = rows_RI.new_zeros(self.experts * self.most, rows_RI.shape[1])
+        return padded.index_copy_(0, self.place_R, rows_RI).view(self.experts, self.most, -1)
+
+    def unpad(self, padded_ECO: Tensor) -> Tensor:
+        """[R, O]."""
+        return padded_ECO.flatten(0, 1).index_select(0, self.place_R)
+
+
+def _rounded_up(rows: int) -> int:
+    """The next of eight sizes between two powers of two, so that few kernels are compiled."""
+    step = 1 << max(0, (rows - 1).bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def _spans(ends_E: Tensor) -> list[tuple[int, int]]:
