@@ -28,6 +28,7 @@ from trinity_kernels.grouped_gemm import grouped_matmul, grouped_outer, pads, re
 from trinity_kernels.grouping import Groups, group_rows
 from trinity_kernels.norm import wide
 from trinity_kernels.op import Op
+from trinity_kernels.swiglu import weighted_swiglu_backward
 
 
 def _swiglu(pre_RH: Tensor) -> Tensor:
@@ -113,18 +114,9 @@ def _backward(
     score_R1 = wide(s_TK).flatten()[order_R].unsqueeze(1)
 
     unscaled_RF = wide(grouped_matmul.reference(grad_RD, w2_EDF, ends_E, transpose=False))
-    gate, up = (wide(half) for half in pre_RH.chunk(2, dim=-1))
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    act_RF = silu * up
-    grad_s_R = (unscaled_RF * act_RF).sum(dim=1)
-    grad_w2 = grouped_outer.reference(grad_RD, (act_RF * score_R1).to(x_TD.dtype), ends_E)
-
-    grad_act_RF = unscaled_RF.mul_(score_R1)
-    grad_up = grad_act_RF * silu
-    # silu'(g) = σ(g)·(1 + g·(1 − σ(g))) = σ + silu·(1 − σ)
-    grad_gate = grad_act_RF.mul_(up).mul_(sigmoid + silu * (1 - sigmoid))
-    grad_pre_RH = torch.cat((grad_gate, grad_up), dim=1).to(x_TD.dtype)
+    scaled_RF, grad_pre_RH, grad_s_R = weighted_swiglu_backward(unscaled_RF, pre_RH, score_R1)
+    grad_w2 = grouped_outer.reference(grad_RD, scaled_RF.to(x_TD.dtype), ends_E)
+    grad_pre_RH = grad_pre_RH.to(x_TD.dtype)
     grad_w1 = grouped_outer.reference(grad_pre_RH, x_TD.index_select(0, token_R), ends_E)
     rows_RD = grouped_matmul.reference(grad_pre_RH, w1_EHD, ends_E, transpose=False)
     grad_x = _sum_per_token(rows_RD, groups, None).to(x_TD.dtype)

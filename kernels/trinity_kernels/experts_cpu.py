@@ -24,6 +24,7 @@ from torch import Tensor
 from trinity_kernels.grouping import Groups, group_rows
 from trinity_kernels.linear import linear_forward, linear_grad_input, linear_grad_weight
 from trinity_kernels.norm import wide
+from trinity_kernels.swiglu import weighted_swiglu_backward
 
 
 def forward(
@@ -55,7 +56,7 @@ def backward(
     for expert, span, token_N in _experts_with_rows(groups, indices_TK.shape[1]):
         grad_ND, dtype = grad_TD.index_select(0, token_N), x_TD.dtype
         unscaled_NF = wide(linear_grad_input(grad_ND, w2_EDF[expert]))
-        scaled_NF, grad_pre_NH, grad_s_R[span] = _differentiate_swiglu(unscaled_NF, pre_RH[span], score_R1[span])
+        scaled_NF, grad_pre_NH, grad_s_R[span] = weighted_swiglu_backward(unscaled_NF, pre_RH[span], score_R1[span])
         linear_grad_weight(grad_ND, scaled_NF.to(dtype), out=grad_w2[expert])
         grad_pre_NH = grad_pre_NH.to(dtype)
         linear_grad_weight(grad_pre_NH, x_TD.index_select(0, token_N), out=grad_w1[expert])
@@ -72,24 +73,3 @@ def _experts_with_rows(groups: Groups, active: int) -> Iterator[tuple[int, slice
         if first < end:
             yield expert, slice(first, end), token_R[first:end]
         first = end
-
-
-def _differentiate_swiglu(unscaled_NF: Tensor, pre_NH: Tensor, score_N1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of s·(silu(gate)∘up), given dA'; overwrites dA'.
-
-    Returns:
-        s·A [N, F], dH [N, 2F] and ds [N], in fp32.
-    """
-    gate_NF, up_NF = wide(pre_NH).chunk(2, dim=1)
-    sigmoid_NF = torch.sigmoid(gate_NF)
-    silu_NF = gate_NF * sigmoid_NF
-    act_NF = silu_NF * up_NF
-    grad_s_N = (unscaled_NF * act_NF).sum(dim=1)
-    grad_pre_NH = unscaled_NF.new_empty(len(unscaled_NF), 2 * unscaled_NF.shape[1])
-    grad_gate_NF, grad_up_NF = grad_pre_NH.chunk(2, dim=1)
-    grad_act_NF = unscaled_NF.mul_(score_N1)
-    torch.mul(grad_act_NF, silu_NF, out=grad_up_NF)
-    # silu'(g) = σ(g)·(1 + g·(1 − σ(g))) = σ + silu − silu·σ
-    slope_NF = torch.addcmul(sigmoid_NF + silu_NF, silu_NF, sigmoid_NF, value=-1)
-    torch.mul(grad_act_NF.mul_(up_NF), slope_NF, out=grad_gate_NF)
-    return act_NF.mul_(score_N1), grad_pre_NH, grad_s_N
