@@ -18,16 +18,22 @@ from torch import Tensor
 from trinity.data.sources.source import Source
 from trinity.data.stream.packing import Piece
 
+PADDING_ID = -1
+"""Document id of padding: tokens at the end of a row that belong to no document and have no target."""
+
 
 class PackedSequence(NamedTuple):
     """One sequence, as worker processes send it.
 
-    values_3S: int32: tokens; targets, IGNORE where there is none; document ids 0, 1, 2, … within the sequence.
+    values_3S: int32: tokens; targets, IGNORE where there is none; document ids 0, 1, 2, … within the sequence, and
+        PADDING_ID for padding at its end.
     pieces: the parts of documents that the tokens are from.
+    weights_S: fp32: the weight of each target in the loss (loss.per); None: all targets weigh the same.
     """
 
     values_3S: np.ndarray
     pieces: list[Piece]
+    weights_S: np.ndarray | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -50,9 +56,12 @@ class Batch:
     """One rank's sequences of one step, or a microbatch of them.
 
     tokens_BS, targets_BS: int64; IGNORE where there is no target.
-    document_ids_BS: int32, for the document mask; None without one.
+    document_ids_BS: int32, for the document mask; PADDING_ID for padding at a row's end; None without a mask.
     pieces: of each sequence; empty in a microbatch.
-    documents: how many documents a microbatch's document_ids_BS hold, each row beginning a new one; otherwise None.
+    documents: how many documents a microbatch's document_ids_BS hold, each row beginning a new one, padding counted as
+        one; otherwise None.
+    weights_BS: fp32, the weight of each target in the loss, 0 where there is no target: 1/(targets of its example) with
+        loss.per=example, so that a row's weights sum to its examples; None with loss.per=token.
     """
 
     tokens_BS: Tensor
@@ -60,17 +69,20 @@ class Batch:
     document_ids_BS: Tensor | None
     pieces: list[list[Piece]] = field(default_factory=list)
     documents: int | None = None
+    weights_BS: Tensor | None = None
 
     def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
         """Consecutive parts of `size` sequences on the device."""
         for start in range(0, self.tokens_BS.shape[0], size):
             rows = slice(start, start + size)
             ids_BS = None if self.document_ids_BS is None else self.document_ids_BS[rows]
+            weights_BS = None if self.weights_BS is None else self.weights_BS[rows]
             yield Batch(
                 self.tokens_BS[rows].to(device, non_blocking=True),
                 self.targets_BS[rows].to(device, non_blocking=True),
                 None if ids_BS is None else ids_BS.to(device, non_blocking=True),
                 documents=None if ids_BS is None else count_documents(ids_BS),
+                weights_BS=None if weights_BS is None else weights_BS.to(device, non_blocking=True),
             )
 
 
@@ -113,7 +125,13 @@ def collate(sequences: list[PackedSequence], sequence_length: int, pin: bool = F
     document_ids_BS = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
     for row, sequence in enumerate(sequences):
         tokens_BS[row], targets_BS[row], document_ids_BS[row] = torch.from_numpy(sequence.values_3S)
-    return Batch(tokens_BS, targets_BS, document_ids_BS, [sequence.pieces for sequence in sequences])
+    weights_BS = None
+    if sequences and sequences[0].weights_S is not None:
+        weights_BS = torch.empty(shape, dtype=torch.float32, pin_memory=pin)
+        for row, sequence in enumerate(sequences):
+            weights_BS[row] = torch.from_numpy(sequence.weights_S)
+    pieces = [sequence.pieces for sequence in sequences]
+    return Batch(tokens_BS, targets_BS, document_ids_BS, pieces, weights_BS=weights_BS)
 
 
 def _next_token(piece: Piece, sources: Mapping[str, Source], after_document: int) -> int:
