@@ -6,6 +6,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/smoke
+SFT_RUN := runs/sft_smoke
 DATA := data/smoke
 CORPUS := $(DATA)/corpus
 SHARDS := $(DATA)/shards
@@ -15,10 +16,10 @@ SETS := code/train code/validation prose/train prose/validation
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: smoke quick test test-slow lint docs venv data clean help
+.PHONY: smoke sft-smoke quick test test-slow lint docs venv data clean help
 
 help:
-	@echo "make smoke | test | test-slow | lint | docs | venv | data | clean"
+	@echo "make smoke | sft-smoke | test | test-slow | lint | docs | venv | data | clean"
 	@echo "make quick    the core's tests in under two minutes, while working; test runs all but the slow ones"
 
 venv: $(VENV)/ready
@@ -39,6 +40,12 @@ data: venv
 smoke: data
 	$(BIN)/python launch/pretrain.py configs/smoke.yaml run.dir=$(RUN)
 	$(BIN)/python tools/smoke_summary.py $(RUN) --out $(RUN)/hf/final
+
+# The model of `make smoke`, which is trained first if it is not there, fine-tuned to answer in a chat.
+sft-smoke: data-sft
+	test -f $(RUN)/hf/final/config.json || $(MAKE) smoke
+	$(BIN)/python launch/pretrain.py configs/sft_smoke.yaml run.dir=$(SFT_RUN) init.run=$(RUN)
+	$(BIN)/python tools/smoke_summary.py $(SFT_RUN) --out $(SFT_RUN)/hf/final
 
 # Model, balancing, optimizers, data, config, interop, evaluation, one training step, and the pages of docs/: 70 s of CPU.
 # Not here: kernels in Triton's interpreter (90 s), plans, and runs, launchers and meshes, which start processes.
@@ -64,4 +71,4 @@ docs: venv
 	mv docs/config.md.new docs/config.md
 
 clean:
-	rm -rf $(VENV) $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DATA) $(RUN) $(SFT_RUN) build *.egg-info .pytest_cache .ruff_cache

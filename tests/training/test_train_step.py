@@ -211,7 +211,7 @@ def test_batch_het_of_weighted_rows(settings: dict, ranks: mesh.Ranks) -> None:
     other.init_weights(run.config.run.seed)
     ce_BS = other(run.batch.tokens_BS, document_ids_BS=run.batch.document_ids_BS, targets_BS=run.batch.targets_BS).ce_BS
     rows = [[ce_BS[b][places_S].mean().item() for b, places_S in examples if b == row] for row in range(len(ce_BS))]
-    means = torch.tensor([sum(row) / len(row) for row in rows])
+    means = torch.tensor([sum(row) / len(row) for row in rows], dtype=torch.float64)
     assert take_step(run).metrics["batch_het"] == pytest.approx((means.max() - means.mean()).item(), rel=1e-6)
 
 
