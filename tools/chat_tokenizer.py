@@ -24,8 +24,8 @@ def main() -> None:
         "--ids",
         choices=("reserved", "last"),
         default="reserved",
-        help="where new tokens go: to unused special tokens, such as <|reserved_0|>, or to the last, rarest learned tokens "
-        "(%(default)s)",
+        help="where new tokens go. reserved: ids of unused special tokens, such as <|reserved_0|>; last: ids of the "
+        "last learned tokens, the rarest (%(default)s)",
     )
     arguments = parser.parse_args()
     new = make_chat_tokenizer(arguments.tokenizer, arguments.out, arguments.template, arguments.ids)

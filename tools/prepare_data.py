@@ -91,14 +91,15 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "--turns",
         choices=get_args(Turns),
-        help="whole: a conversation is one example; split: one for each turn of the assistant, with all before it (whole)",
+        help="whole: a conversation is one example; split: one example for each turn of the assistant, with all before "
+        "it (whole)",
     )
     chat.add_argument("--max-tokens", type=int, help="most tokens of an example, as data.sequence_length (any number)")
     chat.add_argument(
         "--too-long",
         choices=get_args(TooLong),
-        help="longer examples: refuse them, drop and count them, or truncate-prompt: drop the tokens after BOS that come "
-        "before the first trained one, as many as needed (refuse)",
+        help="longer examples. refuse: stop; drop: leave out and count them; truncate-prompt: leave out as many tokens "
+        "as needed of those between BOS and the first trained token (refuse)",
     )
 
 
@@ -154,10 +155,10 @@ def main() -> int | None:
         print("stopped; run the same command again to continue", file=sys.stderr)
         return STOPPED
     skipped = "".join(f", {count:,} {reason} skipped" for reason, count in index["skipped"].items())
-    trained = f", {index['trained']:,} of them trained" if "trained" in index else ""
+    tokens = f"{index['tokens']:,} tokens" + (f" ({index['trained']:,} trained)" if "trained" in index else "")
     print(
         f"{arguments.out}{' was already done' if already else ''}: {index['documents']:,} documents, "
-        f"{index['tokens']:,} tokens{trained}, {index['text_bytes']:,} bytes of text, {len(index['shards'])} shards{skipped}"
+        f"{tokens}, {index['text_bytes']:,} bytes of text, {len(index['shards'])} shards{skipped}"
     )
     return None
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from trinity.command_line import HelpFormatter
 from trinity.errors import UserError, run_main
-from trinity_kernels.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,6 +76,8 @@ def decoded(tokenizer: "Tokenizer", tokens: list[int]) -> str:
 
 def marked(tokenizer: "Tokenizer", tokens: list[int], targets: list[int]) -> str:
     """The text of a piece, with ⟦ ⟧ around runs of tokens that are targets; a token is the target of the one before."""
+    from trinity_kernels.cross_entropy import IGNORE
+
     trained = [False, *(target != IGNORE for target in targets[:-1])]
     runs = groupby(zip(trained, tokens), key=itemgetter(0))
     texts = [(is_trained, decoded(tokenizer, [token for _, token in run])) for is_trained, run in runs]

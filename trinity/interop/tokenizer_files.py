@@ -32,7 +32,7 @@ class SpecialIds:
 
     @property
     def stop(self) -> list[int]:
-        """The tokens that end a text: the chat template's end of turn, EOS, and BOS, the beginning of the next document.
+        """The tokens that end a text: end of turn, EOS, and BOS, the beginning of the next document.
 
         In pretraining only BOS separates documents.
         """

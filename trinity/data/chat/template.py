@@ -75,6 +75,7 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
+            self._blocks: Any = environment.extensions[_GenerationBlock.identifier]
         except jinja2.TemplateError as error:
             raise UserError(f"{name} is not a valid template ({_one_line(error)}); correct it") from None
         calls = [call.node for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.ExtensionAttribute)]
@@ -109,12 +110,25 @@ class ChatTemplate:
             **(variables or {}),
             "messages": list(messages),
             "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(**values, documents=None, add_generation_prompt=add_generation_prompt)
+            text = self._rendered(values, marks=True)
+            plain = self._rendered(values, marks=False) if self.generates else None
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise UserError(f"{self.name} does not take these messages ({_one_line(error)}); correct them") from None
-        return _without_marks(text)
+        rendered = _without_marks(text)
+        if plain is not None and _without_marks(plain).text != rendered.text:
+            raise UserError(
+                f"{self.name} changes what its generation blocks have printed, as a filter around them does; move such a "
+                "filter into the blocks"
+            )
+        return rendered
+
+    def _rendered(self, values: Mapping[str, Any], marks: bool) -> str:
+        self._blocks.marks = marks
+        return self._template.render(values)
 
 
 def load_template(folder: Path, file: Path | None = None) -> ChatTemplate:
@@ -233,6 +247,7 @@ class _GenerationBlock(Extension):
 
     MARK = "_mark"
     tags = {"generation"}
+    marks = True
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -240,4 +255,4 @@ class _GenerationBlock(Extension):
         return nodes.CallBlock(self.call_method(self.MARK), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Macro) -> str:
-        return f"{BEGIN}{caller()}{END}"
+        return f"{BEGIN}{caller()}{END}" if self.marks else caller()

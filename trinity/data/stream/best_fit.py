@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from trinity.errors import UserError
 
 
-def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack_best_fit(lengths: Sequence[int], capacity: int, first: int = 0) -> list[list[int]]:
     """The examples of each row, as indices of `lengths`, the longest first.
 
     Args:
         lengths: tokens of each example, at most `capacity` and at least 1; of equal ones the first is placed first.
         capacity: tokens of a row.
+        first: the examples 0 … first − 1, which fit into one row, are in the first row together.
     """
-    rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, row) of each row, ascending
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    rows: list[list[int]] = [list(range(first))] if first else []
+    # (tokens left, row) of each row, ascending
+    rooms: list[tuple[int, int]] = [(capacity - sum(lengths[:first]), 0)] if first else []
+    for index in sorted(range(first, len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[index]
         assert 0 < length <= capacity
         at = bisect_left(rooms, (length, 0))

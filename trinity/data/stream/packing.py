@@ -10,7 +10,7 @@ Either way no token is dropped and each document is read in order.
 
 Best fit, for fine-tuning: whole documents (examples) only. A window of documents is drawn, enough for some rows, and
 put into rows by best-fit decreasing. The rows are used in random order and end in padding. The emptiest row is not
-used: its documents open the next window, at most once. So each document is used in its window or in the next.
+used: it is the first row of the next window, to be filled up there. So each document is used in its window or the next.
 
 A stream makes pieces (source, document, start,
 length) and never reads a token, so that replaying millions of sequences to find a place in the data reads no file.
@@ -119,8 +119,10 @@ class LogicalStream:
 
     def _plan_window(self, tokens: int, phase: Phase) -> None:
         """Draw documents for some rows of `tokens` tokens, and put all open ones into rows in random order."""
-        carried, room = len(self.open), tokens * phase.best_fit_rows - sum(length for *_, length in self.open)
-        more = True
+        carried, tokens_carried = len(self.open), sum(length for *_, length in self.open)
+        if tokens_carried > tokens:  # the rest of a phase with other rows
+            carried = 0
+        room, more = tokens * phase.best_fit_rows - tokens_carried, True
         while more and room > 0:
             more = self._draw(phase)
             room -= self.open[-1][3] if more else 0
@@ -128,9 +130,9 @@ class LogicalStream:
             raise OutOfDocuments
         for source, index, _, length in self.open:
             check_fits(self.order.names[source], index, length, tokens)
-        rows = pack_best_fit([length for *_, length in self.open], tokens)
-        emptiest = min(rows, key=lambda row: sum(self.open[at][3] for at in row))
-        rest = emptiest if more and len(rows) > 1 and min(emptiest) >= carried else []
+        rows = pack_best_fit([length for *_, length in self.open], tokens, carried)
+        late = rows[bool(carried) :] if more else []  # no row is left over twice
+        rest = min(late, key=lambda row: sum(self.open[at][3] for at in row)) if len(rows) > 1 and late else []
         used = [row for row in rows if row is not rest]
         for last in range(len(used) - 1, 0, -1):  # Fisher-Yates: best fit makes rows of the longest documents first
             at = self._random_below(last + 1)
