@@ -10,16 +10,17 @@ SFT_RUN := runs/sft_smoke
 DATA := data/smoke
 CORPUS := $(DATA)/corpus
 SHARDS := $(DATA)/shards
+CHAT := $(DATA)/chat
 SETS := code/train code/validation prose/train prose/validation
 
 # Spinning OpenMP threads collapse torch where other processes run too.
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: smoke sft-smoke quick test test-slow lint docs venv data clean help
+.PHONY: smoke sft-smoke quick test test-slow lint docs venv data data-sft clean help
 
 help:
-	@echo "make smoke | sft-smoke | test | test-slow | lint | docs | venv | data | clean"
+	@echo "make smoke | sft-smoke | test | test-slow | lint | docs | venv | data | data-sft | clean"
 	@echo "make quick    the core's tests in under two minutes, while working; test runs all but the slow ones"
 
 venv: $(VENV)/ready
@@ -35,6 +36,16 @@ data: venv
 	for set in $(SETS); do \
 		$(BIN)/python tools/prepare_data.py --input $(CORPUS)/$$(echo $$set | tr / .).jsonl \
 			--tokenizer $(DATA)/tokenizer --out $(SHARDS)/$$set || exit $$?; \
+	done
+
+# Conversations for fine-tuning the smoke model, and a tokenizer with the markers of a chat; see docs/fine_tune.md.
+data-sft: venv
+	test -f $(DATA)/tokenizer/tokenizer.json || $(MAKE) data
+	$(BIN)/python tools/prepare_corpus.py --chat --out $(CORPUS)
+	$(BIN)/python tools/chat_tokenizer.py --tokenizer $(DATA)/tokenizer --out $(CHAT)/tokenizer --ids last
+	for set in train validation; do \
+		$(BIN)/python tools/prepare_data.py --chat --input $(CORPUS)/chat.$$set.jsonl --max-tokens 256 --too-long drop \
+			--tokenizer $(CHAT)/tokenizer --out $(CHAT)/$$set || exit $$?; \
 	done
 
 smoke: data

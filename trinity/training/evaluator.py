@@ -63,6 +63,8 @@ class Evaluator:
                 config.data.loss_on_document_start,
                 rank=self._ranks.rank,
                 ranks=self._ranks.data_ranks,
+                best_fit_rows=config.data.best_fit_rows if config.data.packing == "best_fit" else 0,
+                masked=config.data.loss == "masked",
             )
             losses = evaluate(
                 model,

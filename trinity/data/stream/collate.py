@@ -1,7 +1,8 @@
 """Read the pieces of a packed sequence as token ids, and collate sequences into a batch.
 
 The target of a token is the next token of its document. The target of a document's last token is BOS, with which the
-next document begins: the model learns that a document begins here, not which one.
+next document begins: the model learns that a document begins here, not which one. For fine-tuning, a document is an
+example: its last token has no target, nor have the tokens that its loss mask leaves out.
 
 Shapes: B sequences, S tokens of one; 3: its tokens, targets and document ids.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from trinity.data.sources.source import Source
 from trinity.data.stream.packing import Piece
+from trinity_kernels.cross_entropy import IGNORE
 
 PADDING_ID = -1
 """Document id of padding: tokens at the end of a row that belong to no document and have no target."""
@@ -91,13 +93,16 @@ def count_documents(document_ids_BS: Tensor) -> int:
     return len(document_ids_BS) + int((document_ids_BS[:, 1:] != document_ids_BS[:, :-1]).sum())
 
 
-def read_pieces(pieces: list[Piece], sources: Mapping[str, Source], after_document: int) -> PackedSequence:
+def read_pieces(
+    pieces: list[Piece], sources: Mapping[str, Source], after_document: int, masked: bool = False
+) -> PackedSequence:
     """Read the tokens of one sequence.
 
     Args:
         pieces: at least one; all but the last go to the end of their document, as the packers make them.
         sources: name → documents.
         after_document: target of a document's last token: BOS, or IGNORE.
+        masked: only tokens that the mask of their source marks are targets; after_document must be IGNORE.
     """
     lengths = [piece.length for piece in pieces]
     ends = list(accumulate(lengths))
@@ -109,7 +114,33 @@ def read_pieces(pieces: list[Piece], sources: Mapping[str, Source], after_docume
     targets_S[np.array(ends[:-1], np.int64) - 1] = after_document
     targets_S[-1] = _next_token(pieces[-1], sources, after_document)
     ids_S[:] = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    if masked:
+        assert after_document == IGNORE
+        for (name, document, start, length), end in zip(pieces, ends):
+            source = sources[name]
+            count = min(length, source.length(document) - start - 1)  # a document's last token has no target
+            untrained = ~source.read_mask(document, start + 1, count)
+            targets_S[end - length : end - length + count][untrained] = IGNORE
     return PackedSequence(values_3S, pieces)
+
+
+def pad(sequence: PackedSequence, sequence_length: int, token: int, document_id: int = PADDING_ID) -> PackedSequence:
+    """Add `token`, without targets, at the end of a sequence, up to `sequence_length` tokens."""
+    missing = sequence_length - sequence.values_3S.shape[1]
+    padding_31 = np.array([[token], [IGNORE], [document_id]], np.int32)
+    weights_S = None if sequence.weights_S is None else np.pad(sequence.weights_S, (0, missing))
+    values_3S = np.concatenate([sequence.values_3S, padding_31.repeat(missing, axis=1)], axis=1)
+    return PackedSequence(values_3S, sequence.pieces, weights_S)
+
+
+def weigh_examples(sequence: PackedSequence) -> PackedSequence:
+    """Give each target the weight 1/(targets of its example), for sequences of whole examples (loss.per=example)."""
+    _, targets_S, ids_S = sequence.values_3S
+    valid_S = targets_S != IGNORE
+    counts = np.bincount(ids_S[valid_S], minlength=len(sequence.pieces))
+    weights_S = np.zeros(len(ids_S), np.float32)
+    weights_S[valid_S] = 1.0 / counts[ids_S[valid_S]]
+    return sequence._replace(weights_S=weights_S)
 
 
 def collate(sequences: list[PackedSequence], sequence_length: int, pin: bool = False) -> Batch:
