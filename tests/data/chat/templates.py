@@ -1,8 +1,8 @@
 """Chat templates in the manner of well-known families, with generation blocks, and conversations for them.
 
-TEMPLATES are eight shapes that differ in what decides a mask: markers of roles as special tokens or as plain text, the end
-of turn as a token of its own or as EOS, white space around the content, a system prompt that is moved into the first user
-turn, tool calls, and thinking that is kept in the last turn only.
+TEMPLATES are eight shapes that differ in what decides a mask: markers of roles as special tokens or as plain text, the
+end of turn as a token of its own or as EOS, white space around the content, a system prompt that moves into the first
+turn of the user, tool calls, and thinking that is kept in the last turn only.
 """
 
 import re
@@ -19,23 +19,26 @@ HEADERS = """{{ bos_token }}{% for m in messages %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
 INSTRUCTIONS = """{{ bos_token }}{% if messages[0].role == 'system' %}
-{%- set system = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}
-{%- for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
-{%- else %}{% generation %}{{ ' ' + m.content | trim + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+{%- set system = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}
+{%- else %}{% set system = '' %}{% endif %}
+{%- for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.first else '') }}
+{{- m.content + ' [/INST]' }}{% else %}
+{%- generation %}{{ ' ' + m.content | trim + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 
 PIPES = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\\n' }}
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}{{ '\\n' }}
 {%- else %}{{ m.content + '<|end|>\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{# <|user|> <|system|> <|tool|> #}"""
 
-PLAIN_WORDS = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}
+PLAIN_WORDS = """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}
 {%- elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}
 {%- else %}{{ m.content + ' ' }}{% endif %}{% endfor %}"""
 
 HASHES = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\\n\\n' }}
 {%- elif m.role == 'user' %}{{ '### Instruction:\\n' + m.content + '\\n\\n' }}
-{%- else %}{{ '### Response:\\n' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\\n\\n' }}{% endif %}
-{%- endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"""
+{%- else %}{{ '### Response:\\n' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}
+{{- '\\n\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"""
 
 TOOLS = """{{ bos_token }}{% if tools %}{{ '<|system|>\\n' + (tools | tojson) + '<|end|>\\n' }}{% endif %}
 {%- for m in messages %}{{ '<|' + m.role + '|>\\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}

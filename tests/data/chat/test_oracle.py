@@ -75,7 +75,7 @@ def test_prefixes_find_the_same_tokens_as_blocks(
 def test_thinking_without_blocks(make_encoder: Callable[..., ChatEncoder]) -> None:
     """Earlier turns are printed without their thinking, so the whole is refused and single turns are found."""
     template = without_blocks(TEMPLATES["thinking"])
-    with pytest.raises(UserError, match="differently when more follow.*--turns split"):
+    with pytest.raises(UserError, match=r"differently when more follow.*--turns split"):
         list(make_encoder(template).examples({"messages": TALK}, "x:1"))
     split = list(make_encoder(template, turns="split").examples({"messages": TALK}, "x:1"))
     with_blocks = list(make_encoder(TEMPLATES["thinking"], turns="split").examples({"messages": TALK}, "x:1"))

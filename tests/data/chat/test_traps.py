@@ -81,7 +81,7 @@ def test_2_span_that_ends_in_stripped_white_space(make_encoder: Make) -> None:
 
 def test_3_end_of_turn_outside_the_span(make_encoder: Make) -> None:
     template = CHATML.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|im_end|>")
-    with pytest.raises(UserError, match="trains 0 ends of turn for 2 trained turns.*end with <.im_end.>"):
+    with pytest.raises(UserError, match=r"trains 0 ends of turn for 2 trained turns.*end with <.im_end.>"):
         one(make_encoder(template), {"messages": TALK})
 
 
@@ -140,7 +140,8 @@ def test_7_packing_keeps_the_mask(make_encoder: Make, shards: Path, phase: Phase
         begin = 0
         for piece in row.pieces:
             ids, mask = one(encoder, {"messages": conversation(piece.document)})
-            next_tokens = [token if bit else IGNORE for token, bit in zip(ids, mask)][1:] + [IGNORE]
+            next_tokens = [token if bit else IGNORE for token, bit in zip(ids, mask)][1:]
+            next_tokens.append(IGNORE)
             targets = row.values_3S[1, begin : begin + piece.length].tolist()
             assert targets == next_tokens[piece.start : piece.start + piece.length]
             begin += piece.length
@@ -158,12 +159,12 @@ def test_8_examples_do_not_see_each_other(shards: Path) -> None:
         expected = [document for document, length in runs for _ in range(length)] + [PADDING_ID] * padding
         assert batch.document_ids_BS[row].tolist() == expected
     assert (batch.document_ids_BS == PADDING_ID).any()
-    with pytest.raises(UserError, match="set data.document_mask=true"):
+    with pytest.raises(UserError, match=r"set data.document_mask=true"):
         check_run(RunConfig(run=RunSection(steps=1), data=DataConfig(packing="best_fit")))
 
 
 def test_9_tool_calls(make_encoder: Make) -> None:
-    """Arguments as an object or as its JSON text give the same tokens; results are not trained; calls may be parallel."""
+    """Arguments as an object or as its JSON text give equal tokens; results are not trained; calls may be parallel."""
     calls = [
         {"id": "1", "function": {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}},
         {"name": "weather", "arguments": {"city": "Oslo"}},

@@ -26,16 +26,15 @@ LENGTHS = st.lists(st.integers(1, S), min_size=1, max_size=200)
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(lengths=LENGTHS)
 def test_rows_hold_all_and_are_few(lengths: list[int]) -> None:
-    """11/9 of the optimum and one, by Dósa (2007) 6/9; the optimum is at least the tokens and the examples over half."""
+    """At most 11/9 of the optimum and one (Dósa 2007 has 6/9 in place of one), by a lower bound of the optimum."""
     rows = pack_best_fit(lengths, S)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert max(sum(lengths[index] for index in row) for row in rows) <= S
-    optimum = max(-(-sum(lengths) // S), sum(2 * length > S for length in lengths))
-    assert len(rows) <= 11 / 9 * optimum + 1 or len(rows) <= smallest(lengths) * 11 / 9 + 1
+    assert len(rows) <= fewest(lengths) * 11 / 9 + 1
 
 
-def smallest(lengths: list[int]) -> int:
-    """A lower bound of the rows (Martello and Toth 1990, L2): examples above S − k stand alone; those above S/2 too."""
+def fewest(lengths: list[int]) -> int:
+    """A lower bound of the rows (L2 of Martello and Toth 1990): of examples over half a row, each has its own."""
     best = 0
     for k in range(S // 2 + 1):
         large = [length for length in lengths if length > S - k]
@@ -149,7 +148,7 @@ def test_padding_and_weights() -> None:
 
 
 def test_too_long_for_a_row() -> None:
-    with pytest.raises(UserError, match="document 0 of all has 51 tokens.*data.sequence_length=51 or more") as error:
+    with pytest.raises(UserError, match=r"document 0 of all has 51 tokens.*data.sequence_length=51 or more") as error:
         make_stream([S + 1], S, WINDOWS[0]).advance(1)
     assert "\n" not in str(error.value)
 
