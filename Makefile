@@ -6,9 +6,11 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/smoke
+SFT_RUN := runs/sft_smoke
 DATA := data/smoke
 CORPUS := $(DATA)/corpus
 SHARDS := $(DATA)/shards
+CHAT := $(DATA)/chat
 SETS := code/train code/validation prose/train prose/validation
 
 # OpenMP threads that spin for long collapse torch where other processes run too; see trinity/__init__.py.
@@ -16,10 +18,10 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 3000
 export TOKENIZERS_PARALLELISM := true
 
-.PHONY: smoke quick test test-slow lint docs venv data clean help
+.PHONY: smoke sft-smoke quick test test-slow lint docs venv data data-sft clean help
 
 help:
-	@echo "make smoke | test | test-slow | lint | docs | venv | data | clean"
+	@echo "make smoke | sft-smoke | test | test-slow | lint | docs | venv | data | data-sft | clean"
 	@echo "make quick    the core's tests in under two minutes, while working; test runs all but the slow ones"
 
 venv: $(VENV)/ready
@@ -37,9 +39,25 @@ data: venv
 			--tokenizer $(DATA)/tokenizer --out $(SHARDS)/$$set || exit $$?; \
 	done
 
+# Conversations for fine-tuning the smoke model, and a tokenizer with the markers of a chat; see docs/fine_tune.md.
+data-sft: venv
+	test -f $(DATA)/tokenizer/tokenizer.json || $(MAKE) data
+	$(BIN)/python tools/prepare_corpus.py --chat --out $(CORPUS)
+	$(BIN)/python tools/chat_tokenizer.py --tokenizer $(DATA)/tokenizer --out $(CHAT)/tokenizer --ids last
+	for set in train validation; do \
+		$(BIN)/python tools/prepare_data.py --chat --input $(CORPUS)/chat.$$set.jsonl --max-tokens 256 --too-long drop \
+			--tokenizer $(CHAT)/tokenizer --out $(CHAT)/$$set || exit $$?; \
+	done
+
 smoke: data
 	$(BIN)/python launch/pretrain.py configs/smoke.yaml run.dir=$(RUN)
 	$(BIN)/python tools/smoke_summary.py $(RUN) --out $(RUN)/hf/final
+
+# The model of `make smoke`, which is trained first if it is not there, fine-tuned to answer in a chat.
+sft-smoke: data-sft
+	test -f $(RUN)/hf/final/config.json || $(MAKE) smoke
+	$(BIN)/python launch/pretrain.py configs/sft_smoke.yaml run.dir=$(SFT_RUN) init.run=$(RUN)
+	$(BIN)/python tools/smoke_summary.py $(SFT_RUN) --out $(SFT_RUN)/hf/final
 
 # Model, balancing, optimizers, data, config, interop, evaluation, one training step, and the pages of docs/: 70 s of CPU.
 # Not here: kernels in Triton's interpreter (90 s), plans, and runs, launchers and meshes, which start processes.
@@ -65,4 +83,4 @@ docs: venv
 	mv docs/config.md.new docs/config.md
 
 clean:
-	rm -rf $(VENV) $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DATA) $(RUN) $(SFT_RUN) build *.egg-info .pytest_cache .ruff_cache

@@ -182,3 +182,34 @@ def test_packed_documents_are_separate_documents() -> None:
     assert_same_choices(records)
     assert distance(packed_BSV.flatten(0, 1), torch.cat(alone)) < BOUND
     assert distance(model(tokens_BS).flatten(0, 1), torch.cat(alone)) > 1e-2, "without ids attention must cross"
+
+
+def test_fine_tuning_loss() -> None:
+    """One packed row of three examples with padding, against a batch of padded examples with transformers' own loss.
+
+    The mean over the trained tokens to 1e-6, and every gradient. Two thirds of the labels are −100, as of a prompt.
+    """
+    model, hf_model = make_pair(ModelConfig(**SMALL))
+    lengths, S = [7, 4, 5], SEQUENCE
+    random = torch.Generator().manual_seed(6)
+    documents = [torch.randint(model.config.vocab_size, (length,), generator=random) for length in lengths]
+    labels = [document.where(torch.arange(len(document)) >= len(document) * 2 // 3, -100) for document in documents]
+    tokens_BS = F.pad(torch.cat(documents), (0, S - sum(lengths))).unsqueeze(0)
+    targets_BS = F.pad(torch.cat([F.pad(x[1:], (0, 1), value=-100) for x in labels]), (0, S - sum(lengths)), value=-100)
+    ids_BS = torch.tensor([*range(3), -1]).repeat_interleave(torch.tensor([*lengths, S - sum(lengths)])).unsqueeze(0)
+
+    pad = torch.nn.utils.rnn.pad_sequence
+    hf_loss = hf_model(
+        input_ids=pad(documents, batch_first=True),
+        attention_mask=pad([torch.ones_like(document) for document in documents], batch_first=True),
+        labels=pad(labels, batch_first=True, padding_value=-100),
+    ).loss
+    loss = model.loss(tokens_BS, targets_BS.unsqueeze(0), ids_BS)
+    assert abs(loss.item() / hf_loss.item() - 1) < 1e-6
+    loss.backward()
+    hf_loss.backward()
+    got = fused({name: parameter.grad for name, parameter in model.named_parameters()}, model.config)
+    expected = {name: parameter.grad for name, parameter in hf_model.named_parameters() if parameter.requires_grad}
+    noise = 1e-6 * max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max() < BOUND * gradient.abs().max() + noise, name

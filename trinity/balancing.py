@@ -60,7 +60,7 @@ def sign_update(bias: Tensor, counts: Tensor, gamma: float) -> Tensor:
     return torch.where(routed, moved - moved.mean(dim=-1, keepdim=True), bias)
 
 
-def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor) -> Tensor:
+def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor, padded: bool = False) -> Tensor:
     """The sequence-wise auxiliary loss of one MoE layer without its factor α: Σ_i f_i P_i (eq. 29-32).
 
     f_i = E/(K·S) · (times i was chosen in the row), a constant: counting has no gradient.
@@ -69,11 +69,12 @@ def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor) -> Tensor:
 
     Args:
         scores_BSE: [B, S, E], fp32 or float64: the router's sigmoid scores, without the bias.
-        indices_BSK: [B, S, K], int64: the experts chosen by s + b.
+        indices_BSK: [B, S, K], int64: the experts chosen by s + b; −1 for padding.
+        padded: whether tokens may be padding, which enters neither f nor P nor S.
     Returns:
         [B], scores' dtype; 0 for rows of no tokens.
     """
-    return routing.sequence_loss(scores_BSE, indices_BSK)
+    return routing.sequence_loss(scores_BSE, indices_BSK, padded)
 
 
 def max_violation(counts: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Per valid token: CE + z·lse², with CE = lse − logit[target] and lse = log Σ exp(logits). The gradient of the sum with
 respect to the logits is p·(1 + 2·z·lse) − onehot; the forward pass computes it chunk by chunk and forms dX and dW from
-it (as Liger does).
+it (as Liger does). A token may have a weight, by which its term and its gradient are multiplied.
 
 Saved for backward: dX, and dW in fp32; backward scales them by the incoming scalar in fp32 and rounds dW once.
 Precision: logits, their gradient and dX are in x's dtype; the rest, and the sum of dW over chunks, is in fp32.
@@ -38,9 +38,9 @@ of one block find it in the cache of a CPU core. One row may be larger."""
 CUDA_CHUNK_BYTES = 3200 * 2**20
 """The same on a GPU: 8192 tokens of Trinity's vocabulary in bf16 take 3128 MiB; adding to dW then costs about 3 %."""
 
-ChunkLoss = Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor, bool], Tensor]
-"""(logits_CV, targets_C, z, ce_C, lse_C, top_C, with_gradient) → dlogits_CV: writes ce, lse and top; may overwrite the
-logits. Without with_gradient the result has no meaning."""
+ChunkLoss = Callable[[Tensor, Tensor, float, Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
+"""(logits_CV, targets_C, z, ce_C, lse_C, top_C, with_gradient, weights_C) → dlogits_CV: writes ce, lse and top; may
+overwrite the logits. Without with_gradient the result has no meaning."""
 
 
 def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, device: str) -> int:
@@ -64,7 +64,7 @@ def chunk_tokens(tokens: int, vocabulary: int, itemsize: int, device: str) -> in
 
 def forward_in_chunks(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float, for_x: bool, for_weight: bool,
-    chunk_loss: ChunkLoss, itemsize: int,
+    chunk_loss: ChunkLoss, itemsize: int, weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loop over the chunks: the total loss; CE, lse and the largest logit per token; dX and dW.
 
@@ -72,6 +72,7 @@ def forward_in_chunks(
         for_x, for_weight: whether to compute dX and dW; otherwise they have no elements.
         chunk_loss: turns the logits of one chunk into their gradient.
         itemsize: bytes of a logit in the widest copy that chunk_loss holds.
+        weights_T: [T] weight of each token; None: 1.
     Returns:
         total, ce_T, lse_T, top_T, dX [T, D] in x's dtype, dW [V, D] in fp32 or float64.
     """
@@ -81,19 +82,24 @@ def forward_in_chunks(
     grad_x = x_TD.new_empty(x_TD.shape if for_x else 0)
     grad_weight = torch.zeros(weight_VD.shape if for_weight else 0, dtype=ce_T.dtype, device=x_TD.device)
     weight, chunk = matmul_operand(weight_VD), chunk_tokens(T, V, itemsize, x_TD.device.type)
+    weights_T = None if weights_T is None else weights_T.to(ce_T.dtype).contiguous()
     for start in range(0, T, chunk):
         rows = slice(start, start + chunk)
         x_CD = matmul_operand(x_TD[rows])
         # no variable holds the logits, so that those of two chunks are never in memory together
         grad_CV = chunk_loss(
-            linear_forward(x_CD, weight), targets_T[rows], z, ce_T[rows], lse_T[rows], top_T[rows], for_x or for_weight
-        )
+            linear_forward(x_CD, weight), targets_T[rows], z, ce_T[rows], lse_T[rows], top_T[rows], for_x or for_weight,
+            None if weights_T is None else weights_T[rows],
+        )  # fmt: skip
         if for_x:
             grad_x[rows] = linear_grad_input(grad_CV, weight)
         if for_weight:
             add_product_(grad_weight, grad_CV, x_CD)
         del grad_CV
-    return (ce_T + z * lse_T.square()).sum(), ce_T, lse_T, top_T, grad_x, grad_weight
+    loss_T = ce_T + z * lse_T.square()
+    if weights_T is not None:
+        loss_T *= weights_T
+    return loss_T.sum(), ce_T, lse_T, top_T, grad_x, grad_weight
 
 
 def add_product_(into_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
@@ -137,10 +143,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float,
-        for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype,
+        for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype, weights_T: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         total, ce_T, lse_T, top_T, grad_x, grad_weight = forward_in_chunks(
-            x_TD, weight_VD, targets_T, z, for_x, for_weight, _chunk_loss, _high(x_TD.dtype).itemsize
+            x_TD, weight_VD, targets_T, z, for_x, for_weight, _chunk_loss, _high(x_TD.dtype).itemsize, weights_T
         )
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.grad_weight_dtype = grad_weight_dtype
@@ -149,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return *scaled_gradients(ctx, grad), None, None, None, None, None
+        return *scaled_gradients(ctx, grad), None, None, None, None, None, None
 
 
 def scaled_gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -167,8 +173,9 @@ def _high(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunk_loss(
-    logits: Tensor, targets_C: Tensor, z: float, ce_C: Tensor, lse_C: Tensor, top_C: Tensor, with_gradient: bool
-) -> Tensor:
+    logits: Tensor, targets_C: Tensor, z: float, ce_C: Tensor, lse_C: Tensor, top_C: Tensor, with_gradient: bool,
+    weights_C: Tensor | None,
+) -> Tensor:  # fmt: skip
     """One chunk in torch, a block of rows at a time; see ChunkLoss."""
     block = len(logits)
     if not logits.is_cuda:
@@ -179,7 +186,9 @@ def _chunk_loss(
         logits_NV, targets_N = wide(logits[rows]), targets_C[rows]
         ce_C[rows], lse_C[rows], top_C[rows], sum_N = _token_losses(logits_NV, targets_N)
         if with_gradient:
-            _logits_gradient(logits_NV, sum_N, lse_C[rows], targets_N, z)
+            _logits_gradient(
+                logits_NV, sum_N, lse_C[rows], targets_N, z, None if weights_C is None else weights_C[rows]
+            )
             if logits_NV.dtype != logits.dtype:  # a copy: otherwise the logits themselves are overwritten
                 logits[rows] = logits_NV
     return logits
@@ -202,10 +211,15 @@ def _token_losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor,
     return torch.where(valid, top_C - picked_C + log_C, zero), torch.where(valid, top_C + log_C, zero), top_C, sum_C
 
 
-def _logits_gradient(exp_CV: Tensor, sum_C: Tensor, lse_C: Tensor, targets_C: Tensor, z: float) -> Tensor:
-    """p·(1 + 2·z·lse) − onehot, in place of the exponentials of _token_losses; rows of ignored targets are 0."""
-    exp_CV.mul_(((1 + 2 * z * lse_C) / sum_C).unsqueeze(1))
-    exp_CV.scatter_add_(1, targets_C.clamp_min(0).unsqueeze(1), exp_CV.new_full((len(exp_CV), 1), -1.0))
+def _logits_gradient(
+    exp_CV: Tensor, sum_C: Tensor, lse_C: Tensor, targets_C: Tensor, z: float, weights_C: Tensor | None
+) -> Tensor:
+    """w·(p·(1 + 2·z·lse) − onehot), in place of the exponentials of _token_losses; rows of ignored targets are 0."""
+    factor_C, onehot_C1 = (1 + 2 * z * lse_C) / sum_C, exp_CV.new_full((len(exp_CV), 1), -1.0)
+    if weights_C is not None:
+        factor_C, onehot_C1 = factor_C * weights_C, -weights_C.unsqueeze(1)
+    exp_CV.mul_(factor_C.unsqueeze(1))
+    exp_CV.scatter_add_(1, targets_C.clamp_min(0).unsqueeze(1), onehot_C1)
     ignored_C = targets_C == IGNORE
     if exp_CV.device.type == "cpu":
         # by index: a mask would read all logits, though mostly no target is ignored
@@ -214,9 +228,10 @@ def _logits_gradient(exp_CV: Tensor, sum_C: Tensor, lse_C: Tensor, targets_C: Te
 
 
 def _linear_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Head and loss: Σ over valid tokens of CE + z·lse², and values per token for metrics.
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Head and loss: Σ over valid tokens of w·(CE + z·lse²), and values per token for metrics.
 
     Args:
         x_TD: [T, D] floating point.
@@ -226,12 +241,13 @@ def _linear_cross_entropy(
         grad_weight_dtype: dtype to which dW, summed in fp32, is rounded. By default the weight's grad_dtype, which is
             the weight's own dtype unless it was set; fp32 if it is None (any). Autograd casts a leaf's gradient to its
             grad_dtype in any case.
+        weights_T: [T] floating point, w, the weight of each token in the total; it gets no gradient. None: 1.
     Returns:
-        total: scalar, differentiable. Without gradient, in fp32 (float64 stays float64): ce_T [T] and lse_T [T], both 0
-        where ignored, and the largest logit per token [T].
+        total: scalar, differentiable. Without gradient and without weights, in fp32 (float64 stays float64): ce_T [T]
+        and lse_T [T], both 0 where ignored, and the largest logit per token [T].
     """
     gradients = required_gradients(x_TD, weight_VD, grad_weight_dtype)
-    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, z, *gradients)
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, targets_T, z, *gradients, weights_T)
 
 
 def _refuses(x_TD: Tensor, weight_VD: Tensor, *_: object, **__: object) -> str | None:

@@ -6,7 +6,7 @@ multiprocessor, so the row is read twice:
     1. the largest logit and Σ exp(logit − largest so far), each kept per GROUP of neighbouring logits held by one
        thread: one exponential per logit, one more per group when its largest grows, no exchange between threads
     2. from the end of the row to its beginning, because the L2 cache still holds the end:
-       p·(1 + 2·z·lse) − onehot, written over the logits
+       w·(p·(1 + 2·z·lse) − onehot), w the token's weight, written over the logits
 
 Without a gradient the second pass is skipped.
 Saved for backward: dX, and dW in fp32, as in the reference.
@@ -44,30 +44,32 @@ def tile(vocabulary: int, itemsize: int) -> Tile:
 
 
 def logits_to_gradient(
-    logits_CV: Tensor, targets_C: Tensor, z: float, ce_C: Tensor, lse_C: Tensor, top_C: Tensor, with_gradient: bool
-) -> Tensor:
+    logits_CV: Tensor, targets_C: Tensor, z: float, ce_C: Tensor, lse_C: Tensor, top_C: Tensor, with_gradient: bool,
+    weights_C: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One chunk; see trinity_kernels.cross_entropy.ChunkLoss.
 
     Args:
         logits_CV: [C, V] contiguous, fp32, fp16 or bf16; overwritten by the gradient.
         targets_C: [C] int64. A target that is neither in [0, V) nor IGNORE gives a loss of NaN.
         ce_C, lse_C, top_C: [C] fp32 contiguous, written.
+        weights_C: [C] fp32 contiguous, multiplied into the gradient; None: 1.
     Returns:
         logits_CV itself.
     """
     C, V = logits_CV.shape
     block, warps = tile(V, logits_CV.element_size())
     losses_and_gradient[(C,)](
-        logits_CV, targets_C.contiguous(), ce_C, lse_C, top_C, V, z, IGNORE=IGNORE, GRADIENT=with_gradient,
-        BLOCK_V=block, GROUP=16 // logits_CV.element_size(), num_warps=warps,
+        logits_CV, targets_C.contiguous(), weights_C, ce_C, lse_C, top_C, V, z, IGNORE=IGNORE, GRADIENT=with_gradient,
+        WEIGHTED=weights_C is not None, BLOCK_V=block, GROUP=16 // logits_CV.element_size(), num_warps=warps,
     )  # fmt: skip
     return logits_CV
 
 
 @triton.jit
 def losses_and_gradient(
-    logits, targets, ce, lse, top, V, z,
-    IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    logits, targets, weights, ce, lse, top, V, z,
+    IGNORE: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One token: its CE, lse and largest logit; with GRADIENT, overwrite its logits with their gradient."""
     token = tl.program_id(0).to(tl.int64)
@@ -100,25 +102,32 @@ def losses_and_gradient(
 
     if GRADIENT:
         scale = (1.0 + 2.0 * z * log_sum) / total
+        one = 1.0
+        if WEIGHTED:
+            one = tl.load(weights + token)
+            scale *= one
         for back in range(0, V, BLOCK_V):
             at = (tl.cdiv(V, BLOCK_V) - 1) * BLOCK_V - back + columns
             x = tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-            gradient = tl.exp(x - largest) * scale - tl.where(at == target, 1.0, 0.0)
+            gradient = tl.exp(x - largest) * scale - tl.where(at == target, one, 0.0)
             tl.store(row + at, tl.where(valid, gradient, 0.0).to(logits.dtype.element_ty), mask=at < V)
 
 
 @custom_op("trinity::linear_cross_entropy")
 def _forward(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float,
-    for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype,
+    for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype, weights_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return forward_in_chunks(x_TD, weight_VD, targets_T, z, for_x, for_weight, logits_to_gradient, x_TD.element_size())
+    itemsize = x_TD.element_size()
+    return forward_in_chunks(
+        x_TD, weight_VD, targets_T, z, for_x, for_weight, logits_to_gradient, itemsize, weights_T
+    )  # fmt: skip
 
 
 @_forward.register_fake
 def _(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float,
-    for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype,
+    for_x: bool, for_weight: bool, grad_weight_dtype: torch.dtype, weights_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     total = x_TD.new_empty((), dtype=torch.float32)
     ce_T, lse_T, top_T = (x_TD.new_empty(targets_T.shape, dtype=torch.float32) for _ in range(3))
@@ -128,20 +137,21 @@ def _(
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[4:])
-    ctx.grad_weight_dtype = inputs[-1]
+    ctx.grad_weight_dtype = inputs[6]
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *scaled_gradients(ctx, grad), None, None, None, None, None
+    return *scaled_gradients(ctx, grad), None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def linear_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float = 0.0, grad_weight_dtype: torch.dtype | None = None,
+    weights_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See trinity_kernels.linear_cross_entropy; in fp32, fp16 or bf16."""
     gradients = required_gradients(x_TD, weight_VD, grad_weight_dtype)
-    return _forward(x_TD, weight_VD, targets_T, z, *gradients)[:4]
+    return _forward(x_TD, weight_VD, targets_T, z, *gradients, weights_T)[:4]

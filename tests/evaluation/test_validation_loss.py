@@ -1,20 +1,25 @@
 """Loss and bits per byte of packed rows, against a count without rows or token lengths."""
 
+import copy
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from trinity.config import RunConfig
 from trinity.data.sources.shards import TokenSource
+from trinity.data.stream.collate import PADDING_ID, PackedSequence
 from trinity.data.stream.validation import validation_sequences
 from trinity.data.tokenizer.tokenizer import load_tokenizer, token_byte_lengths
 from trinity.evaluation.perplexity import open_documents
-from trinity.evaluation.validation_loss import evaluate
+from trinity.evaluation.validation_loss import _has_largest_logit, evaluate
 from trinity.models import Trinity
+from trinity_kernels.cross_entropy import IGNORE
 
 
 @pytest.mark.parametrize("loss_on_document_start", [True, False])
@@ -57,3 +62,56 @@ def test_bytes_are_those_of_the_targets(exact: Trinity, config: RunConfig, tmp_p
     text = tok.decode(row.targets.tolist())
     assert len(text) > 10
     assert abs(metrics["bits_per_byte"] * len(text) - metrics["loss"] * 10 / math.log(2)) < 1e-10
+
+
+def fine_tuning_rows(source: TokenSource, end: int) -> list[PackedSequence]:
+    """Rows of whole documents and padding; a third of the tokens are targets, `end` among them, and some are wrong."""
+    rows = []
+    for document in range(12):
+        tokens_S = source.read(document, 0, min(20, source.length(document))).astype(np.int32)
+        values_3S = np.full((3, 24), IGNORE, np.int32)
+        values_3S[0], values_3S[2] = source.bos_id, PADDING_ID
+        values_3S[0, : len(tokens_S)], values_3S[2, : len(tokens_S)] = tokens_S, 0
+        values_3S[1, 1 : len(tokens_S) : 3] = np.append(tokens_S[2::3], end)[: len(range(1, len(tokens_S), 3))]
+        values_3S[1, len(tokens_S) - 1] = end
+        rows.append(PackedSequence(values_3S, []))
+    return rows
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_turns_that_end(exact: Trinity, corpus: SimpleNamespace, masked: bool) -> None:
+    """Nats per trained token, and the share of end-of-turn targets with the largest logit, from all logits.
+
+    The end of turn is the token that the model predicts most often where rows end, so that some turns end and some do
+    not.
+    """
+    rows = fine_tuning_rows(TokenSource(corpus.folder / "held_out"), 0)
+    with torch.no_grad():
+        logits_NSV = [exact(row.tokens[None], document_ids_BS=row.document_ids[None])[0] for row in rows]
+    last_N = [int((row.document_ids >= 0).sum()) - 1 for row in rows]
+    (end, times), *_ = Counter(logits[last].argmax().item() for logits, last in zip(logits_NSV, last_N)).most_common()
+    assert 0 < times < len(rows)
+    rows = fine_tuning_rows(TokenSource(corpus.folder / "held_out"), end)
+    nats, targets, turns, ended = 0.0, 0, 0, 0
+    for row, logits_SV in zip(rows, logits_NSV):
+        for place in (row.targets != IGNORE).nonzero().flatten().tolist():
+            target = row.targets[place].item()
+            nats -= logits_SV[place].log_softmax(dim=-1)[target].item()
+            targets += 1
+            turns += target == end
+            ended += target == end and logits_SV[place].argmax().item() == end
+    assert times <= ended < turns
+    metrics = evaluate(exact, rows, 5, True, None, torch.device("cpu"), masked=masked, end_of_turn=end)
+    assert abs(metrics["loss"] - nats / targets) < 1e-10
+    assert metrics["end_of_turn"] == ended / turns
+
+
+@torch.no_grad()
+def test_the_largest_logit_in_fp32(exact: Trinity) -> None:
+    """Of random targets and of argmax targets, told from values per token alone; no target is within the rounding."""
+    model = copy.deepcopy(exact).float()
+    tokens_BS = torch.randint(100, (4, 50), generator=torch.Generator().manual_seed(0))
+    best_BS = model(tokens_BS).argmax(dim=-1)
+    targets_BS = best_BS.where(torch.rand(4, 50, generator=torch.Generator().manual_seed(1)) < 0.5, tokens_BS)
+    found_BS = _has_largest_logit(model(tokens_BS, targets_BS=targets_BS))
+    assert torch.equal(found_BS, targets_BS == best_BS)

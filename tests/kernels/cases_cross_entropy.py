@@ -14,10 +14,12 @@ VOCABULARIES = {"smoke": 8192, "tiny": 512, "trinity": 200_192, "no multiple of 
 
 
 def loss(vocabulary: int, dtype: torch.dtype, with_gradient: bool, tokens: int = 8192) -> None:
-    """Launch the loss of one chunk."""
+    """Launch the loss of one chunk, without and with weights."""
     targets_C = torch.empty(tokens, dtype=torch.int64)
     per_token = [torch.empty(tokens) for _ in range(3)]
-    logits_to_gradient(torch.empty(tokens, vocabulary, dtype=dtype), targets_C, 1e-6, *per_token, with_gradient)
+    for weights_C in (None, torch.empty(tokens)):
+        logits_CV = torch.empty(tokens, vocabulary, dtype=dtype)
+        logits_to_gradient(logits_CV, targets_C, 1e-6, *per_token, with_gradient, weights_C)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -19,13 +19,15 @@ def router(width: int, experts: int, active: int) -> None:
     scores_TE = router_scores_triton.launch_scores(torch.empty(T, width, dtype=torch.bfloat16), parts)
     router_scores_triton.launch_split(scores_TE, scores_TE)
     indices_TK = torch.empty(T, active, dtype=torch.int64)
-    routing_triton.launch_route(scores_TE, torch.empty(experts), active)
     grad_TK, grad_B = torch.empty(T, active), torch.empty(B)
-    for with_sequence_loss in (False, True):
-        _, _, load_BE, _ = routing_triton.launch_weigh(scores_TE, indices_TK, 2.0, B, with_sequence_loss)
-        losses = grad_B if with_sequence_loss else None
-        routing_triton.launch_weigh_backward(grad_TK, losses, scores_TE, indices_TK, load_BE, 2.0)
-    routing_triton.launch_weigh_backward(None, grad_B, scores_TE, indices_TK, load_BE, 2.0)
+    for padding_T in (None, torch.empty(T, dtype=torch.bool)):
+        padded = padding_T is not None
+        routing_triton.launch_route(scores_TE, torch.empty(experts), active, padding_T)
+        for with_sequence_loss in (False, True):
+            _, _, load_BE, _ = routing_triton.launch_weigh(scores_TE, indices_TK, 2.0, B, with_sequence_loss, padded)
+            losses = grad_B if with_sequence_loss else None
+            routing_triton.launch_weigh_backward(grad_TK, losses, scores_TE, indices_TK, load_BE, 2.0, padded)
+        routing_triton.launch_weigh_backward(None, grad_B, scores_TE, indices_TK, load_BE, 2.0, padded)
 
 
 CASES: dict[str, Callable[[], None]] = {

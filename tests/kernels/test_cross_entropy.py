@@ -255,3 +255,37 @@ def test_repetition_gives_the_same_bits() -> None:
         y = linear_cross_entropy(x_TD, weight_VD, targets_T, Z)
         runs.append([*y, *torch.autograd.grad(y[0], (x_TD, weight_VD))])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.usefixtures("set_chunk_tokens")
+def test_weights(dtype: torch.dtype) -> None:
+    """Total and gradients of Σ w·(CE + z·lse²) from all logits in float64; the values per token are not weighted."""
+    x_TD, weight_VD, targets_T = make(dtype)
+    weights_T = torch.rand(T, generator=torch.Generator().manual_seed(1)) * 2
+    weights_T[5] = 0.0
+    got = linear_cross_entropy(x_TD, weight_VD, targets_T, Z, weights_T=weights_T)
+    _, *exact = plain(x_TD, weight_VD, targets_T, Z)
+    total = (weights_T.double() * (exact[0] + Z * exact[1] ** 2)).sum()
+    grads, exact_grads = (torch.autograd.grad(3 * t, (x_TD, weight_VD)) for t in (got[0], total))
+    errors = [error(a, b) for a, b in zip((*got, *grads), (total, *exact, *exact_grads))]
+    assert max(errors) <= BOUNDS[dtype], errors
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    x_TD, weight_VD, targets_T = make(torch.float32)
+    found = []
+    for weights_T in (None, torch.ones(T)):
+        results = linear_cross_entropy(x_TD, weight_VD, targets_T, Z, weights_T=weights_T)
+        found.append([*results, *torch.autograd.grad(results[0], (x_TD, weight_VD))])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_gradcheck_with_weights() -> None:
+    x_TD, weight_VD, targets_T = make()
+    weights_T = torch.tensor([0.5, 2.0, 0.0, 1.0, 0.25])
+
+    def total(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
+        return linear_cross_entropy(x_TD, weight_VD, targets_T[:5], Z, weights_T=weights_T)[0]
+
+    torch.autograd.gradcheck(total, (x_TD[:5], weight_VD))

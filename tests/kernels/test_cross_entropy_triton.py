@@ -41,13 +41,15 @@ def make(T: int, dtype: torch.dtype = torch.float32, vocabulary: int = V) -> tup
     return x_TD.requires_grad_(), weight_VD.requires_grad_(), targets_T.to(DEVICE)
 
 
-def plain(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float) -> list[Tensor]:
+def plain(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z: float, weights_T: Tensor | float = 1.0
+) -> list[Tensor]:  # fmt: skip
     """Total, CE, lse, largest logit, dX and dW from all logits at once, in float64 on the same rounded inputs."""
     x_TD, weight_VD = (t.detach().double().requires_grad_() for t in (x_TD, weight_VD))
     logits_TV = x_TD @ weight_VD.t()
     ce_T = F.cross_entropy(logits_TV, targets_T, reduction="none", ignore_index=IGNORE)
     lse_T = torch.where(targets_T == IGNORE, 0.0, logits_TV.logsumexp(dim=1))
-    total = (ce_T + z * lse_T**2).sum()
+    total = (weights_T * (ce_T + z * lse_T**2)).sum()
     return [total, ce_T, lse_T, logits_TV.amax(dim=1), *torch.autograd.grad(total, (x_TD, weight_VD))]
 
 
@@ -71,6 +73,24 @@ def test_matches_whole_logits(z: float, dtype: torch.dtype) -> None:
     assert [g.dtype for g in got[4:]] == [dtype, dtype]
     for a, b in zip(got, exact):
         assert_close(a, b, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_weights(small_tiles: Callable, dtype: torch.dtype) -> None:
+    """Σ w·(CE + z·lse²) and its gradients in chunks of 10 tokens; the values per token are not weighted."""
+    small_tiles(64, 10)
+    x_TD, weight_VD, targets_T = make(37, dtype)
+    weights_T = (torch.rand(37, generator=torch.Generator().manual_seed(1)) * 2).to(DEVICE)
+    weights_T[5] = 0.0
+    results = linear_cross_entropy(x_TD, weight_VD, targets_T, Z, weights_T=weights_T, kernel="triton")
+    got = [*results, *torch.autograd.grad(results[0], (x_TD, weight_VD))]
+    exact = plain(x_TD, weight_VD, targets_T, Z, weights_T)
+    for a, b in zip(got, exact):
+        assert_close(a, b, BOUNDS[dtype])
+    unweighted = triton_results(x_TD, weight_VD, targets_T, Z)
+    assert same(got[1:4], unweighted[1:4])
+    ones = linear_cross_entropy(x_TD, weight_VD, targets_T, Z, weights_T=torch.ones_like(weights_T), kernel="triton")
+    assert same([*ones, *torch.autograd.grad(ones[0], (x_TD, weight_VD))], unweighted)
 
 
 @pytest.mark.parametrize("T", [0, 1, 7, 63, 64, 65, 129])
@@ -253,8 +273,9 @@ def test_opcheck() -> None:
     x_TD, weight_VD, targets_T = make(5, vocabulary=50)
     for flags in ((True, True), (True, False), (False, False)):
         inputs = [x.detach().requires_grad_(flag) for x, flag in zip((x_TD, weight_VD), flags)]
-        arguments = (*inputs, targets_T, Z, *flags, torch.float32)
-        torch.library.opcheck(torch.ops.trinity.linear_cross_entropy.default, arguments)
+        for weights_T in (None, torch.rand(5, device=DEVICE)):
+            arguments = (*inputs, targets_T, Z, *flags, torch.float32, weights_T)
+            torch.library.opcheck(torch.ops.trinity.linear_cross_entropy.default, arguments)
 
 
 def test_float64_is_refused() -> None:

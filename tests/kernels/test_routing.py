@@ -118,3 +118,50 @@ def test_gates_and_loss_have_the_gradient_of_their_equation() -> None:
     assert gradient_TE.scatter(1, indices_TK, 0).count_nonzero() == 0
     assert torch.autograd.grad(loss_B.sum(), scores_TE)[0].count_nonzero() == scores_TE.numel()
     assert not entropy_sum.requires_grad
+
+
+PADDED_ROWS = [(1, 7, 6, 2, [3]), (3, 5, 6, 2, [0, 5, 2]), (2, 4, 1, 1, [1, 4]), (2, 3, 4, 4, [2, 0])]
+"""B, S, E, K, and the padding tokens at the end of each row."""
+
+
+def padding_of(S: int, lengths: list[int]) -> Tensor:
+    """[B·S] bool."""
+    return (torch.arange(S) >= S - torch.tensor(lengths).unsqueeze(1)).flatten()
+
+
+@pytest.mark.parametrize(("B", "S", "E", "K", "lengths"), PADDED_ROWS)
+def test_padding_is_routed_to_no_expert(B: int, S: int, E: int, K: int, lengths: list[int]) -> None:
+    """Its choices are −1; the others and the counts are those of the other tokens alone."""
+    scores_TE, bias_E = make(E, B * S)
+    padding_T = padding_of(S, lengths)
+    indices_TK, counts_E = route(scores_TE, bias_E, K, padding_T)
+    alone_TK, alone_E = route(scores_TE[~padding_T], bias_E, K)
+    assert torch.equal(indices_TK[~padding_T], alone_TK)
+    assert torch.equal(counts_E, alone_E)
+    assert indices_TK[padding_T].eq(-1).all()
+    torch.library.opcheck(torch.ops.trinity.route.default, (scores_TE, bias_E, K, padding_T))
+
+
+@pytest.mark.parametrize(("B", "S", "E", "K", "lengths"), PADDED_ROWS)
+def test_padding_enters_no_statistic(B: int, S: int, E: int, K: int, lengths: list[int]) -> None:
+    """Gates, loss of each row, entropy and gradient are those of the row's other tokens alone; in float64, 1e-14."""
+    scores_TE, bias_E = make(E, B * S, torch.float64)
+    padding_T = padding_of(S, lengths)
+    indices_TK, _ = route(scores_TE, bias_E, K, padding_T)
+    dy_TK = torch.randn(B * S, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scores_TE.requires_grad_()
+    gates_TK, loss_B, entropy_sum = weigh(scores_TE, indices_TK, 2.448, B, True, True)
+    ((gates_TK * dy_TK).sum() + (loss_B * torch.arange(1, B + 1)).sum()).backward()
+    assert gates_TK[padding_T].eq(0).all()
+    assert scores_TE.grad[padding_T].eq(0).all()
+    entropy = 0.0
+    for b in range(B):
+        row = slice(b * S, (b + 1) * S - lengths[b])
+        alone_TE = scores_TE.detach()[row].requires_grad_()
+        gates, loss, row_entropy = weigh(alone_TE, indices_TK[row], 2.448, 1, True)
+        ((gates * dy_TK[row]).sum() + (b + 1) * loss.sum()).backward()
+        assert torch.allclose(gates_TK[row], gates, rtol=1e-14, atol=0)
+        assert loss_B[b].item() == pytest.approx(loss.item(), rel=1e-14)
+        assert torch.allclose(scores_TE.grad[row], alone_TE.grad, rtol=0, atol=1e-14)
+        entropy += row_entropy.item()
+    assert entropy_sum.item() == pytest.approx(entropy, rel=1e-14)

@@ -104,6 +104,56 @@ def test_statistics_and_their_gradient(B: int, S: int, E: int, K: int) -> None:
         assert_close(got, exact, 1e-6)
 
 
+PADDED = [(2, 17, 128, 8, [3, 0]), (3, 16, 5, 2, [0, 16, 15]), (2, 40, 256, 4, [1, 20]), (2, 300, 4, 2, [299, 77])]
+"""B, S, E, K, and the padding tokens at the end of each row."""
+
+
+@pytest.mark.parametrize(("B", "S", "E", "K", "lengths"), PADDED)
+def test_padding(B: int, S: int, E: int, K: int, lengths: list[int]) -> None:
+    """Choices and counts exactly; gates, statistics and gradients to 1e-6 of the reference in float64.
+
+    A row of padding alone, rows without padding, and rows whose padding begins inside a program's tokens.
+    """
+    scores_TE, bias_E = make(E, B * S)
+    padding_T = (torch.arange(S) >= S - torch.tensor(lengths).unsqueeze(1)).flatten().to(DEVICE)
+    indices_TK, counts_E = route.triton(scores_TE, bias_E, K, padding_T)
+    alone_TK, alone_E = route.triton(scores_TE[~padding_T], bias_E, K)
+    assert torch.equal(indices_TK[~padding_T], alone_TK)
+    assert indices_TK[padding_T].eq(-1).all()
+    assert torch.equal(counts_E, alone_E)
+    random = torch.Generator().manual_seed(0)
+    dy_TK, dloss_B = torch.randn(B * S, K, generator=random).to(DEVICE), torch.randn(B, generator=random).to(DEVICE)
+    results = []
+    for function, scores in ((weigh.triton, scores_TE), (weigh.reference, scores_TE.double())):
+        scores.requires_grad_()
+        gates_TK, loss_B, entropy_sum = function(scores, indices_TK, 2.448, B, True, True)
+        gates_only, loss_only = (gates_TK * dy_TK).sum(), (loss_B * dloss_B).sum()
+        gradients = [
+            torch.autograd.grad(total, scores, retain_graph=True)[0]
+            for total in (gates_only, loss_only, gates_only + loss_only)
+        ]
+        assert all(gradient[padding_T].eq(0).all() for gradient in gradients)
+        assert gates_TK[padding_T].eq(0).all()
+        plain = function(scores, indices_TK, 2.448, B, False, True)
+        assert torch.equal(plain.gates_TK, gates_TK)
+        results.append((gates_TK, loss_B, entropy_sum, *gradients))
+    for got, exact in zip(*results):
+        assert_close(got, exact, 1e-6)
+
+
+def test_without_padding_the_padded_kernels_give_the_same() -> None:
+    """Choices and gates bit for bit; the loss to the rounding of its factor S/S."""
+    scores_TE, bias_E = make(16, 32)
+    indices_TK, counts_E = route.triton(scores_TE, bias_E, 4)
+    padded = route.triton(scores_TE, bias_E, 4, torch.zeros(32, dtype=torch.bool, device=DEVICE))
+    assert torch.equal(indices_TK, padded[0])
+    assert torch.equal(counts_E, padded[1])
+    one, other = (weigh.triton(scores_TE, indices_TK, 2.0, 2, True, flag) for flag in (False, True))
+    assert torch.equal(one.gates_TK, other.gates_TK)
+    assert torch.equal(one.entropy_sum, other.entropy_sum)
+    assert_close(one.sequence_loss_B, other.sequence_loss_B, 1e-6)
+
+
 def test_the_loss_is_computed_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the kernel that adds the sums of a row is not launched; entropy and gates keep their bits."""
     scores_TE, bias_E = make(16, 32)
@@ -165,7 +215,9 @@ def test_opcheck(T: int) -> None:
     """Schema, fake tensors, autograd registration and tracing, by torch's own checker."""
     scores_TE, bias_E = make(16, T)
     torch.library.opcheck(torch.ops.trinity.route_triton.default, (scores_TE, bias_E, 4))
+    padding_T = torch.arange(T, device=DEVICE) > 5
+    torch.library.opcheck(torch.ops.trinity.route_triton.default, (scores_TE, bias_E, 4, padding_T))
     indices_TK = route.reference(scores_TE, bias_E, 4)[0]
-    for with_sequence_loss in (False, True):
-        arguments = scores_TE.requires_grad_(), indices_TK, 2.0, 2, with_sequence_loss
+    for with_sequence_loss, padded in ((False, False), (True, False), (True, True)):
+        arguments = scores_TE.requires_grad_(), indices_TK, 2.0, 2, with_sequence_loss, padded
         torch.library.opcheck(torch.ops.trinity.weigh_triton.default, arguments)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.moe import Experts, MoE, Routing, local_dispatch
+from trinity.models.moe import Experts, MoE, Padding, Routing, local_dispatch
 
 B, S = 2, 7
 
@@ -129,7 +129,9 @@ def test_another_dispatcher_gives_the_same(tiny: ModelConfig) -> None:
     calls, hooked = [], []
     moe.experts.register_forward_hook(lambda *_: hooked.append(True))
 
-    def halves(x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, shared: Callable) -> Tensor:
+    def halves(
+        x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: Experts, shared: Callable, padding: None
+    ) -> Tensor:
         calls.append((x_TD, indices_TK, gates_TK, experts))
         parts = zip(x_TD.chunk(2), indices_TK.chunk(2), gates_TK.chunk(2))
         return shared() + torch.cat([experts(*part) for part in parts])
@@ -157,3 +159,36 @@ def test_no_tokens(tiny: ModelConfig, rows: tuple[int, int]) -> None:
     assert torch.equal(routing.sequence_loss_B, torch.zeros(rows[0], dtype=torch.float64))
     (y_BSD.sum() + routing.sequence_loss_B.sum()).backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in moe.parameters())
+
+
+@pytest.mark.parametrize("lengths", [[2, 0], [7, 3], [7, 7]])
+def test_padding_gets_the_shared_expert_alone(tiny: ModelConfig, lengths: list[int]) -> None:
+    """Outputs and gradients of the other tokens are those without padding; two rows of different padding, and all.
+
+    The layer alone on the other tokens, row by row; float64 sums of a few dozen products: 1e-12.
+    """
+    moe, x_BSD = make(tiny), tokens(tiny).requires_grad_()
+    mask_BS = torch.arange(S) >= S - torch.tensor(lengths).unsqueeze(1)
+    y_BSD, routing = moe(x_BSD, padding=Padding(mask_BS, sum(lengths)))
+    assert torch.allclose(y_BSD[mask_BS], moe.shared(x_BSD[mask_BS]), rtol=0, atol=1e-12)
+    parts = [moe(x_BSD[b : b + 1, : S - lengths[b]]) for b in range(B)]
+    assert routing.counts_E.tolist() == sum(part.counts_E for _, part in parts).tolist()
+    for b, (y, part) in enumerate(parts):
+        assert torch.allclose(y_BSD[b, : S - lengths[b]], y[0], rtol=0, atol=1e-12)
+        assert routing.sequence_loss_B[b].item() == pytest.approx(part.sequence_loss_B.item(), abs=1e-12)
+    assert routing.entropy_sum.item() == pytest.approx(sum(part.entropy_sum.item() for _, part in parts), abs=1e-11)
+    dy_BSD = torch.randn(B, S, tiny.width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    dy_BSD[mask_BS] = 0.0
+    outputs = [(y_BSD * dy_BSD).sum() + routing.sequence_loss_B.sum()]
+    outputs.append(sum((y[0] * dy_BSD[b, : S - lengths[b]]).sum() + part.sequence_loss_B.sum()
+                       for b, (y, part) in enumerate(parts)))  # fmt: skip
+    inputs = [x_BSD, *moe.parameters()]
+    for got, expected in zip(*(torch.autograd.grad(output, inputs, materialize_grads=True) for output in outputs)):
+        assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+    assert (
+        torch.autograd.grad(moe(x_BSD, padding=Padding(mask_BS, sum(lengths)))[1].sequence_loss_B.sum(), x_BSD)[0][
+            mask_BS
+        ]
+        .eq(0)
+        .all()
+    )

@@ -95,7 +95,7 @@ def test_without_an_observer(monkeypatch: pytest.MonkeyPatch, kind: str) -> None
     """
     ran: Counter[str] = Counter()
 
-    def alternating(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
+    def alternating(scores_TE: Tensor, bias_E: Tensor, active: int, _padding_T: None) -> tuple[Tensor, Tensor]:
         ran["route"] += 1
         return route(scores_TE * (-1) ** ran["route"], bias_E, active)
 

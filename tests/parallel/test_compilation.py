@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 
 import trinity_kernels
 from tests.parallel.mesh_runs import assert_same, run_steps, run_steps_alone
+from trinity.config.model import ModelConfig
+from trinity.models import Trinity, next_tokens
 from trinity.parallel import compilation
 from trinity.parallel.compilation import compile_blocks
 from trinity_kernels.op import Op
@@ -76,6 +78,36 @@ def test_triton_is_imported_before_anything_is_traced() -> None:
         vars(op).pop("triton", None)
     compile_blocks(SimpleNamespace(blocks=[]))
     assert all("triton" in vars(op) for op in ops)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_the_number_of_padding_tokens_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are compiled once with padding, whatever its amount, and equal uncompiled ones: float64, 1e-12."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = ModelConfig(
+        vocab_size=50, width=24, layers=2, dense_layers=1, dense_width=40, heads=4, kv_heads=2, head_dim=8, window=5,
+        experts=6, active_experts=2, shared_experts=2, expert_width=10, route_scale=2.5, rope_theta=100.0,
+        max_positions=64,
+    )  # fmt: skip
+    tokens_BS = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    models = [Trinity(config).double() for _ in range(2)]
+    compile_blocks(models[1])
+    graphs = []
+    for padding in (1, 4, 9):
+        counters["stats"].clear()
+        ids_BS = torch.where(torch.arange(12) >= 12 - padding, -1, 0).expand(2, -1)
+        losses = [model(tokens_BS, None, ids_BS, next_tokens(tokens_BS, ids_BS), 0.01) for model in models]
+        gradients = [
+            torch.autograd.grad(loss.token_loss + loss.sequence_loss_B.sum(), list(model.parameters()))
+            for loss, model in zip(losses, models)
+        ]
+        assert torch.equal(losses[0].counts_ME, losses[1].counts_ME)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*gradients))
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] > 0
+    assert graphs[1:] == [0, 0]
 
 
 def test_more_shapes_than_torchs_default_limit_stay_compiled(compiled: Callable, capfd: pytest.CaptureFixture) -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.parallel.process_pool import ProcessPool
 from trinity.config.model import ModelConfig
 from trinity.errors import UserError
-from trinity.models.moe import Experts, MoE, local_dispatch
+from trinity.models.moe import Experts, MoE, Padding, local_dispatch
 from trinity.parallel import deep_ep, token_dispatcher
 from trinity.parallel.expert_parallel import split_experts
 from trinity.parallel.mesh import Ranks, Sizes, join_meshes
@@ -51,6 +51,12 @@ def distinct_choices(tokens: int, active: int, among: range, random: torch.Gener
     return torch.rand(tokens, len(among), generator=random).argsort(dim=1)[:, :active] + among.start
 
 
+def without(indices_TK: Tensor, padding: slice) -> Tensor:
+    """The choices, −1 for padding."""
+    indices_TK[padding] = -1
+    return indices_TK
+
+
 ROUTES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
     "uneven": lambda rank, _, random: distinct_choices(5 + 3 * rank, 2, range(E), random),
     "one choice": lambda rank, _, random: distinct_choices(9 - rank, 1, range(E), random),
@@ -61,6 +67,10 @@ ROUTES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
         6, 2, range(E - E // ranks, E), random
     ),
     "more choices than a rank has experts": lambda rank, _, random: distinct_choices(4 + rank, 6, range(E), random),
+    "padding": lambda rank, _, random: without(distinct_choices(6 + rank, 2, range(E), random), slice(3 + rank, None)),
+    "a rank of padding": lambda rank, _, random: without(
+        distinct_choices(5, 2, range(E), random), slice(0 if rank == 1 else 5, None)
+    ),
     "every expert": lambda rank, _, random: distinct_choices(3 + rank, E, range(E), random),
 }
 """Experts chosen on a rank: (rank, ranks, random) → [T, K]."""
@@ -99,7 +109,10 @@ def run(dispatcher: Any, experts: Experts, inputs: list[Tensor], dy_TD: Tensor) 
     """The output and every gradient; of sharded weights, this rank's part."""
     x_TD, indices_TK, gates_TK = inputs
     x_TD, gates_TK = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
-    y_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, shared=lambda: 3 * x_TD)
+    mask_T = indices_TK.lt(0).any(dim=1)
+    padding = Padding(mask_T, int(mask_T.sum())) if mask_T.any() else None
+    y_TD = dispatcher(x_TD, indices_TK, gates_TK, experts, shared=lambda: 3 * x_TD, padding=padding)
+    assert torch.equal(y_TD[mask_T], 3 * x_TD[mask_T])
     variables = [x_TD, gates_TK, *experts.parameters()]
     grads = torch.autograd.grad(y_TD, variables, dy_TD)
     grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
@@ -431,7 +444,7 @@ def deep_ep_and_local(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return run(dispatcher, local_experts, inputs, dy_TD), expected
 
 
-@pytest.mark.parametrize("case", ["uneven", "a rank without tokens"])
+@pytest.mark.parametrize("case", ["uneven", "a rank without tokens", "padding"])
 def test_deep_ep_with_a_fake_buffer(processes: Pools, case: str) -> None:
     """Gradients of tokens and gates are combined, those of sums dispatched; DeepEP's kernels need GPUs."""
     distances = errors(processes(2).run(deep_ep_and_local, case))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from trinity import balancing
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
+from trinity.data.stream.collate import PADDING_ID, Batch
 from trinity.models import ZOO, Trinity
 from trinity.models.attention_backends import AttentionMask
 from trinity.models.trinity import moe_layers
@@ -140,6 +141,110 @@ def test_microbatches_and_recompute_change_nothing(
     for name, tensor in trained_tensors(reference).items():
         # Newton-Schulz amplifies rounding by its steepest slope, about 500, on each weight
         torch.testing.assert_close(state[name], tensor, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def as_fine_tuning(batch: Batch, weighted: bool) -> list[tuple[int, torch.Tensor]]:
+    """Turn a batch into rows of examples: some tokens at the end are padding, and two thirds of the rest are prompts.
+
+    Returns:
+        row and places [S] of the targets of each example.
+    """
+    B, S = batch.tokens_BS.shape
+    batch.document_ids_BS = torch.arange(S).div(7, rounding_mode="floor").repeat(B, 1).int()
+    batch.document_ids_BS[torch.arange(S) >= S - torch.arange(B).unsqueeze(1) % 5] = PADDING_ID
+    batch.targets_BS[(batch.document_ids_BS == PADDING_ID) | (torch.arange(S) * 5 % 7 < 4)] = -100
+    examples = []
+    weights_BS = torch.zeros(B, S)
+    for b in range(B):
+        for document in range(-(-S // 7)):
+            places_S = (batch.document_ids_BS[b] == document) & (batch.targets_BS[b] != -100)
+            if places_S.any():
+                examples.append((b, places_S))
+                weights_BS[b, places_S] = 1 / places_S.sum()
+    batch.weights_BS = weights_BS if weighted else None
+    return examples
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("microbatch", [1, 3])
+def test_fine_tuning_loss(settings: dict, ranks: mesh.Ranks, microbatch: int, weighted: bool) -> None:
+    """The mean over trained tokens, or with weights the mean over examples of each example's mean, from whole logits.
+
+    fp32 weights 1/n round by 6e-8; so does a mean with them. Metrics are of the same means; balancing is by the tokens
+    that are not padding.
+    """
+    run = start(in_float64(settings, **{"batch.microbatch": microbatch, "optim.clip_norm": 0}), ranks)
+    config, batch, bound = run.config, run.batch, 1e-7 if weighted else BOUND
+    examples = as_fine_tuning(batch, weighted)
+    assert len({int(places_S.sum()) for _, places_S in examples}) > 1
+    other = Trinity(config.model).double()
+    other.init_weights(config.run.seed)
+    logits = other(batch.tokens_BS, document_ids_BS=batch.document_ids_BS)
+    losses = other(batch.tokens_BS, document_ids_BS=batch.document_ids_BS, targets_BS=batch.targets_BS)
+    ce = F.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten(), reduction="none").view_as(batch.targets_BS)
+    lse_square = torch.logsumexp(logits, dim=-1).square()
+    if weighted:
+        mean = lambda x: sum(x[b][places_S].mean() for b, places_S in examples) / len(examples)  # noqa: E731
+    else:
+        mean = lambda x: x[batch.targets_BS != -100].mean()  # noqa: E731
+    total = mean(ce) + config.loss.z * mean(lse_square)
+    (total + config.balancing.sequence_loss * losses.sequence_loss_B.mean()).backward()
+
+    result = take_step(run)
+    metrics, trained_BS, real_BS = result.metrics, batch.targets_BS != -100, batch.document_ids_BS != PADDING_ID
+    assert metrics["loss"] == pytest.approx(mean(ce).item(), rel=bound)
+    assert metrics["z_loss"] == pytest.approx(config.loss.z * mean(lse_square).item(), rel=bound)
+    assert metrics["max_head_logit"] == pytest.approx(logits.amax(dim=-1)[trained_BS].max().item(), rel=BOUND)
+    assert metrics["router_entropy"] == pytest.approx((losses.entropy_M / real_BS.sum()).mean().item(), rel=BOUND)
+    assert torch.equal(result.counts_ME, losses.counts_ME)
+    assert result.counts_ME.sum(dim=1).tolist() == [2 * int(real_BS.sum())] * 4
+    largest = max(parameter.grad.abs().max() for parameter in other.parameters())
+    for name, parameter in other.named_parameters():
+        torch.testing.assert_close(run.gradients[name], parameter.grad, rtol=0, atol=bound * largest.item(), msg=name)
+
+
+def test_batch_het_of_weighted_rows(settings: dict, ranks: mesh.Ranks) -> None:
+    """The loss of a row is the mean over its examples."""
+    run = start(in_float64(settings), ranks)
+    examples = as_fine_tuning(run.batch, True)
+    other = Trinity(run.config.model).double()
+    other.init_weights(run.config.run.seed)
+    ce_BS = other(run.batch.tokens_BS, document_ids_BS=run.batch.document_ids_BS, targets_BS=run.batch.targets_BS).ce_BS
+    rows = [[ce_BS[b][places_S].mean().item() for b, places_S in examples if b == row] for row in range(len(ce_BS))]
+    means = torch.tensor([sum(row) / len(row) for row in rows], dtype=torch.float64)
+    assert take_step(run).metrics["batch_het"] == pytest.approx((means.max() - means.mean()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_batch_without_targets(settings: dict, ranks: mesh.Ranks, weighted: bool) -> None:
+    """A microbatch, and a whole batch, of prompts or padding alone: no NaN; the loss of the batch is 0."""
+    run = start(in_float64(settings, **{"batch.microbatch": 1}), ranks)
+    as_fine_tuning(run.batch, weighted)
+    run.batch.targets_BS[1] = -100
+    run.batch.document_ids_BS[2], run.batch.targets_BS[2] = PADDING_ID, -100
+    metrics = take_step(run).metrics
+    assert not metrics["skipped"]
+    assert all(math.isfinite(value) for value in metrics.values())
+    run.batch.targets_BS.fill_(-100)
+    metrics = take_step(run).metrics
+    assert (metrics["loss"], metrics["z_loss"], metrics["skipped"]) == (0.0, 0.0, False)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_pretraining_computes_the_head_for_all_tokens(
+    settings: dict, ranks: mesh.Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest logit is of all tokens, an ignored one among them, while three quarters at least are trained."""
+    run, calls = start(in_float64(settings), ranks), []
+    run.model.register_forward_pre_hook(lambda _, __, options: calls.append(options["trained"]), with_kwargs=True)
+    take_step(run)
+    trained = int((run.batch.targets_BS != -100).sum())
+    assert trained > 0.75 * run.batch.targets_BS.numel()
+    assert set(calls) == {None}
+    run.batch.targets_BS[:, ::2] = -100
+    calls.clear()
+    take_step(run)
+    assert sum(calls) == (run.batch.targets_BS != -100).sum()
 
 
 def test_attention_gets_the_number_of_documents(

@@ -236,8 +236,8 @@ def _force_routing(routing: str) -> None:
 
     choose = trinity_kernels.route
 
-    def route(scores_TE: Any, bias_E: Any, active: int, kernel: str = "auto") -> tuple[Any, Any]:
-        choose(scores_TE, bias_E, active, kernel=kernel)
+    def route(scores_TE: Any, bias_E: Any, active: int, padding_T: Any = None, kernel: str = "auto") -> tuple[Any, Any]:
+        choose(scores_TE, bias_E, active, padding_T, kernel=kernel)
         return table_of(*scores_TE.shape, active, scores_TE.device)
 
     trinity_kernels.route = route

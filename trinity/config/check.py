@@ -20,6 +20,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "data.sequence_length": (1, 1 << 27),
     "data.streams": (1, 1 << 24),
     "data.rsdb_size": (1, 1 << 24),
+    "data.best_fit_rows": (1, 1 << 16),
     "data.workers": (0, 1024),
     "batch.sequences": (1, 1 << 24),
     "batch.microbatch": (1, 1 << 24),
@@ -214,6 +215,30 @@ def _check_data(config: RunConfig) -> None:
     missing = sorted(set(data.train) - weighted) if data.mixture else []
     if missing:
         raise UserError(f"data.mixture gives {missing[0]} no weight; add one, 0 to leave it out")
+    _check_best_fit(config)
+
+
+def _check_best_fit(config: RunConfig) -> None:
+    data = config.data
+    packings = {"data.packing": data.packing}
+    packings |= {
+        f"data.phases[{index}].packing": phase.packing or data.packing for index, phase in enumerate(data.phases)
+    }
+    other = next((key for key, packing in packings.items() if packing != "best_fit"), None)
+    if "best_fit" in packings.values() and other is not None:
+        raise UserError(
+            f"{other}={packings[other]}, and another phase of the run packs by best_fit, which takes whole documents; "
+            "use best_fit in all phases or in none"
+        )
+    if data.packing == "best_fit" and not data.document_mask:
+        raise UserError(
+            "data.packing=best_fit puts examples side by side that must not see each other; set data.document_mask=true"
+        )
+    if config.loss.per == "example" and data.packing != "best_fit":
+        raise UserError(
+            f"loss.per=example is a mean over whole examples, and data.packing={data.packing} splits them; "
+            "use data.packing=best_fit or loss.per=token"
+        )
 
 
 def _check_prompts(config: RunConfig) -> None:

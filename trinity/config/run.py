@@ -79,8 +79,9 @@ class DataPhaseConfig:
     weights of the phase before."""
     sequence_length: int | None = None
     """Sequence length, in tokens."""
-    packing: Literal["sequential", "rsdb"] | None = None
-    """Packing of documents into sequences. A document that is partly used at the start of the phase is continued."""
+    packing: Literal["sequential", "rsdb", "best_fit"] | None = None
+    """Packing of documents into sequences. A document that is partly used at the start of the phase is continued.
+    best_fit is for all phases of a run or none."""
     rsdb_size: int | None = None
     """Documents in the RSDB buffer of each stream (see data.rsdb_size)."""
     length_bias: LengthBiasConfig | None = None
@@ -103,19 +104,27 @@ class DataConfig:
     lengths of its tokens. Default: the tokenizer of init.hf."""
     sequence_length: int = 2048
     """Sequence length, in tokens. The report has 4096 for Nano and Mini, 8192 for Large."""
-    packing: Literal["sequential", "rsdb"] = "sequential"
+    packing: Literal["sequential", "rsdb", "best_fit"] = "sequential"
     """Packing of documents into sequences. sequential: a document that does not fit is continued in its stream's next
     sequence. rsdb: Random Sequential Document Buffer; each sequence takes its documents at random from the buffer of
-    its stream. From the report: sequential, and rsdb in Large's last phase."""
+    its stream. best_fit: whole documents only, best-fit decreasing over a window of the stream, and padding at the end
+    of the sequence; for fine-tuning, with data.document_mask=true. From the report: sequential, and rsdb in Large's
+    last phase."""
     rsdb_size: int = 1024
     """Documents in the RSDB buffer of each stream; up to twice this number are held. Not from the report: it counts
     documents per GPU; 1024 in each of Large's 8192 streams are 4096 per GPU on 2048 GPUs."""
+    best_fit_rows: int = 16
+    """Window of best_fit in each stream: documents with as many tokens as this number of sequences are packed together.
+    Not from the report, which packs greedily for fine-tuning."""
+    loss: Literal["all", "masked"] = "all"
+    """Tokens that are targets of the loss. all: every token; masked: only those that the mask of the shards marks
+    (tools/prepare_data.py --chat), in training and validation data. Not from the report: it does not say."""
     document_mask: bool = False
     """Document masking: no attention between documents of one sequence. From the report: off for Nano and Mini, on for
     Large."""
     loss_on_document_start: bool = True
-    """Whether the BOS token that begins the next document is a target of the loss. Not from the report: it does not
-    say."""
+    """Whether the BOS token that begins the next document is a target of the loss. It never is with
+    data.packing=best_fit or data.loss=masked. Not from the report: it does not say."""
     streams: int = 48
     """V: number of logical data streams; fixed for the run. Must be a multiple of every number of data ranks that the
     run will use. Not from the report: streams make the order of the data independent of the number of processes."""
@@ -269,6 +278,9 @@ class LossConfig:
 
     z: float = 0.0
     """Coefficient of the z-loss, logsumexp² of the LM head's logits; 0: none. The report has 1e-6 for Large."""
+    per: Literal["token", "example"] = "token"
+    """What the loss is a mean over. token: all targets of the global batch; example: all examples, each the mean over
+    its own targets, with data.packing=best_fit. Not from the report: it does not say."""
 
 
 @dataclass

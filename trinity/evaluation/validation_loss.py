@@ -1,4 +1,10 @@
-"""Validation loss: nats per token, and bits per byte, which does not depend on the tokenizer."""
+"""Validation loss: nats per trained token, bits per byte, which does not depend on the tokenizer, and turns that end.
+
+A fine-tuned model that does not end its turns talks on forever, whatever its loss: so the share of turns at whose end
+the end-of-turn token has the largest logit is measured too.
+
+Shapes: B rows, S tokens of a row, V vocabulary.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -7,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trinity.data.stream.collate import PackedSequence, count_documents
-from trinity.models.trinity import Trinity
+from trinity.data.stream.collate import PADDING_ID, PackedSequence, count_documents
+from trinity.models.trinity import Losses, Trinity
 from trinity_kernels.cross_entropy import IGNORE
 
 
@@ -21,6 +27,8 @@ def evaluate(
     byte_lengths_V: Tensor | None,
     device: torch.device,
     beat: Callable[[], None] | None = None,
+    masked: bool = False,
+    end_of_turn: int | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: expert biases do not change.
 
@@ -29,36 +37,64 @@ def evaluate(
         microbatch: rows per forward pass.
         byte_lengths_V: [V] bytes of text per token; without it there are no bits per byte.
         beat: called after each forward pass.
+        masked: most tokens have no target, so the head is computed for those that have one alone.
+        end_of_turn: the token that ends a turn of the assistant; None: the ends of turns are not counted.
     Returns:
         "loss", and "bits_per_byte": Σ CE / ln 2 / bytes of the targets. BOS, which begins the next document, is a
-        target of 0 bytes, so its loss is spread over the text.
+        target of 0 bytes, so its loss is spread over the text. "end_of_turn": the share of targets that end a turn
+        whose logit is the largest.
     """
-    ce, valid, text_bytes = 0.0, 0, 0
+    ce, valid, text_bytes, turns, ended = 0.0, 0, 0, 0, 0
     for rows in _microbatches(sequences, microbatch):
         targets_BS = torch.stack([row.targets for row in rows])
-        ids_BS = torch.stack([row.document_ids for row in rows]) if document_mask else None
-        losses = model(
-            torch.stack([row.tokens for row in rows]).to(device),
-            document_ids_BS=None if ids_BS is None else ids_BS.to(device),
-            targets_BS=targets_BS.to(device),
-            documents=None if ids_BS is None else count_documents(ids_BS),
-            with_sequence_loss=False,
-        )
+        losses = _losses(model, rows, targets_BS, document_mask, masked, device)
         ce += losses.ce_BS.double().sum().item()
         counted = targets_BS[targets_BS != IGNORE]
         valid += counted.numel()
         if byte_lengths_V is not None:
             text_bytes += int(byte_lengths_V[counted].sum())
+        if end_of_turn is not None:
+            is_end_BS = targets_BS == end_of_turn
+            turns += int(is_end_BS.sum())
+            ended += int((_has_largest_logit(losses).cpu() & is_end_BS).sum())
         if beat is not None:
             beat()
-    sums = torch.tensor([ce, valid, text_bytes], dtype=torch.float64)  # integers are exact to 2⁵³
+    sums = torch.tensor([ce, valid, text_bytes, turns, ended], dtype=torch.float64)  # integers are exact to 2⁵³
     if dist.is_initialized():
         dist.all_reduce(sums)
-    ce, valid, text_bytes = sums.tolist()
+    ce, valid, text_bytes, turns, ended = sums.tolist()
     metrics = {"loss": ce / max(valid, 1)}
     if byte_lengths_V is not None:
         metrics["bits_per_byte"] = ce / math.log(2) / max(text_bytes, 1)
+    if end_of_turn is not None:
+        metrics["end_of_turn"] = ended / max(turns, 1)
     return metrics
+
+
+def _losses(
+    model: Trinity, rows: list[PackedSequence], targets_BS: Tensor, document_mask: bool, masked: bool,
+    device: torch.device,
+) -> Losses:  # fmt: skip
+    """The losses of a microbatch."""
+    ids_BS = torch.stack([row.document_ids for row in rows]) if document_mask else None
+    return model(
+        torch.stack([row.tokens for row in rows]).to(device),
+        document_ids_BS=None if ids_BS is None else ids_BS.to(device),
+        targets_BS=targets_BS.to(device),
+        documents=None if ids_BS is None else count_documents(ids_BS),
+        with_sequence_loss=False,
+        padding=0 if ids_BS is None else int((ids_BS == PADDING_ID).sum()),
+        trained=int((targets_BS != IGNORE).sum()) if masked else None,
+    )
+
+
+def _has_largest_logit(losses: Losses) -> Tensor:
+    """[B, S] bool: whether a token's target has its largest logit.
+
+    CE = (largest − the target's) + log Σ exp(logit − largest), and lse = largest + the same logarithm: so the first
+    difference is 0 where largest + CE rounds to lse. A logit within the rounding of lse counts as the largest.
+    """
+    return losses.top_BS + losses.ce_BS == losses.lse_BS
 
 
 def _microbatches(sequences: Iterable[PackedSequence], size: int) -> Iterator[list[PackedSequence]]:

@@ -1,10 +1,13 @@
 """The tokenizer of a Hugging Face folder: its files, and the ids of its special tokens."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from trinity.data.chat.encode import end_of_turn
+from trinity.data.chat.template import load_template, template_hash
 from trinity.data.tokenizer.tokenizer import load_tokenizer, vocabulary_size
 from trinity.errors import UserError
 from trinity.io.json_files import read_json
@@ -17,19 +20,23 @@ FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "chat_template.jin
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the special tokens; None for a token that the tokenizer does not have."""
+    """Ids of the special tokens; None for a token that the tokenizer does not have.
+
+    turn_end: what the chat template prints after the assistant's text; None without a template.
+    """
 
     bos: int | None = None
     eos: int | None = None
     pad: int | None = None
+    turn_end: int | None = None
 
     @property
     def stop(self) -> list[int]:
-        """The tokens that end a text: EOS, and BOS, the beginning of the next document.
+        """The tokens that end a text: end of turn, EOS, and BOS, the beginning of the next document.
 
         In pretraining only BOS separates documents.
         """
-        return [token for token in (self.eos, self.bos) if token is not None]
+        return [token for token in dict.fromkeys((self.turn_end, self.eos, self.bos)) if token is not None]
 
 
 def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
@@ -49,8 +56,18 @@ def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
         )
     config = read_json(folder / CONFIG, "fetch the folder or make the tokenizer again") or {}
     return SpecialIds(
-        *(_token_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad"))
+        *(_token_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad")),
+        turn_end=_turn_end(folder, tokenizer),
     )
+
+
+def _turn_end(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """The end of turn of a folder's chat template; None without one, or where it prints none."""
+    if template_hash(folder) is None:
+        return None
+    with suppress(UserError):  # a foreign template, which only chat data must be able to use
+        return end_of_turn(load_template(folder), tokenizer)
+    return None
 
 
 def _token_id(tokenizer: Tokenizer, token: str | dict[str, str] | None, path: Path) -> int | None:

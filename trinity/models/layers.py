@@ -175,10 +175,17 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
 
     def forward(
-        self, x_BSD: Tensor, targets_BS: Tensor | None = None, z: float = 0.0
+        self, x_BSD: Tensor, targets_BS: Tensor | None = None, z: float = 0.0, weights_BS: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits [B, S, V]; with targets, the four results of trinity_kernels.linear_cross_entropy."""
+        """Logits [B, S, V]; with targets, the four results of trinity_kernels.linear_cross_entropy.
+
+        Args:
+            weights_BS: [B, S], each target's weight in the loss; None: 1.
+        """
         if targets_BS is None:
             return trinity_kernels.linear(x_BSD, self.weight)
         x_TD, targets_T = x_BSD.flatten(0, 1), targets_BS.flatten()
-        return trinity_kernels.linear_cross_entropy(x_TD, self.weight, targets_T, z, kernel=self.kernel)
+        weights_T = None if weights_BS is None else weights_BS.flatten()
+        return trinity_kernels.linear_cross_entropy(
+            x_TD, self.weight, targets_T, z, weights_T=weights_T, kernel=self.kernel
+        )

@@ -5,6 +5,7 @@
 - y = shared(x) + Σ gate·FFN(x). The "+u" inside eq. 15 is not in the released model.
 - Forward changes no state: it returns counts and losses, and trinity.balancing updates the bias once per step.
 - The dispatcher sends tokens to their experts, on this rank or on others (trinity.parallel.token_dispatcher).
+- Padding is routed to no expert: it gets the shared expert alone, and enters neither counts nor statistics.
 
 Shapes: B batch, S sequence, T = B·S tokens, D width, E experts, F expert width, K active experts, R tokens that the
 experts module receives.
@@ -27,20 +28,36 @@ RunExperts = Callable[..., Tensor]
 """The experts module as a function: (x_RD, indices_RK, gates_RK, rows, plus_RD) → [R, D]; see Experts."""
 
 
+class Padding:
+    """The padding tokens of a batch.
+
+    A class, not a tuple: torch.compile compares the numbers in a tuple with those it compiled for.
+
+    Args:
+        mask_BS: [B, S] bool, true for padding.
+        tokens: how many are, a number that the host knows, at least 1.
+    """
+
+    def __init__(self, mask_BS: Tensor, tokens: int) -> None:
+        self.mask_BS, self.tokens = mask_BS, tokens
+
+
 class Dispatcher(Protocol):
     """Sends tokens to their experts and brings the weighted sums back, with the shared expert's output in them."""
 
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor]
-    ) -> Tensor:
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor],
+        padding: Padding | None = None,
+    ) -> Tensor:  # fmt: skip
         """Run the shared expert and the chosen experts.
 
         Args:
             x_TD: tokens, any floating point; T may be 0.
-            indices_TK: [T, K] int64, numbers among all experts of the layer.
+            indices_TK: [T, K] int64, numbers among all experts of the layer; −1 for all choices of padding.
             gates_TK: [T, K] fp32 or float64, differentiable.
             experts: called exactly once, even without tokens, because every rank takes part in gathering its weights.
             shared: the shared expert on the same tokens, called once: [T, D], computed while the tokens are sent.
+            padding: the tokens whose choices are −1; None: there are none.
         Returns:
             [T, D], shared's output plus each token's weighted sum over its experts, in x's dtype.
         """
@@ -48,14 +65,27 @@ class Dispatcher(Protocol):
 
 
 def local_dispatch(
-    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor]
-) -> Tensor:
+    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor],
+    padding: Padding | None = None,
+) -> Tensor:  # fmt: skip
     """The Dispatcher of a layer whose experts are all on this rank: nothing is sent."""
-    return experts(x_TD, indices_TK, gates_TK, plus_TD=shared())
+    if padding is None:
+        return experts(x_TD, indices_TK, gates_TK, plus_TD=shared())
+    return _without_padding(x_TD, indices_TK, gates_TK, experts, shared(), padding)
+
+
+@torch.compiler.disable  # its shapes depend on the number of padding tokens
+def _without_padding(
+    x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared_TD: Tensor, padding: Padding
+) -> Tensor:
+    rows = indices_TK.numel() - padding.tokens * indices_TK.shape[1]
+    return experts(x_TD, indices_TK, gates_TK, rows, shared_TD)
 
 
 class Routing(NamedTuple):
     """Routing statistics of one MoE layer in one forward pass.
+
+    Padding is in none of them.
 
     counts_E: [E] int64, tokens routed to each expert.
     sequence_loss_B: [B] fp32, Σ_i f_i·P_i of each row (eq. 29-32, without α), differentiable; None if not wanted.
@@ -78,8 +108,9 @@ class Router(nn.Module):
         self.roles = {"weight": ("router", (config.experts,))}
 
     def forward(
-        self, x_TD: Tensor, bias_E: Tensor, rows: int = 1, with_sequence_loss: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor, Routing]:
+        self, x_TD: Tensor, bias_E: Tensor, rows: int = 1, with_sequence_loss: bool = True,
+        padding: Padding | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Routing]:  # fmt: skip
         """Choose K experts for each token.
 
         Args:
@@ -87,15 +118,19 @@ class Router(nn.Module):
             bias_E: [E] fp32, the balancing bias.
             rows: B, the sequences that the tokens consist of.
             with_sequence_loss: compute the sequence-wise balancing loss.
+            padding: tokens routed to no expert; their indices are −1, their gates 0. None: there are none.
         Returns:
             gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, the statistics.
         """
         # Triton has this product for bf16 alone: in fp32 and float64 it is torch's
         kernel = self.kernel if x_TD.dtype == torch.bfloat16 else "reference"
         scores_TE = trinity_kernels.router_scores(x_TD, self.weight, kernel=kernel)
-        indices_TK, counts_E = trinity_kernels.route(scores_TE.detach(), bias_E, self.active, kernel=self.kernel)
+        padding_T = None if padding is None else padding.mask_BS.flatten()
+        indices_TK, counts_E = trinity_kernels.route(
+            scores_TE.detach(), bias_E, self.active, padding_T, kernel=self.kernel
+        )
         gates_TK, loss_B, entropy_sum = trinity_kernels.weigh(
-            scores_TE, indices_TK, self.route_scale, rows, with_sequence_loss, kernel=self.kernel
+            scores_TE, indices_TK, self.route_scale, rows, with_sequence_loss, padding is not None, kernel=self.kernel
         )
         return gates_TK, scores_TE, indices_TK, Routing(counts_E, loss_B, entropy_sum)
 
@@ -169,9 +204,12 @@ class MoE(nn.Module):
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))
         self.dispatcher: Dispatcher = local_dispatch
 
-    def forward(self, x_BSD: Tensor, with_sequence_loss: bool = True) -> tuple[Tensor, Routing]:
-        """[B, S, D] → the same shape and dtype, and the routing statistics."""
+    def forward(
+        self, x_BSD: Tensor, with_sequence_loss: bool = True, padding: Padding | None = None
+    ) -> tuple[Tensor, Routing]:
+        """[B, S, D] → the same shape and dtype, and the routing statistics; padding is routed to no expert."""
         x_TD = x_BSD.flatten(0, 1)
-        gates_TK, _, indices_TK, routing = self.router(x_TD, self.expert_bias, len(x_BSD), with_sequence_loss)
-        y_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, shared=partial(self.shared, x_TD))
+        gates_TK, _, indices_TK, routing = self.router(x_TD, self.expert_bias, len(x_BSD), with_sequence_loss, padding)
+        shared = partial(self.shared, x_TD)
+        y_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, shared=shared, padding=padding)
         return y_TD.view_as(x_BSD), routing

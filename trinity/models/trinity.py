@@ -28,7 +28,7 @@ from trinity.models.layers import (
     RMSNorm,
     SwiGLU,
 )
-from trinity.models.moe import MoE, Routing
+from trinity.models.moe import MoE, Padding, Routing
 from trinity_kernels.cross_entropy import IGNORE
 from trinity_kernels.norm import wide
 
@@ -36,13 +36,14 @@ from trinity_kernels.norm import wide
 class Losses(NamedTuple):
     """Losses of one microbatch as sums, not means, so that they can be added over microbatches and ranks.
 
-    token_loss: scalar, Σ over valid targets of CE + z·lse², differentiable.
-    ce_BS, lse_BS: [B, S] fp32, each token's cross-entropy and log-sum-exp, 0 where the target is ignored.
-    top_logit: scalar fp32, the largest logit.
+    token_loss: scalar, Σ over valid targets of w·(CE + z·lse²), differentiable; w is 1, or the target's weight.
+    ce_BS, lse_BS: [B, S] fp32, each token's cross-entropy and log-sum-exp, 0 where the target is ignored; not weighted.
+    top_logit: scalar fp32, the largest logit, of all tokens for which the head is computed.
     sequence_loss_B: [B] fp32, Σ over MoE layers of Σ_i f_i·P_i, differentiable; None without MoE layers
         or where it is not wanted.
     counts_ME: [M, E] int64, tokens per expert; None without MoE layers.
     entropy_M: [M], Σ over tokens of each router's entropy; None without MoE layers.
+    top_BS: [B, S] fp32, each token's largest logit; −∞ where the head is not computed.
     """
 
     token_loss: Tensor
@@ -52,6 +53,7 @@ class Losses(NamedTuple):
     sequence_loss_B: Tensor | None
     counts_ME: Tensor | None
     entropy_M: Tensor | None
+    top_BS: Tensor
 
 
 class Block(nn.Module):
@@ -72,14 +74,15 @@ class Block(nn.Module):
         self.ffn_post_norm = PostNorm(*post_norm)
 
     def forward(
-        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask, with_sequence_loss: bool = True
-    ) -> tuple[Tensor, Routing | None]:
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask, with_sequence_loss: bool = True,
+        padding: Padding | None = None,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """[B, S, D] → the same shape and dtype; and the routing statistics of a MoE block, else None."""
         y_BSD = self.attention(self.attention_norm(x_BSD), rotation, mask)
         x_BSD, u_BSD = self.attention_post_norm(y_BSD, x_BSD, self.ffn_norm)
         routing = None
         if self.sparse:
-            out_BSD, routing = self.ffn(u_BSD, with_sequence_loss)
+            out_BSD, routing = self.ffn(u_BSD, with_sequence_loss, padding)
         else:
             out_BSD = self.ffn(u_BSD)
         return self.ffn_post_norm(out_BSD, ResidualStream(x_BSD)), routing
@@ -120,18 +123,26 @@ class Trinity(nn.Module):
         z: float = 0.0,
         documents: int | None = None,
         with_sequence_loss: bool = True,
+        weights_BS: Tensor | None = None,
+        padding: int | None = None,
+        trained: int | None = None,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
         Args:
             tokens_BS: [B, S] int64.
             positions_BS: [B or 1, S] int64, increasing along the row; 0…S−1 by default.
-            document_ids_BS: [B, S] integers; if given, attention stays within a document.
+            document_ids_BS: [B, S] integers; if given, attention stays within a document. Negative at the end of a row:
+                padding, which is routed to no expert.
             targets_BS: [B, S] int64, already shifted: each token's successor; −100 is ignored.
             z: coefficient of the z-loss.
             documents: the number of documents in document_ids_BS or more, so that a GPU's attention need not count
                 them, for which the host would wait; see AttentionMask.
             with_sequence_loss: compute the sequence-wise balancing loss; only with targets.
+            weights_BS: [B, S] floating point, each target's weight in token_loss; None: 1.
+            padding: the number of padding tokens; None: counted from document_ids_BS, for which the host waits.
+            trained: the number of targets that are not ignored, to compute the final norm and the head for their tokens
+                alone; None: for all tokens.
         Returns:
             logits [B, S, V] in the compute dtype, or Losses.
         """
@@ -143,14 +154,34 @@ class Trinity(nn.Module):
         precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
         routings, with_sequence_loss = [], with_sequence_loss and targets_BS is not None
+        padded = _padding(document_ids_BS, padding)
         for block in self.blocks:
-            x_BSD, routing = block(x_BSD, rotation, mask, with_sequence_loss)
+            x_BSD, routing = block(x_BSD, rotation, mask, with_sequence_loss, padded)
             if routing is not None:
                 routings.append(routing)
-        x_BSD = self.norm(x_BSD)
         if targets_BS is None:
-            return self.head(x_BSD)
-        return _combine_losses(self.head(x_BSD, targets_BS, z), routings, tokens_BS.shape)
+            return self.head(self.norm(x_BSD))
+        if trained is None:
+            head_losses = self.head(self.norm(x_BSD), targets_BS, z, weights_BS)
+        else:
+            head_losses = self._losses_of_trained(x_BSD, targets_BS, z, weights_BS, trained)
+        return _combine_losses(head_losses, routings, tokens_BS.shape)
+
+    def _losses_of_trained(
+        self, x_BSD: Tensor, targets_BS: Tensor, z: float, weights_BS: Tensor | None, trained: int
+    ) -> tuple[Tensor, ...]:
+        """The results of norm and head, computed for the `trained` tokens with a target alone.
+
+        One token at least is computed: without any target the first, whose results are 0 as its target is ignored.
+        """
+        targets_T = targets_BS.flatten()
+        # static: the host does not wait for the number of tokens
+        index_N = torch.nonzero_static(targets_T != IGNORE, size=max(trained, 1), fill_value=0).squeeze(1)
+        x_1ND = self.norm(x_BSD.flatten(0, 1).index_select(0, index_N).unsqueeze(0))
+        weights_N = None if weights_BS is None else weights_BS.flatten()[index_N]
+        token_loss, *per_token = self.head(x_1ND, targets_T[index_N], z, weights_N)
+        values = zip(per_token, (0.0, 0.0, -torch.inf))
+        return token_loss, *(x_N.new_full(targets_T.shape, empty).index_copy(0, index_N, x_N) for x_N, empty in values)
 
     def loss(
         self,
@@ -179,11 +210,11 @@ class Trinity(nn.Module):
 
 
 def next_tokens(tokens_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
-    """Targets of a batch: each token's successor, and −100 (ignored) at the end of a row or document.
+    """Targets of a batch: each token's successor, and −100 (ignored) at the end of a row or document, and for padding.
 
     Args:
         tokens_BS: [B, S] int64.
-        document_ids_BS: [B, S] integers; None: each row is one document.
+        document_ids_BS: [B, S] integers, negative for padding; None: each row is one document.
     Returns:
         [B, S] int64.
     """
@@ -192,12 +223,24 @@ def next_tokens(tokens_BS: Tensor, document_ids_BS: Tensor | None = None) -> Ten
     if document_ids_BS is not None:
         ends_BS = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
         targets_BS[:, :-1][ends_BS] = IGNORE
+        targets_BS[document_ids_BS < 0] = IGNORE
     return targets_BS
+
+
+def _padding(document_ids_BS: Tensor | None, tokens: int | None) -> Padding | None:
+    """The padding of a batch, of as many tokens; None if there is none."""
+    if document_ids_BS is None or tokens == 0:
+        return None
+    mask_BS = document_ids_BS < 0
+    tokens = int(mask_BS.sum()) if tokens is None else tokens
+    return Padding(mask_BS, tokens) if tokens else None
 
 
 def _combine_losses(head_losses: tuple[Tensor, ...], routings: list[Routing], shape: torch.Size) -> Losses:
     token_loss, ce_T, lse_T, top_T = head_losses
-    losses = Losses(token_loss, ce_T.view(shape), lse_T.view(shape), wide(top_T).amax(), None, None, None)
+    top_T = wide(top_T)
+    per_token = ce_T.view(shape), lse_T.view(shape), top_T.amax()
+    losses = Losses(token_loss, *per_token, None, None, None, top_BS=top_T.view(shape))
     if not routings:
         return losses
     sequence_losses = [routing.sequence_loss_B for routing in routings if routing.sequence_loss_B is not None]

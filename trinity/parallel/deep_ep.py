@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity.models.moe import RunExperts
+from trinity.models.moe import Padding, RunExperts
 
 
 def check_deep_ep(dtype: torch.dtype, device: str) -> None:
@@ -59,8 +59,9 @@ class DeepEP:
 
     @torch.compiler.disable
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor]
-    ) -> Tensor:
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor],
+        padding: Padding | None = None,
+    ) -> Tensor:  # fmt: skip
         """See trinity.models.moe.Dispatcher; every rank of the group calls it."""
         exchange = SimpleNamespace(buffer=self._buffer_for(x_TD), experts=self.experts)
         x_UD, gates_UK = _Dispatch.apply(x_TD, gates_TK, indices_TK, exchange)

@@ -8,6 +8,8 @@ Rank p of the P ranks of an expert group holds experts [p·E/P, (p+1)·E/P). One
     experts     each received row's choices on this rank, weighted and summed (a choice on another rank is −1)
     combine     send one row back for each row received      ─► shared + sum per token in fp32, in rank order
 
+Padding, whose choices are all −1, is sent nowhere and gets the shared expert alone.
+
 Combine is the adjoint of dispatch, so backward runs the same exchange from the other end: it dispatches the gradients
 of the sums and combines the gradients of the rows. Starting and finishing a dispatch are two nodes of the autograd
 graph with the shared expert's nodes between them, so gradients too are in flight while the shared expert computes.
@@ -33,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trinity.models.moe import RunExperts
+from trinity.models.moe import Padding, RunExperts
 from trinity_kernels import combine
 from trinity_kernels.combine import Places
 from trinity_kernels.replay import kept
@@ -57,8 +59,9 @@ class AllToAll:
 
     @torch.compiler.disable
     def __call__(
-        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor]
-    ) -> Tensor:
+        self, x_TD: Tensor, indices_TK: Tensor, gates_TK: Tensor, experts: RunExperts, shared: Callable[[], Tensor],
+        padding: Padding | None = None,
+    ) -> Tensor:  # fmt: skip
         """See trinity.models.moe.Dispatcher; every rank of the group calls it."""
         exchange = TokenExchange(indices_TK // self.share, self.ranks, self.group)
         if not works_on_its_own(x_TD.device):
@@ -134,7 +137,7 @@ class TokenExchange:
     """The exchange of one layer and forward pass: which rows go to which rank, and the rows in flight.
 
     Args:
-        ranks_TK: [T, K] int64, the rank of each choice.
+        ranks_TK: [T, K] int64, the rank of each choice, or −1.
         ranks: P.
         group: name of the process group.
     Attributes:
@@ -146,7 +149,7 @@ class TokenExchange:
     def __init__(self, ranks_TK: Tensor, ranks: int, group: str) -> None:
         tokens, active = ranks_TK.shape
         choices_TP = torch.zeros(tokens, ranks, dtype=torch.int64, device=ranks_TK.device)
-        choices_TP.scatter_add_(1, ranks_TK, torch.ones_like(ranks_TK))
+        choices_TP.scatter_add_(1, ranks_TK.clamp_min(0), (ranks_TK >= 0).long())
         sent_TP = choices_TP > 0
         own_P2 = torch.stack((sent_TP.sum(dim=0), choices_TP.sum(dim=0)), dim=1)
         self._counts = own_P2, kept(all_to_all, own_P2, [1] * ranks, [1] * ranks, group)

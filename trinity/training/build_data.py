@@ -11,6 +11,7 @@ from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory, tokenizer_folder
 from trinity.config.phases import ResolvedPhase, resolved_phases
 from trinity.config.run import RunConfig
+from trinity.data.chat.template import TEMPLATE_FILE, template_hash
 from trinity.data.sources.inputs import holds_text
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.source import Source
@@ -76,13 +77,15 @@ def open_stream(config: RunConfig, rank: int, ranks: int, plan: BatchPlan | None
     sources = _open_sources("train", data.train, config)
     return SequenceStream(
         sources,
-        [_phase(phase, list(sources)) for phase in resolved_phases(data)],
+        [_phase(phase, list(sources), data.best_fit_rows) for phase in resolved_phases(data)],
         streams=data.streams,
         seed=config.run.seed,
         bos_id=next(iter(sources.values())).bos_id,
         plan=plan or batch_plan(config),
         loss_on_document_start=data.loss_on_document_start,
         repeat=data.exhausted == "repeat",
+        masked=data.loss == "masked",
+        weigh_examples=config.loss.per == "example",
         rank=rank,
         ranks=ranks,
     )
@@ -143,12 +146,13 @@ def _complete_steps(run: Path) -> list[int]:
     return CheckpointDirectory.of_run(run).complete_steps() if config_files(run) else []
 
 
-def _phase(phase: ResolvedPhase, names: list[str]) -> Phase:
+def _phase(phase: ResolvedPhase, names: list[str], best_fit_rows: int) -> Phase:
     bias = phase.length_bias
     return Phase(
         normalised(names, phase.mixture),
         phase.rsdb_size if phase.packing == "rsdb" else 0,
         None if bias.floor == 1 else LengthBias(bias.tokens, bias.floor, bias.ceiling),
+        best_fit_rows if phase.packing == "best_fit" else 0,
     )
 
 
@@ -181,4 +185,14 @@ def _check_source(label: str, source: Source, config: RunConfig) -> None:
         raise UserError(
             f"{label} was made with another tokenizer than {folder}; set data.tokenizer to the folder it was made "
             "with, or prepare it again with this one"
+        )
+    if config.data.loss == "masked" and not source.masked:
+        raise UserError(
+            f"{label} has no loss mask, and data.loss=masked; prepare it with tools/prepare_data.py --chat, or set "
+            "data.loss=all"
+        )
+    if folder is not None and source.template not in (None, template_hash(folder)):
+        raise UserError(
+            f"{label} was rendered with another chat template than {folder} holds, and exports would have that one; "
+            f"copy the {TEMPLATE_FILE} of the shards into {folder}, or prepare them again"
         )

@@ -8,6 +8,7 @@ from trinity.config.run import RunConfig
 from trinity.data.stream.validation import validation_sequences
 from trinity.evaluation.samples import Sampler
 from trinity.evaluation.validation_loss import evaluate
+from trinity.interop.tokenizer_files import special_ids
 from trinity.models.trinity import Trinity
 from trinity.monitor.loggers import JsonLines
 from trinity.parallel.mesh import Ranks
@@ -23,7 +24,7 @@ class Evaluator:
         data: validation sources, and the tokens' byte lengths.
         directory: the run directory, for samples.jsonl.
         step: steps made before this start; later lines of samples.jsonl are cut off.
-        tokenizer: its folder; needed only for evaluation.prompts.
+        tokenizer: its folder; needed only for evaluation.prompts and for the ends of turns.
         beat: called after each forward pass.
     """
 
@@ -42,13 +43,16 @@ class Evaluator:
         writes = ranks.is_first and (prompts or path.exists())  # an old file is cut back even without prompts
         self._samples = JsonLines(path, step) if writes else None
         self._sampler: Sampler | None = None
+        self._end_of_turn: int | None = None
+        if config.data.loss == "masked" and tokenizer is not None:
+            self._end_of_turn = special_ids(tokenizer, config.model.vocab_size).turn_end
         if prompts:
             assert tokenizer is not None  # tokenizer_at_start refuses prompts without one
             new_tokens, vocab_size = config.evaluation.sample_tokens, config.model.vocab_size
             self._sampler = Sampler(prompts, new_tokens, tokenizer, vocab_size)
 
     def validate(self, model: Trinity) -> dict[str, float]:
-        """validation_loss.NAME, and validation_bits_per_byte.NAME with a tokenizer, of every validation source."""
+        """The metrics of trinity.evaluation.validation_loss of every validation source, as validation_METRIC.NAME."""
         config = self._config
         metrics: dict[str, float] = {}
         for name, source in self._data.validation.items():
@@ -59,6 +63,8 @@ class Evaluator:
                 config.data.loss_on_document_start,
                 rank=self._ranks.rank,
                 ranks=self._ranks.data_ranks,
+                best_fit_rows=config.data.best_fit_rows if config.data.packing == "best_fit" else 0,
+                masked=config.data.loss == "masked",
             )
             losses = evaluate(
                 model,
@@ -68,6 +74,8 @@ class Evaluator:
                 self._data.byte_lengths_V,
                 self._ranks.device,
                 self._beat,
+                masked=config.data.loss == "masked",
+                end_of_turn=self._end_of_turn,
             )
             metrics |= {f"validation_{metric}.{name}": value for metric, value in losses.items()}
         return metrics

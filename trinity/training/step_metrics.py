@@ -23,9 +23,9 @@ class StepStats(NamedTuple):
     """Statistics of one step: on the device, or as HostCopy returns them (all float64, on the CPU).
 
     Gathered from every rank, float64:
-        ce_RB: cross-entropy of each row, summed over its tokens.
-        valid_RB: valid targets of each row.
-        sums_R3: Σ lse², Σ sequence loss, and the seconds that the rank waited for its rows.
+        ce_RB: cross-entropy of each row, summed over its tokens, each times its weight if targets have weights.
+        valid_RB: valid targets of each row, or the sum of their weights.
+        sums_R3: Σ lse², weighted likewise, Σ sequence loss, and the seconds that the rank waited for its rows.
         top_logit_R1: the largest logit.
         entropy_RM: Σ over tokens of each router's entropy; None without MoE layers.
         source_counts_RN: tokens read of each source; None where they are not counted.
@@ -62,21 +62,24 @@ def gather_stats(
     grad_norm: Tensor,
     source_counts_N: Tensor | None = None,
     data_seconds: float = 0.0,
+    weights_BS: Tensor | None = None,
 ) -> StepStats:
     """Gather one step's statistics from all ranks, on the device: one all-gather.
 
     Args:
         losses: of this rank's microbatches, detached.
-        valid_B: [B] valid targets of this rank's rows.
+        valid_B: [B] valid targets of this rank's rows, or the sums of their weights.
         grad_norm: scalar, equal on every rank.
         source_counts_N: tokens that this rank read of each source, exact up to 2⁵³; None where they are not counted.
         data_seconds: seconds that this rank waited for its rows.
+        weights_BS: [B, S] weights of the targets, on the CPU; None: 1.
     """
-    ce_B = torch.cat([microbatch.ce_BS.sum(dim=1) for microbatch in losses]).double()
+    weights = [None] * len(losses) if weights_BS is None else weights_BS.to(losses[0].ce_BS).chunk(len(losses))
+    ce_B = torch.cat([_weighted(part.ce_BS, weight).sum(dim=1) for part, weight in zip(losses, weights)]).double()
     zero = ce_B.new_zeros(())
     sequence_losses = [microbatch.sequence_loss_B for microbatch in losses]
     sums = [
-        sum((microbatch.lse_BS.double().square().sum() for microbatch in losses), start=zero),
+        sum((_weighted(x.lse_BS.double().square(), weight).sum() for x, weight in zip(losses, weights)), start=zero),
         sum((zero if loss_B is None else loss_B.double().sum() for loss_B in sequence_losses), start=zero),
         ce_B.new_full((), data_seconds),
     ]
@@ -99,6 +102,10 @@ def gather_stats(
         None if source_counts_N is None else source_counts_RN,
         grad_norm,
     )
+
+
+def _weighted(values_BS: Tensor, weights_BS: Tensor | None) -> Tensor:
+    return values_BS if weights_BS is None else values_BS * weights_BS
 
 
 class HostCopy:
@@ -134,13 +141,12 @@ class HostCopy:
         return StepStats(**tensors)
 
 
-def step_metrics(stats: StepStats, valid: int, sequence_length: int, config: RunConfig) -> dict[str, Any]:
+def step_metrics(stats: StepStats, valid: float, config: RunConfig) -> dict[str, Any]:
     """Metrics of a step's forward passes, equal on every rank.
 
     Args:
         stats: from HostCopy.
-        valid: valid targets of the global batch.
-        sequence_length: tokens of a row.
+        valid: valid targets of the global batch, or the sum of their weights.
         config: the run's.
     """
     # rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they are in stream order
@@ -154,7 +160,7 @@ def step_metrics(stats: StepStats, valid: int, sequence_length: int, config: Run
     }
     if stats.source_counts_RN is not None:
         metrics["data_seconds"] = stats.sums_R3[:, 2].max().item()
-    entropy_M = router_entropy(stats, sequence_length)
+    entropy_M = router_entropy(stats, config.model.active_experts)
     if stats.counts_ME is None or entropy_M is None:
         return metrics
     violation_M = balancing.max_violation(stats.counts_ME)
@@ -168,11 +174,15 @@ def step_metrics(stats: StepStats, valid: int, sequence_length: int, config: Run
     }
 
 
-def router_entropy(stats: StepStats, sequence_length: int) -> Tensor | None:
-    """[M]: mean over the global batch's tokens of the entropy of s/Σs, in nats; None without MoE layers."""
-    if stats.entropy_RM is None:
+def router_entropy(stats: StepStats, active: int) -> Tensor | None:
+    """[M]: mean over the global batch's routed tokens of the entropy of s/Σs, in nats; None without MoE layers.
+
+    Args:
+        active: K, so that the counts of a layer sum to K times its routed tokens: all tokens but padding.
+    """
+    if stats.entropy_RM is None or stats.counts_ME is None:
         return None
-    return stats.entropy_RM.sum(dim=0) / (stats.ce_RB.numel() * sequence_length)
+    return stats.entropy_RM.sum(dim=0) / (stats.counts_ME.sum(dim=1) / active).clamp_min(1)
 
 
 def batch_heterogeneity(ce_B: Tensor, valid_B: Tensor, group: int) -> float:

@@ -2,19 +2,22 @@
 
 The loss of a step is the mean over the valid targets of its global batch. They are counted first, over all ranks. Every
 microbatch divides its loss sum by that count and gradients are added up, so the result depends neither on the
-microbatch size nor on the number of ranks.
+microbatch size nor on the number of ranks. Where targets have weights (loss.per=example), the same holds of weighted
+sums and the sum of the weights.
 
 Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trinity import balancing
 from trinity.config.run import RunConfig
-from trinity.data.stream.collate import Batch
+from trinity.data.stream.collate import PADDING_ID, Batch
 from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, SkipReason, StepHooks, StepResult
 from trinity.optim.build import Optimizers
@@ -24,6 +27,27 @@ from trinity.parallel.mesh import Ranks
 from trinity.training.divisibility import microbatch_size
 from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
 from trinity_kernels.cross_entropy import IGNORE
+
+MOST_TRAINED = 0.75
+"""With at most this share of the global batch's tokens trained, the head is computed for these tokens alone.
+
+Pre-training trains on more than this, and its results keep their bits."""
+
+
+class Targets(NamedTuple):
+    """The targets of a step.
+
+    trained_B: [B] targets of each of this rank's rows.
+    weight_B: [B] the sums of their weights; without weights, the same numbers.
+    total: that of the global batch, by which the loss is divided; 1 if there is no target.
+    trained_only: whether the head is computed for tokens with a target alone: decided for the global batch, so that
+        no result depends on the mesh or the microbatches.
+    """
+
+    trained_B: Tensor
+    weight_B: Tensor
+    total: float
+    trained_only: bool
 
 
 def train_step(
@@ -50,12 +74,11 @@ def train_step(
     Returns:
         The metrics, and the reason if the step was skipped: then no weight, no momentum and no bias has changed.
     """
-    valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
-    valid = _all_reduce_count(valid_B.sum())
-    losses = _forward_and_backward(model, batch, valid, config, ranks, hooks)
+    targets = _count_targets(batch)
+    losses = _forward_and_backward(model, batch, targets, config, ranks, hooks)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = global_norm(gradients, ranks.shard_group)
-    stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds)
+    stats = gather_stats(losses, targets.weight_B, grad_norm, source_counts, data_seconds, batch.weights_BS)
     biases = balancing.next_biases(moe_layers(model), total_counts(losses), config.balancing)
     if biases is not None:
         stats = stats._replace(counts_ME=biases.counts_ME, bias_ranges=biases.ranges)
@@ -63,8 +86,7 @@ def train_step(
     if config.optim.clip_norm:
         clip_(gradients, grad_norm, config.optim.clip_norm)  # harmless if skipped: zero_grad drops the gradients
     stats = host_copy.wait()
-    sequence_length = batch.tokens_BS.shape[1]
-    metrics = step_metrics(stats, valid, sequence_length, config) | {"grad_norm": stats.grad_norm.item()}
+    metrics = step_metrics(stats, targets.total, config) | {"grad_norm": stats.grad_norm.item()}
     skip_reason, spike = _skip_reason(metrics["loss"], metrics["grad_norm"], hooks)
     if skip_reason is None:
         optimizers.set_rates(rate)
@@ -84,7 +106,7 @@ def train_step(
         spike,
         source_counts=None if stats.source_counts_RN is None else stats.source_counts_RN.sum(dim=0).tolist(),
         counts_ME=None if stats.counts_ME is None else stats.counts_ME.long(),
-        router_entropy_M=router_entropy(stats, sequence_length),
+        router_entropy_M=router_entropy(stats, config.model.active_experts),
     )
 
 
@@ -96,6 +118,21 @@ def _skip_reason(loss: float, grad_norm: float, hooks: StepHooks) -> tuple[SkipR
     return "spike" if spike is not None and hooks.skip_spikes else None, spike
 
 
+def _count_targets(batch: Batch) -> Targets:
+    """Count the targets of this rank's rows and of the global batch: one all-reduce, on the CPU."""
+    trained_BS = batch.targets_BS != IGNORE
+    trained_B = trained_BS.sum(dim=1)
+    most = MOST_TRAINED * trained_BS.numel() * dist.get_world_size()
+    if batch.weights_BS is None:
+        trained = _all_reduce_count(trained_B.sum())
+        return Targets(trained_B, trained_B, trained, trained <= most)
+    weight_B = batch.weights_BS.double().where(trained_BS, 0.0).sum(dim=1)
+    sums = torch.stack((weight_B.sum(), trained_B.sum().double()))
+    dist.all_reduce(sums)
+    weight, trained = sums.tolist()
+    return Targets(trained_B, weight_B, weight or 1.0, trained <= most)
+
+
 def _all_reduce_count(count: Tensor) -> int:
     """Sum a count over all ranks, on the CPU, so that it is known before the first forward pass; at least 1."""
     count = count.clone()
@@ -104,15 +141,17 @@ def _all_reduce_count(count: Tensor) -> int:
 
 
 def _forward_and_backward(
-    model: Trinity, batch: Batch, valid: int, config: RunConfig, ranks: Ranks, hooks: StepHooks
+    model: Trinity, batch: Batch, targets: Targets, config: RunConfig, ranks: Ranks, hooks: StepHooks
 ) -> list[Losses]:
     """Accumulate the gradient of the global batch's mean loss; return the losses of each microbatch, detached."""
     rows = len(batch.tokens_BS)
     size = microbatch_size(rows, config.batch.microbatch)
     alpha = config.balancing.sequence_loss
     defer = defers_reduction(config.parallel.defer_reduce, model, ranks, rows // size)
+    padding_B = _count_padding(batch)
     done: list[Losses] = []
     for microbatch in batch.microbatches(size, ranks.device):
+        part = slice(len(done) * size, (len(done) + 1) * size)
         set_reduction(model, last=len(done) + 1 == rows // size, defer=defer)
         losses = model(
             microbatch.tokens_BS,
@@ -121,8 +160,11 @@ def _forward_and_backward(
             z=config.loss.z,
             documents=microbatch.documents,
             with_sequence_loss=alpha != 0,
+            weights_BS=microbatch.weights_BS,
+            padding=int(padding_B[part].sum()),
+            trained=int(targets.trained_B[part].sum()) if targets.trained_only else None,
         )
-        loss = losses.token_loss / valid
+        loss = losses.token_loss / targets.total
         if losses.sequence_loss_B is not None:
             loss = loss + alpha * losses.sequence_loss_B.sum() / (rows * ranks.data_ranks)
         loss.backward()
@@ -131,3 +173,10 @@ def _forward_and_backward(
             hooks.microbatch_done()
     end_accumulation(model)
     return done
+
+
+def _count_padding(batch: Batch) -> Tensor:
+    """[B] padding tokens of each row, on the host."""
+    if batch.document_ids_BS is None:
+        return torch.zeros(len(batch.tokens_BS), dtype=torch.int64)
+    return (batch.document_ids_BS == PADDING_ID).sum(dim=1)

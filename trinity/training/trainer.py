@@ -25,7 +25,7 @@ from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory, StepPlan
-from trinity.data.stream.collate import Batch
+from trinity.data.stream.collate import PADDING_ID, Batch
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
@@ -268,6 +268,9 @@ class Trainer:
             batch.document_ids_BS = None
         rate = lr_fraction(self.config, self.step, plan.tokens)
         source_counts = torch.from_numpy(self.data.loader.stream.tokens_read())
+        if self.config.data.packing == "best_fit":
+            padding = (batch.document_ids_BS == PADDING_ID).sum()
+            source_counts = torch.cat([source_counts, padding[None]])
         hooks = self.monitor.before_step(self.model, self.step + 1)
         every = self.config.log.norms_every
         if every and (self.step + 1) % every == 0:
@@ -302,6 +305,8 @@ class Trainer:
         sources, counts = self.data.loader.stream.sources, result.source_counts or []
         record |= {f"source_tokens.{name}": int(tokens) for name, tokens in zip(sources, counts)}
         record |= {f"epoch.{name}": tokens / sources[name].tokens for name, tokens in zip(sources, counts)}
+        if self.config.data.packing == "best_fit":
+            record["padding_share"] = counts[-1] / (plan.sequences * plan.sequence_length)
         record |= result.metrics
         tokens_per_second = plan.sequences * plan.sequence_length / seconds
         record |= {

@@ -14,17 +14,35 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from trinity.data.chat.encode import ChatEncoder, ChatOptions
+from trinity.data.chat.template import (
+    TEMPLATE_FILE,
+    ChatTemplate,
+    load_template,
+    source_hash,
+    special_tokens,
+    template_hash,
+)
 from trinity.data.prepare.dedup import SeenHashes
 from trinity.data.prepare.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
 from trinity.data.prepare.tokenize import Encoder
 from trinity.data.prepare.worker_pool import map_in_processes
 from trinity.data.sources.documents import BATCH_BYTES, BEGINNING, Position, RawBatch, note_empty_files
 from trinity.data.sources.inputs import Dataset, DatasetInput, FileInputs, expand_inputs
-from trinity.data.sources.shards import HASHES, KINDS, VERSION, shard_path, small_enough, token_dtype, why_damaged
+from trinity.data.sources.shards import (
+    HASHES,
+    MASKED_VERSION,
+    VERSION,
+    kinds_of,
+    shard_path,
+    small_enough,
+    token_dtype,
+    why_damaged,
+)
 from trinity.data.tokenizer.tokenizer import bos_id, fingerprint, load_text_encoder, vocabulary_size
 from trinity.errors import UserError
 from trinity.io.json_files import read_json
-from trinity.io.local import SUFFIX, file_lock
+from trinity.io.local import SUFFIX, file_lock, write_atomically
 from trinity.terminal import Progress
 
 SHARD_TOKENS = 1 << 28
@@ -44,6 +62,8 @@ def prepare_data(
     deduplicate: bool = False,
     workers: int = 0,
     progress: bool = False,
+    chat: ChatOptions | None = None,
+    template: Path | None = None,
 ) -> tuple[dict, bool]:
     """Write the token shards of the inputs to `out`; finish or repair those that a run with the same arguments began.
 
@@ -58,6 +78,8 @@ def prepare_data(
         deduplicate: of equal texts keep only the first, and count the others.
         workers: encoding processes beside this one; 0: this process encodes, with the tokenizers library's threads.
         progress: draw a progress bar on stderr.
+        chat: read conversations, or prompts with completions, and write a loss mask; `field` is not used.
+        template: with chat, the file of a template; None: the tokenizer's own.
     Returns:
         The content of index.json, and whether there was nothing to do.
     Raises:
@@ -75,21 +97,57 @@ def prepare_data(
     source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs, kind=kind))
     tok = load_text_encoder(tokenizer)
     header = _header(source, tokenizer, tok, shard_tokens, field, deduplicate)
+    dtype = np.dtype(header["dtype"])
+    encoder: Encoder | ChatEncoder
+    if chat is None:
+        encoder = Encoder(tok, dtype, field, skip_bad_lines, hashed=deduplicate)
+    else:
+        found = _template(tokenizer, template)
+        end_id = tok.token_to_id(special_tokens(tokenizer).get("eos_token", ""))
+        encoder = ChatEncoder(tok, dtype, found, end_id, chat, skip_bad_lines, hashed=deduplicate)
+        header = _chat_header(header, chat, found)
     _check_folder(out, header)
     _make_folder(out)
     try:
         with file_lock(out, LOCK_SECONDS):
-            encoder = Encoder(tok, np.dtype(header["dtype"]), field, skip_bad_lines, hashed=deduplicate)
             return _prepare(source, encoder, out, header, workers, progress)
     except BlockingIOError:
         raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
 
 
+def _template(tokenizer: Path, file: Path | None) -> ChatTemplate | None:
+    """The template to render with; None if the tokenizer has none, as pairs of texts need none.
+
+    Raises:
+        UserError: `file` differs from the tokenizer's own template, which exports will have.
+    """
+    own = template_hash(tokenizer)
+    if file is None:
+        return None if own is None else load_template(tokenizer)
+    template = load_template(tokenizer, file)
+    if own is not None and own != source_hash(template.source):
+        raise UserError(
+            f"--template {file} differs from {tokenizer / TEMPLATE_FILE}, which inference would use; make a tokenizer "
+            "with that template by tools/chat_tokenizer.py, or leave --template out"
+        )
+    return template
+
+
+def _chat_header(header: dict, chat: ChatOptions, template: ChatTemplate | None) -> dict:
+    identity = None if template is None else source_hash(template.source)
+    return header | {"version": MASKED_VERSION, "field": None, "chat": {"template": identity, **chat._asdict()}}
+
+
 def _prepare(
-    source: FileInputs | DatasetInput, encoder: Encoder, out: Path, header: dict, workers: int, progress: bool
+    source: FileInputs | DatasetInput,
+    encoder: Encoder | ChatEncoder,
+    out: Path,
+    header: dict,
+    workers: int,
+    progress: bool,
 ) -> tuple[dict, bool]:
     index = read_json(out / "index.json")
-    shards = _complete_shards(out, index or read_json(out / "progress.json"), header["deduplicate"])
+    shards = _complete_shards(out, index or read_json(out / "progress.json"), header)
     if index is not None and len(shards) == len(index["shards"]):
         (out / "progress.json").unlink(missing_ok=True)  # left by a kill between the two files
         return index, True
@@ -103,6 +161,8 @@ def _prepare(
         _write(writer, encoded, seen, bar)
     if writer.tokens == 0:
         raise UserError(f"{source} holds no document with text; give a file that does")
+    if isinstance(encoder, ChatEncoder) and encoder.template is not None:
+        write_atomically(out / TEMPLATE_FILE, encoder.template.source)
     index = writer.finish(source.end)
     if isinstance(source, FileInputs):
         note_empty_files(source.files, index["input_documents"])
@@ -119,7 +179,9 @@ def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | N
         bar.update_to(part.done)
 
 
-def _encode(groups: Iterator[list[RawBatch]], encoder: Encoder, workers: int) -> Generator[Encoded, None, None]:
+def _encode(
+    groups: Iterator[list[RawBatch]], encoder: Encoder | ChatEncoder, workers: int
+) -> Generator[Encoded, None, None]:
     if workers == 0:
         yield from map(encoder, groups)
         return
@@ -151,6 +213,7 @@ def _without_duplicates(part: Encoded, seen: SeenHashes) -> Encoded:
     return part._replace(
         status=status,
         ids=part.ids[np.repeat(new_m, part.lengths)],
+        mask=None if part.mask is None else part.mask[np.repeat(new_m, part.lengths)],
         lengths=part.lengths[new_m],
         text_bytes=part.text_bytes[new_m],
         hashes=part.hashes[new_m],
@@ -192,7 +255,7 @@ def _check_folder(out: Path, header: dict) -> None:
                 raise UserError(f"--out {out} holds something else ({name}); give a new folder")
         return
     earlier = {"deduplicate": False} | earlier
-    keys = [*header, *({"inputs", "dataset"} & set(earlier) - set(header))]
+    keys = [*header, *({"inputs", "dataset", "chat"} & set(earlier) - set(header))]
     differing = [key for key in keys if earlier.get(key) != header.get(key)]
     if differing and earlier["shards"]:
         raise UserError(
@@ -210,10 +273,10 @@ def _make_folder(out: Path) -> None:
         raise UserError(f"--out {out} cannot be made ({error.strerror}); give a folder that can be written") from None
 
 
-def _complete_shards(out: Path, index: dict | None, deduplicate: bool) -> list[dict]:
+def _complete_shards(out: Path, index: dict | None, header: dict) -> list[dict]:
     """Entries of the complete shards in `out`, up to the first that is missing or damaged."""
     shards = index["shards"] if index else []
-    kinds = (*KINDS, HASHES) if deduplicate else KINDS
+    kinds = (*kinds_of(header), HASHES) if header["deduplicate"] else kinds_of(header)
     checksums = small_enough(shards)
     for number, entry in enumerate(shards):
         if why_damaged(out, number, entry, checksums, kinds) is not None:

@@ -4,7 +4,8 @@ A shard is written to .tmp files. When it is full they are fsynced and renamed; 
 atomically: it lists the finished shards and the position in the input where the next one begins. index.json is written
 last. Readers ignore a shard that is not in progress.json or index.json, and the next run overwrites it.
 
-Shapes: n items of the input, m of them documents that are kept, T tokens of these.
+Shapes: n items of the input, m of them documents that are kept, T tokens of these. An item of chat data may be several
+documents: it is then as many items with one position, which stay in one shard, as a shard begins at a position.
 """
 
 from collections import Counter
@@ -16,13 +17,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from trinity.data.sources.documents import Position
-from trinity.data.sources.shards import HASHES, KINDS, OFFSET, shard_path, token_dtype
+from trinity.data.sources.shards import HASHES, MASK, OFFSET, kinds_of, shard_path, token_dtype
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import to_json
 from trinity.io.local import make_folder, publish, sync, temporary_path, write_atomically
 
-KEPT, EMPTY, UNREADABLE, DUPLICATE = range(4)
-REASONS = ("kept", "empty", "unreadable", "duplicate")
+KEPT, EMPTY, UNREADABLE, DUPLICATE, TOO_LONG = range(5)
+REASONS = ("kept", "empty", "unreadable", "duplicate", "too long")
 
 
 class Encoded(NamedTuple):
@@ -34,6 +35,7 @@ class Encoded(NamedTuple):
     lengths, text_bytes: [m] int64: tokens, and bytes of UTF-8, of each document.
     hashes: [m, 2] uint64: of each document's text, for --deduplicate; None without it.
     done: amount of the input read after them (see RawBatch.done).
+    mask: [T] bool: the tokens that are trained, for shards with a mask; None without one.
     """
 
     ids: np.ndarray
@@ -44,6 +46,7 @@ class Encoded(NamedTuple):
     text_bytes: np.ndarray
     hashes: np.ndarray | None
     done: int
+    mask: np.ndarray | None = None
 
 
 class ShardWriter:
@@ -68,7 +71,7 @@ class ShardWriter:
         self.shards = list(shards)
         self.tokens = sum(entry["tokens"] for entry in shards)
         self._dtype = token_dtype(header["vocab_size"])
-        self._kinds = (*KINDS, HASHES) if header.get("deduplicate") else KINDS
+        self._kinds = (*kinds_of(header), HASHES) if header.get("deduplicate") else kinds_of(header)
         self._skipped = np.zeros(len(REASONS), np.int64)
         self._open: _OpenShard | None = None
         make_folder(directory)
@@ -84,13 +87,16 @@ class ShardWriter:
         """Append the documents that are kept, and count the others."""
         rows_m = np.flatnonzero(encoded.status == KEPT)
         ends_m = np.cumsum(encoded.lengths)
+        item_ends_m = _item_ends(encoded, rows_m)
         counted = document = token = 0
         while document < len(rows_m):
             used = self._open.tokens if self._open else 0
             last = int(np.searchsorted(ends_m, token + self.shard_tokens - used, side="right"))
+            last = int(item_ends_m[np.searchsorted(item_ends_m, last, side="right") - 1])
             if self._open is None:
                 self._open = _OpenShard(self.directory, len(self.shards), self._dtype, self._kinds)
-                last = max(last, document + 1)  # a document longer than a shard has a shard of its own
+                # an item longer than a shard has a shard of its own
+                last = max(last, int(item_ends_m[np.searchsorted(item_ends_m, document, side="right")]))
             if last > document:
                 end = int(ends_m[last - 1])
                 self._open.add(encoded, rows_m, slice(document, last), slice(token, end))
@@ -109,6 +115,8 @@ class ShardWriter:
         if self._open is not None:
             self._close(self._open, end)
         sums = {key: sum(entry[key] for entry in self.shards) for key in ("documents", "tokens", "text_bytes")}
+        if MASK in self._kinds:
+            sums["trained"] = sum(entry["trained"] for entry in self.shards)
         skipped: Counter[str] = Counter()
         for entry in self.shards:
             skipped.update(entry["skipped"])
@@ -153,6 +161,13 @@ class ShardWriter:
         write_atomically(self.directory / name, ["{\n", ",\n".join(lines), "\n}\n"])
 
 
+def _item_ends(encoded: Encoded, rows_m: np.ndarray) -> np.ndarray:
+    """0, and the numbers of documents [m] after which an item of the input ends, ascending; the last is m."""
+    positions_m2 = np.stack([encoded.files[rows_m], encoded.items[rows_m]], axis=1)
+    last_m = np.append((positions_m2[1:] != positions_m2[:-1]).any(axis=1), [True] * (len(rows_m) > 0))
+    return np.append(0, np.flatnonzero(last_m) + 1)
+
+
 def _as_lines(key: str, value: Any) -> str:
     if key not in ("shards", "inputs"):
         return to_json(value)
@@ -173,7 +188,8 @@ class _OpenShard:
         self._files = {kind: _HashedFile(path) for kind, path in self._paths.items()}
         self._lengths: Counter[int] = Counter()
         self._inputs: Counter[int] = Counter()
-        self._text_bytes = 0
+        self._text_bytes = self._longest = self._trained = 0
+        self._bits = np.empty(0, bool)  # of the mask, less than a byte
         self._files["documents"].write(np.zeros(1, OFFSET))
 
     def add(self, encoded: Encoded, rows_m: np.ndarray, documents: slice, tokens: slice) -> None:
@@ -184,10 +200,22 @@ class _OpenShard:
         if HASHES in self._files:
             assert encoded.hashes is not None
             self._files[HASHES].write(encoded.hashes[documents])
+        if MASK in self._files:
+            assert encoded.mask is not None
+            self._add_bits(encoded.mask[tokens])
         self.tokens += int(lengths.sum())
+        self._longest = max(self._longest, int(lengths.max(initial=0)))
         self._text_bytes += int(encoded.text_bytes[documents].sum())
         _count(self._lengths, np.frexp(lengths)[1] - 1)
         _count(self._inputs, encoded.files[rows_m[documents]])
+
+    def _add_bits(self, mask: np.ndarray) -> None:
+        """Append to the mask, and write its whole bytes."""
+        self._trained += int(mask.sum())
+        bits = np.concatenate([self._bits, mask])
+        whole = len(bits) // 8 * 8
+        self._files[MASK].write(np.packbits(bits[:whole], bitorder="little"))
+        self._bits = bits[whole:]
 
     def close(self) -> dict:
         """Fsync and rename the files; returns the shard's entry."""
@@ -198,6 +226,9 @@ class _OpenShard:
             "document_lengths": [self._lengths[power] for power in range(max(self._lengths) + 1)],
             "inputs": [list(pair) for pair in sorted(self._inputs.items())],
         }
+        if MASK in self._files:
+            self._files[MASK].write(np.packbits(self._bits, bitorder="little"))
+            entry["longest"], entry["trained"] = self._longest, self._trained
         for kind, file in self._files.items():
             entry[kind + "_bytes"], entry[kind + "_checksum"] = file.close()
         for path in self._paths.values():

@@ -25,6 +25,8 @@ from trinity.terminal import Progress
 
 BATCH_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
+WHOLE_ROWS = 64
+"""Rows of a Parquet file that are read at once where they are read whole."""
 
 
 ItemKind = Literal["text", "line", "value"]
@@ -136,9 +138,13 @@ def note_empty_files(files: Paths, counts: Sequence[int]) -> None:
         note(f"files without any text: {len(empty):,} of {len(files):,} ({names(empty)})")
 
 
-def read_batches(files: Paths, field: str, start: Position = BEGINNING) -> Iterator[RawBatch]:
+def read_batches(files: Paths, field: str | None, start: Position = BEGINNING) -> Iterator[RawBatch]:
     """Yield the raw items of the files in order, in batches of about BATCH_BYTES.
 
+    Args:
+        files: existing files.
+        field: name of a Parquet file's column; None: a Parquet file's values are whole rows, as dictionaries.
+        start: the first item to yield.
     Raises:
         UserError: a file of unknown kind, damaged, or without a column `field`.
     """
@@ -182,7 +188,7 @@ def _from(batch: RawBatch, start: Position) -> RawBatch:
     return batch._replace(position=start, offset=offset, items=batch.items[late:])
 
 
-def _reader(path: Path | str) -> tuple[ItemKind, Callable[[Path | str, str], Iterator[tuple[list[Any], int]]]]:
+def _reader(path: Path | str) -> tuple[ItemKind, Callable[[Path | str, str | None], Iterator[tuple[list[Any], int]]]]:
     """The kind of a file's items, and the function that reads them in batches, each with the bytes read so far."""
     kind = readable_kind(path).name
     if kind == "text":
@@ -190,13 +196,13 @@ def _reader(path: Path | str) -> tuple[ItemKind, Callable[[Path | str, str], Ite
     return ("line", _lines) if kind == "jsonl" else ("value", _rows)
 
 
-def _read_text(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
+def _read_text(path: Path | str, field: str | None) -> Iterator[tuple[list[bytes], int]]:
     with open_input(path) as file:
         raw = file.read()
     yield [raw], len(raw)
 
 
-def _lines(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
+def _lines(path: Path | str, field: str | None) -> Iterator[tuple[list[bytes], int]]:
     compression = readable_kind(path).compression
     with open_input(path) as file, damage_as_user_error(path, compression):
         lines = decompressed(file, compression)
@@ -204,15 +210,16 @@ def _lines(path: Path | str, field: str) -> Iterator[tuple[list[bytes], int]]:
             yield items, file.tell()
 
 
-def _rows(path: Path | str, field: str) -> Iterator[tuple[list[Any], int]]:
+def _rows(path: Path | str, field: str | None) -> Iterator[tuple[list[Any], int]]:
     with open_input(path) as raw, damage_as_user_error(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
         names = file.schema_arrow.names
-        if field not in names:
+        if field is not None and field not in names:
             raise UserError(f"{path} has no column {field}; set --field to one of: {', '.join(names)}")
         rows, size, done = file.metadata.num_rows, file_size(path), 0
-        for values in file.iter_batches(_rows_at_once(file.metadata, field), columns=[field]):
+        count, columns = (WHOLE_ROWS, None) if field is None else (_rows_at_once(file.metadata, field), [field])
+        for values in file.iter_batches(count, columns=columns):
             done += len(values)
-            yield _values(values.column(0)), size * done // rows
+            yield values.to_pylist() if field is None else _values(values.column(0)), size * done // rows
 
 
 def _values(column: pyarrow.Array) -> list[Any]:

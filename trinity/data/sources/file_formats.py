@@ -38,7 +38,20 @@ CHOICES = (*KINDS, ALL)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 LINES = (".jsonl", ".ndjson")
 COMPRESSED_LINES = (*LINES, ".json")
-NOT_READ = (".json", ".zip", ".tar", ".tgz", ".7z", ".pdf", ".tmp", ".tokens", ".documents", ".hashes", *COMPRESSIONS)
+NOT_READ = (
+    ".json",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".7z",
+    ".pdf",
+    ".tmp",
+    ".tokens",
+    ".documents",
+    ".mask",
+    ".hashes",
+    *COMPRESSIONS,
+)
 READ = "plain text, .jsonl or .ndjson (also as .gz, .zst, .bz2, .xz), .json.gz, .json.zst or .parquet"
 
 BLOCK = 1 << 18

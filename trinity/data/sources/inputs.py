@@ -38,7 +38,7 @@ class FileInputs:
         self.total = sum(int(entry["bytes"]) for entry in self.header["inputs"])
         self.end = Position(len(files), 0)
 
-    def batches(self, field: str, start: Position) -> Iterator[RawBatch]:
+    def batches(self, field: str | None, start: Position) -> Iterator[RawBatch]:
         """See read_batches."""
         return read_batches(self.files, field, start)
 
@@ -83,19 +83,20 @@ class DatasetInput:
         self.total = split.num_examples if split is not None else None
         self.end = Position(1, 0)
 
-    def batches(self, field: str, start: Position) -> Iterator[RawBatch]:
-        """The values of the column `field`, from a position on.
+    def batches(self, field: str | None, start: Position) -> Iterator[RawBatch]:
+        """The values of the column `field`, or whole rows as dictionaries, from a position on.
 
         Raises:
             UserError: the data set has no such column.
         """
         with remote_errors(str(self)):
             columns = self._rows.column_names or list(next(iter(self._rows), {field: None}))
-            if field not in columns:
+            if field is not None and field not in columns:
                 raise UserError(f"{self} has no column {field}; set --field to one of: {', '.join(columns)}")
             item = start.item
-            for rows in self._rows.select_columns([field]).skip(item).iter(self.ROWS):
-                values = rows[field]
+            table = self._rows if field is None else self._rows.select_columns([field])
+            for rows in table.skip(item).iter(self.ROWS):
+                values = [dict(zip(rows, row)) for row in zip(*rows.values())] if field is None else rows[field]
                 yield RawBatch(str(self), Position(0, item), item, "value", values, item + len(values))
                 item += len(values)
 

@@ -3,6 +3,7 @@
     index.json               format, vocabulary, totals, and one entry a shard with sizes and checksums
     shard_00000.tokens       ids one after the other, little-endian uint16 (uint32 from 65,537 ids on)
     shard_00000.documents    int64 offsets into them, one more than documents: document i is tokens [o[i], o[i+1])
+    shard_00000.mask         with --chat: a bit for each token, a byte's lowest first: 1 where the loss trains it
     shard_00000.hashes       with --deduplicate: 128-bit hashes of its texts, which readers do not need
     progress.json            in place of index.json while a preparation is not finished
 
@@ -29,12 +30,20 @@ from trinity.io.json_files import read_json
 from trinity.io.remote import cache_folder_of, fetch, local_or_url
 
 VERSION = 1
+MASKED_VERSION = 2
+"""Of shards with a mask, so that a release without masks refuses them rather than train on prompts."""
 AUTO_VERIFY_BYTES = 256 << 20
 OFFSET = np.dtype("<i8")
 KINDS = ("tokens", "documents")
+MASK = "mask"
 TOTALS = ("documents", "tokens", "text_bytes")
 HASHES = "hashes"
 HINT = "run tools/prepare_data.py again with the same arguments"
+
+
+def kinds_of(header: dict) -> tuple[str, ...]:
+    """The kinds of file that readers of a folder with this header need."""
+    return (*KINDS, MASK) if header.get("chat") else KINDS
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -43,7 +52,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def shard_path(directory: Path, shard: int, kind: str) -> Path:
-    """File of a shard; kind is tokens, documents or hashes."""
+    """File of a shard; kind is tokens, documents, mask or hashes."""
     return directory / f"shard_{shard:05d}.{kind}"
 
 
@@ -85,7 +94,10 @@ class TokenSource:
         directory: the folder, or that of the cache.
         documents, tokens, text_bytes: totals; BOS counts as a token.
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer the shards were made with.
-        fingerprint: hash of all content, independent of the folder.
+        fingerprint: hash of all content, masks included, independent of the folder.
+        masked: whether there is a loss mask.
+        template: hash of the chat template that the documents were rendered with; None without one.
+        longest: tokens of the longest document, where index.json has it, as for chat data; else None.
         lookahead: documents whose lengths are requested at once.
     """
 
@@ -108,10 +120,11 @@ class TokenSource:
         if self._url:
             fetch(f"{self._url}/index.json", self.directory / "index.json")
         index = _read_index(self.directory)
+        self._kinds = kinds_of(index)
         self._shards: list[dict] = index["shards"]
         checksums = verify == "always" or (verify == "auto" and small_enough(self._shards))
         for number, entry in enumerate(self._shards):
-            wrong = why_damaged(self.directory, number, entry, checksums, missing=self._url is not None)
+            wrong = why_damaged(self.directory, number, entry, checksums, self._kinds, missing=self._url is not None)
             if wrong and self._url:
                 raise UserError(f"{wrong}; remove it, and it is fetched from {self._url} again")
             if wrong:
@@ -122,18 +135,22 @@ class TokenSource:
             index["bos_id"],
             index["tokenizer"],
         )
+        self.masked = MASK in self._kinds
+        self.template: str | None = index["chat"]["template"] if self.masked else None
+        self.longest: int | None = max((e["longest"] for e in self._shards), default=None) if self.masked else None
         self._dtype = np.dtype(index["dtype"])
         self._first = [0, *accumulate(entry["documents"] for entry in self._shards)]
         self._first_shard = np.array(self._first[:-1])
         self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(self._shards)
+        self._masks: list[np.ndarray | None] = [None] * len(self._shards)
         content = new_hash()
         for entry in self._shards:
-            content.update("".join(entry[kind + "_checksum"] for kind in KINDS).encode())
+            content.update("".join(entry[kind + "_checksum"] for kind in self._kinds).encode())
         self.fingerprint = content.hexdigest()
 
     def __getstate__(self) -> dict:
         """The attributes without the maps, which each process opens for itself."""
-        return self.__dict__ | {"_maps": [None] * len(self._maps)}
+        return self.__dict__ | {"_maps": [None] * len(self._maps), "_masks": [None] * len(self._masks)}
 
     def length(self, document: int) -> int:
         """Tokens of a document, BOS counted."""
@@ -159,6 +176,20 @@ class TokenSource:
         assert start >= 0 <= length
         assert begin + length <= end
         return tokens[begin : begin + length]
+
+    def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
+        """[length] bool: whether the loss is to train each of a document's tokens from `start` on; needs a mask."""
+        assert self.masked
+        _, offsets, row = self._locate(document)
+        begin = int(offsets[row]) + start
+        assert start >= 0 <= length
+        assert begin + length <= offsets[row + 1]
+        shard = bisect_right(self._first, document) - 1
+        mask = self._masks[shard]
+        if mask is None:
+            mask = self._masks[shard] = _mapped(shard_path(self.directory, shard, MASK))
+        bits = np.unpackbits(mask[begin // 8 : -(-(begin + length) // 8)], bitorder="little")
+        return bits[begin % 8 : begin % 8 + length].astype(bool)
 
     def chunks(self, tokens: int) -> Iterator[np.ndarray]:
         """All ids in order, as views of at most `tokens` of them."""
@@ -190,7 +221,7 @@ class TokenSource:
 
     def _fetch(self, shard: int) -> None:
         """Fetch a shard's files into the cache if the folder is remote."""
-        for kind in KINDS if self._url else ():
+        for kind in self._kinds if self._url else ():
             path, entry = shard_path(self.directory, shard, kind), self._shards[shard]
             fetch(f"{self._url}/{path.name}", path, entry[kind + "_bytes"], entry[kind + "_checksum"])
 
@@ -208,8 +239,9 @@ def _read_index(directory: Path) -> dict:
         if (directory / "progress.json").exists():
             raise UserError(f"{directory} is not finished; {HINT} to finish it")
         raise UserError(f"{directory} holds no index.json; make token shards there with tools/prepare_data.py")
-    if index.get("version") != VERSION:
-        raise UserError(f"{directory} has shard format {index.get('version')}, this reads {VERSION}; prepare it again")
+    version = MASKED_VERSION if index.get("chat") else VERSION
+    if index.get("version") != version:
+        raise UserError(f"{directory} has shard format {index.get('version')}, this reads {version}; prepare it again")
     wrong = _wrong(index)
     if wrong:
         raise UserError(f"{directory / 'index.json'} is damaged ({wrong}); remove it and {HINT} to make it again")
@@ -227,8 +259,11 @@ def _wrong(index: dict) -> str | None:
     dtype = token_dtype(index["vocab_size"])
     if index.get("dtype") != dtype.str:
         return f"dtype is {index.get('dtype')!r:.60}, of {index['vocab_size']} ids it is {dtype.str}"
+    chat = index.get("chat")
+    if chat and (not isinstance(chat, dict) or type(chat.get("template")) not in (str, type(None))):
+        return f"chat is {chat!r:.60}"
     for number, entry in enumerate(index["shards"]):
-        wrong = _wrong_entry(entry, dtype.itemsize)
+        wrong = _wrong_entry(entry, dtype.itemsize, kinds_of(index))
         if wrong:
             return f"of shard {number}, {wrong}"
     for key in TOTALS:
@@ -238,16 +273,18 @@ def _wrong(index: dict) -> str | None:
     return None
 
 
-def _wrong_entry(entry: dict, token_bytes: int) -> str | None:
+def _wrong_entry(entry: dict, token_bytes: int, kinds: tuple[str, ...]) -> str | None:
     if not isinstance(entry, dict):
         return f"the entry is {entry!r:.60}"
-    for key in TOTALS:
+    for key in (*TOTALS, "longest") if MASK in kinds else TOTALS:
         if type(entry.get(key)) is not int or entry[key] < 0:
             return f"{key} is {entry.get(key)!r:.60}"
-    sizes = {"tokens": token_bytes * entry["tokens"], "documents": OFFSET.itemsize * (entry["documents"] + 1)}
-    for kind in KINDS:
+    tokens, documents = entry["tokens"], entry["documents"]
+    sizes = {"tokens": token_bytes * tokens, "documents": OFFSET.itemsize * (documents + 1), MASK: -(-tokens // 8)}
+    for kind in kinds:
         if entry.get(kind + "_bytes") != sizes[kind]:
-            return f"{kind}_bytes is {entry.get(kind + '_bytes')!r:.60}, of {entry[kind]} {kind} it is {sizes[kind]}"
+            of = f"{documents} documents" if kind == "documents" else f"{tokens} tokens"
+            return f"{kind}_bytes is {entry.get(kind + '_bytes')!r:.60}, of {of} it is {sizes[kind]}"
         if not isinstance(entry.get(kind + "_checksum"), str):
             return f"{kind}_checksum is {entry.get(kind + '_checksum')!r:.60}"
     return None

@@ -13,6 +13,8 @@ class Source(Protocol):
         lookahead: documents whose lengths are requested at once.
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer.
         fingerprint: hash of the content, 32 hexadecimal digits.
+        masked: whether the documents have a loss mask (tools/prepare_data.py --chat).
+        template: hash of the chat template that the documents were rendered with; None without one.
 
     Optional method `keep_lengths(documents, lengths)`: the loader calls it with lengths that a worker has asked for.
     """
@@ -23,6 +25,8 @@ class Source(Protocol):
     bos_id: int
     tokenizer_fingerprint: str
     fingerprint: str
+    masked: bool
+    template: str | None
 
     @property
     def tokens(self) -> int: ...
@@ -35,3 +39,6 @@ class Source(Protocol):
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] ids of a document, from token `start` on."""
+
+    def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
+        """[length] bool: whether each of a document's tokens from `start` on is a target of the loss; if masked."""

@@ -51,9 +51,12 @@ class TextSource:
         vocab_size, bos_id, tokenizer_fingerprint: of the tokenizer.
         fingerprint: hash of the files' identities, the field and the tokenizer, independent of the files' folder.
         lookahead: documents whose lengths are requested at once: few, because each is tokenised for its length.
+        masked, template: there is no loss mask and no chat template (see Source).
     """
 
     lookahead = 8
+    masked = False
+    template = None
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Read the pieces of a packed sequence as token ids, and collate sequences into a batch.
 
 The target of a token is the next token of its document. The target of a document's last token is BOS, with which the
-next document begins: the model learns that a document begins here, not which one.
+next document begins: the model learns that a document begins here, not which one. For fine-tuning, a document is an
+example: its last token has no target, nor have the tokens that its loss mask leaves out.
 
 Shapes: B sequences, S tokens of one; 3: its tokens, targets and document ids.
 """
@@ -17,17 +18,24 @@ from torch import Tensor
 
 from trinity.data.sources.source import Source
 from trinity.data.stream.packing import Piece
+from trinity_kernels.cross_entropy import IGNORE
+
+PADDING_ID = -1
+"""Document id of padding: tokens at the end of a row that belong to no document and have no target."""
 
 
 class PackedSequence(NamedTuple):
     """One sequence, as worker processes send it.
 
-    values_3S: int32: tokens; targets, IGNORE where there is none; document ids 0, 1, 2, … within the sequence.
+    values_3S: int32: tokens; targets, IGNORE where there is none; document ids 0, 1, 2, … within the sequence, and
+        PADDING_ID for padding at its end.
     pieces: the parts of documents that the tokens are from.
+    weights_S: fp32: the weight of each target in the loss (loss.per); None: all targets weigh the same.
     """
 
     values_3S: np.ndarray
     pieces: list[Piece]
+    weights_S: np.ndarray | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -50,9 +58,12 @@ class Batch:
     """One rank's sequences of one step, or a microbatch of them.
 
     tokens_BS, targets_BS: int64; IGNORE where there is no target.
-    document_ids_BS: int32, for the document mask; None without one.
+    document_ids_BS: int32, for the document mask; PADDING_ID for padding at a row's end; None without a mask.
     pieces: of each sequence; empty in a microbatch.
-    documents: how many documents a microbatch's document_ids_BS hold, each row beginning a new one; otherwise None.
+    documents: how many documents a microbatch's document_ids_BS hold, each row beginning a new one, padding counted as
+        one; otherwise None.
+    weights_BS: fp32, the weight of each target in the loss, 0 where there is no target: 1/(targets of its example) with
+        loss.per=example, so that a row's weights sum to its examples; None with loss.per=token.
     """
 
     tokens_BS: Tensor
@@ -60,17 +71,20 @@ class Batch:
     document_ids_BS: Tensor | None
     pieces: list[list[Piece]] = field(default_factory=list)
     documents: int | None = None
+    weights_BS: Tensor | None = None
 
     def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
         """Consecutive parts of `size` sequences on the device."""
         for start in range(0, self.tokens_BS.shape[0], size):
             rows = slice(start, start + size)
             ids_BS = None if self.document_ids_BS is None else self.document_ids_BS[rows]
+            weights_BS = None if self.weights_BS is None else self.weights_BS[rows]
             yield Batch(
                 self.tokens_BS[rows].to(device, non_blocking=True),
                 self.targets_BS[rows].to(device, non_blocking=True),
                 None if ids_BS is None else ids_BS.to(device, non_blocking=True),
                 documents=None if ids_BS is None else count_documents(ids_BS),
+                weights_BS=None if weights_BS is None else weights_BS.to(device, non_blocking=True),
             )
 
 
@@ -79,13 +93,16 @@ def count_documents(document_ids_BS: Tensor) -> int:
     return len(document_ids_BS) + int((document_ids_BS[:, 1:] != document_ids_BS[:, :-1]).sum())
 
 
-def read_pieces(pieces: list[Piece], sources: Mapping[str, Source], after_document: int) -> PackedSequence:
+def read_pieces(
+    pieces: list[Piece], sources: Mapping[str, Source], after_document: int, masked: bool = False
+) -> PackedSequence:
     """Read the tokens of one sequence.
 
     Args:
         pieces: at least one; all but the last go to the end of their document, as the packers make them.
         sources: name → documents.
         after_document: target of a document's last token: BOS, or IGNORE.
+        masked: only tokens that the mask of their source marks are targets; after_document must be IGNORE.
     """
     lengths = [piece.length for piece in pieces]
     ends = list(accumulate(lengths))
@@ -97,7 +114,33 @@ def read_pieces(pieces: list[Piece], sources: Mapping[str, Source], after_docume
     targets_S[np.array(ends[:-1], np.int64) - 1] = after_document
     targets_S[-1] = _next_token(pieces[-1], sources, after_document)
     ids_S[:] = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    if masked:
+        assert after_document == IGNORE
+        for (name, document, start, length), end in zip(pieces, ends):
+            source = sources[name]
+            count = min(length, source.length(document) - start - 1)  # a document's last token has no target
+            untrained = ~source.read_mask(document, start + 1, count)
+            targets_S[end - length : end - length + count][untrained] = IGNORE
     return PackedSequence(values_3S, pieces)
+
+
+def pad(sequence: PackedSequence, sequence_length: int, token: int, document_id: int = PADDING_ID) -> PackedSequence:
+    """Add `token`, without targets, at the end of a sequence, up to `sequence_length` tokens."""
+    missing = sequence_length - sequence.values_3S.shape[1]
+    padding_31 = np.array([[token], [IGNORE], [document_id]], np.int32)
+    weights_S = None if sequence.weights_S is None else np.pad(sequence.weights_S, (0, missing))
+    values_3S = np.concatenate([sequence.values_3S, padding_31.repeat(missing, axis=1)], axis=1)
+    return PackedSequence(values_3S, sequence.pieces, weights_S)
+
+
+def weigh_examples(sequence: PackedSequence) -> PackedSequence:
+    """Give each target the weight 1/(targets of its example), for sequences of whole examples (loss.per=example)."""
+    _, targets_S, ids_S = sequence.values_3S
+    valid_S = targets_S != IGNORE
+    counts = np.bincount(ids_S[valid_S], minlength=len(sequence.pieces))
+    weights_S = np.zeros(len(ids_S), np.float32)
+    weights_S[valid_S] = 1.0 / counts[ids_S[valid_S]]
+    return sequence._replace(weights_S=weights_S)
 
 
 def collate(sequences: list[PackedSequence], sequence_length: int, pin: bool = False) -> Batch:
@@ -113,7 +156,13 @@ def collate(sequences: list[PackedSequence], sequence_length: int, pin: bool = F
     document_ids_BS = torch.empty(shape, dtype=torch.int32, pin_memory=pin)
     for row, sequence in enumerate(sequences):
         tokens_BS[row], targets_BS[row], document_ids_BS[row] = torch.from_numpy(sequence.values_3S)
-    return Batch(tokens_BS, targets_BS, document_ids_BS, [sequence.pieces for sequence in sequences])
+    weights_BS = None
+    if sequences and sequences[0].weights_S is not None:
+        weights_BS = torch.empty(shape, dtype=torch.float32, pin_memory=pin)
+        for row, sequence in enumerate(sequences):
+            weights_BS[row] = torch.from_numpy(sequence.weights_S)
+    pieces = [sequence.pieces for sequence in sequences]
+    return Batch(tokens_BS, targets_BS, document_ids_BS, pieces, weights_BS=weights_BS)
 
 
 def _next_token(piece: Piece, sources: Mapping[str, Source], after_document: int) -> int:

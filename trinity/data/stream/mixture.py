@@ -35,11 +35,13 @@ class Phase(NamedTuple):
     weights: of the sources, in their order, summing to 1; 0 leaves a source out.
     rsdb_size: the size at which a stream's buffer is filled again, to twice that; 0: sequential packing.
     bias: None takes every document.
+    best_fit_rows: the rows of a window of best-fit packing, which takes whole documents; 0: another packing.
     """
 
     weights: tuple[float, ...]
     rsdb_size: int = 0
     bias: LengthBias | None = None
+    best_fit_rows: int = 0
 
     def furthest_behind(self, drawn: Sequence[int]) -> int:
         """The source with the largest weight·(all tokens drawn) − (tokens drawn from it); ties go to the first."""

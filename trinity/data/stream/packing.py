@@ -1,4 +1,4 @@
-"""Pack documents into sequences: one logical stream, its open documents, and the two ways of packing.
+"""Pack documents into sequences: one logical stream, its open documents, and the three ways of packing.
 
 Sequential: a document is read to its end, over as many sequences as that takes, before the next one is opened.
 RSDB, the Random Sequential Document Buffer (report, section on data; Large's third phase): many documents are open,
@@ -6,7 +6,13 @@ each with a read head. To fill a sequence: pick one of them at random, read from
 sequence ends; if there is room left, pick another. Finished documents leave the buffer. When it has shrunk to
 `rsdb_size` documents, it is filled to twice that.
 
-Either way no token is dropped and each document is read in order. A stream makes pieces (source, document, start,
+Either way no token is dropped and each document is read in order.
+
+Best fit, for fine-tuning: whole documents (examples) only. A window of documents is drawn, enough for some rows, and
+put into rows by best-fit decreasing. The rows are used in random order and end in padding. The emptiest row is not
+used: it is the first row of the next window, to be filled up there. So each document is used in its window or the next.
+
+A stream makes pieces (source, document, start,
 length) and never reads a token, so that replaying millions of sequences to find a place in the data reads no file.
 """
 
@@ -14,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trinity.data.stream.best_fit import check_fits, pack_best_fit
 from trinity.data.stream.mixture import Phase
 from trinity.data.stream.shuffle import DocumentOrder, Page, random_bits, random_key
 from trinity.errors import UserError
@@ -22,6 +29,8 @@ RANDOM_PAGE = 256
 """Random numbers that are computed at once."""
 HEADER, PER_SOURCE, PER_DOCUMENT = 3, 4, 4
 """Integers of a state (see LogicalStream.state)."""
+UNPLANNED = 0
+"""In place of the row of a best-fit document that has none yet."""
 
 
 class Piece(NamedTuple):
@@ -41,7 +50,9 @@ class LogicalStream:
     """One of the run's logical streams (data.streams).
 
     Attributes:
-        open: documents that are being read: [source, document, tokens read, its length] each.
+        open: documents that are being read: [source, document, tokens read, its length] each. Best fit has in place of
+            tokens read the number of the row that the document is in, from 1, in the order in which rows are used;
+            or UNPLANNED.
         documents_taken: by source, documents of its order that were drawn, or left out by a length bias.
         tokens_read: by source, tokens packed since the run began.
     """
@@ -69,9 +80,12 @@ class LogicalStream:
             phase_number: 0 for the start of the run.
         Raises:
             OutOfDocuments: the sequence cannot be filled; the stream must not be used afterwards.
+            UserError: with best fit, a document is longer than the sequence.
         """
         if phase_number != self._phase:
             self._begin_phase(phase, phase_number)
+        if phase.best_fit_rows:
+            return self._whole_documents(tokens, phase)
         names, size, pieces = self.order.names, phase.rsdb_size, []
         while tokens:
             if len(self.open) <= size:
@@ -92,6 +106,40 @@ class LogicalStream:
                 self.open.pop(0)
         return pieces
 
+    def _whole_documents(self, tokens: int, phase: Phase) -> list[Piece]:
+        """The documents of the next best-fit row."""
+        if not self.open or self.open[0][2] == UNPLANNED:
+            self._plan_window(tokens, phase)
+        row = self.open[0][2]
+        count = next((at for at, document in enumerate(self.open) if document[2] != row), len(self.open))
+        taken, self.open = self.open[:count], self.open[count:]
+        for source, _, _, length in taken:
+            self.tokens_read[source] += length
+        return [Piece(self.order.names[source], index, 0, length) for source, index, _, length in taken]
+
+    def _plan_window(self, tokens: int, phase: Phase) -> None:
+        """Draw documents for some rows of `tokens` tokens, and put all open ones into rows in random order."""
+        carried, tokens_carried = len(self.open), sum(length for *_, length in self.open)
+        if tokens_carried > tokens:  # the rest of a phase with other rows
+            carried = 0
+        room, more = tokens * phase.best_fit_rows - tokens_carried, True
+        while more and room > 0:
+            more = self._draw(phase)
+            room -= self.open[-1][3] if more else 0
+        if not self.open:
+            raise OutOfDocuments
+        for source, index, _, length in self.open:
+            check_fits(self.order.names[source], index, length, tokens)
+        rows = pack_best_fit([length for *_, length in self.open], tokens, carried)
+        late = rows[bool(carried) :] if more else []  # no row is left over twice
+        rest = min(late, key=lambda row: sum(self.open[at][3] for at in row)) if len(rows) > 1 and late else []
+        used = [row for row in rows if row is not rest]
+        for last in range(len(used) - 1, 0, -1):  # Fisher-Yates: best fit makes rows of the longest documents first
+            at = self._random_below(last + 1)
+            used[at], used[last] = used[last], used[at]
+        ordered = [(at, number) for number, row in enumerate(used, 1) for at in row] + [(at, UNPLANNED) for at in rest]
+        self.open = [[*self.open[at][:2], number, self.open[at][3]] for at, number in ordered]
+
     def _fill(self, phase: Phase, count: int) -> None:
         """Fill the buffer to `count` documents, or until the source ends."""
         while len(self.open) < count and self._draw(phase):
@@ -110,6 +158,8 @@ class LogicalStream:
 
     def _begin_phase(self, phase: Phase, phase_number: int) -> None:
         self._phase = phase_number
+        if phase.best_fit_rows:  # rows may have another length now
+            self.open = [[source, index, UNPLANNED, length] for source, index, _, length in self.open]
         lengths = [self._next_length(source) if weight else 0 for source, weight in enumerate(phase.weights)]
         begin, self._tokens_drawn = phase.head_start(
             self.order.names, lengths, self.order.seed, phase_number, self.number
@@ -153,7 +203,7 @@ class LogicalStream:
     def state(self) -> list[int]:
         """The stream's position as integers: phase, random numbers drawn, number of sources; for each source its key,
         documents taken, tokens drawn in this phase, tokens read; for each open document the index of its source, its
-        number, tokens read, tokens in all."""
+        number, tokens read (best fit: its row), tokens in all."""
         state = [self._phase, self._randoms_used, len(self.order.names)]
         for name, *counts in zip(self.order.names, self.documents_taken, self._tokens_drawn, self.tokens_read):
             state += [source_key(name), *counts]

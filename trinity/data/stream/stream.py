@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trinity.data.sources.source import Source
 from trinity.data.stream.batch_schedule import BatchPlan
-from trinity.data.stream.collate import Batch, PackedSequence, collate, read_pieces
+from trinity.data.stream.collate import Batch, PackedSequence, collate, pad, read_pieces, weigh_examples
 from trinity.data.stream.mixture import Phase
 from trinity.data.stream.packing import LogicalStream, Piece
 from trinity.data.stream.shuffle import DocumentOrder
@@ -50,6 +50,8 @@ class SequenceStream:
         plan: BatchPlan,
         loss_on_document_start: bool = True,
         repeat: bool = True,
+        masked: bool = False,
+        weigh_examples: bool = False,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -62,8 +64,11 @@ class SequenceStream:
             seed: of the order of documents.
             bos_id: id that every document begins with.
             plan: which sequences make which step, their length and their phase.
-            loss_on_document_start: BOS is the target of a document's last token; otherwise it has no target.
+            loss_on_document_start: BOS is the target of a document's last token; otherwise, and with best-fit packing
+                or masks, it has no target.
             repeat: start the next epoch, in another order, when all documents of a source are taken.
+            masked: only tokens that the sources' masks mark are targets.
+            weigh_examples: give each target the weight 1/(targets of its example); with best-fit packing only.
             rank, ranks: r and R.
         Raises:
             UserError: V does not divide by R, or the sources are of several tokenizers.
@@ -76,7 +81,8 @@ class SequenceStream:
         self.streams, self.rank, self.ranks = streams, rank, ranks
         self.k = 0
         self.jumped: list[tuple[int, int]] = []
-        self._after_document = bos_id if loss_on_document_start else IGNORE
+        self._bos_id, self._masked, self._weigh_examples = bos_id, masked, weigh_examples
+        self._after_document = bos_id if loss_on_document_start and not masked else IGNORE
         self.order = DocumentOrder(sources, seed, streams, repeat)
         self._own = self._fresh()
 
@@ -95,7 +101,13 @@ class SequenceStream:
         Raises:
             OutOfDocuments: a source has ended before it.
         """
-        return read_pieces(self._pack(k), self.sources, self._after_document)
+        plan, pieces = self.plan.at_sequence(self._position(k)), self._pack(k)
+        if not self.phases[plan.phase].best_fit_rows:
+            return read_pieces(pieces, self.sources, self._after_document, self._masked)
+        sequence = read_pieces(pieces, self.sources, IGNORE, self._masked)
+        if self._weigh_examples:
+            sequence = weigh_examples(sequence)
+        return pad(sequence, plan.sequence_length, self._bos_id)
 
     def take(self, n: int) -> Batch:
         """This rank's next n sequences, as one batch; all must be of one length."""
