@@ -21,6 +21,7 @@ def router(width: int, experts: int, active: int) -> None:
     indices_TK = torch.empty(T, active, dtype=torch.int64)
     routing_triton.launch_route(scores_TE, torch.empty(experts), active)
     grad_TK, grad_B = torch.empty(T, active), torch.empty(B)
+    routing_triton.launch_weigh(scores_TE, indices_TK, 2.0, B, True, torch.empty(B, experts, dtype=torch.int64))
     for with_sequence_loss in (False, True):
         _, _, load_BE, _ = routing_triton.launch_weigh(scores_TE, indices_TK, 2.0, B, with_sequence_loss)
         losses = grad_B if with_sequence_loss else None

@@ -118,3 +118,25 @@ def test_gates_and_loss_have_the_gradient_of_their_equation() -> None:
     assert gradient_TE.scatter(1, indices_TK, 0).count_nonzero() == 0
     assert torch.autograd.grad(loss_B.sum(), scores_TE)[0].count_nonzero() == scores_TE.numel()
     assert not entropy_sum.requires_grad
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_shares_of_the_parts_of_rows_add_up(parts: int) -> None:
+    """Loss, its gradient and the gates of rows in parts, given the counts of whole rows: those of whole rows."""
+    B, S, E, K = 3, 20, 6, 2
+    scores_TE = torch.rand(B * S, E, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    indices_TK = scores_TE.detach().topk(K).indices
+    whole = weigh(scores_TE, indices_TK, 2.0, B, True)
+    expected = torch.autograd.grad(whole.sequence_loss_B.sum(), scores_TE)[0]
+    counts_BE = F.one_hot(indices_TK.view(B, -1), E).sum(dim=1)
+    scores, indices = (x.view(B, parts, S // parts, -1) for x in (scores_TE, indices_TK))
+    shares = [
+        weigh(scores[:, part].flatten(0, 1), indices[:, part].flatten(0, 1), 2.0, B, True, counts_BE)
+        for part in range(parts)
+    ]
+    total_B = torch.stack([share.sequence_loss_B for share in shares]).sum(dim=0)
+    torch.testing.assert_close(total_B, whole.sequence_loss_B, rtol=1e-14, atol=0)
+    actual = torch.autograd.grad(total_B.sum(), scores_TE)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-16)
+    gates = torch.stack([share.gates_TK.view(B, S // parts, K) for share in shares], dim=1)
+    assert torch.equal(gates.flatten(0, 2), whole.gates_TK)

@@ -104,6 +104,24 @@ def test_statistics_and_their_gradient(B: int, S: int, E: int, K: int) -> None:
         assert_close(got, exact, 1e-6)
 
 
+@pytest.mark.parametrize(("B", "S", "E", "K"), ROWS)
+def test_statistics_of_a_part_of_the_rows(B: int, S: int, E: int, K: int) -> None:
+    """With the counts of whole rows, which are longer: as above, against the reference in float64."""
+    scores_TE, bias_E = make(E, B * S)
+    indices_TK = route.reference(scores_TE, bias_E, K)[0]
+    counts_BE = torch.randint(9, (B, E), generator=torch.Generator().manual_seed(S)).to(DEVICE)
+    counts_BE.scatter_add_(1, indices_TK.view(B, -1), torch.ones_like(indices_TK).view(B, -1))
+    dloss_B = torch.randn(B, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for function, scores in ((weigh.triton, scores_TE), (weigh.reference, scores_TE.double())):
+        scores.requires_grad_()
+        _, loss_B, entropy_sum = function(scores, indices_TK, 2.448, B, True, counts_BE)
+        (gradient,) = torch.autograd.grad((loss_B * dloss_B).sum(), scores)
+        results.append((loss_B, entropy_sum, gradient))
+    for got, exact in zip(*results):
+        assert_close(got, exact, 1e-6)
+
+
 def test_the_loss_is_computed_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the kernel that adds the sums of a row is not launched; entropy and gates keep their bits."""
     scores_TE, bias_E = make(16, 32)
