@@ -6,8 +6,8 @@ weigh   the gates g = c · s / Σ chosen s: the scores without bias, normalised 
         and the entropy of s/Σs, summed over tokens
 
 The choice has no gradient, so `route` returns indices and counts, and `weigh` takes the scores again.
-Where the tokens are a part of their rows (context parallelism), `weigh` is given the counts of the whole rows: f and the
-length of a row follow from them, and the loss is these tokens' share, so that the shares of all parts add up to it.
+Where the tokens are a part of their rows (context parallelism), `weigh` is given the counts of the whole rows. f and
+the length of a row follow from them, and the loss is these tokens' share: the shares of all parts add up to it.
 Saved for backward, by weigh alone: scores and indices, and f of each row with the sequence-wise loss. Activation
 checkpointing keeps indices and counts (`trinity.parallel.activation_checkpoint`), 8·K bytes per token, and computes
 scores and gates again, which would take 4·E. torch.compile and fake tensors see only the op's shapes.

@@ -110,7 +110,7 @@ def test_statistics_of_a_part_of_the_rows(B: int, S: int, E: int, K: int) -> Non
     scores_TE, bias_E = make(E, B * S)
     indices_TK = route.reference(scores_TE, bias_E, K)[0]
     counts_BE = torch.randint(9, (B, E), generator=torch.Generator().manual_seed(S)).to(DEVICE)
-    counts_BE.scatter_add_(1, indices_TK.view(B, -1), torch.ones_like(indices_TK).view(B, -1))
+    counts_BE.scatter_add_(1, indices_TK.view(B, S * K), torch.ones_like(indices_TK).view(B, S * K))
     dloss_B = torch.randn(B, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
     for function, scores in ((weigh.triton, scores_TE), (weigh.reference, scores_TE.double())):
@@ -185,5 +185,6 @@ def test_opcheck(T: int) -> None:
     torch.library.opcheck(torch.ops.trinity.route_triton.default, (scores_TE, bias_E, 4))
     indices_TK = route.reference(scores_TE, bias_E, 4)[0]
     for with_sequence_loss in (False, True):
-        arguments = scores_TE.requires_grad_(), indices_TK, 2.0, 2, with_sequence_loss
-        torch.library.opcheck(torch.ops.trinity.weigh_triton.default, arguments)
+        for row_counts_BE in (None, torch.full((2, 16), 3, device=DEVICE)):
+            arguments = scores_TE.requires_grad_(), indices_TK, 2.0, 2, with_sequence_loss, row_counts_BE
+            torch.library.opcheck(torch.ops.trinity.weigh_triton.default, arguments)

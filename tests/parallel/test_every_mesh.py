@@ -53,6 +53,11 @@ MESHES: dict[str, tuple[int, list[str]]] = {
     "replicate 2 × shard 2, expert 2": (4, ["parallel.replicate=2", "parallel.shard=2", "parallel.expert=2"]),
     "more shards than experts": (4, ["parallel.shard=4", *FEW_EXPERTS]),
     "more shards than experts, expert 2": (4, ["parallel.shard=4", "parallel.expert=2", *TWO_EXPERTS]),
+    "context 2": (2, ["parallel.context=2"]),
+    "context 4, more than key/value heads": (4, ["parallel.context=4"]),
+    "shard 2, context 2, expert 2": (4, ["parallel.shard=2", "parallel.context=2", "parallel.expert=2"]),
+    "context 4, expert 4": (4, ["parallel.context=4", "parallel.expert=4"]),
+    "replicate 2 × context 2": (4, ["parallel.replicate=2", "parallel.shard=1", "parallel.context=2"]),
 }
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trinity.data.stream.collate import PackedSequence, count_documents
+from trinity.data.stream.collate import PackedSequence, collate
 from trinity.models.trinity import Trinity
+from trinity.parallel.context_parallel import ContextParallel, row_parts
 from trinity_kernels.cross_entropy import IGNORE
 
 
@@ -21,6 +22,7 @@ def evaluate(
     byte_lengths_V: Tensor | None,
     device: torch.device,
     beat: Callable[[], None] | None = None,
+    context: ContextParallel | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: expert biases do not change.
 
@@ -29,23 +31,30 @@ def evaluate(
         microbatch: rows per forward pass.
         byte_lengths_V: [V] bytes of text per token; without it there are no bits per byte.
         beat: called after each forward pass.
+        context: the ranks that have the same rows as this one, and divide them by columns; None: no other has.
     Returns:
         "loss", and "bits_per_byte": Σ CE / ln 2 / bytes of the targets. BOS, which begins the next document, is a
         target of 0 bytes, so its loss is spread over the text.
     """
     ce, valid, text_bytes = 0.0, 0, 0
     for rows in _microbatches(sequences, microbatch):
-        targets_BS = torch.stack([row.targets for row in rows])
-        ids_BS = torch.stack([row.document_ids for row in rows]) if document_mask else None
+        batch = collate(rows, len(rows[0].tokens))
+        if not document_mask:
+            batch.document_ids_BS = None
+        if context is not None:
+            batch = batch.columns(context.columns(batch.tokens_BS.shape[1]))
+        (own,) = batch.microbatches(len(rows), device)
+        parts = row_parts(context, own.tokens_BS, own.row_document_ids_BS, own.documents, model.attention_engine)
         losses = model(
-            torch.stack([row.tokens for row in rows]).to(device),
-            document_ids_BS=None if ids_BS is None else ids_BS.to(device),
-            targets_BS=targets_BS.to(device),
-            documents=None if ids_BS is None else count_documents(ids_BS),
+            own.tokens_BS,
+            document_ids_BS=own.document_ids_BS,
+            targets_BS=own.targets_BS,
+            documents=own.documents,
             with_sequence_loss=False,
+            parts=parts,
         )
         ce += losses.ce_BS.double().sum().item()
-        counted = targets_BS[targets_BS != IGNORE]
+        counted = batch.targets_BS[batch.targets_BS != IGNORE]
         valid += counted.numel()
         if byte_lengths_V is not None:
             text_bytes += int(byte_lengths_V[counted].sum())

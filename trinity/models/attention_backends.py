@@ -79,6 +79,9 @@ class AttentionMask:
 
     Each form is computed once per kind of layer (local or global) and shared by all layers of that kind.
 
+    Attributes:
+        row_counts: None: counts over the tokens are counts over whole rows (row_parts.RowParts has a function here).
+
     Args:
         positions_BS: [B or 1, S] int64, increasing along each row.
         document_ids_BS: [B, S] integer, equal within a document, contiguous; None: a row is one document.
@@ -89,6 +92,8 @@ class AttentionMask:
             side, N is the number of documents among the keys.
         keys: the key side; None: the keys are those of the queries' tokens.
     """
+
+    row_counts: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -110,6 +115,16 @@ class AttentionMask:
     def sequence_length(self) -> int:
         """S."""
         return self.positions_BS.shape[1]
+
+    def before_attention(
+        self, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, _window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, "AttentionMask"]:
+        """As they are: the tokens are whole rows, whose queries attend to their own keys. See row_parts.RowParts."""
+        return q_BSHC, k_BSGC, v_BSGC, self
+
+    def after_attention(self, mixed_BSHC: Tensor, _window: int | None) -> Tensor:
+        """The attention output itself."""
+        return mixed_BSHC
 
     def cached(self, key: object, make: Callable[[], Result]) -> Result:
         """The result of make(), cached under `key` for the rest of this forward pass."""

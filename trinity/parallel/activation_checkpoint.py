@@ -35,7 +35,8 @@ from trinity_kernels.replay import Results
 
 # Operations by name: the operations of an optional package exist only once it is imported.
 ALL_TO_ALL = "_c10d_functional::all_to_all_single"
-SAVED = frozenset({"trinity::route", "trinity::route_triton", "trinity::exchanged_counts"})
+ALL_REDUCE = "_c10d_functional::all_reduce"  # in a block: of the counts of rows (context parallelism)
+SAVED = frozenset({"trinity::route", "trinity::route_triton", "trinity::exchanged_counts", ALL_REDUCE})
 SAVED_SELECTIVE = SAVED | {
     ALL_TO_ALL,
     "trinity::expert_mlp",

@@ -57,7 +57,7 @@ class Evaluator:
                 config.data.sequence_length,
                 config.evaluation.sequences,
                 config.data.loss_on_document_start,
-                rank=self._ranks.rank,
+                rank=self._ranks.data_rank,
                 ranks=self._ranks.data_ranks,
             )
             losses = evaluate(
@@ -68,6 +68,7 @@ class Evaluator:
                 self._data.byte_lengths_V,
                 self._ranks.device,
                 self._beat,
+                self._ranks.context,
             )
             metrics |= {f"validation_{metric}.{name}": value for metric, value in losses.items()}
         return metrics

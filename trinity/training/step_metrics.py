@@ -1,10 +1,13 @@
 """Metrics of one step over all ranks, under their names in metrics.jsonl.
 
 Each rank puts its sums and the losses of its rows into one vector. Gathered over all ranks, the rows are put back into
-stream order, so no metric depends on how rows were distributed. Expert counts are reduced separately, because balancing
-uses them on the device. Everything that the host needs then crosses in one copy (HostCopy).
+stream order, so no metric depends on how rows were distributed. With context parallelism the ranks of a group have
+parts of the same rows: sums of a row are added over them, and rows have one line for each group. Expert counts are
+reduced separately, because balancing uses them on the device. Everything that the host needs then crosses in one copy
+(HostCopy).
 
-Shapes: R ranks, B rows of one rank, M MoE layers, E experts, N token sources.
+Shapes: R ranks (of rows and source counts: groups of ranks), B rows of one rank, M MoE layers, E experts, N token
+sources.
 """
 
 from typing import Any, NamedTuple
@@ -62,6 +65,7 @@ def gather_stats(
     grad_norm: Tensor,
     source_counts_N: Tensor | None = None,
     data_seconds: float = 0.0,
+    context: int = 1,
 ) -> StepStats:
     """Gather one step's statistics from all ranks, on the device: one all-gather.
 
@@ -71,6 +75,7 @@ def gather_stats(
         grad_norm: scalar, equal on every rank.
         source_counts_N: tokens that this rank read of each source, exact up to 2⁵³; None where they are not counted.
         data_seconds: seconds that this rank waited for its rows.
+        context: how many ranks have parts of the same rows.
     """
     ce_B = torch.cat([microbatch.ce_BS.sum(dim=1) for microbatch in losses]).double()
     zero = ce_B.new_zeros(())
@@ -91,12 +96,12 @@ def gather_stats(
     columns = gathered.view(-1, len(flat)).split([0 if tensor is None else len(tensor) for tensor in local], dim=1)
     ce_RB, valid_RB, sums_R3, top_logit_R1, entropy_RM, source_counts_RN = columns
     return StepStats(
-        ce_RB,
-        valid_RB,
+        ce_RB.unflatten(0, (-1, context)).sum(dim=1),
+        valid_RB.unflatten(0, (-1, context)).sum(dim=1),
         sums_R3,
         top_logit_R1,
         None if entropy_M is None else entropy_RM,
-        None if source_counts_N is None else source_counts_RN,
+        None if source_counts_N is None else source_counts_RN[::context],  # a group reads its rows on each rank
         grad_norm,
     )
 
@@ -143,7 +148,7 @@ def step_metrics(stats: StepStats, valid: int, sequence_length: int, config: Run
         sequence_length: tokens of a row.
         config: the run's.
     """
-    # rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they are in stream order
+    # data rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they are in stream order
     ce, valid_rows = stats.ce_RB.t().flatten(), stats.valid_RB.t().flatten()
     lse_square, sequence_loss, _ = stats.sums_R3.sum(dim=0).tolist()
     metrics = {

@@ -2,7 +2,8 @@
 
 The loss of a step is the mean over the valid targets of its global batch. They are counted first, over all ranks. Every
 microbatch divides its loss sum by that count and gradients are added up, so the result depends neither on the
-microbatch size nor on the number of ranks.
+microbatch size nor on the number of ranks. With context parallelism a rank computes a part of the columns of its rows:
+its losses are sums over these.
 
 Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
@@ -19,6 +20,7 @@ from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, SkipReason, StepHooks, StepResult
 from trinity.optim.build import Optimizers
 from trinity.optim.grad_clip import clip_, global_norm
+from trinity.parallel.context_parallel import row_parts
 from trinity.parallel.grad_accumulation import defers_reduction, end_accumulation, set_reduction
 from trinity.parallel.mesh import Ranks
 from trinity.training.divisibility import microbatch_size
@@ -42,7 +44,7 @@ def train_step(
     The host reads from the device once, while it clips. The optimizer may still run on the device when this returns.
 
     Args:
-        batch: this rank's rows, on the CPU.
+        batch: this rank's rows, on the CPU; whole rows, of which it computes the columns that ranks.columns names.
         rate: fraction of the peak learning rates.
         source_counts: [N] tokens that this rank read of each source, to be summed over all ranks.
         data_seconds: seconds that this rank waited for its rows; with source_counts, the metrics hold the largest.
@@ -50,12 +52,15 @@ def train_step(
     Returns:
         The metrics, and the reason if the step was skipped: then no weight, no momentum and no bias has changed.
     """
+    sequence_length = batch.tokens_BS.shape[1]
+    if ranks.context is not None:
+        batch = batch.columns(ranks.columns(sequence_length))
     valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
     valid = _all_reduce_count(valid_B.sum())
     losses = _forward_and_backward(model, batch, valid, config, ranks, hooks)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = global_norm(gradients, ranks.shard_group)
-    stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds)
+    stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds, ranks.sizes.context)
     biases = balancing.next_biases(moe_layers(model), total_counts(losses), config.balancing)
     if biases is not None:
         stats = stats._replace(counts_ME=biases.counts_ME, bias_ranges=biases.ranges)
@@ -63,7 +68,6 @@ def train_step(
     if config.optim.clip_norm:
         clip_(gradients, grad_norm, config.optim.clip_norm)  # harmless if skipped: zero_grad drops the gradients
     stats = host_copy.wait()
-    sequence_length = batch.tokens_BS.shape[1]
     metrics = step_metrics(stats, valid, sequence_length, config) | {"grad_norm": stats.grad_norm.item()}
     skip_reason, spike = _skip_reason(metrics["loss"], metrics["grad_norm"], hooks)
     if skip_reason is None:
@@ -121,6 +125,13 @@ def _forward_and_backward(
             z=config.loss.z,
             documents=microbatch.documents,
             with_sequence_loss=alpha != 0,
+            parts=row_parts(
+                ranks.context,
+                microbatch.tokens_BS,
+                microbatch.row_document_ids_BS,
+                microbatch.documents,
+                model.attention_engine,
+            ),
         )
         loss = losses.token_loss / valid
         if losses.sequence_loss_B is not None:

@@ -52,7 +52,8 @@ class Batch:
     tokens_BS, targets_BS: int64; IGNORE where there is no target.
     document_ids_BS: int32, for the document mask; None without one.
     pieces: of each sequence; empty in a microbatch.
-    documents: how many documents a microbatch's document_ids_BS hold, each row beginning a new one; otherwise None.
+    documents: how many documents the rows of a microbatch hold, each row beginning a new one; otherwise None.
+    row_document_ids_BS: document ids of the whole rows, where the batch is a part of their columns; otherwise None.
     """
 
     tokens_BS: Tensor
@@ -60,18 +61,35 @@ class Batch:
     document_ids_BS: Tensor | None
     pieces: list[list[Piece]] = field(default_factory=list)
     documents: int | None = None
+    row_document_ids_BS: Tensor | None = None
+
+    def columns(self, columns: slice) -> "Batch":
+        """A part of the columns of every row, with the document ids of whole rows, which attention needs."""
+        ids_BS = self.document_ids_BS
+        return Batch(
+            self.tokens_BS[:, columns],
+            self.targets_BS[:, columns],
+            None if ids_BS is None else ids_BS[:, columns],
+            self.pieces,
+            row_document_ids_BS=ids_BS,
+        )
 
     def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
         """Consecutive parts of `size` sequences on the device."""
+        row_ids_BS = self.document_ids_BS if self.row_document_ids_BS is None else self.row_document_ids_BS
         for start in range(0, self.tokens_BS.shape[0], size):
             rows = slice(start, start + size)
-            ids_BS = None if self.document_ids_BS is None else self.document_ids_BS[rows]
             yield Batch(
                 self.tokens_BS[rows].to(device, non_blocking=True),
                 self.targets_BS[rows].to(device, non_blocking=True),
-                None if ids_BS is None else ids_BS.to(device, non_blocking=True),
-                documents=None if ids_BS is None else count_documents(ids_BS),
+                _rows_on_device(self.document_ids_BS, rows, device),
+                documents=None if row_ids_BS is None else count_documents(row_ids_BS[rows]),
+                row_document_ids_BS=_rows_on_device(self.row_document_ids_BS, rows, device),
             )
+
+
+def _rows_on_device(x_BS: Tensor | None, rows: slice, device: torch.device) -> Tensor | None:
+    return None if x_BS is None else x_BS[rows].to(device, non_blocking=True)
 
 
 def count_documents(document_ids_BS: Tensor) -> int:
