@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.parallel.mesh_runs import config_of
-from trinity.models.attention import Attention
+from trinity.models.attention import AttentionCore
 from trinity.parallel import mesh
 from trinity.training.trainer import pretrain
 
@@ -22,14 +22,14 @@ WORDS = [
 
 def run(settings: dict, words: list[str], slow: int | None = None) -> int:
     """Exit code of a run in which attention takes 20 ms more on rank `slow`."""
-    forward = Attention.forward
+    forward = AttentionCore.forward
 
-    def slowly(self: Attention, *args: object) -> object:
+    def slowly(self: AttentionCore, *args: object) -> object:
         if dist.get_rank() == slow:
             time.sleep(0.02)
         return forward(self, *args)
 
-    with mock.patch.object(mesh, "stop"), mock.patch.object(Attention, "forward", slowly):
+    with mock.patch.object(mesh, "stop"), mock.patch.object(AttentionCore, "forward", slowly):
         return pretrain(config_of(settings, [*WORDS, *words]), [])
 
 

@@ -20,7 +20,7 @@ from trinity.training.trainer import pretrain
 
 MEASURED = {
     "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",
-    "rank_seconds_spread",
+    "rank_seconds_spread", "attention_spread",
 }  # fmt: skip
 WORDS = [
     "precision.compute=float64", "optim.muon.dtype=float64", "batch.sequences=12", "batch.microbatch=3",

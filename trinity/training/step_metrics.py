@@ -36,6 +36,8 @@ class StepStats(NamedTuple):
         grad_norm: scalar, before clipping.
         counts_ME: tokens of the global batch per layer and expert; None without MoE layers.
         bias_ranges: [2], the largest max − min of a layer's expert biases, before and after the step; None likewise.
+    Gathered from every rank, float64, too:
+        pairs_R1: pairs of query and key in attention (attention_pairs.py); None where they are not counted.
     """
 
     ce_RB: Tensor
@@ -47,6 +49,7 @@ class StepStats(NamedTuple):
     grad_norm: Tensor
     counts_ME: Tensor | None = None
     bias_ranges: Tensor | None = None
+    pairs_R1: Tensor | None = None
 
 
 def total_counts(losses: list[Losses]) -> Tensor | None:
@@ -66,6 +69,7 @@ def gather_stats(
     source_counts_N: Tensor | None = None,
     data_seconds: float = 0.0,
     context: int = 1,
+    pairs: float = 0.0,
 ) -> StepStats:
     """Gather one step's statistics from all ranks, on the device: one all-gather.
 
@@ -76,6 +80,7 @@ def gather_stats(
         source_counts_N: tokens that this rank read of each source, exact up to 2⁵³; None where they are not counted.
         data_seconds: seconds that this rank waited for its rows.
         context: how many ranks have parts of the same rows.
+        pairs: this rank's pairs of query and key in attention.
     """
     ce_B = torch.cat([microbatch.ce_BS.sum(dim=1) for microbatch in losses]).double()
     zero = ce_B.new_zeros(())
@@ -89,12 +94,13 @@ def gather_stats(
     entropies = [microbatch.entropy_M for microbatch in losses if microbatch.entropy_M is not None]
     entropy_M = torch.stack(entropies).sum(dim=0).double() if entropies else None
     source_counts_N = None if source_counts_N is None else source_counts_N.to(ce_B)
-    local = [ce_B, valid_B.to(ce_B), torch.stack(sums), top_logit, entropy_M, source_counts_N]
+    pairs_1 = ce_B.new_full((1,), pairs)
+    local = [ce_B, valid_B.to(ce_B), torch.stack(sums), top_logit, entropy_M, source_counts_N, pairs_1]
     flat = torch.cat([tensor for tensor in local if tensor is not None])
     gathered = flat.new_empty(dist.get_world_size() * len(flat))
     all_gather_single(gathered, flat)
     columns = gathered.view(-1, len(flat)).split([0 if tensor is None else len(tensor) for tensor in local], dim=1)
-    ce_RB, valid_RB, sums_R3, top_logit_R1, entropy_RM, source_counts_RN = columns
+    ce_RB, valid_RB, sums_R3, top_logit_R1, entropy_RM, source_counts_RN, pairs_R1 = columns
     return StepStats(
         ce_RB.unflatten(0, (-1, context)).sum(dim=1),
         valid_RB.unflatten(0, (-1, context)).sum(dim=1),
@@ -103,6 +109,7 @@ def gather_stats(
         None if entropy_M is None else entropy_RM,
         None if source_counts_N is None else source_counts_RN[::context],  # a group reads its rows on each rank
         grad_norm,
+        pairs_R1=pairs_R1,
     )
 
 

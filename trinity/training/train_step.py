@@ -23,6 +23,7 @@ from trinity.optim.grad_clip import clip_, global_norm
 from trinity.parallel.context_parallel import row_parts
 from trinity.parallel.grad_accumulation import defers_reduction, end_accumulation, set_reduction
 from trinity.parallel.mesh import Ranks
+from trinity.training.attention_pairs import attention_pairs
 from trinity.training.divisibility import microbatch_size
 from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
 from trinity_kernels.cross_entropy import IGNORE
@@ -53,6 +54,7 @@ def train_step(
         The metrics, and the reason if the step was skipped: then no weight, no momentum and no bias has changed.
     """
     sequence_length = batch.tokens_BS.shape[1]
+    pairs = attention_pairs(config.model, batch.tokens_BS.shape, batch.document_ids_BS, ranks)
     if ranks.context is not None:
         batch = batch.columns(ranks.columns(sequence_length))
     valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
@@ -60,7 +62,7 @@ def train_step(
     losses = _forward_and_backward(model, batch, valid, config, ranks, hooks)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = global_norm(gradients, ranks.shard_group)
-    stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds, ranks.sizes.context)
+    stats = gather_stats(losses, valid_B, grad_norm, source_counts, data_seconds, ranks.sizes.context, pairs)
     biases = balancing.next_biases(moe_layers(model), total_counts(losses), config.balancing)
     if biases is not None:
         stats = stats._replace(counts_ME=biases.counts_ME, bias_ranges=biases.ranges)
@@ -89,6 +91,7 @@ def train_step(
         source_counts=None if stats.source_counts_RN is None else stats.source_counts_RN.sum(dim=0).tolist(),
         counts_ME=None if stats.counts_ME is None else stats.counts_ME.long(),
         router_entropy_M=router_entropy(stats, sequence_length),
+        attention_spread=None if stats.pairs_R1 is None else (stats.pairs_R1.max() / stats.pairs_R1.mean()).item(),
     )
 
 

@@ -303,6 +303,7 @@ class Trainer:
         record |= {f"source_tokens.{name}": int(tokens) for name, tokens in zip(sources, counts)}
         record |= {f"epoch.{name}": tokens / sources[name].tokens for name, tokens in zip(sources, counts)}
         record |= result.metrics
+        record |= {} if result.attention_spread is None else {"attention_spread": result.attention_spread}
         tokens_per_second = plan.sequences * plan.sequence_length / seconds
         record |= {
             "step_seconds": seconds,
