@@ -53,26 +53,24 @@ _KINDS = {
 
 
 @contextmanager
-def count_collectives(by_name: bool = False) -> Iterator[dict[tuple[str, Any], Traffic]]:
+def count_collectives() -> Iterator[dict[tuple[str, int], Traffic]]:
     """Count this process's collectives while the block runs.
 
-    Args:
-        by_name: count each group on its own, by its name, where groups of one size are to be told apart.
     Yields:
-        (kind, size or name of the group) → calls and bytes; kinds: "all_gather", "reduce_scatter", "all_reduce",
-        "all_to_all", "broadcast". Bytes are those of the full tensor on this rank: the gathered tensor, the tensor to be reduced or
+        (kind, size of the group) → calls and bytes; kinds: "all_gather", "reduce_scatter", "all_reduce", "all_to_all",
+        "broadcast". Bytes are those of the full tensor on this rank: the gathered tensor, the tensor to be reduced or
         broadcast, all rows given to an all-to-all, the rank's own included. Object collectives count as the tensors
         that they send.
     """
-    traffic: dict[tuple[str, Any], Traffic] = {}
-    with _Counter(traffic, by_name):
+    traffic: dict[tuple[str, int], Traffic] = {}
+    with _Counter(traffic):
         yield traffic
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, traffic: dict[tuple[str, Any], Traffic], by_name: bool) -> None:
+    def __init__(self, traffic: dict[tuple[str, int], Traffic]) -> None:
         super().__init__()
-        self.traffic, self.by_name = traffic, by_name
+        self.traffic = traffic
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -86,8 +84,7 @@ class _Counter(TorchDispatchMode):
             outputs = args[0] if namespace == "c10d" else result
             inputs = args[int(func._schema.arguments[0].name.startswith("output"))]
             whole = outputs if kind == "all_gather" else inputs
-            group = _group(args)
-            key = kind, group.group_name if self.by_name else group.size()
+            key = kind, _group_size(args)
             before = self.traffic.get(key, Traffic(0, 0))
             self.traffic[key] = Traffic(before.calls + 1, before.bytes + _bytes(whole))
         return result
@@ -97,13 +94,15 @@ def _bytes(tensors: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tree_iter(tensors) if isinstance(x, Tensor))
 
 
-def _group(args: tuple) -> dist.ProcessGroup:
-    """The process group among an operation's arguments: an object, or (functional) a name, the last string."""
+def _group_size(args: tuple) -> int:
+    """Size of the process group among an operation's arguments: an object, or (functional) a name, the last string."""
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
             try:
-                return dist.ProcessGroup.unbox(argument)
+                return dist.ProcessGroup.unbox(argument).size()
             except RuntimeError:  # a ReduceOp is a ScriptObject too
                 continue
     name = [argument for argument in args if isinstance(argument, str | dist.ProcessGroup)][-1]
-    return dist.distributed_c10d._resolve_process_group(GroupName(name)) if isinstance(name, str) else name
+    if isinstance(name, str):
+        return dist.distributed_c10d._resolve_process_group(GroupName(name)).size()
+    return name.size()

@@ -39,7 +39,7 @@ from trinity.models.trinity import Block, Trinity
 from trinity.parallel import expert_parallel, token_dispatcher
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.comm_counter import Traffic, count_collectives
-from trinity.parallel.context_parallel import heads_fit, row_parts
+from trinity.parallel.context_parallel import ContextParallel, heads_fit, row_parts
 from trinity.parallel.fsdp import master_dtype
 from trinity.parallel.mesh import Ranks
 from trinity_kernels.cross_entropy import chunk_tokens
@@ -99,7 +99,37 @@ def block_activations(config: RunConfig, ranks: Ranks, rows: int) -> list[Activa
     return [by_kind[layer >= model.dense_layers, model.is_global(layer)] for layer in range(model.layers)]
 
 
+class _Measured(NamedTuple):
+    """Peaks of one block as in Activations, and its collectives."""
+
+    kept: float
+    forward: float
+    backward: float
+    collectives: dict[tuple[str, int], Traffic]
+
+
 def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activations:
+    model, none = config.model, Traffic(0, 0)
+    measured = _run_block(config, ranks, layer, rows, ranks.context)
+    workspace = _expert_workspace(model, tokens_per_microbatch(config, rows)) if layer >= model.dense_layers else 0
+    in_expert_group = "all_to_all", ranks.sizes.expert
+    exchange, context = measured.collectives.get(in_expert_group, none), None
+    if ranks.context is not None:
+        # the group of experts may be that of the context: its tokens are exchanged without context parallelism too
+        exchange = _run_block(config, ranks, layer, rows, None).collectives.get(in_expert_group, none)
+        size = ranks.context.size
+        calls, sent = measured.collectives.get(("all_to_all", size), none)
+        if size == ranks.sizes.expert:
+            calls, sent = calls - exchange.calls, sent - exchange.bytes
+        counts = measured.collectives.get(("all_reduce", size), none)
+        by_heads = heads_fit(model.heads, model.kv_heads, size)
+        kind = ("heads" if by_heads else "gather") if model.is_global(layer) else "halo"
+        context = ContextTraffic(kind, Traffic(calls, sent), counts)
+    return Activations(measured.kept, measured.forward, measured.backward + workspace, exchange, context)
+
+
+def _run_block(config: RunConfig, ranks: Ranks, layer: int, rows: int, context: ContextParallel | None) -> _Measured:
+    """One forward and backward pass of one block on meta."""
     model, tokens = config.model, tokens_per_microbatch(config, rows)
     compute, master = getattr(torch, config.precision.compute), master_dtype(config.precision)
     with torch.device("meta"):
@@ -114,8 +144,8 @@ def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Ac
         only_block = cast(Trinity, SimpleNamespace(blocks=[block]))  # recompute_blocks reads the blocks alone
         recompute_blocks(only_block, config.recompute)
     rotation = rope_cos_sin(positions, model.head_dim, model.rope_theta, master)
-    with _patched_for_meta(tokens, model), LiveBytes() as live, count_collectives(by_name=True) as collectives:
-        mask = row_parts(ranks.context, x_BSD, None, None, "sdpa") or AttentionMask(positions, None, True, "sdpa")
+    with _patched_for_meta(tokens, model), LiveBytes() as live, count_collectives() as collectives:
+        mask = row_parts(context, x_BSD, None, None, "sdpa") or AttentionMask(positions, None, True, "sdpa")
         y_BSD, routing = block(x_BSD, rotation, mask, config.balancing.sequence_loss != 0)
         kept, forward = live.now, live.peak
         live.peak = live.now
@@ -123,23 +153,7 @@ def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Ac
         if routing and routing.sequence_loss_B is not None:
             outputs.append(routing.sequence_loss_B)
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
-    workspace = _expert_workspace(model, tokens) if block.sparse else 0
-    exchange = collectives.get(("all_to_all", ranks.experts.get_group("expert").group_name), Traffic(0, 0))
-    context = _context_traffic(model, ranks, layer, collectives)
-    return Activations(kept, forward, live.peak - kept + workspace, exchange, context)
-
-
-def _context_traffic(
-    model: ModelConfig, ranks: Ranks, layer: int, collectives: dict[tuple[str, Any], Traffic]
-) -> ContextTraffic | None:
-    if ranks.context is None:
-        return None
-    by_heads = heads_fit(model.heads, model.kv_heads, ranks.context.size)
-    kind = ("heads" if by_heads else "gather") if model.is_global(layer) else "halo"
-    exchange, counts = (
-        collectives.get((name, ranks.context.group), Traffic(0, 0)) for name in ("all_to_all", "all_reduce")
-    )
-    return ContextTraffic(kind, exchange, counts)
+    return _Measured(kept, forward, live.peak - kept, collectives)
 
 
 @contextmanager
