@@ -37,13 +37,16 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_max_logit_and_straggler_of_two_ranks(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """In float64, to 1e-10 (test_every_mesh): rank 0 probes the first of four rows on both meshes."""
+@pytest.mark.parametrize("words", [["parallel.expert=2"], ["parallel.context=2"]])
+def test_max_logit_and_straggler_of_two_ranks(
+    recipe: Callable, processes: Callable, tmp_path: Path, words: list[str]
+) -> None:
+    """In float64, to 1e-10 (test_every_mesh): the first of four rows is probed, with context parallelism by both ranks."""
     try:
         assert run(recipe(tmp_path / "one"), []) == 0
     finally:
         mesh.stop()
-    assert processes(2).run(run, recipe(tmp_path / "two"), ["parallel.expert=2"], 1) == [0, 0]
+    assert processes(2).run(run, recipe(tmp_path / "two"), words, 1) == [0, 0]
     one, two = lines(tmp_path / "one/metrics.jsonl"), lines(tmp_path / "two/metrics.jsonl")
     for alone, both in zip(one, two, strict=True):
         assert both["max_attention_logit"] == pytest.approx(alone["max_attention_logit"], abs=1e-10)

@@ -51,6 +51,13 @@ WAYS = {
         (4, ["parallel.replicate=2"]),
         (4, ["parallel.shard=4"]),
     ],
+    "context": [
+        (1, []),
+        (2, ["parallel.context=2"]),
+        (4, ["parallel.shard=2", "parallel.context=2", "parallel.expert=2"]),
+        (1, []),
+        (4, ["parallel.context=4", "parallel.expert=4"]),
+    ],
 }
 CHANGES = {"by width": ["model.experts=3"]}
 

@@ -178,7 +178,7 @@ def _has_mesh(config: RunConfig, world: int) -> bool:
         mesh_sizes(config.parallel, config.model, world)
     except UserError:
         return False
-    return True
+    return all(length % config.parallel.context == 0 for length in _lengths(config).values())
 
 
 def _global_batches(config: RunConfig) -> dict[str, int]:

@@ -51,6 +51,11 @@ class StepStats(NamedTuple):
     bias_ranges: Tensor | None = None
     pairs_R1: Tensor | None = None
 
+    @property
+    def attention_spread(self) -> float | None:
+        """The most pairs of a rank over the mean of the ranks; None where they are not counted."""
+        return None if self.pairs_R1 is None else (self.pairs_R1.max() / self.pairs_R1.mean()).item()
+
 
 def total_counts(losses: list[Losses]) -> Tensor | None:
     """Tokens per layer and expert over the global batch, [M, E] int64: one all-reduce; None without MoE layers."""

@@ -55,8 +55,7 @@ def train_step(
     """
     sequence_length = batch.tokens_BS.shape[1]
     pairs = attention_pairs(config.model, batch.tokens_BS.shape, batch.document_ids_BS, ranks)
-    if ranks.context is not None:
-        batch = batch.columns(ranks.columns(sequence_length))
+    batch = batch.columns(ranks.columns(sequence_length))
     valid_B = (batch.targets_BS != IGNORE).sum(dim=1)
     valid = _all_reduce_count(valid_B.sum())
     losses = _forward_and_backward(model, batch, valid, config, ranks, hooks)
@@ -91,7 +90,7 @@ def train_step(
         source_counts=None if stats.source_counts_RN is None else stats.source_counts_RN.sum(dim=0).tolist(),
         counts_ME=None if stats.counts_ME is None else stats.counts_ME.long(),
         router_entropy_M=router_entropy(stats, sequence_length),
-        attention_spread=None if stats.pairs_R1 is None else (stats.pairs_R1.max() / stats.pairs_R1.mean()).item(),
+        attention_spread=stats.attention_spread,
     )
 
 

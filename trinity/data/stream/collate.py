@@ -64,8 +64,13 @@ class Batch:
     row_document_ids_BS: Tensor | None = None
 
     def columns(self, columns: slice) -> "Batch":
-        """A part of the columns of every row, with the document ids of whole rows, which attention needs."""
+        """A part of the columns of every row, with the document ids of whole rows, which attention needs.
+
+        All columns: the batch itself.
+        """
         ids_BS = self.document_ids_BS
+        if columns == slice(0, self.tokens_BS.shape[1]):
+            return self
         return Batch(
             self.tokens_BS[:, columns],
             self.targets_BS[:, columns],
