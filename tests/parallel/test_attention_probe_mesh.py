@@ -41,7 +41,7 @@ def lines(path: Path) -> list[dict]:
 def test_max_logit_and_straggler_of_two_ranks(
     recipe: Callable, processes: Callable, tmp_path: Path, words: list[str]
 ) -> None:
-    """In float64, to 1e-10 (test_every_mesh): the first of four rows is probed, with context parallelism by both ranks."""
+    """In float64, to 1e-10 (test_every_mesh): the first of four rows is probed, by both ranks if it is divided."""
     try:
         assert run(recipe(tmp_path / "one"), []) == 0
     finally:
