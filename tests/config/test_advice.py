@@ -101,9 +101,9 @@ def test_mesh_and_batches(config: str, words: list[str], worlds: tuple[int, ...]
     ("words", "world", "sentence"),
     [
         (
-            ["parallel.context=3"],
-            6,
-            "parallel.context=3 does not divide data.sequence_length=256; use parallel.context=1 or 2",
+            ["parallel.context=3", "batch.sequences=12"],
+            12,
+            "parallel.context=3 does not divide data.sequence_length=256; use parallel.context=1 or 2 or 4",
         ),
         (
             ["parallel.context=8", "data.phases=[{tokens: 1000, sequence_length: 260}]"],
@@ -113,7 +113,8 @@ def test_mesh_and_batches(config: str, words: list[str], worlds: tuple[int, ...]
         (  # no other number makes a mesh
             ["parallel.context=3", "parallel.shard=2", "parallel.expert=2"],
             6,
-            "parallel.context=3 does not divide data.sequence_length=256; use parallel.context=1 parallel.shard=6",
+            "parallel.context=3 does not divide data.sequence_length=256; use parallel.context=1 parallel.shard=6 "
+            "batch.sequences=6",
         ),
     ],
 )
@@ -132,9 +133,9 @@ def test_context_that_does_not_divide_a_row(words: list[str], world: int, senten
         check_batches(after, world // check_mesh(after, world).context)
 
 
-@pytest.mark.parametrize(("context", "noted"), [(1, False), (2, False), (4, False), (8, False), (16, True)])
+@pytest.mark.parametrize(("context", "noted"), [(1, False), (2, False), (4, False), (3, True), (8, True)])
 def test_a_note_where_heads_cannot_be_split(context: int, noted: bool) -> None:
-    """smoke has 8 query heads; the numbers that the note names need no note."""
+    """smoke has 4 query and 2 key/value heads; the numbers that the note names need no note."""
     config = load_config(CONFIGS / "smoke.yaml", [f"parallel.context={context}"])
     notes = context_notes(config)
     assert bool(notes) == noted

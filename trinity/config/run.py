@@ -278,8 +278,8 @@ class ParallelConfig:
     replicate: int = 1
     """HSDP: number of replicas (copies of the model); −1: the number of processes divided by shard · context."""
     shard: int = -1
-    """FSDP: ranks with different rows that one copy of the model is sharded over, with context times as many in all; −1:
-    the number of processes divided by replicate · context. The report has 128."""
+    """FSDP: ranks that one copy of the model is sharded over, context times as many in all; −1: the number of processes
+    divided by replicate · context. The report has 128."""
     expert: int = 1
     """Expert parallelism: neighbouring ranks that divide the experts among themselves. The report has 8 for Large."""
     context: int = 1

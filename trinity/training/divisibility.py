@@ -66,7 +66,10 @@ def _check_lengths(config: RunConfig, world: int) -> None:
         key, length = undivided
         numbers = context_sizes(config, world)
         words = [f"parallel.context={' or '.join(map(str, numbers))}"] if numbers else []
-        words = words or nearest_mesh(config.parallel, config.model, world, context=1)
+        words = words or [
+            *nearest_mesh(config.parallel, config.model, world, context=1),
+            *divisible_settings(config, world),
+        ]
         raise UserError(f"parallel.context={context} does not divide {key}={length}; use {' '.join(words)}")
 
 

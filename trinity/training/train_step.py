@@ -9,6 +9,7 @@ Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,7 +26,14 @@ from trinity.parallel.grad_accumulation import defers_reduction, end_accumulatio
 from trinity.parallel.mesh import Ranks
 from trinity.training.attention_pairs import attention_pairs
 from trinity.training.divisibility import microbatch_size
-from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
+from trinity.training.step_metrics import (
+    HostCopy,
+    StepStats,
+    gather_stats,
+    router_entropy,
+    step_metrics,
+    total_counts,
+)
 from trinity_kernels.cross_entropy import IGNORE
 
 
@@ -77,12 +85,7 @@ def train_step(
         if biases is not None:
             balancing.set_biases(moe_layers(model), biases)
     optimizers.zero_grad()
-    metrics |= {
-        "lr_muon": rate * config.optim.muon.lr,
-        "lr_adamw": rate * config.optim.adamw.lr,
-        "bias_range": 0.0 if stats.bias_ranges is None else stats.bias_ranges[1 if skip_reason is None else 0].item(),
-        "skipped": skip_reason is not None,
-    }
+    metrics |= _update_metrics(rate, config, stats, skipped=skip_reason is not None)
     return StepResult(
         metrics,
         skip_reason,
@@ -92,6 +95,16 @@ def train_step(
         router_entropy_M=router_entropy(stats, sequence_length),
         attention_spread=stats.attention_spread,
     )
+
+
+def _update_metrics(rate: float, config: RunConfig, stats: StepStats, skipped: bool) -> dict[str, Any]:
+    """Metrics of the update, or of the state that a skipped step leaves as it is."""
+    return {
+        "lr_muon": rate * config.optim.muon.lr,
+        "lr_adamw": rate * config.optim.adamw.lr,
+        "bias_range": 0.0 if stats.bias_ranges is None else stats.bias_ranges[0 if skipped else 1].item(),
+        "skipped": skipped,
+    }
 
 
 def _skip_reason(loss: float, grad_norm: float, hooks: StepHooks) -> tuple[SkipReason | None, str | None]:
