@@ -17,6 +17,7 @@ arithmetic and not measured: matrix products at 600 TFLOP/s, attention at 450, e
     attention: output, log-sum-exp             12 kB   180 ns, 14 ns per kB
     experts: pre-activations, weighted sums    69 kB   380 ns, 5.5 ns per kB
     exchange: tokens and sums received         41 kB   100 ns, 2.5 ns per kB in a node, 20 between nodes
+    heads received by context parallelism      29 kB   in global layers alone
     not saved: q, k, v, gate                   29 kB   150 ns, 5 ns per kB: the next candidate
 
 So `block` saves 6 kB per token and layer and `selective` about 130. Gradients have the same bits as without recompute.

@@ -88,10 +88,10 @@ def context_notes(config: RunConfig) -> list[str]:
     if heads_fit(model.heads, model.kv_heads, context):
         return []
     fitting = [n for n in divisors(model.heads) if n > 1 and heads_fit(model.heads, model.kv_heads, n)]
+    others = f"; {' or '.join(map(str, fitting))} ranks can" if fitting else ""
     return [
         f"note: {context} ranks (parallel.context) cannot split {model.heads} query and {model.kv_heads} key/value "
-        "heads, so global layers gather keys and values, and the last rank of each row has the most work; "
-        f"{' or '.join(map(str, fitting))} ranks can"
+        f"heads, so global layers gather keys and values, and the last rank of each row has the most work{others}"
     ]
 
 
