@@ -60,7 +60,9 @@ def sign_update(bias: Tensor, counts: Tensor, gamma: float) -> Tensor:
     return torch.where(routed, moved - moved.mean(dim=-1, keepdim=True), bias)
 
 
-def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor, padded: bool = False) -> Tensor:
+def sequence_loss(
+    scores_BSE: Tensor, indices_BSK: Tensor, padded: bool = False, row_counts_BE: Tensor | None = None
+) -> Tensor:
     """The sequence-wise auxiliary loss of one MoE layer without its factor α: Σ_i f_i P_i (eq. 29-32).
 
     f_i = E/(K·S) · (times i was chosen in the row), a constant: counting has no gradient.
@@ -71,10 +73,12 @@ def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor, padded: bool = False)
         scores_BSE: [B, S, E], fp32 or float64: the router's sigmoid scores, without the bias.
         indices_BSK: [B, S, K], int64: the experts chosen by s + b; −1 for padding.
         padded: whether tokens may be padding, which enters neither f nor P nor S.
+        row_counts_BE: [B, E] int64, how often each expert was chosen in the whole rows, if the tokens are a part of
+            them (context parallelism); the result is then their share of the loss. None: the tokens are whole rows.
     Returns:
         [B], scores' dtype; 0 for rows of no tokens.
     """
-    return routing.sequence_loss(scores_BSE, indices_BSK, padded)
+    return routing.sequence_loss(scores_BSE, indices_BSK, padded, row_counts_BE)
 
 
 def max_violation(counts: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ weigh   the gates g = c · s / Σ chosen s: the scores without bias, normalised 
 The choice has no gradient, so `route` returns indices and counts, and `weigh` takes the scores again.
 A padding token is routed to no expert: its choices are −1 and its gates 0, and it enters neither counts, sequence-wise
 loss (nor the length of its row in it) nor entropy.
+Where the tokens are a part of their rows (context parallelism), `weigh` is given the counts of the whole rows. f and
+the length of a row follow from them, and the loss is these tokens' share: the shares of all parts add up to it.
 Saved for backward, by weigh alone: scores and indices, and f of each row with the sequence-wise loss. Activation
 checkpointing keeps indices and counts (`trinity.parallel.activation_checkpoint`), 8·K bytes per token, and computes
 scores and gates again, which would take 4·E. torch.compile and fake tensors see only the op's shapes.
@@ -77,7 +79,7 @@ def _(scores_TE: Tensor, bias_E: Tensor, active: int, padding_T: Tensor | None =
 
 def _weigh(
     scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int = 1, with_sequence_loss: bool = False,
-    padded: bool = False,
+    padded: bool = False, row_counts_BE: Tensor | None = None,
 ) -> Weighed:  # fmt: skip
     """Gates of the chosen experts, and statistics of the scores.
 
@@ -88,6 +90,8 @@ def _weigh(
         rows: B, the sequences that the tokens consist of, equally long and one after the other.
         with_sequence_loss: compute the sequence-wise loss; without it, gates and entropy alone.
         padded: whether tokens may be padding, with choices of −1. Their gates are 0, and they enter no statistic.
+        row_counts_BE: [B, E] int64, how often each expert was chosen in the whole rows, if the tokens are a part of
+            them; None: the tokens are whole rows.
     Returns:
         Weighed: the gates [T, K] (eq. 18), the sequence-wise loss of each row [B] (`sequence_loss`) or None, and the
         entropy of s/Σs summed over the tokens.
@@ -100,7 +104,8 @@ def _weigh(
     loss_B = None
     if with_sequence_loss:
         by_row = rows, len(scores_TE) // max(rows, 1)
-        loss_B = sequence_loss(scores_TE.unflatten(0, by_row), indices_TK.unflatten(0, by_row), padded)
+        rows_BSE, rows_BSK = scores_TE.unflatten(0, by_row), indices_TK.unflatten(0, by_row)
+        loss_B = sequence_loss(rows_BSE, rows_BSK, padded, row_counts_BE)
     scores_TE = scores_TE.detach()
     entropy_TE = torch.special.entr(scores_TE / scores_TE.sum(dim=1, keepdim=True))
     if padding_TK is not None:
@@ -108,28 +113,35 @@ def _weigh(
     return Weighed(gates_TK, loss_B, entropy_TE.sum())
 
 
-def sequence_loss(scores_BSE: Tensor, indices_BSK: Tensor, padded: bool = False) -> Tensor:
+def sequence_loss(
+    scores_BSE: Tensor, indices_BSK: Tensor, padded: bool = False, row_counts_BE: Tensor | None = None
+) -> Tensor:
     """Σ_i f_i·P_i of each row (eq. 29-32), in torch. trinity.balancing.sequence_loss describes it.
 
     Args:
         scores_BSE: [B, S, E], fp32 or float64.
         indices_BSK: [B, S, K], int64; −1 for padding.
         padded: whether tokens may be padding; a row's length is then the number of its other tokens.
+        row_counts_BE: [B, E] int64, the counts of whole rows of which the tokens are a part; see `weigh`.
     Returns:
         [B], scores' dtype; 0 for rows of no tokens.
     """
     B, S, E = scores_BSE.shape
     K = indices_BSK.shape[-1]
-    chosen_BSK = torch.ones_like(indices_BSK, dtype=scores_BSE.dtype)
     share_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)
-    tokens: int | Tensor = max(S, 1)
     if padded:
-        padding_BSK = indices_BSK < 0
-        chosen_BSK.masked_fill_(padding_BSK, 0.0)
-        share_BSE = share_BSE.masked_fill(padding_BSK[..., :1], 0.0)
-        indices_BSK = indices_BSK.clamp_min(0)
-        tokens = (~padding_BSK[..., :1]).sum(dim=1).clamp_min(1).to(scores_BSE.dtype)
-    counts_BE = scores_BSE.new_zeros(B, E).scatter_add_(1, indices_BSK.flatten(1), chosen_BSK.flatten(1))
+        share_BSE = share_BSE.masked_fill(indices_BSK[..., :1] < 0, 0.0)
+    if row_counts_BE is None:
+        chosen_BSK = torch.ones_like(indices_BSK, dtype=scores_BSE.dtype)
+        if padded:
+            chosen_BSK.masked_fill_(indices_BSK < 0, 0.0)
+            indices_BSK = indices_BSK.clamp_min(0)
+        counts_BE = scores_BSE.new_zeros(B, E).scatter_add_(1, indices_BSK.flatten(1), chosen_BSK.flatten(1))
+    else:
+        counts_BE = row_counts_BE.to(scores_BSE.dtype)
+    tokens: int | Tensor = max(S, 1)
+    if padded or row_counts_BE is not None:
+        tokens = (counts_BE.sum(dim=1, keepdim=True) / K).clamp_min(1)
     share_BE = share_BSE.sum(dim=1)
     return (counts_BE * (E / (K * tokens)) * (share_BE / tokens)).sum(dim=-1)
 

@@ -6,8 +6,9 @@ that a broken router still names K different experts. Counts are summed by integ
 Gates: g_k = c·s_k/Σ, where Σ is the sum of the chosen scores plus 1e-20; so ds_k = c·(dg_k − (Σ_j dg_j·s_j)/Σ)/Σ.
 Sequence-wise loss of a row, with p = s/Σs and f_i = E/(K·S) · (times i was chosen): L = Σ_i f_i · (Σ_t p_ti)/S; so
 ds_ti = dL·(f_i − Σ_j f_j·p_tj)/(S·Σs_t). Both gradients are summed in one kernel.
-With padding, S is the number of a row's other tokens, Σ counts / K. The f that is saved is multiplied by (length of the
-row)/S, so that the gradient, linear in f, divides by the length of the row in either case.
+Where S is not the number of a row's tokens here, because some are padding, or because the tokens are a part of their rows
+and the counts of whole rows are given, S is Σ counts / K. The f that is saved is then multiplied by (tokens of the row
+here)/S, so that the gradient, linear in f, divides by the number of tokens here in any case.
 A program holds tokens of one row. It writes its sums of p, its counts and its entropy to places of its own, and a
 second kernel adds those of a row: no float is added by an atomic.
 Saved for backward: scores, indices, and f with the sequence-wise loss.
@@ -91,14 +92,16 @@ def route_kernel(
 
 @custom_op("trinity::weigh_triton")
 def _weigh(
-    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool, padded: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_weigh(scores_TE, indices_TK, scale, rows, with_sequence_loss, padded)
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool, padded: bool,
+    row_counts_BE: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return launch_weigh(scores_TE, indices_TK, scale, rows, with_sequence_loss, padded, row_counts_BE)
 
 
 def launch_weigh(
-    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool, padded: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool, padded: bool = False,
+    row_counts_BE: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gates [T, K]; loss [B] and f [B, E], without elements unless with_sequence_loss; the entropy's sum, a scalar."""
     (T, E), K = scores_TE.shape, indices_TK.shape[1]
     if not with_sequence_loss:
@@ -125,16 +128,18 @@ def launch_weigh(
     )  # fmt: skip
     if losses:
         finish_kernel[(rows,)](
-            share_PE, count_PE, loss_B, load_BE, E, blocks, E / (K * tokens), 1 / tokens, K * tokens,
-            PADDED=padded, BLOCK_P=PARTS, EXPERTS=experts, num_warps=8,
+            share_PE, count_PE, None if row_counts_BE is None else row_counts_BE.contiguous(), loss_B, load_BE,
+            E, blocks, E / (K * tokens), 1 / tokens, K * tokens, GIVEN=row_counts_BE is not None,
+            STRETCHED=padded or row_counts_BE is not None, BLOCK_P=PARTS, EXPERTS=experts, num_warps=8,
         )  # fmt: skip
     return gates_TK, loss_B, load_BE, entropy_P.sum()
 
 
 @_weigh.register_fake
 def _(
-    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool, padded: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int, with_sequence_loss: bool, padded: bool,
+    row_counts_BE: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     losses = rows if with_sequence_loss else 0
     shapes = (indices_TK.shape, (losses,), (losses, scores_TE.shape[1]), ())
     gates_TK, loss_B, load_BE, entropy_sum = (scores_TE.new_empty(shape) for shape in shapes)
@@ -177,7 +182,7 @@ def _(
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    scores_TE, indices_TK, ctx.scale, _, ctx.with_sequence_loss, ctx.padded = inputs
+    scores_TE, indices_TK, ctx.scale, _, ctx.with_sequence_loss, ctx.padded, _ = inputs
     _, _, load_BE, entropy_sum = output
     ctx.save_for_backward(scores_TE, indices_TK, load_BE)
     ctx.mark_non_differentiable(load_BE, entropy_sum)
@@ -188,7 +193,7 @@ def _differentiate(ctx, grad_TK: Tensor | None, grad_B: Tensor | None, *_: None)
     grad_B = grad_B if ctx.with_sequence_loss else None
     if grad_TK is None and grad_B is None:
         return (None,) * 6
-    return _weigh_backward(grad_TK, grad_B, *ctx.saved_tensors, ctx.scale, ctx.padded), None, None, None, None, None
+    return _weigh_backward(grad_TK, grad_B, *ctx.saved_tensors, ctx.scale, ctx.padded), *(None,) * 6
 
 
 _weigh.register_autograd(_differentiate, setup_context=_save)
@@ -196,10 +201,12 @@ _weigh.register_autograd(_differentiate, setup_context=_save)
 
 def weigh(
     scores_TE: Tensor, indices_TK: Tensor, scale: float, rows: int = 1, with_sequence_loss: bool = False,
-    padded: bool = False,
+    padded: bool = False, row_counts_BE: Tensor | None = None,
 ) -> Weighed:  # fmt: skip
     """See trinity_kernels.weigh."""
-    gates_TK, loss_B, _, entropy_sum = _weigh(scores_TE, indices_TK, scale, rows, with_sequence_loss, padded)
+    gates_TK, loss_B, _, entropy_sum = _weigh(
+        scores_TE, indices_TK, scale, rows, with_sequence_loss, padded, row_counts_BE
+    )
     return Weighed(gates_TK, loss_B if with_sequence_loss else None, entropy_sum)
 
 
@@ -247,13 +254,13 @@ def weigh_kernel(
 
 @triton.jit
 def finish_kernel(
-    shares, counts, losses, loads, E, blocks, count_scale, share_scale, choices,
-    PADDED: tl.constexpr, BLOCK_P: tl.constexpr, EXPERTS: tl.constexpr,
+    shares, counts, row_counts, losses, loads, E, blocks, count_scale, share_scale, choices,
+    GIVEN: tl.constexpr, STRETCHED: tl.constexpr, BLOCK_P: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """f and loss of one row, from the sums that `blocks` programs wrote.
 
-    With PADDED, f and the mean of p are over the tokens that are not padding, K·S / choices of the row's, and the f
-    that is stored is multiplied by the inverse of that share.
+    With GIVEN, the counts are those of `row_counts`. With STRETCHED, f and the mean of p are over S = Σ counts / K
+    tokens, where K·(tokens of the row here) = `choices`; the f that is stored is multiplied by their ratio once more.
     """
     row = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
@@ -265,9 +272,12 @@ def finish_kernel(
         inside = (part < blocks)[:, None] & (expert < E)[None, :]
         share += tl.load(shares + place, mask=inside, other=0.0)
         count += tl.load(counts + place, mask=inside, other=0)
-    load = tl.sum(count, axis=0).to(tl.float32) * count_scale
-    if PADDED:
-        stretch = choices / tl.maximum(tl.sum(tl.sum(count, axis=0), axis=0), 1).to(tl.float32)
+    total = tl.sum(count, axis=0)
+    if GIVEN:
+        total = tl.load(row_counts + row.to(tl.int64) * E + expert, mask=expert < E, other=0)
+    load = total.to(tl.float32) * count_scale
+    if STRETCHED:
+        stretch = choices / tl.maximum(tl.sum(total, axis=0), 1).to(tl.float32)
         load *= stretch
         share_scale *= stretch
         tl.store(loads + row.to(tl.int64) * E + expert, load * stretch, mask=expert < E)

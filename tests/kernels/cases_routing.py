@@ -28,6 +28,8 @@ def router(width: int, experts: int, active: int) -> None:
             losses = grad_B if with_sequence_loss else None
             routing_triton.launch_weigh_backward(grad_TK, losses, scores_TE, indices_TK, load_BE, 2.0, padded)
         routing_triton.launch_weigh_backward(None, grad_B, scores_TE, indices_TK, load_BE, 2.0, padded)
+        counts_BE = torch.empty(B, experts, dtype=torch.int64)
+        routing_triton.launch_weigh(scores_TE, indices_TK, 2.0, B, True, padded, counts_BE)
 
 
 CASES: dict[str, Callable[[], None]] = {

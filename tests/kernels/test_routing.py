@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trinity_kernels import route, weigh
@@ -165,3 +166,25 @@ def test_padding_enters_no_statistic(B: int, S: int, E: int, K: int, lengths: li
         assert torch.allclose(scores_TE.grad[row], alone_TE.grad, rtol=0, atol=1e-14)
         entropy += row_entropy.item()
     assert entropy_sum.item() == pytest.approx(entropy, rel=1e-14)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_shares_of_the_parts_of_rows_add_up(parts: int) -> None:
+    """Loss, its gradient and the gates of rows in parts, given the counts of whole rows: those of whole rows."""
+    B, S, E, K = 3, 20, 6, 2
+    scores_TE = torch.rand(B * S, E, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    indices_TK = scores_TE.detach().topk(K).indices
+    whole = weigh(scores_TE, indices_TK, 2.0, B, True)
+    expected = torch.autograd.grad(whole.sequence_loss_B.sum(), scores_TE)[0]
+    counts_BE = F.one_hot(indices_TK.view(B, -1), E).sum(dim=1)
+    scores, indices = (x.view(B, parts, S // parts, -1) for x in (scores_TE, indices_TK))
+    shares = [
+        weigh(scores[:, part].flatten(0, 1), indices[:, part].flatten(0, 1), 2.0, B, True, row_counts_BE=counts_BE)
+        for part in range(parts)
+    ]
+    total_B = torch.stack([share.sequence_loss_B for share in shares]).sum(dim=0)
+    torch.testing.assert_close(total_B, whole.sequence_loss_B, rtol=1e-14, atol=0)
+    actual = torch.autograd.grad(total_B.sum(), scores_TE)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-16)
+    gates = torch.stack([share.gates_TK.view(B, S // parts, K) for share in shares], dim=1)
+    assert torch.equal(gates.flatten(0, 2), whole.gates_TK)

@@ -141,6 +141,24 @@ def test_padding(B: int, S: int, E: int, K: int, lengths: list[int]) -> None:
         assert_close(got, exact, 1e-6)
 
 
+@pytest.mark.parametrize(("B", "S", "E", "K"), ROWS)
+def test_statistics_of_a_part_of_the_rows(B: int, S: int, E: int, K: int) -> None:
+    """With the counts of whole rows, which are longer: as above, against the reference in float64."""
+    scores_TE, bias_E = make(E, B * S)
+    indices_TK = route.reference(scores_TE, bias_E, K)[0]
+    counts_BE = torch.randint(9, (B, E), generator=torch.Generator().manual_seed(S)).to(DEVICE)
+    counts_BE.scatter_add_(1, indices_TK.view(B, S * K), torch.ones_like(indices_TK).view(B, S * K))
+    dloss_B = torch.randn(B, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for function, scores in ((weigh.triton, scores_TE), (weigh.reference, scores_TE.double())):
+        scores.requires_grad_()
+        _, loss_B, entropy_sum = function(scores, indices_TK, 2.448, B, True, row_counts_BE=counts_BE)
+        (gradient,) = torch.autograd.grad((loss_B * dloss_B).sum(), scores)
+        results.append((loss_B, entropy_sum, gradient))
+    for got, exact in zip(*results):
+        assert_close(got, exact, 1e-6)
+
+
 def test_without_padding_the_padded_kernels_give_the_same() -> None:
     """Choices and gates bit for bit; the loss to the rounding of its factor S/S."""
     scores_TE, bias_E = make(16, 32)
@@ -218,6 +236,7 @@ def test_opcheck(T: int) -> None:
     padding_T = torch.arange(T, device=DEVICE) > 5
     torch.library.opcheck(torch.ops.trinity.route_triton.default, (scores_TE, bias_E, 4, padding_T))
     indices_TK = route.reference(scores_TE, bias_E, 4)[0]
-    for with_sequence_loss, padded in ((False, False), (True, False), (True, True)):
-        arguments = scores_TE.requires_grad_(), indices_TK, 2.0, 2, with_sequence_loss, padded
+    counts_BE = torch.full((2, 16), 3, device=DEVICE)
+    for options in ((False, False, None), (True, False, None), (True, True, None), (True, True, counts_BE)):
+        arguments = scores_TE.requires_grad_(), indices_TK, 2.0, 2, *options
         torch.library.opcheck(torch.ops.trinity.weigh_triton.default, arguments)

@@ -126,11 +126,26 @@ def test_rope_is_relative(shift: int) -> None:
     assert torch.allclose(*products, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("start", [8_192, 131_072, 260_000, 1_048_576])
+def test_rope_is_relative_in_fp32(start: int) -> None:
+    """Logits of unit-variance queries and keys within a window: at any offset those at 0, to a few roundings of cos and
+    sin in fp32. Angles in fp32 would move them by 8e-3 at 260,000."""
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 64, 2, 128, generator=random) for _ in range(2))
+    positions = torch.arange(64).unsqueeze(0)
+    logits = []
+    for first in (0, start):
+        rotation = rope_cos_sin(positions + first, 128, 10_000.0, torch.float32)
+        turned = (rotate(x, *rotation).double() for x in (q, k))
+        logits.append(torch.einsum("bshc,bthc->bhst", *turned) / 128**0.5)
+    assert (logits[0] - logits[1]).abs().max() < 1e-5 * logits[0].abs().max()
+
+
 def test_rope_rotates_bf16_in_fp32() -> None:
     """bf16 queries at positions up to 131071: the float64 rotation to one rounding of bf16 (2⁻⁹ of the result).
 
-    fp32 holds these positions times θ^(−2i/C) to about 0.008 radians at worst, which is what the absolute bound allows.
-    In bf16 the angles would be off by hundreds.
+    cos and sin are float64's, rounded to fp32: the absolute bound is for sums of two products in fp32 that cancel. With
+    angles in fp32 they would be off by 0.008, and in bf16 by anything.
     """
     q = torch.randn(1, 64, 2, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     positions = torch.arange(0, 131_072, 2048).unsqueeze(0) + 2047
@@ -140,7 +155,7 @@ def test_rope_rotates_bf16_in_fp32() -> None:
     exact = rotate(q.double(), *rope_cos_sin(positions, 128, 10_000.0, torch.float64))
     got = rotate(q, cos, sin)
     assert got.dtype == torch.bfloat16
-    assert torch.allclose(got.double(), exact, rtol=2**-8, atol=0.01 * q.abs().max().item())
+    assert torch.allclose(got.double(), exact, rtol=2**-8, atol=1e-6 * q.abs().max().item())
 
 
 @pytest.mark.parametrize("layer", [LOCAL, GLOBAL])

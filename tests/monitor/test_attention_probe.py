@@ -16,7 +16,7 @@ from tests.training.run_files import metrics, state, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import ParallelConfig
 from trinity.models import ZOO, attention
-from trinity.models.attention_backends import AttentionMask, attend
+from trinity.models.attention_backends import AttentionMask, Keys, attend
 from trinity.monitor.attention_probe import QUERIES, largest_logit, probe_attention
 from trinity.parallel import mesh
 from trinity.training.build import build_model
@@ -41,15 +41,24 @@ def test_the_largest_logit(window: int | None, documents: bool, length: int) -> 
     k[:, -1] *= 10  # which only the last query may see, and that has no say
     q[:, -1] = 0
     ids = torch.arange(length).unsqueeze(0) // 7 if documents else None
-    mask = AttentionMask(torch.arange(length).unsqueeze(0), ids).dense(window)[0, 0]
+    rule = AttentionMask(torch.arange(length).unsqueeze(0), ids)
+    mask = rule.dense(window)[0, 0]
     places = [round(i * (length - 1) / (min(QUERIES, length) - 1)) for i in range(min(QUERIES, length))]
     expected, hidden = -math.inf, -math.inf
     for head in range(4):
         logits = q[0, :, head] @ k[0, :, head // 2].t() / math.sqrt(8)
         expected = max(expected, logits[places].masked_fill(~mask[places], -math.inf).max().item())
         hidden = max(hidden, logits[places].max().item())
-    assert largest_logit(q, k, window, ids).item() == pytest.approx(expected, abs=1e-13)
+    assert largest_logit(q, k, window, rule).item() == pytest.approx(expected, abs=1e-13)
     assert hidden > expected + 0.1
+    parts = []
+    for start in range(0, length, 2):  # chunks of queries with the keys up to them; of 200, some have no sampled query
+        own, before = slice(start, start + 2), slice(0, start + 2)
+        keys = Keys(rule.positions_BS[:, before], None if ids is None else ids[:, before])
+        part = AttentionMask(rule.positions_BS[:, own], None if ids is None else ids[:, own], keys=keys)
+        parts.append(largest_logit(q[:, own], k[:, before], window, part, length).item())
+    assert max(parts) == pytest.approx(expected, abs=1e-13)
+    assert (-math.inf in parts) == (length == 200)
 
 
 @pytest.mark.parametrize("words", [[], ["recompute=block"], ["compile=block"]])

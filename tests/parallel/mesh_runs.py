@@ -44,30 +44,32 @@ def run_steps(
         wrong: name of a mistake to make, from MISTAKES.
         routes: [M, R, S, K] for each step, in place of the router's choice.
     Returns:
-        "tokens" and "routes" of this rank's rows for each step; and, gathered, on every rank: "gradients" (before
-        clipping), "counts" and "metrics" for each step, and the final "state".
+        "tokens" and "routes" of this rank's part of its rows for each step, and "context", the ranks that have parts of
+        the same rows; and, gathered, on every rank: "gradients" (before clipping), "counts" and "metrics" for each
+        step, and the final "state".
     """
     config = config_of(settings, words)
     ranks = mesh.start(config.parallel, config.model, 1, False)
     model = build_model(config, ranks)
     model.init_weights(config.run.seed)
     optimizers = make_optimizers(config, model)
-    stream = open_stream(config, ranks.rank, ranks.data_ranks)
+    stream = open_stream(config, ranks.data_rank, ranks.data_ranks)
     recorded: dict[str, list] = {key: [] for key in ("tokens", "routes", "gradients", "counts", "metrics")}
     with ExitStack() as stack:
         if wrong:
             stack.enter_context(MISTAKES[wrong][0](model))
         for step in range(steps):
-            batch = uneven_batch(stream.take(config.batch.sequences // ranks.data_ranks), ranks.is_first)
-            forced = None if routes is None else routes[step][:, ranks.rank :: ranks.world]
+            batch = uneven_batch(stream.take(config.batch.sequences // ranks.data_ranks), ranks.data_rank == 0)
+            columns = ranks.columns(batch.tokens_BS.shape[1])
+            forced = None if routes is None else routes[step][:, ranks.data_rank :: ranks.data_ranks, columns]
             with record_step(model, recorded, len(batch.tokens_BS), forced):
                 result = train_step(model, optimizers, batch, config, 1.0, ranks)
             assert result.skip_reason is None
-            recorded["tokens"].append(batch.tokens_BS)
+            recorded["tokens"].append(batch.tokens_BS[:, columns])
             recorded["metrics"].append(result.metrics)
     state = {name: full_copy(tensor) for name, tensor in model.state_dict().items()}
     state |= {name: full_copy(tensor) for name, tensor in optimizers.state_dict().items()}
-    return recorded | {"state": state}
+    return recorded | {"state": state, "context": ranks.sizes.context}
 
 
 def run_steps_alone(settings: dict, words: list[str], steps: int, routes: list[Tensor] | None = None) -> dict[str, Any]:
@@ -132,8 +134,13 @@ def full_copy(tensor: Tensor) -> Tensor:
 
 
 def in_batch_order(per_rank: list[dict[str, Any]], key: str, dim: int) -> list[Tensor]:
-    """The records of all ranks' rows in the order of the global batch, for each step."""
-    return [torch.stack(parts, dim=dim + 1).flatten(dim, dim + 1) for parts in zip(*(run[key] for run in per_rank))]
+    """The records of all ranks' rows in the order of the global batch, for each step; dim is that of the rows."""
+    context = per_rank[0]["context"]
+    steps = []
+    for parts in zip(*(run[key] for run in per_rank)):
+        rows = [torch.cat(parts[at : at + context], dim=dim + 1) for at in range(0, len(parts), context)]
+        steps.append(torch.stack(rows, dim=dim + 1).flatten(dim, dim + 1))
+    return steps
 
 
 def assert_same(

@@ -17,6 +17,7 @@ from trinity.config.run import PrecisionConfig
 from trinity.models import Trinity
 from trinity.parallel import token_dispatcher
 from trinity.parallel.activation_checkpoint import recompute_blocks
+from trinity.parallel.context_parallel import row_parts
 from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Sizes, join_meshes
 from trinity.planning.activations import LiveBytes
@@ -30,6 +31,7 @@ CONFIG = ModelConfig(
 
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 EXCHANGE = "_c10d_functional::all_to_all_single"
+SUM = "_c10d_functional::all_reduce"
 
 
 class OperationCounter(TorchDispatchMode):
@@ -158,6 +160,49 @@ def test_over_meshes(processes: Callable[[int], ProcessPool], sizes: Sizes, worl
             assert ran[EXCHANGE] == 2 * SPARSE * exchanges
             assert ran["trinity::route"] == ran["trinity::exchanged_counts"] == 2 * SPARSE
             assert ran["trinity::expert_mlp"] == 2 * SPARSE * experts
+            for name, gradient in plain.items():
+                assert torch.equal(recomputed[name], gradient), name
+
+
+def over_context(kind: str, sizes: Sizes) -> tuple[dict[str, Tensor], Counter[str]]:
+    """On every rank of a mesh with context parallelism, in bf16: this rank's gradients after two batches."""
+    ranks = join_meshes(sizes, torch.device("cpu"))
+    with torch.device("meta"):
+        model = Trinity(CONFIG)
+    recompute(model, kind)
+    shard_model(model, ranks, PrecisionConfig(compute="bfloat16"))
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    random, own = torch.Generator().manual_seed(ranks.data_rank), ranks.columns(16)
+    with OperationCounter() as count:
+        for _ in range(2):
+            tokens_BS = torch.randint(50, (2, 16), generator=random)
+            tokens, targets = tokens_BS[:, own], tokens_BS.roll(-1, dims=1)[:, own]
+            parts = row_parts(ranks.context, tokens, None, None, "auto")
+            losses = model(tokens, targets_BS=targets, z=1e-3, parts=parts)
+            (losses.token_loss + losses.sequence_loss_B.sum()).backward()
+    return {name: p.grad.to_local() for name, p in model.named_parameters()}, count.times
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world"),
+    [(Sizes(1, 2, 1, 2, "experts", context=2), 2), (Sizes(1, 4, 2, 2, "experts", context=4), 4)],
+    ids=["2", "4, experts in pairs"],
+)
+def test_over_context(processes: Callable[[int], ProcessPool], sizes: Sizes, world: int) -> None:
+    """Rows divided among ranks: the same bits, and the counts of rows are summed once for each layer and pass.
+
+    The four local layers exchange once in forward and once in backward, the global one twice; `block` does what is in
+    forward again. A layer's experts exchange as in the test above.
+    """
+    expected = processes(world).run(over_context, "none", sizes)
+    experts = sizes.expert > 1
+    for kind, exchanges in (("block", 18), ("block to compile", 18), ("selective", 12)):
+        results = processes(world).run(over_context, kind, sizes)
+        for (recomputed, ran), (plain, ran_without) in zip(results, expected):
+            assert ran_without[EXCHANGE] == 2 * (12 + 7 * SPARSE * experts)
+            assert ran[EXCHANGE] == 2 * (exchanges + (7 if kind == "selective" else 10) * SPARSE * experts)
+            assert ran[SUM] == ran_without[SUM] == 2 * SPARSE
             for name, gradient in plain.items():
                 assert torch.equal(recomputed[name], gradient), name
 

@@ -32,10 +32,11 @@ def compiled_steps(settings: dict, words: list[str], steps: int) -> dict[str, An
 
 
 @pytest.mark.slow
-def test_compiled_blocks(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """Two steps on two processes that split the experts, against one without compilation; graphs were compiled."""
+@pytest.mark.parametrize("parallel", ["parallel.expert=2", "parallel.context=2"])
+def test_compiled_blocks(recipe: Callable, processes: Callable, tmp_path: Path, parallel: str) -> None:
+    """Two steps on two processes that split experts or rows, against one without compilation; graphs were compiled."""
     settings = recipe(tmp_path / "run")
-    words = [*WORDS, "compile=block", "parallel.expert=2"]
+    words = [*WORDS, "compile=block", parallel]
     runs = processes(2).run(compiled_steps, settings, words, 2)
     assert all(run["graphs"] for run in runs)
     assert_same(runs, run_steps_alone(settings, WORDS, 2), BOUND)

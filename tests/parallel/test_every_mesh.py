@@ -53,6 +53,11 @@ MESHES: dict[str, tuple[int, list[str]]] = {
     "replicate 2 × shard 2, expert 2": (4, ["parallel.replicate=2", "parallel.shard=2", "parallel.expert=2"]),
     "more shards than experts": (4, ["parallel.shard=4", *FEW_EXPERTS]),
     "more shards than experts, expert 2": (4, ["parallel.shard=4", "parallel.expert=2", *TWO_EXPERTS]),
+    "context 2": (2, ["parallel.context=2"]),
+    "context 4, more than key/value heads": (4, ["parallel.context=4"]),
+    "shard 2, context 2, expert 2": (4, ["parallel.shard=2", "parallel.context=2", "parallel.expert=2"]),
+    "context 4, expert 4": (4, ["parallel.context=4", "parallel.expert=4"]),
+    "replicate 2 × context 2": (4, ["parallel.replicate=2", "parallel.shard=1", "parallel.context=2"]),
 }
 
 
@@ -235,8 +240,8 @@ def test_collectives_of_a_step(settings: dict, processes: Callable) -> None:
         experts = sum(size for name, size in sizes.items() if ".experts." in name) // 2  # a rank gathers its half
         dense = sum(size for name, size in sizes.items() if ".experts." not in name)
         ending = sizes["norm.gain"] + sizes["head.weight"]
-        # of 4 ranks, in float64: CE and valid targets of 3 rows, four more, and the entropy of 4 layers
-        metrics_bytes = 4 * 8 * (3 + 3 + 4 + 4)
+        # of 4 ranks, in float64: CE and valid targets of 3 rows, five more, and the entropy of 4 layers
+        metrics_bytes = 4 * 8 * (3 + 3 + 5 + 4)
         assert traffic.keys() == {
             (kind, 4) for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
         } | {(kind, 2) for kind in ("all_gather", "reduce_scatter", "all_to_all")}

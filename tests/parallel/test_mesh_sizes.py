@@ -33,6 +33,9 @@ def test_large_as_in_the_report() -> None:
         (4, {"replicate": 2}, (2, 2, 1, 2, "experts")),
         (4, {"replicate": -1, "shard": 2, "expert": 2}, (2, 2, 2, 1, "experts")),
         (4, {"shard": 4, "expert": 4}, (1, 4, 4, 1, "experts")),
+        (4, {"context": 2, "expert": 2}, (1, 4, 2, 2, "experts", 2)),  # FSDP shards over shard · context
+        (4, {"context": 2, "shard": 1, "replicate": -1}, (2, 2, 1, 2, "experts", 2)),
+        (8, {"context": 2, "expert": 8}, (1, 8, 8, 1, "experts", 2)),  # a group of experts spans several of context
         (32, {"expert": 2}, (1, 32, 2, 16, "width")),  # 8 experts a share, 16 ranks: 128 / 16 of each expert's width
     ],
 )
@@ -47,9 +50,19 @@ def test_sizes(world: int, words: dict[str, int], expected: tuple) -> None:
     ("world", "words", "sentence"),
     [
         (
-            2,
-            {"context": 2},
-            "parallel.context=2 is not built yet (parallel.shard takes its ranks); use parallel.context=1",
+            4,
+            {"context": 3},
+            "parallel.replicate=1 × shard=-1 × context=3 does not make 4 processes; use parallel.context=1",
+        ),
+        (
+            4,
+            {"shard": 4, "context": 2},
+            "parallel.replicate=1 × shard=4 × context=2 does not make 4 processes; use parallel.shard=2",
+        ),
+        (
+            4,
+            {"context": 0},
+            "parallel.context=0 must be at least 1 (or -1, for replicate or shard alone); use parallel.context=1",
         ),
         (
             4,
@@ -109,7 +122,7 @@ def test_advice_is_accepted(model: ModelConfig) -> None:
     """Over a grid of configs and numbers of processes: the settings that an error message names are valid."""
     refused = 0
     for world, replicate, shard, expert, context in product(
-        (1, 2, 6, 8, 24, 64, 96), (-1, 0, 1, 3), (-1, 1, 4, 128), (-1, 1, 3, 8), (1, 2)
+        (1, 2, 6, 8, 24, 64, 96), (-1, 0, 1, 3), (-1, 1, 4, 128), (-1, 1, 3, 8), (1, 2, 3)
     ):
         parallel = ParallelConfig(replicate=replicate, shard=shard, expert=expert, context=context)
         try:
@@ -128,6 +141,24 @@ def test_experts_do_not_matter_without_sparse_layers() -> None:
     """A dense model has no experts to shard."""
     model = ModelConfig(layers=2, dense_layers=2, experts=3, active_experts=2, expert_width=20)
     assert sizes(8, model).shard == 8
+
+
+def data_and_chunk(words: dict[str, int]) -> tuple:
+    """This rank's number among the data ranks, their number, and its columns of a row of 24 tokens."""
+    ranks = mesh.join_meshes(sizes(dist.get_world_size(), **words), torch.device("cpu"))
+    columns = ranks.columns(24)
+    return ranks.data_rank, ranks.data_ranks, (columns.start, columns.stop)
+
+
+def test_neighbours_have_chunks_of_the_same_rows(processes) -> None:
+    """The context group is innermost in the order of ranks."""
+    assert processes(4).run(data_and_chunk, {"context": 2}) == [
+        (0, 2, (0, 12)), (0, 2, (12, 24)), (1, 2, (0, 12)), (1, 2, (12, 24)),
+    ]  # fmt: skip
+    assert processes(4).run(data_and_chunk, {"context": 4}) == [
+        (0, 1, (0, 6)), (0, 1, (6, 12)), (0, 1, (12, 18)), (0, 1, (18, 24)),
+    ]  # fmt: skip
+    assert processes(2).run(data_and_chunk, {}) == [(0, 2, (0, 24)), (1, 2, (0, 24))]
 
 
 def coordinates(words: dict[str, int]) -> tuple:

@@ -45,6 +45,9 @@ CASES = [
     ["parallel.replicate=2", "parallel.shard=2", "parallel.defer_reduce=on", "optim.muon.share=off"],
     ["parallel.shard=4", "parallel.expert=2", "recompute=selective", "batch.microbatch=2", "optim.router=adamw"],
     ["parallel.shard=4", "model.experts=2", "model.active_experts=2"],  # more ranks than experts: sharded by width
+    ["parallel.shard=2", "parallel.context=2", "parallel.expert=2"],
+    ["parallel.context=4", "parallel.expert=4", "recompute=block"],  # more ranks than heads: keys are gathered
+    ["parallel.replicate=2", "parallel.shard=1", "parallel.context=2", "model.window=20", "recompute=selective"],
 ]
 
 
@@ -62,7 +65,8 @@ def one_step(words: list[str]) -> dict[str, Any]:
         update()
 
     optimizers.step = record_gradients_and_step
-    tokens = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(ranks.rank))
+    rows = 8 // ranks.data_ranks
+    tokens = torch.randint(50, (rows, 13), generator=torch.Generator().manual_seed(ranks.data_rank))
     with count_collectives() as collected:
         train_step(model, optimizers, Batch(tokens[:, :-1], tokens[:, 1:], None), config, 1.0, ranks)
     memory["parameters"] = storage_bytes(list(model.parameters()))
@@ -82,9 +86,11 @@ def planned_step(config: RunConfig) -> dict[str, Any]:
     """The same values from the plan."""
     load = rank_load(config, schedule_segments(config)[0], 4)
     with fake_rank(config, check_parallel(config.parallel, config.model, 4)) as rank:
-        exchanged = [block.exchange for block in block_activations(config, rank.ranks, load.microbatch)]
+        blocks = block_activations(config, rank.ranks, load.microbatch)
+        exchanged = [block.exchange for block in blocks]
+        contexts = [block.context for block in blocks if block.context is not None]
         traffic: dict[tuple[str, int], tuple[int, float]] = {}
-        for flow in communication_flows(config, rank, load, exchanged, config.parallel.defer_reduce == "on"):
+        for flow in communication_flows(config, rank, load, exchanged, config.parallel.defer_reduce == "on", contexts):
             calls, size = traffic.get((flow.kind, flow.ranks), (0, 0))
             traffic[flow.kind, flow.ranks] = calls + flow.calls, size + flow.bytes
         return {"memory": state_bytes(rank.model, rank.optimizers), "traffic": traffic}

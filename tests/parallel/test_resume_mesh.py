@@ -20,7 +20,7 @@ from trinity.training.trainer import pretrain
 
 MEASURED = {
     "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",
-    "rank_seconds_spread",
+    "rank_seconds_spread", "attention_spread",
 }  # fmt: skip
 WORDS = [
     "precision.compute=float64", "optim.muon.dtype=float64", "batch.sequences=12", "batch.microbatch=3",
@@ -50,6 +50,13 @@ WAYS = {
         (2, ["parallel.shard=2"]),
         (4, ["parallel.replicate=2"]),
         (4, ["parallel.shard=4"]),
+    ],
+    "context": [
+        (1, []),
+        (2, ["parallel.context=2"]),
+        (4, ["parallel.shard=2", "parallel.context=2", "parallel.expert=2"]),
+        (1, []),
+        (4, ["parallel.context=4", "parallel.expert=4"]),
     ],
 }
 CHANGES = {"by width": ["model.experts=3"]}

@@ -29,7 +29,7 @@ WORDS = ["batch.sequences=4", "batch.ramp=[]", "parallel.expert=2", "run.steps=4
 
 MEASURED = {
     "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib",
-    "rank_seconds_spread",
+    "rank_seconds_spread", "attention_spread",
 }  # fmt: skip
 
 

@@ -28,7 +28,10 @@ def samples(folder: Path) -> list[dict]:
 
 
 def test_samples_do_not_depend_on_the_mesh(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
-    """Experts split over two ranks, in float64: the most likely tokens are the same."""
+    """Experts, or rows, split over two ranks, in float64: the most likely tokens are the same.
+
+    A prompt is not divided: every rank continues the whole of it, of any length.
+    """
     try:
         assert run(recipe(tmp_path / "one"), []) == 0
     finally:
@@ -37,6 +40,8 @@ def test_samples_do_not_depend_on_the_mesh(recipe: Callable, processes: Callable
     assert [line["step"] for line in expected] == [1, 1]
     assert processes(2).run(run, recipe(tmp_path / "two"), ["parallel.expert=2"]) == [0, 0]
     assert samples(tmp_path / "two") == expected
+    assert processes(2).run(run, recipe(tmp_path / "context"), ["parallel.context=2"]) == [0, 0]
+    assert samples(tmp_path / "context") == expected
 
 
 def test_only_the_configured_ranks_are_profiled(recipe: Callable, processes: Callable, tmp_path: Path) -> None:

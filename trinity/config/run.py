@@ -290,12 +290,15 @@ class ParallelConfig:
     replicate: int = 1
     """HSDP: number of replicas (copies of the model); −1: the number of processes divided by shard · context."""
     shard: int = -1
-    """FSDP: ranks that one copy of the model is sharded over; −1: the number of processes divided by
-    replicate · context. The report has 128."""
+    """FSDP: ranks that one copy of the model is sharded over, context times as many in all; −1: the number of processes
+    divided by replicate · context. The report has 128."""
     expert: int = 1
     """Expert parallelism: neighbouring ranks that divide the experts among themselves. The report has 8 for Large."""
     context: int = 1
-    """Context parallelism: ranks that divide a sequence among themselves. Not built yet: must be 1."""
+    """Context parallelism: neighbouring ranks that divide the tokens of the same rows among themselves, for rows whose
+    activations are too large for one. It divides every sequence length of the run; best a number that splits the heads:
+    model.heads / context is a multiple of the query heads of one key/value head, or divides it. The report has 4 for
+    Large's context extension."""
     exchange: Literal["auto", "all_to_all", "deep_ep"] = "auto"
     """Token dispatch to experts on other ranks. all_to_all: by torch.distributed; deep_ep: by the package DeepEP. auto:
     all_to_all."""

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trinity.data.stream.collate import PADDING_ID, PackedSequence, count_documents
+from trinity.data.stream.collate import Batch, PackedSequence, collate, count_padding
 from trinity.models.trinity import Losses, Trinity
+from trinity.parallel.context_parallel import ContextParallel, row_parts
 from trinity_kernels.cross_entropy import IGNORE
 
 
@@ -29,6 +30,7 @@ def evaluate(
     beat: Callable[[], None] | None = None,
     masked: bool = False,
     end_of_turn: int | None = None,
+    context: ContextParallel | None = None,
 ) -> dict[str, float]:
     """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: expert biases do not change.
 
@@ -39,6 +41,7 @@ def evaluate(
         beat: called after each forward pass.
         masked: most tokens have no target, so the head is computed for those that have one alone.
         end_of_turn: the token that ends a turn of the assistant; None: the ends of turns are not counted.
+        context: the ranks that have the same rows as this one, and divide them by columns; None: no other has.
     Returns:
         "loss", and "bits_per_byte": Σ CE / ln 2 / bytes of the targets. BOS, which begins the next document, is a
         target of 0 bytes, so its loss is spread over the text. "end_of_turn": the share of targets that end a turn
@@ -46,15 +49,19 @@ def evaluate(
     """
     ce, valid, text_bytes, turns, ended = 0.0, 0, 0, 0, 0
     for rows in _microbatches(sequences, microbatch):
-        targets_BS = torch.stack([row.targets for row in rows])
-        losses = _losses(model, rows, targets_BS, document_mask, masked, device)
+        batch = collate(rows, len(rows[0].tokens))
+        if not document_mask:
+            batch.document_ids_BS = None
+        if context is not None:
+            batch = batch.columns(context.columns(batch.tokens_BS.shape[1]))
+        losses = _losses(model, batch, masked, context, device)
         ce += losses.ce_BS.double().sum().item()
-        counted = targets_BS[targets_BS != IGNORE]
+        counted = batch.targets_BS[batch.targets_BS != IGNORE]
         valid += counted.numel()
         if byte_lengths_V is not None:
             text_bytes += int(byte_lengths_V[counted].sum())
         if end_of_turn is not None:
-            is_end_BS = targets_BS == end_of_turn
+            is_end_BS = batch.targets_BS == end_of_turn
             turns += int(is_end_BS.sum())
             ended += int((_has_largest_logit(losses).cpu() & is_end_BS).sum())
         if beat is not None:
@@ -72,19 +79,19 @@ def evaluate(
 
 
 def _losses(
-    model: Trinity, rows: list[PackedSequence], targets_BS: Tensor, document_mask: bool, masked: bool,
-    device: torch.device,
-) -> Losses:  # fmt: skip
-    """The losses of a microbatch."""
-    ids_BS = torch.stack([row.document_ids for row in rows]) if document_mask else None
+    model: Trinity, batch: Batch, masked: bool, context: ContextParallel | None, device: torch.device
+) -> Losses:
+    """The losses of a microbatch, of this rank's columns."""
+    (own,) = batch.microbatches(len(batch.tokens_BS), device)
     return model(
-        torch.stack([row.tokens for row in rows]).to(device),
-        document_ids_BS=None if ids_BS is None else ids_BS.to(device),
-        targets_BS=targets_BS.to(device),
-        documents=None if ids_BS is None else count_documents(ids_BS),
+        own.tokens_BS,
+        document_ids_BS=own.document_ids_BS,
+        targets_BS=own.targets_BS,
+        documents=own.documents,
         with_sequence_loss=False,
-        padding=0 if ids_BS is None else int((ids_BS == PADDING_ID).sum()),
-        trained=int((targets_BS != IGNORE).sum()) if masked else None,
+        padding=int(count_padding(batch).sum()),
+        trained=int((batch.targets_BS != IGNORE).sum()) if masked else None,
+        parts=row_parts(context, own.tokens_BS, own.row_document_ids_BS, own.documents, model.attention_engine),
     )
 
 

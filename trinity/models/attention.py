@@ -17,6 +17,17 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.attention_backends import AttentionMask, attend
 from trinity.models.layers import Linear, QKNorm
+from trinity.models.row_parts import RowParts
+
+
+class AttentionCore(nn.Module):
+    """Softmax attention: a module without parameters, so that a hook sees the queries and keys of the engine."""
+
+    def forward(
+        self, q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask
+    ) -> Tensor:
+        """See attention_backends.attend."""
+        return attend(q_BSHC, k_BUGC, v_BUGC, window, mask)
 
 
 class Attention(nn.Module):
@@ -37,15 +48,16 @@ class Attention(nn.Module):
         self.qkvg = Linear(config.width, (q_width, kv_width, kv_width, q_width))
         self.q_norm = QKNorm(config.head_dim, config.norm_eps, kernel=kernels.qk_norm)
         self.k_norm = QKNorm(config.head_dim, config.norm_eps, kernel=kernels.qk_norm)
+        self.core = AttentionCore()
         self.out = Linear(q_width, (config.width,))
 
-    def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: AttentionMask) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: AttentionMask | RowParts) -> Tensor:
         """Attention output before the post-norm.
 
         Args:
             x_BSD: the normalised input.
             rotation: cos and sin [B or 1, S, 1, C/2] fp32 of every position; global layers ignore it.
-            mask: which keys each query may attend to.
+            mask: which keys each query may attend to; or the rest of the rows, where x is a part of them.
         Returns:
             [B, S, D], x's dtype.
         """
@@ -55,12 +67,16 @@ class Attention(nn.Module):
         q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), rotation, into[0])
         k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), rotation, into[1])
         v_BSGC = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, mask).flatten(-2)
-        return self.out(trinity_kernels.sigmoid_gate(mixed, gate, into[3], kernel=self.gate_kernel))
+        q, k, v, visible = mask.before_attention(q_BSHC, k_BSGC, v_BSGC, self.window)
+        mixed = mask.after_attention(self.core(q, k, v, self.window, visible), self.window)
+        return self.out(trinity_kernels.sigmoid_gate(mixed.flatten(-2), gate, into[3], kernel=self.gate_kernel))
 
 
 def rope_cos_sin(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE's angles (Su et al., arXiv 2104.09864), one angle per pair of features.
+
+    The angles are computed in float64: in fp32, the angle of position 260,000 is off by up to 0.01 radian, and logits
+    would depend on the absolute position (transformers computes them in fp32). See README.md.
 
     Args:
         positions_BS: [B or 1, S] int64, the tokens' positions.
@@ -68,6 +84,6 @@ def rope_cos_sin(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch
     Returns:
         cos, sin: [B or 1, S, 1, C/2].
     """
-    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=dtype) / head_dim
-    angles = (positions_BS.to(dtype).unsqueeze(-1) * theta**-exponent).unsqueeze(-2)
-    return angles.cos(), angles.sin()
+    exponent = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=torch.float64) / head_dim
+    angles = (positions_BS.double().unsqueeze(-1) * theta**-exponent).unsqueeze(-2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)

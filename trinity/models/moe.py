@@ -24,6 +24,9 @@ from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.layers import SwiGLU
 from trinity_kernels.expert_engines import ENGINES, engine
 
+RowCounts = Callable[[Tensor], Tensor]
+"""From counts over these tokens to counts over the whole rows, [B, E] int64 both; see row_parts.RowParts."""
+
 RunExperts = Callable[..., Tensor]
 """The experts module as a function: (x_RD, indices_RK, gates_RK, rows, plus_RD) → [R, D]; see Experts."""
 
@@ -88,13 +91,31 @@ class Routing(NamedTuple):
     Padding is in none of them.
 
     counts_E: [E] int64, tokens routed to each expert.
-    sequence_loss_B: [B] fp32, Σ_i f_i·P_i of each row (eq. 29-32, without α), differentiable; None if not wanted.
+    sequence_loss_B: [B] fp32, Σ_i f_i·P_i of each row (eq. 29-32, without α), differentiable; None if not wanted. Where
+        the tokens are a part of their rows, f is that of the whole row, and this is the part's share of the loss.
     entropy_sum: scalar fp32, Σ over tokens of the entropy of s_i/Σs in nats.
     """
 
     counts_E: Tensor
     sequence_loss_B: Tensor | None
     entropy_sum: Tensor
+
+
+def counts_per_row(indices_TK: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    """How often each expert was chosen in each row.
+
+    Args:
+        indices_TK: [T, K] int64, the choices; −1 is none.
+        counts_E: their counts over all tokens.
+        rows: B, equally long.
+    Returns:
+        [B, E] int64.
+    """
+    if rows == 1:
+        return counts_E.unsqueeze(0)
+    choices = indices_TK.view(rows, indices_TK.numel() // rows) + 1
+    counts = choices.new_zeros(rows, len(counts_E) + 1).scatter_add_(1, choices, torch.ones_like(choices))
+    return counts[:, 1:]
 
 
 class Router(nn.Module):
@@ -109,7 +130,7 @@ class Router(nn.Module):
 
     def forward(
         self, x_TD: Tensor, bias_E: Tensor, rows: int = 1, with_sequence_loss: bool = True,
-        padding: Padding | None = None,
+        padding: Padding | None = None, row_counts: RowCounts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Routing]:  # fmt: skip
         """Choose K experts for each token.
 
@@ -119,6 +140,7 @@ class Router(nn.Module):
             rows: B, the sequences that the tokens consist of.
             with_sequence_loss: compute the sequence-wise balancing loss.
             padding: tokens routed to no expert; their indices are −1, their gates 0. None: there are none.
+            row_counts: where the tokens are a part of their rows; see Routing.
         Returns:
             gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, the statistics.
         """
@@ -129,8 +151,18 @@ class Router(nn.Module):
         indices_TK, counts_E = trinity_kernels.route(
             scores_TE.detach(), bias_E, self.active, padding_T, kernel=self.kernel
         )
+        row_counts_BE = None
+        if with_sequence_loss and row_counts is not None:
+            row_counts_BE = row_counts(counts_per_row(indices_TK, counts_E, rows))
         gates_TK, loss_B, entropy_sum = trinity_kernels.weigh(
-            scores_TE, indices_TK, self.route_scale, rows, with_sequence_loss, padding is not None, kernel=self.kernel
+            scores_TE,
+            indices_TK,
+            self.route_scale,
+            rows,
+            with_sequence_loss,
+            padding is not None,
+            row_counts_BE,
+            kernel=self.kernel,
         )
         return gates_TK, scores_TE, indices_TK, Routing(counts_E, loss_B, entropy_sum)
 
@@ -205,11 +237,14 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = local_dispatch
 
     def forward(
-        self, x_BSD: Tensor, with_sequence_loss: bool = True, padding: Padding | None = None
-    ) -> tuple[Tensor, Routing]:
-        """[B, S, D] → the same shape and dtype, and the routing statistics; padding is routed to no expert."""
+        self, x_BSD: Tensor, with_sequence_loss: bool = True, padding: Padding | None = None,
+        row_counts: RowCounts | None = None,
+    ) -> tuple[Tensor, Routing]:  # fmt: skip
+        """[B, S, D] → the same shape and dtype, and the routing statistics; padding and row_counts as in Router."""
         x_TD = x_BSD.flatten(0, 1)
-        gates_TK, _, indices_TK, routing = self.router(x_TD, self.expert_bias, len(x_BSD), with_sequence_loss, padding)
+        gates_TK, _, indices_TK, routing = self.router(
+            x_TD, self.expert_bias, len(x_BSD), with_sequence_loss, padding, row_counts
+        )
         shared = partial(self.shared, x_TD)
         y_TD = self.dispatcher(x_TD, indices_TK, gates_TK, self.experts, shared=shared, padding=padding)
         return y_TD.view_as(x_BSD), routing

@@ -29,6 +29,7 @@ from trinity.models.layers import (
     SwiGLU,
 )
 from trinity.models.moe import MoE, Padding, Routing
+from trinity.models.row_parts import RowParts
 from trinity_kernels.cross_entropy import IGNORE
 from trinity_kernels.norm import wide
 
@@ -74,15 +75,15 @@ class Block(nn.Module):
         self.ffn_post_norm = PostNorm(*post_norm)
 
     def forward(
-        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask, with_sequence_loss: bool = True,
-        padding: Padding | None = None,
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask | RowParts,
+        with_sequence_loss: bool = True, padding: Padding | None = None,
     ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """[B, S, D] → the same shape and dtype; and the routing statistics of a MoE block, else None."""
         y_BSD = self.attention(self.attention_norm(x_BSD), rotation, mask)
         x_BSD, u_BSD = self.attention_post_norm(y_BSD, x_BSD, self.ffn_norm)
         routing = None
         if self.sparse:
-            out_BSD, routing = self.ffn(u_BSD, with_sequence_loss, padding)
+            out_BSD, routing = self.ffn(u_BSD, with_sequence_loss, padding, mask.row_counts)
         else:
             out_BSD = self.ffn(u_BSD)
         return self.ffn_post_norm(out_BSD, ResidualStream(x_BSD)), routing
@@ -126,6 +127,7 @@ class Trinity(nn.Module):
         weights_BS: Tensor | None = None,
         padding: int | None = None,
         trained: int | None = None,
+        parts: RowParts | None = None,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
@@ -143,13 +145,18 @@ class Trinity(nn.Module):
             padding: the number of padding tokens; None: counted from document_ids_BS, for which the host waits.
             trained: the number of targets that are not ignored, to compute the final norm and the head for their tokens
                 alone; None: for all tokens.
+            parts: where the tokens are a part of their rows (context parallelism): it has their positions, documents
+                and mask, and the sums of Losses are this part's. None: they are whole rows.
         Returns:
             logits [B, S, V] in the compute dtype, or Losses.
         """
         default_positions = positions_BS is None
-        if positions_BS is None:
+        if parts is not None:
+            positions_BS = parts.positions_BS
+        elif positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-        mask = AttentionMask(positions_BS, document_ids_BS, default_positions, self.attention_engine, documents)
+        engine = self.attention_engine
+        mask = parts or AttentionMask(positions_BS, document_ids_BS, default_positions, engine, documents)
         x_BSD = self.embed(tokens_BS)
         precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)

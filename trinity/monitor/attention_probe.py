@@ -2,11 +2,13 @@
 
 - The largest attention logit, q·k/√C: attention diverges when it grows without bound, and no attention engine returns
   its logits. Sampled: QUERIES queries, evenly spaced over the first row of the global batch, in every layer and head,
-  with all keys that they attend to.
+  with all keys that they attend to. With context parallelism each rank of the row's group sees its share of them: some
+  heads in global layers, some queries in local ones.
 - Each rank's time in attention. Ranks wait for each other in every layer, so a whole step takes as long on all of them
-  as on the slowest. Attention does not communicate, so its time shows which rank is slow.
+  as on the slowest. The attention engine does not communicate, so its time shows which rank is slow.
 
-Shapes: B = 1 row, S sequence, N sampled queries, H query heads, G key/value heads, C head width.
+Shapes: B = 1 row, S queries and U keys of it on this rank, N sampled queries, H query heads, G key/value heads, C head
+width.
 """
 
 import time
@@ -20,9 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trinity.models.attention import Attention
+from trinity.models.attention import AttentionCore
+from trinity.models.attention_backends import AttentionMask
 from trinity.models.trinity import Trinity
 from trinity.parallel.collectives import all_gather_single
+from trinity.parallel.context_parallel import row_parts
 from trinity.parallel.mesh import Ranks
 from trinity_kernels.norm import wide
 
@@ -49,33 +53,37 @@ def probe_attention(
     Args:
         tokens_BS, targets_BS, document_ids_BS: this rank's rows, on the CPU.
     """
-    rows = (tokens_BS, targets_BS, document_ids_BS)
-    tokens, targets, documents = (None if row is None else row[:1].to(ranks.device) for row in rows)
+    first, own = slice(0, 1), ranks.columns(tokens_BS.shape[1])
+    tokens, targets = (row[first, own].to(ranks.device) for row in (tokens_BS, targets_BS))
+    row_ids = None if document_ids_BS is None else document_ids_BS[first].to(ranks.device)
+    ids = None if row_ids is None else row_ids[:, own]
+    parts = row_parts(ranks.context, tokens, row_ids, None, model.attention_engine)
     clock = _Clock(ranks.device)
-    with _probe_hooks(model, documents, clock) as logits:
-        model(tokens, document_ids_BS=documents, targets_BS=targets)
+    with _probe_hooks(model, tokens_BS.shape[1], clock) as logits:
+        model(tokens, document_ids_BS=ids, targets_BS=targets, parts=parts)
     local = torch.stack([torch.stack(logits).amax().double(), logits[0].new_full((), clock.seconds()).double()])
     gathered = local.new_empty(dist.get_world_size() * 2)
     all_gather_single(gathered, local)
     logit_R, seconds_R = gathered.view(-1, 2).t().tolist()
-    return ProbeResult(logit_R[0], seconds_R)  # rank 0's row is the same on every mesh
+    # the first row of the global batch, the same on every mesh, is that of the first data rank
+    return ProbeResult(max(logit_R[: ranks.sizes.context]), seconds_R)
 
 
 @contextmanager
-def _probe_hooks(model: Trinity, documents_BS: Tensor | None, clock: "_Clock") -> Iterator[list[Tensor]]:
-    """Hook every attention layer: it adds its largest sampled logit to the yielded list, and its time to the clock."""
+def _probe_hooks(model: Trinity, length: int, clock: "_Clock") -> Iterator[list[Tensor]]:
+    """Hook every attention engine: it adds its largest sampled logit to the yielded list, and its time to the clock.
+
+    Args:
+        length: of the whole row.
+    """
     logits: list[Tensor] = []
     handles: list[RemovableHandle] = []
-    for attention in model.modules():
-        if not isinstance(attention, Attention):
-            continue
-        outputs: dict[str, Tensor] = {}
-        handles += [
-            attention.q_norm.register_forward_hook(partial(_store, outputs, "q")),
-            attention.k_norm.register_forward_hook(partial(_store, outputs, "k")),
-            attention.register_forward_hook(partial(_measure, logits, outputs, documents_BS, clock)),
-            attention.register_forward_pre_hook(lambda *_: clock.start()),
-        ]
+    for core in model.modules():
+        if isinstance(core, AttentionCore):
+            handles += [
+                core.register_forward_pre_hook(lambda *_: clock.start()),
+                core.register_forward_hook(partial(_measure, logits, length, clock)),
+            ]
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled blocks would not see the hooks
             yield logits
@@ -84,40 +92,41 @@ def _probe_hooks(model: Trinity, documents_BS: Tensor | None, clock: "_Clock") -
             handle.remove()
 
 
-def _store(outputs: dict[str, Tensor], name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-    outputs[name] = output
-
-
 def _measure(
-    logits: list[Tensor], outputs: dict[str, Tensor], documents_BS: Tensor | None, clock: "_Clock",
-    attention: Attention, _inputs: tuple, _output: Tensor,
-) -> None:  # fmt: skip
+    logits: list[Tensor], length: int, clock: "_Clock", _core: nn.Module, inputs: tuple, _output: Tensor
+) -> None:
     clock.stop()
-    logits.append(largest_logit(outputs.pop("q"), outputs.pop("k"), attention.window, documents_BS))
+    q_BSHC, k_BUGC, _, window, mask = inputs
+    logits.append(largest_logit(q_BSHC, k_BUGC, window, mask, length))
 
 
-def largest_logit(q_BSHC: Tensor, k_BSGC: Tensor, window: int | None, documents_BS: Tensor | None) -> Tensor:
-    """The largest q·k/√C of evenly spaced queries with the keys that they attend to.
+def largest_logit(
+    q_BSHC: Tensor, k_BUGC: Tensor, window: int | None, mask: AttentionMask, length: int | None = None
+) -> Tensor:
+    """The largest q·k/√C of evenly spaced queries of a row with the keys that they attend to.
 
     Args:
-        q_BSHC, k_BSGC: one row, as attention takes them.
-        window, documents_BS: the attention mask; see trinity.models.attention_backends.
+        q_BSHC, k_BUGC, window, mask: one row, or a part of it, as `attend` takes them; positions count from its start.
+        length: tokens of the whole row; None: q is the whole row.
     Returns:
-        scalar fp32, or float64 of float64.
+        scalar fp32, or float64 of float64; −∞ if none of the queries is here.
     """
     _, S, H, C = q_BSHC.shape
-    G = k_BSGC.shape[2]
-    positions_S = torch.arange(S, device=q_BSHC.device)
-    positions_N = torch.linspace(0, S - 1, min(QUERIES, S), device=q_BSHC.device).round().long()
-    distance_NS = positions_N.unsqueeze(1) - positions_S
-    visible_NS = (distance_NS >= 0) if window is None else (distance_NS >= 0) & (distance_NS < window)
-    if documents_BS is not None:
-        visible_NS &= documents_BS[0, positions_N].unsqueeze(1) == documents_BS[0]
-    q_NGHC = wide(q_BSHC[0, positions_N]).unflatten(1, (G, H // G))
+    G, length = k_BUGC.shape[2], length or S
+    positions_N = torch.linspace(0, length - 1, min(QUERIES, length), device=q_BSHC.device).round().long()
+    index_N = positions_N - mask.positions_BS[0, 0]
+    index_N = index_N[(index_N >= 0) & (index_N < S)]
+    if not len(index_N):
+        return wide(q_BSHC).new_full((), -torch.inf)
+    distance_NU = mask.positions_BS[0, index_N].unsqueeze(1) - mask.keys.positions_BU[0]
+    visible_NU = (distance_NU >= 0) if window is None else (distance_NU >= 0) & (distance_NU < window)
+    if mask.document_ids_BS is not None and mask.keys.document_ids_BU is not None:
+        visible_NU &= mask.document_ids_BS[0, index_N].unsqueeze(1) == mask.keys.document_ids_BU[0]
+    q_NGHC = wide(q_BSHC[0, index_N]).unflatten(1, (G, H // G))
     maxima = []
     for group in range(G):  # one group at a time, for memory: a row may be long
-        logits_NHS = q_NGHC[:, group] @ wide(k_BSGC[0, :, group]).t() * C**-0.5
-        maxima.append(logits_NHS.masked_fill(~visible_NS.unsqueeze(1), -torch.inf).amax())
+        logits_NHU = q_NGHC[:, group] @ wide(k_BUGC[0, :, group]).t() * C**-0.5
+        maxima.append(logits_NHU.masked_fill(~visible_NU.unsqueeze(1), -torch.inf).amax())
     return torch.stack(maxima).amax()
 
 

@@ -36,6 +36,8 @@ class StepResult(NamedTuple):
     source_counts: sums over all ranks of the source_counts that train_step was given; None without them.
     counts_ME: int64, tokens of the global batch per layer and expert; None without MoE layers.
     router_entropy_M: float64, mean over the global batch's tokens of each router's entropy; None without MoE layers.
+    attention_spread: the most pairs of query and key that a rank's attention computes, over the mean of the ranks
+        (trinity.training.attention_pairs). The one number that depends on the mesh.
     """
 
     metrics: dict[str, Any]
@@ -44,3 +46,4 @@ class StepResult(NamedTuple):
     source_counts: list[float] | None
     counts_ME: Tensor | None
     router_entropy_M: Tensor | None
+    attention_spread: float | None = None

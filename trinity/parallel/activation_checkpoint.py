@@ -17,6 +17,7 @@ arithmetic and not measured: matrix products at 600 TFLOP/s, attention at 450, e
     attention: output, log-sum-exp             12 kB   180 ns, 14 ns per kB
     experts: pre-activations, weighted sums    69 kB   380 ns, 5.5 ns per kB
     exchange: tokens and sums received         41 kB   100 ns, 2.5 ns per kB in a node, 20 between nodes
+    heads received by context parallelism      29 kB   in global layers alone
     not saved: q, k, v, gate                   29 kB   150 ns, 5 ns per kB: the next candidate
 
 So `block` saves 6 kB per token and layer and `selective` about 130. Gradients have the same bits as without recompute.
@@ -35,7 +36,8 @@ from trinity_kernels.replay import Results
 
 # Operations by name: the operations of an optional package exist only once it is imported.
 ALL_TO_ALL = "_c10d_functional::all_to_all_single"
-SAVED = frozenset({"trinity::route", "trinity::route_triton", "trinity::exchanged_counts"})
+ALL_REDUCE = "_c10d_functional::all_reduce"  # in a block: of the counts of rows (context parallelism)
+SAVED = frozenset({"trinity::route", "trinity::route_triton", "trinity::exchanged_counts", ALL_REDUCE})
 SAVED_SELECTIVE = SAVED | {
     ALL_TO_ALL,
     "trinity::expert_mlp",

@@ -1,13 +1,14 @@
-"""Device meshes: all processes of a run as two meshes over one rank order. One process is a mesh of size 1.
+"""Device meshes: all processes of a run as meshes over one rank order. One process is a mesh of size 1.
 
     processes = replicate · shard · context
 
     dense:    ("replicate", "shard")                   "shard" has the ranks of one replica: S = shard · context
     experts:  ("replicate", "expert_shard", "expert")  the same ranks: neighbours ("expert") split the experts, and the
                                                        ranks of "expert_shard" shard each share
+    rows:     ("data", "context")                      the same ranks: neighbours ("context") divide the same rows
 
 Rank = replica · S + r, where r is the coordinate in "shard"; r = (coordinate in "expert_shard") · expert + (coordinate
-in "expert").
+in "expert"). Rank = (coordinate in "data") · context + (coordinate in "context"), the innermost in the order of ranks.
 """
 
 import math
@@ -24,6 +25,7 @@ from trinity.config.model import ModelConfig
 from trinity.config.run import ParallelConfig
 from trinity.errors import UserError
 from trinity.hardware import keep_freed_memory
+from trinity.parallel.context_parallel import ContextParallel
 
 
 class Sizes(NamedTuple):
@@ -32,6 +34,7 @@ class Sizes(NamedTuple):
     replicate: replicas of the model. shard: ranks of one replica (shard · context of the config).
     expert: neighbouring ranks that split the experts. expert_shard: ranks that shard each share of the experts.
     experts_by: what expert_shard shards: "experts", or the "width" of each expert where it has more ranks than experts.
+    context: neighbouring ranks that divide the tokens of the same rows; a divisor of shard.
     """
 
     replicate: int
@@ -39,6 +42,7 @@ class Sizes(NamedTuple):
     expert: int
     expert_shard: int
     experts_by: str
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Ranks:
 
     rank, world: this process's number and the number of processes; each has different tokens.
     device: of this process's tensors.
-    sizes: sizes of the mesh dimensions. dense, experts: the two meshes of the module's docstring.
+    sizes: sizes of the mesh dimensions. dense, experts: the meshes of the module's docstring.
+    context: this rank's group of the mesh of rows; None where each rank has whole rows.
     """
 
     rank: int
@@ -56,11 +61,21 @@ class Ranks:
     sizes: Sizes
     dense: DeviceMesh
     experts: DeviceMesh
+    context: ContextParallel | None = None
+
+    @property
+    def data_rank(self) -> int:
+        """Number of the group of ranks that this rank has rows in common with, among `data_ranks` groups."""
+        return self.rank // self.sizes.context
 
     @property
     def data_ranks(self) -> int:
-        """Number of processes with different sequences."""
-        return self.world
+        """Number of groups of ranks with different sequences."""
+        return self.world // self.sizes.context
+
+    def columns(self, length: int) -> slice:
+        """The columns that this rank computes of its rows of `length` tokens: all without context parallelism."""
+        return slice(0, length) if self.context is None else self.context.columns(length)
 
     @property
     def shard_group(self) -> dist.ProcessGroup:
@@ -90,12 +105,15 @@ def check_parallel(parallel: ParallelConfig, model: ModelConfig, world: int) -> 
         raise UserError(f"{error}; use {' '.join(nearest_mesh(parallel, model, world))}") from None
 
 
-def meshes(model: ModelConfig, world: int) -> Iterator[tuple[int, int, int]]:
-    """Every valid mesh of `world` processes for a model, as (replicate, shard, expert).
+def meshes(model: ModelConfig, world: int, context: int = 1) -> Iterator[tuple[int, int, int]]:
+    """Every valid mesh of `world` processes for a model, as (replicate, shard, expert), where shard counts all ranks of
+    a replica and is a multiple of `context`.
 
-    There is always one: a replica on each process.
+    There is always one if that is 1: a replica on each process.
     """
     for shard in divisors(world):
+        if shard % context:
+            continue
         for expert in divisors(shard):
             try:
                 _experts_by(model, expert, shard // expert)
@@ -104,8 +122,8 @@ def meshes(model: ModelConfig, world: int) -> Iterator[tuple[int, int, int]]:
             yield world // shard, shard, expert
 
 
-def nearest_mesh(parallel: ParallelConfig, model: ModelConfig, world: int) -> list[str]:
-    """The fewest settings, as dotted words, that make a config valid on `world` processes.
+def nearest_mesh(parallel: ParallelConfig, model: ModelConfig, world: int, context: int | None = None) -> list[str]:
+    """The fewest settings, as dotted words, that make a config valid on `world` processes, with `context` if given.
 
     Of meshes with equally few settings: the one with the most shards, which needs the least memory; then the one whose
     `expert` is as configured, or else the next smaller one.
@@ -113,15 +131,25 @@ def nearest_mesh(parallel: ParallelConfig, model: ModelConfig, world: int) -> li
 
     def distance(mesh: tuple[int, int, int]) -> tuple[int, int, bool, int]:
         _, shard, expert = mesh
-        return len(mesh_words(parallel, *mesh)), -shard, expert > parallel.expert, abs(expert - parallel.expert)
+        words = mesh_words(parallel, *mesh, context)
+        return len(words), -shard, expert > parallel.expert, abs(expert - parallel.expert)
 
-    return mesh_words(parallel, *min(meshes(model, world), key=distance))
+    return mesh_words(parallel, *min(meshes(model, world, context or 1), key=distance), context)
 
 
-def mesh_words(parallel: ParallelConfig, replicate: int, shard: int, expert: int) -> list[str]:
-    """The settings that change a config's mesh to this one; a -1 with the right result is not changed."""
+def mesh_words(
+    parallel: ParallelConfig, replicate: int, shard: int, expert: int, context: int | None = None
+) -> list[str]:
+    """The settings that change a config's mesh to this one; a -1 with the right result is not changed.
+
+    Args:
+        shard: all ranks of a replica: shard · context of the config.
+        context: by default the config's if it divides shard, else 1.
+    """
+    if context is None:
+        context = parallel.context if parallel.context > 0 and shard % parallel.context == 0 else 1
     configured = {"context": parallel.context, "replicate": parallel.replicate, "shard": parallel.shard}
-    target = {"context": 1, "replicate": replicate, "shard": shard}
+    target = {"context": context, "replicate": replicate, "shard": shard // context}
     free = [name for name, value in configured.items() if value == -1]
     changed = {name for name, value in configured.items() if value not in (-1, target[name])}
     if len(free) == 2:  # only one may be -1
@@ -140,13 +168,13 @@ def mesh_sizes(parallel: ParallelConfig, model: ModelConfig, world: int) -> Size
         value = getattr(parallel, name)
         if value < 1 and not (value == -1 and name in ("replicate", "shard")):
             raise UserError(f"parallel.{name}={value} must be at least 1 (or -1, for replicate or shard alone)")
-    if parallel.context > 1:
-        raise UserError(f"parallel.context={parallel.context} is not built yet (parallel.shard takes its ranks)")
     replicate, shard = _replicate_and_shard(parallel, world)
+    shard *= parallel.context
     if shard % parallel.expert:
         raise UserError(f"parallel.expert={parallel.expert} does not divide shard × context = {shard}")
     outer = shard // parallel.expert
-    return Sizes(replicate, shard, parallel.expert, outer, _experts_by(model, parallel.expert, outer))
+    experts_by = _experts_by(model, parallel.expert, outer)
+    return Sizes(replicate, shard, parallel.expert, outer, experts_by, parallel.context)
 
 
 def _replicate_and_shard(parallel: ParallelConfig, world: int) -> tuple[int, int]:
@@ -210,12 +238,17 @@ def start(parallel: ParallelConfig, model: ModelConfig, threads: int | None, det
 
 
 def join_meshes(sizes: Sizes, device: torch.device) -> Ranks:
-    """The two meshes over an existing process group; every rank of it calls this."""
+    """The meshes over an existing process group; every rank of it calls this."""
     replicas = sizes.replicate
     dense = init_device_mesh(device.type, (replicas, sizes.shard), mesh_dim_names=("replicate", "shard"))
     expert_names = ("replicate", "expert_shard", "expert")
     experts = init_device_mesh(device.type, (replicas, sizes.expert_shard, sizes.expert), mesh_dim_names=expert_names)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, sizes, dense, experts)
+    context = None
+    if sizes.context > 1:
+        rows = (dist.get_world_size() // sizes.context, sizes.context)
+        names = ("data", "context")
+        context = ContextParallel(init_device_mesh(device.type, rows, mesh_dim_names=names).get_group("context"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, sizes, dense, experts, context)
 
 
 def _init_process_group(on_gpu: bool) -> None:

@@ -9,6 +9,9 @@ are exact. Three things differ from a run:
     expert         its peak inside is a formula for the reference of trinity_kernels, because an opaque operation
     operation      allocates nothing on meta but its results
 
+With context parallelism they are those of the first rank of a row, which has no halo before its chunk: w − 1 keys and
+values of one layer at a time.
+
 Shapes: B rows of a microbatch, S sequence, D width, V vocabulary, F expert width, K active experts, P ranks.
 """
 
@@ -36,9 +39,23 @@ from trinity.models.trinity import Block, Trinity
 from trinity.parallel import expert_parallel, token_dispatcher
 from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.comm_counter import Traffic, count_collectives
+from trinity.parallel.context_parallel import ContextParallel, heads_fit, row_parts
 from trinity.parallel.fsdp import master_dtype
 from trinity.parallel.mesh import Ranks
 from trinity_kernels.cross_entropy import chunk_tokens
+
+
+class ContextTraffic(NamedTuple):
+    """One block's communication with the ranks that have the rest of its rows, for one microbatch.
+
+    kind: "halo" of a local layer, "heads" of a global one, or "gather" where the ranks cannot split the heads.
+    exchange: its all-to-alls in both passes. counts: the all-reduces of the sequence loss's counts. Both are counted as
+        in trinity.parallel.comm_counter.
+    """
+
+    kind: str
+    exchange: Traffic
+    counts: Traffic
 
 
 class Activations(NamedTuple):
@@ -47,12 +64,19 @@ class Activations(NamedTuple):
     kept: saved from its forward to its backward pass, including its output, without its input.
     forward, backward: peak of the pass above memory at its start; backward includes the unsharded weight gradients.
     exchange: calls and bytes of its all-to-alls in both passes, counted as in trinity.parallel.comm_counter.
+    context: communication of context parallelism; None without it.
     """
 
     kept: float
     forward: float
     backward: float
     exchange: Traffic = Traffic(0, 0)
+    context: ContextTraffic | None = None
+
+
+def tokens_per_microbatch(config: RunConfig, rows: int) -> int:
+    """Tokens that a rank computes of a microbatch of `rows` rows."""
+    return rows * config.data.sequence_length // config.parallel.context
 
 
 def mean_destination_ranks(experts: int, active: int, ranks: int) -> float:
@@ -75,23 +99,53 @@ def block_activations(config: RunConfig, ranks: Ranks, rows: int) -> list[Activa
     return [by_kind[layer >= model.dense_layers, model.is_global(layer)] for layer in range(model.layers)]
 
 
+class _Measured(NamedTuple):
+    """Peaks of one block as in Activations, and its collectives."""
+
+    kept: float
+    forward: float
+    backward: float
+    collectives: dict[tuple[str, int], Traffic]
+
+
 def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Activations:
-    model, length = config.model, config.data.sequence_length
+    model, none = config.model, Traffic(0, 0)
+    measured = _run_block(config, ranks, layer, rows, ranks.context)
+    workspace = _expert_workspace(model, tokens_per_microbatch(config, rows)) if layer >= model.dense_layers else 0
+    in_expert_group = "all_to_all", ranks.sizes.expert
+    exchange, context = measured.collectives.get(in_expert_group, none), None
+    if ranks.context is not None:
+        # the group of experts may be that of the context: its tokens are exchanged without context parallelism too
+        exchange = _run_block(config, ranks, layer, rows, None).collectives.get(in_expert_group, none)
+        size = ranks.context.size
+        calls, sent = measured.collectives.get(("all_to_all", size), none)
+        if size == ranks.sizes.expert:
+            calls, sent = calls - exchange.calls, sent - exchange.bytes
+        counts = measured.collectives.get(("all_reduce", size), none)
+        by_heads = heads_fit(model.heads, model.kv_heads, size)
+        kind = ("heads" if by_heads else "gather") if model.is_global(layer) else "halo"
+        context = ContextTraffic(kind, Traffic(calls, sent), counts)
+    return Activations(measured.kept, measured.forward, measured.backward + workspace, exchange, context)
+
+
+def _run_block(config: RunConfig, ranks: Ranks, layer: int, rows: int, context: ContextParallel | None) -> _Measured:
+    """One forward and backward pass of one block on meta."""
+    model, tokens = config.model, tokens_per_microbatch(config, rows)
     compute, master = getattr(torch, config.precision.compute), master_dtype(config.precision)
     with torch.device("meta"):
         block = Block(model, layer).to(compute)
         for part in block.modules():
             if isinstance(part, Norm | Router):
                 part.to(master)
-        x_BSD = torch.empty(rows, length, model.width, dtype=compute, requires_grad=True)
-        positions = torch.arange(length).unsqueeze(0)
+        x_BSD = torch.empty(rows, tokens // rows, model.width, dtype=compute, requires_grad=True)
+        positions = torch.arange(tokens // rows).unsqueeze(0)
     expert_parallel.split_experts(block, ranks.experts, config.parallel.exchange)
     if config.recompute != "none":
         only_block = cast(Trinity, SimpleNamespace(blocks=[block]))  # recompute_blocks reads the blocks alone
         recompute_blocks(only_block, config.recompute)
     rotation = rope_cos_sin(positions, model.head_dim, model.rope_theta, master)
-    with _patched_for_meta(rows * length, model), LiveBytes() as live, count_collectives() as collectives:
-        mask = AttentionMask(positions, None, True, "sdpa")
+    with _patched_for_meta(tokens, model), LiveBytes() as live, count_collectives() as collectives:
+        mask = row_parts(context, x_BSD, None, None, "sdpa") or AttentionMask(positions, None, True, "sdpa")
         y_BSD, routing = block(x_BSD, rotation, mask, config.balancing.sequence_loss != 0)
         kept, forward = live.now, live.peak
         live.peak = live.now
@@ -99,9 +153,7 @@ def _measure_block(config: RunConfig, ranks: Ranks, layer: int, rows: int) -> Ac
         if routing and routing.sequence_loss_B is not None:
             outputs.append(routing.sequence_loss_B)
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
-    workspace = _expert_workspace(model, rows * length) if block.sparse else 0
-    exchange = collectives.get(("all_to_all", ranks.sizes.expert), Traffic(0, 0))
-    return Activations(kept, forward, live.peak - kept + workspace, exchange)
+    return _Measured(kept, forward, live.peak - kept, collectives)
 
 
 @contextmanager
@@ -140,14 +192,14 @@ def _expert_workspace(model: ModelConfig, tokens: int) -> float:
 def embedding_activations(config: RunConfig, rows: int) -> Activations:
     """Activations of the embedding, by formula: its output, unscaled and scaled; backward forms a dense gradient."""
     size = getattr(torch, config.precision.compute).itemsize
-    x = rows * config.data.sequence_length * config.model.width * size
+    x = tokens_per_microbatch(config, rows) * config.model.width * size
     return Activations(x, 2 * x, x + config.model.vocab_size * config.model.width * size)
 
 
 def head_activations(config: RunConfig, rows: int) -> Activations:
     """Activations of head and loss, by formula: the forward pass forms both gradients, in chunks of tokens."""
     size, V, D = getattr(torch, config.precision.compute).itemsize, config.model.vocab_size, config.model.width
-    tokens = rows * config.data.sequence_length
+    tokens = tokens_per_microbatch(config, rows)
     kept = tokens * D * size + V * D * max(size, 4)  # the weight's gradient is summed in fp32 at least
     # on a GPU one chunk's logits become their gradient in place; backward scales both gradients into new memory
     return Activations(kept, kept + chunk_tokens(tokens, V, size, "cuda") * V * size, (tokens + V) * D * size)

@@ -184,7 +184,7 @@ def _memory_saving_changes(plan: Plan) -> Iterator[list[Change]]:
     leaner = _leaner_configs(config)
     yield [Change(words, changed, gpus) for words, changed in leaner]
     starts = [([], config), *leaner[-1:]]
-    shards = sorted({shard for _, shard, _ in meshes(config.model, gpus) if shard > plan.sizes.shard})
+    shards = sorted({shard for _, shard, _ in _meshes(config, gpus) if shard > plan.sizes.shard})
     yield [_with_shards(plan, words, start, gpus, shard) for words, start in starts for shard in shards]
 
 
@@ -197,7 +197,7 @@ def _faster_changes(plan: Plan) -> Iterator[Change]:
         parallel = replace(config.parallel, defer_reduce="on")
         yield Change(["parallel.defer_reduce=on"], replace(config, parallel=parallel), gpus)
     near = sorted(
-        (mesh for mesh in meshes(config.model, gpus) if mesh[1:] != (plan.sizes.shard, plan.sizes.expert)),
+        (mesh for mesh in _meshes(config, gpus) if mesh[1:] != (plan.sizes.shard, plan.sizes.expert)),
         key=lambda mesh: (abs(mesh[1].bit_length() - plan.sizes.shard.bit_length()), mesh[2] > plan.card.per_node),
     )
     for mesh in near[:MESHES_TRIED]:
@@ -205,14 +205,20 @@ def _faster_changes(plan: Plan) -> Iterator[Change]:
         yield Change(words, with_mesh(config, words), gpus)
 
 
+def _meshes(config: RunConfig, gpus: int) -> list[tuple[int, int, int]]:
+    """Every mesh of the model on `gpus` GPUs with the config's context parallelism, if that divides them."""
+    context = config.parallel.context
+    return list(meshes(config.model, gpus, context if gpus % context == 0 else 1))
+
+
 def _with_most_shards(plan: Plan, words: list[str], start: RunConfig, gpus: int) -> Change:
     """`start` with the largest number of shards on `gpus` GPUs, which needs the least memory."""
-    return _with_shards(plan, words, start, gpus, max(shard for _, shard, _ in meshes(start.model, gpus)))
+    return _with_shards(plan, words, start, gpus, max(shard for _, shard, _ in _meshes(start, gpus)))
 
 
 def _with_shards(plan: Plan, words: list[str], start: RunConfig, gpus: int, shard: int) -> Change:
     """`start`, which has the settings `words`, with `shard` shards and the expert size nearest to the plan's."""
-    experts = [expert for _, size, expert in meshes(start.model, gpus) if size == shard] or [plan.sizes.expert]
+    experts = [expert for _, size, expert in _meshes(start, gpus) if size == shard] or [plan.sizes.expert]
     nearest = min(experts, key=lambda expert: abs(expert - plan.sizes.expert))
     mesh = mesh_words(start.parallel, gpus // shard, shard, nearest)
     return Change([*words, *mesh], with_mesh(start, mesh), gpus)

@@ -3,7 +3,8 @@
     passes     FSDP gathers each group of weights in forward, and again in backward if it was freed, every microbatch;
                gradients are reduce-scattered every microbatch or once a step (parallel.defer_reduce), and all-reduced
                over the replicas once a step
-    exchange   tokens to their experts and outputs back, and their gradients (activations.py)
+    exchange   tokens to their experts and outputs back, and their gradients; with context parallelism keys and values
+               of neighbours, or heads, and the counts of whole rows (activations.py)
     update     Muon's matrices to their owner ranks and back, and results among replicas, from the optimizer's layout;
                the step's metrics, some kilobytes
 
@@ -11,6 +12,7 @@ Calls and bytes are counted as in trinity.parallel.comm_counter: the full size o
 it sends (n − 1)/n of that in groups of n, an all-reduce twice. A group with k ranks in a node has k network cards.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from trinity.config.run import RunConfig
@@ -20,6 +22,7 @@ from trinity.optim.muon_comm import sharing_pays
 from trinity.optim.muon_layout import MatrixBatch
 from trinity.parallel.comm_counter import Traffic
 from trinity.parallel.mesh import Sizes
+from trinity.planning.activations import ContextTraffic
 from trinity.planning.fake_rank import FakeRank, FsdpGroup
 from trinity.planning.schedule_segments import RankLoad
 
@@ -44,7 +47,12 @@ class Flow(NamedTuple):
 
 
 def communication_flows(
-    config: RunConfig, rank: FakeRank, load: RankLoad, exchanges: list[Traffic], defer: bool
+    config: RunConfig,
+    rank: FakeRank,
+    load: RankLoad,
+    exchanges: list[Traffic],
+    defer: bool,
+    contexts: Sequence[ContextTraffic] = (),
 ) -> list[Flow]:
     """All collectives of rank 0 in a step, summed by purpose.
 
@@ -52,6 +60,7 @@ def communication_flows(
         load: the rank's share of the step.
         exchanges: each block's expert exchange for one microbatch.
         defer: whether gradients are reduced once a step.
+        contexts: of each block, for one microbatch; empty without context parallelism.
     """
     sizes = rank.ranks.sizes
     exchange_calls, exchange_bytes = (load.microbatches * sum(column) for column in zip(*exchanges))
@@ -59,6 +68,7 @@ def communication_flows(
         *_weight_gathers(rank.groups, load.microbatches),
         *_gradient_reductions(rank.groups, 1 if defer else load.microbatches),
         ("exchange", "tokens to experts and back", "all_to_all", "expert", exchange_calls, exchange_bytes),
+        *_context(contexts, load.microbatches),
         *_muon(rank.optimizers.muon, sizes),
         *_step_metrics(config, sizes, load),
     ]
@@ -111,6 +121,7 @@ def _mesh_dimensions(sizes: Sizes) -> dict[str, tuple[int, int]]:
         "shard": (sizes.shard, 1),
         "expert": (sizes.expert, 1),
         "expert_shard": (sizes.expert_shard, sizes.expert),
+        "context": (sizes.context, 1),
         "replicate": (sizes.replicate, sizes.shard),
         "world": (sizes.replicate * sizes.shard, 1),
     }
@@ -143,6 +154,25 @@ def _gradient_reductions(groups: list[FsdpGroup], times: int) -> list[_FlowEntry
     return entries
 
 
+_CONTEXT_PURPOSES = {
+    "halo": "keys and values of neighbours",
+    "heads": "rows of some heads and back",
+    "gather": "keys and values of all before",
+}
+
+
+def _context(contexts: Sequence[ContextTraffic], microbatches: int) -> list[_FlowEntry]:
+    """Context parallelism: all-to-alls of each kind of layer, and all-reduces of the counts of rows."""
+    entries: list[_FlowEntry] = []
+    for kind, (exchange, exchange_bytes), (counts, count_bytes) in contexts:
+        purpose = _CONTEXT_PURPOSES[kind]
+        entries += [
+            ("exchange", purpose, "all_to_all", "context", microbatches * exchange, microbatches * exchange_bytes),
+            ("exchange", "counts of rows", "all_reduce", "context", microbatches * counts, microbatches * count_bytes),
+        ]
+    return entries
+
+
 def _muon(muon: Muon, sizes: Sizes) -> list[_FlowEntry]:
     """For each matrix batch: parts to their owners and back; results gathered among replicas, padded to equal counts.
 
@@ -170,12 +200,12 @@ def _step_metrics(config: RunConfig, sizes: Sizes, load: RankLoad) -> list[_Flow
     """Collectives of the step's metrics.
 
     Summed over ranks: valid targets, tokens per layer and expert, and the gradient norm. Gathered from each rank: loss
-    and valid targets of each row, four sums, and the entropy of each router.
+    and valid targets of each row, five sums, and the entropy of each router.
     """
     moe_layers, world = config.model.moe_layers, sizes.replicate * sizes.shard
     counts = 8 * moe_layers * config.model.experts
     return [
         ("update", "figures", "all_reduce", "world", 1 + (moe_layers > 0), 8 + counts),
         ("update", "figures", "all_reduce", "shard", 1, 8),
-        ("update", "figures", "all_gather", "world", 1, 8 * world * (2 * load.rows + 4 + moe_layers)),
+        ("update", "figures", "all_gather", "world", 1, 8 * world * (2 * load.rows + 5 + moe_layers)),
     ]

@@ -32,7 +32,7 @@ def check_gpus(config: RunConfig, gpus: int) -> Sizes:
     """
     check_gpu_count(gpus)
     sizes = check_mesh(config, gpus)
-    check_batches(config, gpus)
+    check_batches(config, gpus // sizes.context)
     return sizes
 
 
@@ -43,12 +43,13 @@ def check_batches_for_any_mesh(config: RunConfig, gpus: int) -> None:
         UserError: they do not. The message names the nearest GPU counts below and above that do, then the settings
             that would make `gpus` work.
     """
-    undivided = first_indivisible(config, gpus)
+    data_ranks = gpus // config.parallel.context if gpus % config.parallel.context == 0 else gpus
+    undivided = first_indivisible(config, data_ranks)
     if undivided:
         counts = batch_process_counts(config)
         below = [count for count in counts if count < gpus][-1:]
         nearest = [*below, *[count for count in counts if count > gpus][:1]]
-        words = " ".join(divisible_settings(config, gpus))
+        words = " ".join(divisible_settings(config, data_ranks))
         raise UserError(f"{undivided}; use --gpus {' or '.join(map(str, nearest))}, or with {gpus} GPUs {words}")
 
 
@@ -66,10 +67,11 @@ def mesh_candidates(config: RunConfig, gpus: int, card: GPU) -> dict[int, list[t
     """Meshes to estimate, by number of shards in ascending order: pairs of settings and the config with them.
 
     For each number of shards the experts are not split, split as the config sets, and split over as many GPUs of one
-    node as divide.
+    node as divide. Context parallelism stays as it is if it divides the GPUs.
     """
     experts_by_shard: dict[int, list[int]] = {}
-    for _, shard, expert in meshes(config.model, gpus):
+    context = config.parallel.context if gpus % config.parallel.context == 0 else 1
+    for _, shard, expert in meshes(config.model, gpus, context):
         experts_by_shard.setdefault(shard, []).append(expert)
     candidates = {}
     for shard, experts in experts_by_shard.items():

@@ -35,7 +35,7 @@ SHARD_COUNTS_TRIED = 3
 """The mesh search takes the fastest mesh of this many shard counts that fit, smallest first. Not from the report."""
 
 ActivationCache = dict[tuple, list[Activations]]
-"""Measured blocks by (recompute, microbatch, length, expert ranks); plans on several meshes share it."""
+"""Measured blocks by (recompute, microbatch, length, expert and context ranks); plans on several meshes share it."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,8 @@ def _estimate_step(
 ) -> StepEstimate:
     blocks = _blocks(config, rank, load, cache)
     memory, deferred = _memory(config, rank, load, card, cache)
-    flows = communication_flows(config, rank, load, [block.exchange for block in blocks], deferred)
+    contexts = [block.context for block in blocks if block.context is not None]
+    flows = communication_flows(config, rank, load, [block.exchange for block in blocks], deferred, contexts)
     work = step_work(config, rank.optimizers.muon, load, rank.ranks.sizes.replicate)
     microbatch = estimate_microbatch(config, rank, load, deferred, card, implementation)
     flops = flops_per_token(config.model, config.data.sequence_length)
@@ -258,7 +259,8 @@ def _estimate_step(
 
 
 def _blocks(config: RunConfig, rank: FakeRank, load: RankLoad, cache: ActivationCache) -> list[Activations]:
-    key = (config.recompute, load.microbatch, config.data.sequence_length, rank.ranks.sizes.expert)
+    sizes = rank.ranks.sizes
+    key = (config.recompute, load.microbatch, config.data.sequence_length, sizes.expert, sizes.context)
     if key not in cache:
         cache[key] = block_activations(config, rank.ranks, load.microbatch)
     return cache[key]

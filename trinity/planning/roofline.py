@@ -4,7 +4,8 @@
     host      its launches run ahead of the device, so the longer of the two counts. With waits for the sizes of an
               exchange, that holds for forward and backward each, and the device is idle after each wait (`waits`)
     gathers   FSDP's gathers and reductions; they overlap with compute, so the longer of the two counts
-    tokens    the expert exchange; assumed not to overlap, though the shared expert hides some of it
+    tokens    the exchanges of experts, of which the shared expert hides some, and of context parallelism; assumed not
+              to overlap
     update    clipping, Newton-Schulz and the optimizers' passes over the state; Muon's communication overlaps with them
 
     step = max(compute, gathers, host) + tokens + waits + update;  MFU = model's FLOPs (flops_per_token) / step / peak

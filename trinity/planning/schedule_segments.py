@@ -30,7 +30,10 @@ class ScheduleSegment(NamedTuple):
 
 
 class RankLoad(NamedTuple):
-    """One rank's share of a step: rows, rows of a microbatch, number of microbatches, and tokens of all rows."""
+    """One rank's share of a step: rows, rows of a microbatch, number of microbatches, and tokens of all rows.
+
+    With context parallelism its tokens are a part of its rows.
+    """
 
     rows: int
     microbatch: int
@@ -56,7 +59,8 @@ def schedule_segments(config: RunConfig) -> list[ScheduleSegment]:
 
 
 def rank_load(config: RunConfig, segment: ScheduleSegment, ranks: int) -> RankLoad:
-    """Each rank's share of a step of the segment; `ranks` must divide the global batch."""
-    rows = segment.sequences // ranks
+    """Each rank's share of a step of the segment; `ranks` / parallel.context must divide the global batch."""
+    context = config.parallel.context
+    rows = segment.sequences * context // ranks
     microbatch = microbatch_size(rows, config.batch.microbatch)
-    return RankLoad(rows, microbatch, rows // microbatch, rows * segment.sequence_length)
+    return RankLoad(rows, microbatch, rows // microbatch, rows * segment.sequence_length // context)

@@ -21,6 +21,7 @@ import torch
 from trinity.config.run import RunConfig
 from trinity.hardware import GPU
 from trinity.models.flops import flops_per_token
+from trinity.planning.activations import tokens_per_microbatch
 from trinity.planning.schedule_segments import RankLoad
 from trinity_kernels.cross_entropy import chunk_tokens
 
@@ -193,8 +194,9 @@ class _Parts:
         implementation: Implementation,
     ) -> None:
         self.model, self.gpu, self.has, self.deferred = config.model, gpu, implementation, deferred
-        self.tokens = T = load.microbatch * config.data.sequence_length
-        self.flops = {part: T * flops for part, flops in flops_per_token(config.model, T // load.microbatch).items()}
+        self.tokens = T = tokens_per_microbatch(config, load.microbatch)
+        length = config.data.sequence_length
+        self.flops = {part: T * flops for part, flops in flops_per_token(config.model, length).items()}
         self.size = getattr(torch, config.precision.compute).itemsize
         self.bf16 = config.precision.compute == "bfloat16"
         self.peak = gpu.bf16 if self.bf16 else gpu.fp32

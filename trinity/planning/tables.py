@@ -114,8 +114,9 @@ def _gpu_hours(plan: Plan) -> float:
 
 def _mesh(plan: Plan) -> str:
     sizes, model = plan.sizes, plan.config.model
+    context = f" ({sizes.shard // sizes.context} × context {sizes.context})" if sizes.context > 1 else ""
     lines = [
-        f"mesh, dense    replicate {sizes.replicate} × shard {sizes.shard}",
+        f"mesh, dense    replicate {sizes.replicate} × shard {sizes.shard}{context}",
         f"mesh, experts  replicate {sizes.replicate} × expert_shard {sizes.expert_shard} × expert {sizes.expert}",
     ]
     if model.moe_layers:
@@ -223,7 +224,7 @@ def _microbatch_rows(plan: Plan, step: StepEstimate) -> Rows:
     there, back = microbatch.host
     share = f"the update, 1/{load.microbatches} of it"
     return [
-        (f"ms of a microbatch of {load.microbatch} × {step.segment.sequence_length:,} tokens",
+        (f"ms of a microbatch of {load.microbatch} × {step.segment.sequence_length // plan.sizes.context:,} tokens",
          "forward", "backward", "again", "in all", "share"),
         *(row(term.name, term.forward, term.backward, term.again, term.seconds) for term in microbatch.terms),
         row(share, 0, 0, 0, update),
@@ -242,7 +243,7 @@ def _time_rows(plan: Plan, step: StepEstimate) -> Rows:
         ("memory-bound kernels and copies", "", f"{seconds.memory:.3f}"),
         ("the host, beside these", "", f"{seconds.host:.3f}"),
         ("communication that overlaps with these", "", f"{seconds.gathers:.3f}"),
-        ("expert exchange, not overlapped", "", f"{seconds.tokens:.3f}"),
+        ("exchanges of experts and context, not overlapped", "", f"{seconds.tokens:.3f}"),
         ("idle after waits for its sizes", "", f"{seconds.waits:.3f}"),
         ("Newton-Schulz", _teraflops(work.newton_schulz), f"{seconds.newton_schulz:.3f}"),
         ("clipping, reading and writing the state", "", f"{seconds.state:.3f}"),
@@ -270,7 +271,8 @@ def _assumptions(plan: Plan) -> str:
     assumed = (
         f"Predicted and not measured: of these rates, {shares} are reached; {MUON_PASSES} passes over what Muon "
         f"updates and {ADAMW_PASSES} over the rest; routing is even; gathers and reductions of weights and gradients "
-        "overlap with computation, and so does the host, so the longest counts; the expert exchange does not overlap. "
+        "overlap with computation, and so does the host, so the longest counts; the exchanges of experts and context "
+        "parallelism do not overlap. "
     )
     exact = (
         "State, calls and bytes are those of the run, except the expert exchange, which depends on the routing. "

@@ -59,7 +59,7 @@ def open_data(config: RunConfig, ranks: Ranks, plan: BatchPlan | None = None, st
     Raises:
         UserError: no training data, a damaged source, another tokenizer, or a vocabulary larger than the model's.
     """
-    stream = open_stream(config, ranks.rank, ranks.data_ranks, plan)
+    stream = open_stream(config, ranks.data_rank, ranks.data_ranks, plan)
     for source in stream.sources.values():
         _ = source.tokens  # counts the tokens of text sources now, not within the first step
     ahead = PREFETCHED_STEPS * stream.plan.at(step).sequences // ranks.data_ranks

@@ -1,13 +1,17 @@
-"""Divisibility of a run: its global batches and streams by the data ranks, a rank's rows by the microbatch.
+"""Divisibility of a run: its global batches and streams by the data ranks, a rank's rows by the microbatch, its
+sequence lengths by the ranks of context parallelism.
 
 What does not divide is refused with the nearest settings and numbers of processes that do.
 """
 
 import math
 import shlex
+from dataclasses import replace
 
+from trinity.config.phases import resolved_phases
 from trinity.config.run import RunConfig
 from trinity.errors import UserError
+from trinity.parallel.context_parallel import heads_fit
 from trinity.parallel.mesh import Sizes, divisors, mesh_sizes, nearest_mesh
 
 
@@ -40,10 +44,71 @@ def check_mesh(config: RunConfig, world: int) -> Sizes:
         UserError: with the nearest settings for which mesh, batches and streams divide, and numbers of processes.
     """
     try:
-        return mesh_sizes(config.parallel, config.model, world)
+        sizes = mesh_sizes(config.parallel, config.model, world)
     except UserError as error:
-        settings = [*nearest_mesh(config.parallel, config.model, world), *divisible_settings(config, world)]
+        words = nearest_mesh(config.parallel, config.model, world)
+        context = next((int(word.split("=")[1]) for word in words if "context" in word), config.parallel.context)
+        settings = [*words, *divisible_settings(config, world // context)]
         raise UserError(f"{error}; use {' '.join(settings)}{_or_processes(config, world)}") from None
+    _check_lengths(config, world)
+    return sizes
+
+
+def _check_lengths(config: RunConfig, world: int) -> None:
+    """Refuse a number of context ranks that does not divide every sequence length of the run.
+
+    Raises:
+        UserError: naming the length, and the numbers that the run can use on these processes.
+    """
+    context = config.parallel.context
+    undivided = next(((key, length) for key, length in _lengths(config).items() if length % context), None)
+    if undivided:
+        key, length = undivided
+        numbers = context_sizes(config, world)
+        words = [f"parallel.context={' or '.join(map(str, numbers))}"] if numbers else []
+        words = words or [
+            *nearest_mesh(config.parallel, config.model, world, context=1),
+            *divisible_settings(config, world),
+        ]
+        raise UserError(f"parallel.context={context} does not divide {key}={length}; use {' '.join(words)}")
+
+
+def context_sizes(config: RunConfig, world: int) -> list[int]:
+    """The values of parallel.context that a run can use on `world` processes, if nothing else changes, smallest first:
+    they divide every sequence length, make a mesh, split the heads, and leave batches that divide by the data ranks."""
+    model = config.model
+    numbers = [n for n in divisors(math.gcd(*_lengths(config).values())) if heads_fit(model.heads, model.kv_heads, n)]
+    return [n for n in numbers if world % n == 0 and _fits(_with_context(config, n), world)]
+
+
+def context_notes(config: RunConfig) -> list[str]:
+    """A note where global attention gathers keys and values, because the ranks of context parallelism cannot split the
+    heads."""
+    model, context = config.model, config.parallel.context
+    if heads_fit(model.heads, model.kv_heads, context):
+        return []
+    fitting = [n for n in divisors(model.heads) if n > 1 and heads_fit(model.heads, model.kv_heads, n)]
+    others = f"; {' or '.join(map(str, fitting))} ranks can" if fitting else ""
+    return [
+        f"note: {context} ranks (parallel.context) cannot split {model.heads} query and {model.kv_heads} key/value "
+        f"heads, so global layers gather keys and values, and the last rank of each row has the most work{others}"
+    ]
+
+
+def _lengths(config: RunConfig) -> dict[str, int]:
+    """Every sequence length of the run, by setting."""
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    for number, phase in enumerate(resolved_phases(config.data)[1:]):
+        lengths[f"data.phases[{number}].sequence_length"] = phase.sequence_length
+    return lengths
+
+
+def _with_context(config: RunConfig, context: int) -> RunConfig:
+    return replace(config, parallel=replace(config.parallel, context=context))
+
+
+def _fits(config: RunConfig, world: int) -> bool:
+    return _has_mesh(config, world) and first_indivisible(config, world // config.parallel.context) is None
 
 
 def check_batches(config: RunConfig, data_ranks: int) -> None:
@@ -55,7 +120,8 @@ def check_batches(config: RunConfig, data_ranks: int) -> None:
     indivisible = first_indivisible(config, data_ranks)
     if indivisible:
         settings = " ".join(divisible_settings(config, data_ranks))
-        raise UserError(f"{indivisible}; use {settings}{_or_processes(config, data_ranks)}")
+        processes = data_ranks * config.parallel.context
+        raise UserError(f"{indivisible}; use {settings}{_or_processes(config, processes)}")
 
 
 def first_indivisible(config: RunConfig, data_ranks: int) -> str | None:
@@ -88,9 +154,10 @@ def process_counts(config: RunConfig) -> list[int]:
 def batch_process_counts(config: RunConfig) -> list[int]:
     """Every number of processes for which all global batches and the streams divide on some mesh, smallest first.
 
-    One replica on each process is always a mesh.
+    One replica on each process, or on each group of parallel.context processes, is always a mesh.
     """
-    return divisors(math.gcd(*_split_over_ranks(config).values()))
+    context = max(1, config.parallel.context)
+    return [context * data_ranks for data_ranks in divisors(math.gcd(*_split_over_ranks(config).values()))]
 
 
 def _split_over_ranks(config: RunConfig) -> dict[str, int]:
@@ -114,7 +181,7 @@ def _has_mesh(config: RunConfig, world: int) -> bool:
         mesh_sizes(config.parallel, config.model, world)
     except UserError:
         return False
-    return True
+    return all(length % config.parallel.context == 0 for length in _lengths(config).values())
 
 
 def _global_batches(config: RunConfig) -> dict[str, int]:

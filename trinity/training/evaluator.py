@@ -61,7 +61,7 @@ class Evaluator:
                 config.data.sequence_length,
                 config.evaluation.sequences,
                 config.data.loss_on_document_start,
-                rank=self._ranks.rank,
+                rank=self._ranks.data_rank,
                 ranks=self._ranks.data_ranks,
                 best_fit_rows=config.data.best_fit_rows if config.data.packing == "best_fit" else 0,
                 masked=config.data.loss == "masked",
@@ -76,6 +76,7 @@ class Evaluator:
                 self._beat,
                 masked=config.data.loss == "masked",
                 end_of_turn=self._end_of_turn,
+                context=self._ranks.context,
             )
             metrics |= {f"validation_{metric}.{name}": value for metric, value in losses.items()}
         return metrics

@@ -21,7 +21,7 @@ from trinity.parallel.mesh import Ranks
 from trinity.terminal import format_duration
 from trinity.training.build import total_steps
 from trinity.training.build_data import document_notes
-from trinity.training.divisibility import microbatch_notes, microbatch_size
+from trinity.training.divisibility import context_notes, microbatch_notes, microbatch_size
 from trinity.training.lr_schedule_checks import decay_ends_with_run, schedule_notes
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -63,6 +63,7 @@ def opening(
         ownership_table(optimizers),
         size,
         *microbatch_notes(config, ranks.data_ranks),
+        *context_notes(config),
         *document_notes(stream),
     ]
 

@@ -1,10 +1,13 @@
 """Metrics of one step over all ranks, under their names in metrics.jsonl.
 
 Each rank puts its sums and the losses of its rows into one vector. Gathered over all ranks, the rows are put back into
-stream order, so no metric depends on how rows were distributed. Expert counts are reduced separately, because balancing
-uses them on the device. Everything that the host needs then crosses in one copy (HostCopy).
+stream order, so no metric depends on how rows were distributed. With context parallelism the ranks of a group have
+parts of the same rows: sums of a row are added over them, and rows have one line for each group. Expert counts are
+reduced separately, because balancing uses them on the device. Everything that the host needs then crosses in one copy
+(HostCopy).
 
-Shapes: R ranks, B rows of one rank, M MoE layers, E experts, N token sources.
+Shapes: R ranks (of rows and source counts: groups of ranks), B rows of one rank, M MoE layers, E experts, N token
+sources.
 """
 
 from typing import Any, NamedTuple
@@ -33,6 +36,8 @@ class StepStats(NamedTuple):
         grad_norm: scalar, before clipping.
         counts_ME: tokens of the global batch per layer and expert; None without MoE layers.
         bias_ranges: [2], the largest max − min of a layer's expert biases, before and after the step; None likewise.
+    Gathered from every rank, float64, too:
+        pairs_R1: pairs of query and key in attention (attention_pairs.py); None where they are not counted.
     """
 
     ce_RB: Tensor
@@ -44,6 +49,12 @@ class StepStats(NamedTuple):
     grad_norm: Tensor
     counts_ME: Tensor | None = None
     bias_ranges: Tensor | None = None
+    pairs_R1: Tensor | None = None
+
+    @property
+    def attention_spread(self) -> float | None:
+        """The most pairs of a rank over the mean of the ranks; None where they are not counted."""
+        return None if self.pairs_R1 is None else (self.pairs_R1.max() / self.pairs_R1.mean()).item()
 
 
 def total_counts(losses: list[Losses]) -> Tensor | None:
@@ -63,6 +74,8 @@ def gather_stats(
     source_counts_N: Tensor | None = None,
     data_seconds: float = 0.0,
     weights_BS: Tensor | None = None,
+    context: int = 1,
+    pairs: float = 0.0,
 ) -> StepStats:
     """Gather one step's statistics from all ranks, on the device: one all-gather.
 
@@ -73,6 +86,8 @@ def gather_stats(
         source_counts_N: tokens that this rank read of each source, exact up to 2⁵³; None where they are not counted.
         data_seconds: seconds that this rank waited for its rows.
         weights_BS: [B, S] weights of the targets, on the CPU; None: 1.
+        context: how many ranks have parts of the same rows.
+        pairs: this rank's pairs of query and key in attention.
     """
     weights = [None] * len(losses) if weights_BS is None else weights_BS.to(losses[0].ce_BS).chunk(len(losses))
     ce_B = torch.cat([_weighted(part.ce_BS, weight).sum(dim=1) for part, weight in zip(losses, weights)]).double()
@@ -87,20 +102,22 @@ def gather_stats(
     entropies = [microbatch.entropy_M for microbatch in losses if microbatch.entropy_M is not None]
     entropy_M = torch.stack(entropies).sum(dim=0).double() if entropies else None
     source_counts_N = None if source_counts_N is None else source_counts_N.to(ce_B)
-    local = [ce_B, valid_B.to(ce_B), torch.stack(sums), top_logit, entropy_M, source_counts_N]
+    pairs_1 = ce_B.new_full((1,), pairs)
+    local = [ce_B, valid_B.to(ce_B), torch.stack(sums), top_logit, entropy_M, source_counts_N, pairs_1]
     flat = torch.cat([tensor for tensor in local if tensor is not None])
     gathered = flat.new_empty(dist.get_world_size() * len(flat))
     all_gather_single(gathered, flat)
     columns = gathered.view(-1, len(flat)).split([0 if tensor is None else len(tensor) for tensor in local], dim=1)
-    ce_RB, valid_RB, sums_R3, top_logit_R1, entropy_RM, source_counts_RN = columns
+    ce_RB, valid_RB, sums_R3, top_logit_R1, entropy_RM, source_counts_RN, pairs_R1 = columns
     return StepStats(
-        ce_RB,
-        valid_RB,
+        ce_RB.unflatten(0, (-1, context)).sum(dim=1),
+        valid_RB.unflatten(0, (-1, context)).sum(dim=1),
         sums_R3,
         top_logit_R1,
         None if entropy_M is None else entropy_RM,
-        None if source_counts_N is None else source_counts_RN,
+        None if source_counts_N is None else source_counts_RN[::context],  # a group reads its rows on each rank
         grad_norm,
+        pairs_R1=pairs_R1,
     )
 
 
@@ -149,7 +166,7 @@ def step_metrics(stats: StepStats, valid: float, config: RunConfig) -> dict[str,
         valid: valid targets of the global batch, or the sum of their weights.
         config: the run's.
     """
-    # rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they are in stream order
+    # data rank r holds the rows r, r + R, r + 2R, … of the batch: transposed, they are in stream order
     ce, valid_rows = stats.ce_RB.t().flatten(), stats.valid_RB.t().flatten()
     lse_square, sequence_loss, _ = stats.sums_R3.sum(dim=0).tolist()
     metrics = {

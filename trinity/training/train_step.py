@@ -3,13 +3,14 @@
 The loss of a step is the mean over the valid targets of its global batch. They are counted first, over all ranks. Every
 microbatch divides its loss sum by that count and gradients are added up, so the result depends neither on the
 microbatch size nor on the number of ranks. Where targets have weights (loss.per=example), the same holds of weighted
-sums and the sum of the weights.
+sums and the sum of the weights. With context parallelism a rank computes a part of the columns of its rows: its losses
+are sums over these.
 
 Shapes: B rows of one rank's batch, S sequence, M MoE layers, E experts.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,15 +18,24 @@ from torch import Tensor
 
 from trinity import balancing
 from trinity.config.run import RunConfig
-from trinity.data.stream.collate import PADDING_ID, Batch
+from trinity.data.stream.collate import Batch, count_padding
 from trinity.models.trinity import Losses, Trinity, moe_layers
 from trinity.monitor.hooks import NO_HOOKS, SkipReason, StepHooks, StepResult
 from trinity.optim.build import Optimizers
 from trinity.optim.grad_clip import clip_, global_norm
+from trinity.parallel.context_parallel import row_parts
 from trinity.parallel.grad_accumulation import defers_reduction, end_accumulation, set_reduction
 from trinity.parallel.mesh import Ranks
+from trinity.training.attention_pairs import attention_pairs
 from trinity.training.divisibility import microbatch_size
-from trinity.training.step_metrics import HostCopy, gather_stats, router_entropy, step_metrics, total_counts
+from trinity.training.step_metrics import (
+    HostCopy,
+    StepStats,
+    gather_stats,
+    router_entropy,
+    step_metrics,
+    total_counts,
+)
 from trinity_kernels.cross_entropy import IGNORE
 
 MOST_TRAINED = 0.75
@@ -66,7 +76,7 @@ def train_step(
     The host reads from the device once, while it clips. The optimizer may still run on the device when this returns.
 
     Args:
-        batch: this rank's rows, on the CPU.
+        batch: this rank's rows, on the CPU; whole rows, of which it computes the columns that ranks.columns names.
         rate: fraction of the peak learning rates.
         source_counts: [N] tokens that this rank read of each source, to be summed over all ranks.
         data_seconds: seconds that this rank waited for its rows; with source_counts, the metrics hold the largest.
@@ -74,11 +84,14 @@ def train_step(
     Returns:
         The metrics, and the reason if the step was skipped: then no weight, no momentum and no bias has changed.
     """
+    pairs = attention_pairs(config.model, batch.tokens_BS.shape, batch.document_ids_BS, ranks)
+    batch = batch.columns(ranks.columns(batch.tokens_BS.shape[1]))
     targets = _count_targets(batch)
     losses = _forward_and_backward(model, batch, targets, config, ranks, hooks)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     grad_norm = global_norm(gradients, ranks.shard_group)
-    stats = gather_stats(losses, targets.weight_B, grad_norm, source_counts, data_seconds, batch.weights_BS)
+    sizes = batch.weights_BS, ranks.sizes.context, pairs
+    stats = gather_stats(losses, targets.weight_B, grad_norm, source_counts, data_seconds, *sizes)
     biases = balancing.next_biases(moe_layers(model), total_counts(losses), config.balancing)
     if biases is not None:
         stats = stats._replace(counts_ME=biases.counts_ME, bias_ranges=biases.ranges)
@@ -94,12 +107,7 @@ def train_step(
         if biases is not None:
             balancing.set_biases(moe_layers(model), biases)
     optimizers.zero_grad()
-    metrics |= {
-        "lr_muon": rate * config.optim.muon.lr,
-        "lr_adamw": rate * config.optim.adamw.lr,
-        "bias_range": 0.0 if stats.bias_ranges is None else stats.bias_ranges[1 if skip_reason is None else 0].item(),
-        "skipped": skip_reason is not None,
-    }
+    metrics |= _update_metrics(rate, config, stats, skipped=skip_reason is not None)
     return StepResult(
         metrics,
         skip_reason,
@@ -107,7 +115,18 @@ def train_step(
         source_counts=None if stats.source_counts_RN is None else stats.source_counts_RN.sum(dim=0).tolist(),
         counts_ME=None if stats.counts_ME is None else stats.counts_ME.long(),
         router_entropy_M=router_entropy(stats, config.model.active_experts),
+        attention_spread=stats.attention_spread,
     )
+
+
+def _update_metrics(rate: float, config: RunConfig, stats: StepStats, skipped: bool) -> dict[str, Any]:
+    """Metrics of the update, or of the state that a skipped step leaves as it is."""
+    return {
+        "lr_muon": rate * config.optim.muon.lr,
+        "lr_adamw": rate * config.optim.adamw.lr,
+        "bias_range": 0.0 if stats.bias_ranges is None else stats.bias_ranges[0 if skipped else 1].item(),
+        "skipped": skipped,
+    }
 
 
 def _skip_reason(loss: float, grad_norm: float, hooks: StepHooks) -> tuple[SkipReason | None, str | None]:
@@ -148,7 +167,7 @@ def _forward_and_backward(
     size = microbatch_size(rows, config.batch.microbatch)
     alpha = config.balancing.sequence_loss
     defer = defers_reduction(config.parallel.defer_reduce, model, ranks, rows // size)
-    padding_B = _count_padding(batch)
+    padding_B = count_padding(batch)
     done: list[Losses] = []
     for microbatch in batch.microbatches(size, ranks.device):
         part = slice(len(done) * size, (len(done) + 1) * size)
@@ -163,6 +182,13 @@ def _forward_and_backward(
             weights_BS=microbatch.weights_BS,
             padding=int(padding_B[part].sum()),
             trained=int(targets.trained_B[part].sum()) if targets.trained_only else None,
+            parts=row_parts(
+                ranks.context,
+                microbatch.tokens_BS,
+                microbatch.row_document_ids_BS,
+                microbatch.documents,
+                model.attention_engine,
+            ),
         )
         loss = losses.token_loss / targets.total
         if losses.sequence_loss_B is not None:
@@ -173,10 +199,3 @@ def _forward_and_backward(
             hooks.microbatch_done()
     end_accumulation(model)
     return done
-
-
-def _count_padding(batch: Batch) -> Tensor:
-    """[B] padding tokens of each row, on the host."""
-    if batch.document_ids_BS is None:
-        return torch.zeros(len(batch.tokens_BS), dtype=torch.int64)
-    return (batch.document_ids_BS == PADDING_ID).sum(dim=1)

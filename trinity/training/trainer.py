@@ -308,6 +308,7 @@ class Trainer:
         if self.config.data.packing == "best_fit":
             record["padding_share"] = counts[-1] / (plan.sequences * plan.sequence_length)
         record |= result.metrics
+        record |= {} if result.attention_spread is None else {"attention_spread": result.attention_spread}
         tokens_per_second = plan.sequences * plan.sequence_length / seconds
         record |= {
             "step_seconds": seconds,

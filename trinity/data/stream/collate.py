@@ -60,10 +60,11 @@ class Batch:
     tokens_BS, targets_BS: int64; IGNORE where there is no target.
     document_ids_BS: int32, for the document mask; PADDING_ID for padding at a row's end; None without a mask.
     pieces: of each sequence; empty in a microbatch.
-    documents: how many documents a microbatch's document_ids_BS hold, each row beginning a new one, padding counted as
-        one; otherwise None.
+    documents: how many documents the rows of a microbatch hold, each row beginning a new one, padding counted as one;
+        otherwise None.
     weights_BS: fp32, the weight of each target in the loss, 0 where there is no target: 1/(targets of its example) with
         loss.per=example, so that a row's weights sum to its examples; None with loss.per=token.
+    row_document_ids_BS: document ids of the whole rows, where the batch is a part of their columns; otherwise None.
     """
 
     tokens_BS: Tensor
@@ -72,25 +73,54 @@ class Batch:
     pieces: list[list[Piece]] = field(default_factory=list)
     documents: int | None = None
     weights_BS: Tensor | None = None
+    row_document_ids_BS: Tensor | None = None
+
+    def columns(self, columns: slice) -> "Batch":
+        """A part of the columns of every row, with the document ids of whole rows, which attention needs.
+
+        All columns: the batch itself.
+        """
+        ids_BS = self.document_ids_BS
+        if columns == slice(0, self.tokens_BS.shape[1]):
+            return self
+        return Batch(
+            self.tokens_BS[:, columns],
+            self.targets_BS[:, columns],
+            None if ids_BS is None else ids_BS[:, columns],
+            self.pieces,
+            weights_BS=None if self.weights_BS is None else self.weights_BS[:, columns],
+            row_document_ids_BS=ids_BS,
+        )
 
     def microbatches(self, size: int, device: torch.device) -> Iterator["Batch"]:
         """Consecutive parts of `size` sequences on the device."""
+        row_ids_BS = self.document_ids_BS if self.row_document_ids_BS is None else self.row_document_ids_BS
         for start in range(0, self.tokens_BS.shape[0], size):
             rows = slice(start, start + size)
-            ids_BS = None if self.document_ids_BS is None else self.document_ids_BS[rows]
-            weights_BS = None if self.weights_BS is None else self.weights_BS[rows]
             yield Batch(
                 self.tokens_BS[rows].to(device, non_blocking=True),
                 self.targets_BS[rows].to(device, non_blocking=True),
-                None if ids_BS is None else ids_BS.to(device, non_blocking=True),
-                documents=None if ids_BS is None else count_documents(ids_BS),
-                weights_BS=None if weights_BS is None else weights_BS.to(device, non_blocking=True),
+                _rows_on_device(self.document_ids_BS, rows, device),
+                documents=None if row_ids_BS is None else count_documents(row_ids_BS[rows]),
+                row_document_ids_BS=_rows_on_device(self.row_document_ids_BS, rows, device),
+                weights_BS=_rows_on_device(self.weights_BS, rows, device),
             )
+
+
+def _rows_on_device(x_BS: Tensor | None, rows: slice, device: torch.device) -> Tensor | None:
+    return None if x_BS is None else x_BS[rows].to(device, non_blocking=True)
 
 
 def count_documents(document_ids_BS: Tensor) -> int:
     """Number of documents in a batch on the CPU, each row beginning a new one."""
     return len(document_ids_BS) + int((document_ids_BS[:, 1:] != document_ids_BS[:, :-1]).sum())
+
+
+def count_padding(batch: Batch) -> Tensor:
+    """[B] padding tokens of each row of a batch on the CPU, in its columns."""
+    if batch.document_ids_BS is None:
+        return torch.zeros(len(batch.tokens_BS), dtype=torch.int64)
+    return (batch.document_ids_BS == PADDING_ID).sum(dim=1)
 
 
 def read_pieces(
