@@ -16,6 +16,7 @@ import trinity_kernels
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.attention_backends import AttentionMask, attend
+from trinity.models.kv_cache import LayerCache
 from trinity.models.layers import Linear, QKNorm
 
 
@@ -39,13 +40,20 @@ class Attention(nn.Module):
         self.k_norm = QKNorm(config.head_dim, config.norm_eps, kernel=kernels.qk_norm)
         self.out = Linear(q_width, (config.width,))
 
-    def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: AttentionMask) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: AttentionMask,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """Attention output before the post-norm.
 
         Args:
             x_BSD: the normalised input.
             rotation: cos and sin [B or 1, S, 1, C/2] fp32 of every position; global layers ignore it.
             mask: which keys each query may attend to.
+            cache: keys and values of earlier tokens, to which those of x are added.
         Returns:
             [B, S, D], x's dtype.
         """
@@ -55,7 +63,10 @@ class Attention(nn.Module):
         q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), rotation, into[0])
         k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), rotation, into[1])
         v_BSGC = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, mask).flatten(-2)
+        if cache is None:
+            mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, mask).flatten(-2)
+        else:
+            mixed = cache.attend(q_BSHC, k_BSGC, v_BSGC, mask).flatten(-2)
         return self.out(trinity_kernels.sigmoid_gate(mixed, gate, into[3], kernel=self.gate_kernel))
 
 
