@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trinity.errors import UserError
-from trinity.evaluation.sampling import Sampling, choose
+from trinity.evaluation.sampling import PLAIN, Sampling, choose
 from trinity.models.kv_cache import KVCache
 from trinity.models.trinity import Trinity
 
@@ -68,7 +68,7 @@ def generate_batch(
     model: Trinity,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     seeds: Sequence[int] | None = None,
     stop_ids: Collection[int] = (),
 ) -> list[list[int]]:
@@ -93,6 +93,9 @@ class Generation:
         cache: of earlier tokens of the rows, which precede the prompts; prompts are then equally long.
     Raises:
         UserError: a prompt is empty.
+
+    Attributes:
+        texts: the tokens of each row so far, prompt included.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Generation:
         model: Trinity,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = PLAIN,
         seeds: Sequence[int] | None = None,
         stop_ids: Collection[int] = (),
         chunk: int = PREFILL_CHUNK,
@@ -108,10 +111,11 @@ class Generation:
     ) -> None:
         if not all(prompts):
             raise UserError("there is no token to continue; give a prompt that is not empty")
-        self._model, self._prompts, self._most = model, prompts, max_new_tokens
-        self._sampling, self._stop, self._chunk, self._cache = sampling, stop_ids, chunk, cache
+        self.prompts, self.max_new_tokens, self.stop_ids = prompts, max_new_tokens, frozenset(stop_ids)
+        self._model, self._sampling, self._chunk, self._cache = model, sampling, chunk, cache
         self._seeds = [0] * len(prompts) if seeds is None else seeds
         self._finished: set[int] = set()
+        self.texts = [list(prompt) for prompt in prompts]
 
     def finish(self, row: int) -> None:
         """End a row: no token of it is generated after those of the current forward pass."""
@@ -119,25 +123,25 @@ class Generation:
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """(row, new token) of each row in turn, for each forward pass."""
-        if not self._prompts or self._most < 1:
+        if not self.prompts or self.max_new_tokens < 1:
             return
         model, device = self._model, self._model.embed.weight.device
-        tokens_BS, cache = left_padded(model, self._prompts, self._most, device)
+        tokens_BS, cache = left_padded(model, self.prompts, self.max_new_tokens, device)
         cache = cache if self._cache is None else self._cache
-        texts = [list(prompt) for prompt in self._prompts]
+        texts = self.texts
         generators = [torch.Generator(device).manual_seed(seed) for seed in self._seeds]
         rows = list(range(len(texts)))
         with torch.no_grad():
             logits_BV = prefill(model, tokens_BS, cache, self._chunk)
-        for number in range(1, self._most + 1):
+        for number in range(1, self.max_new_tokens + 1):
             chosen = choose(logits_BV, self._sampling, [texts[row] for row in rows], [generators[row] for row in rows])
             for row, token in zip(rows, chosen):
                 texts[row].append(token)
-                if token in self._stop:
+                if token in self.stop_ids:
                     self._finished.add(row)
                 yield row, token
             going = [place for place, row in enumerate(rows) if row not in self._finished]
-            if not going or number == self._most:
+            if not going or number == self.max_new_tokens:
                 return
             if len(going) < len(rows):
                 cache.keep(going, device)

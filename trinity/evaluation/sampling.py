@@ -46,6 +46,10 @@ class Sampling:
             raise UserError(f"repetition_penalty={self.repetition_penalty} must be above 0; write 1 for no penalty")
 
 
+PLAIN = Sampling()
+"""From the model's own distribution."""
+
+
 def choose(
     logits_BV: Tensor, sampling: Sampling, texts: Sequence[Sequence[int]], generators: Sequence[torch.Generator]
 ) -> list[int]:

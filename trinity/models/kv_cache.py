@@ -10,8 +10,7 @@
 A row takes 2·G·C numbers per layer and token, on local layers for at most `window` tokens. Tensors are allocated by the
 first forward pass, in the dtype of its keys.
 
-Shapes: B rows, S new tokens of each row, Q queries of a block, L keys, D width, H query heads, G key/value heads, C head
-width.
+Shapes: B rows, S new tokens of each row, Q queries of a block, L keys, H query heads, G key/value heads, C head width.
 """
 
 from collections.abc import Sequence
@@ -173,7 +172,7 @@ class LayerCache:
 
 
 def _grouped_attention(q_BQHC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√C)·v; the queries of the heads that share a key head are the queries of one head, H/G times as many.
+    """softmax(q·kᵀ/√C)·v. The H/G heads that share a key head are computed as one head of H/G·Q queries.
 
     Args:
         allowed: [B or 1, 1, Q, L] bool; None: each query attends to each key.
