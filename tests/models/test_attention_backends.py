@@ -1,6 +1,7 @@
 """Attention engines: the mask, agreement with each other, and refusals.
 
-The reference is sdpa on one document at a time; tests/models/test_attention.py compares that with loops.
+The reference is sdpa on one document at a time; tests/models/test_attention.py compares that with loops. With fewer
+queries than keys, it is the same part of the result for all queries.
 
 Shapes: B batch, S sequence.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from trinity.errors import UserError
 from trinity.models import attention_backends, attention_blocks
-from trinity.models.attention_backends import ENGINE_NAMES, AttentionMask, attend, pick_engine
+from trinity.models.attention_backends import ENGINE_NAMES, AttentionMask, Keys, attend, pick_engine, queries_before
 
 LENGTHS = [37, 1, 90]
 S = sum(LENGTHS)
@@ -86,6 +87,60 @@ def test_masks_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert masks[0] is masks[2] is masks[4]
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_mask_with_a_key_side(window: int | None, packed: bool) -> None:
+    """Token by token: queries among the keys, and slots of a cache in any order, some of them empty."""
+    positions_BS, positions_BU = torch.tensor([[5, 6, 9], [2, 3, 4]]), torch.tensor([[9, 1, 5, 6, 99], [0, 1, 2, 3, 4]])
+    ids_BS = torch.tensor([[1, 1, 2], [0, 0, 0]]) if packed else None
+    ids_BU = torch.tensor([[2, 1, 1, 1, 2], [7, 0, 0, 0, 0]]) if packed else None
+    mask = AttentionMask(positions_BS, ids_BS, keys=Keys(positions_BU, ids_BU, queries_last=False)).dense(window)
+    assert mask.shape == (2, 1, 3, 5)
+    for b, i, j in itertools.product(range(2), range(3), range(5)):
+        back = (positions_BS[b, i] - positions_BU[b, j]).item()
+        sees = back >= 0 and (window is None or back < window)
+        assert mask[b, 0, i, j].item() == (sees and (not packed or bool(ids_BS[b, i] == ids_BU[b, j])))
+
+
+@pytest.mark.parametrize("documents", [None, 9])
+@pytest.mark.parametrize(("S", "U"), [(1, 1), (1, 6), (3, 6), (6, 6), (4, 5)])
+def test_segments(S: int, U: int, documents: int | None) -> None:
+    """Every query of a segment sees the segment's keys up to its own, by brute force over all packings of two rows."""
+    for ends in itertools.product([False, True], repeat=2 * U - 2):
+        starts_BU = torch.tensor([True, *ends[: U - 1], True, *ends[U - 1 :]]).view(2, U)
+        ids_BU = starts_BU.long().cumsum(dim=1)
+        positions_BU = torch.arange(U).unsqueeze(0)
+        keys = Keys(positions_BU, ids_BU)
+        mask = AttentionMask(positions_BU[:, U - S :], ids_BU[:, U - S :], documents=documents, keys=keys)
+        segments = mask.segments(2)
+        assert (segments.most_queries, segments.most_keys, segments.queries.dtype) == (S, U, torch.int32)
+        assert segments.queries[-1] == 2 * S
+        allowed = torch.zeros(2 * S, 2 * U, dtype=torch.bool)
+        bounds = zip(*(itertools.pairwise(side.tolist()) for side in (segments.queries, segments.keys)))
+        for (first_q, end_q), (first_k, end_k) in bounds:
+            for i in range(first_q, end_q):  # bottom right: the last query has all keys
+                allowed[i, first_k : end_k - (end_q - 1 - i)] = True
+        by_row = torch.stack([allowed[b * S : (b + 1) * S, b * U : (b + 1) * U] for b in range(2)])
+        assert allowed.sum() == by_row.sum()
+        assert torch.equal(by_row, mask.dense(None).squeeze(1))
+
+
+def test_queries_before_each_boundary() -> None:
+    """Against counting: of two rows of 5 keys the last 3 have queries."""
+    has_query = [False, False, True, True, True] * 2
+    expected = [sum(has_query[:boundary]) for boundary in range(11)]
+    assert queries_before(torch.arange(11, dtype=torch.int32), 3, 5).tolist() == expected
+
+
+def test_segments_of_fewer_queries_do_not_wait_for_the_device() -> None:
+    """On meta tensors, with a bound on the documents."""
+    positions_BU, ids_BU = torch.arange(4, device="meta").unsqueeze(0), IDS_BS.to("meta")
+    mask = AttentionMask(positions_BU[:, 2:], ids_BU[:, 2:], documents=6, keys=Keys(positions_BU, ids_BU))
+    queries, keys, *most = mask.segments(3)
+    assert queries.shape == keys.shape == (33,)
+    assert most == [2, 4]
+
+
 def make(dtype: torch.dtype, device: str, grads: bool) -> list[Tensor]:
     """q, k, v of one packed row: four query heads, two key/value heads."""
     random = torch.Generator().manual_seed(0)
@@ -133,6 +188,44 @@ def test_packed_equals_documents_one_by_one(window: int | None, engine: str, dty
     assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize(("engine", "dtype"), CPU_ENGINES)
+@pytest.mark.parametrize(("S", "window"), [(1, None), (1, 20), (70, 70), (100, 16), (100, None), (149, 2), (64, 1000)])
+@pytest.mark.parametrize("ids", ["one document", "documents"])
+def test_fewer_queries(engine: str, dtype: torch.dtype, S: int, window: int | None, ids: str) -> None:
+    """Outputs and gradients of the last S queries of two rows, against sdpa for all queries in float64."""
+    U, random = 150, torch.Generator().manual_seed(S)
+    positions_BU = torch.arange(U).unsqueeze(0)
+    ids_BU = None if ids == "one document" else torch.tensor([[0] * 40 + [1] * 63 + [2] * 47, [0] * 99 + [1] * 51])
+    inputs = [torch.randn(2, U, heads, 16, generator=random, dtype=torch.float64) for heads in (4, 2, 2)]
+    dy = torch.randn(2, S, 4, 16, generator=random, dtype=torch.float64)
+
+    exact_inputs = [x.clone().requires_grad_() for x in inputs]
+    exact = attend(*exact_inputs, window, AttentionMask(positions_BU, ids_BU, engine="sdpa"))[:, U - S :]
+    exact_grads = torch.autograd.grad(exact, exact_inputs, dy)
+    q, k, v = (x.to(dtype).requires_grad_() for x in (inputs[0][:, U - S :], *inputs[1:]))
+    part_ids_BS = None if ids_BU is None else ids_BU[:, U - S :]
+    mask = AttentionMask(positions_BU[:, U - S :], part_ids_BS, engine=engine, keys=Keys(positions_BU, ids_BU))
+    got = attend(q, k, v, window, mask)
+    grads = torch.autograd.grad(got, (q, k, v), dy.to(dtype))
+    exact_grads = exact_grads[0][:, U - S :], *exact_grads[1:]
+    assert got.dtype == dtype
+    assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("engine", ["blocks", "varlen"])
+def test_keys_in_any_order_are_left_to_sdpa(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """A cache whose slots are rotated: the result is that of keys in order."""
+    monkeypatch.setattr(attention_backends, "pick_engine", lambda engine, *_: engine)
+    random = torch.Generator().manual_seed(0)
+    positions_BU = torch.tensor([[4, 5, 6, 1, 2, 3]])
+    q, k, v = (torch.randn(1, n, 2, 8, generator=random, dtype=torch.float64) for n in (1, 6, 6))
+    rotated = AttentionMask(positions_BU[:, 2:3], None, engine=engine, keys=Keys(positions_BU, None, False))
+    order = positions_BU[0].argsort()
+    ordered = AttentionMask(torch.tensor([[6]]), None, engine="sdpa", keys=Keys(positions_BU[:, order]))
+    got, exact = attend(q, k, v, 4, rotated), attend(q, k[:, order], v[:, order], 4, ordered)
+    assert error(got, exact) <= BOUNDS[torch.float64]
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize(("batch", "length", "window"), [(3, 200, 50), (1, 63, 64), (2, 65, 2), (1, 70, 8)])
 def test_blocks_of_several_rows(
@@ -163,6 +256,10 @@ def test_blocks_read_only_the_keys_in_reach(monkeypatch: pytest.MonkeyPatch) -> 
     x = torch.randn(1, 256, 2, 8)
     attend(x, x, x, 100, AttentionMask(torch.arange(256).unsqueeze(0), None, True, engine="blocks"))
     assert scores == [(64, 64), (64, 128), (64, 163), (64, 163)]
+    scores.clear()
+    keys = Keys(torch.arange(256).unsqueeze(0))
+    attend(x[:, 126:], x, x, 100, AttentionMask(torch.arange(126, 256).unsqueeze(0), None, engine="blocks", keys=keys))
+    assert scores == [(64, 163), (64, 163), (2, 101)]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # flex warns that it is not compiled here
@@ -173,19 +270,40 @@ def test_flex_packed_equals_documents_one_by_one(window: int | None) -> None:
     assert error(packed(*inputs, window, "flex"), one_by_one(*inputs, window)) <= BOUNDS[torch.float32]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("window", [None, 16])
+def test_flex_with_fewer_queries(window: int | None) -> None:
+    """On a CPU flex has no gradients."""
+    inputs, first = make(torch.float32, "cpu", grads=False), 30
+    positions_BU = torch.arange(S).unsqueeze(0)
+    keys = Keys(positions_BU, DOCUMENTS)
+    mask = AttentionMask(positions_BU[:, first:], DOCUMENTS[:, first:], engine="flex", keys=keys)
+    got = attend(inputs[0][:, first:], *inputs[1:], window, mask)
+    assert error(got, one_by_one(*inputs, window)[:, first:]) <= BOUNDS[torch.float32]
+
+
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("queries", [S, 50, 91])
 @pytest.mark.parametrize("documents", [None, len(LENGTHS)])
 @pytest.mark.parametrize("window", [None, 16, 1000])
 @pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name not in ("auto", "sdpa", "blocks")])
-def test_gpu_engines_packed_equal_documents_one_by_one(engine: str, window: int | None, documents: int | None) -> None:
-    """Outputs and gradients of every engine that is installed, bf16; a bound adds documents without tokens."""
+def test_gpu_engines_packed_equal_documents_one_by_one(
+    engine: str, window: int | None, documents: int | None, queries: int
+) -> None:
+    """Outputs and gradients of every engine that is installed, bf16; a bound adds documents without tokens.
+
+    With fewer queries than keys, some documents have keys alone, and one has fewer queries than keys.
+    """
     try:
         pick_engine(engine, "cuda", torch.bfloat16)
     except UserError as missing:
         pytest.skip(str(missing))
     inputs = make(torch.bfloat16, "cuda", grads=True)
-    got, exact = packed(*inputs, window, engine, documents), one_by_one(*inputs, window)
+    positions_BU, ids_BU, first = torch.arange(S, device="cuda").unsqueeze(0), DOCUMENTS.cuda(), S - queries
+    keys = Keys(positions_BU, ids_BU) if first else None
+    mask = AttentionMask(positions_BU[:, first:], ids_BU[:, first:], not first, engine, documents, keys)
+    got, exact = attend(inputs[0][:, first:], *inputs[1:], window, mask), one_by_one(*inputs, window)[:, first:]
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).cuda()
     grads, exact_grads = (torch.autograd.grad(y, inputs, dy.to(y.dtype)) for y in (got, exact))
     assert max(error(a, b) for a, b in zip((got, *grads), (exact, *exact_grads))) <= BOUNDS[torch.bfloat16]
@@ -204,11 +322,14 @@ class StandIn:
         self.heads.append((query.shape[1], key.shape[1], value.shape[1]))
         if self.refusal is not None and query.shape[1] != key.shape[1]:
             raise self.refusal("Expect query and key/value to have the same number of heads")
-        assert (cu_seq_q.tolist(), max_q, max_k) == (cu_seq_k.tolist(), S, S)
+        assert (max_q, max_k) == (query.shape[0], key.shape[0])
         outputs = []
-        for start, end in itertools.pairwise(cu_seq_q.tolist()):
-            q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
-            distance = torch.arange(end - start).unsqueeze(1) - torch.arange(end - start)
+        for bounds in zip(itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist())):
+            (queries, keys) = (slice(start, end) for start, end in bounds)
+            q, k, v = (x[part].transpose(0, 1) for x, part in ((query, queries), (key, keys), (value, keys)))
+            # causality and the window count from the last query and the last key
+            own = torch.arange(q.shape[1]).unsqueeze(1) + k.shape[1] - q.shape[1]
+            distance = own - torch.arange(k.shape[1])
             seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
             outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(0, 1))
         return torch.cat(outputs)
@@ -261,6 +382,23 @@ def test_varlen_repeats_no_keys(
             assert actual.shape == expected.shape
             assert error(actual, expected) <= BOUNDS[torch.float64]
     assert stand_in.heads == [(4, 2, 2)] * 2
+
+
+@pytest.mark.parametrize("documents", [None, len(LENGTHS)])
+@pytest.mark.parametrize("window", [None, 16, 100])
+@pytest.mark.parametrize("queries", [1, 50, 90, 91, 92, 120])
+def test_varlen_with_fewer_queries(varlen: Callable, queries: int, window: int | None, documents: int | None) -> None:
+    """The first query inside a document, at its start and one token after it; documents before it have no query."""
+    varlen(NewStandIn())
+    inputs = make(torch.float64, "cpu", grads=True)
+    positions_BU, first = torch.arange(S).unsqueeze(0), S - queries
+    keys = Keys(positions_BU, DOCUMENTS)
+    mask = AttentionMask(positions_BU[:, first:], DOCUMENTS[:, first:], engine="varlen", documents=documents, keys=keys)
+    got, exact = attend(inputs[0][:, first:], *inputs[1:], window, mask), one_by_one(*inputs, window)[:, first:]
+    dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads, exact_grads = (torch.autograd.grad(y, inputs, dy) for y in (got, exact))
+    for actual, expected in zip((got, *grads), (exact, *exact_grads)):
+        assert error(actual, expected) <= BOUNDS[torch.float64]
 
 
 @pytest.mark.parametrize("refusal", [ValueError, RuntimeError])

@@ -5,6 +5,9 @@ back; with document ids only to those of its own document. "Earlier" refers to t
 along a row. They do not restart at a document: RoPE is relative, so that would change nothing inside a document, and
 without a document mask (Nano, Mini) attention crosses documents and needs one running position.
 
+The keys may be more than the queries: those of earlier tokens, which another process computed (context parallelism) or
+an earlier forward pass did (a key-value cache). The mask then has a key side (`Keys`).
+
 Engines:
     sdpa             torch, with a dense mask; runs everywhere, float64 included: the reference
     blocks           the same in blocks of queries that read only the keys in reach; CPU, in fp32 and 16 bits
@@ -13,14 +16,15 @@ Engines:
     flash4, flash2   the packages flash-attn-4 and flash-attn; CUDA
     auto             in 16 bits on CUDA the first available one of flash4, flash2, varlen; on a CPU blocks; else sdpa
 
-Shapes: B batch, S sequence, H query heads, G key/value heads, C head width, N documents.
+Shapes: B batch, S sequence: the queries of a row, U its keys (S, unless the mask has a key side), H query heads,
+G key/value heads, C head width, N documents.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +41,38 @@ ENGINE_NAMES = ("auto", "sdpa", "blocks", "varlen", "flex", "flash4", "flash2")
 DOCUMENTS_STEP = 32
 """A known number of documents is rounded up to a multiple of it."""
 
+ANY_ORDER = frozenset({"sdpa", "flex"})
+"""Engines that need no order between queries and keys: they take any mask."""
+
+
+class Keys(NamedTuple):
+    """The key side of a mask, where the keys are not those of the queries' tokens alone.
+
+    positions_BU: [B or 1, U] int64, increasing along each row unless `queries_last` is False.
+    document_ids_BU: [B, U] integer, equal within a document, contiguous; None exactly if the queries have none.
+    queries_last: the queries are the last S of the U keys in every row. Otherwise queries and keys are in any order,
+        e.g. the slots of a cache, of which some are empty: give those a position after every query. Only the engines of
+        ANY_ORDER take such a mask, and sdpa replaces any other one.
+    """
+
+    positions_BU: Tensor
+    document_ids_BU: Tensor | None = None
+    queries_last: bool = True
+
+
+class Segments(NamedTuple):
+    """Documents as sequences of uneven length in the flattened batch, for engines that take them.
+
+    queries, keys: [N + 1] int32, the start of each document among B·S queries and B·U keys, and the end. The last
+        queries of a document are aligned with its last keys. A document may have keys and no queries.
+    most_queries, most_keys: of one document: S and U.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+
 
 class AttentionMask:
     """The mask of one forward pass in each form that an engine takes.
@@ -49,7 +85,9 @@ class AttentionMask:
         default_positions: whether positions are 0…S−1 in every row, so that engines may use their own causal mask.
         engine: one of ENGINE_NAMES.
         documents: at least N, the number of documents in document_ids_BS, each row beginning a new one; None: not
-            known. With it, cu_seqlens need not wait for the device. A number below N gives wrong results.
+            known. With it, cu_seqlens need not wait for the device. A number below N gives wrong results. With a key
+            side, N is the number of documents among the keys.
+        keys: the key side; None: the keys are those of the queries' tokens.
     """
 
     def __init__(
@@ -59,8 +97,10 @@ class AttentionMask:
         default_positions: bool = False,
         engine: str = "auto",
         documents: int | None = None,
+        keys: Keys | None = None,
     ) -> None:
         self.positions_BS, self.document_ids_BS = positions_BS, document_ids_BS
+        self.has_key_side, self.keys = keys is not None, keys or Keys(positions_BS, document_ids_BS)
         # rounded up, because torch.compile compiles for each number
         self.most_documents = None if documents is None else -(-documents // DOCUMENTS_STEP) * DOCUMENTS_STEP
         self.default_positions, self.engine = default_positions, engine
@@ -78,58 +118,89 @@ class AttentionMask:
         return self._cache[key]
 
     def is_causal_only(self, window: int | None) -> bool:
-        """Whether the causal mask over the whole row is the only restriction."""
+        """Whether the causal mask over the whole row is the only restriction, with a key for each query."""
+        if self.has_key_side:
+            return False
         unlimited = window is None or window >= self.sequence_length
         return self.default_positions and self.document_ids_BS is None and unlimited
 
     def dense(self, window: int | None) -> Tensor:
-        """[B or 1, 1, S, S] bool: whether query i (second to last) attends to key j (last)."""
+        """[B or 1, 1, S, U] bool: whether query i (second to last) attends to key j (last)."""
         return self.cached(("dense", window), partial(self._dense, window))
 
     def _dense(self, window: int | None) -> Tensor:
-        distance = self.positions_BS.unsqueeze(-1) - self.positions_BS.unsqueeze(-2)
+        distance = self.positions_BS.unsqueeze(-1) - self.keys.positions_BU.unsqueeze(-2)
         allowed = distance >= 0
         if window is not None:
             allowed &= distance < window
         if self.document_ids_BS is not None:
-            allowed = allowed & (self.document_ids_BS.unsqueeze(-1) == self.document_ids_BS.unsqueeze(-2))
+            assert self.keys.document_ids_BU is not None
+            allowed = allowed & (self.document_ids_BS.unsqueeze(-1) == self.keys.document_ids_BU.unsqueeze(-2))
         return allowed.unsqueeze(1)
 
+    def segments(self, batch: int) -> Segments:
+        """The documents as sequences of uneven length; queries_last must hold."""
+        return self.cached("segments", partial(self._segments, batch))
+
+    def _segments(self, batch: int) -> Segments:
+        assert self.keys.queries_last
+        S, U = self.sequence_length, self.keys.positions_BU.shape[1]
+        keys, _ = self.cu_seqlens(batch)
+        return Segments(keys if S == U else queries_before(keys, S, U), keys, S, U)
+
     def cu_seqlens(self, batch: int) -> tuple[Tensor, int]:
-        """Boundaries of documents in the flattened batch, for engines that take sequences of uneven length.
+        """Boundaries of documents among the keys of the flattened batch.
 
         Returns:
-            cu_seqlens [N + 1] int32: the start of each document and B·S; and the longest possible document, S. If a
-            bound on N was given, it is longer: B·S is repeated, as documents without tokens. If none was given, the
+            cu_seqlens [N + 1] int32: the start of each document and B·U; and the longest possible document, U. If a
+            bound on N was given, it is longer: B·U is repeated, as documents without tokens. If none was given, the
             forward pass waits for the device here, to count the documents, and nowhere else.
         """
         return self.cached("cu_seqlens", partial(self._cu_seqlens, batch))
 
     def _cu_seqlens(self, batch: int) -> tuple[Tensor, int]:
-        device, S = self.positions_BS.device, self.sequence_length
-        if self.document_ids_BS is None:
-            return torch.arange(0, batch * S + 1, S, dtype=torch.int32, device=device), S
-        starts_BS = torch.ones_like(self.document_ids_BS, dtype=torch.bool)
-        starts_BS[:, 1:] = self.document_ids_BS[:, 1:] != self.document_ids_BS[:, :-1]
-        starts_T = starts_BS.flatten()
+        ids_BU = self.keys.document_ids_BU
+        device, U = self.keys.positions_BU.device, self.keys.positions_BU.shape[1]
+        if ids_BU is None:
+            return torch.arange(0, batch * U + 1, U, dtype=torch.int32, device=device), U
+        starts_BU = torch.ones_like(ids_BU, dtype=torch.bool)
+        starts_BU[:, 1:] = ids_BU[:, 1:] != ids_BU[:, :-1]
+        starts_T = starts_BU.flatten()
         if self.most_documents is None:
-            starts = F.pad(starts_T.nonzero(), (0, 0, 0, 1), value=batch * S)
+            starts = F.pad(starts_T.nonzero(), (0, 0, 0, 1), value=batch * U)
         else:
-            starts = torch.nonzero_static(starts_T, size=self.most_documents + 1, fill_value=batch * S)
-        return starts.squeeze(1).to(torch.int32), S
+            starts = torch.nonzero_static(starts_T, size=self.most_documents + 1, fill_value=batch * U)
+        return starts.squeeze(1).to(torch.int32), U
 
 
-def attend(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+def queries_before(keys: Tensor, S: int, U: int) -> Tensor:
+    """How many queries come before each of some boundaries among the keys, in a batch whose rows end with the queries.
+
+    Key j of row b is at b·U + j. The first U − S keys of a row have no query, so b·S + max(0, j − (U − S)) queries come
+    before it.
+
+    Args:
+        keys: boundaries from 0 to B·U, integer.
+        S, U: queries and keys of a row.
+    Returns:
+        numbers from 0 to B·S, dtype and shape of `keys`.
+    """
+    return keys // U * S + (keys % U - (U - S)).clamp(min=0)
+
+
+def attend(q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
     """softmax(q·kᵀ/√C)·v under the mask.
 
     Args:
-        q_BSHC, k_BSGC, v_BSGC: one dtype; H is a multiple of G.
+        q_BSHC, k_BUGC, v_BUGC: one dtype; H is a multiple of G.
         window: how many tokens a token attends to, itself included; None: all earlier ones.
     Returns:
         [B, S, H, C], same dtype.
     """
     engine = pick_engine(mask.engine, q_BSHC.device.type, q_BSHC.dtype)
-    return _ENGINES[engine](q_BSHC, k_BSGC, v_BSGC, window, mask)
+    if not mask.keys.queries_last and engine not in ANY_ORDER:
+        engine = "sdpa"
+    return _ENGINES[engine](q_BSHC, k_BUGC, v_BUGC, window, mask)
 
 
 @cache
@@ -171,8 +242,8 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
-    q, k, v = (matmul_operand(x.transpose(1, 2)) for x in (q_BSHC, k_BSGC, v_BSGC))
+def _sdpa(q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+    q, k, v = (matmul_operand(x.transpose(1, 2)) for x in (q_BSHC, k_BUGC, v_BUGC))
     if mask.is_causal_only(window):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
@@ -180,10 +251,10 @@ def _sdpa(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, ma
     return mixed.transpose(1, 2).to(q_BSHC.dtype)
 
 
-def _blocks(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+def _blocks(q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
     if mask.is_causal_only(window):
-        return _sdpa(q_BSHC, k_BSGC, v_BSGC, window, mask)  # torch skips what is above the diagonal by itself
-    q, k, v = (matmul_operand(x.transpose(1, 2)) for x in (q_BSHC, k_BSGC, v_BSGC))
+        return _sdpa(q_BSHC, k_BUGC, v_BUGC, window, mask)  # torch skips what is above the diagonal by itself
+    q, k, v = (matmul_operand(x.transpose(1, 2)) for x in (q_BSHC, k_BUGC, v_BUGC))
 
     def make() -> Tensor:
         allowed = mask.dense(window)
@@ -193,23 +264,25 @@ def _blocks(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, 
     return attention_blocks.block_attention(q, k, v, bias, window).transpose(1, 2).to(q_BSHC.dtype)
 
 
-def _flex(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+def _flex(q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-    batch, sequence = q_BSHC.shape[:2]
-    positions = mask.positions_BS.expand(batch, -1)
-    documents = mask.document_ids_BS
+    batch, queries, keys = *q_BSHC.shape[:2], k_BUGC.shape[1]
+    positions, key_positions = mask.positions_BS.expand(batch, -1), mask.keys.positions_BU.expand(batch, -1)
+    documents, key_documents = mask.document_ids_BS, mask.keys.document_ids_BU
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        distance = positions[b, i] - positions[b, j]
+        distance = positions[b, i] - key_positions[b, j]
         allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return allowed if documents is None else allowed & (documents[b, i] == documents[b, j])
+        if documents is None or key_documents is None:
+            return allowed
+        return allowed & (documents[b, i] == key_documents[b, j])
 
     def make() -> BlockMask:
-        return create_block_mask(mask_mod, batch, None, sequence, sequence, device=q_BSHC.device)
+        return create_block_mask(mask_mod, batch, None, queries, keys, device=q_BSHC.device)
 
     block_mask = mask.cached(("blocks", window), make)
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BSGC, v_BSGC))
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BUGC, v_BUGC))
     return _flex_function()(q, k, v, block_mask=block_mask, enable_gqa=True).transpose(1, 2)
 
 
@@ -222,11 +295,11 @@ def _flex_function() -> Callable[..., Tensor]:
     return function
 
 
-def _varlen(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
-    cu_seqlens, longest = mask.cu_seqlens(q_BSHC.shape[0])
+def _varlen(q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+    segments = mask.segments(q_BSHC.shape[0])
     left = -1 if window is None else window - 1
-    q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BSGC, v_BSGC))
-    mixed = _varlen_function()(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0))
+    q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BUGC, v_BUGC))
+    mixed = _varlen_function()(q, k, v, *segments, window_size=(left, 0))
     return mixed.unflatten(0, q_BSHC.shape[:2])
 
 
@@ -266,26 +339,26 @@ class FewerHeads:
         return mixed
 
 
-def _flash4(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+def _flash4(q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
-    cu_seqlens, longest = mask.cu_seqlens(q_BSHC.shape[0])
+    segments = mask.segments(q_BSHC.shape[0])
     limits = (None, None) if window is None else (window - 1, 0)
-    q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BSGC, v_BSGC))
+    q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BUGC, v_BUGC))
     mixed = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
-        causal=True, window_size=limits,
+        q, k, v, cu_seqlens_q=segments.queries, cu_seqlens_k=segments.keys, max_seqlen_q=segments.most_queries,
+        max_seqlen_k=segments.most_keys, causal=True, window_size=limits,
     )  # fmt: skip
     return (mixed[0] if isinstance(mixed, tuple) else mixed).unflatten(0, q_BSHC.shape[:2])
 
 
-def _flash2(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
+def _flash2(q_BSHC: Tensor, k_BUGC: Tensor, v_BUGC: Tensor, window: int | None, mask: AttentionMask) -> Tensor:
     from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-    cu_seqlens, longest = mask.cu_seqlens(q_BSHC.shape[0])
+    segments = mask.segments(q_BSHC.shape[0])
     limits = (-1, -1) if window is None else (window - 1, 0)
-    q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BSGC, v_BSGC))
-    mixed = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True, window_size=limits)
+    q, k, v = (x.flatten(0, 1) for x in (q_BSHC, k_BUGC, v_BUGC))
+    mixed = flash_attn_varlen_func(q, k, v, *segments, causal=True, window_size=limits)
     return mixed.unflatten(0, q_BSHC.shape[:2])
 
 

@@ -2,12 +2,13 @@
 
 torch's flash attention for CPUs computes every score of a row and masks those out of reach. Here it is called for BLOCK
 queries at a time and the keys from the first query's window up to the last query itself, so that the work grows with
-S·window, and with S²/2 without a window. 16-bit inputs are differentiated in fp32, because torch's backward is slow in
-16 bits and would round the keys' gradients once per block.
+S·window, and with S²/2 without a window. Keys of earlier tokens may come before those of the queries' own. 16-bit
+inputs are differentiated in fp32, because torch's backward is slow in 16 bits and would round the keys' gradients once
+per block.
 
 Saved for backward: q, k, v, the mask, and of each block the output and the log-sum-exp of its scores.
 
-Shapes: B batch, S sequence, H query heads, G key/value heads, C head width.
+Shapes: B batch, S queries and U keys of a row, H query heads, G key/value heads, C head width.
 """
 
 from collections.abc import Iterator
@@ -21,20 +22,21 @@ BLOCK = 64
 and a window of 128."""
 
 
-def block_attention(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, bias: Tensor, window: int | None) -> Tensor:
+def block_attention(q_BHSC: Tensor, k_BGUC: Tensor, v_BGUC: Tensor, bias: Tensor, window: int | None) -> Tensor:
     """softmax(q·kᵀ/√C + bias)·v.
 
     Args:
-        q_BHSC, k_BGSC, v_BGSC: fp32 or 16 bits, one dtype, on a CPU, any strides; H is a multiple of G.
-        bias: [B or 1, 1, S, S] in q's dtype: 0 where query i (second to last) attends to key j, else −inf; a query
+        q_BHSC, k_BGUC, v_BGUC: fp32 or 16 bits, one dtype, on a CPU, any strides; H is a multiple of G. The last S keys
+            are those of the queries' own tokens; U ≥ S.
+        bias: [B or 1, 1, S, U] in q's dtype: 0 where query i (second to last) attends to key j, else −inf; a query
             attends to itself, to no later key, and to none `window` or more positions before it.
         window: see bias; None: keys of any distance.
     Returns:
         [B, H, S, C], same dtype.
     """
-    if q_BHSC.shape[1] != k_BGSC.shape[1] and not _flash_groups_queries():
-        k_BGSC, v_BGSC = (x.repeat_interleave(q_BHSC.shape[1] // x.shape[1], dim=1) for x in (k_BGSC, v_BGSC))
-    return _BlockAttention.apply(q_BHSC, k_BGSC, v_BGSC, bias, window)
+    if q_BHSC.shape[1] != k_BGUC.shape[1] and not _flash_groups_queries():
+        k_BGUC, v_BGUC = (x.repeat_interleave(q_BHSC.shape[1] // x.shape[1], dim=1) for x in (k_BGUC, v_BGUC))
+    return _BlockAttention.apply(q_BHSC, k_BGUC, v_BGUC, bias, window)
 
 
 @torch.compiler.assume_constant_result
@@ -62,23 +64,23 @@ def _flash_groups_queries() -> bool:
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, bias: Tensor, window: int | None) -> Tensor:
-        blocks = list(_blocks(q_BHSC.shape[2], window))
+    def forward(ctx, q_BHSC: Tensor, k_BGUC: Tensor, v_BGUC: Tensor, bias: Tensor, window: int | None) -> Tensor:
+        blocks = list(_blocks(q_BHSC.shape[2], k_BGUC.shape[2], window))
         parts = [
-            _flash(q_BHSC[:, :, queries], k_BGSC[:, :, keys], v_BGSC[:, :, keys], bias[..., queries, keys])
+            _flash(q_BHSC[:, :, queries], k_BGUC[:, :, keys], v_BGUC[:, :, keys], bias[..., queries, keys])
             for queries, keys in blocks
         ]
         outputs, log_sums = zip(*parts)
-        ctx.save_for_backward(q_BHSC, k_BGSC, v_BGSC, bias, *outputs, *log_sums)
+        ctx.save_for_backward(q_BHSC, k_BGUC, v_BGUC, bias, *outputs, *log_sums)
         ctx.blocks = blocks
         return torch.cat(outputs, dim=2)
 
     @staticmethod
     def backward(ctx, grad_BHSC: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHSC, k_BGSC, v_BGSC, bias, *saved = ctx.saved_tensors
+        q_BHSC, k_BGUC, v_BGUC, bias, *saved = ctx.saved_tensors
         dtype, outputs, log_sums = q_BHSC.dtype, saved[: len(ctx.blocks)], saved[len(ctx.blocks) :]
         # the flash kernel reads rows of one head: contiguous here once, not in each block
-        q, k, v, grad, bias = (x.float().contiguous() for x in (q_BHSC, k_BGSC, v_BGSC, grad_BHSC, bias))
+        q, k, v, grad, bias = (x.float().contiguous() for x in (q_BHSC, k_BGUC, v_BGUC, grad_BHSC, bias))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for (queries, keys), output, log_sum in zip(ctx.blocks, outputs, log_sums):
             grad_q[:, :, queries], grad_k_part, grad_v_part = _flash_backward(
@@ -90,11 +92,13 @@ class _BlockAttention(torch.autograd.Function):
         return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype), None, None
 
 
-def _blocks(sequence: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys in their reach) of each block."""
-    for start in range(0, sequence, BLOCK):
-        end = min(start + BLOCK, sequence)
-        yield slice(start, end), slice(0 if window is None else max(0, start - window + 1), end)
+def _blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, keys in their reach) of each block; query i has key `earlier` + i."""
+    earlier = keys - queries
+    for start in range(0, queries, BLOCK):
+        end = min(start + BLOCK, queries)
+        first = 0 if window is None else max(0, earlier + start - window + 1)
+        yield slice(start, end), slice(first, earlier + end)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
