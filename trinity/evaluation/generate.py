@@ -17,8 +17,11 @@ from trinity.evaluation.sampling import PLAIN, Sampling, choose
 from trinity.models.kv_cache import KVCache
 from trinity.models.trinity import Trinity
 
-PREFILL_CHUNK = 8192
-"""Most tokens of a row in one forward pass over the prompts."""
+PREFILL_CHUNK = 2048
+"""Most tokens of a row in one forward pass over the prompts; on a CPU, the mask over 131,072 keys then takes 1 GB."""
+
+MOST_RESERVED = 8192
+"""Most new tokens for which a cache allocates memory in advance; for more, it grows."""
 
 
 def generate(
@@ -163,7 +166,7 @@ def left_padded(
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     tokens_BS = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts)], device=device)
-    return tokens_BS, KVCache(model.config, padding, longest + min(new_tokens, PREFILL_CHUNK))
+    return tokens_BS, KVCache(model.config, padding, longest + min(new_tokens, MOST_RESERVED))
 
 
 def prefill(

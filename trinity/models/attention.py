@@ -66,7 +66,7 @@ class Attention(nn.Module):
         if cache is None:
             mixed = attend(q_BSHC, k_BSGC, v_BSGC, self.window, mask).flatten(-2)
         else:
-            mixed = cache.attend(q_BSHC, k_BSGC, v_BSGC, mask).flatten(-2)
+            mixed = cache.attend(q_BSHC, k_BSGC, v_BSGC).flatten(-2)
         return self.out(trinity_kernels.sigmoid_gate(mixed, gate, into[3], kernel=self.gate_kernel))
 
 

@@ -10,7 +10,8 @@
 A row takes 2·G·C numbers per layer and token, on local layers for at most `window` tokens. Tensors are allocated by the
 first forward pass, in the dtype of its keys.
 
-Shapes: B rows, S new tokens of each row, Q queries of a block, L keys, H query heads, G key/value heads, C head width.
+Shapes: B rows, S new tokens of each row, U keys in the order of columns, L slots, H query heads, G key/value heads, C
+head width.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity.config.model import ModelConfig
-from trinity.models.attention_backends import AttentionMask, attend
-
-QUERY_BLOCK = 512
-"""Queries of a later chunk that attend together, which bounds the size of their mask."""
+from trinity.models.attention_backends import AttentionMask, Keys, attend
 
 
 class Step:
@@ -34,42 +32,48 @@ class Step:
         count: S.
         padding_B: [B] int64, how many columns on the left of each row are padding; None: none in any row.
         device: of the model.
+        engine: of attention, for several new columns.
     """
 
-    def __init__(self, start: int, count: int, padding_B: Tensor | None, device: torch.device) -> None:
-        self.start, self.count, self._padding_B, self._device = start, count, padding_B, device
-        columns_1S = torch.arange(start, start + count, device=device).unsqueeze(0)
-        self.positions_BS = columns_1S if padding_B is None else columns_1S - padding_B.unsqueeze(1)
-        self._slots: dict[int, Tensor | None] = {}
+    def __init__(self, start: int, count: int, padding_B: Tensor | None, device: torch.device, engine: str) -> None:
+        self.start, self.count, self._padding_B, self._device, self._engine = start, count, padding_B, device, engine
+        self.positions_BS = self._positions(start)
+        self._masks: dict[int, AttentionMask] = {}
+        self._slot_masks: dict[int, Tensor] = {}
 
-    def mask_of_new(self, engine: str) -> AttentionMask:
+    @property
+    def mask(self) -> AttentionMask:
         """The mask among the new columns alone."""
-        document_ids_BS = None if self._padding_B is None else (self.positions_BS >= 0).int()
-        plain = self.start == 0 and self._padding_B is None
-        return AttentionMask(self.positions_BS, document_ids_BS, plain, engine)
+        return self.mask_from(self.start)
 
-    def chunk_mask(self, first_query: int, queries: int, first_key: int, keys: int, window: int | None) -> Tensor:
-        """[B or 1, 1, Q, L] bool: whether the query in one column attends to the key in another."""
-        query_Q1 = torch.arange(first_query, first_query + queries, device=self._device).unsqueeze(1)
-        key_L = torch.arange(first_key, first_key + keys, device=self._device)
-        distance_QL = query_Q1 - key_L
-        allowed_BQL = (distance_QL >= 0).unsqueeze(0)
-        if window is not None:
-            allowed_BQL = allowed_BQL & (distance_QL < window)
-        if self._padding_B is not None:
-            padding_B11 = self._padding_B.view(-1, 1, 1)
-            allowed_BQL = allowed_BQL & ((query_Q1 < padding_B11) == (key_L < padding_B11))
-        return allowed_BQL.unsqueeze(1)
+    def mask_from(self, first: int) -> AttentionMask:
+        """The mask of the new columns over those from `first` on."""
+        if first not in self._masks:
+            positions_BU = self._positions(first)
+            keys = None if first == self.start else Keys(positions_BU, self._documents(positions_BU))
+            plain = first == self.start == 0 and self._padding_B is None
+            self._masks[first] = AttentionMask(
+                self.positions_BS, self._documents(self.positions_BS), plain, self._engine, keys=keys
+            )
+        return self._masks[first]
 
     def slot_mask(self, slots: int) -> Tensor | None:
-        """[B, 1, 1, L] bool: which of the first L slots of a layer hold no padding; None if none does. For S = 1."""
+        """[B, 1, 1, slots] bool: which slots of a layer hold no padding; None if none of them does. For S = 1."""
         if self._padding_B is None:
             return None
-        if slots not in self._slots:
-            slot_L, last = torch.arange(slots, device=self._device), self.start
-            column_L = last - (last - slot_L) % slots  # the last column of each slot
-            self._slots[slots] = (column_L >= self._padding_B.unsqueeze(1)).view(-1, 1, 1, slots)
-        return self._slots[slots]
+        if slots not in self._slot_masks:
+            slot_L = torch.arange(slots, device=self._device)
+            column_L = self.start - (self.start - slot_L) % slots  # the last column of each slot
+            self._slot_masks[slots] = (column_L >= self._padding_B.unsqueeze(1)).view(-1, 1, 1, slots)
+        return self._slot_masks[slots]
+
+    def _positions(self, first: int) -> Tensor:
+        columns_1U = torch.arange(first, self.start + self.count, device=self._device).unsqueeze(0)
+        return columns_1U if self._padding_B is None else columns_1U - self._padding_B.unsqueeze(1)
+
+    def _documents(self, positions_BU: Tensor) -> Tensor | None:
+        """Padding is a document, to which a row's own tokens do not belong."""
+        return None if self._padding_B is None else (positions_BU >= 0).int()
 
 
 class LayerCache:
@@ -86,30 +90,31 @@ class LayerCache:
         self.step: Step | None = None
 
     @torch.compiler.disable
-    def attend(self, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, mask: AttentionMask) -> Tensor:
+    def attend(self, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
         """Add the new keys and values; softmax attention of the new queries to all keys in their reach.
 
         Args:
             q_BSHC, k_BSGC, v_BSGC: the new tokens', one dtype; H is a multiple of G.
-            mask: among the new tokens.
         Returns:
             [B, S, H, C], same dtype.
         """
-        step = self.step
+        step, window = self.step, self.window
         assert step is not None
         new = torch.stack((k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)))
         if step.start == 0:
             self._append(new, step)
-            return attend(q_BSHC, k_BSGC, v_BSGC, self.window, mask)
+            return attend(q_BSHC, k_BSGC, v_BSGC, window, step.mask)
         if step.count == 1:
             k_BGLC, v_BGLC = self._append(new, step)
-            return _grouped_attention(q_BSHC, k_BGLC, v_BGLC, step.slot_mask(k_BGLC.shape[2]))
-        if self.window is None:
-            keys_values = self._append(new, step)
+            return _attend_once(q_BSHC, k_BGLC, v_BGLC, step.slot_mask(k_BGLC.shape[2]))
+        if window is None:
+            before, keys_values = step.start, self._append(new, step)
         else:
-            keys_values = torch.cat((self._last(min(self.window - 1, step.start), step.start), new), dim=3)
+            before = min(window - 1, step.start)
+            keys_values = torch.cat((self._last(before, step.start), new), dim=3)
             self._append(new, step)
-        return self._attend_in_blocks(q_BSHC, keys_values, step)
+        k_BUGC, v_BUGC = keys_values.transpose(2, 3)
+        return attend(q_BSHC, k_BUGC, v_BUGC, window, step.mask_from(step.start - before))
 
     def keep(self, rows_R: Tensor) -> None:
         """Keep these rows alone."""
@@ -135,7 +140,7 @@ class LayerCache:
         return kv[..., : min(end, slots), :]
 
     def _reserve(self, columns: int, new: Tensor) -> Tensor:
-        """Memory for so many columns: until a ring is full, column c is in slot c, so that it can grow."""
+        """Memory for this number of columns. Until a ring is full, column c is in slot c, so that it can grow."""
         held = 0 if self._kv is None else self._kv.shape[3]
         limit = columns if self.window is None else min(columns, self.window)
         if self._kv is None or held < limit:
@@ -156,36 +161,18 @@ class LayerCache:
         parts = (self._kv[..., first : first + before_wrap, :], self._kv[..., : columns - before_wrap, :])
         return torch.cat(parts, dim=3) if before_wrap < columns else parts[0]
 
-    def _attend_in_blocks(self, q_BSHC: Tensor, keys_values: Tensor, step: Step) -> Tensor:
-        """Attention of a chunk's queries; keys_values [2, B, G, L, C] end with the chunk's last column."""
-        before = keys_values.shape[3] - step.count  # keys that precede the chunk
-        mixed = []
-        for first in range(0, step.count, QUERY_BLOCK):
-            end = min(first + QUERY_BLOCK, step.count)
-            low = 0 if self.window is None else max(0, before + first - self.window + 1)
-            k_BGLC, v_BGLC = keys_values[..., low : before + end, :]
-            allowed = step.chunk_mask(
-                step.start + first, end - first, step.start - before + low, k_BGLC.shape[2], self.window
-            )
-            mixed.append(_grouped_attention(q_BSHC[:, first:end], k_BGLC, v_BGLC, allowed))
-        return torch.cat(mixed, dim=1)
 
-
-def _grouped_attention(q_BQHC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√C)·v. The H/G heads that share a key head are computed as one head of H/G·Q queries.
+def _attend_once(q_B1HC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, allowed: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ/√C)·v of one query of each row; the H/G heads that share a key are computed as queries of one head.
 
     Args:
-        allowed: [B or 1, 1, Q, L] bool; None: each query attends to each key.
+        allowed: [B, 1, 1, L] bool; None: all keys.
     Returns:
-        [B, Q, H, C].
+        [B, 1, H, C].
     """
-    B, Q, H, C = q_BQHC.shape
-    G = k_BGLC.shape[1]
-    q = q_BQHC.transpose(1, 2).reshape(B, G, H // G * Q, C)
-    if allowed is not None and Q > 1:
-        allowed = allowed.repeat(1, 1, H // G, 1)
-    mixed = F.scaled_dot_product_attention(q, k_BGLC, v_BGLC, attn_mask=allowed)
-    return mixed.reshape(B, H, Q, C).transpose(1, 2)
+    B, _, H, C = q_B1HC.shape
+    q = q_B1HC.view(B, k_BGLC.shape[1], -1, C)
+    return F.scaled_dot_product_attention(q, k_BGLC, v_BGLC, attn_mask=allowed).reshape(B, 1, H, C)
 
 
 class KVCache:
@@ -208,10 +195,10 @@ class KVCache:
         """Allocated memory."""
         return sum(layer.bytes for layer in self.layers)
 
-    def begin(self, count: int, device: torch.device) -> Step:
-        """Begin a forward pass that adds `count` columns."""
+    def begin(self, count: int, device: torch.device, engine: str = "auto") -> Step:
+        """Begin a forward pass that adds `count` columns; engine: of attention, as in AttentionMask."""
         padding_B = torch.tensor(self.padding, device=device) if any(self.padding) else None
-        step = Step(self.length, count, padding_B, device)
+        step = Step(self.length, count, padding_B, device, engine)
         for layer in self.layers:
             layer.step = step
         self.length += count

@@ -148,8 +148,8 @@ class Trinity(nn.Module):
             logits [B, S, V] in the compute dtype, or Losses.
         """
         if cache is not None:
-            step = cache.begin(tokens_BS.shape[1], tokens_BS.device)
-            positions_BS, mask = step.positions_BS, step.mask_of_new(self.attention_engine)
+            step = cache.begin(tokens_BS.shape[1], tokens_BS.device, self.attention_engine)
+            positions_BS, mask = step.positions_BS, step.mask
         else:
             default_positions = positions_BS is None
             if positions_BS is None:
