@@ -134,7 +134,7 @@ class Generation:
         texts = self.texts
         generators = [torch.Generator(device).manual_seed(seed) for seed in self._seeds]
         rows = list(range(len(texts)))
-        with torch.no_grad():
+        with torch.inference_mode():
             logits_BV = prefill(model, tokens_BS, cache, self._chunk)
         for number in range(1, self.max_new_tokens + 1):
             chosen = choose(logits_BV, self._sampling, [texts[row] for row in rows], [generators[row] for row in rows])
@@ -150,7 +150,7 @@ class Generation:
                 cache.keep(going, device)
                 rows = [rows[place] for place in going]
             last_B1 = torch.tensor([[texts[row][-1]] for row in rows], device=device)
-            with torch.no_grad():
+            with torch.inference_mode():
                 logits_BV = model(last_B1, cache=cache)[:, -1]
 
 
