@@ -56,23 +56,23 @@ def forward_few_rows(
     """The sums that `forward` returns, in the same order of operations; not differentiable."""
     expert_of = indices_TK.flatten().tolist()
     choices = sorted((choice for choice, expert in enumerate(expert_of) if expert >= 0), key=expert_of.__getitem__)
-    order_R = torch.tensor(choices, dtype=torch.int64)
+    if not choices:
+        return torch.zeros_like(x_TD) if plus_TD is None else plus_TD.clone()
+    rows_of = {expert: len(list(rows)) for expert, rows in groupby(choices, expert_of.__getitem__)}
+    order_R = torch.tensor(choices, device=x_TD.device)
     token_R = order_R // indices_TK.shape[1]
-    x_RD = x_TD.index_select(0, token_R)
-    pre_RH, y_RD = x_TD.new_empty(len(choices), w1_EHD.shape[1]), torch.empty_like(x_RD)
-    spans, end = [], 0
-    for expert, rows in groupby(choices, expert_of.__getitem__):
-        start, end = end, end + len(list(rows))
-        spans.append((expert, slice(start, end)))
-    for expert, span in spans:
-        linear_forward(x_RD[span], w1_EHD[expert], out=pre_RH[span])
+    pre_RH = _product_of_each(x_TD.index_select(0, token_R), w1_EHD, rows_of)
     gate_RF, up_RF = wide(pre_RH).chunk(2, dim=1)
-    act_RF = F.silu(gate_RF).mul_(up_RF).to(x_TD.dtype)
-    for expert, span in spans:
-        linear_forward(act_RF[span], w2_EDF[expert], out=y_RD[span])
+    y_RD = _product_of_each(F.silu(gate_RF).mul_(up_RF).to(x_TD.dtype), w2_EDF, rows_of)
     score_R1 = wide(s_TK).flatten()[order_R].unsqueeze(1)
     out_TD = torch.zeros_like(x_TD, dtype=score_R1.dtype) if plus_TD is None else plus_TD.to(score_R1.dtype, copy=True)
     return out_TD.index_add_(0, token_R, wide(y_RD).mul_(score_R1)).to(x_TD.dtype)
+
+
+def _product_of_each(rows_RI: Tensor, weight_EOI: Tensor, rows_of: dict[int, int]) -> Tensor:
+    """Each expert's rows times its weight; rows_of: expert → number of its rows, in their order."""
+    parts = rows_RI.split_with_sizes(list(rows_of.values()))
+    return torch.cat([linear_forward(part, weight_EOI[expert]) for part, expert in zip(parts, rows_of)])
 
 
 def backward(

@@ -27,7 +27,7 @@ FORGETFUL = TEMPLATE.replace("{{ m['role'] }}", "{% if messages|length > 2 and l
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(["user: the rain in Spain\nassistant: stays in the plain\n"] * 3, 290), folder)
+    save_tokenizer(train_tokenizer(["user: the rain in Spain\nassistant: stays in the plain\n"] * 3, 285), folder)
     return folder
 
 

@@ -86,6 +86,7 @@ def test_every_window(tiny: ModelConfig, window: int, chunks: list[int]) -> None
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning")  # flex warns that it is not compiled here
 @pytest.mark.parametrize("engine", ["sdpa", "blocks", "flex"])
 def test_every_engine(tiny: ModelConfig, engine: str) -> None:
     """The engines that run on a CPU, for chunks; in fp32."""

@@ -132,12 +132,12 @@ class LayerCache:
         kv = self._reserve(end, new)
         slots = kv.shape[3]
         written = min(step.count, slots)
-        first, new = (end - written) % slots, new[..., step.count - written :, :]
+        first, new = (end - written) % slots, new.narrow(3, step.count - written, written)
         before_wrap = min(written, slots - first)
-        kv[..., first : first + before_wrap, :] = new[..., :before_wrap, :]
+        kv.narrow(3, first, before_wrap).copy_(new.narrow(3, 0, before_wrap))
         if before_wrap < written:
-            kv[..., : written - before_wrap, :] = new[..., before_wrap:, :]
-        return kv[..., : min(end, slots), :]
+            kv.narrow(3, 0, written - before_wrap).copy_(new.narrow(3, before_wrap, written - before_wrap))
+        return kv.narrow(3, 0, min(end, slots))
 
     def _reserve(self, columns: int, new: Tensor) -> Tensor:
         """Memory for this number of columns. Until a ring is full, column c is in slot c, so that it can grow."""
