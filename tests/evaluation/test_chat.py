@@ -41,13 +41,15 @@ def folder(base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model() -> Trinity:
-    """In float64; window 6, shorter than a turn."""
+    """In float64; window 6, shorter than a turn; logits of 3, so that the answer depends on the turn."""
     config = ModelConfig(
         vocab_size=290, width=24, layers=4, dense_layers=1, dense_width=40, heads=4, kv_heads=2, head_dim=8, window=6,
         experts=6, active_experts=2, expert_width=10,
     )  # fmt: skip
     model = Trinity(config).double()
     model.init_weights(2)
+    with torch.no_grad():
+        model.head.weight.mul_(6)
     return model
 
 
