@@ -171,7 +171,7 @@ def _attend_once(q_B1HC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, allowed: Tensor
         [B, 1, H, C].
     """
     B, _, H, C = q_B1HC.shape
-    q = q_B1HC.view(B, k_BGLC.shape[1], -1, C)
+    q = q_B1HC.reshape(B, k_BGLC.shape[1], -1, C)
     return F.scaled_dot_product_attention(q, k_BGLC, v_BGLC, attn_mask=allowed).reshape(B, 1, H, C)
 
 
@@ -186,6 +186,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, padding: Sequence[int] = (0,), capacity: int = 0) -> None:
         self.padding, self.length = list(padding), 0
+        self._padding_B: Tensor | None = None
         self.layers = [
             LayerCache(None if config.is_global(layer) else config.window, capacity) for layer in range(config.layers)
         ]
@@ -197,8 +198,9 @@ class KVCache:
 
     def begin(self, count: int, device: torch.device, engine: str = "auto") -> Step:
         """Begin a forward pass that adds `count` columns; engine: of attention, as in AttentionMask."""
-        padding_B = torch.tensor(self.padding, device=device) if any(self.padding) else None
-        step = Step(self.length, count, padding_B, device, engine)
+        if self._padding_B is None and any(self.padding):
+            self._padding_B = torch.tensor(self.padding, device=device)
+        step = Step(self.length, count, self._padding_B, device, engine)
         for layer in self.layers:
             layer.step = step
         self.length += count
@@ -209,4 +211,4 @@ class KVCache:
         rows_R = torch.tensor(rows, device=device)
         for layer in self.layers:
             layer.keep(rows_R)
-        self.padding = [self.padding[row] for row in rows]
+        self.padding, self._padding_B = [self.padding[row] for row in rows], None
