@@ -28,6 +28,7 @@ SUITES = (
     "prepare",
     "overhead",
     "host",
+    "generate",
 )
 """Modules of tools/benchmarks, each with run(quick) and table(results)."""
 

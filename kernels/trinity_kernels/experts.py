@@ -44,6 +44,12 @@ def _one_by_one(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float64 and torch.get_num_threads() == 1 and not pads(x)
 
 
+def _few_rows(x: Tensor, rows: int) -> bool:
+    """Whether experts_cpu.forward_few_rows computes: generation on a CPU."""
+    few = rows <= experts_cpu.FEW_ROWS and not torch.is_grad_enabled() and x.dtype != torch.float64
+    return few and type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @torch.library.custom_op("trinity::expert_mlp", mutates_args=())
 def _forward(
     x_TD: Tensor, w1_EHD: Tensor, w2_EDF: Tensor, indices_TK: Tensor, s_TK: Tensor, rows: int,
@@ -178,6 +184,8 @@ def _expert_mlp(
         plus_TD zeros for a token whose choices are all −1.
     """
     rows = indices_TK.numel() if rows is None else rows
+    if _few_rows(x_TD, rows):
+        return experts_cpu.forward_few_rows(x_TD, gate_up_E2FD.flatten(1, 2), down_EDF, indices_TK, s_TK, plus_TD)
     return _forward(x_TD, gate_up_E2FD.flatten(1, 2), down_EDF, indices_TK, s_TK, rows, plus_TD)[0]
 
 

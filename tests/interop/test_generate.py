@@ -1,31 +1,87 @@
-"""Greedy tokens equal those of transformers; the sampling distribution equals its definition, token by token.
+"""Greedy tokens equal those of transformers; a row's text does not depend on the other rows.
 
 Shapes: V vocabulary.
 """
 
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from trinity.config.model import ZOO
 from trinity.errors import UserError
-from trinity.evaluation.generate import distribution, generate, stream
+from trinity.evaluation.generate import Generation, generate, generate_batch, stream
+from trinity.evaluation.sampling import Sampling, distribution
+from trinity.interop import export_hf
 from trinity.models import Trinity
 
 PROMPT = [5, 250, 17]
+PROMPTS = [PROMPT, [9], [200, 7, 7, 31, 4, 88, 150, 2, 60, 11]]
+GREEDY = Sampling(temperature=0)
+
+
+def transformers_greedy(folder: Path, prompts: list[list[int]], new_tokens: int, **options: object) -> list[list[int]]:
+    """Its new tokens of each prompt, with its cache and prompts padded on the left; it does not stop."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options |= {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
+    return hf_model.generate(tokens, attention_mask=seen, **options)[:, longest:].tolist()
 
 
 def test_greedy_equals_transformers(model: Trinity, exported: Path) -> None:
-    """30 tokens, beyond the window of 7; transformers has a key-value cache, Trinity recomputes."""
-    hf_model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    prompt = torch.tensor([PROMPT])
-    expected = hf_model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=30)
-    got = generate(model, PROMPT, 30, temperature=0)
-    assert got == expected[0, len(PROMPT) :].tolist()
-    assert len(set(got)) > 5, "one token again and again would be no test"
+    """30 tokens, beyond the window of 7, from one prompt and from three of different length."""
+    [expected] = transformers_greedy(exported, [PROMPT], 30)
+    assert generate(model, PROMPT, 30, temperature=0) == expected
+    assert len(set(expected)) > 5, "one token again and again would be no test"
+    assert generate_batch(model, PROMPTS, 30, GREEDY) == transformers_greedy(exported, PROMPTS, 30)
+
+
+def test_repetition_penalty_equals_transformers(model: Trinity, exported: Path) -> None:
+    [expected] = transformers_greedy(exported, [PROMPT], 30, repetition_penalty=1.2)
+    assert generate_batch(model, [PROMPT], 30, Sampling(temperature=0, repetition_penalty=1.2)) == [expected]
+    assert expected != generate(model, PROMPT, 30, temperature=0)
+
+
+def test_the_smoke_model_equals_transformers(tmp_path: Path) -> None:
+    """Exported in fp32; prompts that end before and behind its window of 128, and 24 tokens that cross it."""
+    model = Trinity(ZOO["smoke"])
+    folder = export_hf(model, tmp_path / "smoke", dtype=torch.float32)
+    random = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(8192, (length,), generator=random).tolist() for length in (115, 140)]
+    expected = transformers_greedy(folder, prompts, 24)
+    assert generate_batch(model, prompts, 24, GREEDY) == expected
+    assert len({token for row in expected for token in row}) > 10
+
+
+def test_rows_are_independent(model: Trinity) -> None:
+    """In float64, so that rounding decides nothing: sampled together and alone, in chunks of 4 and at once; one row
+    stops early."""
+    model.double()
+    sampling, seeds = Sampling(temperature=1.3, top_k=40), [3, 3, 8]
+    alone = [generate_batch(model, [prompt], 20, sampling, [seed])[0] for prompt, seed in zip(PROMPTS, seeds)]
+    assert generate_batch(model, PROMPTS, 20, sampling, seeds) == alone
+    stop = alone[1][4]
+    ends = [row.index(stop) + 1 if stop in row else 20 for row in alone]
+    texts: list[list[int]] = [[], [], []]
+    for row, token in Generation(model, PROMPTS, 20, sampling, seeds, [stop], chunk=4):
+        texts[row].append(token)
+    assert texts == [row[:end] for row, end in zip(alone, ends)]
+    assert ends[1] <= 5
+
+
+def test_a_row_can_be_finished(model: Trinity) -> None:
+    """From outside, after its third token; the others go on."""
+    expected = generate_batch(model, PROMPTS, 12, GREEDY)
+    generation, texts = Generation(model, PROMPTS, 12, GREEDY), [[], [], []]
+    for row, token in generation:
+        texts[row].append(token)
+        if row == 0 and len(texts[0]) == 3:
+            generation.finish(0)
+    assert texts == [expected[0][:3], *expected[1:]]
+    assert generation.texts == [prompt + text for prompt, text in zip(PROMPTS, texts)]
 
 
 def test_stops_after_a_stop_token(model: Trinity) -> None:
@@ -48,28 +104,6 @@ def test_tokens_come_one_by_one(model: Trinity) -> None:
     assert [next(tokens), next(tokens)] == generate(model, PROMPT, 2, temperature=0)
 
 
-def nucleus(logits: list[float], temperature: float, top_p: float) -> Tensor:
-    """Holtzman et al.'s definition in float64: likeliest first, until their probability reaches top_p."""
-    weights = torch.tensor(logits, dtype=torch.float64).div(temperature).exp()
-    probabilities = (weights / weights.sum()).tolist()
-    ranked = sorted(range(len(logits)), key=lambda token: -probabilities[token])
-    reached = accumulate(probabilities[token] for token in ranked)
-    counts = (count for count, total in enumerate(reached, start=1) if total >= top_p)
-    count = next(counts) if top_p < 1 else len(ranked)
-    kept = [p if token in ranked[:count] else 0.0 for token, p in enumerate(probabilities)]
-    return torch.tensor(kept, dtype=torch.float64) / sum(kept)
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-@pytest.mark.parametrize("top_p", [1e-6, 0.2, 0.5, 0.9, 0.999, 1.0])
-def test_distribution(temperature: float, top_p: float) -> None:
-    """fp32 against float64: 1e-6 is eight units of fp32's 2⁻²³; a token more or less is far outside it."""
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(4)) * 3
-    got = distribution(logits, temperature, top_p)
-    assert (got - nucleus(logits.tolist(), temperature, top_p)).abs().max() < 1e-6
-    assert ((got > 0) == (nucleus(logits.tolist(), temperature, top_p) > 0)).all()
-
-
 def test_draws_follow_the_distribution(model: Trinity) -> None:
     """First tokens of 200 seeds, χ² over ten groups: above 33.7 once in 10,000 correct programs."""
     with torch.no_grad():
@@ -82,14 +116,7 @@ def test_draws_follow_the_distribution(model: Trinity) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"token_ids": []}, "no token to continue"),
-        ({"temperature": -0.1}, r"temperature=-0\.1 is negative"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_p": 0.0}, r"top_p=0\.0 is not"),
-        ({"top_p": 1.5}, r"top_p=1\.5 is not"),
-    ],
+    ("changes", "sentence"), [({"token_ids": []}, "no token to continue"), ({"temperature": -0.1}, "is negative")]
 )
 def test_invalid_settings(model: Trinity, changes: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):

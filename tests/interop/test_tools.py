@@ -1,5 +1,7 @@
 """tools/export_hf.py and tools/generate.py as a user calls them, on a run directory and on a Hugging Face folder."""
 
+import io
+import json
 import os
 import runpy
 import subprocess
@@ -94,9 +96,70 @@ def test_generate(
     assert capfd.readouterr().out.rstrip("\n") == TEXT + tokenizer.decode(expected).rstrip("\ufffd\n")
 
 
+def exported_step(folder: Path, tokenizer_folder: Path) -> Path:
+    """The model of step 5 as a Hugging Face folder, with a chat template."""
+    export_hf(model_of(5), folder, tokenizer_folder, torch.float32)
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    return folder
+
+
+def test_generate_a_batch(
+    run_directory: Path, tmp_path: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Prompts of the command line and of a file, two at a time; the second "the rain" has a seed of its own."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"Spain"\n\n{"prompt": "the rain"}\n')
+    words = ("--prompt", TEXT, "--prompts", file, "--batch", 2, "--max-new-tokens", 8, "--seed", 4, "--top-k", 50)
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    expected = []
+    for text, seed in ((TEXT, 4), ("Spain", 4), ("the rain", 5)):
+        prompt = [0, *tokenizer.encode(text, add_special_tokens=False).ids]
+        expected.append(generate(model_of(5), prompt, 8, 0.8, 0.95, seed, stop_ids=[0, 1], top_k=50))
+    assert call("generate.py", run_directory, *words, "--json") == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == [TEXT, "Spain", "the rain"]
+    assert [line["tokens"] for line in lines] == list(map(len, expected))
+    texts = [tokenizer.decode(tokens) for tokens in expected]
+    assert [line["text"].rstrip("\ufffd") for line in lines] == [text.rstrip("\ufffd") for text in texts]
+    assert call("generate.py", run_directory, *words) == 0
+    printed = "".join(f"{line['prompt']}{line['text']}\n" for line in lines)
+    assert capfd.readouterr().out == printed
+
+
+def test_chat_with_given_turns_and_from_a_file(
+    tmp_path: Path, tokenizer_folder: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer is the same in a conversation, in a batch of single turns, and typed."""
+    folder = exported_step(tmp_path / "hf", tokenizer_folder)
+    words = ("--chat", "--max-new-tokens", 6, "--temperature", 0)
+    assert call("generate.py", folder, *words, "--prompt", TEXT, "--prompt", "Spain", "--json") == 0
+    answers = [json.loads(line)["text"] for line in capfd.readouterr().out.splitlines()]
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    prompt = [0, *tokenizer.encode(f"<{TEXT}>", add_special_tokens=False).ids]
+    tokens = generate(model_of(5), prompt, 6, temperature=0, stop_ids=[0, 1])
+    assert answers[0].rstrip("\ufffd") == tokenizer.decode(tokens).rstrip("\ufffd")
+    assert len(answers) == 2
+    (tmp_path / "prompts.txt").write_text(f"{TEXT}\n")
+    assert call("generate.py", folder, *words, "--prompts", tmp_path / "prompts.txt") == 0
+    assert capfd.readouterr().out == f"{answers[0]}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TEXT}\n\nSpain\n"))
+    assert call("generate.py", folder, *words) == 0
+    assert capfd.readouterr().out == "".join(f"{answer}\n" for answer in answers)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (("generate.py", "{run}"), "there is nothing to continue; give --prompt TEXT, --prompts FILE or --chat"),
+        (("generate.py", "{run}", "--prompt", "x", "--system", "y"), "--system is the first message of a chat"),
+        (("generate.py", "{run}", "--prompt", "x", "--batch", "0"), "--batch 0 must be at least 1"),
+        (("generate.py", "{run}", "--prompt", "x", "--seed", "-1"), "--seed -1 is not between"),
+        (("generate.py", "{run}", "--prompt", "x", "--top-k", "-1"), "top_k=-1 is negative"),
+        (("generate.py", "{run}", "--prompt", "x", "--stop", ""), "a stop string is empty"),
+        (("generate.py", "{run}", "--prompt", "x", "--device", "cuda:99"), "--device cuda:99 is not available"),
+        (("generate.py", "{run}", "--prompts", "{}/none"), "No such file"),
+        (("generate.py", "{run}", "--prompt", "x", "--chat", "--prompts", "{run}"), "give one"),
+        (("generate.py", "{run}", "--prompt", "x", "--chat"), "has no chat template"),
         (("generate.py", "{}", "--prompt", "x"), "has neither a config.json nor a config.yaml"),
         (("generate.py", "{}/nowhere", "--prompt", "x"), "has neither a config.json nor a config.yaml"),
         (("export_hf.py", "{}", "{}/out"), "is not a run directory"),

@@ -3,54 +3,49 @@
 The forward pass of a sharded model is a collective. So every rank continues every prompt by the same number of tokens:
 a rank that stopped at the end of a document would leave the others waiting. Texts are cut at that end afterwards.
 
-All prompts form one batch, padded on the right to a constant length: attention is causal and routing drops no token, so
-padding changes nothing, and compiled blocks are compiled once. Each token takes a forward pass, in which a sharded
-model gathers all of its weights: generate few tokens on a large mesh.
+All prompts form one batch: one forward pass reads them into a key-value cache, and each further one takes a token of
+each. So compiled blocks are compiled for two shapes. A sharded model gathers all of its weights in each forward pass:
+generate few tokens on a large mesh.
 
-Shapes: P prompts, S tokens of the longest prompt with its continuation, V vocabulary.
+Shapes: P prompts, S tokens of the longest prompt, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
+from trinity.evaluation.generate import left_padded, prefill
 from trinity.interop.tokenizer_files import special_ids
+from trinity.models.trinity import Trinity
 
 
 @torch.no_grad()
 def greedy_decode(
-    model: Callable[[Tensor], Tensor],
+    model: Trinity,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     device: torch.device,
-    beat: Callable[[], None] | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Continue each prompt by greedy decoding; a tie goes to the smaller id.
 
     Args:
-        model: tokens [P, S] → logits [P, S, V]; called `new_tokens` times, sharded or not.
+        model: called the same number of times on every rank, sharded or not.
         prompts: token ids, at least one per prompt.
-        new_tokens: tokens to generate per prompt.
+        new_tokens: tokens to generate per prompt, at least one.
         device: where the model computes.
         beat: called after each forward pass.
     Returns:
         the new tokens of each prompt.
     """
-    longest = max(map(len, prompts))
-    tokens_PS = torch.zeros((len(prompts), longest + new_tokens), dtype=torch.int64, device=device)
-    for row_S, prompt in zip(tokens_PS, prompts):
-        row_S[: len(prompt)] = torch.tensor(prompt)
-    rows_P = torch.arange(len(prompts), device=device)
-    ends_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    for step in range(new_tokens):
-        logits_PV = model(tokens_PS)[rows_P, ends_P + step - 1]
-        tokens_PS[rows_P, ends_P + step] = logits_PV.argmax(dim=-1)
-        if beat is not None:
-            beat()
-    return [row[len(prompt) : len(prompt) + new_tokens] for row, prompt in zip(tokens_PS.tolist(), prompts)]
+    tokens_PS, cache = left_padded(model, prompts, new_tokens, device)
+    chosen = [prefill(model, tokens_PS, cache, beat=beat).argmax(dim=-1, keepdim=True)]
+    while len(chosen) < new_tokens:
+        chosen.append(model(chosen[-1], cache=cache)[:, -1].argmax(dim=-1, keepdim=True))
+        beat()
+    return torch.cat(chosen, dim=1).tolist()
 
 
 class Sampler:
@@ -74,7 +69,7 @@ class Sampler:
         self._ids = [[begin, *self._tokenizer.encode(text, add_special_tokens=False).ids] for text in prompts]
 
     def __call__(
-        self, model: Callable[[Tensor], Tensor], device: torch.device, beat: Callable[[], None] | None = None
+        self, model: Trinity, device: torch.device, beat: Callable[[], None] = lambda: None
     ) -> list[dict[str, str]]:
         """{"prompt", "text"} for each prompt; the text excludes the prompt. Every rank must call this."""
         continuations = greedy_decode(model, self._ids, self._new_tokens, device, beat)

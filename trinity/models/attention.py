@@ -16,6 +16,7 @@ import trinity_kernels
 from trinity.config.model import ModelConfig
 from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.attention_backends import AttentionMask, attend
+from trinity.models.kv_cache import LayerCache
 from trinity.models.layers import Linear, QKNorm
 from trinity.models.row_parts import RowParts
 
@@ -51,13 +52,17 @@ class Attention(nn.Module):
         self.core = AttentionCore()
         self.out = Linear(q_width, (config.width,))
 
-    def forward(self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: AttentionMask | RowParts) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: AttentionMask | RowParts,
+        cache: LayerCache | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attention output before the post-norm.
 
         Args:
             x_BSD: the normalised input.
             rotation: cos and sin [B or 1, S, 1, C/2] fp32 of every position; global layers ignore it.
             mask: which keys each query may attend to; or the rest of the rows, where x is a part of them.
+            cache: keys and values of earlier tokens, to which those of x are added.
         Returns:
             [B, S, D], x's dtype.
         """
@@ -67,8 +72,11 @@ class Attention(nn.Module):
         q_BSHC = self.q_norm(q.unflatten(-1, (self.heads, self.head_dim)), rotation, into[0])
         k_BSGC = self.k_norm(k.unflatten(-1, (self.kv_heads, self.head_dim)), rotation, into[1])
         v_BSGC = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        q, k, v, visible = mask.before_attention(q_BSHC, k_BSGC, v_BSGC, self.window)
-        mixed = mask.after_attention(self.core(q, k, v, self.window, visible), self.window)
+        if cache is None:
+            q, k, v, visible = mask.before_attention(q_BSHC, k_BSGC, v_BSGC, self.window)
+            mixed = mask.after_attention(self.core(q, k, v, self.window, visible), self.window)
+        else:
+            mixed = cache.attend(q_BSHC, k_BSGC, v_BSGC)
         return self.out(trinity_kernels.sigmoid_gate(mixed.flatten(-2), gate, into[3], kernel=self.gate_kernel))
 
 

@@ -8,6 +8,7 @@
 Shapes: B batch, S sequence, D width, V vocabulary, M MoE layers, E experts.
 """
 
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from trinity.config.run import AUTOMATIC, KernelsConfig
 from trinity.models.attention import Attention, rope_cos_sin
 from trinity.models.attention_backends import AttentionMask
 from trinity.models.initialization import initialize
+from trinity.models.kv_cache import KVCache, LayerCache
 from trinity.models.layers import (
     Embedding,
     FusedPostNorm,
@@ -76,10 +78,10 @@ class Block(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, rotation: tuple[Tensor, Tensor], mask: AttentionMask | RowParts,
-        with_sequence_loss: bool = True, padding: Padding | None = None,
+        with_sequence_loss: bool = True, padding: Padding | None = None, cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """[B, S, D] → the same shape and dtype; and the routing statistics of a MoE block, else None."""
-        y_BSD = self.attention(self.attention_norm(x_BSD), rotation, mask)
+        y_BSD = self.attention(self.attention_norm(x_BSD), rotation, mask, cache)
         x_BSD, u_BSD = self.attention_post_norm(y_BSD, x_BSD, self.ffn_norm)
         routing = None
         if self.sparse:
@@ -128,6 +130,8 @@ class Trinity(nn.Module):
         padding: int | None = None,
         trained: int | None = None,
         parts: RowParts | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
@@ -147,25 +151,33 @@ class Trinity(nn.Module):
                 alone; None: for all tokens.
             parts: where the tokens are a part of their rows (context parallelism): it has their positions, documents
                 and mask, and the sums of Losses are this part's. None: they are whole rows.
+            cache: keys and values of the rows' earlier tokens, to which those of tokens_BS are added; without
+                positions, document ids and targets.
+            logits_to_keep: compute the logits of the last tokens alone, this many; 0: of all.
         Returns:
             logits [B, S, V] in the compute dtype, or Losses.
         """
-        default_positions = positions_BS is None
-        if parts is not None:
-            positions_BS = parts.positions_BS
-        elif positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-        engine = self.attention_engine
-        mask = parts or AttentionMask(positions_BS, document_ids_BS, default_positions, engine, documents)
+        if cache is not None:
+            step = cache.begin(tokens_BS.shape[1], tokens_BS.device, self.attention_engine)
+            positions_BS, mask = step.positions_BS, step.mask
+        elif parts is not None:
+            positions_BS, mask = parts.positions_BS, parts
+        else:
+            default_positions = positions_BS is None
+            if positions_BS is None:
+                positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+            mask = AttentionMask(positions_BS, document_ids_BS, default_positions, self.attention_engine, documents)
         x_BSD = self.embed(tokens_BS)
         precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
         rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
         routings, with_sequence_loss = [], with_sequence_loss and targets_BS is not None
         padded = _padding(document_ids_BS, padding)
-        for block in self.blocks:
-            x_BSD, routing = block(x_BSD, rotation, mask, with_sequence_loss, padded)
+        for block, layer_cache in zip(self.blocks, repeat(None) if cache is None else cache.layers):
+            x_BSD, routing = block(x_BSD, rotation, mask, with_sequence_loss, padded, layer_cache)
             if routing is not None:
                 routings.append(routing)
+        if logits_to_keep:
+            x_BSD = x_BSD[:, -logits_to_keep:]
         if targets_BS is None:
             return self.head(self.norm(x_BSD))
         if trained is None:
