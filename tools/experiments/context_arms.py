@@ -63,8 +63,8 @@ class Size(NamedTuple):
 
 FULL = Size()
 QUICK = Size(
-    width=16, heads=2, dense_width=16, window=8, base_steps=4, extension_steps=2, short=32, long=64, tokens=128, pairs=3,
-    questions=4, lengths=(32, 64), asked_pairs=(2, 4), samples=8,
+    width=16, heads=2, dense_width=16, window=8, base_steps=4, extension_steps=2, short=32, long=64, tokens=128,
+    pairs=3, questions=4, lengths=(32, 64), asked_pairs=(2, 4), samples=8,
 )  # fmt: skip
 
 

@@ -120,6 +120,7 @@ class Trinity(nn.Module):
         z: float = 0.0,
         documents: int | None = None,
         with_sequence_loss: bool = True,
+        logits_at_BN: Tensor | None = None,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
@@ -132,8 +133,10 @@ class Trinity(nn.Module):
             documents: the number of documents in document_ids_BS or more, so that a GPU's attention need not count
                 them, for which the host would wait; see AttentionMask.
             with_sequence_loss: compute the sequence-wise balancing loss; only with targets.
+            logits_at_BN: [B, N] int64: indices in the row of N tokens whose logits are wanted, so that those of a long
+                row take no memory; only without targets. Default: all tokens.
         Returns:
-            logits [B, S, V] in the compute dtype, or Losses.
+            logits [B, S, V], or [B, N, V], in the compute dtype, or Losses.
         """
         default_positions = positions_BS is None
         if positions_BS is None:
@@ -149,7 +152,7 @@ class Trinity(nn.Module):
                 routings.append(routing)
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
-            return self.head(x_BSD)
+            return self.head(x_BSD if logits_at_BN is None else x_BSD.take_along_dim(logits_at_BN.unsqueeze(-1), dim=1))
         return _combine_losses(self.head(x_BSD, targets_BS, z), routings, tokens_BS.shape)
 
     def loss(
