@@ -31,7 +31,7 @@ from trinity.interop import load_hf
 from trinity.interop.tensors import storage_dtypes
 from trinity.interop.tokenizer_files import special_ids
 from trinity.io.json_files import read_json, to_json, write_json
-from trinity.io.local import write_atomically
+from trinity.io.local import make_folder, write_atomically
 from trinity.models import Trinity
 from trinity.terminal import Progress
 from trinity.training.load_run import load_model
@@ -48,7 +48,7 @@ def main() -> None:
     check_lengths(lengths, kinds, model)
     haystack = haystack_of(options, tokenizer, model.config.vocab_size, max(lengths)) if 1 in kinds else None
     settings = {
-        "model": str(options.folder),
+        "model": str(options.folder.resolve()),
         "weights": weights,
         "tokenizer": fingerprint(tokenizer),
         "haystack": None if haystack is None else {"name": haystack.name, "text": haystack.fingerprint},
@@ -65,14 +65,18 @@ def main() -> None:
     }
     for task in tasks.values():
         task.sample(0)  # a length that is too small is refused before hours of work
+    make_folder(out)
+    results = {"settings": settings, "cells": list(cells.values())}
+    write_json(out / "needles.json", results)  # now, so that a folder that cannot be written is known at once
     if options.jsonl:
+        make_folder(options.jsonl.parent)
         write_atomically(options.jsonl, questions(list(tasks.values()), options.samples))
     missing = [key for key in tasks if key not in cells]
     with Progress("asking", options.samples * len(missing), "question") as bar:
         for kind, length in missing:
             outcomes = ask(model, tasks[kind, length], tokenizer, options, bar)
             cells[kind, length] = {"kind": kind, "length": length, **Cell.of(outcomes).record()}
-            write_json(out / "needles.json", {"settings": settings, "cells": list(cells.values())})
+            write_json(out / "needles.json", results | {"cells": list(cells.values())})
     wanted = [cells[key] for key in tasks]
     print(table(wanted, options.scoring))
     write_page(out / "needles.html", options, wanted)
