@@ -78,6 +78,7 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
                 document_mask=options.document_mask,
                 loss_on_document_start=not options.no_loss_on_document_start,
                 batch_tokens=options.batch_tokens,
+                by_position=options.by_position,
             )
         else:
             results[f"perplexity {given}"] = perplexity(
@@ -87,6 +88,7 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
                 byte_lengths_V=byte_lengths_V,
                 documents=options.limit,
                 batch_tokens=options.batch_tokens,
+                by_position=options.by_position,
             )
     return results
 
@@ -165,6 +167,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--document-mask", action="store_true", help="--packed: no attention between documents")
     parser.add_argument(
         "--no-loss-on-document-start", action="store_true", help="--packed: as data.loss_on_document_start=false"
+    )
+    parser.add_argument(
+        "--by-position",
+        action="store_true",
+        help="--text: also the loss of tokens with 1, 2-3, 4-7, ... tokens of context (loss_at.1, loss_at.2, ...)",
     )
     parser.add_argument("--batch-tokens", type=int, default=8192, help="most tokens in a forward pass (%(default)s)")
     parser.add_argument(

@@ -6,9 +6,9 @@ that a broken router still names K different experts. Counts are summed by integ
 Gates: g_k = c·s_k/Σ, where Σ is the sum of the chosen scores plus 1e-20; so ds_k = c·(dg_k − (Σ_j dg_j·s_j)/Σ)/Σ.
 Sequence-wise loss of a row, with p = s/Σs and f_i = E/(K·S) · (times i was chosen): L = Σ_i f_i · (Σ_t p_ti)/S; so
 ds_ti = dL·(f_i − Σ_j f_j·p_tj)/(S·Σs_t). Both gradients are summed in one kernel.
-Where S is not the number of a row's tokens here, because some are padding, or because the tokens are a part of their rows
-and the counts of whole rows are given, S is Σ counts / K. The f that is saved is then multiplied by (tokens of the row
-here)/S, so that the gradient, linear in f, divides by the number of tokens here in any case.
+Where S is not the number of a row's tokens here, because some are padding, or because the tokens are a part of their
+rows and the counts of whole rows are given, S is Σ counts / K. The f that is saved is then multiplied by (tokens of the
+row here)/S, so that the gradient, linear in f, divides by the number of tokens here in any case.
 A program holds tokens of one row. It writes its sums of p, its counts and its entropy to places of its own, and a
 second kernel adds those of a row: no float is added by an atomic.
 Saved for backward: scores, indices, and f with the sequence-wise loss.

@@ -1,8 +1,9 @@
-"""Every config of configs/ loads; nano, mini and large have the report's values."""
+"""Every config of configs/ loads; nano, mini, large and their context extensions have the report's values."""
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ NANO_AND_MINI = COMMON | {
     "balancing.kind": "sign",
     "parallel.expert": 1,
 }
+LENGTH_BIAS = {"data.length_bias.tokens": 131_072, "data.length_bias.floor": 0.01, "data.length_bias.ceiling": 0.9}
+NANO_AND_MINI_CONTEXT = LENGTH_BIAS | {
+    "optim.muon.lr": 1e-4,
+    "optim.schedule.decay": "linear",
+    "optim.schedule.final": 0.0,
+    "balancing.kind": "sign",
+    "parallel.replicate": -1,
+    "parallel.shard": None,  # times context it is the report's 128
+}
 REPORT: dict[str, dict[str, Any]] = {
     "nano": NANO_AND_MINI | {"optim.adamw.lr": 3e-4},
     "mini": NANO_AND_MINI | {"optim.adamw.lr": 2e-4},
@@ -60,8 +70,33 @@ REPORT: dict[str, dict[str, Any]] = {
         "loss.z": 1e-6,
         "parallel.expert": 8,
     },
+    "nano_context": NANO_AND_MINI_CONTEXT | {"data.sequence_length": 262_144, "optim.adamw.lr": 3e-5},
+    "mini_context": NANO_AND_MINI_CONTEXT | {"data.sequence_length": 131_072, "optim.adamw.lr": 2e-5},
+    "large_context": LENGTH_BIAS
+    | {
+        "data.sequence_length": 262_144,
+        "data.document_mask": True,
+        "optim.muon.lr": 8e-5,
+        "optim.adamw.lr": 2e-5,
+        "optim.schedule.decay": "cosine",
+        "optim.schedule.final": 0.5,  # 1/20 of the peak
+        "balancing.kind": "smebu",
+        "balancing.rate": 5e-4,
+        "balancing.kappa": 2.0,
+        "balancing.beta": 0.5,
+        "balancing.sequence_loss": 1e-4,
+        "loss.z": 1e-6,
+        "parallel.replicate": -1,
+        "parallel.shard": None,
+        "parallel.expert": 8,
+        "parallel.context": 4,
+    },
 }
 GPUS = {"nano": 512, "mini": 512, "large": 2048}
+GPUS |= {f"{name}_context": gpus for name, gpus in GPUS.items()}
+PRETRAINED = ("nano", "mini", "large")
+HAS_CONTEXT = find_spec("trinity.parallel.context_parallel") is not None
+NO_CONTEXT = "plans with parallel.context need trinity/parallel/context_parallel.py"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -79,8 +114,10 @@ def test_values_of_the_report(name: str) -> None:
     """Against values copied here from the report; the model sizes are those of table 1."""
     config = load_config(CONFIGS / f"{name}.yaml")
     flat = flatten(config)
-    assert {key: flat[key] for key in REPORT[name]} == REPORT[name]
-    assert config.model == ZOO[name]
+    expected = {key: value for key, value in REPORT[name].items() if value is not None}
+    assert {key: flat[key] for key in expected} == expected
+    assert config.parallel.shard * config.parallel.context == 128
+    assert config.model == ZOO[name.removesuffix("_context")]
 
 
 @pytest.mark.parametrize("name", ["nano", "mini"])
@@ -91,7 +128,7 @@ def test_batch_ramp_of_nano_and_mini(name: str) -> None:
     assert 0 < config.batch.ramp[0].tokens < config.run.tokens
 
 
-@pytest.mark.parametrize("name", list(REPORT))
+@pytest.mark.parametrize("name", PRETRAINED)
 def test_batches_and_streams_divide_by_the_gpus(name: str) -> None:
     """Every GPU is a data rank: its share of each batch is whole and fits the microbatch; streams divide evenly."""
     config, gpus = load_config(CONFIGS / f"{name}.yaml"), GPUS[name]
@@ -103,6 +140,33 @@ def test_batches_and_streams_divide_by_the_gpus(name: str) -> None:
     shares = [size // gpus for size in sizes]
     assert shares == ([6, 8] if name == "large" else [8, 16])
     assert all(share % min(share, config.batch.microbatch) == 0 for share in shares)
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_context_extension_continues_the_run(name: str) -> None:
+    """A row for each data rank; as many tokens a step as at the end of the run that it extends; a tenth of its rates.
+
+    Nano's and Mini's rates fell to 0 and rise again; Large's go on where they ended. All else of the recipe is equal.
+    """
+    before, config = (load_config(CONFIGS / f"{file}.yaml") for file in (name, f"{name}_context"))
+    data_ranks = GPUS[name] // config.parallel.context
+    assert config.batch.sequences == data_ranks
+    assert config.data.streams % data_ranks == 0
+    step_tokens = before.batch.ramp[-1].sequences * before.data.sequence_length
+    assert config.batch.sequences * config.data.sequence_length == step_tokens
+    assert config.optim.muon.lr == pytest.approx(before.optim.muon.lr / 10)
+    assert config.optim.adamw.lr == pytest.approx(before.optim.adamw.lr / 10)
+    warmup, ends_at = config.optim.schedule.warmup_steps, before.optim.schedule.final
+    assert (warmup > 0) == (ends_at == 0)
+    assert warmup or ends_at == pytest.approx(1 / 10)
+    schedule = replace(before.optim.schedule, **asdict(config.optim.schedule))
+    rates = replace(before.optim, muon=config.optim.muon, adamw=config.optim.adamw, schedule=schedule)
+    assert config.optim == rates
+    assert replace(config.optim.muon, lr=before.optim.muon.lr) == before.optim.muon
+    assert replace(config.optim.adamw, lr=before.optim.adamw.lr) == before.optim.adamw
+    assert (config.balancing, config.loss) == (before.balancing, before.loss)
+    assert config.data.document_mask == before.data.document_mask
+    assert max(config.evaluation.needles.lengths) == config.model.max_positions
 
 
 def settings(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -157,10 +221,37 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_plans(path: Path) -> None:
     """On the number of GPUs that its comments name, it fits a GPU of 141 GB or, Large, of 288; nano_80gb one of 80."""
-    gpu = {"large": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
-    plan = make_plan(load_config(path), GPUS.get(path.stem, 1), gpu)
+    gpu = {"large": "b300", "large_context": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
+    config = load_config(path)
+    if config.parallel.context > 1 and not HAS_CONTEXT:
+        pytest.skip(NO_CONTEXT)
+    plan = make_plan(config, GPUS.get(path.stem, 1), gpu)
     assert plan.fits
     assert all(step.seconds.step > 0 for step in plan.steps)
+    if path.stem.endswith("_context"):
+        assert memory_table(path)[config.parallel.context] == f"{plan.memory.total / 1e9:.1f}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_CONTEXT, reason=NO_CONTEXT)
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_memory_of_context_extension(name: str) -> None:
+    """The other columns of the memory tables: a row for each data rank, FSDP groups of 128."""
+    path = CONFIGS / f"{name}_context.yaml"
+    table = memory_table(path)
+    assert list(table) == [1, 2, 4, 8]
+    for context, total in table.items():
+        config = load_config(path, [f"parallel.context={context}", f"parallel.shard={128 // context}"])
+        plan = make_plan(config, config.batch.sequences * context, "b300" if name == "large" else "h200")
+        assert total == f"{plan.memory.total / 1e9:.1f}", context
+
+
+def memory_table(path: Path) -> dict[int, str]:
+    """parallel.context → GB in all, from the comment of a config."""
+    rows = [line.removeprefix("#").split() for line in path.read_text(encoding="utf-8").splitlines()]
+    (contexts,) = (row[1:] for row in rows if row[:1] == ["parallel.context"])
+    (totals,) = (row[2:] for row in rows if row[:2] == ["in", "all"])
+    return dict(zip(map(int, contexts), totals, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_perplexity_equals_the_definition(exact: Trinity, config: RunConfig) -> 
     source = TokenSource(config.data.validation["held_out"])
     byte_lengths_V = token_byte_lengths(load_tokenizer(Path(config.data.tokenizer)))
     nats, tokens, text = 0.0, 0, 0
+    by_context: dict[int, list[float]] = {}
     for document in range(DOCUMENTS):
         ids = source.read(document, 0, source.length(document)).astype(int).tolist()
         for place in range(1, len(ids)):
@@ -52,13 +53,24 @@ def test_perplexity_equals_the_definition(exact: Trinity, config: RunConfig) -> 
             context = ids[max(0, min(end, len(ids)) - 13) : place]
             with torch.no_grad():
                 logits_V = exact(torch.tensor([context]))[0, -1]
-            nats -= torch.log_softmax(logits_V, dim=-1)[ids[place]].item()
+            loss = -torch.log_softmax(logits_V, dim=-1)[ids[place]].item()
+            by_context.setdefault(2 ** (len(context).bit_length() - 1), []).append(loss)
+            nats += loss
             tokens += 1
         text += len(load_text_encoder(Path(config.data.tokenizer)).decode(ids[1:]).encode())
     metrics = perplexity(
-        exact, source, ContextWindow(12, 4), byte_lengths_V=byte_lengths_V, documents=DOCUMENTS, batch_tokens=100
+        exact,
+        source,
+        ContextWindow(12, 4),
+        byte_lengths_V=byte_lengths_V,
+        documents=DOCUMENTS,
+        batch_tokens=100,
+        by_position=True,
     )
     assert (metrics["tokens"], metrics["documents"], metrics["bytes"]) == (tokens, DOCUMENTS, text)
+    assert sorted(by_context) == [1, 2, 4, 8]
+    for context, losses in by_context.items():
+        assert abs(metrics[f"loss_at.{context}"] - sum(losses) / len(losses)) < 1e-10
     assert abs(metrics["loss"] - nats / tokens) < 1e-10
     assert abs(metrics["bits_per_byte"] - nats / math.log(2) / text) < 1e-10
     assert abs(metrics["perplexity"] - math.exp(nats / tokens)) < 1e-7

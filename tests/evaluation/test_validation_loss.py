@@ -17,7 +17,7 @@ from trinity.data.stream.collate import PADDING_ID, PackedSequence
 from trinity.data.stream.validation import validation_sequences
 from trinity.data.tokenizer.tokenizer import load_tokenizer, token_byte_lengths
 from trinity.evaluation.perplexity import open_documents
-from trinity.evaluation.validation_loss import _has_largest_logit, evaluate
+from trinity.evaluation.validation_loss import LossByContext, _has_largest_logit, context_lengths, evaluate
 from trinity.models import Trinity
 from trinity_kernels.cross_entropy import IGNORE
 
@@ -115,3 +115,39 @@ def test_the_largest_logit_in_fp32(exact: Trinity) -> None:
     targets_BS = best_BS.where(torch.rand(4, 50, generator=torch.Generator().manual_seed(1)) < 0.5, tokens_BS)
     found_BS = _has_largest_logit(model(tokens_BS, targets_BS=targets_BS))
     assert torch.equal(found_BS, targets_BS == best_BS)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_by_position(exact: Trinity, config: RunConfig, corpus: SimpleNamespace, document_mask: bool) -> None:
+    """Each range's mean against a loop over tokens, in float64; the ranges together are the loss."""
+    rows = list(validation_sequences(TokenSource(corpus.folder / "held_out"), 70, 9))
+    metrics = evaluate(exact, rows, 4, document_mask, None, torch.device("cpu"), by_position=True)
+    losses: dict[int, list[float]] = {}
+    for row in rows:
+        ids = row.document_ids[None] if document_mask else None
+        with torch.no_grad():
+            logs_SV = exact(row.tokens[None], document_ids_BS=ids)[0].log_softmax(dim=-1)
+        for place in (row.targets >= 0).nonzero().flatten().tolist():
+            begin = row.document_ids.tolist().index(row.document_ids[place]) if document_mask else 0
+            context = place - begin + 1
+            losses.setdefault(2 ** (context.bit_length() - 1), []).append(-logs_SV[place, row.targets[place]].item())
+    assert {key for key in metrics if key.startswith("loss_at.")} == {f"loss_at.{context}" for context in losses}
+    for context, values in losses.items():
+        assert abs(metrics[f"loss_at.{context}"] - sum(values) / len(values)) < 1e-10
+    assert abs(metrics["loss"] - sum(map(sum, losses.values())) / sum(map(len, losses.values()))) < 1e-10
+    assert max(losses) == 64 or document_mask
+
+
+def test_ranges_of_context() -> None:
+    """Powers of two begin a range, up to lengths beyond any row."""
+    contexts = [1, 2, 3, 4, 7, 8, 2**20 - 1, 2**20, 2**40 - 1, 2**40]
+    by_context = LossByContext()
+    ce_BS = torch.arange(10.0)[None]
+    by_context.add(ce_BS, torch.zeros(1, 10, dtype=torch.int64), torch.tensor([contexts]))
+    assert by_context.means() == {
+        "loss_at.1": 0, "loss_at.2": 1.5, "loss_at.4": 3.5, "loss_at.8": 5, f"loss_at.{2**19}": 6,
+        f"loss_at.{2**20}": 7, f"loss_at.{2**39}": 8, f"loss_at.{2**40}": 9,
+    }  # fmt: skip
+    ids_BS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 3]])
+    assert context_lengths(ids_BS.shape, ids_BS).tolist() == [[1, 2, 1, 2, 3], [1, 1, 1, 2, 1]]
+    assert context_lengths(ids_BS.shape, None).tolist() == [[1, 2, 3, 4, 5]] * 2

@@ -12,6 +12,10 @@ DENSE = 1
 CHARTS = {
     "Loss": {"training": "loss", "validation held_out": "validation_loss.held_out"},
     "Validation by bytes": {"held_out": "validation_bits_per_byte.held_out"},
+    "Validation by context": {
+        "1.held_out": "validation_loss_at.1.held_out",
+        "2.held_out": "validation_loss_at.2.held_out",
+    },
     "Other losses": {"z-loss": "z_loss", "sequence loss": "sequence_loss"},
     "Learning rates": {"Muon": "lr_muon", "AdamW": "lr_adamw"},
     "Gradient norm before clipping": {"norm": "grad_norm"},

@@ -10,7 +10,7 @@ from tests.training.run_files import metrics, refuse, status, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.sources.shards import TokenSource
 from trinity.models import Trinity
-from trinity.training.build_data import document_notes, open_stream
+from trinity.training.build_data import document_notes, length_bias_notes, open_stream
 
 
 def config_of(settings: dict, *words: str) -> object:
@@ -131,3 +131,33 @@ def test_a_note_on_fewer_documents_than_streams(settings: dict) -> None:
         open_stream(config_of(settings, f"data.streams={documents}"), 0, 1)))  # fmt: skip
     alone = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, many))[-1]
     assert alone.endswith("split its texts into more documents")
+
+
+def test_a_note_on_long_documents(settings: dict, capfd: pytest.CaptureFixture) -> None:
+    """The share of the tokens in documents longer than half a row, by a sum over all documents and both sources; a
+    warning where it is small; only for phases with a length bias that are not past."""
+    bias = {"tokens": 60, "floor": 0.01, "ceiling": 0.9}
+    settings["data"] |= {"length_bias": bias, "sequence_length": 24}
+    settings["data"]["phases"] = [{"tokens": 800, "sequence_length": 4000, "mixture": {"prose": 1}}]
+    config = config_of(settings)
+    sources = open_stream(config, 0, 1).sources
+    share = 0.0
+    for name, weight in {"code": 2 / 3, "prose": 1 / 3}.items():
+        lengths = [sources[name].length(document) for document in range(sources[name].documents)]
+        taken = [length * (0.01 + 0.89 * min(1, length / 60)) for length in lengths]
+        share += weight * sum(tokens for tokens, length in zip(taken, lengths) if length > 12) / sum(taken)
+    assert 0.5 < share < 1
+    first, second = length_bias_notes(config, sources, 0)
+    assert first == (
+        f"note: with data.length_bias {share:.1%} of the tokens are in documents of more than 12 tokens, half a row"
+    )
+    assert second == (
+        "warning: with data.phases[0].length_bias 0.0% of the tokens are in documents of more than 2000 tokens, half a "
+        "row; add sources of longer documents, or a shorter sequence_length"
+    )
+    assert length_bias_notes(config, sources, 800) == [second]
+    settings["data"]["length_bias"] = {}
+    assert length_bias_notes(config_of(settings), sources, 0) == []
+    settings["data"] |= {"length_bias": bias, "phases": []}
+    assert train(settings, "run.steps=1") == 0
+    assert first in capfd.readouterr().err

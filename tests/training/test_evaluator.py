@@ -1,13 +1,18 @@
-"""samples.jsonl of a run: the continuations at every evaluation, none twice after a resume."""
+"""samples.jsonl and needles.jsonl of a run: a line for every evaluation, none twice after a resume."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.run_files import metrics, refuse, train
+from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
+from trinity.evaluation.needle import NeedleTask
+from trinity.evaluation.needle_run import text_haystack
+from trinity.evaluation.needle_score import Cell, forced
 from trinity.training.load_run import load_model
 
 PROMPTS = ["def train", "Raises:\n    User"]
@@ -20,8 +25,16 @@ def with_prompts(settings: dict) -> dict:
     return settings
 
 
-def samples(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+@pytest.fixture
+def with_needles(settings: dict) -> dict:
+    """Needles of kinds 1 and 3 at two lengths, at every fourth step."""
+    needles = {"lengths": [640, 700], "kinds": [1, 3], "samples": 3}
+    settings["evaluation"] = {"every": 4, "sequences": 5, "needles": needles, "by_position": True}
+    return settings
+
+
+def samples(run: Path, name: str = "samples") -> list[dict]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
 
 def test_samples_are_written(with_prompts: dict, uninterrupted: Path) -> None:
@@ -56,3 +69,61 @@ def test_prompts_need_a_tokenizer(with_prompts: dict) -> None:
     assert "evaluation.sample_tokens=0 must be at least 1" in refuse(with_prompts, "evaluation.sample_tokens=0")
     del with_prompts["data"]["tokenizer"]
     assert "evaluation.prompts are texts and there is no tokenizer; set data.tokenizer" in refuse(with_prompts)
+
+
+def test_needles_are_scored(with_needles: dict, uninterrupted: Path) -> None:
+    """The last step's scores are those of the saved model on the same samples; needles change no step. Back from step 8
+    to step 6, as after a crash, the run writes the same lines and metrics again, bit for bit."""
+    assert train(with_needles) == 0
+    run = Path(with_needles["run"]["dir"])
+    lines = samples(run, "needles")
+    cells = [(1, 640), (1, 700), (3, 640), (3, 700)]
+    assert [(line["step"], line["kind"], line["length"]) for line in lines] == [
+        (step, *cell) for step in (4, 8) for cell in cells
+    ]
+    model, config, _ = load_model(run)
+    tokenizer = Path(config.data.tokenizer)
+    haystack = text_haystack(TokenSource(config.data.validation["held_out"]), tokenizer, 700, "held_out")
+    for (kind, length), line in zip(cells, lines[-4:]):
+        task = NeedleTask(tokenizer, config.model.vocab_size, kind, length, haystack, config.run.seed)
+        asked = [task.sample(index) for index in range(3)]
+        cell = Cell.of(
+            [outcome for sample in asked for outcome in forced(model, [sample], length, torch.device("cpu"))]
+        )
+        assert line["nats"] == pytest.approx(cell.nats, rel=1e-5)  # fp32 in other batches
+        assert (line["score"], line["samples"]) == (cell.score, 3)
+        prefix = "needle" if kind == 1 else "needle_3"
+        record = metrics(run)[-1]
+        assert (record[f"{prefix}.{length}"], record[f"{prefix}_nats.{length}"]) == (line["score"], line["nats"])
+    expected = metrics(run)
+    assert [line["loss"] for line in expected] == [line["loss"] for line in metrics(uninterrupted)]
+    assert any(name.startswith("validation_loss_at.") for name in expected[-1])
+    (run / "checkpoints/step_00000008/COMPLETE").unlink()
+    assert train(with_needles) == 0
+    assert (samples(run, "needles"), metrics(run)) == (lines, expected)
+    assert samples(run, "needles.tail.1") == lines[-4:]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["evaluation.needles.lengths=[4096]"], "the model has 2048 positions (model.max_positions)"),
+        (["evaluation.needles.lengths=[0]"], "use lengths from 1 up to that"),
+        (["evaluation.needles.lengths=[100]"], "evaluation.needles.lengths 100 has no room for the needles and the"),
+        (["evaluation.needles.lengths=[640,640]"], "evaluation.needles.lengths=[640, 640] repeats a value"),
+        (["evaluation.needles.kinds=[4]"], "evaluation.needles.kinds names 4, which is no kind of needles; use 1, 2"),
+        (["evaluation.needles.kinds=[]"], "evaluation.needles.kinds is empty; use [1], [2] or [3]"),
+        (["evaluation.needles.samples=0"], "evaluation.needles.samples=0 must be at least 1"),
+        (["evaluation.needles.haystack=web"], "evaluation.needles.haystack=web is no set of data.validation (known"),
+        (["data.validation={}"], "add one, or set evaluation.needles.kinds=[2,3]"),
+    ],
+)
+def test_needles_that_cannot_be_asked(with_needles: dict, words: list[str], sentence: str) -> None:
+    if "data.validation={}" in words:
+        with_needles["data"]["validation"], words = {}, []
+    assert sentence in refuse(with_needles, *words)
+
+
+def test_needles_need_a_tokenizer(with_needles: dict) -> None:
+    del with_needles["data"]["tokenizer"]
+    assert "evaluation.needles are texts and there is no tokenizer; set data.tokenizer" in refuse(with_needles)

@@ -31,6 +31,7 @@ ABSENT = {
     "checkpoint.url=zz://x": "checkpoint.url: zz://x cannot be opened (",
     "data.train.code=zz://x": "data.train.code: zz://x cannot be opened (",
     "data.train.code=nowhere": "data.train.code=nowhere does not exist; ",
+    "init.keep=optimizer": "init.keep=optimizer says what to load from another run, and init.run is not given; add ",
     "data.tokenizer=nowhere": "data.tokenizer=nowhere does not exist; ",
 }
 

@@ -49,6 +49,7 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "evaluation.every": (0, None),
     "evaluation.sequences": (1, None),
     "evaluation.sample_tokens": (1, 1 << 20),
+    "evaluation.needles.samples": (1, 1 << 20),
     "log.every": (1, None),
     "log.het_sequences": (1, None),
     "log.router_every": (0, None),
@@ -83,6 +84,7 @@ def check_run(config: RunConfig) -> None:
     _check_schedule(config)
     _check_data(config)
     _check_prompts(config)
+    _check_needles(config)
     _check_profile(config)
     if config.init.hf and config.init.run:
         raise UserError("init.hf and init.run are both given; keep the one the run should start from")
@@ -126,6 +128,8 @@ def _check_entries(config: RunConfig) -> None:
     data = config.data
     lists: dict[str, Any] = {
         "evaluation.prompts": config.evaluation.prompts,
+        "evaluation.needles.lengths": config.evaluation.needles.lengths,
+        "evaluation.needles.kinds": config.evaluation.needles.kinds,
         "profile.ranks": config.profile.ranks,
         "optim.adamw.betas": config.optim.adamw.betas,
     }
@@ -242,10 +246,44 @@ def _check_best_fit(config: RunConfig) -> None:
 
 
 def _check_prompts(config: RunConfig) -> None:
-    # the tokenizer of init.run is looked up when the run starts
-    tokenizer = tokenizer_folder(config) or config.init.run or kept_tokenizer(run_directory(config))
-    if config.evaluation.prompts and not tokenizer:
+    if config.evaluation.prompts and not _has_tokenizer(config):
         raise UserError("evaluation.prompts are texts and there is no tokenizer; set data.tokenizer, or leave them out")
+
+
+def _has_tokenizer(config: RunConfig) -> bool:
+    # the tokenizer of init.run is looked up when the run starts
+    return bool(tokenizer_folder(config) or config.init.run or kept_tokenizer(run_directory(config)))
+
+
+def _check_needles(config: RunConfig) -> None:
+    needles, validation = config.evaluation.needles, config.data.validation
+    if not needles.lengths:
+        return
+    if not _has_tokenizer(config):
+        raise UserError("evaluation.needles are texts and there is no tokenizer; set data.tokenizer, or leave them out")
+    if unknown := sorted(set(needles.kinds) - {1, 2, 3}):
+        raise UserError(f"evaluation.needles.kinds names {unknown[0]}, which is no kind of needles; use 1, 2 or 3")
+    if not needles.kinds:
+        raise UserError("evaluation.needles.kinds is empty; use [1], [2] or [3], or several of them")
+    for length in needles.lengths:
+        if not 1 <= length <= config.model.max_positions:
+            raise UserError(
+                f"evaluation.needles.lengths has {length}, and the model has {config.model.max_positions} positions "
+                "(model.max_positions); use lengths from 1 up to that"
+            )
+    for name, values in {"lengths": needles.lengths, "kinds": needles.kinds}.items():
+        if len(set(values)) < len(values):
+            raise UserError(f"evaluation.needles.{name}={list(values)} repeats a value; name each once")
+    if needles.haystack is not None and needles.haystack not in validation:
+        raise UserError(
+            f"evaluation.needles.haystack={needles.haystack} is no set of data.validation (known: "
+            f"{sorted(validation)}); name one of them"
+        )
+    if 1 in needles.kinds and not validation:
+        raise UserError(
+            "evaluation.needles of kind 1 are hidden in the text of a set of data.validation, which has none; add one, "
+            "or set evaluation.needles.kinds=[2,3]"
+        )
 
 
 def _check_profile(config: RunConfig) -> None:

@@ -384,8 +384,24 @@ class ExportConfig:
 
 
 @dataclass
+class NeedlesConfig:
+    """Needles in a haystack (RULER's MK-NIAH, trinity.evaluation.needle) at every evaluation, scored by forced
+    decoding. Needs a tokenizer."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Lengths of the samples, in tokens, at most model.max_positions. Default: no needles."""
+    samples: int = 50
+    """Samples of each length and kind. A multiple of 10 gives each depth equally many."""
+    kinds: list[int] = field(default_factory=lambda: [1])
+    """Kinds of MK-NIAH: 1 (four needles in text), 2 (numbers among other needles), 3 (UUIDs among other needles). The
+    report says "MK-NIAH" and not which."""
+    haystack: str | None = None
+    """Validation set whose text hides the needles of kind 1. Default: the first of data.validation."""
+
+
+@dataclass
 class EvaluationConfig:
-    """Validation loss and samples during the run."""
+    """Validation loss, needles and samples during the run."""
 
     every: int = 0
     """Optimizer steps between evaluations; 0: none. If not 0, the last step is evaluated as well; with init, also the
@@ -396,6 +412,11 @@ class EvaluationConfig:
     """Prompts that each evaluation continues by greedy decoding, into samples.jsonl. Needs a tokenizer."""
     sample_tokens: int = 64
     """Most tokens to generate per prompt; fewer if the document ends."""
+    needles: NeedlesConfig = field(default_factory=NeedlesConfig)
+    """Needles in a haystack."""
+    by_position: bool = False
+    """Also record the validation loss by the tokens' context, in ranges that double (validation_loss_at.SET.CONTEXT):
+    it must fall as the context grows."""
 
 
 @dataclass

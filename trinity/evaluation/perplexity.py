@@ -23,8 +23,8 @@ from trinity.data.sources.text import TextSource
 from trinity.data.stream.validation import validation_sequences
 from trinity.data.tokenizer.tokenizer import fingerprint
 from trinity.errors import UserError
-from trinity.evaluation.scoring import Span, log_likelihoods
-from trinity.evaluation.validation_loss import evaluate
+from trinity.evaluation.scoring import Span, token_losses
+from trinity.evaluation.validation_loss import LossByContext, context_lengths, evaluate
 from trinity.io.remote import local_or_url
 from trinity.models.trinity import Trinity
 from trinity.terminal import Progress
@@ -76,6 +76,7 @@ def perplexity(
     byte_lengths_V: Tensor | None,
     documents: int | None = None,
     batch_tokens: int = 8192,
+    by_position: bool = False,
 ) -> dict[str, float]:
     """Perplexity of a source's documents, each by itself.
 
@@ -86,18 +87,22 @@ def perplexity(
         byte_lengths_V: [V] bytes of text per token; without it there are no bits per byte.
         documents: measure only this many, from the first. Default: all.
         batch_tokens: most tokens in one forward pass.
+        by_position: also the loss by the tokens' context, in the window.
     Returns:
         "loss" in nats per token, "perplexity", "tokens" (scored), "documents", and "bits_per_byte" with "bytes", those
-        of the whole text: every token of it is scored.
+        of the whole text: every token of it is scored; and "loss_at.C" (see validation_loss.evaluate) by position.
     """
     count = min(source.documents, source.documents if documents is None else documents)
     nats, tokens, text_bytes, done = 0.0, 0, 0, 0
+    by_context = LossByContext()
     with Progress("perplexity", count, "document") as progress:
         for group in _groups(source, count):
             spans = [span for ids in group for span in sliding_windows(ids.tolist(), window)]
-            scores = []
-            for _, score in log_likelihoods(model, spans, batch_tokens):
-                scores.append(score)
+            scores: list[float] = []
+            for _, ce_NS, targets_NS in token_losses(model, spans, batch_tokens):
+                scores += (-ce_NS.double().sum(dim=1)).tolist()
+                if by_position:
+                    by_context.add(ce_NS, targets_NS, context_lengths(targets_NS.shape, None))
                 progress.update_to(done + len(group) * len(scores) // len(spans))
             nats -= math.fsum(scores)
             tokens += sum(len(span.tokens) - span.start for span in spans)
@@ -109,7 +114,7 @@ def perplexity(
     metrics = {"loss": loss, "tokens": tokens, "documents": count, "perplexity": _exp(loss)}
     if byte_lengths_V is not None:
         metrics |= {"bits_per_byte": nats / math.log(2) / max(text_bytes, 1), "bytes": text_bytes}
-    return metrics
+    return metrics | by_context.means()
 
 
 def packed_perplexity(
@@ -122,22 +127,24 @@ def packed_perplexity(
     document_mask: bool,
     loss_on_document_start: bool,
     batch_tokens: int = 8192,
+    by_position: bool = False,
 ) -> dict[str, float]:
     """A run's validation loss: on the same rows, with documents packed one after the other.
 
     Args:
         sequence_length, rows, document_mask, loss_on_document_start: the run's data.sequence_length,
             evaluation.sequences (default: all rows), data.document_mask and data.loss_on_document_start.
-        model, source, byte_lengths_V, batch_tokens: see `perplexity`.
+        model, source, byte_lengths_V, batch_tokens, by_position: see `perplexity`.
     Returns:
-        "loss", "perplexity", and "bits_per_byte".
+        "loss", "perplexity", "bits_per_byte"; and "loss_at.C" by position.
     """
     sequences = validation_sequences(
         source, sequence_length, sys.maxsize if rows is None else rows, loss_on_document_start
     )
     sequences = Progress("perplexity", rows, "row").over(sequences)
     microbatch = max(1, batch_tokens // sequence_length)
-    metrics = evaluate(model, sequences, microbatch, document_mask, byte_lengths_V, model.embed.weight.device)
+    device = model.embed.weight.device
+    metrics = evaluate(model, sequences, microbatch, document_mask, byte_lengths_V, device, by_position=by_position)
     return metrics | {"perplexity": _exp(metrics["loss"])}
 
 

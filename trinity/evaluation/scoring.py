@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from trinity.models.trinity import Trinity
 from trinity_kernels.cross_entropy import IGNORE
@@ -26,7 +27,6 @@ class Span(NamedTuple):
     start: int
 
 
-@torch.no_grad()
 def log_likelihoods(model: Trinity, spans: Sequence[Span], batch_tokens: int) -> Iterator[tuple[int, float]]:
     """Sum of ln p of the scored tokens of each span, in fp32 or the model's float64; the longest spans come first.
 
@@ -37,6 +37,20 @@ def log_likelihoods(model: Trinity, spans: Sequence[Span], batch_tokens: int) ->
     Yields:
         (index of the span in `spans`, its log-likelihood in nats), each index once.
     """
+    for indices, ce_NS, _ in token_losses(model, spans, batch_tokens):
+        yield from zip(indices, (-ce_NS.double().sum(dim=1)).tolist())
+
+
+@torch.no_grad()
+def token_losses(
+    model: Trinity, spans: Sequence[Span], batch_tokens: int
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """The loss of every scored token; arguments as for log_likelihoods.
+
+    Yields:
+        For each batch: indices of its spans; ce_NS [N, S], whose entry i is the loss of token i + 1 of the span, in
+        nats, 0 where it is not scored; targets_NS [N, S] int64 on the CPU, those tokens, IGNORE where not scored.
+    """
     device = model.embed.weight.device
     for indices in batch_by_length([len(span.tokens) - 1 for span in spans], batch_tokens):
         longest = len(spans[indices[0]].tokens) - 1
@@ -46,8 +60,7 @@ def log_likelihoods(model: Trinity, spans: Sequence[Span], batch_tokens: int) ->
             ids, start = torch.as_tensor(spans[index].tokens), spans[index].start
             tokens_NS[row, : len(ids) - 1] = ids[:-1]
             targets_NS[row, start - 1 : len(ids) - 1] = ids[start:]
-        ce_NS = model(tokens_NS.to(device), targets_BS=targets_NS.to(device)).ce_BS
-        yield from zip(indices, (-ce_NS.double().sum(dim=1)).tolist())
+        yield indices, model(tokens_NS.to(device), targets_BS=targets_NS.to(device)).ce_BS, targets_NS
 
 
 def batch_by_length(lengths: Iterable[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -2,8 +2,10 @@
 
 A fine-tuned model that does not end its turns talks on forever, whatever its loss: so the share of turns at whose end
 the end-of-turn token has the largest logit is measured too.
+By position: the mean loss of the targets with 1, 2–3, 4–7, 8–15, … tokens of context. A model that uses its context has
+a lower loss where that is longer.
 
-Shapes: B rows, S tokens of a row, V vocabulary.
+Shapes: B rows, S tokens of a row, V vocabulary, K ranges of context.
 """
 
 import math
@@ -31,6 +33,7 @@ def evaluate(
     masked: bool = False,
     end_of_turn: int | None = None,
     context: ContextParallel | None = None,
+    by_position: bool = False,
 ) -> dict[str, float]:
     """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: expert biases do not change.
 
@@ -42,12 +45,15 @@ def evaluate(
         masked: most tokens have no target, so the head is computed for those that have one alone.
         end_of_turn: the token that ends a turn of the assistant; None: the ends of turns are not counted.
         context: the ranks that have the same rows as this one, and divide them by columns; None: no other has.
+        by_position: also return the loss by the tokens' context: in the document with document_mask, else in the row.
     Returns:
         "loss", and "bits_per_byte": Σ CE / ln 2 / bytes of the targets. BOS, which begins the next document, is a
         target of 0 bytes, so its loss is spread over the text. "end_of_turn": the share of targets that end a turn
-        whose logit is the largest.
+        whose logit is the largest. By position, "loss_at.C" for C = 1, 2, 4, …: the loss of the targets with C to
+        2·C − 1 tokens of context.
     """
     ce, valid, text_bytes, turns, ended = 0.0, 0, 0, 0, 0
+    by_context = LossByContext()
     for rows in _microbatches(sequences, microbatch):
         batch = collate(rows, len(rows[0].tokens))
         if not document_mask:
@@ -56,6 +62,8 @@ def evaluate(
             batch = batch.columns(context.columns(batch.tokens_BS.shape[1]))
         losses = _losses(model, batch, masked, context, device)
         ce += losses.ce_BS.double().sum().item()
+        if by_position:
+            by_context.add(losses.ce_BS, batch.targets_BS, _contexts(batch, rows, context))
         counted = batch.targets_BS[batch.targets_BS != IGNORE]
         valid += counted.numel()
         if byte_lengths_V is not None:
@@ -75,7 +83,52 @@ def evaluate(
         metrics["bits_per_byte"] = ce / math.log(2) / max(text_bytes, 1)
     if end_of_turn is not None:
         metrics["end_of_turn"] = ended / max(turns, 1)
-    return metrics
+    return metrics | (by_context.means() if by_position else {})
+
+
+def _contexts(batch: Batch, rows: list[PackedSequence], context: ContextParallel | None) -> Tensor:
+    """context_lengths of the batch's columns of the rows."""
+    row_ids_BS = batch.document_ids_BS if batch.row_document_ids_BS is None else batch.row_document_ids_BS
+    lengths_BS = context_lengths(torch.Size((len(rows), len(rows[0].tokens))), row_ids_BS)
+    return lengths_BS if context is None else lengths_BS[:, context.columns(lengths_BS.shape[1])]
+
+
+def context_lengths(shape: torch.Size, document_ids_BS: Tensor | None) -> Tensor:
+    """[B, S] int64: tokens up to and including each one, in its row, or in its document if ids are given."""
+    positions_BS = torch.arange(shape[1]).expand(shape)
+    if document_ids_BS is None:
+        return positions_BS + 1
+    starts_BS = torch.zeros(shape, dtype=torch.int64)
+    changes_BS = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    starts_BS[:, 1:] = positions_BS[:, 1:] * changes_BS
+    return positions_BS - starts_BS.cummax(dim=1).values + 1
+
+
+class LossByContext:
+    """Sums of losses and targets in ranges of context: 1, 2–3, 4–7, … tokens."""
+
+    def __init__(self) -> None:
+        self._sums_2K = torch.zeros(2, 64, dtype=torch.float64)
+
+    def add(self, ce_BS: Tensor, targets_BS: Tensor, contexts_BS: Tensor) -> None:
+        """Add the losses of a batch.
+
+        Args:
+            ce_BS: [B, S] loss of each target, on any device.
+            targets_BS: [B, S] int64; IGNORE: not counted.
+            contexts_BS: [B, S] int64, tokens of context, at least 1.
+        """
+        counted_BS = targets_BS != IGNORE
+        ranges = contexts_BS[counted_BS].double().log2().long()  # exact at powers of two, below them by 2⁻⁵³ at least
+        ce = ce_BS.cpu().double()[counted_BS]
+        self._sums_2K.index_add_(1, ranges, torch.stack((ce, torch.ones_like(ce))))
+
+    def means(self) -> dict[str, float]:
+        """ "loss_at.C" of each range with a target, over all ranks, in nats per token; every rank must call this."""
+        if dist.is_initialized():
+            dist.all_reduce(self._sums_2K)
+        ce, counts = self._sums_2K.tolist()
+        return {f"loss_at.{1 << k}": ce[k] / counts[k] for k in range(64) if counts[k]}
 
 
 def _losses(

@@ -132,6 +132,7 @@ class Trinity(nn.Module):
         parts: RowParts | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
+        logits_at_BN: Tensor | None = None,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
@@ -154,8 +155,10 @@ class Trinity(nn.Module):
             cache: keys and values of the rows' earlier tokens, to which those of tokens_BS are added; without
                 positions, document ids and targets.
             logits_to_keep: compute the logits of the last tokens alone, this many; 0: of all.
+            logits_at_BN: [B, N] int64: indices in the row of N tokens whose logits are wanted, so that those of a long
+                row take no memory; only without targets. Default: all tokens.
         Returns:
-            logits [B, S, V] in the compute dtype, or Losses.
+            logits [B, S, V], or [B, N, V], in the compute dtype, or Losses.
         """
         if cache is not None:
             step = cache.begin(tokens_BS.shape[1], tokens_BS.device, self.attention_engine)
@@ -179,6 +182,8 @@ class Trinity(nn.Module):
         if logits_to_keep:
             x_BSD = x_BSD[:, -logits_to_keep:]
         if targets_BS is None:
+            if logits_at_BN is not None:
+                x_BSD = x_BSD.take_along_dim(logits_at_BN.unsqueeze(-1), dim=1)
             return self.head(self.norm(x_BSD))
         if trained is None:
             head_losses = self.head(self.norm(x_BSD), targets_BS, z, weights_BS)

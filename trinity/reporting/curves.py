@@ -72,7 +72,18 @@ LOSS = [
         marks=("resume", "rollback", "spike", "skipped"), unigram=True,
     ),
     Chart("Validation by bytes", "bits per byte", {"validation_bits_per_byte.": ""}),
+    Chart("Validation by context", "nats per token, by tokens of context and set", {"validation_loss_at.": ""}),
     Chart("Other losses", "nats per token", {"z_loss": "z-loss", "sequence_loss": "sequence loss"}, log=True),
+]  # fmt: skip
+NEEDLES = [
+    Chart(
+        "Needles found", "share of the samples, by tokens of a sample",
+        {"needle.": "MK-NIAH 1 @", "needle_2.": "MK-NIAH 2 @", "needle_3.": "MK-NIAH 3 @"},
+    ),
+    Chart(
+        "Loss of the needles' answers", "nats of an answer, by tokens of a sample",
+        {"needle_nats.": "MK-NIAH 1 @", "needle_2_nats.": "MK-NIAH 2 @", "needle_3_nats.": "MK-NIAH 3 @"},
+    ),
 ]  # fmt: skip
 OPTIMIZER = [
     Chart("Learning rates", "rate", {"lr_muon": "Muon", "lr_adamw": "AdamW"}, marks=("resume", "rollback")),

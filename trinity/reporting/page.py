@@ -62,7 +62,7 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
             is not installed.
     """
     out = out or directories[0] / "report.html"
-    _check_out(out)
+    check_out(out)
     repeated = [str(path) for path, times in Counter(path.resolve() for path in directories).items() if times > 1]
     if repeated:
         raise UserError(f"{repeated[0]} is given twice; name each run directory once")
@@ -78,25 +78,43 @@ def report_page(runs: list[RunLog]) -> str:
     Raises:
         UserError: plotly is not installed.
     """
+    plotly_script()
+    _make_names_unique(runs)
+    return render_page(", ".join(run.name for run in runs), sections(runs))
+
+
+def plotly_script() -> str:
+    """plotly.js.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UserError('the report needs plotly; install it: pip install "trinity-moe[report]"') from None
-    _make_names_unique(runs)
+    return get_plotlyjs()
+
+
+def render_page(title: str, page_sections: list[Section]) -> str:
+    """A page as HTML, with plotly.js in it.
+
+    Args:
+        title: not escaped yet.
+    """
     figures: list[dict] = []
-    page_sections = sections(runs)
     anchors = _anchors([section.title for section in page_sections])
     body = _contents(page_sections, anchors) + "".join(
         _section_html(section, anchor, figures) for section, anchor in zip(page_sections, anchors)
     )
     parts = {
         "MARKER": MARKER,
-        "TITLE": _ascii(escape(", ".join(run.name for run in runs))),
+        "TITLE": _ascii(escape(title)),
         "WHEN": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "STYLE": STYLE,
         "BODY": _ascii(body),
         "FIGURES": to_json(figures).replace("<", "\\u003c"),
-        "PLOTLY": _gzip_base64(get_plotlyjs()),
+        "PLOTLY": _gzip_base64(plotly_script()),
         "SCRIPT": SCRIPT,
     }
     return fill(PAGE, parts)
@@ -105,6 +123,7 @@ def report_page(runs: list[RunLog]) -> str:
 def sections(runs: list[RunLog]) -> list[Section]:
     """The report's sections, in the order of the page."""
     from trinity.reporting import curves
+    from trinity.reporting.needles import render_needle_charts
     from trinity.reporting.routing import render_router_charts
 
     def charts(title: str, specs: list) -> Section:
@@ -121,6 +140,12 @@ def sections(runs: list[RunLog]) -> list[Section]:
     for run in runs:
         title = "Routers by layer" if len(runs) == 1 else f"Routers by layer: {run.name}"
         page_sections.append(_section(title, render_router_charts(run)))
+    if any(run.needles for run in runs):
+        page_sections.append(charts("Needles", curves.NEEDLES))
+    for run in runs:
+        if run.needles:
+            title = "Needles by depth" if len(runs) == 1 else f"Needles by depth: {run.name}"
+            page_sections.append(_section(title, render_needle_charts(run)))
     if any(run.samples for run in runs):
         page_sections.append(Section("Samples", html=tables.samples(runs)))
     for title, html, file in (
@@ -189,7 +214,8 @@ def _make_names_unique(runs: list[RunLog]) -> None:
             run.name = f"{run.name} ({run.path})"
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuse a file that is no HTML file, or that exists and is not a report."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name an HTML file")
     if out.suffix not in (".html", ".htm"):

@@ -27,6 +27,9 @@ ROUTER_FIELDS = ("max_violation", "dead", "entropy", "bias_range", "bias_step_no
 """Fields of router.jsonl with one number for each layer."""
 
 
+NEEDLE_FIELDS = {"kind", "length", "samples", "score", "error", "by_depth"}
+
+
 class Event(NamedTuple):
     """A line of events.jsonl. details: its other fields, as JSON."""
 
@@ -87,6 +90,7 @@ class RunLog:
         config: the newest config, loaded; None if this version cannot load it.
         router: None without router.jsonl.
         notes: sentences on what could not be read.
+        needles: lines of needles.jsonl.
     """
 
     name: str
@@ -100,6 +104,7 @@ class RunLog:
     samples: list[Sample]
     router: Router | None
     notes: list[str]
+    needles: list[dict[str, Any]]
 
     def index_at(self, step: int) -> int:
         """Index of the last recorded step that is not after `step`; 0 if all are."""
@@ -140,6 +145,7 @@ def read_run(path: Path) -> RunLog:
         samples=_read_samples(path / "samples.jsonl", notes),
         router=router,
         notes=notes,
+        needles=_read_needles(path / "needles.jsonl", notes),
     )
 
 
@@ -220,6 +226,26 @@ def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
             samples.append(Sample(step, record["prompt"], record["text"]))
     _note_broken(path, broken, notes)
     return samples
+
+
+def _read_needles(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    broken = 0
+    for _, record in read_objects(path):
+        if (
+            record is None
+            or valid_step(record) is None
+            or not record.keys() >= NEEDLE_FIELDS
+            or not isinstance(record["by_depth"], list)
+            or not record["by_depth"]
+        ):
+            broken += 1
+        else:
+            lines.append(record)
+    _note_broken(path, broken, notes)
+    return lines
 
 
 def _load_config(path: Path) -> RunConfig | None:

@@ -1,8 +1,9 @@
 """Build the data of a run: open its training and validation sources, and check them against model and tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from trinity.checkpoint.directory import CheckpointDirectory
@@ -27,6 +28,11 @@ from trinity.run_directory import newest_config
 from trinity.training.build import batch_plan
 from trinity.training.resume import history_of
 
+FEW_LONG = 0.05
+"""Share of tokens in documents longer than half a row, below which a run with a length bias is warned. Not from the
+report."""
+MEASURED_DOCUMENTS = 1 << 20
+"""Most documents of a source from which that share is estimated, evenly spaced."""
 PREFETCHED_STEPS = 2
 """Steps whose rows the data workers prepare ahead."""
 LEARNING = ["batch", "optim", "balancing", "loss", "precision"]
@@ -102,6 +108,36 @@ def document_notes(stream: SequenceStream) -> list[str]:
                 f"note: data.train.{name} has {source.documents} documents for data.streams={stream.streams}, so rows "
                 f"of one step repeat each other's text; split its texts into more documents{words}"
             )
+    return notes
+
+
+def length_bias_notes(config: RunConfig, sources: dict[str, Source], tokens: int) -> list[str]:
+    """For each phase with a length bias, from the current one on: the share of its tokens in documents that are longer
+    than half a row; a warning where that is less than FEW_LONG, because long rows then hold little long context.
+
+    Args:
+        config: the run's.
+        sources: by name.
+        tokens: trained on so far.
+    """
+    phases, notes = resolved_phases(config.data), []
+    for number, phase in enumerate(phases):
+        bias = LengthBias(**asdict(phase.length_bias))
+        past = number + 1 < len(phases) and phases[number + 1].tokens <= tokens
+        if past or bias.floor == bias.ceiling == 1:
+            continue
+        share, half = 0.0, phase.sequence_length // 2
+        for name, weight in phase.mixture.items():
+            documents = sources[name].documents
+            step = -(-documents // MEASURED_DOCUMENTS)
+            share += weight * bias.token_share(sources[name].lengths(np.arange(0, documents, step)), half)
+        few = share < FEW_LONG
+        key = "data.length_bias" if not number else f"data.phases[{number - 1}].length_bias"
+        mend = "; add sources of longer documents, or a shorter sequence_length" if few else ""
+        notes.append(
+            f"{'warning' if few else 'note'}: with {key} {share:.1%} of the tokens are in documents of more than "
+            f"{half} tokens, half a row{mend}"
+        )
     return notes
 
 

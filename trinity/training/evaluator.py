@@ -1,4 +1,4 @@
-"""Evaluate the model of a run between its steps: validation losses, and samples of the config's prompts."""
+"""Evaluate the model of a run between its steps: validation losses, needles, and samples of the config's prompts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 from trinity.config.run import RunConfig
 from trinity.data.stream.validation import validation_sequences
+from trinity.evaluation.needle_run import Needles
+from trinity.evaluation.needle_run import metrics as needle_metrics
 from trinity.evaluation.samples import Sampler
 from trinity.evaluation.validation_loss import evaluate
 from trinity.interop.tokenizer_files import special_ids
@@ -22,9 +24,9 @@ class Evaluator:
         config: the run's.
         ranks: the mesh.
         data: validation sources, and the tokens' byte lengths.
-        directory: the run directory, for samples.jsonl.
-        step: steps made before this start; later lines of samples.jsonl are cut off.
-        tokenizer: its folder; needed only for evaluation.prompts and for the ends of turns.
+        directory: the run directory, for samples.jsonl and needles.jsonl.
+        step: steps made before this start; later lines of these files are cut off.
+        tokenizer: its folder; needed only for evaluation.prompts, evaluation.needles and the ends of turns.
         beat: called after each forward pass.
     """
 
@@ -39,9 +41,17 @@ class Evaluator:
         beat: Callable[[], None],
     ) -> None:
         self._config, self._ranks, self._data, self._beat = config, ranks, data, beat
-        prompts, path = list(config.evaluation.prompts), directory / "samples.jsonl"
-        writes = ranks.is_first and (prompts or path.exists())  # an old file is cut back even without prompts
-        self._samples = JsonLines(path, step) if writes else None
+        prompts, needles = list(config.evaluation.prompts), config.evaluation.needles
+        self._files: dict[str, JsonLines] = {}
+        for name, wanted in {"samples": prompts, "needles": needles.lengths}.items():
+            path = directory / f"{name}.jsonl"
+            if ranks.is_first and (wanted or path.exists()):  # an old file is cut back even if nothing is wanted now
+                self._files[name] = JsonLines(path, step)
+        self._needles: Needles | None = None
+        self._needle_lines: list[dict[str, Any]] = []
+        if needles.lengths:
+            assert tokenizer is not None  # tokenizer_at_start refuses needles without one
+            self._needles = Needles(config, data.validation, tokenizer, ranks.rank, ranks.world)
         self._sampler: Sampler | None = None
         self._end_of_turn: int | None = None
         if config.data.loss == "masked" and tokenizer is not None:
@@ -52,7 +62,7 @@ class Evaluator:
             self._sampler = Sampler(prompts, new_tokens, tokenizer, vocab_size)
 
     def validate(self, model: Trinity) -> dict[str, float]:
-        """The metrics of trinity.evaluation.validation_loss of every validation source, as validation_METRIC.NAME."""
+        """Losses of every validation set, and the scores of needles, under their names in metrics.jsonl."""
         config = self._config
         metrics: dict[str, float] = {}
         for name, source in self._data.validation.items():
@@ -77,29 +87,35 @@ class Evaluator:
                 masked=config.data.loss == "masked",
                 end_of_turn=self._end_of_turn,
                 context=self._ranks.context,
+                by_position=config.evaluation.by_position,
             )
             metrics |= {f"validation_{metric}.{name}": value for metric, value in losses.items()}
+        if self._needles is not None:
+            self._needle_lines = self._needles(model, self._ranks.device, self._beat)
+            metrics |= needle_metrics(self._needle_lines)
         return metrics
 
     def write_samples(self, model: Trinity, record: dict[str, Any]) -> None:
-        """Continue the config's prompts, on every rank, and append them to samples.jsonl on rank 0.
+        """Append the last scores of needles to needles.jsonl, and the prompts' continuations to samples.jsonl.
+
+        Every rank continues the config's prompts; rank 0 writes.
 
         Args:
             model: the run's.
             record: of the step, for its number and its tokens.
         """
-        if self._sampler is None:
-            return
-        for sample in self._sampler(model, self._ranks.device, self._beat):
-            if self._samples is not None:
-                self._samples.write({"step": record["step"], "tokens": record["tokens"], **sample})
+        samples = [] if self._sampler is None else self._sampler(model, self._ranks.device, self._beat)
+        for name, lines in {"needles": self._needle_lines, "samples": samples}.items():
+            if name in self._files:
+                for line in lines:
+                    self._files[name].write({"step": record["step"], "tokens": record["tokens"], **line})
 
     def rewind(self, step: int) -> None:
-        """Cut samples.jsonl back to an earlier step: a rollback."""
-        if self._samples is not None:
-            self._samples.rewind(step)
+        """Cut samples.jsonl and needles.jsonl back to an earlier step: a rollback."""
+        for file in self._files.values():
+            file.rewind(step)
 
     def close(self) -> None:
-        """Close samples.jsonl."""
-        if self._samples is not None:
-            self._samples.close()
+        """Close samples.jsonl and needles.jsonl."""
+        for file in self._files.values():
+            file.close()

@@ -24,11 +24,29 @@ def check_prerequisites(config: RunConfig, ranks: Ranks) -> None:
         UserError: naming the setting and what to write or install.
     """
     check_batches(config, ranks.data_ranks)
-    check_paths(config, fresh=not (run_directory(config) / "config.yaml").is_file())
+    fresh = not (run_directory(config) / "config.yaml").is_file()
+    check_init(config, fresh)
+    check_paths(config, fresh)
     check_remote_paths(config)
     check_engines(config, ranks.device)
     if ranks.is_first:
         check_loggers(config)
+
+
+def check_init(config: RunConfig, fresh: bool) -> None:
+    """Refuse a new run with init.keep and no run to take it from: it would begin with random weights.
+
+    Args:
+        fresh: whether the run has not been started yet.
+    Raises:
+        UserError: what to give.
+    """
+    init = config.init
+    if fresh and init.keep != "weights" and not init.run:
+        raise UserError(
+            f"init.keep={init.keep} says what to load from another run, and init.run is not given; add "
+            "init.run=RUN_DIR, or leave init.keep out"
+        )
 
 
 def check_engines(config: RunConfig, device: torch.device) -> None:

@@ -46,8 +46,11 @@ def tokenizer_at_start(config: RunConfig, run: Path, resumes: bool) -> Path | No
         UserError: data.tokenizer differs from the run's tokenizer, or there are prompts but no tokenizer.
     """
     folder = _for_resumed_run(config, run) if resumes else _for_new_run(config, run)
-    if folder is None and config.evaluation.prompts:
-        raise UserError("evaluation.prompts are texts and there is no tokenizer; set data.tokenizer, or leave them out")
+    for key, given in {"prompts": config.evaluation.prompts, "needles": config.evaluation.needles.lengths}.items():
+        if folder is None and given:
+            raise UserError(
+                f"evaluation.{key} are texts and there is no tokenizer; set data.tokenizer, or leave them out"
+            )
     return folder
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+
 from trinity.data.stream.shuffle import random_key
 from trinity.errors import UserError
 
@@ -27,6 +29,16 @@ class LengthBias(NamedTuple):
     def keep(self, length: int) -> float:
         """The probability that a document of `length` tokens is taken."""
         return self.floor + (self.ceiling - self.floor) * min(1.0, length / self.tokens)
+
+    def token_share(self, lengths_N: np.ndarray, above: float) -> float:
+        """Of the tokens of the documents that are taken, the expected share in documents of more than `above` tokens.
+
+        Args:
+            lengths_N: [N] tokens of the documents of a source, or of a sample of them.
+        """
+        chances_N = self.floor + (self.ceiling - self.floor) * np.minimum(1.0, lengths_N / self.tokens)
+        taken_N = lengths_N * chances_N
+        return float(taken_N[lengths_N > above].sum() / max(1.0, taken_N.sum()))
 
 
 class Phase(NamedTuple):

@@ -1,0 +1,108 @@
+"""Results of the experiment on context extension: a table, and a plot of score and loss over the length of the row."""
+
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from trinity.errors import UserError
+from trinity.io.local import write_atomically
+
+COLOURS = {"base": "#7a7a7a", "extended": "#1f5fbf", "control": "#d95f02"}
+
+
+def titles(results: dict[str, Any]) -> dict[str, str]:
+    """Arm → its title."""
+    size = results["settings"]
+    extension = f"+ {size['extension_steps']} steps at"
+    return {
+        "base": f"base: {size['base_steps']} steps at {size['short']}",
+        "extended": f"{extension} {size['long']}",
+        "control": f"{extension} {size['short']} (control)",
+    }
+
+
+def values(results: dict[str, Any], arm: str, pairs: int, length: int, measure: str) -> list[float]:
+    """A measure of one arm at one length, with one number of pairs: a value for each seed."""
+    return [
+        scores[measure]
+        for run in results["runs"]
+        if run["arm"] == arm
+        for scores in run["scores"]
+        if scores["pairs"] == pairs and scores["length"] == length
+    ]
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table: for each number of pairs and arm, the median score over seeds, with its range, at each length.
+
+    Args:
+        results: from `experiment`.
+    """
+    size = results["settings"]
+    lines = [
+        f"| pairs | | {' | '.join(f'@{length}' for length in size['lengths'])} |",
+        f"|{'---|' * (len(size['lengths']) + 2)}",
+    ]
+    for pairs in size["asked_pairs"]:
+        for arm, title in titles(results).items():
+            cells = (_median_and_range(values(results, arm, pairs, length, "score")) for length in size["lengths"])
+            lines.append(f"| {pairs} | {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _median_and_range(numbers: list[float]) -> str:
+    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f}–{max(numbers):.2f})"
+
+
+def draw(path: Path, results: dict[str, Any]) -> None:
+    """Plot as SVG score and nats over the length, a column for each number of pairs: lines are medians, dots seeds.
+
+    Args:
+        path: the file.
+        results: from `experiment`.
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "the plot needs matplotlib; install it (pip install -e '.[experiments]') and run the same command again: "
+            "finished arms are kept"
+        ) from None
+    size = results["settings"]
+    style = {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "context", "axes.grid": True}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8.5, 6.0), layout="constrained")
+        panels = figure.subplots(2, len(size["asked_pairs"]), sharex=True, sharey="row", squeeze=False)
+        for row, (measure, title) in enumerate({"score": "score", "nats": "nats of the answer"}.items()):
+            for panel, pairs in zip(panels[row], size["asked_pairs"]):
+                _draw_panel(panel, results, pairs, measure)
+                panel.set_title(f"{title}, {pairs} pairs", loc="left", fontsize=12)
+        for panel in panels[-1]:
+            panel.set_xlabel("tokens of the row")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=2)
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    write_atomically(path, (line.rstrip() + "\n" for line in drawing.getvalue().splitlines()))
+
+
+def _draw_panel(panel: Any, results: dict[str, Any], pairs: int, measure: str) -> None:
+    size = results["settings"]
+    lengths = size["lengths"]
+    for arm, title in titles(results).items():
+        numbers = [values(results, arm, pairs, length, measure) for length in lengths]
+        panel.plot(
+            lengths, [statistics.median(seeds) for seeds in numbers], color=COLOURS[arm], linewidth=2, label=title
+        )
+        for seeds in zip(*numbers):
+            panel.plot(lengths, seeds, "o", color=COLOURS[arm], markersize=4, alpha=0.5)
+    for trained, arm in ((size["short"], "base"), (size["long"], "extended")):
+        panel.axvline(trained, color=COLOURS[arm], linestyle=":", linewidth=1)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [str(length) for length in lengths])
+    panel.minorticks_off()
+    if measure == "score":
+        panel.set_ylim(-0.03, 1.03)
