@@ -1,1 +1,5 @@
-"""Merge and average checkpoints."""
+"""Merge models, and average the checkpoints of a run."""
+
+from trinity.merging.merge import merge
+
+__all__ = ["merge"]

@@ -111,9 +111,9 @@ def ramplus_tl(inputs: Inputs, epsilon: float, r: float, alpha: float) -> Combin
     return _ram(epsilon, (1 + r * ratio.clamp(0, alpha)).tolist())
 
 
-def passthrough(inputs: Inputs, scale: float) -> Combine:
+def passthrough(inputs: Inputs, scale: list[float]) -> Combine:
     """A copy, times `scale`."""
-    return lambda block: block.models[0] * scale
+    return lambda block: block.models[0] * scale[0]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ METHODS: dict[str, Method] = {
     "arcee_fusion": Method(arcee_fusion, "yes", (1, 1)),
     "ram": Method(ram, "yes", (1, None), {}, {"epsilon": 1e-5}),
     "ramplus_tl": Method(ramplus_tl, "yes", (1, None), {}, {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2}),
-    "passthrough": Method(passthrough, "no", (1, 1), {}, {"scale": 1.0}),
+    "passthrough": Method(passthrough, "no", (1, 1), {"scale": 1.0}),
 }
 
 
