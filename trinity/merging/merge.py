@@ -6,7 +6,7 @@ the same models has finished are kept; the bytes are the same as without an inte
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from trinity.interop.output_folder import (
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import read_json, to_json, write_json
 from trinity.io.local import file_lock, make_folder
+from trinity.merging.experts import ExpertMatcher, first_and_others, unrelated_models
 from trinity.merging.folder_files import write_companions
-from trinity.merging.inputs import Inputs, Reader
+from trinity.merging.inputs import Combine, Inputs, Reader
 from trinity.merging.methods import METHODS, interpolate, mean
 from trinity.merging.plan import Job, Part, Plan, make_plan
 from trinity.merging.recipe import Recipe, read_recipe
@@ -38,7 +39,7 @@ from trinity.terminal import Progress, say
 VERSION = 1
 """Of the arithmetic: files of an interrupted merge by another version are made anew."""
 _MARK = "merge_in_progress.json"
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., Combine]] = {
     function.__name__: function for function in (interpolate, mean, *(method.merge for method in METHODS.values()))
 }
 
@@ -84,7 +85,7 @@ def merge(
     check_replaceable(directory, overwrite)
     plan = make_plan(checked)
     if progress:
-        for note in plan.notes:
+        for note in plan.notes + unrelated_models(plan):
             say(f"note: {note}")
     return Merger(plan, directory, workers, max_shard_bytes).run(progress)
 
@@ -106,6 +107,7 @@ class Merger:
         self.files = plan_files(plan.jobs, max_shard_bytes)
         self._identities = {label: source.identity() for label, source in plan.sources.items()}
         self._embeddings = EmbeddingRows(plan.vocabulary, plan.sources)
+        self._matcher = ExpertMatcher(plan.sources) if plan.recipe.match_experts else None
         self._read: set[Part] = set()
 
     def run(self, progress: bool = False) -> Merged:
@@ -202,13 +204,14 @@ class Merger:
 
     def _reader(self, part: Part, job: Job) -> Reader:
         source = self._plan.sources[part.label]
-        if (
-            self._plan.vocabulary.rows is not None
-            and job.shape[0] == self._plan.vocabulary.size
-            and len(job.shape) == 2
-        ):
+        rows: Tensor | None = None
+        if self._plan.vocabulary.rows is not None and job.name in (EMBED, HEAD):
             rows = self._embeddings.read(part.label, part.name)
-            return lambda start, stop: _finite(rows[start:stop], part)
+        elif self._matcher is not None and part != (first := first_and_others(job)[0]):
+            rows = self._matcher.read(part, first)
+        if rows is not None:
+            whole = rows
+            return lambda start, stop: _finite(whole[start:stop], part)
         return lambda start, stop: _finite(source.read(part.name, start, stop).float(), part)
 
     def _account(self) -> Merged:

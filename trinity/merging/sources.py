@@ -6,6 +6,7 @@ source reads headers. Rows of a tensor are read when they are asked for, with pr
 no crash. No pickle is opened, and no file outside of the folder.
 """
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 """Data types of safetensors files that are merged; all others are quantised weights or no weights."""
 _OPEN_FILES = 64
 _STEP = re.compile(r"(.+)@(\d+)")
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 class Entry(NamedTuple):
@@ -142,9 +149,10 @@ class FolderSource(Source):
         self.raw_config = read_json(folder / "config.json") or {}
         self.tokenizer = folder if (folder / "tokenizer.json").is_file() else None
         self.files = folder
-        self.entries, self._places = {}, {}
+        self.entries = {}
+        self._places: dict[str, _Place] = {}
         self._paths = weight_files(folder)
-        self._open: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
         self._lock = Lock()
         self._identity = self.identity()
         for path in self._paths:
@@ -154,7 +162,7 @@ class FolderSource(Source):
         place, entry = self._places[name], self.entries[name]
         columns = entry.shape[-1]
         rows = torch.empty((stop - start, columns), dtype=entry.dtype)
-        buffer = memoryview(rows.view(torch.uint8).numpy()).cast("B") if rows.numel() else memoryview(b"")
+        buffer = byte_view(rows)
         done, at = 0, place.offset + start * place.row_bytes
         descriptor = self._file(place.path).fileno()
         while done < len(buffer):
@@ -170,11 +178,11 @@ class FolderSource(Source):
             for path in (*self._paths, self.folder / "config.json")
         ]
 
-    def _file(self, path: Path) -> BinaryIO:
+    def _file(self, path: Path) -> io.FileIO:
         """The open file. A file that falls out of the cache is closed when no thread uses it any more."""
         with self._lock:
             if path not in self._open:
-                self._open[path] = open(path, "rb", buffering=0)  # type: ignore[assignment]  # noqa: SIM115
+                self._open[path] = open(path, "rb", buffering=0)  # noqa: SIM115
                 if len(self._open) > _OPEN_FILES:
                     self._open.popitem(last=False)
             self._open.move_to_end(path)

@@ -159,7 +159,7 @@ def _pair(first: Tensor, second: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _pair_sums(inputs: Inputs, dims: tuple[int, ...]) -> Tensor:
-    parts = (_pair(*_vectors(block), dims) for block in inputs)
+    parts = (_pair(first, second, dims) for first, second in map(_vectors, inputs))
     total = next(parts)
     for part in parts:
         total = total + part

@@ -60,10 +60,11 @@ def plan_vocabulary(
     Raises:
         UserError: the tokenizers differ and the recipe does not say what to do; or naming what it gets wrong.
     """
+    origin = None if base is None else base.label
     if recipe is None:
         notes = _check_same(list(sources.values()))
         chosen = donor if donor.tokenizer else next((each for each in sources.values() if each.tokenizer), donor)
-        return Vocabulary(donor.config.vocab_size, None, {}, base and base.label, chosen, None, notes)
+        return Vocabulary(donor.config.vocab_size, None, {}, origin, chosen, None, notes)
     without = [source.label for source in sources.values() if source.tokenizer is None]
     if without:
         raise UserError(f"{', '.join(without)} has no tokenizer.json, which the recipe's tokenizer needs; add the file")
@@ -81,7 +82,7 @@ def plan_vocabulary(
         if (lost := of_model.keys() - ids.keys())
     ]
     new = None if merged is _content(chosen) else merged
-    return Vocabulary(size, rows, fills, base and base.label, chosen, new, notes)
+    return Vocabulary(size, rows, fills, origin, chosen, new, notes)
 
 
 class EmbeddingRows:

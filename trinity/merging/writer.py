@@ -1,7 +1,7 @@
 """Write the safetensors files of a merge, tensor by tensor at planned places, in any order and by several threads.
 
 The header of a file is known before its first tensor: names, types and offsets follow from the plan. Rows are written
-where they belong as soon as they are merged, so that no file is held in memory, and its bytes depend neither on the order
+where they belong as soon as they are merged. So no file is held in memory, and its bytes depend neither on the order
 nor on the number of threads. A file gets its name when it is whole (trinity/io/local.py).
 """
 
@@ -21,6 +21,7 @@ from trinity.interop.output_folder import write_hf_json
 from trinity.io.json_files import to_json
 from trinity.io.local import atomic_file
 from trinity.merging.plan import Job
+from trinity.merging.sources import byte_view
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -122,7 +123,7 @@ def write_index(files: list[OutputFile], folder: Path) -> None:
 def _write_rows(descriptor: int, offset: int, job: Job, rows: Tensor) -> None:
     stored = rows.to(job.dtype).contiguous()
     if stored.numel():
-        _write_at(descriptor, memoryview(stored.view(torch.uint8).numpy()).cast("B"), offset)
+        _write_at(descriptor, byte_view(stored), offset)
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
