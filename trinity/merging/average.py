@@ -6,8 +6,8 @@ w_j, with 1 ≥ w_1 ≥ … ≥ w_k ≥ 0, as a decay does, the result would be,
     θ_n + Σ_j w_j u_j = Σ_j c_j θ_{n+j},   c_0 = 1 - w_1,  c_j = w_j - w_{j+1},  c_k = w_k.
 
 So a wished decay is a weighted average of checkpoints: equal weights are a linear decay. The length of the averaged
-window matters more than the number of checkpoints (arXiv 2505.12082). Masters are averaged in fp32, and expert_bias with
-them; the momentum of the balancing rule is not in the folder.
+window matters more than the number of checkpoints (arXiv 2505.12082). Masters are averaged in fp32, and expert_bias
+with them; the momentum of the balancing rule is not in the folder.
 """
 
 import math

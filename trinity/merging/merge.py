@@ -6,7 +6,7 @@ the same models has finished are kept; the bytes are the same as without an inte
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,7 @@ from trinity.io.json_files import read_json, to_json, write_json
 from trinity.io.local import file_lock, make_folder
 from trinity.merging.experts import ExpertMatcher, first_and_others, unrelated_models
 from trinity.merging.folder_files import write_companions
-from trinity.merging.inputs import Combine, Inputs, Reader
-from trinity.merging.methods import METHODS, interpolate, mean
+from trinity.merging.inputs import Inputs, Reader
 from trinity.merging.plan import Job, Part, Plan, make_plan
 from trinity.merging.recipe import Recipe, read_recipe
 from trinity.merging.tensors import EMBED, HEAD
@@ -39,9 +38,6 @@ from trinity.terminal import Progress, say
 VERSION = 1
 """Of the arithmetic: files of an interrupted merge by another version are made anew."""
 _MARK = "merge_in_progress.json"
-_FUNCTIONS: dict[str, Callable[..., Combine]] = {
-    function.__name__: function for function in (interpolate, mean, *(method.merge for method in METHODS.values()))
-}
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,7 @@ class Merger:
     def _merge_tensor(self, job: Job, write: WriteRows) -> None:
         base = None if job.base is None else self._reader(job.base, job)
         inputs = Inputs(job.shape, base, [self._reader(part, job) for part in job.models], self._seed(job))
-        combine = _FUNCTIONS[job.method](inputs, **job.arguments)
+        combine = job.merge(inputs, **job.arguments)
         limit = torch.finfo(job.dtype).max
         for block in inputs:
             rows = combine(block)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from trinity.errors import UserError
 from trinity.merging.compatibility import check_architectures, check_slices, check_tensors
-from trinity.merging.inputs import BLOCK
+from trinity.merging.inputs import BLOCK, Combine
 from trinity.merging.methods import METHODS, REQUIRED, Method
 from trinity.merging.parameters import Scope, value_at
 from trinity.merging.recipe import Recipe, Rule, Slice, SliceSource, rule_for
@@ -45,10 +45,15 @@ class Job:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    method: str
+    merge: Callable[..., Combine]
     arguments: dict[str, Any]
     base: Part | None
     models: list[Part]
+
+    @property
+    def method(self) -> str:
+        """The function's name."""
+        return self.merge.__name__
 
     @property
     def bytes(self) -> int:
@@ -233,7 +238,7 @@ class _Planner:
         dtype = self._dtype if described.kind == "matrix" else torch.float32
         at = [Part(source.model, _name_in(source, in_layer, described)) for source in models]
         origin = None if base is None else Part(base.model, _name_in(base, in_layer, described))
-        return Job(described.name, described.shape, dtype, function.__name__, arguments, origin, at)
+        return Job(described.name, described.shape, dtype, function, arguments, origin, at)
 
     def _inputs(self, part: Slice, method: Method, rule: Rule | None) -> tuple[list[SliceSource], SliceSource | None]:
         """(the models that are merged, the base if the method takes it)."""
