@@ -14,7 +14,7 @@ from pathlib import Path
 from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
-from trinity.merging.merge import merge
+from trinity.merging.merge_models import merge
 from trinity.merging.plan import make_plan
 from trinity.merging.recipe import read_recipe
 

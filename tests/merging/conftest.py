@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +114,3 @@ def write_recipe(path: Path, content: dict) -> Path:
     """A recipe as a YAML file."""
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
-
-
-SMALL = replace(CONFIG, layers=3, dense_layers=1, experts=4)

@@ -14,7 +14,7 @@ from trinity.interop.tensors import part_shape
 from trinity.interop.verify import largest_logit_difference
 from trinity.interop.weight_map import weight_map
 from trinity.merging import merge
-from trinity.merging.merge import Merger
+from trinity.merging.merge_models import Merger
 from trinity.merging.plan import make_plan
 from trinity.merging.recipe import read_recipe
 from trinity.merging.tensors import model_tensors
@@ -184,7 +184,9 @@ def test_files_of_the_donor(family: Path) -> None:
     assert raw == json.loads((family / "base" / "config.json").read_text()) | {
         "dtype": "bfloat16", "torch_dtype": "bfloat16",
     }  # fmt: skip
-    for name in ("modeling.py", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+    generation = json.loads((family / "out" / "generation_config.json").read_text())
+    assert generation == json.loads((family / "base" / "generation_config.json").read_text())
+    for name in ("modeling.py", "tokenizer.json", "chat_template.jinja"):
         assert (family / "out" / name).read_bytes() == (family / "base" / name).read_bytes()
     assert "task_arithmetic" in (family / "out" / "merge_recipe.yaml").read_text()
 

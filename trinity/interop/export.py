@@ -24,7 +24,7 @@ from trinity.config.hf_config import to_hf_config
 from trinity.config.model import ModelConfig
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, partial_folder, replace_folder, write_hf_json
 from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
-from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
+from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, generation_config, special_ids
 from trinity.interop.weight_map import Index, weight_map
 from trinity.io.local import atomic_path, make_folder
 from trinity.models.trinity import Trinity
@@ -167,9 +167,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, folder: Path) -> None:
     written = to_hf_config(config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
     write_hf_json(folder / "config.json", written)
-    tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.stop or None, "pad_token_id": ids.pad}
-    generation = {key: value for key, value in tokens.items() if value is not None}
-    write_hf_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
+    write_hf_json(folder / "generation_config.json", generation_config(ids))
 
 
 def _write_index(files: dict[str, list[_Part]], folder: Path) -> None:

@@ -51,13 +51,9 @@ def merged_config(plan: Plan) -> dict[str, Any]:
 
 
 def _write_generation_config(plan: Plan, folder: Path) -> None:
-    donor = plan.vocabulary.donor
-    if donor.files is not None:
-        if (donor.files / "generation_config.json").is_file():
-            copy_atomically(donor.files / "generation_config.json", folder / "generation_config.json")
-        return
-    ids = {key: donor.raw_config[key] for key in _IDS if donor.raw_config.get(key) is not None}
-    write_hf_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    content = plan.vocabulary.donor.generation_config
+    if content is not None:
+        write_hf_json(folder / "generation_config.json", content)
 
 
 def _write_tokenizer(plan: Plan, folder: Path, template: str | None) -> None:

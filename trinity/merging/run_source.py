@@ -24,6 +24,7 @@ from trinity.checkpoint.load import read_metadata
 from trinity.config.hf_config import to_hf_config
 from trinity.config.paths import kept_tokenizer, tokenizer_folder
 from trinity.errors import UserError
+from trinity.interop.tokenizer_files import SpecialIds, generation_config, special_ids
 from trinity.interop.weight_map import weight_map
 from trinity.merging.sources import Entry, Source
 from trinity.run_directory import newest_config
@@ -59,7 +60,7 @@ class RunSource(Source):
         self._parts: dict[str, tuple[str, _Region]] = {}
         self.entries = dict(self._described())
         self.tokenizer = self._tokenizer(kept_tokenizer(folder) or tokenizer_folder(config))
-        self.raw_config = self._raw_config()
+        self._make_configs()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         parameter, region = self._parts[name]
@@ -140,9 +141,9 @@ class RunSource(Source):
     def _tokenizer(self, folder: Path | None) -> Path | None:
         return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
-    def _raw_config(self) -> dict[str, Any]:
-        from trinity.interop.tokenizer_files import SpecialIds, special_ids
-
+    def _make_configs(self) -> None:
+        """config.json and generation_config.json as an export of the run has them."""
         ids = SpecialIds() if self.tokenizer is None else special_ids(self.tokenizer, self.config.vocab_size)
         dtype = self.entries["lm_head.weight"].dtype
-        return to_hf_config(self.config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
+        self.raw_config = to_hf_config(self.config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
+        self.generation_config = generation_config(ids)

@@ -59,7 +59,8 @@ class Source(ABC):
         raw_config: its config.json.
         entries: name → shape and data type of every tensor.
         tokenizer: the folder with its tokenizer; None without one.
-        files: folder with generation_config.json, code and the like; None for a run.
+        files: the folder that code is copied from; None for a run.
+        generation_config: content of generation_config.json; None without one.
     """
 
     label: str
@@ -69,6 +70,7 @@ class Source(ABC):
     entries: dict[str, Entry]
     tokenizer: Path | None
     files: Path | None
+    generation_config: dict[str, Any] | None
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -149,6 +151,7 @@ class FolderSource(Source):
         self.raw_config = read_json(folder / "config.json") or {}
         self.tokenizer = folder if (folder / "tokenizer.json").is_file() else None
         self.files = folder
+        self.generation_config = read_json(folder / "generation_config.json", "fetch or export it again")
         self.entries = {}
         self._places: dict[str, _Place] = {}
         self._paths = weight_files(folder)

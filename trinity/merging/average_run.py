@@ -21,7 +21,7 @@ import torch
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.errors import UserError
 from trinity.interop.output_folder import SHARD_BYTES
-from trinity.merging.merge import Merged, merge
+from trinity.merging.merge_models import Merged, merge
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
