@@ -60,7 +60,7 @@ def test_a_shuffled_model(family: Path, method: str) -> None:
 
 
 def test_unrelated_models_are_named(family: Path) -> None:
-    """Children of one base correlate; a shuffled copy does so by its attention alone, another initialisation by none."""
+    """Children of one base correlate; a shuffled copy does by its attention alone, another initialisation does not."""
     assert unrelated_models(make_plan(read_recipe(recipe("linear", "abc")))) == []
     rewrite(family / "b", shuffle)
     (note,) = unrelated_models(make_plan(read_recipe(recipe())))

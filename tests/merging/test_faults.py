@@ -111,9 +111,12 @@ def test_finished_files_are_kept(family: Path, expected: dict[str, bytes], monke
     with pytest.raises(KeyboardInterrupt):
         run(family / "out")
     assert not (family / "out").exists()
-    monkeypatch.setattr(
-        merge_models, "write_file", lambda file, *words: (written.append(file.name), original(file, *words))
-    )
+
+    def noted(file: writer.OutputFile, *words: object) -> None:
+        written.append(file.name)
+        original(file, *words)
+
+    monkeypatch.setattr(merge_models, "write_file", noted)
     written.clear()
     run(family / "out")
     assert len(written) == len([name for name in expected if name.endswith(".safetensors")]) - 2

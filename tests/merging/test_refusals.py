@@ -257,7 +257,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a broken config": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "neither a config.json nor a config.yaml"),
     "a tokenizer without tokens": (
-        lambda folder: (folder / "tokenizer.json").write_text("{}"), "is no tokenizer with a vocabulary",
+        lambda folder: (folder / "tokenizer.json").write_text("{}"), "is no tokenizer",
     ),
 }  # fmt: skip
 

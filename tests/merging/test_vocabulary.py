@@ -30,8 +30,8 @@ def ids(folder: Path) -> dict[str, int]:
 
 @pytest.fixture
 def chat(family: Path) -> Path:
-    """Model a has a chat token in row 281, model b two others in rows 280 and 281."""
-    add_token(family / "a", CHAT, 281)
+    """Model a has a chat token in row 280, model b two others in rows 280 and 281."""
+    add_token(family / "a", CHAT, 280)
     add_token(family / "b", "<|b|>", 280)
     add_token(family / "b", "<|c|>", 281)
     return family
@@ -46,13 +46,13 @@ def test_union(chat: Path) -> None:
     merge(union(), chat / "out")
     a, b, out = (tensors_of(chat / name) for name in ("a", "b", "out"))
     vocabulary = ids(chat / "out")
-    assert vocabulary == ids(chat / "a") | {"<|b|>": 282, "<|c|>": 283}
+    assert vocabulary == ids(chat / "a") | {"<|b|>": 281, "<|c|>": 282}
     for name in (EMBED, HEAD):
         known = 0.625 * a[name] + 0.375 * b[name]
         torch.testing.assert_close(out[name][:280], known[:280], rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(out[name][284:], known[284:], rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(out[name][281], a[name][281], rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(out[name][282:284], b[name][280:282], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(out[name][283:], known[283:], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(out[name][280], a[name][280], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(out[name][281:283], b[name][280:282], rtol=1e-6, atol=1e-7)
     others = [name for name in out if name not in (EMBED, HEAD)]
     merge(recipe("linear", tokenizer_source="a"), chat / "plain")
     plain = tensors_of(chat / "plain")
@@ -62,7 +62,7 @@ def test_union(chat: Path) -> None:
 
     text = f"the rain{CHAT}stays<|c|>"
     assert AutoTokenizer.from_pretrained(chat / "out").encode(text) == [
-        *load_tokenizer(chat / "a").encode(f"the rain{CHAT}stays").ids, 283,
+        *load_tokenizer(chat / "a").encode(f"the rain{CHAT}stays").ids, 282,
     ]  # fmt: skip
 
 
@@ -75,20 +75,20 @@ def test_fills(chat: Path) -> None:
     }
     merge(union(**fills), chat / "out")
     a, b, out = (tensors_of(chat / name)[HEAD] for name in ("a", "b", "out"))
-    torch.testing.assert_close(out[281], 0.625 * a[281], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(out[282], 0.625 * a[281] + 0.375 * b[280], rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(out[283], a[7], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(out[280], 0.625 * a[280], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(out[281], 0.625 * a[280] + 0.375 * b[280], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(out[282], a[7], rtol=1e-6, atol=1e-7)
 
 
 def test_the_base_has_the_row(chat: Path) -> None:
     """A token of the base that the others lack has δ = 0; one that only models have comes from them."""
-    add_token(chat / "base", CHAT, 290)
+    add_token(chat / "base", CHAT, 280)
     content = recipe("task_arithmetic", "bc", True, tokenizer={"source": "union"})
     merge(content, chat / "out")
     base, b, out = (tensors_of(chat / name)[HEAD] for name in ("base", "b", "out"))
-    assert torch.equal(out[290], base[290])
+    assert torch.equal(out[280], base[280])
     new = ids(chat / "out")["<|b|>"]
-    assert new == 291
+    assert new == 281
     # 0.5 · (b - b) + 0.3 · (b - b), as base and c get the row of the only model that has it
     torch.testing.assert_close(out[new], b[280])
 

@@ -85,20 +85,32 @@ class Source(ABC):
         """Values for JSON that change when a file of the source does; read from the disk anew."""
 
     @cached_property
-    def tokenizer_json(self) -> dict[str, Any] | None:
-        """Content of tokenizer.json; None without a tokenizer.
+    def tokenizer_json(self) -> dict[str, Any]:
+        """Content of tokenizer.json.
 
         Raises:
-            UserError: it holds no vocabulary.
+            UserError: it is no tokenizer.
         """
-        if self.tokenizer is None:
-            return None
-        path = self.tokenizer / "tokenizer.json"
-        content = read_json(path, "fetch the folder again") or {}
-        vocabulary = content["model"].get("vocab") if isinstance(content.get("model"), dict) else None
-        if not isinstance(vocabulary, dict) or not all(isinstance(row, int) for row in vocabulary.values()):
-            raise UserError(f"{path} is no tokenizer with a vocabulary of ids; fetch the folder again")
-        return content
+        assert self.tokenizer is not None  # only models with a tokenizer are asked
+        return read_json(self.tokenizer / "tokenizer.json", "fetch the folder again") or {}
+
+    @cached_property
+    def token_ids(self) -> dict[str, int]:
+        """Token → id, with the added tokens, as the tokenizers library counts them.
+
+        Raises:
+            UserError: tokenizer.json is no tokenizer.
+        """
+        assert self.tokenizer is not None
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_file(str(self.tokenizer / "tokenizer.json")).get_vocab()
+        except Exception as error:  # the library raises plain Exception
+            path = self.tokenizer / "tokenizer.json"
+            raise UserError(
+                f"{path} is no tokenizer ({' '.join(str(error).split())}); fetch the folder again"
+            ) from None
 
     def rows(self, name: str) -> int:
         """Rows of a tensor as `read` counts them."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trinity.errors import UserError
 from trinity.io.checksum import content_hash
-from trinity.io.json_files import read_json
+from trinity.io.json_files import read_json, to_json
 from trinity.merging.recipe import TokenFill, TokenizerRecipe
 from trinity.merging.sources import Source
 
@@ -68,9 +68,9 @@ def plan_vocabulary(
     without = [source.label for source in sources.values() if source.tokenizer is None]
     if without:
         raise UserError(f"{', '.join(without)} has no tokenizer.json, which the recipe's tokenizer needs; add the file")
-    tokens = {label: _tokens(source) for label, source in sources.items()}
-    chosen, merged = _chosen(recipe.source, sources, donor, base)
-    ids = _ids(merged)
+    tokens = {label: source.token_ids for label, source in sources.items()}
+    chosen, new = _chosen(recipe.source, sources, donor, base)
+    ids = chosen.token_ids if new is None else _ids(new)
     size = max(max(ids.values(), default=0) + 1, chosen.config.vocab_size)
     if recipe.pad_to_multiple_of:
         size = math.ceil(size / recipe.pad_to_multiple_of) * recipe.pad_to_multiple_of
@@ -81,7 +81,6 @@ def plan_vocabulary(
         for label, of_model in tokens.items()
         if (lost := of_model.keys() - ids.keys())
     ]
-    new = None if merged is _content(chosen) else merged
     return Vocabulary(size, rows, fills, origin, chosen, new, notes)
 
 
@@ -150,7 +149,7 @@ def _check_same(sources: list[Source]) -> list[str]:
     for other in having[1:]:
         if hashes[other.label] == hashes[having[0].label]:
             continue
-        first, ours, theirs = having[0], _tokens(having[0]), _tokens(other)
+        first, ours, theirs = having[0], having[0].token_ids, other.token_ids
         if ours != theirs:
             token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
             raise UserError(
@@ -163,30 +162,37 @@ def _check_same(sources: list[Source]) -> list[str]:
 
 def _chosen(
     named: str, sources: dict[str, Source], donor: Source, base: Source | None
-) -> tuple[Source, dict[str, Any]]:
-    """(the model that gives the files, content of tokenizer.json)."""
+) -> tuple[Source, dict[str, Any] | None]:
+    """(the model that gives the files, content of a new tokenizer.json if it is not that model's)."""
     if named == "base":
         if base is None:
             raise UserError("tokenizer source is base, but the recipe has no base_model; name a model, or union")
-        return base, _content(base)
+        return base, None
     if named == "union":
-        content = _content(donor)
+        content, ids = donor.tokenizer_json, donor.token_ids
         for source in sources.values():
-            content = _union(content, _content(source), donor, source)
-        return donor, content
+            if source.token_ids.keys() - ids.keys():
+                content = _union(content, ids, donor, source)
+                ids = _ids(content)
+        return donor, None if content is donor.tokenizer_json else content
     if named not in sources:
         raise UserError(
             f"tokenizer source {named!r} is none of base, union and the recipe's models {', '.join(sources)}"
         )
-    return sources[named], _content(sources[named])
+    return sources[named], None
 
 
-def _union(first: dict[str, Any], second: dict[str, Any], donor: Source, source: Source) -> dict[str, Any]:
-    """The first tokenizer with the tokens of the second: new tokens get new ids, new merges come last."""
-    ids = _ids(first)
-    new = [token for token, _ in sorted(_ids(second).items(), key=lambda item: item[1]) if token not in ids]
-    if not new:
-        return first
+def _union(first: dict[str, Any], ids: dict[str, int], donor: Source, source: Source) -> dict[str, Any]:
+    """A tokenizer with the tokens of another: new tokens get new ids, new merges come last.
+
+    Args:
+        first: content of the tokenizer.
+        ids: its tokens.
+        donor: the model that it began with, for messages.
+        source: the model whose tokens are added.
+    """
+    second = source.tokenizer_json
+    new = [token for token, _ in sorted(source.token_ids.items(), key=lambda item: item[1]) if token not in ids]
     added = {entry["content"]: entry for entry in second.get("added_tokens") or []}
     inner = [token for token in new if token not in added]
     if inner and not all(each["model"].get("type") == "BPE" for each in (first, second)):
@@ -195,7 +201,7 @@ def _union(first: dict[str, Any], second: dict[str, Any], donor: Source, source:
             "write tokenizer: {source: MODEL}"
         )
     number = max(ids.values(), default=-1) + 1
-    numbers = {token: number + offset for offset, token in enumerate(new)}
+    numbers = {token: number + offset for offset, token in enumerate(inner + [each for each in new if each in added])}
     model = dict(first["model"])
     model["vocab"] = model["vocab"] | {token: numbers[token] for token in inner}
     if inner:
@@ -249,20 +255,11 @@ def _fills(
     return found
 
 
-def _tokens(source: Source) -> dict[str, int]:
-    return _ids(_content(source))
-
-
-def _content(source: Source) -> dict[str, Any]:
-    content = source.tokenizer_json
-    assert content is not None  # only models with a tokenizer come here
-    return content
-
-
 def _ids(content: dict[str, Any]) -> dict[str, int]:
-    """Token → id of all tokens, added ones included."""
-    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
-    return content["model"]["vocab"] | added
+    """Token → id of a new tokenizer.json, as the tokenizers library reads it."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(to_json(content, ensure_ascii=False)).get_vocab()
 
 
 def with_added_tokens(config: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
