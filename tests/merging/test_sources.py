@@ -25,17 +25,22 @@ STEPS = (2, 4, 6, 8)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+def make_run(folder: Path, tokenizer: Path) -> Path:
     """A run with checkpoints of steps 2, 4, 6 and 8, of model `child(step)`."""
-    folder = tmp_path_factory.mktemp("run")
     config = RunConfig(run=RunSection(steps=8), model=CONFIG, data=DataConfig(tokenizer=str(tokenizer)))
+    folder.mkdir(exist_ok=True)
     save_config(config, folder / "config.yaml")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for step in STEPS:
         save(model_state(child(step)), CheckpointDirectory.at(folder), step, keep=4)
     dist.destroy_process_group()
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    """A run; read only."""
+    return make_run(tmp_path_factory.mktemp("run"), tokenizer)
 
 
 def test_every_tensor_of_a_run(run: Path, tmp_path: Path) -> None:
