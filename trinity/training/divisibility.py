@@ -46,7 +46,8 @@ def check_mesh(config: RunConfig, world: int) -> Sizes:
     try:
         sizes = mesh_sizes(config.parallel, config.model, world)
     except UserError as error:
-        words = nearest_mesh(config.parallel, config.model, world)
+        divides = config.parallel.context > 0 and _first_undivided(config) is None
+        words = nearest_mesh(config.parallel, config.model, world, None if divides else 1)
         context = next((int(word.split("=")[1]) for word in words if "context" in word), config.parallel.context)
         settings = [*words, *divisible_settings(config, world // context)]
         raise UserError(f"{error}; use {' '.join(settings)}{_or_processes(config, world)}") from None
@@ -60,8 +61,7 @@ def _check_lengths(config: RunConfig, world: int) -> None:
     Raises:
         UserError: naming the length, and the numbers that the run can use on these processes.
     """
-    context = config.parallel.context
-    undivided = next(((key, length) for key, length in _lengths(config).items() if length % context), None)
+    context, undivided = config.parallel.context, _first_undivided(config)
     if undivided:
         key, length = undivided
         numbers = context_sizes(config, world)
@@ -71,6 +71,12 @@ def _check_lengths(config: RunConfig, world: int) -> None:
             *divisible_settings(config, world),
         ]
         raise UserError(f"parallel.context={context} does not divide {key}={length}; use {' '.join(words)}")
+
+
+def _first_undivided(config: RunConfig) -> tuple[str, int] | None:
+    """Setting and value of the first sequence length that parallel.context does not divide; None if it divides all."""
+    context = config.parallel.context
+    return next(((key, length) for key, length in _lengths(config).items() if length % context), None)
 
 
 def context_sizes(config: RunConfig, world: int) -> list[int]:
@@ -181,7 +187,7 @@ def _has_mesh(config: RunConfig, world: int) -> bool:
         mesh_sizes(config.parallel, config.model, world)
     except UserError:
         return False
-    return all(length % config.parallel.context == 0 for length in _lengths(config).values())
+    return _first_undivided(config) is None
 
 
 def _global_batches(config: RunConfig) -> dict[str, int]:
