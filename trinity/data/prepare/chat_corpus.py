@@ -70,7 +70,7 @@ def definitions(module: str, source: str) -> Iterator[Definition]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return
-    waiting: list[tuple[str, ast.AST]] = [(module, node) for node in tree.body]
+    waiting: list[tuple[str, ast.AST]] = [(module, node) for node in reversed(tree.body)]
     while waiting:
         owner, node = waiting.pop()
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
