@@ -1,4 +1,4 @@
-"""Runs on chat data: masks and padding reach the loss, a resume is exact, exports have the template, mistakes are named."""
+"""Runs on chat data: masks and padding reach the loss, a resume is exact, exports have the template."""
 
 import json
 import runpy
@@ -30,9 +30,12 @@ def chat(corpus: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> P
     make_chat_tokenizer(corpus.tokenizer, folder / "tokenizer", places="last")
     for name, count in (("train", 80), ("held_out", 20)):
         rows = [
-            {"prompt": [{"role": "user", "content": f"Say {n}."}], "completion": [{"role": "assistant", "content": f"{n} " * (1 + n % 9)}]}
+            {
+                "prompt": [{"role": "user", "content": f"Say {n}."}],
+                "completion": [{"role": "assistant", "content": f"{n} " * (1 + n % 9)}],
+            }
             for n in range(count)
-        ]  # fmt: skip
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         prepare_data([folder / f"{name}.jsonl"], folder / "tokenizer", folder / name, chat=ChatOptions())
     return folder
@@ -56,7 +59,7 @@ def config_of(settings: dict) -> object:
 
 
 def test_batches_and_padding_share(tuned: dict) -> None:
-    """Targets are the masks of the shards, weights sum to the examples; the logged share of padding is that of step 3."""
+    """Targets are the masks of the shards, weights sum to the examples; the share of padding is that of step 3."""
     assert train(tuned, "run.steps=3") == 0
     stream = open_stream(config_of(tuned), 0, 1)
     batch = stream.batch(2)

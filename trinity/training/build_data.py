@@ -186,8 +186,8 @@ def _check_source(label: str, source: Source, config: RunConfig) -> None:
     )  # known of chat data; of others, each document is checked when it is read
     if config.data.packing == "best_fit" and longest is not None and longest > rows:
         raise UserError(
-            f"{label} has a document of {longest} tokens, and data.packing=best_fit splits none into rows of {rows}; use "
-            f"data.sequence_length={longest} or more, or prepare the data with --max-tokens {rows} --too-long drop"
+            f"{label} has a document of {longest} tokens, and data.packing=best_fit splits none into rows of {rows}; "
+            f"use data.sequence_length={longest} or more, or prepare the data with --max-tokens {rows} --too-long drop"
         )
     folder = tokenizer_folder(config)
     if folder is not None and fingerprint(folder) != source.tokenizer_fingerprint:

@@ -63,7 +63,7 @@ def write_chat_corpus(out: Path, library: Path | None = None) -> list[CorpusFile
 
 
 def definitions(module: str, source: str) -> Iterator[Definition]:
-    """The public functions, classes and methods of a module whose docstring begins with a sentence of fitting length."""
+    """Public functions, classes and methods of a module, whose docstring begins with a sentence of fitting length."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated escapes in strings
