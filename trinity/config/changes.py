@@ -23,6 +23,7 @@ RULES: dict[str, Rule] = {
     "model": "fixed",
     "data": "fixed",
     "data.train": "free",  # the saved data state identifies each source by its content, not by its path
+    "data.loss": "accept",
     "data.tokenizer": "content",  # trinity.training.run_tokenizer
     "data.mixture": "free",  # compared by phase, as data.phases
     "data.phases": "free",

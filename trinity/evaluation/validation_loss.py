@@ -75,15 +75,21 @@ def evaluate(
         if beat is not None:
             beat()
     sums = torch.tensor([ce, valid, text_bytes, turns, ended], dtype=torch.float64)  # integers are exact to 2⁵³
+    metrics = _means(sums, byte_lengths_V is not None, end_of_turn is not None)
+    return metrics | (by_context.means() if by_position else {})
+
+
+def _means(sums: Tensor, with_bytes: bool, with_turns: bool) -> dict[str, float]:
+    """The metrics of all ranks from each rank's CE, targets, bytes, turns, and turns that end; see evaluate."""
     if dist.is_initialized():
         dist.all_reduce(sums)
     ce, valid, text_bytes, turns, ended = sums.tolist()
     metrics = {"loss": ce / max(valid, 1)}
-    if byte_lengths_V is not None:
+    if with_bytes:
         metrics["bits_per_byte"] = ce / math.log(2) / max(text_bytes, 1)
-    if end_of_turn is not None:
+    if with_turns:
         metrics["end_of_turn"] = ended / max(turns, 1)
-    return metrics | (by_context.means() if by_position else {})
+    return metrics
 
 
 def _contexts(batch: Batch, rows: list[PackedSequence], context: ContextParallel | None) -> Tensor:

@@ -166,30 +166,46 @@ class Trinity(nn.Module):
         elif parts is not None:
             positions_BS, mask = parts.positions_BS, parts
         else:
-            default_positions = positions_BS is None
-            if positions_BS is None:
-                positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-            mask = AttentionMask(positions_BS, document_ids_BS, default_positions, self.attention_engine, documents)
-        x_BSD = self.embed(tokens_BS)
-        precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
-        rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
-        routings, with_sequence_loss = [], with_sequence_loss and targets_BS is not None
+            positions_BS, mask = self._mask_of_rows(tokens_BS, positions_BS, document_ids_BS, documents)
+        with_sequence_loss = with_sequence_loss and targets_BS is not None
         padded = _padding(document_ids_BS, padding)
-        for block, layer_cache in zip(self.blocks, repeat(None) if cache is None else cache.layers):
-            x_BSD, routing = block(x_BSD, rotation, mask, with_sequence_loss, padded, layer_cache)
-            if routing is not None:
-                routings.append(routing)
+        x_BSD, routings = self._hidden(tokens_BS, positions_BS, mask, with_sequence_loss, padded, cache)
         if logits_to_keep:
             x_BSD = x_BSD[:, -logits_to_keep:]
+        if logits_at_BN is not None:
+            x_BSD = x_BSD.take_along_dim(logits_at_BN.unsqueeze(-1), dim=1)
         if targets_BS is None:
-            if logits_at_BN is not None:
-                x_BSD = x_BSD.take_along_dim(logits_at_BN.unsqueeze(-1), dim=1)
             return self.head(self.norm(x_BSD))
         if trained is None:
             head_losses = self.head(self.norm(x_BSD), targets_BS, z, weights_BS)
         else:
             head_losses = self._losses_of_trained(x_BSD, targets_BS, z, weights_BS, trained)
         return _combine_losses(head_losses, routings, tokens_BS.shape)
+
+    def _hidden(
+        self, tokens_BS: Tensor, positions_BS: Tensor, mask: AttentionMask | RowParts, with_sequence_loss: bool,
+        padding: Padding | None, cache: KVCache | None,
+    ) -> tuple[Tensor, list[Routing]]:  # fmt: skip
+        """The residual stream after the last block, [B, S, D], and the statistics of each MoE block."""
+        x_BSD = self.embed(tokens_BS)
+        precision = torch.float64 if x_BSD.dtype == torch.float64 else torch.float32
+        rotation = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta, precision)
+        routings = []
+        for block, layer_cache in zip(self.blocks, repeat(None) if cache is None else cache.layers):
+            x_BSD, routing = block(x_BSD, rotation, mask, with_sequence_loss, padding, layer_cache)
+            if routing is not None:
+                routings.append(routing)
+        return x_BSD, routings
+
+    def _mask_of_rows(
+        self, tokens_BS: Tensor, positions_BS: Tensor | None, document_ids_BS: Tensor | None, documents: int | None
+    ) -> tuple[Tensor, AttentionMask]:
+        """Positions and mask of whole rows; see forward."""
+        default_positions = positions_BS is None
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+        engine = self.attention_engine
+        return positions_BS, AttentionMask(positions_BS, document_ids_BS, default_positions, engine, documents)
 
     def _losses_of_trained(
         self, x_BSD: Tensor, targets_BS: Tensor, z: float, weights_BS: Tensor | None, trained: int

@@ -216,6 +216,15 @@ def _check_source(label: str, source: Source, config: RunConfig) -> None:
             f"{label} has token ids up to {source.vocab_size - 1} and model.vocab_size={config.model.vocab_size}; "
             f"use a vocabulary of at least {source.vocab_size}"
         )
+    rows = min(phase.sequence_length for phase in resolved_phases(config.data))
+    longest = getattr(
+        source, "longest", None
+    )  # known of chat data; of others, each document is checked when it is read
+    if config.data.packing == "best_fit" and longest is not None and longest > rows:
+        raise UserError(
+            f"{label} has a document of {longest} tokens, and data.packing=best_fit splits none into rows of {rows}; "
+            f"use data.sequence_length={longest} or more, or prepare the data with --max-tokens {rows} --too-long drop"
+        )
     folder = tokenizer_folder(config)
     if folder is not None and fingerprint(folder) != source.tokenizer_fingerprint:
         raise UserError(

@@ -1,8 +1,6 @@
 """Chat shards: the same bytes after a kill and with any workers, from lines or Parquet; refused rows and folders."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -17,7 +15,6 @@ from trinity.data.prepare.prepare import prepare_data
 from trinity.data.tokenizer.tokenizer import EOS, load_tokenizer
 from trinity.errors import UserError
 
-ROOT = Path(__file__).parents[3]
 SHARD = 300
 
 
@@ -134,18 +131,3 @@ def test_index_is_checked(chat_tokenizer: Path, tmp_path: Path) -> None:  # noqa
         path.write_text(json.dumps(good | wrong))
         with pytest.raises(UserError, match=sentence):
             TokenSource(tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--turns", "split", "--chat", "--loss", "all"], "--loss all would train them again"),
-        (["--chat", "--too-long", "drop"], "has no length; add --max-tokens"),
-        (["--loss", "all"], "--loss is about conversations; add --chat"),
-    ],
-)
-def test_options_that_do_not_fit(arguments: list[str], sentence: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", "x", "--tokenizer", "t", "--out", "o"]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2
-    assert sentence in result.stderr

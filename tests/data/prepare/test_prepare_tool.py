@@ -169,3 +169,26 @@ def test_a_full_disk_with_workers(tool: Callable, tmp_path: Path, tokenizer_dir:
     assert tool(out, *words)[0] == 0
     assert (out / "shard_00000.tokens").stat().st_ino == first
     assert read_folder(out) == read_folder(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--chat", "--turns", "split", "--loss", "all"], "--loss all would train them again; use one of the two"),
+        (["--chat", "--too-long", "drop"], "--too-long drop has no length; add --max-tokens, as data.sequence_length"),
+        (["--chat", "--max-tokens", 1], "--max-tokens 1 must be at least 2, BOS and a token to train"),
+        (["--loss", "all"], "error: --loss is about conversations; add --chat"),
+    ],
+)
+def test_options_of_chat(tool: Callable, tmp_path: Path, words: list, sentence: str) -> None:
+    code, _, error = tool(tmp_path / "out", "--input", "x.jsonl", *words)
+    assert code == 2
+    assert error.endswith(sentence)
+
+
+def test_chat(tool: Callable, tmp_path: Path) -> None:
+    """A pair of texts needs no template; the line says how much is trained."""
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": " b"}\n')
+    code, printed, _ = tool(tmp_path / "out", "--input", tmp_path / "x.jsonl", "--chat", "--template", "tokenizer")
+    assert code == 0
+    assert printed == f"{tmp_path / 'out'}: 1 documents, 4 tokens (2 trained), 3 bytes of text, 1 shards\n"

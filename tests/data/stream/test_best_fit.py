@@ -61,26 +61,28 @@ def test_every_example_once_and_whole(lengths: list[int], phase: Phase) -> None:
     assert max(sum(piece.length for piece in row) for row in rows.values()) <= S
 
 
-@settings(deadline=None, derandomize=True, max_examples=15)
+@settings(deadline=None, derandomize=True, max_examples=10)
 @given(
-    lengths=LENGTHS, phase=st.sampled_from(WINDOWS), before=st.sampled_from([1, 2, 4, 8]),
-    after=st.sampled_from([1, 2, 3, 4]), steps=st.integers(0, 9),
+    lengths=LENGTHS, phase=st.sampled_from(WINDOWS), before=st.sampled_from([1, 2, 4]),
+    after=st.sampled_from([1, 2, 3]), steps=st.integers(0, 9),
 )  # fmt: skip
 def test_killed_and_resumed_on_another_number_of_ranks(
     lengths: list[int], phase: Phase, before: int, after: int, steps: int
 ) -> None:
-    undisturbed = make_stream(lengths, S, phase).advance(V * (steps + 4))
+    """A step is 12 rows, one of each stream."""
+    values = {"streams": 12, "plan": BatchPlan(12, [], S)}
+    undisturbed = make_stream(lengths, S, phase, **values).advance(12 * (steps + 4))
     state: dict = {}
     for rank in range(before):
-        stream = make_stream(lengths, S, phase, rank, before)
-        assert stream.advance(V * steps // before) == undisturbed[rank : V * steps : before]
+        stream = make_stream(lengths, S, phase, rank, before, **values)
+        assert stream.advance(12 * steps // before) == undisturbed[rank : 12 * steps : before]
         state |= stream.state_dict()
         stream.advance(5)
     for rank in range(after):
-        stream = make_stream(lengths, S, phase, rank, after)
+        stream = make_stream(lengths, S, phase, rank, after, **values)
         stream.advance(3)
         stream.load_state_dict(state)
-        assert stream.advance(V * 4 // after) == undisturbed[V * steps + rank :: after]
+        assert stream.advance(12 * 4 // after) == undisturbed[12 * steps + rank :: after]
 
 
 def test_all_examples_in_equal_numbers_over_epochs() -> None:

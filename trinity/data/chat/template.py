@@ -121,8 +121,8 @@ class ChatTemplate:
         rendered = _without_marks(text)
         if plain is not None and _without_marks(plain).text != rendered.text:
             raise UserError(
-                f"{self.name} changes what its generation blocks have printed, as a filter around them does; move "
-                "such a filter into the blocks"
+                f"{self.name} changes what its generation blocks have printed, as a filter around them does; move such "
+                "a filter into the blocks"
             )
         return rendered
 

@@ -63,14 +63,14 @@ def write_chat_corpus(out: Path, library: Path | None = None) -> list[CorpusFile
 
 
 def definitions(module: str, source: str) -> Iterator[Definition]:
-    """Public functions, classes and methods of a module whose docstring begins with a sentence of fitting length."""
+    """Public functions, classes and methods of a module, whose docstring begins with a sentence of fitting length."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated escapes in strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return
-    waiting: list[tuple[str, ast.AST]] = [(module, node) for node in tree.body]
+    waiting: list[tuple[str, ast.AST]] = [(module, node) for node in reversed(tree.body)]
     while waiting:
         owner, node = waiting.pop()
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):

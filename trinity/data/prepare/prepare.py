@@ -86,14 +86,7 @@ def prepare_data(
         UserError: bad inputs (see read_documents), no document with text, or an `out` that holds something else.
         Failure: a worker was killed, or a URL cannot be reached.
     """
-    if shard_tokens < 1:
-        raise UserError(f"--shard-tokens {shard_tokens} must be at least 1")
-    if workers < 0:
-        raise UserError(f"--workers {workers} must be 0 or more")
-    if "://" in str(out):
-        raise UserError(f"--out {out} is a URL; give a local folder, and copy the finished folder there")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    _check_arguments(shard_tokens, workers, out)
     source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs, kind=kind))
     tok = load_text_encoder(tokenizer)
     header = _header(source, tokenizer, tok, shard_tokens, field, deduplicate)
@@ -113,6 +106,18 @@ def prepare_data(
             return _prepare(source, encoder, out, header, workers, progress)
     except BlockingIOError:
         raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
+
+
+def _check_arguments(shard_tokens: int, workers: int, out: Path) -> None:
+    """Refuse arguments that cannot be meant."""
+    if shard_tokens < 1:
+        raise UserError(f"--shard-tokens {shard_tokens} must be at least 1")
+    if workers < 0:
+        raise UserError(f"--workers {workers} must be 0 or more")
+    if "://" in str(out):
+        raise UserError(f"--out {out} is a URL; give a local folder, and copy the finished folder there")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
 
 
 def _template(tokenizer: Path, file: Path | None) -> ChatTemplate | None:
