@@ -61,13 +61,15 @@ REPORT: dict[str, dict[str, Any]] = {
         "parallel.expert": 8,
     },
 }
-GPUS = {"nano": 512, "mini": 512, "large": 2048}
+GPUS = {"nano": 512, "mini": 512, "large": 2048, "sft": 8}
+WITHOUT_INIT = ["init.hf=null", "init.run=null"]
+"""The configs of fine-tuning name a base model, which is not here; their model.name has its sizes."""
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads(path: Path, tmp_path: Path) -> None:
     """It is the same after saving; its sources are folders under data/."""
-    config = load_config(path)
+    config = load_config(path, WITHOUT_INIT)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert config.data.train
@@ -158,7 +160,7 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
 def test_every_config_plans(path: Path) -> None:
     """On the number of GPUs that its comments name, it fits a GPU of 141 GB or, Large, of 288; nano_80gb one of 80."""
     gpu = {"large": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
-    plan = make_plan(load_config(path), GPUS.get(path.stem, 1), gpu)
+    plan = make_plan(load_config(path, WITHOUT_INIT), GPUS.get(path.stem, 1), gpu)
     assert plan.fits
     assert all(step.seconds.step > 0 for step in plan.steps)
 
@@ -174,3 +176,20 @@ def test_phases_of_the_report(name: str, shares: tuple) -> None:
     last = resolved_phases(config.data)[-1]
     assert (last.packing, last.rsdb_size) == (("rsdb", 1024) if name == "large" else ("sequential", 1024))
     assert begins[-1] == config.optim.schedule.decay_start_tokens
+
+
+@pytest.mark.parametrize("name", ["sft", "sft_smoke"])
+def test_fine_tuning(name: str) -> None:
+    """It starts from a base model's weights alone, trains masked tokens of whole examples, and ends at a rate of 0."""
+    path = CONFIGS / f"{name}.yaml"
+    init = yaml.safe_load(path.read_text(encoding="utf-8"))["init"]
+    config = load_config(path, WITHOUT_INIT)
+    assert init["hf" if name == "sft" else "run"]
+    assert config.init.keep == "weights"
+    assert (config.data.loss, config.data.packing, config.data.document_mask) == ("masked", "best_fit", True)
+    assert (config.optim.schedule.decay, config.optim.schedule.final) == ("linear", 0)
+    if name == "sft":
+        assert config.data.sequence_length == 65_536
+        base = load_config(CONFIGS / "nano.yaml")
+        assert config.optim.muon.lr == pytest.approx(base.optim.muon.lr / 10)
+        assert config.optim.adamw.lr == pytest.approx(base.optim.adamw.lr / 10)
