@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -94,15 +93,16 @@ REPORT: dict[str, dict[str, Any]] = {
 }
 GPUS = {"nano": 512, "mini": 512, "large": 2048}
 GPUS |= {f"{name}_context": gpus for name, gpus in GPUS.items()}
+GPUS["sft"] = 8
 PRETRAINED = ("nano", "mini", "large")
-HAS_CONTEXT = find_spec("trinity.parallel.context_parallel") is not None
-NO_CONTEXT = "plans with parallel.context need trinity/parallel/context_parallel.py"
+WITHOUT_INIT = ["init.hf=null", "init.run=null"]
+"""The configs of fine-tuning name a base model, which is not here; their model.name has its sizes."""
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads(path: Path, tmp_path: Path) -> None:
     """It is the same after saving; its sources are folders under data/."""
-    config = load_config(path)
+    config = load_config(path, WITHOUT_INIT)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert config.data.train
@@ -222,10 +222,7 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
 def test_every_config_plans(path: Path) -> None:
     """On the number of GPUs that its comments name, it fits a GPU of 141 GB or, Large, of 288; nano_80gb one of 80."""
     gpu = {"large": "b300", "large_context": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
-    config = load_config(path)
-    if config.parallel.context > 1 and not HAS_CONTEXT:
-        pytest.skip(NO_CONTEXT)
-    plan = make_plan(config, GPUS.get(path.stem, 1), gpu)
+    plan = make_plan(load_config(path, WITHOUT_INIT), GPUS.get(path.stem, 1), gpu)
     assert plan.fits
     assert all(step.seconds.step > 0 for step in plan.steps)
     if path.stem.endswith("_context"):
@@ -233,7 +230,6 @@ def test_every_config_plans(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_CONTEXT, reason=NO_CONTEXT)
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_memory_of_context_extension(name: str) -> None:
     """The other columns of the memory tables: a row for each data rank, FSDP groups of 128."""
@@ -265,3 +261,20 @@ def test_phases_of_the_report(name: str, shares: tuple) -> None:
     last = resolved_phases(config.data)[-1]
     assert (last.packing, last.rsdb_size) == (("rsdb", 1024) if name == "large" else ("sequential", 1024))
     assert begins[-1] == config.optim.schedule.decay_start_tokens
+
+
+@pytest.mark.parametrize("name", ["sft", "sft_smoke"])
+def test_fine_tuning(name: str) -> None:
+    """It starts from a base model's weights alone, trains masked tokens of whole examples, and ends at a rate of 0."""
+    path = CONFIGS / f"{name}.yaml"
+    init = yaml.safe_load(path.read_text(encoding="utf-8"))["init"]
+    config = load_config(path, WITHOUT_INIT)
+    assert init["hf" if name == "sft" else "run"]
+    assert config.init.keep == "weights"
+    assert (config.data.loss, config.data.packing, config.data.document_mask) == ("masked", "best_fit", True)
+    assert (config.optim.schedule.decay, config.optim.schedule.final) == ("linear", 0)
+    if name == "sft":
+        assert config.data.sequence_length == 65_536
+        base = load_config(CONFIGS / "nano.yaml")
+        assert config.optim.muon.lr == pytest.approx(base.optim.muon.lr / 10)
+        assert config.optim.adamw.lr == pytest.approx(base.optim.adamw.lr / 10)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trinity.merging import sparse, spherical
+import trinity.merging.sparse as sparse
+import trinity.merging.spherical as spherical
 from trinity.merging.inputs import Block, Combine, Inputs
 from trinity.merging.selection import quantiles
 
