@@ -27,6 +27,7 @@ SUITES = (
     "data",
     "prepare",
     "overhead",
+    "merge",
     "host",
     "generate",
 )

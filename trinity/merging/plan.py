@@ -20,9 +20,10 @@ from trinity.errors import UserError
 from trinity.merging.compatibility import check_architectures, check_slices, check_tensors
 from trinity.merging.inputs import BLOCK, Combine
 from trinity.merging.methods import METHODS, REQUIRED, Method
+from trinity.merging.open_source import open_source
 from trinity.merging.parameters import Scope, value_at
 from trinity.merging.recipe import Recipe, Rule, Slice, SliceSource, rule_for
-from trinity.merging.sources import Source, open_source
+from trinity.merging.sources import Source
 from trinity.merging.tensors import EMBED, HEAD, NORM, Described, layer_name, layer_tensors
 from trinity.merging.vocabulary import Vocabulary, chat_template, plan_vocabulary
 
