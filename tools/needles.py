@@ -222,7 +222,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", default="1", metavar="A,B", help="kinds of needles, of 1, 2 and 3 (%(default)s)")
     parser.add_argument("--scoring", choices=("forced", "greedy"), default="forced", help="see above (%(default)s)")
     parser.add_argument(
-        "--samples", type=int, default=500, help="questions of each length and kind (%(default)s, as in RULER)"
+        "--samples",
+        type=int,
+        default=500,
+        help="questions of each length and kind, by default as many as in RULER (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of keys, values and places (%(default)s)")
     parser.add_argument(

@@ -222,7 +222,8 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
 def test_every_config_plans(path: Path) -> None:
     """On the number of GPUs that its comments name, it fits a GPU of 141 GB or, Large, of 288; nano_80gb one of 80."""
     gpu = {"large": "b300", "large_context": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
-    plan = make_plan(load_config(path, WITHOUT_INIT), GPUS.get(path.stem, 1), gpu)
+    config = load_config(path, WITHOUT_INIT)
+    plan = make_plan(config, GPUS.get(path.stem, 1), gpu)
     assert plan.fits
     assert all(step.seconds.step > 0 for step in plan.steps)
     if path.stem.endswith("_context"):

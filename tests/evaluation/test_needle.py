@@ -123,7 +123,7 @@ Four." with needles at depths of 50, 25, 50 and 100 %, and for four other needle
 def test_wording_is_that_of_ruler(corpus: SimpleNamespace, kind: int) -> None:
     task = NeedleTask(corpus.tokenizer, 512, kind, 2000, Haystack("One. Two.  Three.\nFour.", "numbers"))
     depths = [0.5, 0.25, 0.5, 1.0] if kind == 1 else [0.5]
-    task._sizes = np.ones(4, int)
+    task._piece_tokens = np.ones(4, int)
     context = task._context(lambda number: (f"k{number}", f"v{number}"), depths, 0, 4)
     assert "".join(task.kind.prompt(context, "k0")) == RULER[kind]
 

@@ -187,7 +187,7 @@ class NeedleTask:
         self._tokenizer = load_text_encoder(tokenizer)
         bos = special_ids(tokenizer, vocab_size).bos
         self._begin = [] if bos is None else [bos]
-        self._sizes = self._sizes_of_pieces()
+        self._piece_tokens = self._tokens_of_pieces()
 
     def sample(self, index: int) -> NeedleSample:
         """Sample number `index`, from 0."""
@@ -208,7 +208,7 @@ class NeedleTask:
         room = self.length - SPARE - len(self._begin)
         fits, too_many, pieces = -1, None, 0
         best: tuple[str, Encoding] | None = None
-        sizes = _Sizes(np.roll(self._sizes, -first).cumsum())
+        sizes = self._sizes(first)
         while too_many is None or too_many - fits > 1:
             text, encoding = self._encoded(self._context(facts, depths, first, pieces), key, value)
             used = _value_end(encoding, text, value)
@@ -230,14 +230,18 @@ class NeedleTask:
             parts = [sentences[(first + number) % len(sentences)] for number in range(pieces)]
         else:
             parts = [self.kind.needle(*facts(len(depths) + number)) for number in range(pieces)]
-        sizes = _Sizes(np.roll(self._sizes, -first).cumsum())
+        sizes = self._sizes(first)
         places = [sizes.pieces(int(depth * sizes.tokens(pieces))) for depth in depths]
         # from the last place on, so that those before stay
         for place, number in sorted(zip(places, range(len(places))), reverse=True):
             parts.insert(place, self.kind.needle(*facts(number)))
         return self.kind.separator.join(parts)
 
-    def _sizes_of_pieces(self) -> np.ndarray:
+    def _sizes(self, first: int) -> "_Sizes":
+        """About how many tokens the haystack has, from piece `first` on."""
+        return _Sizes(np.roll(self._piece_tokens, -first).cumsum())
+
+    def _tokens_of_pieces(self) -> np.ndarray:
         """[N] tokens of each sentence of the haystack, or of a needle, which is about the same for all keys."""
         if self._haystack is None:
             pieces = [self.kind.needle(*_Facts(self.kind, np.random.default_rng(0), None)(0))]

@@ -148,25 +148,19 @@ class Trinity(nn.Module):
             with_sequence_loss: compute the sequence-wise balancing loss; only with targets.
             weights_BS: [B, S] floating point, each target's weight in token_loss; None: 1.
             padding: the number of padding tokens; None: counted from document_ids_BS, for which the host waits.
-            trained: the number of targets that are not ignored, to compute the final norm and the head for their tokens
-                alone; None: for all tokens.
+            trained: the number of targets that are not ignored, to compute the head for their tokens alone; None: all.
             parts: where the tokens are a part of their rows (context parallelism): it has their positions, documents
                 and mask, and the sums of Losses are this part's. None: they are whole rows.
-            cache: keys and values of the rows' earlier tokens, to which those of tokens_BS are added; without
-                positions, document ids and targets.
+            cache: keys and values of the rows' earlier tokens, to which these are added; without positions and targets.
             logits_to_keep: compute the logits of the last tokens alone, this many; 0: of all.
-            logits_at_BN: [B, N] int64: indices in the row of N tokens whose logits are wanted, so that those of a long
-                row take no memory; only without targets. Default: all tokens.
+            logits_at_BN: [B, N] int64, places in the row: compute the logits of these tokens alone, without targets.
         Returns:
             logits [B, S, V], or [B, N, V], in the compute dtype, or Losses.
         """
-        if cache is not None:
-            step = cache.begin(tokens_BS.shape[1], tokens_BS.device, self.attention_engine)
-            positions_BS, mask = step.positions_BS, step.mask
-        elif parts is not None:
+        if parts is not None:
             positions_BS, mask = parts.positions_BS, parts
         else:
-            positions_BS, mask = self._mask_of_rows(tokens_BS, positions_BS, document_ids_BS, documents)
+            positions_BS, mask = self._mask_of_rows(tokens_BS, positions_BS, document_ids_BS, documents, cache)
         with_sequence_loss = with_sequence_loss and targets_BS is not None
         padded = _padding(document_ids_BS, padding)
         x_BSD, routings = self._hidden(tokens_BS, positions_BS, mask, with_sequence_loss, padded, cache)
@@ -177,10 +171,10 @@ class Trinity(nn.Module):
         if targets_BS is None:
             return self.head(self.norm(x_BSD))
         if trained is None:
-            head_losses = self.head(self.norm(x_BSD), targets_BS, z, weights_BS)
+            losses = self.head(self.norm(x_BSD), targets_BS, z, weights_BS)
         else:
-            head_losses = self._losses_of_trained(x_BSD, targets_BS, z, weights_BS, trained)
-        return _combine_losses(head_losses, routings, tokens_BS.shape)
+            losses = self._losses_of_trained(x_BSD, targets_BS, z, weights_BS, trained)
+        return _combine_losses(losses, routings, tokens_BS.shape)
 
     def _hidden(
         self, tokens_BS: Tensor, positions_BS: Tensor, mask: AttentionMask | RowParts, with_sequence_loss: bool,
@@ -198,9 +192,13 @@ class Trinity(nn.Module):
         return x_BSD, routings
 
     def _mask_of_rows(
-        self, tokens_BS: Tensor, positions_BS: Tensor | None, document_ids_BS: Tensor | None, documents: int | None
-    ) -> tuple[Tensor, AttentionMask]:
-        """Positions and mask of whole rows; see forward."""
+        self, tokens_BS: Tensor, positions_BS: Tensor | None, document_ids_BS: Tensor | None, documents: int | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, AttentionMask]:  # fmt: skip
+        """Positions and mask of whole rows, or of their new tokens; see forward."""
+        if cache is not None:
+            step = cache.begin(tokens_BS.shape[1], tokens_BS.device, self.attention_engine)
+            return step.positions_BS, step.mask
         default_positions = positions_BS is None
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
