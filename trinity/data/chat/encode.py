@@ -184,8 +184,7 @@ class ChatEncoder:
         if not whole and ends != len(trained):
             raise UserError(
                 f"{where}: {self._name} trains {ends} ends of turn for {len(trained)} trained turns, so the model "
-                "would not learn to stop; let each turn's generation block end with "
-                f"{self._turn_end_text}"
+                f"would not learn to stop; let each turn's generation block end with {self._turn_end_text}"
             )
         return Example(rendered.text, ids.astype(self.dtype), mask)
 
