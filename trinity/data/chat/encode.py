@@ -164,8 +164,7 @@ class ChatEncoder:
                 yield self._conversation(parsed._replace(messages=parsed.messages[: turn + 1]), [turn], where)
 
     def _conversation(self, conversation: Conversation, trained: list[int], where: str) -> Example:
-        messages = [{"role": message["role"], **self._protected(message)} for message in conversation.messages]
-        conversation = conversation._replace(messages=messages)
+        conversation = conversation._replace(messages=self._protected(conversation.messages))
         try:
             rendered = self._render(conversation, len(conversation.messages))
             whole = self.options.loss == "all"
