@@ -39,7 +39,7 @@ data: venv
 			--tokenizer $(DATA)/tokenizer --out $(SHARDS)/$$set || exit $$?; \
 	done
 
-# Conversations for fine-tuning the smoke model, and a tokenizer with the markers of a chat; see trinity/data/chat/README.md.
+# Conversations for fine-tuning the smoke model, and a tokenizer with the markers of a chat; see docs/fine_tune.md.
 data-sft: venv
 	test -f $(DATA)/tokenizer/tokenizer.json || $(MAKE) data
 	$(BIN)/python tools/prepare_corpus.py --chat --out $(CORPUS)

@@ -56,10 +56,10 @@ def special_ids(folder: Path, vocab_size: int) -> SpecialIds:
             "give the tokenizer that the model was trained with"
         )
     config = read_json(folder / CONFIG, "fetch the folder or make the tokenizer again") or {}
-    return SpecialIds(
-        *(_token_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad")),
-        turn_end=_turn_end(folder, tokenizer),
+    bos, eos, pad = (
+        _token_id(tokenizer, config.get(f"{kind}_token"), folder / CONFIG) for kind in ("bos", "eos", "pad")
     )
+    return SpecialIds(bos, eos, pad, _turn_end(folder, tokenizer))
 
 
 def _turn_end(folder: Path, tokenizer: Tokenizer) -> int | None:

@@ -91,7 +91,8 @@ class ChatEncoder:
         self.tok, self.dtype, self.template, self.end_id = tok, dtype, template, end_id
         self.options, self.skip_bad, self.hashed = options, skip_bad, hashed
         self.bos = bos_id(tok)
-        self.turn_end = None if template is None else end_of_turn(template, tok)
+        self.turn_end = -1 if template is None else end_of_turn(template, tok)
+        self._turn_end_text = "" if template is None else str(tok.id_to_token(self.turn_end))
         special = [token.content for token in tok.get_added_tokens_decoder().values() if token.special]
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
@@ -163,8 +164,7 @@ class ChatEncoder:
                 yield self._conversation(parsed._replace(messages=parsed.messages[: turn + 1]), [turn], where)
 
     def _conversation(self, conversation: Conversation, trained: list[int], where: str) -> Example:
-        messages = [{"role": message["role"], **self._protected(message)} for message in conversation.messages]
-        conversation = conversation._replace(messages=messages)
+        conversation = conversation._replace(messages=self._protected(conversation.messages))
         try:
             rendered = self._render(conversation, len(conversation.messages))
             whole = self.options.loss == "all"
@@ -183,8 +183,7 @@ class ChatEncoder:
         if not whole and ends != len(trained):
             raise UserError(
                 f"{where}: {self._name} trains {ends} ends of turn for {len(trained)} trained turns, so the model "
-                "would not learn to stop; let each turn's generation block end with "
-                f"{self.tok.id_to_token(self.turn_end)}"
+                f"would not learn to stop; let each turn's generation block end with {self._turn_end_text}"
             )
         return Example(rendered.text, ids.astype(self.dtype), mask)
 
@@ -229,12 +228,10 @@ class ChatEncoder:
 
     def _turn(self, conversation: Conversation, turn: int, text: str) -> Span:
         """The characters of a turn without generation blocks: after the generation prompt, up to the end of turn."""
-        assert self.turn_end is not None
         begin = self._beginning(conversation, turn, text, prompt=True)
         end = self._beginning(conversation, turn + 1, text)
-        token = self.tok.id_to_token(self.turn_end)
-        last = text.rfind(token, begin, end)
-        return begin, last + len(token) if last >= 0 else end
+        last = text.rfind(self._turn_end_text, begin, end)
+        return begin, last + len(self._turn_end_text) if last >= 0 else end
 
     def _render(self, conversation: Conversation, count: int, prompt: bool = False) -> Rendered:
         assert self.template is not None

@@ -80,7 +80,8 @@ def _reserved_ids(content: dict[str, Any]) -> list[int]:
 
 def _last_merges(content: dict[str, Any], count: int) -> list[int]:
     """Remove the last merges and the tokens they make; returns the ids of these."""
-    model, ids = content["model"], []
+    model = content["model"]
+    ids: list[int] = []
     while len(ids) < count and model["merges"]:
         merge = model["merges"].pop()
         token = "".join(merge.split(" ") if isinstance(merge, str) else merge)

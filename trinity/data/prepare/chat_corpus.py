@@ -54,16 +54,15 @@ def write_chat_corpus(out: Path, library: Path | None = None) -> list[CorpusFile
     make_folder(out)
     files = []
     for side, held in (("train", False), ("validation", True)):
-        rows = [
-            to_json({"messages": rows}, ensure_ascii=False) + "\n" for key, rows in examples if held_out(key) == held
-        ]
+        rows = [{"messages": messages} for key, messages in examples if held_out(key) == held]
+        lines = [to_json(row, ensure_ascii=False) + "\n" for row in rows]
         name = f"chat.{side}.jsonl"
-        files.append(CorpusFile(name, len(rows), write_atomically(out / name, rows)))
+        files.append(CorpusFile(name, len(lines), write_atomically(out / name, lines)))
     return files
 
 
 def definitions(module: str, source: str) -> Iterator[Definition]:
-    """Public functions, classes and methods of a module, whose docstring begins with a sentence of fitting length."""
+    """Public functions, classes and methods of a module whose docstrings begin with a sentence of fitting length."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated escapes in strings

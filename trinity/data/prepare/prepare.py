@@ -90,15 +90,12 @@ def prepare_data(
     source = DatasetInput(inputs) if isinstance(inputs, Dataset) else FileInputs(expand_inputs(inputs, kind=kind))
     tok = load_text_encoder(tokenizer)
     header = _header(source, tokenizer, tok, shard_tokens, field, deduplicate)
-    dtype = np.dtype(header["dtype"])
     encoder: Encoder | ChatEncoder
     if chat is None:
-        encoder = Encoder(tok, dtype, field, skip_bad_lines, hashed=deduplicate)
+        encoder = Encoder(tok, np.dtype(header["dtype"]), field, skip_bad_lines, hashed=deduplicate)
     else:
-        found = _template(tokenizer, template)
-        end_id = tok.token_to_id(special_tokens(tokenizer).get("eos_token", ""))
-        encoder = ChatEncoder(tok, dtype, found, end_id, chat, skip_bad_lines, hashed=deduplicate)
-        header = _chat_header(header, chat, found)
+        encoder = _chat_encoder(tok, tokenizer, template, chat, skip_bad_lines, hashed=deduplicate)
+        header = _chat_header(header, encoder)
     _check_folder(out, header)
     _make_folder(out)
     try:
@@ -120,6 +117,14 @@ def _check_arguments(shard_tokens: int, workers: int, out: Path) -> None:
         raise UserError(f"--out {out} is a file; give a folder")
 
 
+def _chat_encoder(
+    tok: Tokenizer, tokenizer: Path, template: Path | None, options: ChatOptions, skip_bad: bool, hashed: bool
+) -> ChatEncoder:
+    end_id = tok.token_to_id(special_tokens(tokenizer).get("eos_token", ""))
+    dtype = token_dtype(vocabulary_size(tok))
+    return ChatEncoder(tok, dtype, _template(tokenizer, template), end_id, options, skip_bad, hashed)
+
+
 def _template(tokenizer: Path, file: Path | None) -> ChatTemplate | None:
     """The template to render with; None if the tokenizer has none, as pairs of texts need none.
 
@@ -138,9 +143,10 @@ def _template(tokenizer: Path, file: Path | None) -> ChatTemplate | None:
     return template
 
 
-def _chat_header(header: dict, chat: ChatOptions, template: ChatTemplate | None) -> dict:
-    identity = None if template is None else source_hash(template.source)
-    return header | {"version": MASKED_VERSION, "field": None, "chat": {"template": identity, **chat._asdict()}}
+def _chat_header(header: dict, encoder: ChatEncoder) -> dict:
+    identity = None if encoder.template is None else source_hash(encoder.template.source)
+    chat = {"template": identity, **encoder.options._asdict()}
+    return header | {"version": MASKED_VERSION, "field": None, "chat": chat}
 
 
 def _prepare(
