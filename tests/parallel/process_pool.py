@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
+
+from tests.forked_program import SERVER
 
 TIMEOUT = 120
 """Seconds for one case, and for one collective."""
@@ -71,11 +72,10 @@ class ProcessPool:
         self._workers = []
 
     def _start(self) -> None:
-        context = get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.world):
-            parent_end, child_end = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world, str(store), child_end), daemon=True)
+            parent_end, child_end = SERVER.Pipe()
+            process = SERVER.Process(target=_work, args=(rank, self.world, str(store), child_end), daemon=True)
             process.start()
             child_end.close()
             self._workers.append((process, parent_end))
