@@ -70,8 +70,8 @@ def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
     return {
         "run": {"name": "tiny", "dir": str(run), "steps": 8, "seed": 3, "threads": 1},
         "model": {
-            "name": "smoke", "vocab_size": 512, "width": 32, "layers": 5, "dense_layers": 1, "dense_width": 48,
-            "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "experts": 8, "active_experts": 2,
+            "name": "smoke", "vocab_size": 512, "width": 32, "layers": 3, "dense_layers": 1, "dense_width": 48,
+            "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "global_every": 3, "experts": 8, "active_experts": 2,
             "expert_width": 16,
         },
         "data": {

@@ -131,4 +131,4 @@ def test_a_start_without_a_checkpoint_is_forgotten(settings: dict) -> None:
     assert train(settings, "run.steps=2") == 0
     model, config, step = load_model(run)
     assert (config.model.expert_width, step) == (16, 2)
-    assert model.blocks[4].ffn.experts.down.shape == (8, 32, 16)
+    assert model.blocks[2].ffn.experts.down.shape == (8, 32, 16)

@@ -33,7 +33,7 @@ def asked_before(where: Any, name: str, times: int) -> mock._patch:
 
 
 # moment: what brings it about, and the step that is saved. One microbatch a step, two from step 5 on; the probe of step
-# 1 is a forward pass too, and so is the evaluation after step 4; a checkpoint of some 200 tensors after steps 3 and 6.
+# 1 is a forward pass too, and so is the evaluation after step 4; a checkpoint of some 150 tensors after steps 3 and 6.
 MOMENTS = {
     "waiting for data": (lambda: asked_before(_Worker, "receive", 4), 1),
     "forward": (lambda: asked_before(Trinity, "forward", 8), 5),
