@@ -145,8 +145,11 @@ def test_the_next_step_uses_the_new_weights(
     assert not torch.equal(ours["gradients"][0]["norm.gain"], ours["gradients"][-1]["norm.gain"])
 
 
-@pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "compute"),
+    [*((name, "float32") for name in MESHES), ("replicate 2", "bfloat16"), ("shard 2, expert 2", "bfloat16"),
+     pytest.param("shard 2", "bfloat16", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_two_processes(settings: dict, processes: Callable, name: str, compute: str) -> None:
     """Beside groups on both ranks: experts that their rank has alone, and whole weights with a copy elsewhere."""
     world, words = MESHES[name]
