@@ -91,6 +91,7 @@ def test_fork_of_other_sizes(settings: dict, uninterrupted: Path) -> None:
         train(settings, f"init.run={uninterrupted}", "init.step=5")
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_bits(settings: dict, config_file: Callable, uninterrupted: Path) -> None:
     """The launcher sets OMP_NUM_THREADS to 1; the run sets its own, so nothing differs from plain python."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
