@@ -5,6 +5,7 @@ initialized, and returns the results as a list. If it fails or hangs on one rank
 test fails with that rank's traceback.
 """
 
+import gc
 import importlib
 import io
 import logging
@@ -14,7 +15,6 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
 
+from tests.forked_program import SERVER
+
 TIMEOUT = 120
 """Seconds for one case, and for one collective."""
+
+MOST_GROUPS = 24
+"""Process groups that are kept for the next case. Each has threads that wake a hundred times a second: the hundreds of
+groups of a whole suite would take more time than its cases."""
 
 
 class ProcessPool:
@@ -71,11 +77,10 @@ class ProcessPool:
         self._workers = []
 
     def _start(self) -> None:
-        context = get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.world):
-            parent_end, child_end = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world, str(store), child_end), daemon=True)
+            parent_end, child_end = SERVER.Pipe()
+            process = SERVER.Process(target=_work, args=(rank, self.world, str(store), child_end), daemon=True)
             process.start()
             child_end.close()
             self._workers.append((process, parent_end))
@@ -94,8 +99,8 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    # Equal meshes are made once: a mesh has process groups, whose threads live as long as the process.
-    device_mesh.init_device_mesh = dist.init_device_mesh = cache(device_mesh.init_device_mesh)
+    # Equal meshes are made once, as long as there are few.
+    device_mesh.init_device_mesh = dist.init_device_mesh = meshes = cache(device_mesh.init_device_mesh)
     while True:
         try:
             module, name, args = _deserialize(pipe.recv_bytes())
@@ -105,7 +110,20 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
             answer = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             answer = False, traceback.format_exc()
+        if len(dist.distributed_c10d._world.pg_map) > MOST_GROUPS:
+            meshes.cache_clear()
+            _destroy_subgroups()
         pipe.send_bytes(_serialize(answer))
+
+
+def _destroy_subgroups() -> None:
+    """Destroy all groups but that of all ranks, which every rank must call, and with them their threads."""
+    gc.collect()  # meshes of the cases before
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def _serialize(value: Any) -> bytes:
