@@ -271,7 +271,7 @@ class NeedleTask:
             raise UserError(f"the tokenizer cannot spell {value}, so no answer can be right; use another tokenizer")
         needle, prefix = self.kind.needle(key, value), self.kind.prompt("", key)[1]
         start = text.index(needle)
-        tokens = [encoding.char_to_token(character) for character in (start, start + len(needle) - 1)]
+        tokens = [_token_of(encoding, character) for character in (start, start + len(needle) - 1)]
         begin, end = text.index("\n") + 1, text.rindex("\n")
         return NeedleSample(
             [*self._begin, *encoding.ids[:same]],
@@ -342,4 +342,10 @@ class _Sizes(NamedTuple):
 
 def _value_end(encoding: Encoding, text: str, value: str) -> int:
     """Number of tokens of the prompt `text` and the value, which comes after a space."""
-    return encoding.char_to_token(len(text) + len(value)) + 1
+    return _token_of(encoding, len(text) + len(value)) + 1
+
+
+def _token_of(encoding: Encoding, character: int) -> int:
+    token: int | None = encoding.char_to_token(character)
+    assert token is not None  # a character of the text is in a token, unless the normalizer drops it
+    return token

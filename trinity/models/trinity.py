@@ -157,6 +157,7 @@ class Trinity(nn.Module):
         Returns:
             logits [B, S, V], or [B, N, V], in the compute dtype, or Losses.
         """
+        mask: AttentionMask | RowParts
         if parts is not None:
             positions_BS, mask = parts.positions_BS, parts
         else:

@@ -25,7 +25,7 @@ from trinity.checkpoint.save import Saver, State
 from trinity.config.paths import run_directory
 from trinity.config.run import RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory, StepPlan
-from trinity.data.stream.collate import PADDING_ID, Batch
+from trinity.data.stream.collate import Batch, count_padding
 from trinity.errors import USER_MISTAKE, Failure, UserError
 from trinity.hardware import device_name, memory_gib, peak_flops
 from trinity.interop import export_hf, load_hf
@@ -269,8 +269,7 @@ class Trainer:
         rate = lr_fraction(self.config, self.step, plan.tokens)
         source_counts = torch.from_numpy(self.data.loader.stream.tokens_read())
         if self.config.data.packing == "best_fit":
-            padding = (batch.document_ids_BS == PADDING_ID).sum()
-            source_counts = torch.cat([source_counts, padding[None]])
+            source_counts = torch.cat([source_counts, count_padding(batch).sum()[None]])
         hooks = self.monitor.before_step(self.model, self.step + 1)
         every = self.config.log.norms_every
         if every and (self.step + 1) % every == 0:

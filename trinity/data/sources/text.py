@@ -56,7 +56,7 @@ class TextSource:
 
     lookahead = 8
     masked = False
-    template = None
+    template: str | None = None
 
     def __init__(
         self,
@@ -142,6 +142,10 @@ class TextSource:
     def keep_lengths(self, documents: np.ndarray, lengths: np.ndarray) -> None:
         """Remember lengths [n] of documents [n] that another process has tokenised, so that this one need not."""
         self._lengths[documents] = lengths
+
+    def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
+        """Text has no loss mask: never called, because `masked` is False."""
+        raise NotImplementedError("text has no loss mask")
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""
