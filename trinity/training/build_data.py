@@ -132,8 +132,8 @@ def length_bias_notes(config: RunConfig, sources: dict[str, Source], tokens: int
         key = "data.length_bias" if not number else f"data.phases[{number - 1}].length_bias"
         mend = "; add sources of longer documents, or a shorter sequence_length" if few else ""
         notes.append(
-            f"{'warning' if few else 'note'}: with {key} {share:.1%} of the tokens are in documents of more than {half} "
-            f"tokens, half a row{mend}"
+            f"{'warning' if few else 'note'}: with {key} {share:.1%} of the tokens are in documents of more than "
+            f"{half} tokens, half a row{mend}"
         )
     return notes
 
