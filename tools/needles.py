@@ -24,7 +24,6 @@ from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.tokenizer import fingerprint, load_text_encoder
 from trinity.errors import UserError, run_main
 from trinity.evaluation.needle import KINDS, Haystack, NeedleTask
-from trinity.evaluation.needle_run import text_haystack
 from trinity.evaluation.needle_score import Cell, Outcome, forced, greedy
 from trinity.evaluation.perplexity import open_documents
 from trinity.interop import load_hf
@@ -33,6 +32,7 @@ from trinity.interop.tokenizer_files import special_ids
 from trinity.io.json_files import read_json, to_json, write_json
 from trinity.io.local import make_folder, write_atomically
 from trinity.models import Trinity
+from trinity.reporting.page import Section, check_out, plotly_script, render_page
 from trinity.terminal import Progress
 from trinity.training.load_run import load_model
 from trinity.training.run_tokenizer import run_tokenizer
@@ -42,11 +42,14 @@ def main() -> None:
     """Score the missing cells, print the table, and write needles.json and needles.html."""
     options = parse()
     check(options)
-    model, tokenizer, weights = load(options)
-    out = options.out or options.folder
     lengths, kinds = numbers("--lengths", options.lengths), numbers("--kinds", options.kinds)
-    check_lengths(lengths, kinds, model)
-    haystack = haystack_of(options, tokenizer, model.config.vocab_size, max(lengths)) if 1 in kinds else None
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"--kinds {unknown[0]} is no kind of needles; use {', '.join(map(str, KINDS))}")
+    out = options.out or options.folder
+    check_out(out / "needles.html")
+    model, tokenizer, weights = load(options)
+    check_lengths(lengths, model)
+    haystack = haystack_of(options, tokenizer, model.config.vocab_size) if 1 in kinds else None
     settings = {
         "model": str(options.folder.resolve()),
         "weights": weights,
@@ -75,7 +78,7 @@ def main() -> None:
     with Progress("asking", options.samples * len(missing), "question") as bar:
         for kind, length in missing:
             outcomes = ask(model, tasks[kind, length], tokenizer, options, bar)
-            cells[kind, length] = {"kind": kind, "length": length, **Cell.of(outcomes).record()}
+            cells[kind, length] = {"kind": kind, "length": length, **Cell.of(outcomes)._asdict()}
             write_json(out / "needles.json", results | {"cells": list(cells.values())})
     wanted = [cells[key] for key in tasks]
     print(table(wanted, options.scoring))
@@ -129,12 +132,9 @@ def table(cells: list[dict[str, Any]], scoring: str) -> str:
 
 def write_page(path: Path, options: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
     """Write the heat maps as one HTML file."""
-    from trinity.reporting.page import Section, check_out, plotly_script, render_page
-
     plotly_script()  # refuses where plotly is missing; table and JSON are written by now
     from trinity.reporting.needles import needle_charts
 
-    check_out(path)
     title = f"Needles: {options.folder}, {options.scoring} scoring"
     write_atomically(path, render_page(title, [Section("Score by length and depth", needle_charts(cells))]))
 
@@ -158,11 +158,13 @@ def load(options: argparse.Namespace) -> tuple[Trinity, Path, Any]:
     return model.to(options.device), tokenizer, step
 
 
-def haystack_of(options: argparse.Namespace, tokenizer: Path, vocab_size: int, length: int) -> Haystack:
+def haystack_of(options: argparse.Namespace, tokenizer: Path, vocab_size: int) -> Haystack:
     """The text of --haystack, or pydoc's chapters on the language, which every machine has."""
     if options.haystack is not None:
-        source = open_documents(options.haystack, tokenizer, options.field, vocab_size, options.kind)
-        return text_haystack(source, tokenizer, length, options.haystack)
+        source = open_documents(
+            options.haystack, tokenizer, options.field, vocab_size, options.haystack_kind, option="--haystack"
+        )
+        return Haystack.of_source(source, load_text_encoder(tokenizer), options.haystack)
     text = "\n".join(text for _, text in topics())
     if not text:
         raise UserError("this Python has no chapters of pydoc to hide needles in; give --haystack FILE")
@@ -170,12 +172,15 @@ def haystack_of(options: argparse.Namespace, tokenizer: Path, vocab_size: int, l
 
 
 def kept_cells(path: Path, settings: dict[str, Any], force: bool) -> dict[tuple[int, int], dict[str, Any]]:
-    """(kind, length) → cell of an earlier call with the same settings."""
+    """(kind, length) → cell of an earlier call with the same settings, whose haystack stays if this call needs none."""
     before = read_json(path)
     if before is None or force:
         return {}
-    settings = json.loads(to_json(settings))
-    changed = [name for name, value in settings.items() if before.get("settings", {}).get(name) != value]
+    old, new = before.get("settings", {}), json.loads(to_json(settings))
+    if new["haystack"] is None or old.get("haystack") is None:  # kinds 2 and 3 need none
+        settings["haystack"] = new["haystack"] or old.get("haystack")
+        old = old | {"haystack": new["haystack"]}
+    changed = [name for name, value in new.items() if old.get(name) != value]
     if changed:
         raise UserError(
             f"{path} has results with other settings ({', '.join(changed)}); give another --out, or --force to "
@@ -192,10 +197,8 @@ def numbers(option: str, text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def check_lengths(lengths: list[int], kinds: list[int], model: Trinity) -> None:
-    """Refuse unknown kinds, and lengths beyond the model's positions."""
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise UserError(f"--kinds {unknown[0]} is no kind of needles; use {', '.join(map(str, KINDS))}")
+def check_lengths(lengths: list[int], model: Trinity) -> None:
+    """Refuse lengths beyond the model's positions."""
     positions = model.config.max_positions
     if max(lengths) > positions:
         raise UserError(
@@ -235,7 +238,7 @@ def parse() -> argparse.Namespace:
         help="text or token shards that hide the needles of kind 1; by default pydoc's chapters on Python",
     )
     parser.add_argument("--field", default="text", help="name of the text in a JSON line or Parquet row (%(default)s)")
-    parser.add_argument("--kind", choices=CHOICES, help="kind of files of --haystack, if there are several")
+    parser.add_argument("--haystack-kind", choices=CHOICES, help="kind of files to read, if there are several")
     parser.add_argument("--step", type=int, help="of a run's checkpoint; by default the newest")
     parser.add_argument("--out", type=local_path, metavar="DIR", help="folder for the results; by default HF_OR_RUN")
     parser.add_argument("--force", action="store_true", help="write over results with other settings")

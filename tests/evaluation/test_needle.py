@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer
 from trinity.errors import UserError
+from trinity.evaluation import needle
 from trinity.evaluation.needle import KINDS, SPARE, STRATA, Haystack, NeedleTask, split_sentences
 from trinity.evaluation.needle_words import ADJECTIVES, NOUNS
 
@@ -78,9 +79,9 @@ def test_size(tokenizers: dict[str, Path], haystack: Haystack, name: str, kind: 
         ids = [*begin, *tok.encode(text, add_special_tokens=False).ids]
         assert [*sample.tokens, *sample.answer] == ids[: len(sample.tokens) + len(sample.answer)]
         assert compact(tok.decode(sample.answer)) in (sample.value, f"{sample.value}.")
-        needle = compact(tok.decode(sample.tokens[slice(*sample.needle)]))
-        assert needle.startswith("Oneofthespecialmagic")
-        assert sample.value in needle
+        hidden = compact(tok.decode(sample.tokens[slice(*sample.needle)]))
+        assert hidden.startswith("Oneofthespecialmagic")
+        assert sample.value in hidden
 
 
 RULER = {
@@ -211,13 +212,14 @@ def test_sentences() -> None:
         Haystack(" \n", "nothing")
 
 
-def test_haystack_of_shards(corpus: SimpleNamespace) -> None:
-    """The text of the first documents, to the given number of tokens."""
+def test_haystack_of_shards(corpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of the first documents, to the most tokens."""
     source, tok = TokenSource(corpus.folder / "held_out"), load_tokenizer(corpus.tokenizer)
     texts = [json.loads(line)["text"] for line in corpus.texts["held_out"].read_text().splitlines()]
-    everything = Haystack.of_source(source, tok, 1 << 30, "held out")
+    everything = Haystack.of_source(source, tok, "held out")
     assert everything.text == " ".join("\n".join(texts).split())
-    part = Haystack.of_source(source, tok, 500, "held out")
+    monkeypatch.setattr(needle, "HAYSTACK_TOKENS", 500)
+    part = Haystack.of_source(source, tok, "held out")
     assert everything.text.startswith(part.text)
     assert len(tok.encode(part.text, add_special_tokens=False).ids) == pytest.approx(500, rel=0.2)
 
@@ -231,9 +233,7 @@ def test_words() -> None:
 
 def test_keys_run_out() -> None:
     """More keys than two words can make are refused, not repeated."""
-    from trinity.evaluation.needle import _Facts
-
-    facts = _Facts(KINDS[2], np.random.default_rng(0), None)
+    facts = needle._Facts(KINDS[2], np.random.default_rng(0), None)
     count = len(ADJECTIVES) * len(NOUNS)
     assert len({facts(number)[0] for number in range(count)}) == count
     with pytest.raises(UserError, match="use kinds 1 and 3"):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.reporting.page_reader import Page
-from trinity.evaluation.needle import NeedleTask
-from trinity.evaluation.needle_run import text_haystack
+from trinity.data.tokenizer.tokenizer import load_text_encoder
+from trinity.evaluation.needle import Haystack, NeedleTask
 from trinity.evaluation.needle_score import Cell, forced
 from trinity.evaluation.perplexity import open_documents
 from trinity.interop import load_hf
@@ -38,16 +38,17 @@ def test_folder(
     """The cells are those of `forced`; a second call asks the missing ones alone; questions in RULER's format."""
     out, questions, text = tmp_path / "out", tmp_path / "a/questions.jsonl", corpus.texts["held_out"]
     words = (finished.folder, "--haystack", text, "--samples", SAMPLES, "--out", out, "--batch-tokens", 1300)
+    assert call(*words, "--lengths", 640, "--kinds", 3) == 0
     assert call(*words, "--lengths", 640, "--kinds", 1) == 0
-    first = json.loads((out / "needles.json").read_text())["cells"]
-    spoiled = first[0] | {"score": 0.75}
-    results = json.loads((out / "needles.json").read_text()) | {"cells": [spoiled]}
+    results = json.loads((out / "needles.json").read_text())
+    spoiled = results["cells"][1] | {"score": 0.75}
+    results["cells"][1] = spoiled
     (out / "needles.json").write_text(json.dumps(results))
     assert call(*words, "--lengths", "640,700", "--kinds", "1,3", "--jsonl", questions) == 0
     results = json.loads((out / "needles.json").read_text())
-    assert results["cells"][0] == spoiled, "not asked again"
+    assert results["cells"][1] == spoiled, "not asked again"
     source = open_documents(str(text), finished.folder, "text", finished.config.model.vocab_size)
-    haystack = text_haystack(source, finished.folder, 700, str(text))
+    haystack = Haystack.of_source(source, load_text_encoder(finished.folder), str(text))
     model, lines = load_hf(finished.folder), iter(questions.read_text().splitlines())
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     for kind, length in ((1, 640), (1, 700), (3, 640), (3, 700)):
@@ -90,7 +91,7 @@ def test_run_and_greedy(uninterrupted: Path, tmp_path: Path, capsys: pytest.Capt
         (("--lengths", "640", "--kinds", "1,4"), "--kinds 4 is no kind of needles; use 1, 2, 3"),
         (("--lengths", "64"), "--lengths 64 has no room for the needles and the question of kind 1, which take"),
         (("--lengths", "640", "--samples", "0"), "--samples 0 must be at least 1"),
-        (("--lengths", "640", "--haystack", "none.txt"), "none.txt"),
+        (("--lengths", "640", "--haystack", "none.txt"), "--haystack none.txt"),
         (("--lengths", "640", "--device", "tpu"), "--device tpu is not available; use cpu"),
     ],
 )

@@ -10,8 +10,7 @@ from tests.training.run_files import metrics, refuse, train
 from trinity.data.sources.shards import TokenSource
 from trinity.data.tokenizer.tokenizer import bos_id, load_text_encoder
 from trinity.evaluation.generate import generate
-from trinity.evaluation.needle import NeedleTask
-from trinity.evaluation.needle_run import text_haystack
+from trinity.evaluation.needle import Haystack, NeedleTask
 from trinity.evaluation.needle_score import Cell, forced
 from trinity.training.load_run import load_model
 
@@ -83,7 +82,9 @@ def test_needles_are_scored(with_needles: dict, uninterrupted: Path) -> None:
     ]
     model, config, _ = load_model(run)
     tokenizer = Path(config.data.tokenizer)
-    haystack = text_haystack(TokenSource(config.data.validation["held_out"]), tokenizer, 700, "held_out")
+    haystack = Haystack.of_source(
+        TokenSource(config.data.validation["held_out"]), load_text_encoder(tokenizer), "held_out"
+    )
     for (kind, length), line in zip(cells, lines[-4:]):
         task = NeedleTask(tokenizer, config.model.vocab_size, kind, length, haystack, config.run.seed)
         asked = [task.sample(index) for index in range(3)]

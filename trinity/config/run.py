@@ -415,7 +415,7 @@ class EvaluationConfig:
     needles: NeedlesConfig = field(default_factory=NeedlesConfig)
     """Needles in a haystack."""
     by_position: bool = False
-    """Also record the validation loss by the tokens' context, in ranges that double (validation_loss_at.SET.CONTEXT):
+    """Also record the validation loss by the tokens' context, in ranges that double (validation_loss_at.CONTEXT.SET):
     it must fall as the context grows."""
 
 

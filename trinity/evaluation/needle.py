@@ -44,6 +44,9 @@ DEPTHS = [depth / 39 for depth in range(40)]
 LONGEST_SENTENCE = 40
 """Words after which a sentence is cut, for text without full stops, such as code."""
 
+HAYSTACK_TOKENS = 1 << 20
+"""Most tokens of the text, of which each sample takes a part. It is the same for all lengths."""
+
 NEEDLE = "One of the special magic {values} for {key} is: {value}."
 TASK = (
     "A special magic {value} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
@@ -128,15 +131,22 @@ class Haystack:
         if not self.sentences:
             raise UserError(f"{name} holds no text to hide needles in; name one with more text")
         self.text = " ".join(self.sentences)
+        self._tokens: dict[Path, np.ndarray] = {}
+
+    def sentence_tokens(self, folder: Path, tokenizer: Tokenizer) -> np.ndarray:
+        """[N] tokens of each sentence after a space, by itself; computed once for each tokenizer folder."""
+        if folder not in self._tokens:
+            self._tokens[folder] = _tokens_of([f" {sentence}" for sentence in self.sentences], tokenizer)
+        return self._tokens[folder]
 
     @classmethod
-    def of_source(cls, source: Source, tokenizer: Tokenizer, tokens: int, name: str) -> "Haystack":
-        """The text of a source's first documents, which have at least `tokens` tokens together, or of all of them."""
+    def of_source(cls, source: Source, tokenizer: Tokenizer, name: str) -> "Haystack":
+        """The text of a source's first HAYSTACK_TOKENS tokens, or of all of them; a longer sample repeats it."""
         texts, read = [], 0
         for document in range(source.documents):
-            if read >= tokens:
+            if read >= HAYSTACK_TOKENS:
                 break
-            length = min(source.length(document), tokens - read)
+            length = min(source.length(document), HAYSTACK_TOKENS - read)
             texts.append(tokenizer.decode(source.read(document, 0, length).tolist(), skip_special_tokens=True))
             read += length
         return cls("\n".join(texts), name)
@@ -187,7 +197,11 @@ class NeedleTask:
         self._tokenizer = load_text_encoder(tokenizer)
         bos = special_ids(tokenizer, vocab_size).bos
         self._begin = [] if bos is None else [bos]
-        self._piece_tokens = self._tokens_of_pieces()
+        if self._haystack is not None:
+            self._piece_tokens = self._haystack.sentence_tokens(tokenizer, self._tokenizer)
+        else:  # all needles have about as many
+            needle = self.kind.needle(*_Facts(self.kind, np.random.default_rng(0), None)(0))
+            self._piece_tokens = _tokens_of([f"{needle}\n"], self._tokenizer)
 
     def sample(self, index: int) -> NeedleSample:
         """Sample number `index`, from 0."""
@@ -240,15 +254,6 @@ class NeedleTask:
     def _sizes(self, first: int) -> "_Sizes":
         """About how many tokens the haystack has, from piece `first` on."""
         return _Sizes(np.roll(self._piece_tokens, -first).cumsum())
-
-    def _tokens_of_pieces(self) -> np.ndarray:
-        """[N] tokens of each sentence of the haystack, or of a needle, which is about the same for all keys."""
-        if self._haystack is None:
-            pieces = [self.kind.needle(*_Facts(self.kind, np.random.default_rng(0), None)(0))]
-        else:
-            pieces = self._haystack.sentences
-        encodings = self._tokenizer.encode_batch([f" {piece}" for piece in pieces], add_special_tokens=False)
-        return np.array([max(1, len(encoding.ids)) for encoding in encodings])
 
     def _encoded(self, context: str, key: str, value: str) -> tuple[str, Encoding]:
         """The whole prompt, and the encoding of prompt, answer and a full stop."""
@@ -338,6 +343,11 @@ class _Sizes(NamedTuple):
         """The most pieces with at most `tokens` tokens."""
         cycles, rest = divmod(max(0, tokens), int(self.sums[-1]))
         return cycles * len(self.sums) + int(np.searchsorted(self.sums, rest, side="right"))
+
+
+def _tokens_of(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return np.array([max(1, len(encoding.ids)) for encoding in encodings])
 
 
 def _value_end(encoding: Encoding, text: str, value: str) -> int:

@@ -40,7 +40,7 @@ class Needles:
         haystack = None
         if any(KINDS[kind].in_text for kind in needles.kinds):
             name = needles.haystack or next(iter(validation))
-            haystack = text_haystack(validation[name], tokenizer, max(needles.lengths), name)
+            haystack = Haystack.of_source(validation[name], load_tokenizer(tokenizer), name)
         numbers = share(self._count, data_rank, data_ranks)
         self._samples: dict[tuple[int, int], dict[int, NeedleSample]] = {}
         for kind in needles.kinds:
@@ -57,13 +57,8 @@ class Needles:
         for (kind, length), samples in self._samples.items():
             rows = max(1, self._row_tokens // length)
             cell = forced_cell(model, samples, self._count, rows, length, device, beat)
-            lines.append({"kind": kind, "length": length, **cell.record()})
+            lines.append({"kind": kind, "length": length, **cell._asdict()})
         return lines
-
-
-def text_haystack(source: Source, tokenizer: Path, length: int, name: str) -> Haystack:
-    """A haystack of a source's text: twice the longest sample, so that samples differ, if the source has as much."""
-    return Haystack.of_source(source, load_tokenizer(tokenizer), max(1 << 16, 2 * length), name)
 
 
 def metrics(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ Shapes: B rows of a forward pass, S tokens, A tokens of the longest answer, V vo
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -120,10 +120,6 @@ class Cell(NamedTuple):
             sum(substring) / len(substring),
             [_mean(right[stratum::STRATA]) for stratum in range(STRATA)],
         )
-
-    def record(self) -> dict[str, Any]:
-        """As JSON values."""
-        return self._asdict()
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -41,7 +41,7 @@ class ContextWindow(NamedTuple):
 
 
 def open_documents(
-    path: str, tokenizer: Path, field: str, vocab_size: int, kind: str | None = None
+    path: str, tokenizer: Path, field: str, vocab_size: int, kind: str | None = None, option: str = "--text"
 ) -> TokenSource | TextSource:
     """Open documents to measure: token shards, or text, which is tokenised.
 
@@ -51,6 +51,7 @@ def open_documents(
         field: name of the text in a JSON line or Parquet row.
         vocab_size: V of the model.
         kind: kind of files to read from a folder or pattern with several kinds (see expand_inputs).
+        option: the option that gives the path, for messages.
     Raises:
         UserError: there is nothing to read, or the shards were made with another tokenizer.
     """
@@ -58,11 +59,11 @@ def open_documents(
     local = local_or_url(path)
     missing = isinstance(local, Path) and not local.exists()  # TextSource reports it
     if missing or holds_text(path):
-        source = TextSource([path], tokenizer, field=field, kind=kind, option="--text", progress=True)
+        source = TextSource([path], tokenizer, field=field, kind=kind, option=option, progress=True)
     else:
         source = TokenSource(path)
     if source.tokenizer_fingerprint != fingerprint(tokenizer):
-        raise UserError(f"--text {path} was made with another tokenizer than {tokenizer}; prepare it with that one")
+        raise UserError(f"{option} {path} was made with another tokenizer than {tokenizer}; prepare it with that one")
     if source.vocab_size > vocab_size:
         raise UserError(f"{tokenizer} has token ids up to {source.vocab_size - 1}, and the model {vocab_size} rows")
     return source

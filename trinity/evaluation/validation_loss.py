@@ -125,12 +125,12 @@ class LossByContext:
             contexts_BS: [B, S] int64, tokens of context, at least 1.
         """
         counted_BS = targets_BS != IGNORE
-        ranges = contexts_BS[counted_BS].double().log2().long()  # exact at powers of two, below them by 2⁻⁵³ at least
+        ranges = contexts_BS[counted_BS].double().log2().long()  # float64: right for contexts below 2⁴⁸
         ce = ce_BS.cpu().double()[counted_BS]
         self._sums_2K.index_add_(1, ranges, torch.stack((ce, torch.ones_like(ce))))
 
     def means(self) -> dict[str, float]:
-        """ "loss_at.C" of each range with a target, over all ranks, in nats per token; every rank must call this."""
+        """Mean loss of each range with a target, as "loss_at.C", over all ranks; every rank must call this."""
         if dist.is_initialized():
             dist.all_reduce(self._sums_2K)
         ce, counts = self._sums_2K.tolist()
