@@ -202,6 +202,7 @@ class _OpenShard:
             self._files[HASHES].write(encoded.hashes[documents])
         if MASK in self._files:
             assert encoded.mask is not None
+            assert len(encoded.mask) == len(encoded.ids)  # a shorter one would shift all bits after it
             self._add_bits(encoded.mask[tokens])
         self.tokens += int(lengths.sum())
         self._longest = max(self._longest, int(lengths.max(initial=0)))
