@@ -8,7 +8,7 @@ from pathlib import Path
 import bench
 import pytest
 import torch
-from benchmarks import attention, nano_step, timing
+from benchmarks import attention, host, nano_step, timing
 from benchmarks.attention import Case, make_documents, pairs_seen
 from benchmarks.timing import medians, one_line, take_turns
 
@@ -156,6 +156,14 @@ def test_a_failing_suite_does_not_stop_the_others(run_command, monkeypatch: pyte
     assert [line.split()[0] for line in done.output.splitlines()] == list(bench.SUITES)
     for name in bench.SUITES:
         assert (Path(bench.__file__).parent / "benchmarks" / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize("name", host._cases())
+def test_host_calls_every_op(name: str) -> None:
+    """By its present name and arguments, through both passes: the whole suite is too slow with interpreted kernels."""
+    with host._no_launches():
+        began, between, ended = host._two_passes(*host._cases()[name][:2])
+    assert began <= between <= ended
 
 
 @pytest.mark.parametrize("words", [["tune"], ["step", "experts"], ["none"], []])
