@@ -22,6 +22,8 @@ from gpu_check.process import GRACE, Worker
 from gpu_check.results import committed_name, write_all
 from gpu_check.worker import NO_GPU
 
+from trinity.errors import explain
+
 SECONDS = 540
 """Default of CHECK_SECONDS: the total, from the start of gpu_check.sh."""
 
@@ -138,8 +140,22 @@ def chosen(names: list[str]) -> list[Part]:
 
 
 def main() -> int:
-    """Parse, look for the packages, run; returns the exit code."""
-    words = sys.argv[1:]
+    """Run with a temporary folder, which is removed in the end; returns the exit code."""
+    scratch = Path(os.environ.get("CHECK_SCRATCH") or tempfile.mkdtemp())
+    try:
+        return _run(sys.argv[1:], scratch)
+    except OSError as error:  # OUT or the temporary folder cannot be written at all
+        explained = explain(error)
+        if explained is None:
+            raise
+        print(f"error: {explained[1]}", file=sys.stderr)
+        return 2
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(words: list[str], scratch: Path) -> int:
+    """Parse, look for the packages, run the parts."""
     cpu = words[:1] == ["--cpu"]
     out, *names = words[1:] if cpu else words
     try:
@@ -154,7 +170,6 @@ def main() -> int:
     folder = Path(out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.jsonl").unlink(missing_ok=True)
-    scratch = Path(os.environ.get("CHECK_SCRATCH") or tempfile.mkdtemp())
     check = Check(folder, scratch, cpu, float(os.environ.get("CHECK_BEGAN") or time.time()))
 
     def stop(*_: object) -> None:
@@ -166,7 +181,6 @@ def main() -> int:
         return check.run(parts)
     finally:
         check.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
