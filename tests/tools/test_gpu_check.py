@@ -269,6 +269,31 @@ def test_wheels_that_pip_refuses(tmp_path: Path) -> None:
         assert not list((tmp_path / "temporary").iterdir())
 
 
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence, and every part runs; 2 if the files are not complete in the end, else what the parts give."""
+
+    def full(*_: object) -> None:
+        Path("/dev/full").write_bytes(b"0")
+
+    parts = [part for part in PARTS if part.name in FEW]
+    for name, forever in (("for a moment", False), ("to the end", True)):
+        out = tmp_path / name
+        out.mkdir()
+        check = Check(out, out, cpu=True, began=time.time())
+        monkeypatch.setattr(check, "_in_worker", lambda *_: (0, "done"))
+        # the file's own temporary file is on a full disk, and is removed after the error
+        (out / "check.json.tmp").symlink_to("/dev/full")
+        if forever:
+            monkeypatch.setattr("gpu_check.supervisor.write_all", full)
+        assert check.run(parts) == (2 if forever else 0)
+        printed = capsys.readouterr()
+        assert [line.split(": ")[1][:4] for line in printed.out.splitlines()[: len(FEW)]] == ["done"] * len(FEW)
+        assert "cannot be written (No space left on device); the check goes on" in printed.err
+        assert printed.err.count("\n") == 1
+        if not forever:
+            assert set(outcomes(json.loads((out / "check.json").read_text())).values()) == {"done"}
+
+
 def test_nothing_else_is_needed(tmp_path: Path) -> None:
     """Every part, the suites and the tests' conftest import without the packages that a bare machine lacks."""
     lacking = ["datasets", "dill", "multiprocess", "liger_kernel", "plotly", "wandb", "hypothesis", "matplotlib"]
