@@ -227,6 +227,23 @@ def test_missing_packages_are_named(start: Start, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"out", "site"}
 
 
+def test_advice_on_missing_packages(tmp_path: Path) -> None:
+    """The repository's environment first, if it is there and not in use; wheels, but never of torch."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    download = "(pip download --no-deps --only-binary=:all: -d wheels tqdm numpy) and name it in WHEELS"
+    wheels = f"put wheels for Python {version} into a folder {download}"
+    names = ["tqdm", "numpy"]
+    assert packages.advice(names, tmp_path / ".venv") == f"{sys.executable} lacks tqdm, numpy: {wheels}"
+    assert packages.advice(names, Path(sys.prefix)) == f"{sys.executable} lacks tqdm, numpy: {wheels}"
+    assert packages.advice(["torch"], tmp_path / ".venv").endswith("torch >= 2.11, or make one with `make venv`")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    activate = "activate the repository's environment (. .venv/bin/activate) or set PYTHON=.venv/bin/python"
+    assert packages.advice(names, tmp_path / ".venv").endswith(f" lacks tqdm, numpy: {activate}; or {wheels}")
+    with_torch = packages.advice(["torch", "tqdm"], tmp_path / ".venv")
+    assert with_torch.endswith(f"{activate}; or set PYTHON to a Python with torch >= 2.11")
+
+
 @pytest.mark.parametrize(
     ("words", "environment", "sentence"),
     [
