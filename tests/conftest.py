@@ -141,10 +141,9 @@ def fresh_command() -> Callable[..., subprocess.Popen]:
     """Start one of the project's programs in a new Python, as a user would, imports included; returns the process."""
 
     def start(script: str, *words: object, **options: object) -> subprocess.Popen:
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         return subprocess.Popen(
             [sys.executable, str(ROOT / script), *map(str, words)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT, **options,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options,
         )  # fmt: skip
 
     return start

@@ -7,7 +7,8 @@
 # limit: one that fails, hangs or runs out of memory is a row, and the check goes on. OUT gets four files, complete
 # after every part and readable after a kill at any time: results.jsonl (every case, written as it is measured),
 # check.json (machine, date, versions, outcomes, all cases: the file to commit), summary.md (to read), and
-# results.tar.gz (these, and every part's log, tables and trace). The exit code is 1 if a part failed or had no time.
+# results.tar.gz (these, and every part's log, tables and trace). The exit code is 1 if a part failed or had no time, 2
+# after a mistake in the call, without a GPU, or if OUT could not be written.
 #
 #     CHECK_SECONDS   time for everything; parts that no longer fit are skipped (540)
 #     CHECK_PART_SECONDS  most seconds of any part (its own limit)
@@ -26,27 +27,51 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
     sed -n '2,/^set /{/^set /d;s/^# \?//p}' "${BASH_SOURCE[0]}"
     exit 0
 fi
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
 words=()
 if [ "${1:-}" = --cpu ]; then
     words=(--cpu)
     export CUDA_VISIBLE_DEVICES="" # also where there is one
     shift
 fi
-: "${1:?usage: gpu_check.sh [--cpu] OUT [PART ...]}"
+case "${1:-}" in
+"") refuse "name a folder for the results: gpu_check.sh [--cpu] OUT [PART ...]" ;;
+-*) refuse "there is no option $1; use gpu_check.sh [--cpu] OUT [PART ...]" ;;
+esac
+for word in "${@:2}"; do
+    [ "$word" != --cpu ] || refuse "--cpu goes first: gpu_check.sh --cpu OUT [PART ...]"
+done
+for name in WHEELS DATA; do # relative to the caller's folder, as OUT is
+    [ -n "${!name:-}" ] || continue
+    [ -d "${!name}" ] || refuse "$name=${!name} is not a folder; name one that exists, or unset $name"
+    export "$name=$(realpath "${!name}")"
+done
+wheels=()
+if [ -n "${WHEELS:-}" ]; then
+    shopt -s nullglob
+    wheels=("$WHEELS"/*.whl)
+    [ ${#wheels[@]} -gt 0 ] || refuse "WHEELS=$WHEELS has no file *.whl; put wheels into it, or unset WHEELS"
+fi
 mkdir -p "$1" || exit 2
 words+=("$(cd "$1" && pwd)" "${@:2}")
-for name in WHEELS DATA; do # relative to the caller's folder, as OUT is
-    [ -z "${!name:-}" ] || export "$name=$(realpath "${!name}")"
-done
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-export CHECK_SCRATCH PYTHONPATH="$PWD:$PWD/kernels:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"
+command -v "$python" >/dev/null ||
+    refuse "PYTHON=$python is no program; set PYTHON to a Python, as PYTHON=.venv/bin/python"
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
-CHECK_SCRATCH=$(mktemp -d)
+unset CHECK_SCRATCH
 
-if [ -n "${WHEELS:-}" ]; then
+if [ ${#wheels[@]} -gt 0 ]; then
+    CHECK_SCRATCH=$(mktemp -d) || exit 2
+    export CHECK_SCRATCH
+    trap 'rm -rf "$CHECK_SCRATCH"' EXIT # until exec: then the supervisor removes it
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target "$CHECK_SCRATCH/site" "$WHEELS"/*.whl || exit 2
+        --target "$CHECK_SCRATCH/site" "${wheels[@]}" || exit 2
     export PYTHONPATH="$PYTHONPATH:$CHECK_SCRATCH/site"
 fi
 # in this process, so that a signal reaches the supervisor at once

@@ -8,7 +8,7 @@ from pathlib import Path
 import bench
 import pytest
 import torch
-from benchmarks import attention, nano_step, timing
+from benchmarks import attention, host, nano_step, step, timing
 from benchmarks.attention import Case, make_documents, pairs_seen
 from benchmarks.timing import medians, one_line, take_turns
 
@@ -156,6 +156,33 @@ def test_a_failing_suite_does_not_stop_the_others(run_command, monkeypatch: pyte
     assert [line.split()[0] for line in done.output.splitlines()] == list(bench.SUITES)
     for name in bench.SUITES:
         assert (Path(bench.__file__).parent / "benchmarks" / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize(
+    ("program", "seconds", "reason"),
+    [
+        ("time.sleep(600)", 0.2, "a step takes more than 0.2 s"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 600, "killed by SIGKILL, as the system does if memory is short"),
+        ("sys.exit('no such engine')", 600, "no such engine"),
+    ],
+)
+def test_why_a_contender_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, seconds: float, reason: str
+) -> None:
+    """The suite's own kill of a slow contender is not taken for another's."""
+    path = tmp_path / "contender.py"
+    path.write_text(f"import os, signal, sys, time\n{program}\n")
+    monkeypatch.setattr(step, "__file__", str(path))
+    monkeypatch.setattr(step, "TIMEOUT", seconds)
+    assert step._alone(step.Contender("trinity", "float32", tmp_path), 1) == {"failed": reason}
+
+
+@pytest.mark.parametrize("name", host._cases())
+def test_host_calls_every_op(name: str) -> None:
+    """By its present name and arguments, through both passes: the whole suite is too slow with interpreted kernels."""
+    with host._no_launches():
+        began, between, ended = host._two_passes(*host._cases()[name][:2])
+    assert began <= between <= ended
 
 
 @pytest.mark.parametrize("words", [["tune"], ["step", "experts"], ["none"], []])

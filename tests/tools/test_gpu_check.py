@@ -217,14 +217,98 @@ def blocked(folder: Path, *names: str) -> dict[str, str]:
 
 
 def test_missing_packages_are_named(start: Start, tmp_path: Path) -> None:
-    """One sentence with the wheels to bring, before anything runs."""
+    """One sentence before anything runs, and no temporary folder is left."""
     process = start(**blocked(tmp_path / "site", "omegaconf", "backports"))
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (2, "")
     names = ["omegaconf", *(["backports.zstd"] if "backports.zstd" in packages.NEEDED else [])]
-    assert f"lacks {', '.join(names)}: put wheels for Python {sys.version_info[0]}.{sys.version_info[1]} into" in errors
-    assert f"pip download --no-deps --only-binary=:all: -d wheels {' '.join(names)}) and name it in WHEELS" in errors
+    assert f"lacks {', '.join(names)}: " in errors
     assert errors.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "site"}
+
+
+def test_advice_on_missing_packages(tmp_path: Path) -> None:
+    """The repository's environment first, if it is there and not in use; wheels, but never of torch."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    download = "(pip download --no-deps --only-binary=:all: -d wheels tqdm numpy) and name it in WHEELS"
+    wheels = f"put wheels for Python {version} into a folder {download}"
+    names = ["tqdm", "numpy"]
+    assert packages.advice(names, tmp_path / ".venv") == f"{sys.executable} lacks tqdm, numpy: {wheels}"
+    assert packages.advice(names, Path(sys.prefix)) == f"{sys.executable} lacks tqdm, numpy: {wheels}"
+    assert packages.advice(["torch"], tmp_path / ".venv").endswith("torch >= 2.11, or make one with `make venv`")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    activate = "activate the repository's environment (. .venv/bin/activate) or set PYTHON=.venv/bin/python"
+    assert packages.advice(names, tmp_path / ".venv").endswith(f" lacks tqdm, numpy: {activate}; or {wheels}")
+    with_torch = packages.advice(["torch", "tqdm"], tmp_path / ".venv")
+    assert with_torch.endswith(f"{activate}; or set PYTHON to a Python with torch >= 2.11")
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "sentence"),
+    [
+        ([], {}, "name a folder for the results: gpu_check.sh [--cpu] OUT [PART ...]"),
+        (["--cpu"], {}, "name a folder for the results: gpu_check.sh [--cpu] OUT [PART ...]"),
+        (["out", "--cpu"], {}, "--cpu goes first: gpu_check.sh --cpu OUT [PART ...]"),
+        (["--gpu", "out"], {}, "there is no option --gpu; use gpu_check.sh [--cpu] OUT [PART ...]"),
+        (["out"], {"PYTHON": "nopy"}, "PYTHON=nopy is no program; set PYTHON to a Python, as PYTHON=.venv/bin/python"),
+        (["out"], {"WHEELS": "no/ne"}, "WHEELS=no/ne is not a folder; name one that exists, or unset WHEELS"),
+        (["out"], {"DATA": "none"}, "DATA=none is not a folder; name one that exists, or unset DATA"),
+        (["out"], {"WHEELS": "w"}, "WHEELS={folder}/w has no file *.whl; put wheels into it, or unset WHEELS"),
+    ],
+)
+def test_mistakes(tmp_path: Path, words: list[str], environment: dict[str, str], sentence: str) -> None:
+    """One sentence and exit code 2, and no temporary folder is left."""
+    (tmp_path / "w").mkdir()
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"PYTHON": sys.executable, "TMPDIR": str(tmp_path / "temporary")} | environment
+    command = ["bash", ROOT / "tools" / "gpu_check.sh", *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    folder = tmp_path.resolve()
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {sentence.format(folder=folder)}\n")
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_wheels_that_pip_refuses(tmp_path: Path) -> None:
+    """pip's exit and the unknown part's: both after the temporary folder is made, and it is removed."""
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "temporary").mkdir()
+    for name, pip in (("refuses", "exit 1"), ("installs", 'mkdir -p "${CHECK_SCRATCH:?}/site"')):
+        python = tmp_path / name
+        python.write_text(f'#!/bin/sh\nif [ "$2" = pip ]; then {pip}; else exec {sys.executable} "$@"; fi\n')
+        python.chmod(0o755)
+        (tmp_path / "wheels" / "a.whl").touch()
+        environment = {"PYTHON": str(python), "TMPDIR": str(tmp_path / "temporary"), "WHEELS": "wheels"}
+        command = ["bash", ROOT / "tools" / "gpu_check.sh", "out", "norm"]
+        done = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert ("there is no part norm" in done.stderr) == (name == "installs")
+        assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence, and every part runs; 2 if the files are not complete in the end, else what the parts give."""
+
+    def full(*_: object) -> None:
+        Path("/dev/full").write_bytes(b"0")
+
+    parts = [part for part in PARTS if part.name in FEW]
+    for name, forever in (("for a moment", False), ("to the end", True)):
+        out = tmp_path / name
+        out.mkdir()
+        check = Check(out, out, cpu=True, began=time.time())
+        monkeypatch.setattr(check, "_in_worker", lambda *_: (0, "done"))
+        # the file's own temporary file is on a full disk, and is removed after the error
+        (out / "check.json.tmp").symlink_to("/dev/full")
+        if forever:
+            monkeypatch.setattr("gpu_check.supervisor.write_all", full)
+        assert check.run(parts) == (2 if forever else 0)
+        printed = capsys.readouterr()
+        assert [line.split(": ")[1][:4] for line in printed.out.splitlines()[: len(FEW)]] == ["done"] * len(FEW)
+        assert "cannot be written (No space left on device); the check goes on" in printed.err
+        assert printed.err.count("\n") == 1
+        if not forever:
+            assert set(outcomes(json.loads((out / "check.json").read_text())).values()) == {"done"}
 
 
 def test_nothing_else_is_needed(tmp_path: Path) -> None:

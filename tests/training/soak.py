@@ -66,10 +66,9 @@ def start(config: Path, world: int, restarts: int) -> subprocess.Popen:
         str(restarts),
     ]
     command = [sys.executable, "-m", *torchrun, str(ROOT / "launch/pretrain.py"), str(config)]
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     # A pipe that nobody reads would fill and stop the run.
     with open(config.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
 
 
 def pids_below(launcher: int) -> list[int]:

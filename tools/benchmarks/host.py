@@ -120,7 +120,7 @@ def _cases() -> dict[str, Case]:
         "sigmoid_gate": Case(use(trinity_kernels.sigmoid_gate), [x, _leaf(T, D)]),
         "swiglu": Case(use(trinity_kernels.swiglu), [_leaf(T, 2 * F)]),
         "route": Case(lambda s: trinity_kernels.route(s.detach(), bias_E, K, kernel="triton"), [_leaf(T, E)]),
-        "gates": Case(lambda s: trinity_kernels.gates(s, indices_TK, 2.0, kernel="triton"), [_leaf(T, E)]),
+        "weigh": Case(lambda s: trinity_kernels.weigh(s, indices_TK, 2.0, 1, True, kernel="triton"), [_leaf(T, E)]),
         "expert_mlp": Case(
             lambda x, w1, w2, s: trinity_kernels.expert_mlp(x, w1, w2, indices_TK, s, kernel="triton"),
             [x, _leaf(E, 2, F, D), _leaf(E, D, F), _leaf(T, K)],
@@ -157,7 +157,8 @@ def _two_passes(function: Callable[..., Any], leaves: list[Tensor]) -> tuple[int
     began = time.process_time_ns()
     outputs = function(*leaves)
     between = time.process_time_ns()
-    graded = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    graded = [x for x in outputs if x is not None and x.requires_grad]
     if graded:
         weights = [torch.ones_like(x) for x in graded]
         between_2 = time.process_time_ns()

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -157,7 +158,7 @@ class Contender:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
-        self._ready = False
+        self._ready = self._late = False
 
     def step(self) -> dict[str, float]:
         """Take one step: seconds of forward + backward and of the whole step, and the peak memory so far.
@@ -184,7 +185,7 @@ class Contender:
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
-        late = threading.Timer(TIMEOUT, self._process.kill)
+        late = threading.Timer(TIMEOUT, self._end_late)
         late.start()
         line = self._process.stdout.readline()
         late.cancel()
@@ -192,10 +193,17 @@ class Contender:
             raise Failed(self._reason())
         return line
 
+    def _end_late(self) -> None:
+        self._late = True
+        self._process.kill()
+
     def _reason(self) -> str:
-        """Why the process ended: the last line of its error output."""
-        if self._process.wait() == -9:
+        """Why the process ended: its time was up, a signal from outside, or the last line of its error output."""
+        code = self._process.wait()
+        if self._late:
             return f"a step takes more than {TIMEOUT} s"
+        if code == -signal.SIGKILL:
+            return "killed by SIGKILL, as the system does if memory is short"
         self._errors.seek(0)
         return (self._errors.read().strip().splitlines() or ["it ended"])[-1][:120]
 

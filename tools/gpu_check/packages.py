@@ -2,6 +2,9 @@
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 NEEDED = {
     "torch": "torch", "triton": "triton", "numpy": "numpy", "omegaconf": "omegaconf", "yaml": "PyYAML",
@@ -22,13 +25,33 @@ def missing() -> list[str]:
 def missing_sentence() -> str | None:
     """What to do about missing packages, in one sentence; None if there are none."""
     names = missing()
-    if not names:
-        return None
-    words = " ".join(names)
-    return (
-        f"{sys.executable} lacks {', '.join(names)}: put wheels for Python {sys.version_info[0]}.{sys.version_info[1]} "
-        f"into a folder (pip download --no-deps --only-binary=:all: -d wheels {words}) and name it in WHEELS"
-    )
+    return advice(names, ROOT / ".venv") if names else None
+
+
+def advice(names: list[str], environment: Path) -> str:
+    """One sentence: the repository's environment first, if there is one and it is not in use; then wheels.
+
+    torch does not come by WHEELS: without its dependencies, the CUDA libraries, it cannot be imported.
+
+    Args:
+        names: of the packages that are missing.
+        environment: where `make venv` puts the virtual environment.
+    """
+    ways = []
+    if (environment / "bin" / "python").exists() and environment.resolve() != Path(sys.prefix).resolve():
+        ways.append(
+            f"activate the repository's environment (. {environment.name}/bin/activate) "
+            f"or set PYTHON={environment.name}/bin/python"
+        )
+    if "torch" in names:
+        ways.append("set PYTHON to a Python with torch >= 2.11" + ("" if ways else ", or make one with `make venv`"))
+    else:
+        words = " ".join(names)
+        ways.append(
+            f"put wheels for Python {sys.version_info[0]}.{sys.version_info[1]} into a folder "
+            f"(pip download --no-deps --only-binary=:all: -d wheels {words}) and name it in WHEELS"
+        )
+    return f"{sys.executable} lacks {', '.join(names)}: {'; or '.join(ways)}"
 
 
 def _is_there(module: str) -> bool:

@@ -22,6 +22,8 @@ from gpu_check.process import GRACE, Worker
 from gpu_check.results import committed_name, write_all
 from gpu_check.worker import NO_GPU
 
+from trinity.errors import explain
+
 SECONDS = 540
 """Default of CHECK_SECONDS: the total, from the start of gpu_check.sh."""
 
@@ -40,6 +42,7 @@ class Check:
 
     rows: of check.json, one for each part so far.
     stopped: set by a signal, looked at between two steps, so that no file is left half written.
+    unwritten: why the files could not be written last time, such as a full disk; None if they were.
     """
 
     def __init__(self, out: Path, scratch: Path, cpu: bool, began: float) -> None:
@@ -50,11 +53,16 @@ class Check:
         self.deadline = began + float(os.environ.get("CHECK_SECONDS") or SECONDS) - RESERVE
         self.rows: list[dict[str, Any]] = []
         self.stopped = False
+        self.unwritten: OSError | None = None
         self.spare: Worker | None = None
         self.workers = 0
 
     def run(self, parts: list[Part]) -> int:
-        """Run the parts; returns the exit code: 1 if one failed or had no time, 2 without a GPU."""
+        """Run the parts.
+
+        Returns:
+            The exit code: 1 if a part failed or had no time; 2 without a GPU, or if the files are not complete.
+        """
         for index, part in enumerate(parts):
             row = self._run_or_skip(part, is_last=index + 1 == len(parts))
             if row["outcome"] not in ("skipped", "left out"):
@@ -65,6 +73,8 @@ class Check:
                 print("error: torch finds no GPU; use --cpu to try the check without one", file=sys.stderr)
                 return 2
         self._write()
+        if self.unwritten is not None:
+            return 2
         print(f"to commit: {self.out / 'check.json'} as tools/bench/results/{committed_name(self.out / 'check.json')}")
         good = {part.name: ("done", "left out", *(TOO_LATE if part.extra else ())) for part in parts}
         return int(self.stopped or any(row["outcome"] not in good[row["part"]] for row in self.rows))
@@ -116,7 +126,15 @@ class Check:
         return task | {"gpu": not self.cpu, "environment": environment, "ends": time.time() + limit - EARLY}
 
     def _write(self, archive: bool = True) -> None:
-        write_all(self.out, self.logs, self.rows, time.time() - self.began, archive)
+        """Write the files; if that fails, say so once, go on, and write them after the next part."""
+        known, self.unwritten = self.unwritten, None
+        try:
+            write_all(self.out, self.logs, self.rows, time.time() - self.began, archive)
+        except OSError as error:
+            self.unwritten = error
+            if known is None:
+                where = f"{error.filename or self.out} cannot be written ({error.strerror})"
+                print(f"error: {where}; the check goes on and tries again after each part", file=sys.stderr, flush=True)
 
 
 def _set(row: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -138,8 +156,22 @@ def chosen(names: list[str]) -> list[Part]:
 
 
 def main() -> int:
-    """Parse, look for the packages, run; returns the exit code."""
-    words = sys.argv[1:]
+    """Run with a temporary folder, which is removed in the end; returns the exit code."""
+    scratch = Path(os.environ.get("CHECK_SCRATCH") or tempfile.mkdtemp())
+    try:
+        return _run(sys.argv[1:], scratch)
+    except OSError as error:  # OUT or the temporary folder cannot be written at all
+        explained = explain(error)
+        if explained is None:
+            raise
+        print(f"error: {explained[1]}", file=sys.stderr)
+        return 2
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run(words: list[str], scratch: Path) -> int:
+    """Parse, look for the packages, run the parts."""
     cpu = words[:1] == ["--cpu"]
     out, *names = words[1:] if cpu else words
     try:
@@ -154,7 +186,6 @@ def main() -> int:
     folder = Path(out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.jsonl").unlink(missing_ok=True)
-    scratch = Path(os.environ.get("CHECK_SCRATCH") or tempfile.mkdtemp())
     check = Check(folder, scratch, cpu, float(os.environ.get("CHECK_BEGAN") or time.time()))
 
     def stop(*_: object) -> None:
@@ -166,7 +197,6 @@ def main() -> int:
         return check.run(parts)
     finally:
         check.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ class RunSection:
     """Use only deterministic CUDA operations, and fail on an operation that has no deterministic version. On a CPU all
     are deterministic."""
     threads: int | None = None
-    """CPU threads per process. Default: the machine's cores divided by the number of processes on it."""
+    """CPU threads per process. Default: the machine's cores divided by the number of processes on it. OMP_NUM_THREADS
+    has no effect on a run."""
 
 
 @dataclass
