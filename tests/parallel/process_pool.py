@@ -86,6 +86,8 @@ class ProcessPool:
 
 
 def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
+    from trinity.parallel import mesh  # imports Triton, for which the root conftest sets TRITON_INTERPRET first
+
     torch.set_num_threads(1)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
         logging.ERROR
@@ -94,8 +96,9 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    # Equal meshes are made once: a mesh has process groups, whose threads live as long as the process.
-    device_mesh.init_device_mesh = dist.init_device_mesh = cache(device_mesh.init_device_mesh)
+    # Equal meshes are made once: a mesh has process groups, whose threads live and poll as long as the process.
+    once = cache(device_mesh.init_device_mesh)
+    device_mesh.init_device_mesh = dist.init_device_mesh = mesh.init_device_mesh = once
     while True:
         try:
             module, name, args = _deserialize(pipe.recv_bytes())
