@@ -1,4 +1,8 @@
-"""Process pools of 2 and 4 ranks, started at their first use and kept for all tests that follow."""
+"""Process pools of 2 and 4 ranks, started at their first use and kept for all tests of this folder.
+
+Not for the whole session: the threads of gloo's process groups poll, which with a hundred groups took 7 % of a core for
+each idle rank.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -10,7 +14,7 @@ from tests.parallel.saving_runs import MESH, WORDS, bytes_by_step, on_ranks, pla
 from trinity.checkpoint.directory import CheckpointDirectory
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def processes() -> Iterator[Callable[[int], ProcessPool]]:
     """processes(n): the pool of n ranks."""
     pools: dict[int, ProcessPool] = {}
@@ -19,7 +23,7 @@ def processes() -> Iterator[Callable[[int], ProcessPool]]:
         pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def synchronous_checkpoints(
     recipe: Callable, processes: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], dict[int, dict[str, bytes]]]:

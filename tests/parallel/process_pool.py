@@ -91,6 +91,8 @@ class ProcessPool:
 
 
 def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
+    from trinity.parallel import mesh  # imports Triton, for which the root conftest sets TRITON_INTERPRET first
+
     torch.set_num_threads(1)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
         logging.ERROR
@@ -100,7 +102,8 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
     # Equal meshes are made once, as long as there are few.
-    device_mesh.init_device_mesh = dist.init_device_mesh = meshes = cache(device_mesh.init_device_mesh)
+    meshes = cache(device_mesh.init_device_mesh)
+    device_mesh.init_device_mesh = dist.init_device_mesh = mesh.init_device_mesh = meshes
     while True:
         try:
             module, name, args = _deserialize(pipe.recv_bytes())
