@@ -29,7 +29,7 @@ from trinity.parallel import grad_accumulation, mesh, one_rank_groups
 from trinity.parallel.fsdp import param_groups
 from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
-from trinity.training.train_step import _forward_and_backward, train_step
+from trinity.training.train_step import _count_targets, _forward_and_backward, train_step
 
 STEPS = 2  # 3 if the second is skipped
 BATCH = ["batch.sequences=12", "batch.ramp=[]", "batch.microbatch=4"]
@@ -191,7 +191,7 @@ def written(config: RunConfig, whole: bool, fsdp: bool = False) -> tuple[Counter
             for _ in range(2):
                 model.zero_grad()
                 with Written() as counted:
-                    _forward_and_backward(model, batch, 100, config, ranks, NO_HOOKS)
+                    _forward_and_backward(model, batch, _count_targets(batch), config, ranks, NO_HOOKS)
     numel = sum(parameter.numel() for parameter in model.parameters())
     mesh.stop()
     return +counted.elements, numel
