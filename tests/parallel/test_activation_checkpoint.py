@@ -60,7 +60,7 @@ def gradients(model: Trinity, random: torch.Generator, tokens: int) -> tuple[dic
 @pytest.fixture(scope="module", autouse=True)
 def _attention_is_probed() -> None:
     """The first call of attention tries out its op, which is not to be counted."""
-    Trinity(CONFIG)(torch.zeros(1, 2, dtype=torch.int64))
+    Trinity(CONFIG)(torch.zeros(1, 16, dtype=torch.int64))
 
 
 def model_with(kind: str) -> Trinity:
