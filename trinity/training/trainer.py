@@ -269,7 +269,8 @@ class Trainer:
         rate = lr_fraction(self.config, self.step, plan.tokens)
         source_counts = torch.from_numpy(self.data.loader.stream.tokens_read())
         if self.config.data.packing == "best_fit":
-            padding = (batch.document_ids_BS == PADDING_ID).sum()
+            assert batch.document_ids_BS is not None  # best_fit needs the document mask
+            padding = batch.document_ids_BS.eq(PADDING_ID).sum()
             source_counts = torch.cat([source_counts, padding[None]])
         hooks = self.monitor.before_step(self.model, self.step + 1)
         every = self.config.log.norms_every

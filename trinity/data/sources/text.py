@@ -55,8 +55,8 @@ class TextSource:
     """
 
     lookahead = 8
-    masked = False
-    template = None
+    masked: bool = False
+    template: str | None = None
 
     def __init__(
         self,
@@ -148,6 +148,10 @@ class TextSource:
         ids = self._ids(document)
         assert 0 <= start <= start + length <= len(ids)
         return ids[start : start + length]
+
+    def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
+        """[length] True: text has no loss mask, so every token is a target."""
+        return np.ones(length, bool)
 
     def _ids(self, document: int) -> np.ndarray:
         ids = self._ids_cache.get(document)
