@@ -71,7 +71,7 @@ def test_no_similar_key(key: str) -> None:
     lists = {
         "optim.muon": "optim.muon has lr, momentum, nesterov, weight_decay, coefficients, steps, dtype, starved, wire, "
         "share",
-        "loss": "loss has z", "export": "export has every",
+        "loss": "loss has z, per", "export": "export has every",
         "": "it must begin with one of run, model, init, data, batch, optim, balancing, loss, parallel, kernels, "
         "precision, recompute, compile, checkpoint, export, evaluation, profile, log, health",
     }  # fmt: skip

@@ -47,7 +47,7 @@ def tuned(settings: dict, chat: Path) -> dict:
     """The small run on chat data, with everything that fine-tuning switches on."""
     settings["data"] |= {
         "train": {"chat": str(chat / "train")}, "validation": {"held_out": str(chat / "held_out")}, "mixture": {},
-        "tokenizer": str(chat / "tokenizer"), "sequence_length": S, "packing": "best_fit", "best_fit_rows": 2,
+        "tokenizer": str(chat / "tokenizer"), "sequence_length": S, "packing": "best_fit", "best_fit_rows": 3,
         "loss": "masked", "phases": [],
     }  # fmt: skip
     settings["loss"]["per"] = "example"
@@ -85,7 +85,7 @@ def test_resume_is_exact(tuned: dict, tmp_path: Path) -> None:
     assert train(tuned, "run.steps=5") == 0
     other = json.loads(json.dumps(tuned))
     other["run"]["dir"] = str(tmp_path / "other")
-    assert train(other, "run.steps=3") == 0
+    assert train(other, "run.steps=4") == 0
     assert train(other, "run.steps=5", "data.workers=0") == 0
     assert metrics(Path(tuned["run"]["dir"])) == metrics(tmp_path / "other")
     expected, resumed = state(Path(tuned["run"]["dir"]), 5), state(tmp_path / "other", 5)

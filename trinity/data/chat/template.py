@@ -8,7 +8,6 @@ Not defined here, though transformers defines it: strftime_now, because shards m
 Templates that print a date have a fixed one for where it is missing, or take it from chat_template_kwargs.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trinity.errors import UserError
 from trinity.io.checksum import new_hash
-from trinity.io.json_files import read_json
+from trinity.io.json_files import read_json, to_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -231,7 +230,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """The filter tojson as transformers has it: Jinja's own escapes < and >."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return to_json(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

@@ -16,7 +16,7 @@ from trinity.data.chat.encode import MARKER, end_of_turn
 from trinity.data.chat.template import DEFAULT_TEMPLATE, TEMPLATE_FILE, TOKENIZER_CONFIG, load_template
 from trinity.data.tokenizer.tokenizer import load_tokenizer, vocabulary_size
 from trinity.errors import UserError
-from trinity.io.json_files import read_json, write_json
+from trinity.io.json_files import read_json, to_json, write_json
 from trinity.io.local import copy_atomically, make_folder, write_atomically
 
 UNUSED = re.compile(r"reserved|unused", re.IGNORECASE)
@@ -56,7 +56,7 @@ def make_chat_tokenizer(
     for token, place in zip(missing, ids):
         _replace(content, place, token)
     content["added_tokens"].sort(key=lambda entry: entry["id"])
-    made = Tokenizer.from_str(json.dumps(content))
+    made = Tokenizer.from_str(to_json(content))
     assert vocabulary_size(made) == vocabulary_size(tok)
     end_of_turn(found, made)  # refuses a template without one
     make_folder(out)

@@ -55,7 +55,7 @@ class TextSource:
     """
 
     lookahead = 8
-    masked = False
+    masked: bool = False
     template: str | None = None
 
     def __init__(
@@ -143,15 +143,15 @@ class TextSource:
         """Remember lengths [n] of documents [n] that another process has tokenised, so that this one need not."""
         self._lengths[documents] = lengths
 
-    def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
-        """Text has no loss mask: never called, because `masked` is False."""
-        raise NotImplementedError("text has no loss mask")
-
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""
         ids = self._ids(document)
         assert 0 <= start <= start + length <= len(ids)
         return ids[start : start + length]
+
+    def read_mask(self, document: int, start: int, length: int) -> np.ndarray:
+        """[length] True: text has no loss mask, so every token is a target."""
+        return np.ones(length, bool)
 
     def _ids(self, document: int) -> np.ndarray:
         ids = self._ids_cache.get(document)
