@@ -19,7 +19,7 @@ from trinity.config.run import DataConfig, RunConfig, RunSection
 from trinity.interop import export_hf, load_hf
 from trinity.merging import average, merge
 from trinity.merging.average_run import DECAYS, choose_steps, decay_weights
-from trinity.merging.sources import open_source
+from trinity.merging.open_source import open_source
 
 STEPS = (2, 4, 6, 8)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

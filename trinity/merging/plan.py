@@ -20,9 +20,10 @@ from trinity.errors import UserError
 from trinity.merging.compatibility import check_architectures, check_slices, check_tensors
 from trinity.merging.inputs import BLOCK, Combine
 from trinity.merging.methods import METHODS, REQUIRED, Method
+from trinity.merging.open_source import open_source
 from trinity.merging.parameters import Scope, value_at
 from trinity.merging.recipe import Recipe, Rule, Slice, SliceSource, rule_for
-from trinity.merging.sources import Source, open_source
+from trinity.merging.sources import Source
 from trinity.merging.tensors import EMBED, HEAD, NORM, Described, layer_name, layer_tensors
 from trinity.merging.vocabulary import Vocabulary, chat_template, plan_vocabulary
 
@@ -348,7 +349,8 @@ def _check_values(function: Any, name: str, values: dict[str, Any], tensor: str)
         raise UserError(f"the weights of {name} sum to 0 at {tensor}, and it divides by the sum; change the weights")
     if name == "slerp" and values["t"] > 1:
         raise UserError(f"t of slerp is {values['t']} at {tensor}; it must be between 0 and 1")
-    for density, epsilon in zip(values.get("density", []), values.get("epsilon", [])):
+    drops = "density" in values and "epsilon" in values
+    for density, epsilon in zip(values["density"], values["epsilon"]) if drops else ():
         if density < 1 and not (epsilon <= density and density + epsilon <= 1):
             raise UserError(
                 f"density {density} ± epsilon {epsilon} of {name} leaves 0 … 1 at {tensor}; use an epsilon of at most "

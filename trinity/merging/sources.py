@@ -1,4 +1,4 @@
-"""Models to merge, opened without reading their weights: Hugging Face folders here, runs in run_source.py.
+"""Models to merge, opened without reading their weights: the interface, and Hugging Face folders.
 
 A source shows every model the same way: by AfMoE's names on disk with a matrix for each expert, whether the folder has
 such matrices, stacks of all experts (`experts.gate_up_proj`, as transformers holds them in memory), or both. Opening a
@@ -9,7 +9,6 @@ no crash. No pickle is opened, and no file outside of the folder.
 import io
 import json
 import os
-import re
 import struct
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from trinity.config.hf_config import read_hf_config
 from trinity.config.model import ModelConfig
-from trinity.config.paths import missing_path_hint
 from trinity.errors import UserError
 from trinity.interop.weight_files import weight_files
 from trinity.io.json_files import read_json
@@ -33,7 +31,6 @@ from trinity.merging.tensors import fused_parts
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Data types of safetensors files that are merged; all others are quantised weights or no weights."""
 _OPEN_FILES = 64
-_STEP = re.compile(r"(.+)@(\d+)")
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -61,6 +58,7 @@ class Source(ABC):
         tokenizer: the folder with its tokenizer; None without one.
         files: the folder that code is copied from; None for a run.
         generation_config: content of generation_config.json; None without one.
+        opened: `identity` when the source was opened.
     """
 
     label: str
@@ -71,6 +69,7 @@ class Source(ABC):
     tokenizer: Path | None
     files: Path | None
     generation_config: dict[str, Any] | None
+    opened: list[Any]
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -118,34 +117,6 @@ class Source(ABC):
         return shape[0] if len(shape) == 2 else 1
 
 
-def open_source(text: str) -> Source:
-    """Open a model of a recipe: a Hugging Face folder, a run directory (its newest checkpoint), or RUN_DIR@step.
-
-    Raises:
-        UserError: there is no such model, or it cannot be merged.
-    """
-    folder, step = Path(text).expanduser(), None
-    if not folder.exists() and (match := _STEP.fullmatch(text)):
-        folder, step = Path(match[1]).expanduser(), int(match[2])
-    if not folder.exists():
-        raise UserError(f"{missing_path_hint(folder)}; a model of the Hub must be fetched first: hf download NAME")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a Hugging Face folder, a run directory or RUN_DIR@step")
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder} is a LoRA adapter; merge it into its base model first (peft: merge_and_unload)")
-    if (folder / "config.json").exists() and step is None:
-        return FolderSource(text, folder)
-    if (folder / "config.yaml").exists():
-        from trinity.merging.run_source import RunSource  # imports torch.distributed, which folders do not need
-
-        return RunSource(text, folder, step)
-    if step is not None:
-        raise UserError(f"{folder} is not a run directory, so it has no checkpoint of step {step}")
-    raise UserError(
-        f"{folder} has neither a config.json nor a config.yaml; give a Hugging Face folder or a run directory"
-    )
-
-
 class _Place(NamedTuple):
     """Where a tensor is: file, offset of its first byte, bytes of a row."""
 
@@ -169,7 +140,7 @@ class FolderSource(Source):
         self._paths = weight_files(folder)
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
         self._lock = Lock()
-        self._identity = self.identity()
+        self.opened = self.identity()
         for path in self._paths:
             self._read_header(path)
 
