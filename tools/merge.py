@@ -14,6 +14,7 @@ from pathlib import Path
 from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
+from trinity.merging.experts import unrelated_models
 from trinity.merging.merge_models import merge
 from trinity.merging.plan import make_plan
 from trinity.merging.recipe import read_recipe
@@ -25,7 +26,8 @@ def main() -> None:
     recipe = read_recipe(options.recipe)
     if options.dry_run:
         check_replaceable(Path(options.out_dir).resolve(), options.overwrite)
-        print(make_plan(recipe).summary(options.workers))
+        plan = make_plan(recipe)
+        print("\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in unrelated_models(plan))]))
         return
     merged = merge(
         recipe,

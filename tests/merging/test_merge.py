@@ -9,12 +9,14 @@ import torch
 from tests.interop.small_model import CONFIG
 from tests.merging import transcriptions
 from tests.merging.conftest import child, edit_json, fuse, recipe, rewrite, tensors_of
+from tests.merging.test_methods import CASES, parameters_of
 from trinity.interop import load_hf
 from trinity.interop.tensors import part_shape
 from trinity.interop.verify import largest_logit_difference
 from trinity.interop.weight_map import weight_map
 from trinity.merging import merge
 from trinity.merging.merge_models import Merger
+from trinity.merging.methods import METHODS
 from trinity.merging.plan import make_plan
 from trinity.merging.recipe import read_recipe
 from trinity.merging.tensors import model_tensors
@@ -23,11 +25,11 @@ SMOOTH = ("norm", "expert_bias", "router")
 EVERY = {"match": ".", "method": "ties"}
 
 
-def formula(name: str, tensors: list[dict], base: dict, tensor: str, **parameters: object) -> torch.Tensor:
+def formula(name: str, tensors: list[dict], base: dict | None, tensor: str, **parameters: object) -> torch.Tensor:
     """The transcription of a method on one tensor."""
     rows = [each[tensor].double().reshape(-1, each[tensor].shape[-1]) for each in tensors]
-    origin = base[tensor].double().reshape(rows[0].shape)
-    return getattr(transcriptions, name)(rows, origin, **parameters).view(base[tensor].shape)
+    origin = None if base is None else base[tensor].double().reshape(rows[0].shape)
+    return getattr(transcriptions, name)(rows, origin, **parameters).view(tensors[0][tensor].shape)
 
 
 def test_names_and_shapes_are_those_of_the_weight_map() -> None:
@@ -62,6 +64,42 @@ def test_ties_with_the_formula(family: Path) -> None:
     tokens = torch.randint(CONFIG.vocab_size, (2, 19), generator=torch.Generator().manual_seed(3))
     difference, largest = largest_logit_difference(family / "out", family / "out", tokens)
     assert difference < 1e-5 * largest  # another order of fp32 sums
+
+
+def entry_of(name: str, number: int, parameters: dict) -> dict:
+    """A model of a recipe with its share of a method's parameters."""
+    return {
+        "model": name,
+        "parameters": {key: value[number] for key, value in parameters.items() if type(value) is list},
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_from_recipe_to_folder(family: Path, method: str) -> None:
+    """All tensors by the method; one of each kind compared with the formula, for those that draw nothing."""
+    count, parameters = next(((n, p) for name, n, p in CASES if name == method), (3, parameters_of(method, 3)))
+    whole = {key.rstrip("_"): value for key, value in parameters.items() if type(value) is not list}
+    content = {
+        "merge_method": method, "parameters": whole | ({"rescale": True} if "rescale" in whole else {}),
+        "models": [entry_of(name, number, parameters) for number, name in enumerate("abc"[:count])],
+    }  # fmt: skip
+    if method != "passthrough":
+        content["rules"] = [{"match": ".", "method": method}]
+    if METHODS[method].base == "yes":
+        content["base_model"] = "base"
+    assert merge(content, family / "out").dropped == 0
+    base, *models = (tensors_of(family / name) for name in ("base", *"abc"[:count]))
+    result = tensors_of(family / "out")
+    for name in (
+        "self_attn.k_proj.weight",
+        "mlp.expert_bias",
+        "mlp.experts.3.down_proj.weight",
+        "mlp.router.gate.weight",
+    ):
+        if hasattr(transcriptions, method):
+            name = f"model.layers.3.{name}{'' if 'bias' in name else '.weight'}"
+            expected = formula(method, models, base, name, **parameters)
+            torch.testing.assert_close(result[name].double(), expected, rtol=2e-6, atol=2e-7, msg=name)
 
 
 def test_transformers_misses_no_key(family: Path) -> None:

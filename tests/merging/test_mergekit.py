@@ -28,7 +28,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 for name, recipe in yaml.safe_load(open(sys.argv[1])).items():
-    run_merge(MergeConfiguration.model_validate(recipe), f"{sys.argv[2]}/{name}", options=MergeOptions(quiet=True))
+    options = MergeOptions(quiet=True, write_model_card=False)
+    run_merge(MergeConfiguration.model_validate(recipe), f"{sys.argv[2]}/{name}", options=options)
 """
 
 
@@ -119,14 +120,14 @@ def by_mergekit(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("mergekit")
     (out / "cases.yaml").write_text(yaml.safe_dump(EQUAL | OTHER | BF16))
     (out / "runner.py").write_text(RUNNER)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     words = [PYTHON, out / "runner.py", out / "cases.yaml", out]
     done = subprocess.run(words, cwd=originals, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
 
-def ours(content: dict, folder: Path) -> dict[str, torch.Tensor]:
+def merged_here(content: dict, folder: Path) -> dict[str, torch.Tensor]:
     """The same recipe, with every tensor by its method."""
     rule = {"match": ".", "method": content["merge_method"]}
     plain = content["merge_method"] == "passthrough"
@@ -138,7 +139,7 @@ def ours(content: dict, folder: Path) -> dict[str, torch.Tensor]:
 def test_fp32(name: str, by_mergekit: Path, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """1e-6 of the tensor's largest value: both round to fp32, in sums of another order."""
     monkeypatch.chdir(originals)
-    expected, found = tensors_of(by_mergekit / name), ours(EQUAL[name], tmp_path / "out")
+    expected, found = tensors_of(by_mergekit / name), merged_here(EQUAL[name], tmp_path / "out")
     assert expected.keys() == found.keys()
     for tensor, values in expected.items():
         bound = 1e-6 * values.abs().max().item()
@@ -151,7 +152,7 @@ def test_fp32(name: str, by_mergekit: Path, originals: Path, tmp_path: Path, mon
 def test_bf16(name: str, by_mergekit: Path, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One unit in the last place: the fp32 values before rounding differ by 1e-6 of the largest at most."""
     monkeypatch.chdir(originals)
-    expected, found = tensors_of(by_mergekit / name), ours(BF16[name], tmp_path / "out")
+    expected, found = tensors_of(by_mergekit / name), merged_here(BF16[name], tmp_path / "out")
     for tensor, values in expected.items():
         apart = (found[tensor].bfloat16().view(torch.int16).int() - values.bfloat16().view(torch.int16).int()).abs()
         near_zero = values.float().abs() < 1e-5 * values.float().abs().max()
@@ -161,7 +162,7 @@ def test_bf16(name: str, by_mergekit: Path, originals: Path, tmp_path: Path, mon
 def test_arcee_fusion(by_mergekit: Path, originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the two differ, the other model's value was taken: a choice that hung on digits that fp32 has lost."""
     monkeypatch.chdir(originals)
-    expected, found = tensors_of(by_mergekit / "arcee_fusion"), ours(OTHER["arcee_fusion"], tmp_path / "out")
+    expected, found = tensors_of(by_mergekit / "arcee_fusion"), merged_here(OTHER["arcee_fusion"], tmp_path / "out")
     a, base = tensors_of(originals / "a"), tensors_of(originals / "base")
     different = total = 0
     for tensor, values in expected.items():

@@ -42,7 +42,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 recipe = MergeConfiguration.model_validate(yaml.safe_load(open(sys.argv[1])))
-run_merge(recipe, sys.argv[2], options=MergeOptions(quiet=True))
+run_merge(recipe, sys.argv[2], options=MergeOptions(quiet=True, write_model_card=False))
 """
 
 

@@ -45,12 +45,12 @@ def check_architectures(recipe: Recipe, sources: list[Source]) -> list[str]:
     """
     ignored = {"vocab_size"} | ({"layers", "dense_layers"} if recipe.has_layers else set())
     first, notes = sources[0], []
-    mine = architecture(first.config)
+    expected = architecture(first.config)
     for other in sources[1:]:
-        theirs = architecture(other.config)
-        different = [key for key in mine if key not in ignored and mine[key] != theirs[key]]
+        found = architecture(other.config)
+        different = [key for key in expected if key not in ignored and expected[key] != found[key]]
         if different:
-            listed = ", ".join(f"{key} is {mine[key]} and {theirs[key]}" for key in different[:_LISTED])
+            listed = ", ".join(f"{key} is {expected[key]} and {found[key]}" for key in different[:_LISTED])
             raise UserError(f"{first.label} and {other.label} are models of different architectures: {listed}")
         if other.config.max_positions != first.config.max_positions:
             notes.append(

@@ -159,9 +159,9 @@ def _neuron_similarity(first: Source, at: int, expert: int, other: Source, layer
     """[F, F]: inner products of the neurons' rows of gate and up and columns of down."""
     total = torch.zeros(first.config.expert_width, first.config.expert_width)
     for name in ("gate", "up", "down"):
-        mine = _whole(first, f"model.layers.{at}.mlp.experts.{expert}.{name}_proj.weight")
-        theirs = _whole(other, f"model.layers.{layer}.mlp.experts.{matched}.{name}_proj.weight")
-        total += mine.T @ theirs if name == "down" else mine @ theirs.T
+        here = _whole(first, f"model.layers.{at}.mlp.experts.{expert}.{name}_proj.weight")
+        there = _whole(other, f"model.layers.{layer}.mlp.experts.{matched}.{name}_proj.weight")
+        total += here.T @ there if name == "down" else here @ there.T
     return total
 
 
@@ -170,10 +170,10 @@ def _correlations(plan: Plan, suffix: str) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], list[float]] = {}
     for job in _with_router(plan.jobs, suffix):
         first, *others = first_and_others(job)
-        mine = _whole(plan.sources[first.label], first.name)
+        here = _whole(plan.sources[first.label], first.name)
         for other in others:
-            theirs = _whole(plan.sources[other.label], other.name)
-            cosine = torch.nn.functional.cosine_similarity(mine.view(-1), theirs.view(-1), dim=0)
+            there = _whole(plan.sources[other.label], other.name)
+            cosine = torch.nn.functional.cosine_similarity(here.view(-1), there.view(-1), dim=0)
             found.setdefault((first.label, other.label), []).append(float(cosine))
     return {pair: sum(values) / len(values) for pair, values in found.items()}
 

@@ -23,7 +23,7 @@ def write_companions(plan: Plan, folder: Path) -> None:
     Raises:
         UserError: the chat template that the recipe names does not exist.
     """
-    template, _ = chat_template(plan.recipe.chat_template, plan.sources.values(), plan.vocabulary.donor)
+    template = chat_template(plan.recipe.chat_template, plan.sources.values(), plan.vocabulary.donor)
     write_hf_json(folder / "config.json", merged_config(plan))
     _write_generation_config(plan, folder)
     if plan.donor.files is not None:
@@ -60,7 +60,7 @@ def _write_tokenizer(plan: Plan, folder: Path, template: str | None) -> None:
     source, new = plan.vocabulary.donor.tokenizer, plan.vocabulary.tokenizer_json
     if source is None:
         return
-    own, _ = chat_template(None, [], plan.vocabulary.donor)
+    own = chat_template(None, [], plan.vocabulary.donor)
     for path in sorted(source.iterdir()):
         if path.is_file() and is_tokenizer_file(path):
             copy_atomically(path, folder / path.name)

@@ -101,7 +101,6 @@ class Merger:
             raise UserError(f"workers={workers} and max_shard_bytes={max_shard_bytes} must be at least 1")
         self._plan, self._directory, self._workers = plan, directory, workers
         self.files = plan_files(plan.jobs, max_shard_bytes)
-        self._identities = {label: source.identity() for label, source in plan.sources.items()}
         self._embeddings = EmbeddingRows(plan.vocabulary, plan.sources)
         self._matcher = ExpertMatcher(plan.sources) if plan.recipe.match_experts else None
         self._read: set[Part] = set()
@@ -160,8 +159,9 @@ class Merger:
     def _digest(self) -> str:
         """Of everything that the files depend on."""
         jobs = [[job.name, job.method, job.arguments, str(job.base), str(job.models)] for job in self._plan.jobs]
+        opened = {label: source.opened for label, source in self._plan.sources.items()}
         headers = [[file.name, file.header.decode("latin-1")] for file in self.files]
-        content = to_json([VERSION, torch.__version__, self._plan.recipe.text, self._identities, jobs, headers])
+        content = to_json([VERSION, torch.__version__, self._plan.recipe.text, opened, jobs, headers])
         digest = new_hash()
         digest.update(content.encode())
         return digest.hexdigest()
@@ -178,7 +178,7 @@ class Merger:
     def _check_unchanged(self) -> None:
         for label, source in self._plan.sources.items():
             try:
-                same = source.identity() == self._identities[label]
+                same = source.identity() == source.opened
             except FileNotFoundError:
                 same = False
             if not same:

@@ -1,4 +1,4 @@
-"""Open a model of a recipe: a Hugging Face folder (sources.py) or a run (run_source.py)."""
+"""Open a model by the name that a recipe gives it."""
 
 import re
 from pathlib import Path

@@ -349,7 +349,8 @@ def _check_values(function: Any, name: str, values: dict[str, Any], tensor: str)
         raise UserError(f"the weights of {name} sum to 0 at {tensor}, and it divides by the sum; change the weights")
     if name == "slerp" and values["t"] > 1:
         raise UserError(f"t of slerp is {values['t']} at {tensor}; it must be between 0 and 1")
-    for density, epsilon in zip(values.get("density", []), values.get("epsilon", [])):
+    drops = "density" in values and "epsilon" in values
+    for density, epsilon in zip(values["density"], values["epsilon"]) if drops else ():
         if density < 1 and not (epsilon <= density and density + epsilon <= 1):
             raise UserError(
                 f"density {density} ± epsilon {epsilon} of {name} leaves 0 … 1 at {tensor}; use an epsilon of at most "

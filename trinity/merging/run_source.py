@@ -54,6 +54,7 @@ class RunSource(Source):
         self.step = checkpoints.pick_intact(step)
         self.label, self.folder, self.config, self.files = label, folder, config.model, None
         self._path = checkpoints.path_of(self.step)
+        self.opened = self.identity()
         self._metadata = read_metadata(self._path / METADATA)
         self._cache: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
         self._lock = Lock()

@@ -1,4 +1,4 @@
-"""Models to merge, opened without reading their weights: Hugging Face folders here, runs in run_source.py.
+"""Models to merge, opened without reading their weights: the interface, and Hugging Face folders.
 
 A source shows every model the same way: by AfMoE's names on disk with a matrix for each expert, whether the folder has
 such matrices, stacks of all experts (`experts.gate_up_proj`, as transformers holds them in memory), or both. Opening a
@@ -58,6 +58,7 @@ class Source(ABC):
         tokenizer: the folder with its tokenizer; None without one.
         files: the folder that code is copied from; None for a run.
         generation_config: content of generation_config.json; None without one.
+        opened: `identity` when the source was opened.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Source(ABC):
     tokenizer: Path | None
     files: Path | None
     generation_config: dict[str, Any] | None
+    opened: list[Any]
 
     @abstractmethod
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -138,7 +140,7 @@ class FolderSource(Source):
         self._paths = weight_files(folder)
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
         self._lock = Lock()
-        self._identity = self.identity()
+        self.opened = self.identity()
         for path in self._paths:
             self._read_header(path)
 

@@ -149,12 +149,12 @@ def _check_same(sources: list[Source]) -> list[str]:
     for other in having[1:]:
         if hashes[other.label] == hashes[having[0].label]:
             continue
-        first, ours, theirs = having[0], having[0].token_ids, other.token_ids
-        if ours != theirs:
-            token = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        first, ids, other_ids = having[0], having[0].token_ids, other.token_ids
+        if ids != other_ids:
+            token = min(each for each in ids.keys() | other_ids.keys() if ids.get(each) != other_ids.get(each))
             raise UserError(
                 f"the tokenizers of {first.label} and {other.label} differ: the token {token!r} has id "
-                f"{ours.get(token, 'none')} and {theirs.get(token, 'none')}; write tokenizer: {{source: union}}"
+                f"{ids.get(token, 'none')} and {other_ids.get(token, 'none')}; write tokenizer: {{source: union}}"
             )
         notes.append(f"the tokenizers of {first.label} and {other.label} have the same tokens, but differ otherwise")
     return notes
@@ -273,8 +273,8 @@ def with_added_tokens(config: dict[str, Any], content: dict[str, Any]) -> dict[s
     return config | {"added_tokens_decoder": listed | config["added_tokens_decoder"]}
 
 
-def chat_template(recipe: str | None, sources: Iterable[Source], donor: Source) -> tuple[str | None, str]:
-    """(the merged model's chat template, where it is from).
+def chat_template(recipe: str | None, sources: Iterable[Source], donor: Source) -> str | None:
+    """The merged model's chat template; None for none.
 
     Args:
         recipe: the recipe's word: None or auto, a model's label, chatml, or the template itself.
@@ -285,19 +285,18 @@ def chat_template(recipe: str | None, sources: Iterable[Source], donor: Source) 
     """
     templates = {source.label: _template(source) for source in sources}
     if recipe is None:
-        return templates.get(donor.label) or _template(donor), donor.label
+        return templates.get(donor.label) or _template(donor)
     if recipe == "auto":
         given = [text for text in templates.values() if text]
-        best = max(given, key=given.count, default=None)
-        return best, next((label for label, text in templates.items() if text and text == best), "no model has one")
+        return max(given, key=given.count, default=None)
     if recipe in templates:
         if not templates[recipe]:
             raise UserError(f"chat_template is {recipe}, which has none; name another model, or write a template")
-        return templates[recipe], recipe
+        return templates[recipe]
     if recipe == "chatml":
-        return CHATML, "chatml"
+        return CHATML
     if "{%" in recipe or "{{" in recipe:
-        return recipe, "the recipe"
+        return recipe
     raise UserError(f"chat_template is {recipe!r}; write auto, chatml, a model of the recipe, or a Jinja template")
 
 
