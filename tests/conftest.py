@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from tests.forked_program import Program
 from tests.starts_processes import starts_processes
 from trinity.data.prepare.prepare import prepare_data
 from trinity.data.tokenizer.train import train_from_files
@@ -69,8 +70,8 @@ def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
     return {
         "run": {"name": "tiny", "dir": str(run), "steps": 8, "seed": 3, "threads": 1},
         "model": {
-            "name": "smoke", "vocab_size": 512, "width": 32, "layers": 5, "dense_layers": 1, "dense_width": 48,
-            "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "experts": 8, "active_experts": 2,
+            "name": "smoke", "vocab_size": 512, "width": 32, "layers": 3, "dense_layers": 1, "dense_width": 48,
+            "heads": 4, "kv_heads": 2, "head_dim": 8, "window": 9, "global_every": 3, "experts": 8, "active_experts": 2,
             "expert_width": 16,
         },
         "data": {
@@ -80,7 +81,7 @@ def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
             "document_mask": True, "loss_on_document_start": False, "streams": 12, "packing": "rsdb", "rsdb_size": 2,
             "phases": [{"tokens": 800, "mixture": {"prose": 2, "code": 1}, "packing": "sequential"}],
         },
-        "batch": {"sequences": 6, "microbatch": 2, "ramp": [{"tokens": 500, "sequences": 12}]},
+        "batch": {"sequences": 6, "microbatch": 6, "ramp": [{"tokens": 500, "sequences": 12}]},
         "optim": {
             "muon": {"lr": 0.02, "dtype": "float32"}, "adamw": {"lr": 0.01},
             "schedule": {"warmup_steps": 2, "decay": "cosine", "decay_start_steps": 5, "decay_steps": 3, "final": 0.1},
@@ -95,12 +96,13 @@ def everything_on(corpus: SimpleNamespace, run: Path) -> dict:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(corpus: SimpleNamespace, run_command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(corpus: SimpleNamespace, fresh_command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of a run with these settings, started as a user would and never disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "config.yaml").write_text(yaml.safe_dump(everything_on(corpus, folder / "run")))
-    done = run_command("launch/pretrain.py", folder / "config.yaml")
-    assert done.code == 0, done.errors
+    process = fresh_command("launch/pretrain.py", folder / "config.yaml")
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, errors
     return folder / "run"
 
 
@@ -117,8 +119,26 @@ def config_file(tmp_path: Path) -> Callable[[dict], Path]:
 
 
 @pytest.fixture(scope="session")
-def command() -> Callable[..., subprocess.Popen]:
-    """Start one of the project's programs as a user would; returns the process."""
+def command() -> Callable[..., Program]:
+    """Start one of the project's programs in a process forked from a server with its imports done."""
+    return lambda script, *words: Program(ROOT / script, list(map(str, words)))
+
+
+@pytest.fixture(scope="session")
+def run_command(command: Callable[..., Program]) -> Callable[..., SimpleNamespace]:
+    """Run one of the project's programs to its end: code, output, errors."""
+
+    def run(script: str, *words: object) -> SimpleNamespace:
+        process = command(script, *words)
+        output, errors = process.communicate(timeout=120)
+        return SimpleNamespace(code=process.returncode, output=output, errors=errors)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fresh_command() -> Callable[..., subprocess.Popen]:
+    """Start one of the project's programs in a new Python, as a user would, imports included; returns the process."""
 
     def start(script: str, *words: object, **options: object) -> subprocess.Popen:
         return subprocess.Popen(
@@ -127,15 +147,3 @@ def command() -> Callable[..., subprocess.Popen]:
         )  # fmt: skip
 
     return start
-
-
-@pytest.fixture(scope="session")
-def run_command(command: Callable[..., subprocess.Popen]) -> Callable[..., SimpleNamespace]:
-    """Run one of the project's programs to its end: code, output, errors."""
-
-    def run(script: str, *words: object, **options: object) -> SimpleNamespace:
-        process = command(script, *words, **options)
-        output, errors = process.communicate(timeout=120)
-        return SimpleNamespace(code=process.returncode, output=output, errors=errors)
-
-    return run

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +32,6 @@ def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
     return run
 
 
-def process(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOLS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def sentences(stderr: str) -> list[str]:
     """The lines of stderr without progress; in a pipe there is no bar."""
     assert "\r" not in stderr
@@ -49,16 +43,18 @@ def lines(path: Path, count: int) -> Path:
     return path
 
 
-def test_a_mistake_is_one_sentence_and_code_2(tmp_path: Path, tokenizer_dir: Path) -> None:
-    ended = process(
-        "prepare_data", "--input", tmp_path / "no.txt", "--tokenizer", tokenizer_dir, "--out", tmp_path / "out"
-    )
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"error: --input {tmp_path / 'no.txt'} does not exist; check the path\n"
+def test_a_mistake_is_one_sentence_and_code_2(fresh_command: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
+    words = ["--input", tmp_path / "no.txt", "--tokenizer", tokenizer_dir, "--out", tmp_path / "out"]
+    process = fresh_command("tools/prepare_data.py", *words)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    assert errors == f"error: --input {tmp_path / 'no.txt'} does not exist; check the path\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_code_1_and_costs_one_shard(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_full_disk_is_code_1_and_costs_one_shard(
+    tool: Callable, run_command: Callable, tmp_path: Path, tokenizer_dir: Path
+) -> None:
     """The second shard is written to a full device; the first stays, and the same command resumes after it."""
     out, source = tmp_path / "out", lines(tmp_path / "a.jsonl", 300)
     arguments = ["--input", source, "--tokenizer", tokenizer_dir, "--shard-tokens", 9000, "--out"]
@@ -66,9 +62,9 @@ def test_a_full_disk_is_code_1_and_costs_one_shard(tool: Callable, tmp_path: Pat
     out.mkdir()
     full = temporary_path(out / "shard_00001.tokens")
     full.symlink_to("/dev/full")
-    ended = process("prepare_data", *arguments, out)
-    assert ended.returncode == 1
-    assert sentences(ended.stderr) == ["error: the disk is full; free some space and run the same command again"]
+    ended = run_command("tools/prepare_data.py", *arguments, out)
+    assert ended.code == 1
+    assert sentences(ended.errors) == ["error: the disk is full; free some space and run the same command again"]
     full.unlink()
     first = (out / "shard_00000.tokens").stat().st_ino
     assert tool("prepare_data", *arguments, out)[0] == 0

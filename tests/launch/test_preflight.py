@@ -1,15 +1,13 @@
 """Preflight: outliers among made-up measurements, pairs of neighbours, and a run on three nodes."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.launch_fakes import ROOT
 from tests.launch.local_nodes import free_port, start
 from trinity.parallel.preflight import neighbour_pairs
 from trinity.parallel.preflight_report import VERSIONS, Outlier, Report, find_outliers, mismatches, sentence, table
@@ -125,13 +123,11 @@ def test_three_nodes_measure_one_another(run: Path) -> None:
     assert "".join(outputs).count("no rank and no node stands out") == 1
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_wrong_arguments_are_refused(run_command: Callable) -> None:
     """One sentence and exit code 2, before any process group."""
     for words, expected in (
         (["--threshold", "0"], "--threshold 0 is not a percentage; write one in (0, 100]"),
         (["--copy-mib", "-1"], "--copy-mib -1 must be above 0"),
     ):
-        ended = subprocess.run(
-            [sys.executable, "tools/preflight.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-        assert (ended.returncode, ended.stderr) == (2, f"error: {expected}\n")
+        ended = run_command("tools/preflight.py", *words)
+        assert (ended.code, ended.errors) == (2, f"error: {expected}\n")

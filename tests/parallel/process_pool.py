@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
+
+from tests.forked_program import SERVER
 
 TIMEOUT = 120
 """Seconds for one case, and for one collective."""
@@ -71,11 +72,10 @@ class ProcessPool:
         self._workers = []
 
     def _start(self) -> None:
-        context = get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
         for rank in range(self.world):
-            parent_end, child_end = context.Pipe()
-            process = context.Process(target=_work, args=(rank, self.world, str(store), child_end), daemon=True)
+            parent_end, child_end = SERVER.Pipe()
+            process = SERVER.Process(target=_work, args=(rank, self.world, str(store), child_end), daemon=True)
             process.start()
             child_end.close()
             self._workers.append((process, parent_end))
@@ -86,6 +86,8 @@ class ProcessPool:
 
 
 def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
+    from trinity.parallel import mesh  # imports Triton, for which the root conftest sets TRITON_INTERPRET first
+
     torch.set_num_threads(1)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(
         logging.ERROR
@@ -94,8 +96,9 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    # Equal meshes are made once: a mesh has process groups, whose threads live as long as the process.
-    device_mesh.init_device_mesh = dist.init_device_mesh = cache(device_mesh.init_device_mesh)
+    # Equal meshes are made once: a mesh has process groups, whose threads live and poll as long as the process.
+    once = cache(device_mesh.init_device_mesh)
+    device_mesh.init_device_mesh = dist.init_device_mesh = mesh.init_device_mesh = once
     while True:
         try:
             module, name, args = _deserialize(pipe.recv_bytes())

@@ -21,11 +21,11 @@ from trinity.parallel.fsdp import shard_model
 from trinity.parallel.mesh import Sizes, join_meshes
 from trinity.planning.activations import LiveBytes
 
-LAYERS, SPARSE = 5, 4
+LAYERS, SPARSE = 3, 2
 CONFIG = ModelConfig(
     vocab_size=50, width=24, layers=LAYERS, dense_layers=LAYERS - SPARSE, dense_width=40, heads=4, kv_heads=2,
-    head_dim=8, window=5, experts=8, active_experts=3, shared_experts=2, expert_width=10, route_scale=2.5,
-    rope_theta=100.0, max_positions=64,
+    head_dim=8, window=5, global_every=3, experts=8, active_experts=3, shared_experts=2, expert_width=10,
+    route_scale=2.5, rope_theta=100.0, max_positions=64,
 )  # fmt: skip
 
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"

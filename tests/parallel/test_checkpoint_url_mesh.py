@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from tests.parallel.test_checkpoint_mesh import MESH, WORDS, bytes_by_step, plain_run, slow_run
+from tests.parallel.saving_runs import MESH, WORDS, bytes_by_step, plain_run, slow_run
 from tests.url_stores import failing, register
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.checkpoint.load import empty_tensors, load
@@ -29,11 +29,11 @@ def slow_remote_run(settings: dict, words: list[str]) -> int:
     return slow_run(settings, words)
 
 
-def test_two_processes_save_remotely(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
+def test_two_processes_save_remotely(
+    recipe: Callable, processes: Callable, synchronous_checkpoints: Callable, tmp_path: Path
+) -> None:
     """Synchronous and asynchronous: every tensor equals that of a run with local checkpoints."""
-    waits = "checkpoint.asynchronous=false"
-    assert processes(2).run(plain_run, recipe(tmp_path / "here"), [*TWO, waits]) == [0, 0]
-    expected = bytes_by_step(CheckpointDirectory.at(tmp_path / "here"))
+    waits, expected = "checkpoint.asynchronous=false", synchronous_checkpoints(2)
     assert list(expected) == [2, 4, 6]
     for name, case, words in (("waits", plain_remote_run, [waits]), ("goes_on", slow_remote_run, [])):
         url = f"checkpoint.url=norename://{tmp_path}/store/{name}"

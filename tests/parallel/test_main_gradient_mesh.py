@@ -5,6 +5,7 @@ the last one.
 """
 
 from collections.abc import Callable
+from functools import cache
 from unittest import mock
 
 import pytest
@@ -60,15 +61,23 @@ def gradients(compute: str, kernel: str, recompute: str, in_place: bool = True) 
     return {name: parameter.grad.to_local() for name, parameter in model.named_parameters()}, added
 
 
+@pytest.fixture(scope="module")
+def without(processes: Pools) -> Callable[..., list]:
+    """without(world, compute, kernel): the gradients of every rank if nothing is added in place, once for all tests."""
+    return cache(lambda world, *words: processes(world).run(gradients, *words, "none", False))
+
+
 @pytest.mark.parametrize(
     ("world", "kernel", "recompute"),
-    [(2, "triton", "none"), (2, "triton", "block"), (2, "triton", "selective"), (4, "triton", "none"),
-     (2, "reference", "none")],
+    [(2, "triton", "none"), (2, "triton", "block"), pytest.param(2, "triton", "selective", marks=pytest.mark.slow),
+     (4, "triton", "none"), (2, "reference", "none")],
 )  # fmt: skip
-def test_fp32_has_the_same_bits_as_without(processes: Pools, world: int, kernel: str, recompute: str) -> None:
+def test_fp32_has_the_same_bits_as_without(
+    processes: Pools, without: Callable, world: int, kernel: str, recompute: str
+) -> None:
     """Every gradient; each microbatch but the first adds to the first's, where the kernel can."""
     results = processes(world).run(gradients, "float32", kernel, recompute)
-    expected = processes(world).run(gradients, "float32", kernel, "none", False)
+    expected = without(world, "float32", kernel)
     for (actual, added), (plain, never) in zip(results, expected):
         assert added == ([False, True, True] if kernel == "triton" else [])
         assert not any(never)
@@ -78,15 +87,13 @@ def test_fp32_has_the_same_bits_as_without(processes: Pools, world: int, kernel:
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
-def test_bf16_gradients_are_added_up_without_rounding(processes: Pools, recompute: str) -> None:
+def test_bf16_gradients_are_added_up_without_rounding(processes: Pools, without: Callable, recompute: str) -> None:
     """Experts' gradients in fp32; other gradients keep their bits.
 
     Without it each of three gradients is rounded to bf16, 2⁻⁹ an element: 2⁻⁸ bounds the difference.
     """
     results = processes(2).run(gradients, "bfloat16", "triton", recompute)
-    for (actual, added), (plain, never) in zip(
-        results, processes(2).run(gradients, "bfloat16", "triton", "none", False)
-    ):
+    for (actual, added), (plain, never) in zip(results, without(2, "bfloat16", "triton")):
         assert added == [False, True, True]
         assert not any(never)
         for name, gradient in plain.items():

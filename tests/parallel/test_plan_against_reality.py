@@ -39,7 +39,7 @@ SETTINGS = {
     "balancing": {"sequence_loss": 1e-4},
 }
 CASES = [
-    ["parallel.shard=4", "parallel.expert=2"],
+    pytest.param(["parallel.shard=4", "parallel.expert=2"], marks=pytest.mark.slow),
     ["parallel.replicate=2", "parallel.shard=2", "parallel.expert=2"],
     ["parallel.shard=4", "precision.compute=bfloat16", "precision.reduce=bfloat16", "recompute=block"],
     ["parallel.replicate=2", "parallel.shard=2", "parallel.defer_reduce=on", "optim.muon.share=off"],

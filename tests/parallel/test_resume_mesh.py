@@ -23,7 +23,7 @@ MEASURED = {
     "rank_seconds_spread",
 }  # fmt: skip
 WORDS = [
-    "precision.compute=float64", "optim.muon.dtype=float64", "batch.sequences=12", "batch.microbatch=3",
+    "precision.compute=float64", "optim.muon.dtype=float64", "batch.sequences=12", "batch.microbatch=12",
     "batch.ramp=[{tokens: 1000, sequences: 24}]", "checkpoint.every=0", "evaluation.every=4",
 ]  # fmt: skip
 LAST = 10
@@ -76,7 +76,9 @@ def results(folder: Path) -> SimpleNamespace:
     return SimpleNamespace(metrics=metrics, state=state)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if way == "4 → 2 → 1" else ()) for way in WAYS]
+)
 def test_resume_on_other_meshes(recipe: Callable, processes: Callable, tmp_path: Path, way: str) -> None:
     """Every two steps another mesh resumes from the last checkpoint."""
     words = [*WORDS, *CHANGES.get(way, [])]

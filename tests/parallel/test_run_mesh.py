@@ -137,15 +137,17 @@ def test_torchrun_equals_one_process(recipe: Callable, tmp_path: Path) -> None:
     ]  # fmt: skip
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(recipe(tmp_path / "run")))
-    lines = {}
-    for world in (1, 2):
-        folder = tmp_path / f"run{world}"
-        result = torchrun(world, config, *words, f"run.dir={folder}", f"parallel.expert={world}")
-        assert result.returncode == 0, result.stderr
-        lines[world] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert json.loads((folder / "status.json").read_text())["code"] == 0
-    assert [line["step"] for line in lines[2]] == [1, 2, 3, 4]
-    assert "validation_loss.held_out" in lines[2][1]
-    for one, two in zip(lines[1], lines[2]):
+    one_process, two_processes = tmp_path / "run1", tmp_path / "run2"
+    assert pretrain(config_of(recipe(one_process), words), []) == 0
+    result = torchrun(2, config, *words, f"run.dir={two_processes}", "parallel.expert=2")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((two_processes / "status.json").read_text())["code"] == 0
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one_process, two_processes)
+    ]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
+    assert "validation_loss.held_out" in lines[1][1]
+    for one, two in zip(*lines, strict=True):
         for key in one.keys() - MEASURED:
             assert two[key] == pytest.approx(one[key], rel=1e-10, abs=1e-12), key

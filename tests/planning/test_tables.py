@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,17 @@ from trinity.planning.tables import as_text, as_values, describe
 ROOT = Path(__file__).parents[2]
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(run_command: Callable, tmp_path: Path) -> None:
     """Tables on stdout, the same numbers in the file."""
     file = tmp_path / "plan.json"
-    words = ["configs/smoke.yaml", "batch.sequences=16", "--gpu", "b200", "--gpus", "2", "--json", str(file)]
-    result = subprocess.run([sys.executable, "tools/plan.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("smoke on 2 × b200\n")
+    words = ["configs/smoke.yaml", "batch.sequences=16", "--gpu", "b200", "--gpus", "2", "--json", file]
+    result = run_command("tools/plan.py", *words)
+    assert result.code == 0, result.errors
+    assert result.output.startswith("smoke on 2 × b200\n")
     values = json.loads(file.read_text(encoding="utf-8"))
     assert values["mesh"] == {"replicate": 1, "shard": 2, "expert": 1, "expert_shard": 2, "experts_by": "experts"}
     assert values["runs_on"] == [1, 2, 4, 8, 16]
-    assert f"{values['memory']['total'] / 1e9:,.2f}" in result.stdout
+    assert f"{values['memory']['total'] / 1e9:,.2f}" in result.output
 
 
 def help_examples() -> list[str]:

@@ -21,7 +21,7 @@ def kill(*_: object, **__: object) -> None:
 
 
 def kill_while_writing_files(times: int) -> mock._patch:
-    """Kill before the n-th tensor is written; a checkpoint of the test's model has some 200."""
+    """Kill before the n-th tensor is written; a checkpoint of the test's model has some 150."""
     return mock.patch.object(filesystem, "_write_item", replace_nth_call(times, filesystem._write_item))
 
 
@@ -72,7 +72,7 @@ def kill_before_removal() -> mock._patch:
 # moment: the fault, and the steps whose checkpoints are complete afterwards
 MOMENTS = {
     "the first files": (partial(kill_while_writing_files, 3), []),
-    "later files": (partial(kill_while_writing_files, 300), [2]),
+    "later files": (partial(kill_while_writing_files, 200), [2]),
     "the first publish": (partial(kill_at_publication, "COMPLETE", 1), []),
     "a later publish": (partial(kill_at_publication, "COMPLETE", 2), [2]),
     "just published": (partial(kill_at_publication, "COMPLETE", 2, after=True), [2, 4]),

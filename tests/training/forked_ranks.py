@@ -9,19 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch.distributed as dist
 
+from tests.forked_program import SERVER
 from trinity.config.load import OmegaConf, build_config
 from trinity.errors import run_main
 from trinity.training.trainer import pretrain
-
-SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["trinity.training.trainer", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
 SECONDS = 60
 """Longest time that a run may take to end after a fault. A rank notices at once that a peer's connection is closed;

@@ -17,7 +17,7 @@ from trinity.checkpoint.directory import CheckpointDirectory
 # file: size of a disk that fills up after the first checkpoint, initial content, settings that make the file longer
 RECORDS = {
     "metrics": (4096, "", []),
-    "router": (12288, "", ["log.router_every=1"]),
+    "router": (4096, json.dumps({"step": 0, "filling": "x" * 1500}) + "\n", ["log.router_every=1"]),
     "events": (4096, json.dumps({"message": "long" * 600}) + "\n", ["evaluation.every=1"]),
 }
 
@@ -66,7 +66,7 @@ def test_a_record_that_cannot_be_written(
             assert [line.get("kind") for line in read].count("resume") == 1
         else:
             assert unread == 0
-            assert [line["step"] for line in read] == list(range(1, 9))
+            assert [line["step"] for line in read if line["step"]] == list(range(1, 9))
 
 
 def lines(path: Path) -> tuple[list[dict], int]:
@@ -84,7 +84,7 @@ def lines(path: Path) -> tuple[list[dict], int]:
 def test_an_export_that_does_not_fit(settings: dict, undisturbed: Callable, world: int) -> None:
     """A full disk under hf/: earlier exports stay, and once there is space a later export is written."""
     folder, words = Path(settings["run"]["dir"]), ["export.every=4"]
-    with small_disk(folder / "hf", "400k") as small:
+    with small_disk(folder / "hf", "280k") as small:
         assert run(settings, *words, world=world) == [1] * world
         assert status(folder)["step"] == 8
         *_, last = last_messages(folder)

@@ -44,7 +44,7 @@ def in_float64(settings: dict) -> dict:
 
 def inside_a_checkpoint(numbers: random.Random, world: int) -> tuple[str, Fault, int]:
     """A random moment of an early save: its name, its fault, and the rank that is killed."""
-    files, times = numbers.randint(1, 400), numbers.randint(1, 2)  # a rank writes some 200 tensors in each save
+    files, times = numbers.randint(1, 300), numbers.randint(1, 2)  # a rank writes some 150 tensors in each save
     return numbers.choice(
         [
             ("write", partial(kill_while_writing_files, files), numbers.randrange(world)),

@@ -54,7 +54,7 @@ def test_a_rank_that_hangs(settings: dict) -> None:
     """The hanging rank and the one that waits for it write their stacks and an event, and exit with 1."""
     folder = Path(settings["run"]["dir"])
     settings |= {"health": {"heartbeat_seconds": 2}, "log": {"probe_every": 0}}  # a probe would count as a forward
-    assert run(settings, world=2, fault=partial(hang_in_forward, 7), rank=1) == [1, 1]
+    assert run(settings, world=2, fault=partial(hang_in_forward, 3), rank=1) == [1, 1]
     assert "hang_forever" in (folder / "stacks.rank1.txt").read_text()
     stacks = (folder / "stacks.rank0.txt").read_text()
     assert "in train_step" in stacks
@@ -68,7 +68,7 @@ def test_a_rank_that_dies(settings: dict, rank: int) -> None:
     """The other rank ends when the connection closes, long before its heartbeat; the next start resumes."""
     folder = Path(settings["run"]["dir"])
     settings["health"] = {"heartbeat_seconds": 0}
-    codes = run(settings, "checkpoint.asynchronous=false", world=2, fault=partial(in_forward, 12, kill), rank=rank)
+    codes = run(settings, "checkpoint.asynchronous=false", world=2, fault=partial(in_forward, 5, kill), rank=rank)
     assert codes == ([-signal.SIGKILL, 1] if rank == 0 else [1, -signal.SIGKILL])
     assert len(metrics(folder)) == 3
     assert run(settings, world=2) == [0, 0]

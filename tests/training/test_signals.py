@@ -32,15 +32,15 @@ def asked_before(where: Any, name: str, times: int) -> mock._patch:
     return mock.patch.object(where, name, replace_nth_call(times, function, instead=ask_and_go_on))
 
 
-# moment: what brings it about, and the step that is saved. 6 rows a step in microbatches of 2, later 12; an
-# evaluation of 5 rows in 3 parts after step 4; a checkpoint of some 200 tensors after steps 3 and 6.
+# moment: what brings it about, and the step that is saved. One microbatch a step, two from step 5 on; the probe of step
+# 1 is a forward pass too, and so is the evaluation after step 4; a checkpoint of some 150 tensors after steps 3 and 6.
 MOMENTS = {
     "waiting for data": (lambda: asked_before(_Worker, "receive", 4), 1),
-    "forward": (lambda: asked_before(Trinity, "forward", 5), 2),
-    "backward": (lambda: asked_before(torch.Tensor, "backward", 5), 2),
+    "forward": (lambda: asked_before(Trinity, "forward", 8), 5),
+    "backward": (lambda: asked_before(torch.Tensor, "backward", 6), 5),
     "writing a checkpoint": (lambda: asked_before(filesystem, "_write_item", 30), 4),
     "publishing a checkpoint": (lambda: asked_before(checkpoint, "write_atomically", 1), 4),
-    "evaluating": (lambda: asked_before(Trinity, "forward", 14), 4),
+    "evaluating": (lambda: asked_before(Trinity, "forward", 6), 4),
     "exporting": (lambda: asked_before(export, "save_file", 1), 6),
 }
 SLOW = {"backward", "publishing a checkpoint", "exporting"}

@@ -218,7 +218,7 @@ def test_dtypes_inside_a_bf16_block(settings: dict, ranks: mesh.Ranks) -> None:
     settings["precision"] = {"compute": "bfloat16"}
     config = build_config([("test", OmegaConf.create(settings))])
     run = start(config, ranks)
-    block, dtypes = run.model.blocks[4], {}
+    block, dtypes = run.model.blocks[2], {}
 
     def note(name: str, module: torch.nn.Module) -> None:
         def before(module: torch.nn.Module, inputs: tuple) -> None:  # after FSDP has gathered, before it frees

@@ -58,15 +58,16 @@ def test_options(tool: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
     assert tool(tmp_path / "none")[0] == 2
 
 
-def test_interrupted_at_a_terminal(command: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_interrupted_at_a_terminal(fresh_command: Callable, tmp_path: Path, tokenizer_dir: Path) -> None:
     """Ctrl-C reaches the main process and the workers: one line, no traceback, and the same command resumes."""
     path, out = (
-        write_jsonl(tmp_path / "a.jsonl", [f"{number} " + text for text in TEXTS for number in range(200)]),
+        write_jsonl(tmp_path / "a.jsonl", [f"{number} " + text for text in TEXTS for number in range(80)]),
         tmp_path,
     )
     words = ["--input", path, "--tokenizer", tokenizer_dir, "--out", out / "out", "--shard-tokens", 30_000]
     interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background is not
-    process = command("tools/prepare_data.py", *words, "--workers", 2, start_new_session=True, preexec_fn=interruptible)
+    alone = {"start_new_session": True, "preexec_fn": interruptible}
+    process = fresh_command("tools/prepare_data.py", *words, "--workers", 2, **alone)
     progress = out / "out" / "progress.json"
     while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["shards"]):
         time.sleep(0.01)
