@@ -5,6 +5,7 @@ initialized, and returns the results as a list. If it fails or hangs on one rank
 test fails with that rank's traceback.
 """
 
+import gc
 import importlib
 import io
 import logging
@@ -26,6 +27,10 @@ from tests.forked_program import SERVER
 
 TIMEOUT = 120
 """Seconds for one case, and for one collective."""
+
+MOST_GROUPS = 24
+"""Process groups that are kept for the next case. Each has threads that wake a hundred times a second: the hundreds of
+groups of a whole suite would take more time than its cases."""
 
 
 class ProcessPool:
@@ -96,9 +101,9 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    # Equal meshes are made once: a mesh has process groups, whose threads live and poll as long as the process.
-    once = cache(device_mesh.init_device_mesh)
-    device_mesh.init_device_mesh = dist.init_device_mesh = mesh.init_device_mesh = once
+    # Equal meshes are made once, as long as there are few.
+    meshes = cache(device_mesh.init_device_mesh)
+    device_mesh.init_device_mesh = dist.init_device_mesh = mesh.init_device_mesh = meshes
     while True:
         try:
             module, name, args = _deserialize(pipe.recv_bytes())
@@ -108,7 +113,20 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
             answer = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             answer = False, traceback.format_exc()
+        if len(dist.distributed_c10d._world.pg_map) > MOST_GROUPS:
+            meshes.cache_clear()
+            _destroy_subgroups()
         pipe.send_bytes(_serialize(answer))
+
+
+def _destroy_subgroups() -> None:
+    """Destroy all groups but that of all ranks, which every rank must call, and with them their threads."""
+    gc.collect()  # meshes of the cases before
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def _serialize(value: Any) -> bytes:
