@@ -12,8 +12,10 @@ SHARDS := $(DATA)/shards
 SETS := code/train code/validation prose/train prose/validation
 
 # OpenMP threads that spin for long collapse torch where other processes run too; see trinity/__init__.py.
+ifndef OMP_WAIT_POLICY
 export OMP_WAIT_POLICY := PASSIVE
-export GOMP_SPINCOUNT := 3000
+export GOMP_SPINCOUNT ?= 3000
+endif
 export TOKENIZERS_PARALLELISM := true
 
 .PHONY: smoke quick test test-slow lint docs venv data clean help

@@ -10,6 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import torch
 import yaml
 

@@ -14,6 +14,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import torch
 
 from trinity.command_line import HelpFormatter, local_path, path_or_url

@@ -8,6 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import torch
 import torch.distributed as dist
 

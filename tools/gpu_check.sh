@@ -63,7 +63,8 @@ python=${PYTHON:-python3}
 command -v "$python" >/dev/null ||
     refuse "PYTHON=$python is no program; set PYTHON to a Python, as PYTHON=.venv/bin/python"
 export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tools${PYTHONPATH:+:$PYTHONPATH}"
-export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
+[ -n "${OMP_WAIT_POLICY:-}" ] || export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-3000}"
+export TOKENIZERS_PARALLELISM=true PYTHONUNBUFFERED=1
 unset CHECK_SCRATCH
 
 if [ ${#wheels[@]} -gt 0 ]; then

@@ -45,7 +45,7 @@ def _grouped_matmul(rows: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose:
         padding = _Padding.of(ends_E, rows)
         if padding is not None:
             padded_ECO = torch.bmm(padding.pad(rows), weight_EOI.mT if transpose else weight_EOI)
-            return padding.unpad(padded_ECO)
+            return padding.unpad(padded_ECO, len(rows))
     out = rows.new_empty(rows.shape[0], weight_EOI.shape[1 if transpose else 2])
     for expert, (start, end) in enumerate(_spans(ends_E)):
         weight = weight_EOI[expert].t() if transpose else weight_EOI[expert]
@@ -147,19 +147,24 @@ class _Padding(NamedTuple):
         """C is the largest number of rows, rounded up to few values; None if most rows would be padding."""
         sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
         experts, most = len(ends_E), _rounded_up(int(sizes_E.max()))
-        if experts * most > MOST_PADDING * len(rows):
+        if not most or experts * most > MOST_PADDING * len(rows):
             return None
         first_E = torch.arange(experts) * most - (ends_E - sizes_E)
-        return cls(torch.arange(len(rows)) + first_E.repeat_interleave(sizes_E, output_size=len(rows)), experts, most)
+        used = int(ends_E[-1])
+        return cls(torch.arange(used) + first_E.repeat_interleave(sizes_E, output_size=used), experts, most)
 
     def pad(self, rows_RI: Tensor) -> Tensor:
         """[E, C, I]."""
         padded = rows_RI.new_zeros(self.experts * self.most, rows_RI.shape[1])
-        return padded.index_copy_(0, self.place_R, rows_RI).view(self.experts, self.most, -1)
+        padded.index_copy_(0, self.place_R, rows_RI[: len(self.place_R)])
+        return padded.view(self.experts, self.most, -1)
 
-    def unpad(self, padded_ECO: Tensor) -> Tensor:
-        """[R, O]."""
-        return padded_ECO.flatten(0, 1).index_select(0, self.place_R)
+    def unpad(self, padded_ECO: Tensor, rows: int) -> Tensor:
+        """[R, O], `rows` of them; those past the last expert's have any value."""
+        place_R = self.place_R
+        if len(place_R) < rows:
+            place_R = torch.cat((place_R, place_R.new_zeros(rows - len(place_R))))
+        return padded_ECO.flatten(0, 1).index_select(0, place_R)
 
 
 def _rounded_up(rows: int) -> int:

@@ -59,6 +59,24 @@ def test_equals_float64(sizes: list[int], padded: list[torch.Size]) -> None:
     assert len(padded) == (3 if fits else 0)
 
 
+@pytest.mark.parametrize("sizes", [[3, 2, 4], [0, 0, 0]])
+def test_rows_past_the_last_expert(sizes: list[int]) -> None:
+    """They are undefined in a product, and in no expert's sum."""
+    random = torch.Generator().manual_seed(0)
+    rows_RI = torch.randn(sum(sizes) + 5, I, generator=random).bfloat16()
+    weight_EOI = torch.randn(len(sizes), O, I, generator=random).bfloat16()
+    ends_E = torch.tensor(sizes).cumsum(0).int()
+    out_RO = grouped_matmul.reference(rows_RI, weight_EOI, ends_E, True)
+    assert out_RO.shape == (len(rows_RI), O)
+    used = sum(sizes)
+    if used:
+        exact = grouped_matmul.reference(rows_RI[:used], weight_EOI, ends_E, True)
+        assert torch.equal(out_RO[:used], exact)
+    outer = grouped_outer.reference(out_RO, rows_RI, ends_E)
+    assert outer.shape == weight_EOI.shape
+    assert used or outer.eq(0).all()
+
+
 def test_another_routing_compiles_no_other_kernel(padded: list[torch.Size]) -> None:
     """512 experts' loads between 1 and 2048 rows make fewer than a hundred shapes, each at most a seventh larger."""
     for most in range(1, 2049, 4):

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+
+import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import torch
 from domains import Corpus
 
