@@ -27,6 +27,7 @@ SUITES = (
     "data",
     "prepare",
     "overhead",
+    "merge",
     "host",
 )
 """Modules of tools/benchmarks, each with run(quick) and table(results)."""

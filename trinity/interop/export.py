@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,18 +22,14 @@ from torch import Tensor
 
 from trinity.config.hf_config import to_hf_config
 from trinity.config.model import ModelConfig
-from trinity.errors import UserError
+from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, partial_folder, replace_folder, write_hf_json
 from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
-from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, special_ids
+from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, generation_config, special_ids
 from trinity.interop.weight_map import Index, weight_map
-from trinity.io.json_files import read_json, write_json
-from trinity.io.local import atomic_path, make_folder, sync_folder
+from trinity.io.local import atomic_path, make_folder
 from trinity.models.trinity import Trinity
 from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
 from trinity.terminal import Progress
-
-SHARD_BYTES = 5 * 10**9
-"""Default size limit of one file."""
 
 
 def export_hf(
@@ -67,11 +62,11 @@ def export_hf(
             tokenizer cannot be used.
     """
     directory = Path(directory).resolve()
-    partial = directory.parent / f".{directory.name}.partial"
+    partial = partial_folder(directory)
     first = not dist.is_initialized() or dist.get_rank() == 0
 
     def begin() -> None:
-        _check_replaceable(directory, overwrite)
+        check_replaceable(directory, overwrite)
         ids = SpecialIds() if tokenizer is None else special_ids(Path(tokenizer), model.config.vocab_size)
         shutil.rmtree(partial, ignore_errors=True)  # left by an interrupted export
         make_folder(partial)
@@ -81,7 +76,7 @@ def export_hf(
 
     def end() -> None:
         _write_index(files, partial)
-        _move(partial, directory)
+        replace_folder(partial, directory)
 
     try:
         run_on_rank0(begin)
@@ -171,15 +166,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_configs(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype, folder: Path) -> None:
     written = to_hf_config(config, bos_id=ids.bos, eos_id=ids.eos, pad_id=ids.pad, dtype=dtype)
-    _write_json(folder / "config.json", written)
-    tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.stop or None, "pad_token_id": ids.pad}
-    generation = {key: value for key, value in tokens.items() if value is not None}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **generation})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON as transformers does: keys in insertion order, characters not escaped."""
-    write_json(path, content, indent=2, ensure_ascii=False)
+    write_hf_json(folder / "config.json", written)
+    write_hf_json(folder / "generation_config.json", generation_config(ids))
 
 
 def _write_index(files: dict[str, list[_Part]], folder: Path) -> None:
@@ -192,37 +180,4 @@ def _write_index(files: dict[str, list[_Part]], folder: Path) -> None:
     }
     file_by_tensor = {part.name: file for file, parts in files.items() for part in parts}
     index = {"metadata": totals, "weight_map": dict(sorted(file_by_tensor.items()))}
-    _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _check_replaceable(directory: Path, overwrite: bool) -> None:
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
-    if not _is_export(directory):
-        raise UserError(f"{directory} exists and is not an earlier export; give the name of a folder to make")
-    if not overwrite:
-        raise UserError(
-            f"{directory} holds an earlier export; give another folder, or say overwrite=True (--overwrite)"
-        )
-
-
-def _is_export(directory: Path) -> bool:
-    """Whether the folder has an AfMoE config and only files: an export makes no subfolder."""
-    try:
-        raw = read_json(directory / "config.json")
-    except (UserError, OSError):
-        return False
-    return (
-        raw is not None and raw.get("model_type") == "afmoe" and all(entry.is_file() for entry in directory.iterdir())
-    )
-
-
-def _move(partial: Path, directory: Path) -> None:
-    """Rename `partial` to `directory`; first move an earlier export away: a rename cannot replace a full folder."""
-    old = directory.parent / f".{directory.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    sync_folder(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    write_hf_json(folder / "model.safetensors.index.json", index)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -61,6 +62,12 @@ def _token_id(tokenizer: Tokenizer, token: str | dict[str, str] | None, path: Pa
     if token_id is None:
         raise UserError(f"{path} names the token {text!r}, which tokenizer.json does not have")
     return token_id
+
+
+def generation_config(ids: SpecialIds) -> dict[str, Any]:
+    """The content of generation_config.json for a model with these tokens."""
+    tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.stop or None, "pad_token_id": ids.pad}
+    return {"_from_model_config": True, **{key: value for key, value in tokens.items() if value is not None}}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
