@@ -46,6 +46,34 @@ def measured(config: RunConfig, gpus: int = 1) -> list[Activations]:
         return block_activations(config, rank.ranks, ROWS)
 
 
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_context_parallelism_by_hand(tiny: ModelConfig, size: int, kind: str) -> None:
+    """Bytes in bf16 that the first of N ranks gives to its exchanges, and what `recompute` repeats.
+
+    8 ranks cannot split 4 heads.
+    """
+    model = replace(tiny, heads=4, kv_heads=2)
+    config = config_of(model, ParallelConfig(context=size), kind)
+    H, G, C, w, chunk = model.heads, model.kv_heads, model.head_dim, model.window, LENGTH // size
+    again = 2 if kind == "block" else 1
+    token = 2 * ROWS  # bytes of one number of every row
+    for layer, block in enumerate(measured(config, size)):
+        assert block.context is not None
+        if not model.is_global(layer):  # it gets no halo, so it returns no gradients
+            sent = sum(min(max(w - 1 - distance * chunk, 0), chunk) for distance in range(size - 1))
+            assert block.context == ("halo", (1 + again, again * sent * 2 * G * C * token), block.context.counts)
+        elif size == 8:
+            sent = (size - 1) * chunk
+            assert block.context == ("gather", (1 + again, again * sent * 2 * G * C * token), block.context.counts)
+        else:
+            there, back = chunk * (H + 2 * max(G, size)) * C * token, chunk * H * C * token
+            expected = Traffic(2 * (1 + again), (1 + again) * (there + back))
+            assert block.context == ("heads", expected, block.context.counts)
+        sparse = layer >= model.dense_layers
+        assert block.context.counts == (Traffic(1, 8 * ROWS * model.experts) if sparse else Traffic(0, 0))
+
+
 @pytest.mark.parametrize(("experts", "active", "ranks"), [(6, 2, 3), (8, 3, 2), (8, 8, 4), (4, 1, 4), (9, 4, 1)])
 def test_destinations(experts: int, active: int, ranks: int) -> None:
     """Against an enumeration of all choices of experts."""

@@ -28,7 +28,8 @@ def test_command(run_command: Callable, tmp_path: Path) -> None:
     assert result.code == 0, result.errors
     assert result.output.startswith("smoke on 2 × b200\n")
     values = json.loads(file.read_text(encoding="utf-8"))
-    assert values["mesh"] == {"replicate": 1, "shard": 2, "expert": 1, "expert_shard": 2, "experts_by": "experts"}
+    mesh = {"replicate": 1, "shard": 2, "expert": 1, "expert_shard": 2, "experts_by": "experts", "context": 1}
+    assert values["mesh"] == mesh
     assert values["runs_on"] == [1, 2, 4, 8, 16]
     assert f"{values['memory']['total'] / 1e9:,.2f}" in result.output
 
