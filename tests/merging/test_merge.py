@@ -97,8 +97,9 @@ def test_every_method_from_recipe_to_folder(family: Path, method: str) -> None:
         "mlp.router.gate.weight",
     ):
         if hasattr(transcriptions, method):
-            name = f"model.layers.3.{name}{'' if 'bias' in name else '.weight'}"
-            expected = formula(method, models, base, name, **parameters)
+            name = f"model.layers.3.{name}"
+            origin = base if METHODS[method].base == "yes" else None
+            expected = formula(method, models, origin, name, **parameters)
             torch.testing.assert_close(result[name].double(), expected, rtol=2e-6, atol=2e-7, msg=name)
 
 

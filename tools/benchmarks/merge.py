@@ -53,7 +53,8 @@ def run(quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {"on": machine(), "merges": {}}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_FOLDER")) as scratch:
         folder = Path(scratch)
-        for size, config in {"tiny": TINY} | ({} if quick else {"large": LARGE}).items():
+        sizes = {"tiny": TINY} if quick else {"tiny": TINY, "large": LARGE}
+        for size, config in sizes.items():
             count = _make_models(folder / size, config)
             print(
                 f"{size}: 3 models of {count:,} parameters, {len(list(model_tensors(config))):,} tensors",
