@@ -38,6 +38,7 @@ from trinity.terminal import Progress, say
 VERSION = 1
 """Of the arithmetic: files of an interrupted merge by another version are made anew."""
 _MARK = "merge_in_progress.json"
+_FINITE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,21 @@ class Merger:
 
     def _begin(self, partial: Path) -> set[str]:
         """Keep the finished files of an interrupted merge of the same kind; returns their names."""
+        digest = self._digest()
         try:
-            same = (read_json(partial / _MARK) or {}).get("digest") == self._digest()
+            same = (read_json(partial / _MARK) or {}).get("digest") == digest
         except UserError:
             same = False
         if same:
             return {file.name for file in self.files if (partial / file.name).is_file()}
         for path in partial.iterdir():
             path.unlink()
-        write_json(partial / _MARK, {"digest": self._digest()})
+        write_json(partial / _MARK, {"digest": digest})
         return set()
 
     def _digest(self) -> str:
         """Of everything that the files depend on."""
-        jobs = [[job.name, job.method, job.arguments, str(job.base), str(job.models)] for job in self._plan.jobs]
+        jobs = [[job.name, job.method, job.arguments, job.base, job.models] for job in self._plan.jobs]
         opened = {label: source.opened for label, source in self._plan.sources.items()}
         headers = [[file.name, file.header.decode("latin-1")] for file in self.files]
         content = to_json([VERSION, torch.__version__, self._plan.recipe.text, opened, jobs, headers])
@@ -191,7 +193,7 @@ class Merger:
         limit = torch.finfo(job.dtype).max
         for block in inputs:
             rows = combine(block)
-            if not _largest(rows) <= limit:
+            if not _within(rows, limit):
                 raise UserError(f"{job.name} becomes infinite in {job.dtype}; change the weights, or set out_dtype")
             write(block.first, rows)
 
@@ -223,16 +225,19 @@ class Merger:
 
 
 def _finite(rows: Tensor, part: Part) -> Tensor:
-    if not _largest(rows) < float("inf"):
+    if not _within(rows, _FINITE):
         raise UserError(
             f"{part.name} of {part.label} holds NaN or infinity; repair the model, or take another checkpoint"
         )
     return rows
 
 
-def _largest(rows: Tensor) -> float:
-    """The largest absolute value; NaN if there is one."""
-    return float(torch.linalg.vector_norm(rows, float("inf"))) if rows.numel() else 0.0
+def _within(rows: Tensor, limit: float) -> bool:
+    """Whether all values are between ±limit; NaN is not."""
+    if not rows.numel():
+        return True
+    low, high = torch.aminmax(rows)
+    return -limit <= float(low) and float(high) <= limit
 
 
 @contextmanager

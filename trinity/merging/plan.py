@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,7 @@ from trinity.merging.tensors import EMBED, HEAD, NORM, Described, layer_name, la
 from trinity.merging.vocabulary import Vocabulary, chat_template, plan_vocabulary
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """An input of a tensor: the model's label, and the tensor's name in it."""
 
     label: str
@@ -93,7 +92,7 @@ class Plan:
     @property
     def tensors_read(self) -> int:
         """Tensors of all models that the result is made of."""
-        return len({part for job in self.jobs for part in job.parts})
+        return len(self._parts())
 
     @property
     def bytes_read(self) -> int:
@@ -138,8 +137,8 @@ class Plan:
                   self.left_out.items()]  # fmt: skip
         return "\n".join(lines + [f"note:     {note}" for note in self.notes])
 
-    def _parts(self) -> set[tuple[str, str]]:
-        return {(part.label, part.name) for job in self.jobs for part in job.parts}
+    def _parts(self) -> set[Part]:
+        return {part for job in self.jobs for part in job.parts}
 
 
 def anonymous_bytes() -> int:
@@ -181,9 +180,9 @@ def make_plan(recipe: Recipe) -> Plan:
     dtype = _output_dtype(recipe, donor)
     planner = _Planner(recipe, sources, donor, vocabulary, dtype)
     jobs = list(planner.jobs(slices, dense))
-    used = {(part.label, part.name) for job in jobs for part in job.parts}
+    used = Counter(part.label for part in {part for job in jobs for part in job.parts})
     counts = {label: len(source.entries) for label, source in sources.items()}
-    left_out = {label: counts[label] - sum(1 for each, _ in used if each == label) for label in sources}
+    left_out = {label: counts[label] - used[label] for label in sources}
     notes += vocabulary.notes + [
         f"{label} gives config and tokenizer, and no weights"
         for label, left in left_out.items()

@@ -51,6 +51,8 @@ def largest(values: Values, k: int, count: int) -> Cut:
         return Cut(-1.0, _ALL)
     if k <= 0:
         return Cut(math.inf, -1)
+    if count <= BLOCK:
+        return _largest_in_memory(np.concatenate([block.numpy().reshape(-1) for _, block in values()]), k)
     (value,) = smallest_at(values, [count - k], count)
     above = sum(int(torch.count_nonzero(block > value)) for _, block in values())
     missing = k - above
@@ -60,6 +62,13 @@ def largest(values: Values, k: int, count: int) -> Cut:
             return Cut(value, first + int(positions[missing - 1]))
         missing -= len(positions)
     raise AssertionError("fewer equal values than were counted")
+
+
+def _largest_in_memory(values: np.ndarray, k: int) -> Cut:
+    value = np.partition(values, len(values) - k)[len(values) - k]
+    missing = k - int(np.count_nonzero(values > value))
+    equal = np.flatnonzero(values == value)
+    return Cut(float(value), _ALL if missing == len(equal) else int(equal[missing - 1]))
 
 
 def smallest_at(values: Values, ranks: list[int], count: int) -> list[float]:
