@@ -26,7 +26,7 @@ def test_fields_of_metrics(settings: dict) -> None:
 
 
 def _general(name: str) -> str:
-    """A field's name with NAME, GROUP, LENGTH or C in place of a source or validation set, a parameter group, a number."""
+    """A field's name with a word in capitals in place of a source, a validation set, a parameter group or a number."""
     first, dot, _ = name.partition(".")
     if first.startswith("needle"):
         return f"{first}.LENGTH"
