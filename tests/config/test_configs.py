@@ -185,7 +185,8 @@ def test_values_not_from_the_report_are_commented(name: str) -> None:
     text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     lines = text.splitlines()
     for key, line in settings(yaml.compose(text)):
-        if key not in REPORT[name] and key != "model.name":
+        from_report = any(f"{report}.".startswith(f"{key}.") for report in REPORT[name])
+        if not from_report and key != "model.name":
             assert re.search("not from the (report|text)", lines[line].partition("#")[2]), lines[line]
 
 

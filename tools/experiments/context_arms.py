@@ -56,7 +56,7 @@ class Size(NamedTuple):
     tokens: int = 4096
     pairs: int = 6
     questions: int = 24
-    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     asked_pairs: tuple[int, ...] = (4, 20)
     samples: int = 128
 
