@@ -34,7 +34,7 @@ def chat(corpus: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> P
     rows = [json.dumps({"messages": turn if number % 5 else turn * 2}) for number, turn in enumerate(turns)]
     for name, part in (("train", rows[:64]), ("validation", rows[64:])):
         (folder / f"{name}.jsonl").write_text("\n".join(part))
-        prepare_data([folder / f"{name}.jsonl"], folder / "tokenizer", folder / name, chat=ChatOptions(max_tokens=64))
+        prepare_data([folder / f"{name}.jsonl"], folder / "tokenizer", folder / name, chat=ChatOptions(max_tokens=80))
     return folder
 
 
@@ -44,7 +44,7 @@ def fine_tuning(settings: dict, chat: Path, uninterrupted: Path) -> dict:
     data = settings["data"] | {
         "train": {"chat": str(chat / "train")}, "validation": {"chat": str(chat / "validation")},
         "tokenizer": str(chat / "tokenizer"), "loss": "masked", "packing": "best_fit", "best_fit_rows": 1,
-        "sequence_length": 64, "streams": 4,
+        "sequence_length": 80, "streams": 4,
     }  # fmt: skip
     for key in ("phases", "mixture", "rsdb_size"):
         del data[key]
