@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.planning.plan_configs import plan_of
 from trinity.config import ZOO, load_config, save_config
 from trinity.config.load import flatten
 from trinity.config.phases import resolved_phases
-from trinity.planning.plan import make_plan
 from trinity.planning.tables import as_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -132,7 +132,7 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
     assert config.model == replace(ZOO["nano"], layers=layers)
     assert config.batch.sequences * config.data.sequence_length == 524_288
     assert config.batch.sequences % config.batch.microbatch == 0
-    plan = make_plan(config, 1, gpu)
+    plan = plan_of(name, 1, gpu)
     assert plan.fits
     parts = plan.state | plan.memory.parts | {"state": sum(plan.state.values()), "in all": plan.memory.total}
     memory = {part: size / 1e9 for part, size in parts.items()}
@@ -158,7 +158,7 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
 def test_every_config_plans(path: Path) -> None:
     """On the number of GPUs that its comments name, it fits a GPU of 141 GB or, Large, of 288; nano_80gb one of 80."""
     gpu = {"large": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
-    plan = make_plan(load_config(path), GPUS.get(path.stem, 1), gpu)
+    plan = plan_of(path.stem, GPUS.get(path.stem, 1), gpu)
     assert plan.fits
     assert all(step.seconds.step > 0 for step in plan.steps)
 
