@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.planning.plan_configs import WITHOUT_INIT, plan_of
 from trinity.config import ZOO, load_config, save_config
 from trinity.config.load import flatten
 from trinity.config.phases import resolved_phases
@@ -95,8 +96,6 @@ GPUS = {"nano": 512, "mini": 512, "large": 2048}
 GPUS |= {f"{name}_context": gpus for name, gpus in GPUS.items()}
 GPUS["sft"] = 8
 PRETRAINED = ("nano", "mini", "large")
-WITHOUT_INIT = ["init.hf=null", "init.run=null"]
-"""The configs of fine-tuning name a base model, which is not here; their model.name has its sizes."""
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -197,7 +196,7 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
     assert config.model == replace(ZOO["nano"], layers=layers)
     assert config.batch.sequences * config.data.sequence_length == 524_288
     assert config.batch.sequences % config.batch.microbatch == 0
-    plan = make_plan(config, 1, gpu)
+    plan = plan_of(name, 1, gpu)
     assert plan.fits
     parts = plan.state | plan.memory.parts | {"state": sum(plan.state.values()), "in all": plan.memory.total}
     memory = {part: size / 1e9 for part, size in parts.items()}
@@ -223,12 +222,11 @@ def test_nano_on_one_gpu_fits(name: str, layers: int, gpu: str) -> None:
 def test_every_config_plans(path: Path) -> None:
     """On the number of GPUs that its comments name, it fits a GPU of 141 GB or, Large, of 288; nano_80gb one of 80."""
     gpu = {"large": "b300", "large_context": "b300", "nano_80gb": "h100"}.get(path.stem, "h200")
-    config = load_config(path, WITHOUT_INIT)
-    plan = make_plan(config, GPUS.get(path.stem, 1), gpu)
+    plan = plan_of(path.stem, GPUS.get(path.stem, 1), gpu)
     assert plan.fits
     assert all(step.seconds.step > 0 for step in plan.steps)
     if path.stem.endswith("_context"):
-        assert memory_table(path)[config.parallel.context] == f"{plan.memory.total / 1e9:.1f}"
+        assert memory_table(path)[plan.config.parallel.context] == f"{plan.memory.total / 1e9:.1f}"
 
 
 @pytest.mark.slow

@@ -1,7 +1,15 @@
-"""A small config for plans, changed by words as on a command line."""
+"""A small config for plans, changed by words as on a command line; and the plans of the files in configs/."""
 
-from trinity.config.load import OmegaConf, build_config, to_yaml
+from functools import cache
+from pathlib import Path
+
+from trinity.config.load import OmegaConf, build_config, load_config, to_yaml
 from trinity.config.run import RunConfig
+from trinity.planning.plan import Plan, make_plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+WITHOUT_INIT = ["init.hf=null", "init.run=null"]
+"""The configs of fine-tuning name a base model, which is not here; their model.name has its sizes."""
 
 SMALL = {
     "model": {
@@ -28,3 +36,9 @@ def reload(config: RunConfig, *words: str) -> RunConfig:
     """The config with further settings, as on a command line."""
     raw = OmegaConf.create(to_yaml(config))
     return build_config([("test", raw), ("test", OmegaConf.from_dotlist(list(words)))])
+
+
+@cache
+def plan_of(name: str, gpus: int, gpu: str) -> Plan:
+    """The plan of configs/NAME.yaml, made once for all tests: those of the large models take seconds."""
+    return make_plan(load_config(CONFIGS / f"{name}.yaml", WITHOUT_INIT), gpus, gpu)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.planning.plan_configs import config_of
+from tests.planning.plan_configs import config_of, plan_of
 from trinity.config import load_config
 from trinity.errors import UserError
 from trinity.hardware import GPUS
@@ -26,7 +26,7 @@ def test_default_number_of_gpus() -> None:
 
 def test_length_of_nano_on_one_gpu() -> None:
     """38,147 steps of 524,288 tokens; 75.1 GB of state; it fits in 141 GB."""
-    plan = make_plan(load_config(ROOT / "configs/nano_1gpu.yaml"))
+    plan = plan_of("nano_1gpu", 1, "h200")
     assert sum(plan.state.values()) / 1e9 == pytest.approx(75.1, abs=0.05)
     assert "38,147" in as_text(plan)
     assert advice.warnings(plan) == []

@@ -90,6 +90,7 @@ def test_the_data_ends(settings: dict) -> None:
         "batch.ramp=[]",
         "batch.sequences=48",
         "batch.microbatch=48",
+        "data.sequence_length=96",
     ]
     assert train(settings, *words) == 0
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -123,7 +124,7 @@ def test_a_note_on_fewer_documents_than_streams(settings: dict) -> None:
     """What the note advises has none; with fewer documents than ranks only more documents help."""
     assert document_notes(open_stream(config_of(settings), 0, 1)) == []
     documents = TokenSource(settings["data"]["train"]["prose"]).documents
-    many = 1000 * (documents + 1)
+    many = 2 * (documents + 1)
     advice = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, 1))[-1]
     assert f"data.train.prose has {documents} documents for data.streams={many}" in advice
     assert advice.endswith(f"or start a new run with data.streams={documents}")

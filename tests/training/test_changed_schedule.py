@@ -1,6 +1,7 @@
 """A batch, phase or length changed on resume applies from there on, bit for bit as if planned from the start."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +34,12 @@ def config_with(settings: dict, *words: str) -> RunConfig:
     return build_config([("test", OmegaConf.create(settings)), ("test", OmegaConf.from_dotlist(list(words)))])
 
 
-@pytest.fixture
-def planned_run(settings: dict) -> Path:
-    """Three steps of 6 sequences, then 12, and shorter ones from 800 tokens on, planned from the start."""
-    run = Path(settings["run"]["dir"]).with_name("planned")
-    words = [f"run.dir={run}", f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES]
-    assert train(settings, *words, "run.steps=8", "checkpoint.keep=9") == 0
+@pytest.fixture(scope="module")
+def planned_run(recipe: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of 6 sequences, then 12, and shorter ones from 800 tokens on, planned from the start; read only."""
+    run = tmp_path_factory.mktemp("planned") / "run"
+    words = [f"batch.ramp=[{{tokens: {3 * 6 * S}, sequences: 12}}]", PHASES, "run.steps=8", "checkpoint.keep=9"]
+    assert train(recipe(run) | {"evaluation": {}}, *words) == 0
     return run
 
 
