@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trinity_kernels.op import Op, is_small_inference
+from trinity_kernels.op import Op
 
 MOST_EXPERTS = 512
 """Most experts of the Triton kernels; at 1024 they spill registers."""
@@ -41,6 +41,7 @@ class Weighed(NamedTuple):
     entropy_sum: Tensor
 
 
+@torch.library.custom_op("trinity::route", mutates_args=())
 def _route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     """The K experts of each token, and the number of tokens per expert.
 
@@ -51,21 +52,13 @@ def _route(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tens
     Returns:
         indices_TK [T, K] int64, highest biased score first; counts_E [E] int64, summing to T·K.
     """
-    # a custom op takes longer to call than the choice of a few tokens
-    return _choose(scores_TE, bias_E, active) if is_small_inference(scores_TE) else _route_op(scores_TE, bias_E, active)
-
-
-def _choose(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     indices_TK = torch.topk(scores_TE + bias_E, active, dim=-1).indices
     counts_E = torch.zeros(scores_TE.shape[-1], dtype=torch.int64, device=scores_TE.device)
     counts_E.scatter_add_(0, indices_TK.flatten(), torch.ones_like(indices_TK).flatten())
     return indices_TK, counts_E
 
 
-_route_op = torch.library.custom_op("trinity::route", _choose, mutates_args=())
-
-
-@_route_op.register_fake
+@_route.register_fake
 def _(scores_TE: Tensor, bias_E: Tensor, active: int) -> tuple[Tensor, Tensor]:
     indices_TK = scores_TE.new_empty((scores_TE.shape[0], active), dtype=torch.int64)
     return indices_TK, scores_TE.new_empty((scores_TE.shape[1],), dtype=torch.int64)
