@@ -70,6 +70,18 @@ def forward_few_rows(
     return out_TD.index_add_(0, token_R, wide(y_RD).mul_(score_R1)).to(x_TD.dtype)
 
 
+def forward_one_token(
+    x_1D: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, indices_1K: Tensor, s_1K: Tensor, plus_TD: Tensor
+) -> Tensor:
+    """expert_mlp of one token in fp32, all of whose experts are here; summed in the order of K, not differentiable."""
+    experts = indices_1K[0].tolist()
+    pre_K2F = torch.cat([F.linear(x_1D, gate_up_E2FD[expert].flatten(0, 1)) for expert in experts])
+    gate_KF, up_KF = pre_K2F.chunk(2, dim=1)
+    act_KF = F.silu(gate_KF).mul_(up_KF)
+    y_KD = torch.cat([F.linear(act_1F, down_EDF[expert]) for act_1F, expert in zip(act_KF.split(1), experts)])
+    return torch.addmm(plus_TD, s_1K, y_KD)
+
+
 def _product_of_each(rows_RI: Tensor, weight_EOI: Tensor, rows_of: dict[int, int]) -> Tensor:
     """Each expert's rows times its weight; rows_of: expert → number of its rows, in their order."""
     parts = rows_RI.split_with_sizes(list(rows_of.values()))

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from trinity_kernels.norm import wide
-from trinity_kernels.op import Op, is_small_inference
+from trinity_kernels.op import Op
 from trinity_kernels.split import GradientSlice
-
-
-def _compute(x: Tensor, gate: Tensor) -> Tensor:
-    return torch.sigmoid(wide(gate)).mul_(wide(x)).to(x.dtype)
 
 
 class _SigmoidGate(torch.autograd.Function):
@@ -23,7 +19,7 @@ class _SigmoidGate(torch.autograd.Function):
     def forward(ctx, x: Tensor, gate: Tensor, into: GradientSlice | None) -> Tensor:
         ctx.save_for_backward(x, gate)
         ctx.into = into
-        return _compute(x, gate)
+        return torch.sigmoid(wide(gate)).mul_(wide(x)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -48,7 +44,7 @@ def _sigmoid_gate(x: Tensor, gate: Tensor, into: GradientSlice | None = None) ->
     Returns:
         [..., N], x's dtype, contiguous.
     """
-    return _compute(x, gate) if is_small_inference(x) else _SigmoidGate.apply(x, gate, into)
+    return _SigmoidGate.apply(x, gate, into)
 
 
 def refuses(x: Tensor, *_: object, **__: object) -> str | None:

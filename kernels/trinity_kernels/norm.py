@@ -14,10 +14,9 @@ Shapes: ... any leading dimensions, D normalised width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from trinity_kernels.op import Op, is_small_inference
+from trinity_kernels.op import Op
 
 WIDEST = 4096
 """The widest row that a Triton program holds in its registers; at 8192 the backward of add_norm spills."""
@@ -42,11 +41,6 @@ def inverse_rms_of(x_wide: Tensor, eps: float) -> Tensor:
     # vector_norm squares and sums in one pass: a third of the memory traffic of x².mean()
     square_mean = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_().div_(x_wide.shape[-1])
     return square_mean.add_(eps).rsqrt_()
-
-
-def small_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
-    """The norm of a small tensor, not rounded: one call, and no gradient."""
-    return F.rms_norm(wide(x), gain_D.shape, wide(gain_D), eps)
 
 
 def differentiate_norm(grad_wide: Tensor, x: Tensor, gain_D: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +120,6 @@ def _rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     Returns:
         [..., D], x's dtype; the gain is multiplied in fp32, then the result is rounded.
     """
-    if is_small_inference(x):
-        return small_norm(x, gain_D, eps).to(x.dtype)
     return _RMSNorm.apply(x, gain_D, eps)
 
 
@@ -142,8 +134,6 @@ def _norm_add(y: Tensor, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
     Returns:
         [..., D], x's dtype, rounded once: the norm is not rounded before the addition.
     """
-    if is_small_inference(x):
-        return small_norm(y, gain_D, eps).add_(x).to(x.dtype)
     return _NormAdd.apply(y, x, gain_D, eps)
 
 
@@ -159,9 +149,6 @@ def _add_norm(y: Tensor, x: Tensor, post_gain_D: Tensor, gain_D: Tensor, eps: fl
     Returns:
         r = x + RMSNorm(y) and u = RMSNorm(r), both [..., D] in x's dtype; u is computed from the rounded r.
     """
-    if is_small_inference(x):
-        r = small_norm(y, post_gain_D, eps).add_(x).to(x.dtype)
-        return r, small_norm(r, gain_D, eps).to(x.dtype)
     return _AddNorm.apply(y, x, post_gain_D, gain_D, eps)
 
 

@@ -12,7 +12,6 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trinity_kernels.replay import kept
@@ -80,15 +79,3 @@ class Op:
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter: slow, on any device, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-SMALL = 1 << 14
-"""Most numbers of a tensor for which calling torch takes longer than computing: 16 tokens of a width of 1024."""
-
-
-def is_small_inference(x: Tensor) -> bool:
-    """Whether x belongs to the generation of a few tokens: a reference then makes as few calls as it can.
-
-    In inference mode only, so that training and evaluation give the same bits as without it; and not in float64.
-    """
-    return torch.is_inference_mode_enabled() and x.numel() <= SMALL and x.dtype != torch.float64

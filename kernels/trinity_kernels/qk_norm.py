@@ -14,9 +14,9 @@ Shapes: B batch, S sequence, H heads, C head width.
 import torch
 from torch import Tensor
 
-from trinity_kernels.norm import differentiate_norm, inverse_rms_of, small_norm, wide
+from trinity_kernels.norm import differentiate_norm, inverse_rms_of, wide
 from trinity_kernels.norm import refuses as norm_refuses
-from trinity_kernels.op import Op, is_small_inference
+from trinity_kernels.op import Op
 from trinity_kernels.split import GradientSlice
 
 WIDEST_HEAD = 2048
@@ -83,9 +83,6 @@ def _qk_norm(
     Returns:
         [B, S, H, C], x's dtype.
     """
-    if is_small_inference(x_BSHC):
-        out = small_norm(x_BSHC, gain_C, eps)
-        return (out if rotation is None else rotate(out, *rotation)).to(x_BSHC.dtype)
     cos, sin = (None, None) if rotation is None else rotation
     return _QKNorm.apply(x_BSHC, gain_C, eps, cos, sin, into)
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trinity_kernels.op import Op, is_small_inference
+from trinity_kernels.op import Op
 
 MOST_EXPERTS = 512
 """Most experts of the Triton kernels; at 1024 they spill registers."""
@@ -45,6 +45,7 @@ class Weighed(NamedTuple):
     entropy_sum: Tensor
 
 
+@torch.library.custom_op("trinity::route", mutates_args=())
 def _route(scores_TE: Tensor, bias_E: Tensor, active: int, padding_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The K experts of each token, and the number of tokens per expert.
 
@@ -57,12 +58,6 @@ def _route(scores_TE: Tensor, bias_E: Tensor, active: int, padding_T: Tensor | N
         indices_TK [T, K] int64, highest biased score first, −1 for padding; counts_E [E] int64, summing to K times the
         number of tokens that are not padding.
     """
-    # a custom op takes longer to call than the choice of a few tokens
-    choose = _choose if is_small_inference(scores_TE) else _route_op
-    return choose(scores_TE, bias_E, active, padding_T)
-
-
-def _choose(scores_TE: Tensor, bias_E: Tensor, active: int, padding_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     indices_TK = torch.topk(scores_TE + bias_E, active, dim=-1).indices
     chosen_TK = torch.ones_like(indices_TK)
     if padding_T is not None:
@@ -74,10 +69,7 @@ def _choose(scores_TE: Tensor, bias_E: Tensor, active: int, padding_T: Tensor | 
     return indices_TK, counts_E
 
 
-_route_op = torch.library.custom_op("trinity::route", _choose, mutates_args=())
-
-
-@_route_op.register_fake
+@_route.register_fake
 def _(scores_TE: Tensor, bias_E: Tensor, active: int, padding_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     indices_TK = scores_TE.new_empty((scores_TE.shape[0], active), dtype=torch.int64)
     return indices_TK, scores_TE.new_empty((scores_TE.shape[1],), dtype=torch.int64)

@@ -13,19 +13,15 @@ from torch import Tensor
 
 from trinity_kernels.gate import refuses
 from trinity_kernels.norm import wide
-from trinity_kernels.op import Op, is_small_inference
-
-
-def _compute(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(wide(gate)).mul_(wide(up)).to(gate_up.dtype)
+from trinity_kernels.op import Op
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _compute(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(wide(gate)).mul_(wide(up)).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -70,7 +66,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         [..., F], same dtype, contiguous.
     """
-    return _compute(gate_up) if is_small_inference(gate_up) else _SwiGLU.apply(gate_up)
+    return _SwiGLU.apply(gate_up)
 
 
 swiglu = Op(_swiglu, "trinity_kernels.swiglu_triton:swiglu", refuses)

@@ -98,7 +98,7 @@ def test_every_engine(tiny: ModelConfig, engine: str) -> None:
 
 @torch.inference_mode()
 def test_inference_mode(tiny: ModelConfig) -> None:
-    """Operations take other paths there for few tokens; to the same bound."""
+    """As generation runs."""
     model, padding = make(tiny, torch.float32), [0, 3]
     tokens_BS = rows_of(padding)
     got = cached_logits(model, tokens_BS, padding, [8, *[1] * 15])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trinity.errors import UserError
 from trinity.evaluation.sampling import PLAIN, Sampling, choose
+from trinity.models.decode import Decoder
 from trinity.models.kv_cache import KVCache
 from trinity.models.trinity import Trinity
 
@@ -136,6 +137,7 @@ class Generation:
         rows = list(range(len(texts)))
         with torch.inference_mode():
             logits_BV = prefill(model, tokens_BS, cache, self._chunk)
+        decoder = Decoder(model, cache)
         for number in range(1, self.max_new_tokens + 1):
             chosen = choose(logits_BV, self._sampling, [texts[row] for row in rows], [generators[row] for row in rows])
             for row, token in zip(rows, chosen):
@@ -149,9 +151,7 @@ class Generation:
             if len(going) < len(rows):
                 cache.keep(going, device)
                 rows = [rows[place] for place in going]
-            last_B1 = torch.tensor([[texts[row][-1]] for row in rows], device=device)
-            with torch.inference_mode():
-                logits_BV = model(last_B1, cache=cache)[:, -1]
+            logits_BV = decoder(torch.tensor([texts[row][-1] for row in rows], device=device))
 
 
 def left_padded(

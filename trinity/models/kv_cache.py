@@ -100,13 +100,12 @@ class LayerCache:
         """
         step, window = self.step, self.window
         assert step is not None
+        if step.count == 1 and step.start > 0:
+            return self.attend_once(q_BSHC[:, 0], k_BSGC[:, 0], v_BSGC[:, 0]).unsqueeze(1)
         new = torch.stack((k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)))
         if step.start == 0:
             self._append(new, step)
             return attend(q_BSHC, k_BSGC, v_BSGC, window, step.mask)
-        if step.count == 1:
-            k_BGLC, v_BGLC = self._append(new, step)
-            return _attend_once(q_BSHC, k_BGLC, v_BGLC, step.slot_mask(k_BGLC.shape[2]))
         if window is None:
             before, keys_values = step.start, self._append(new, step)
         else:
@@ -115,6 +114,23 @@ class LayerCache:
             self._append(new, step)
         k_BUGC, v_BUGC = keys_values.transpose(2, 3)
         return attend(q_BSHC, k_BUGC, v_BUGC, window, step.mask_from(step.start - before))
+
+    def attend_once(self, q_BHC: Tensor, k_BGC: Tensor, v_BGC: Tensor) -> Tensor:
+        """`attend` for one new token of each row after others, [B, H, C]; H/G heads are queries of one key head."""
+        step = self.step
+        assert step is not None
+        assert self._kv is not None
+        end = step.start + 1
+        kv = self._reserve(end, self._kv)
+        B, G, slots, C = kv.shape[1:]
+        k_BGLC, v_BGLC = kv.unbind()
+        k_BGLC.select(2, step.start % slots).copy_(k_BGC)
+        v_BGLC.select(2, step.start % slots).copy_(v_BGC)
+        if end < slots:
+            k_BGLC, v_BGLC = k_BGLC.narrow(2, 0, end), v_BGLC.narrow(2, 0, end)
+        mask = step.slot_mask(min(end, slots))
+        mixed = F.scaled_dot_product_attention(q_BHC.reshape(B, G, -1, C), k_BGLC, v_BGLC, attn_mask=mask)
+        return mixed.reshape(q_BHC.shape)
 
     def keep(self, rows_R: Tensor) -> None:
         """Keep these rows alone."""
@@ -160,19 +176,6 @@ class LayerCache:
         before_wrap = min(columns, slots - first)
         parts = (self._kv[..., first : first + before_wrap, :], self._kv[..., : columns - before_wrap, :])
         return torch.cat(parts, dim=3) if before_wrap < columns else parts[0]
-
-
-def _attend_once(q_B1HC: Tensor, k_BGLC: Tensor, v_BGLC: Tensor, allowed: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√C)·v of one query of each row; the H/G heads that share a key are computed as queries of one head.
-
-    Args:
-        allowed: [B, 1, 1, L] bool; None: all keys.
-    Returns:
-        [B, 1, H, C].
-    """
-    B, _, H, C = q_B1HC.shape
-    q = q_B1HC.reshape(B, k_BGLC.shape[1], -1, C)
-    return F.scaled_dot_product_attention(q, k_BGLC, v_BGLC, attn_mask=allowed).reshape(B, 1, H, C)
 
 
 class KVCache:
