@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import trinity  # noqa: F401  # before torch, for the policy of its threads
 import torch
 
 from trinity.command_line import HelpFormatter, local_path

@@ -97,9 +97,9 @@ class Copier(torch.nn.Module):
             text.append(self.after(text))
         return text[len(tokens) :]
 
-    def forward(self, tokens_BS: Tensor, logits_at_BN: Tensor) -> Tensor:
-        logits_BNV = torch.zeros(*logits_at_BN.shape, 512)
-        for tokens_S, at_N, logits_NV in zip(tokens_BS.tolist(), logits_at_BN.tolist(), logits_BNV):
+    def forward(self, tokens_BS: Tensor, logits_to_keep: Tensor) -> Tensor:
+        logits_BNV = torch.zeros(*logits_to_keep.shape, 512)
+        for tokens_S, at_N, logits_NV in zip(tokens_BS.tolist(), logits_to_keep.tolist(), logits_BNV):
             for place, logits_V in zip(at_N, logits_NV):
                 logits_V[self.after(tokens_S[: place + 1])] = 10.0
         return logits_BNV
@@ -186,10 +186,10 @@ def test_forced_cell(corpus: SimpleNamespace, trained: Trinity) -> None:
 
 
 def test_chosen_logits_are_those_of_all(exact: Trinity) -> None:
-    """logits_at_BN, in float64: 1e-12."""
+    """logits_to_keep, in float64: 1e-12."""
     tokens_BS = torch.randint(400, (2, 30), generator=torch.Generator().manual_seed(1))
     at_BN = torch.tensor([[0, 7, 29], [4, 4, 12]])
     with torch.no_grad():
-        chosen_BNV, all_BSV = exact(tokens_BS, logits_at_BN=at_BN), exact(tokens_BS)
+        chosen_BNV, all_BSV = exact(tokens_BS, logits_to_keep=at_BN), exact(tokens_BS)
     expected_BNV = torch.stack([row_SV[at_N] for row_SV, at_N in zip(all_BSV, at_BN)])
     torch.testing.assert_close(chosen_BNV, expected_BNV, rtol=0, atol=1e-12)

@@ -59,7 +59,7 @@ def forced(model: Trinity, samples: Sequence[NeedleSample], length: int, device:
         tokens_BS[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
         at_BA[row, : len(answer)] = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
         answers_BA[row, : len(answer)] = torch.tensor(answer)
-    logits_BAV = model(tokens_BS.to(device), logits_at_BN=at_BA.to(device)).cpu()
+    logits_BAV = model(tokens_BS.to(device), logits_to_keep=at_BA.to(device)).cpu()
     logits_BAV = logits_BAV if logits_BAV.dtype == torch.float64 else logits_BAV.float()
     outcomes = []
     for logits_AV, answers_A, sample in zip(logits_BAV, answers_BA, samples):

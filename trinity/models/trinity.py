@@ -131,8 +131,7 @@ class Trinity(nn.Module):
         trained: int | None = None,
         parts: RowParts | None = None,
         cache: KVCache | None = None,
-        logits_to_keep: int = 0,
-        logits_at_BN: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
     ) -> Tensor | Losses:
         """Logits; with targets, the losses.
 
@@ -152,8 +151,8 @@ class Trinity(nn.Module):
             parts: where the tokens are a part of their rows (context parallelism): it has their positions, documents
                 and mask, and the sums of Losses are this part's. None: they are whole rows.
             cache: keys and values of the rows' earlier tokens, to which these are added; without positions and targets.
-            logits_to_keep: compute the logits of the last tokens alone, this many; 0: of all.
-            logits_at_BN: [B, N] int64, places in the row: compute the logits of these tokens alone, without targets.
+            logits_to_keep: without targets, compute the logits of the last tokens alone, this many (0: of all); or of
+                the tokens at these places of their rows, [B, N] int64.
         Returns:
             logits [B, S, V], or [B, N, V], in the compute dtype, or Losses.
         """
@@ -165,12 +164,8 @@ class Trinity(nn.Module):
         with_sequence_loss = with_sequence_loss and targets_BS is not None
         padded = _padding(document_ids_BS, padding)
         x_BSD, routings = self._hidden(tokens_BS, positions_BS, mask, with_sequence_loss, padded, cache)
-        if logits_to_keep:
-            x_BSD = x_BSD[:, -logits_to_keep:]
-        if logits_at_BN is not None:
-            x_BSD = x_BSD.take_along_dim(logits_at_BN.unsqueeze(-1), dim=1)
         if targets_BS is None:
-            return self.head(self.norm(x_BSD))
+            return self.head(self.norm(_keep(x_BSD, logits_to_keep)))
         if trained is None:
             losses = self.head(self.norm(x_BSD), targets_BS, z, weights_BS)
         else:
@@ -264,6 +259,13 @@ def next_tokens(tokens_BS: Tensor, document_ids_BS: Tensor | None = None) -> Ten
         targets_BS[:, :-1][ends_BS] = IGNORE
         targets_BS[document_ids_BS < 0] = IGNORE
     return targets_BS
+
+
+def _keep(x_BSD: Tensor, which: int | Tensor) -> Tensor:
+    """Of each row the last `which` tokens, or those at the places `which`, [B, N]; 0: all."""
+    if isinstance(which, Tensor):
+        return x_BSD.take_along_dim(which.unsqueeze(-1), dim=1)
+    return x_BSD[:, -which:] if which else x_BSD
 
 
 def _padding(document_ids_BS: Tensor | None, tokens: int | None) -> Padding | None:
