@@ -9,6 +9,8 @@ Example: python tools/average.py runs/smoke out/averaged --steps 200:400:50 --de
 import argparse
 
 import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import torch
 
 from trinity.command_line import HelpFormatter, local_path

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import torch
 
 from trinity.command_line import HelpFormatter, local_path

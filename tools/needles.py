@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import torch
 
 from trinity.command_line import HelpFormatter, local_path, path_or_url

@@ -12,7 +12,7 @@ experts.
 """
 
 from functools import cache as cached
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Decoder:
         self._model, self._cache = model, cache
         self._layers: list[_Layer] | None = None
         if _is_plain(model):
-            self._layers = [_Layer(block, layer) for block, layer in zip(model.blocks, cache.layers)]
+            self._layers = [_Layer(cast(Block, block), layer) for block, layer in zip(model.blocks, cache.layers)]
 
     @property
     def is_short(self) -> bool:
