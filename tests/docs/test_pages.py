@@ -129,7 +129,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folders that a reader of the pages has made before; only the files that loading a config reads."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for run in ("mine", "smoke", "laws"):
+    for run in ("mine", "smoke", "laws", "chat"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         save_config(load_config("configs/smoke.yaml"), tmp_path / "runs" / run / "config.yaml")
     (tmp_path / "mine-hf").mkdir()
