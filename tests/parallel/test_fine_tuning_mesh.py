@@ -21,6 +21,8 @@ WORDS = ["precision.compute=float64", "optim.muon.dtype=float64", "batch.sequenc
 MESHES: dict[str, tuple[int, list[str]]] = {
     "shard 2": (2, ["parallel.shard=2"]),
     "shard 2, expert 2": (2, ["parallel.shard=2", "parallel.expert=2"]),
+    "context 2": (2, ["parallel.context=2"]),
+    "shard 2, context 2, expert 2": (4, ["parallel.shard=2", "parallel.context=2", "parallel.expert=2"]),
     "replicate 2 × shard 2, expert 2": (4, ["parallel.replicate=2", "parallel.shard=2", "parallel.expert=2"]),
 }
 
