@@ -235,7 +235,7 @@ def parse() -> argparse.Namespace:
         "--prompts", type=local_path, metavar="FILE", help='a text of each line; .jsonl: strings or {"prompt": "…"}'
     )
     what.add_argument("--chat", action="store_true", help="the tokenizer's chat template around each prompt")
-    what.add_argument("--system", default="", metavar="TEXT", help="with --chat: the system's message (none)")
+    what.add_argument("--system", metavar="TEXT", help="with --chat: the system's message")
     how = parser.add_argument_group("how")
     how.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most tokens to generate")
     how.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0: greedy decoding")

@@ -82,8 +82,8 @@ def end_of_turn_ids(folder: Path, vocab_size: int) -> list[int]:
     return sorted({*ids, *special_ids(folder, vocab_size).stop})
 
 
-def first_messages(system: str, text: str) -> list[Message]:
-    """The messages of a conversation that begins with a user's text; system: "" for none."""
+def first_messages(system: str | None, text: str) -> list[Message]:
+    """The messages of a conversation that begins with a user's text; system: None or "" for none."""
     begin = [{"role": "system", "content": system}] if system else []
     return [*begin, {"role": "user", "content": text}]
 
@@ -107,10 +107,12 @@ class Conversation:
         model: on any device; not sharded.
         template: of its tokenizer.
         settings: of each answer.
-        system: the system's message; "": none.
+        system: the system's message; None or "": none.
     """
 
-    def __init__(self, model: Trinity, template: ChatTemplate, settings: AnswerSettings, system: str = "") -> None:
+    def __init__(
+        self, model: Trinity, template: ChatTemplate, settings: AnswerSettings, system: str | None = None
+    ) -> None:
         self._model, self._template, self._settings, self._system = model, template, settings, system
         self.messages: list[Message] = []
         self._cache, self._tokens = KVCache(model.config), list[int]()
