@@ -19,7 +19,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 # isort: split
 import torch
 
-from trinity.command_line import HelpFormatter, local_path, path_or_url
+from trinity.command_line import HelpFormatter, check_device, local_path, path_or_url
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.sources.find_files import note
 from trinity.data.sources.shards import TokenSource
@@ -143,10 +143,7 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError):  # unknown device type, none on this machine, or too high an index
-        raise UserError(f"--device {options.device} is not available; use cpu") from None
+    check_device(options.device)
 
 
 def parse() -> argparse.Namespace:

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
-import torch
 
-from trinity.command_line import HelpFormatter, local_path
+from trinity.command_line import HelpFormatter, check_device, check_text, local_path
 from trinity.data.tokenizer.tokenizer import load_tokenizer
 from trinity.errors import UserError, run_main
 from trinity.evaluation.chat import AnswerSettings, ChatTemplate, Conversation, end_of_turn_ids, first_messages
@@ -187,7 +186,11 @@ def read_prompts(path: Path) -> list[str]:
         UserError: a line is no prompt, or there is none.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also split at U+2028 or \f
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}; save it in UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         prompt: object = line
@@ -199,6 +202,7 @@ def read_prompts(path: Path) -> list[str]:
             prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str):
             raise UserError(f'{path}, line {number} has no prompt; write a string, or {{"prompt": "…"}}')
+        check_text(f"{path}, line {number}", prompt)
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path} has no prompt; write one in each line")
@@ -218,10 +222,10 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     if not 0 <= options.seed < 2**63:
         raise UserError(f"--seed {options.seed} is not between 0 and 2⁶³ − 1")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError):  # unknown device type, none on this machine, or too high an index
-        raise UserError(f"--device {options.device} is not available; use cpu") from None
+    for text in options.prompt or []:
+        check_text("--prompt", text)
+    check_text("--system", options.system or "")
+    check_device(options.device)
 
 
 def parse() -> argparse.Namespace:

@@ -21,7 +21,8 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 # isort: split
 import torch
 
-from trinity.command_line import HelpFormatter, local_path, path_or_url
+from trinity.checkpoint.directory import CheckpointDirectory
+from trinity.command_line import HelpFormatter, check_device, local_path, path_or_url
 from trinity.data.prepare.corpus import topics
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.tokenizer import fingerprint, load_text_encoder
@@ -45,10 +46,11 @@ def main() -> None:
     """Score the missing cells, print the table, and write needles.json and needles.html."""
     options = parse()
     check(options)
-    lengths, kinds = numbers("--lengths", options.lengths), numbers("--kinds", options.kinds)
+    lengths, kinds = numbers("--lengths", options.lengths, "4096,8192"), numbers("--kinds", options.kinds, "1,3")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"--kinds {unknown[0]} is no kind of needles; use {', '.join(map(str, KINDS))}")
     out = options.out or options.folder
+    check_questions(options)
     check_out(out / "needles.html")
     model, tokenizer, weights = load(options)
     check_lengths(lengths, model)
@@ -83,9 +85,8 @@ def main() -> None:
             outcomes = ask(model, tasks[kind, length], tokenizer, options, bar)
             cells[kind, length] = {"kind": kind, "length": length, **Cell.of(outcomes)._asdict()}
             write_json(out / "needles.json", results | {"cells": list(cells.values())})
-    wanted = [cells[key] for key in tasks]
-    print(table(wanted, options.scoring))
-    write_page(out / "needles.html", options, wanted)
+    print(table([cells[key] for key in tasks], options.scoring))
+    write_page(out / "needles.html", options, [cells[key] for key in sorted(cells)])
 
 
 def ask(model: Trinity, task: NeedleTask, tokenizer: Path, options: argparse.Namespace, bar: Progress) -> list[Outcome]:
@@ -158,7 +159,8 @@ def load(options: argparse.Namespace) -> tuple[Trinity, Path, Any]:
     for name, stored in storage_dtypes(model, dtype).items():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(stored)
-    return model.to(options.device), tokenizer, step
+    checkpoint = CheckpointDirectory.at(folder, config.checkpoint.url).checkpoint(step)
+    return model.to(options.device), tokenizer, {"step": step, "files": checkpoint.listed_sums()}
 
 
 def haystack_of(options: argparse.Namespace, tokenizer: Path, vocab_size: int) -> Haystack:
@@ -176,9 +178,14 @@ def haystack_of(options: argparse.Namespace, tokenizer: Path, vocab_size: int) -
 
 def kept_cells(path: Path, settings: dict[str, Any], force: bool) -> dict[tuple[int, int], dict[str, Any]]:
     """(kind, length) → cell of an earlier call with the same settings, whose haystack stays if this call needs none."""
-    before = read_json(path)
-    if before is None or force:
+    if force:
         return {}
+    before = read_json(path, "remove this file, or give --force")
+    if before is None:
+        return {}
+    cells = _cells(before)
+    if cells is None:
+        raise UserError(f"{path} is not a file of results; give another --out, or --force to write over it")
     old, new = before.get("settings", {}), json.loads(to_json(settings))
     if new["haystack"] is None or old.get("haystack") is None:  # kinds 2 and 3 need none
         settings["haystack"] = new["haystack"] or old.get("haystack")
@@ -189,14 +196,24 @@ def kept_cells(path: Path, settings: dict[str, Any], force: bool) -> dict[tuple[
             f"{path} has results with other settings ({', '.join(changed)}); give another --out, or --force to "
             "write over it"
         )
-    return {(cell["kind"], cell["length"]): cell for cell in before["cells"]}
+    return cells
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """The numbers of a list such as 4096,8192."""
+def _cells(results: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]] | None:
+    """(kind, length) → cell; None if these are no results of this tool."""
+    cells, fields = results.get("cells"), {"kind", "length", *Cell._fields}
+    if not isinstance(results.get("settings"), dict) or not isinstance(cells, list):
+        return None
+    if not all(isinstance(cell, dict) and fields <= set(cell) for cell in cells):
+        return None
+    return {(cell["kind"], cell["length"]): cell for cell in cells}
+
+
+def numbers(option: str, text: str, example: str) -> list[int]:
+    """The numbers of a list such as `example`."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"{option} {text} is not a list of numbers; write for example {option} 4096,8192")
+        raise UserError(f"{option} {text} is not a list of numbers; write for example {option} {example}")
     return list(dict.fromkeys(map(int, parts)))
 
 
@@ -209,15 +226,20 @@ def check_lengths(lengths: list[int], model: Trinity) -> None:
         )
 
 
+def check_questions(options: argparse.Namespace) -> None:
+    """Refuse to write --jsonl over a file that exists."""
+    if options.jsonl and options.jsonl.exists() and not options.force:
+        raise UserError(f"--jsonl {options.jsonl} exists; give another file, or --force to write over it")
+    if options.jsonl and options.haystack and options.jsonl.resolve() == Path(options.haystack).resolve():
+        raise UserError(f"--jsonl {options.jsonl} is the haystack; give another file")
+
+
 def check(options: argparse.Namespace) -> None:
     """Refuse options that cannot be used."""
     for name in ("samples", "batch_tokens"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError):  # unknown device type, none on this machine, or too high an index
-        raise UserError(f"--device {options.device} is not available; use cpu") from None
+    check_device(options.device)
 
 
 def parse() -> argparse.Namespace:

@@ -1,8 +1,10 @@
-"""Shared by the programs of launch/ and tools/: argparse types for paths, and the help formatter."""
+"""Shared by the programs of launch/ and tools/: argparse types for paths, checks of options, and the help formatter."""
 
 import argparse
 import os
 from pathlib import Path
+
+from trinity.errors import UserError
 
 
 def local_path(text: str) -> Path:
@@ -27,6 +29,34 @@ def path_or_url(text: str) -> str:
         user = text.partition("/")[0]
         raise argparse.ArgumentTypeError(f"{user} is not a user's home folder; for a file of that name write ./{text}")
     return expanded
+
+
+def check_device(name: str) -> None:
+    """Refuse a --device on which this machine cannot compute.
+
+    Raises:
+        UserError: an unknown type, one that is not here, too high an index, or meta, which has no values.
+    """
+    import torch
+
+    try:
+        usable = torch.ones(1, device=name).device.type != "meta"
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise UserError(f"--device {name} is not available; use cpu")
+
+
+def check_text(option: str, text: str) -> None:
+    """Refuse a text that has no UTF-8: bytes of another encoding on the command line, or half a surrogate pair.
+
+    Raises:
+        UserError: names the character's position.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{option} has no valid character at position {error.start}; write it in UTF-8") from None
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

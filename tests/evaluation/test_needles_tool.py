@@ -92,6 +92,8 @@ def test_run_and_greedy(uninterrupted: Path, tmp_path: Path, capsys: pytest.Capt
         (("--lengths", "64"), "--lengths 64 has no room for the needles and the question of kind 1, which take"),
         (("--lengths", "640", "--samples", "0"), "--samples 0 must be at least 1"),
         (("--lengths", "640", "--haystack", "none.txt"), "--haystack none.txt"),
+        (("--lengths", "640", "--kinds", "x"), "--kinds x is not a list of numbers; write for example --kinds 1,3"),
+        (("--lengths", "640", "--device", "meta"), "--device meta is not available; use cpu"),
         (("--lengths", "640", "--device", "tpu"), "--device tpu is not available; use cpu"),
     ],
 )
@@ -116,3 +118,49 @@ def test_results_of_other_settings_are_kept(
     assert (tmp_path / "needles.json").read_bytes() == before
     assert call(*words, "--seed", 1, "--force") == 0
     assert (tmp_path / "needles.json").read_bytes() != before
+
+
+def test_files_that_exist_are_kept(finished: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The questions are not written over a file, nor the results over what is no file of results."""
+    text, out = tmp_path / "books.jsonl", tmp_path / "out"
+    text.write_text(json.dumps({"text": "One book. " * 400}) + "\n")
+    before = text.read_bytes()
+    words = (finished.folder, "--lengths", 600, "--kinds", 2, "--samples", 1, "--out", out)
+    assert call(*words, "--jsonl", text) == 2
+    assert f"--jsonl {text} exists; give another file, or --force" in capsys.readouterr().err
+    assert call(*words, "--haystack", text, "--jsonl", text, "--force") == 2
+    assert f"--jsonl {text} is the haystack" in capsys.readouterr().err
+    assert text.read_bytes() == before
+    out.mkdir()
+    for content, sentence in (
+        ("{", "remove this file, or give --force"),
+        ('{"settings": 3, "cells": []}', "is not a file of results; give another --out, or --force"),
+        ('{"settings": {}, "cells": [{"kind": 1}]}', "is not a file of results; give another --out, or --force"),
+    ):
+        (out / "needles.json").write_text(content)
+        assert call(*words) == 2
+        assert sentence in capsys.readouterr().err
+        assert (out / "needles.json").read_text() == content
+    assert call(*words, "--force") == 0
+
+
+def test_a_narrower_call_keeps_the_picture(finished: SimpleNamespace, tmp_path: Path) -> None:
+    words = (finished.folder, "--kinds", 2, "--samples", 1, "--out", tmp_path)
+    assert call(*words, "--lengths", "600,640") == 0
+    assert call(*words, "--lengths", "600") == 0
+    assert Page(tmp_path / "needles.html").figures["MK-NIAH 2"]["data"][0]["x"] == ["600", "640"]
+
+
+def test_another_run_in_the_same_place(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A checkpoint is identified by the checksums of its files, not by its step alone."""
+    words = (uninterrupted, "--lengths", 600, "--kinds", 2, "--samples", 1, "--out", tmp_path)
+    assert call(*words) == 0
+    results = json.loads((tmp_path / "needles.json").read_text())
+    weights = results["settings"]["weights"]
+    complete = uninterrupted / f"checkpoints/step_{weights['step']:08d}/COMPLETE"
+    listed = json.loads(complete.read_text())["files"]
+    assert weights["files"] == {name: [entry["bytes"], entry["crc32"]] for name, entry in listed.items()}
+    weights["files"][".metadata"][1] = "00000000"  # of another run
+    (tmp_path / "needles.json").write_text(json.dumps(results))
+    assert call(*words) == 2
+    assert "has results with other settings (weights)" in capsys.readouterr().err

@@ -199,6 +199,8 @@ def test_rows_of_padding_alone(model: Trinity) -> None:
         losses, gradients = forward(model, rows, trained=trained)
         assert (losses.token_loss.item(), losses.counts_ME.sum().item(), losses.entropy_M.sum().item()) == (0, 0, 0)
         assert losses.sequence_loss_B.tolist() == [0.0, 0.0]
+        if trained == 0:
+            assert losses.top_logit == -torch.inf
         assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
 
 

@@ -61,6 +61,11 @@ def test_sizes(world: int, words: dict[str, int], expected: tuple) -> None:
         ),
         (
             4,
+            {"context": -1},
+            "parallel.context=-1 must be at least 1 (or -1, for replicate or shard alone); use parallel.context=1",
+        ),
+        (
+            4,
             {"context": 0},
             "parallel.context=0 must be at least 1 (or -1, for replicate or shard alone); use parallel.context=1",
         ),

@@ -54,12 +54,12 @@ class Checkpoint:
 
     def is_complete(self) -> bool:
         """Whether COMPLETE exists and every listed file has its size; checksums are not compared."""
-        sums = self._listed_sums()
+        sums = self.listed_sums()
         return sums is not None and not self._wrong_size(sums)
 
     def size(self) -> int:
         """Bytes of all files that COMPLETE lists; 0 without COMPLETE."""
-        return sum(file_sum.bytes for file_sum in (self._listed_sums() or {}).values())
+        return sum(file_sum.bytes for file_sum in (self.listed_sums() or {}).values())
 
     def check_sizes(self, sums: dict[str, FileSum]) -> None:
         """Check, before COMPLETE is written, that every written file is in the folder with its size.
@@ -93,7 +93,7 @@ class Checkpoint:
             dist.all_gather_object(gathered, reason)
         return next(filter(None, gathered), "")
 
-    def _listed_sums(self) -> dict[str, FileSum] | None:
+    def listed_sums(self) -> dict[str, FileSum] | None:
         """What COMPLETE lists, by file name; None where it is missing, unreadable, or lists no .metadata."""
         try:
             files = json.loads((self.path / COMPLETE).read_bytes())["files"]
@@ -104,7 +104,7 @@ class Checkpoint:
 
     def _check_listing(self) -> tuple[dict[str, FileSum], str]:
         """(what COMPLETE lists, what is wrong with it or with a file's size)."""
-        sums = self._listed_sums()
+        sums = self.listed_sums()
         if sums is None:
             return {}, "its COMPLETE is missing or cannot be read"
         return sums, self._wrong_size(sums)

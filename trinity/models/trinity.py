@@ -206,15 +206,17 @@ class Trinity(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The results of norm and head, computed for the `trained` tokens with a target alone.
 
-        One token at least is computed: without any target the first, whose results are 0 as its target is ignored.
+        One token at least is computed: without any target the first, whose results are 0 as its target is ignored, and
+        its largest logit −∞ as without it.
         """
         targets_T = targets_BS.flatten()
         # static: the host does not wait for the number of tokens
         index_N = torch.nonzero_static(targets_T != IGNORE, size=max(trained, 1), fill_value=0).squeeze(1)
         x_1ND = self.norm(x_BSD.flatten(0, 1).index_select(0, index_N).unsqueeze(0))
         weights_N = None if weights_BS is None else weights_BS.flatten()[index_N]
-        token_loss, *per_token = self.head(x_1ND, targets_T[index_N], z, weights_N)
-        values = zip(per_token, (0.0, 0.0, -torch.inf))
+        targets_N = targets_T[index_N]
+        token_loss, ce_N, lse_N, top_N = self.head(x_1ND, targets_N, z, weights_N)
+        values = ((ce_N, 0.0), (lse_N, 0.0), (top_N.masked_fill(targets_N == IGNORE, -torch.inf), -torch.inf))
         return token_loss, *(x_N.new_full(targets_T.shape, empty).index_copy(0, index_N, x_N) for x_N, empty in values)
 
     def loss(

@@ -150,8 +150,8 @@ def mesh_words(
         context = parallel.context if parallel.context > 0 and shard % parallel.context == 0 else 1
     configured = {"context": parallel.context, "replicate": parallel.replicate, "shard": parallel.shard}
     target = {"context": context, "replicate": replicate, "shard": shard // context}
-    free = [name for name, value in configured.items() if value == -1]
-    changed = {name for name, value in configured.items() if value not in (-1, target[name])}
+    free = [name for name, value in configured.items() if value == -1 and name != "context"]
+    changed = {name for name, value in configured.items() if name not in free and value != target[name]}
     if len(free) == 2:  # only one may be -1
         changed.add("shard")
     words = [f"parallel.{name}={target[name]}" for name in configured if name in changed]
