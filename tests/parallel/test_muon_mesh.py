@@ -6,7 +6,6 @@ less than 1e3 a step, on weights of order 1: hence 1e-10.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -68,7 +67,6 @@ MESHES = {
 }
 
 
-@cache
 def meshes(mesh: Mesh) -> Ranks:
     sizes = Sizes(mesh.replicate, mesh.expert_shard * mesh.expert, mesh.expert, mesh.expert_shard, "")
     return join_meshes(sizes, torch.device("cpu"))
