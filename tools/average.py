@@ -3,7 +3,7 @@
 The weights of the checkpoints follow from the wished decay over their window (WSM): linear weighs all but the first and
 the last equally. Masters are averaged in fp32. Take checkpoints of the constant-rate phase.
 
-Example: python tools/average.py runs/smoke out/averaged --steps 200:400:50 --decay 1-sqrt
+Example: python tools/average.py runs/smoke out/averaged --steps 100:250 --decay 1-sqrt
 """
 
 import argparse

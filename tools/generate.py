@@ -126,10 +126,13 @@ class JsonPrinter:
 
 
 def printer_of(prompts: list[str], options: argparse.Namespace) -> TextPrinter | JsonPrinter:
-    """Prints as JSON, or as text after its prompt; in a chat without the prompt."""
+    """Prints as JSON, or as text after its prompt; in a chat after the user's turn, if several are given."""
     if options.json:
         return JsonPrinter(prompts)
-    return TextPrinter([""] * len(prompts) if options.chat else prompts)
+    if not options.chat:
+        return TextPrinter(prompts)
+    several = len(options.prompt or []) > 1 or options.prompts
+    return TextPrinter([f"> {prompt}\n" if several else "" for prompt in prompts])
 
 
 def converse(loaded: Loaded, settings: AnswerSettings, options: argparse.Namespace) -> None:

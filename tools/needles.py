@@ -2,9 +2,9 @@
 
 --scoring forced   one forward pass a question: is each token of the answer the likeliest?
 --scoring greedy   generate the answer, and search the value in it: slower, and also right after other words
-The table has score and standard error of each length and kind. Score, nats and score by depth go to OUT/needles.json,
-the heat map of length and depth to OUT/needles.html. Finished cells are kept: after an interruption the same command
-continues.
+The table has score and standard error of each length and kind, and the loss of an answer in nats, summed over its
+tokens (by chance ln V each, of 5 to 40). Score, nats and score by depth go to OUT/needles.json, the heat map of length
+and depth to OUT/needles.html. Finished cells are kept: after an interruption the same command continues.
 
 Example: python tools/needles.py runs/smoke --lengths 512,1024,2048 --kinds 1,2,3
          python tools/needles.py out/nano --lengths 4096,131072 --haystack books.jsonl --device cuda --dtype bfloat16
@@ -87,6 +87,7 @@ def main() -> None:
             write_json(out / "needles.json", results | {"cells": list(cells.values())})
     print(table([cells[key] for key in tasks], options.scoring))
     write_page(out / "needles.html", options, [cells[key] for key in sorted(cells)])
+    print(f"heat map  {out / 'needles.html'}\nresults   {out / 'needles.json'}")
 
 
 def ask(model: Trinity, task: NeedleTask, tokenizer: Path, options: argparse.Namespace, bar: Progress) -> list[Outcome]:
@@ -123,9 +124,9 @@ def questions(tasks: list[NeedleTask], count: int) -> Iterator[str]:
 
 
 def table(cells: list[dict[str, Any]], scoring: str) -> str:
-    """A line for each cell: kind, length, score with its standard error, and nats or RULER's score."""
+    """A line for each cell: kind, length, score with its standard error, and nats of an answer or RULER's score."""
     last = "nats" if scoring == "forced" else "substring"
-    rows = [("kind", "length", "score", "error", last)]
+    rows = [("kind", "length", "score", "error", "nats an answer" if last == "nats" else last)]
     rows += [
         (str(cell["kind"]), f"{cell['length']:,}", f"{cell['score']:.3f}", f"{cell['error']:.3f}", f"{cell[last]:.4g}")
         for cell in cells

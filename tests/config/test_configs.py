@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.planning.plan_configs import WITHOUT_INIT, plan_of
+from tests.planning.plan_configs import plan_of
 from trinity.config import ZOO, load_config, save_config
 from trinity.config.load import flatten
 from trinity.config.phases import resolved_phases
@@ -101,7 +101,7 @@ PRETRAINED = ("nano", "mini", "large")
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads(path: Path, tmp_path: Path) -> None:
     """It is the same after saving; its sources are folders under data/."""
-    config = load_config(path, WITHOUT_INIT)
+    config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert config.data.train
@@ -268,7 +268,7 @@ def test_fine_tuning(name: str) -> None:
     """It starts from a base model's weights alone, trains masked tokens of whole examples, and ends at a rate of 0."""
     path = CONFIGS / f"{name}.yaml"
     init = yaml.safe_load(path.read_text(encoding="utf-8"))["init"]
-    config = load_config(path, WITHOUT_INIT)
+    config = load_config(path)
     assert init["hf" if name == "sft" else "run"]
     assert config.init.keep == "weights"
     assert (config.data.loss, config.data.packing, config.data.document_mask) == ("masked", "best_fit", True)

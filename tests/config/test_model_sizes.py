@@ -10,6 +10,7 @@ import torch
 
 from trinity.config import ZOO, ModelConfig, load_config, save_config
 from trinity.config.hf_config import to_hf_config
+from trinity.config.paths import check_paths
 from trinity.errors import UserError
 
 Write = Callable[[str], Path]
@@ -45,6 +46,17 @@ def test_init_sets_the_sizes(write: Write, tmp_path: Path, key: str) -> None:
     )
     assert load_config(path, [f"init.{key}={nano}"]).model == ZOO["nano"]
     assert load_config(path, [f"init.{key}={small}", f"init.{key}=null"]).model == ZOO["mini"]
+
+
+@pytest.mark.parametrize("key", ["hf", "run"])
+def test_a_missing_folder(write: Write, tmp_path: Path, key: str) -> None:
+    """model.name stands in for it, to plan; the start of a run refuses it. Without model.name no size is known."""
+    words = [f"init.{key}={tmp_path / 'none'}"]
+    config = load_config(write("run: {steps: 1}\nmodel: {name: mini, layers: 9}\n"), words)
+    assert config.model == replace(ZOO["mini"], layers=9)
+    for refused in (lambda: check_paths(config, fresh=True), lambda: load_config(write("run: {steps: 1}\n"), words)):
+        with pytest.raises(UserError, match=rf"init\.{key}=.*none does not exist"):
+            refused()
 
 
 def test_another_size_is_refused_naming_both(write: Write, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Merged vocabularies: rows by token, filled as the recipe says; tokenizers that transformers reads; chat templates."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 
 from tests.interop.small_model import CONFIG
 from tests.merging.conftest import TEXT, edit_json, recipe, tensors_of
+from trinity.data.chat.tokenizer import make_chat_tokenizer
 from trinity.data.tokenizer.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from trinity.interop import load_hf
 from trinity.merging import merge
+from trinity.merging.plan import make_plan
+from trinity.merging.recipe import read_recipe
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHAT = "<|im_start|>"
@@ -148,3 +152,22 @@ def test_chatml_renders(family: Path) -> None:
         messages, tokenize=False, add_generation_prompt=True
     )
     assert text == "<|im_start|>user\nrain?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_merged_chat_ends_its_turns(family: Path) -> None:
+    """The tokenizer is the base's, the template the chat model's: its end of turn ends a text in transformers too."""
+    chat = make_chat_tokenizer(family / "b", family / "chat", places="last") and family / "chat"
+    for path in chat.iterdir():
+        shutil.copy(path, family / "b")
+    before = json.loads((family / "a" / "generation_config.json").read_text())
+    content = recipe("linear", tokenizer={"source": "union"})
+    (note,) = [note for note in make_plan(read_recipe(content)).notes if "chat template" in note]
+    assert note == "b has a chat template and the merged model has none; to keep it, write chat_template: b"
+    content |= {"chat_template": "b"}
+    assert not [note for note in make_plan(read_recipe(content)).notes if "chat template" in note]
+    merge(content, family / "out")
+    end = ids(family / "out")["<|im_end|>"]
+    assert end != ids(family / "b")["<|im_end|>"], "the union gives it another id"
+    named = before["eos_token_id"] if isinstance(before["eos_token_id"], list) else [before["eos_token_id"]]
+    after = json.loads((family / "out" / "generation_config.json").read_text())
+    assert after == before | {"eos_token_id": [end, *named]}

@@ -8,8 +8,6 @@ from trinity.config.run import RunConfig
 from trinity.planning.plan import Plan, make_plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-WITHOUT_INIT = ["init.hf=null", "init.run=null"]
-"""The configs of fine-tuning name a base model, which is not here; their model.name has its sizes."""
 
 SMALL = {
     "model": {
@@ -41,4 +39,4 @@ def reload(config: RunConfig, *words: str) -> RunConfig:
 @cache
 def plan_of(name: str, gpus: int, gpu: str) -> Plan:
     """The plan of configs/NAME.yaml, made once for all tests: those of the large models take seconds."""
-    return make_plan(load_config(CONFIGS / f"{name}.yaml", WITHOUT_INIT), gpus, gpu)
+    return make_plan(load_config(CONFIGS / f"{name}.yaml"), gpus, gpu)

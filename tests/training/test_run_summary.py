@@ -69,3 +69,11 @@ def test_the_next_commands_work_as_printed(
     monkeypatch.chdir(path)
     report = shlex.split(*next_commands(config, path, 8))
     assert report[1:] == [str(ROOT / "tools" / "report.py"), str(path)]
+
+
+def test_a_run_with_a_chat_template_is_chatted_with(finished: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, path = finished
+    tokenizer = shutil.copytree(config.data.tokenizer, tmp_path / "tokenizer")
+    (tokenizer / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    config.data.tokenizer = str(tokenizer)
+    assert shlex.split(next_commands(config, path, 8)[0])[1:] == ["tools/generate.py", str(path), "--chat"]

@@ -1,7 +1,9 @@
 """Where a model's sizes come from: the zoo (model.name), a Hugging Face folder (init.hf) or another run (init.run).
 
 init.hf and init.run win over model.name. A size that the config also gives must equal the one of the folder or run. If
-the config gives every size, as a saved config does, neither the folder nor the run is read.
+the config gives every size, as a saved config does, neither the folder nor the run is read. Where it is missing,
+model.name stands in for it, so that a config can be planned before its initial weights are there; the start of a run
+refuses the missing folder (trinity.config.paths.check_paths).
 """
 
 from collections.abc import Iterator
@@ -33,6 +35,8 @@ def initial_model(sources: Sources) -> ModelConfig:
         return ZOO[name]
     key, folder = origin
     sizes = _sizes(key, folder, sources)
+    if sizes is None:
+        return ZOO[name]
     for field in architecture(sizes):
         if field in given and _differs(given[field][0], getattr(sizes, field)):
             value, where = given[field]
@@ -76,10 +80,11 @@ def _init_origin(sources: Sources) -> tuple[str, Path] | None:
     return key, Path(expand_user(folder, key))
 
 
-def _sizes(key: str, folder: Path, sources: Sources) -> ModelConfig:
+def _sizes(key: str, folder: Path, sources: Sources) -> ModelConfig | None:
+    """The sizes of a folder or run; None if it is missing and a source gives model.name."""
     if not folder.is_dir():
         saved = _sizes_of_own_run(sources)
-        if saved is None:
+        if saved is None and not any(OmegaConf.select(raw, "model.name") for _, raw in sources):
             raise UserError(f"{key}={missing_path_hint(folder)}")
         return saved
     return read_hf_config(folder) if key == "init.hf" else _sizes_of_run(folder)

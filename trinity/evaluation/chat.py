@@ -49,7 +49,8 @@ class ChatTemplate:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: transformers cannot read the tokenizer ({error})") from None
         if not self._tokenizer.chat_template:
-            raise UserError(f"{folder} has no chat template; put a chat_template.jinja into it, or leave --chat out")
+            advice = "fine-tune the model to chat (docs/fine_tune.md), or leave --chat out"
+            raise UserError(f"{folder} has no chat template; {advice}")
         self._folder, self.tokenizer = folder, load_tokenizer(folder)
 
     def token_ids(self, messages: list[Message]) -> list[int]:

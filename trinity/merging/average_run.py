@@ -105,7 +105,9 @@ def choose_steps(run: Path, steps: str | Sequence[int]) -> list[int]:
     wanted = _parsed(steps, there) if isinstance(steps, str) else sorted(set(steps))
     missing = [step for step in wanted if step not in there]
     if missing:
-        raise UserError(f"{run} has no complete checkpoint of step {missing[0]}; it has {there}")
+        raise UserError(
+            f"{run} has no complete checkpoint of step {missing[0]}; it has {there}, of which A:B takes those between"
+        )
     if len(wanted) < 2:
         raise UserError(f"steps={steps} selects {len(wanted)} of {run}'s checkpoints {there}; select at least two")
     return wanted

@@ -5,6 +5,7 @@ from typing import Any
 
 from trinity.config.hf_config import GLOBAL, LOCAL
 from trinity.interop.output_folder import write_hf_json
+from trinity.interop.tokenizer_files import SpecialIds, generation_config, special_ids
 from trinity.io.json_files import read_json
 from trinity.io.local import copy_atomically, write_atomically
 from trinity.merging.plan import Plan
@@ -25,11 +26,11 @@ def write_companions(plan: Plan, folder: Path) -> None:
     """
     template = chat_template(plan.recipe.chat_template, plan.sources.values(), plan.vocabulary.donor)
     write_hf_json(folder / "config.json", merged_config(plan))
-    _write_generation_config(plan, folder)
     if plan.donor.files is not None:
         for path in sorted(plan.donor.files.glob("*.py")):
             copy_atomically(path, folder / path.name)
     _write_tokenizer(plan, folder, template)
+    _write_generation_config(plan, folder)
     write_atomically(folder / RECIPE, plan.recipe.text)
 
 
@@ -51,7 +52,15 @@ def merged_config(plan: Plan) -> dict[str, Any]:
 
 
 def _write_generation_config(plan: Plan, folder: Path) -> None:
+    """The donor's, with the end of turn of the merged chat template among the tokens that end a text."""
     content = plan.vocabulary.donor.generation_config
+    ids = special_ids(folder, plan.vocabulary.size) if plan.vocabulary.donor.tokenizer is not None else SpecialIds()
+    named = (content or {}).get("eos_token_id")
+    known = named if isinstance(named, list) else [named]
+    if ids.turn_end is not None and ids.turn_end not in known:
+        content = generation_config(ids) if content is None else content | {
+            "eos_token_id": [ids.turn_end, *(token for token in known if token is not None)]
+        }  # fmt: skip
     if content is not None:
         write_hf_json(folder / "generation_config.json", content)
 

@@ -25,7 +25,7 @@ from trinity.merging.parameters import Scope, value_at
 from trinity.merging.recipe import Recipe, Rule, Slice, SliceSource, rule_for
 from trinity.merging.sources import Source
 from trinity.merging.tensors import EMBED, HEAD, NORM, Described, layer_name, layer_tensors
-from trinity.merging.vocabulary import Vocabulary, chat_template, plan_vocabulary
+from trinity.merging.vocabulary import Vocabulary, plan_vocabulary, template_notes
 
 
 class Part(NamedTuple):
@@ -169,7 +169,7 @@ def make_plan(recipe: Recipe) -> Plan:
     donor = base or sources[first]
     notes = check_architectures(recipe, list(sources.values()))
     vocabulary = plan_vocabulary(recipe.tokenizer, sources, donor, base)
-    chat_template(recipe.chat_template, sources.values(), vocabulary.donor)  # refuses an unknown one
+    notes += template_notes(recipe.chat_template, sources.values(), vocabulary.donor)
     slices = recipe.slices if recipe.has_layers else [_all_layers(recipe.slices[0], donor)]
     dense, is_global = check_slices(slices, sources)
     if is_global != [donor.config.is_global(layer) for layer in range(len(is_global))]:

@@ -154,7 +154,8 @@ def _check_same(sources: list[Source]) -> list[str]:
             token = min(each for each in ids.keys() | other_ids.keys() if ids.get(each) != other_ids.get(each))
             raise UserError(
                 f"the tokenizers of {first.label} and {other.label} differ: the token {token!r} has id "
-                f"{ids.get(token, 'none')} and {other_ids.get(token, 'none')}; write tokenizer: {{source: union}}"
+                f"{ids.get(token, 'none')} and {other_ids.get(token, 'none')}; write tokenizer: {{source: union}}, or "
+                f"{{source: {other.label}}} to keep that one's"
             )
         notes.append(f"the tokenizers of {first.label} and {other.label} have the same tokens, but differ otherwise")
     return notes
@@ -298,6 +299,18 @@ def chat_template(recipe: str | None, sources: Iterable[Source], donor: Source) 
     if "{%" in recipe or "{{" in recipe:
         return recipe
     raise UserError(f"chat_template is {recipe!r}; write auto, chatml, a model of the recipe, or a Jinja template")
+
+
+def template_notes(recipe: str | None, sources: Iterable[Source], donor: Source) -> list[str]:
+    """A remark if a model has a chat template and the merged model will have none."""
+    sources = list(sources)
+    if chat_template(recipe, sources, donor) is not None:
+        return []
+    having = [source.label for source in sources if _template(source)]
+    return [
+        f"{label} has a chat template and the merged model has none; to keep it, write chat_template: {label}"
+        for label in having[:1]
+    ]
 
 
 CHATML = (

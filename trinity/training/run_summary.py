@@ -12,6 +12,7 @@ import torch
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.config.paths import tokenizer_folder
 from trinity.config.run import RunConfig
+from trinity.data.chat.template import template_hash
 from trinity.data.stream.batch_schedule import BatchPlan
 from trinity.data.stream.stream import SequenceStream
 from trinity.io.remote_path import AnyPath
@@ -106,7 +107,10 @@ def next_commands(config: RunConfig, path: Path, step: int) -> list[str]:
     if not TOOLS.is_dir():
         return []
     commands = []
-    if tokenizer_folder(config) is not None:
+    tokenizer = tokenizer_folder(config)
+    if tokenizer is not None and template_hash(tokenizer) is not None:
+        commands.append(_command("generate.py", path, "--chat"))
+    elif tokenizer is not None:
         prompt = next(filter(None, config.evaluation.prompts), "Once")
         commands.append(_command("generate.py", path, "--prompt", prompt))
     export = path / "hf" / CheckpointDirectory.at(path).path_of(step).name
