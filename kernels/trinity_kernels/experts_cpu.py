@@ -67,7 +67,7 @@ def forward_few_rows(
     y_RD = _product_of_each(F.silu(gate_RF).mul_(up_RF).to(x_TD.dtype), w2_EDF, rows_of)
     score_R1 = wide(s_TK).flatten()[order_R].unsqueeze(1)
     out_TD = torch.zeros_like(x_TD, dtype=score_R1.dtype) if plus_TD is None else plus_TD.to(score_R1.dtype, copy=True)
-    return out_TD.index_add_(0, token_R, wide(y_RD).mul_(score_R1)).to(x_TD.dtype)
+    return _add_rows_of_each(out_TD, wide(y_RD).mul_(score_R1), token_R.tolist()).to(x_TD.dtype)
 
 
 def forward_one_token(
@@ -80,6 +80,19 @@ def forward_one_token(
     act_KF = F.silu(gate_KF).mul_(up_KF)
     y_KD = torch.cat([F.linear(act_1F, down_EDF[expert]) for act_1F, expert in zip(act_KF.split(1), experts)])
     return torch.addmm(plus_TD, s_1K, y_KD)
+
+
+def _add_rows_of_each(out_TD: Tensor, y_RD: Tensor, token_of: list[int]) -> Tensor:
+    """Add each token's rows to its sum, in their order: as index_add_, which takes longer to start its threads."""
+    rows_of: list[list[int]] = [[] for _ in range(len(out_TD))]
+    for row, token in enumerate(token_of):
+        rows_of[token].append(row)
+    most, none = max(map(len, rows_of)), len(y_RD)
+    index_TN = [[*rows, *[none] * (most - len(rows))] for rows in rows_of]
+    padded_RD = torch.cat((y_RD, y_RD.new_zeros(1, y_RD.shape[1]))) if any(none in rows for rows in index_TN) else y_RD
+    for rows_TD in padded_RD[torch.tensor(index_TN, device=y_RD.device).t()]:
+        out_TD += rows_TD
+    return out_TD
 
 
 def _product_of_each(rows_RI: Tensor, weight_EOI: Tensor, rows_of: dict[int, int]) -> Tensor:
