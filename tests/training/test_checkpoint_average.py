@@ -61,7 +61,7 @@ def test_the_average_is_that_of_tools_average(averaged: Path, settings: dict, tm
 
 
 def test_the_average_in_float64(averaged: Path, settings: dict) -> None:
-    """Σ c_i θ_i with c = differences of 1 - √x at 0, 1/3, 2/3, 1; fp32 sums of three terms round the weights by 1e-7."""
+    """Σ c_i θ_i, c the differences of 1 - √x at 0, 1/3, 2/3, 1; sums in fp32 change each weight by about 1e-7 of it."""
     scale = [1 - (x / 3) ** 0.5 for x in range(4)]
     model, _, _ = load_model(averaged, 8)
     for name, tensor in model_state(model).items():
@@ -125,8 +125,8 @@ def test_no_average_without_the_whole_window(settings: dict, capsys: pytest.Capt
     assert metrics(run)[8]["validation_loss.held_out"] > 0
 
 
-def test_a_rollback_drops_later_checkpoints(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spike at step 7 goes back to step 6; the averages are of the steps that count, made again from their files."""
+def test_a_rollback(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spike at step 7 goes back to step 6; the average of step 8 is that of the checkpoints that count."""
     from trinity.training import trainer
 
     step, spiked = trainer.Trainer.one_step, []

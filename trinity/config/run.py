@@ -369,7 +369,7 @@ class AverageConfig:
     """Optimizer steps between the checkpoints that are averaged: a multiple of checkpoint.every. Default: no
     average."""
     window: int = 8
-    """Number of checkpoints that are averaged, the newest ones. They are kept besides those of checkpoint.keep. There
+    """Number of checkpoints that are averaged, the newest ones; they stay on disk whatever checkpoint.keep says. There
     is no average until the run has all of them."""
     decay: Literal["linear", "1-sqrt", "cosine", "equal"] = "linear"
     """Decay of the learning rate over the window that the weights of the checkpoints stand for. linear and equal: the

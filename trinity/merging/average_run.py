@@ -1,7 +1,8 @@
-"""Average the checkpoints of one run, with weights that stand for a decay of the learning rate (optim/decay_weights.py).
+"""Average the checkpoints of one run, with weights that stand for a decay of the learning rate.
 
-Masters are averaged in fp32, and expert_bias with them; the momentum of the balancing rule is not in the folder. A run
-can evaluate the same average while it trains (checkpoint.average, training/checkpoint_average.py).
+The weights are those of trinity.optim.decay_weights. Masters are averaged in fp32, and expert_bias with them; the
+momentum of the balancing rule is not in the folder. A run with checkpoint.average evaluates the same average while it
+trains (trinity.training.checkpoint_average).
 """
 
 import re

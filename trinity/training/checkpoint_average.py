@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from trinity.checkpoint.directory import CheckpointDirectory, Note, averaged_steps
 from trinity.checkpoint.load import load, model_state
