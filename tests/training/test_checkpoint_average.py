@@ -63,9 +63,10 @@ def test_the_average_in_float64(averaged: Path, settings: dict) -> None:
     """Σ c_i θ_i, c the differences of 1 - √x at 0, 1/3, 2/3, 1; sums in fp32 change each weight by about 1e-7 of it."""
     scale = [1 - (x / 3) ** 0.5 for x in range(4)]
     model, _, _ = load_model(averaged, 8)
+    saved = [state(averaged, step) for step in (4, 6, 8)]
     for name, tensor in model_state(model).items():
         if not name.endswith("momentum"):
-            parts = [state(averaged, step)[name].double() for step in (4, 6, 8)]
+            parts = [tensors[name].double() for tensors in saved]
             tensor.copy_(sum((scale[i] - scale[i + 1]) * part for i, part in enumerate(parts)))
     assert loss_of(model, settings) == pytest.approx(by_step(averaged)[8], rel=1e-6)
     plain = by_step(averaged, "validation_loss.held_out")[8]

@@ -158,9 +158,8 @@ class CheckpointDirectory:
         """Delete the checkpoints that the retention policy no longer keeps, now that `step` is complete.
 
         Kept are the newest `keep` complete checkpoints up to `step`, every multiple of `keep_every` (0: none), and
-        those of the steps `averaged`.
-        Checkpoints of later steps stay and do not count: a rollback left them, or they were found damaged. The remains
-        of interrupted saves and deletions before `step` are deleted too.
+        those of the steps `averaged`. Checkpoints of later steps stay and do not count: a rollback left them, or they
+        were found damaged. The remains of interrupted saves and deletions before `step` are deleted too.
         """
         steps = [complete for complete in self.complete_steps() if complete <= step]
         for old in steps[:-keep]:
