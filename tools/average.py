@@ -15,7 +15,8 @@ import torch
 
 from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
-from trinity.merging.average_run import DECAYS, average, choose_steps, decay_weights
+from trinity.merging.average_run import average, choose_steps
+from trinity.optim.decay_weights import DECAYS, decay_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

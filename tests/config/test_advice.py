@@ -32,6 +32,8 @@ def refusal(config: str, words: list[str]) -> str:
         (["compile=block", "recompute=block"], ["compile=none", "recompute=none"]),
         (["precision.compute=float64", "optim.muon.dtype=bfloat16"], ["optim.muon.dtype=float64"]),
         (["precision.compute=float32", "precision.fp8=torchao"], ["precision.compute=bfloat16", "precision.fp8=none"]),
+        (["checkpoint.average={every: 30, window: 2}", "checkpoint.every=20"], ["checkpoint.average.every=40"]),
+        (["checkpoint.average={every: 30, window: 2}", "checkpoint.every=0"], ["checkpoint.every=30"]),
     ],
 )
 def test_named_settings(words: list[str], advised: list[str]) -> None:
@@ -51,6 +53,9 @@ def test_bounds(key: str) -> None:
     least, most = BOUNDS[key]
     for beyond, bound in ((least - 1, least), *([(most + 1, most)] if most is not None else [])):
         config = RunConfig(run=RunSection(tokens=5) if key == "run.tokens" else RunSection(steps=1))
+        if key == "checkpoint.average.every":  # an average needs evaluations, and a run as long as its window
+            config.run.steps, config.checkpoint.every, config.evaluation.every = 8, 1, 1
+            config.data.validation = {"a": "x"}
         *sections, name = key.split(".")
         setattr(reduce(getattr, sections, config), name, beyond)
         with pytest.raises(UserError) as refused:

@@ -18,6 +18,7 @@ def test_fields_of_metrics(settings: dict) -> None:
     described = {name: "*measured*" in meaning for names, meaning in rows for name in re.findall(r"`([^`]+)`", names)}
     words = ["log.probe_every=2", "log.norms_every=2", "checkpoint.asynchronous=false", "evaluation.by_position=true"]
     words += ["evaluation.needles={lengths: [640], kinds: [1, 2, 3], samples: 1}"]
+    words += ["checkpoint.average={every: 3, window: 2}"]
     assert train(settings, *words) == 0
     lines = (Path(settings["run"]["dir"]) / "metrics.jsonl").read_text().splitlines()
     written = {_general(name) for line in lines for name in json.loads(line)}

@@ -18,8 +18,9 @@ from trinity.config.load import save_config
 from trinity.config.run import DataConfig, RunConfig, RunSection
 from trinity.interop import export_hf, load_hf
 from trinity.merging import average, merge
-from trinity.merging.average_run import DECAYS, choose_steps, decay_weights
+from trinity.merging.average_run import choose_steps
 from trinity.merging.open_source import open_source
+from trinity.optim.decay_weights import DECAYS, decay_weights
 
 STEPS = (2, 4, 6, 8)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -10,7 +10,11 @@ LAYERS, EXPERTS, STEPS = 3, 4, 12
 DENSE = 1
 """Layers of the smoke model before the first MoE layer."""
 CHARTS = {
-    "Loss": {"training": "loss", "validation held_out": "validation_loss.held_out"},
+    "Loss": {
+        "training": "loss",
+        "validation held_out": "validation_loss.held_out",
+        "average held_out": "validation_loss_average.held_out",
+    },
     "Validation by bytes": {"held_out": "validation_bits_per_byte.held_out"},
     "Validation by context": {
         "1.held_out": "validation_loss_at.1.held_out",

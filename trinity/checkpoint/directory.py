@@ -8,7 +8,7 @@ A checkpoint is complete if COMPLETE exists and every file has the size listed t
 and damaged if it has a COMPLETE that its files contradict.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trinity.checkpoint.checkpoint import COMPLETE, METADATA, Checkpoint
+from trinity.config.run import AverageConfig
 from trinity.errors import UserError
 from trinity.io.remote_path import AnyPath, any_path
 from trinity.parallel.collectives import run_on_rank0
@@ -153,21 +154,29 @@ class CheckpointDirectory:
             raise UserError(f"{self} has no complete checkpoint of step {step}; it has {steps}")
         return step
 
-    def retain(self, step: int, keep: int, keep_every: int) -> None:
+    def retain(self, step: int, keep: int, keep_every: int, averaged: Collection[int] = ()) -> None:
         """Delete the checkpoints that the retention policy no longer keeps, now that `step` is complete.
 
-        Kept are the newest `keep` complete checkpoints up to `step`, and every multiple of `keep_every` (0: none).
-        Checkpoints of later steps stay and do not count: a rollback left them, or they were found damaged. The remains
-        of interrupted saves and deletions before `step` are deleted too.
+        Kept are the newest `keep` complete checkpoints up to `step`, every multiple of `keep_every` (0: none), and
+        those of the steps `averaged`. Checkpoints of later steps stay and do not count: a rollback left them, or they
+        were found damaged. The remains of interrupted saves and deletions before `step` are deleted too.
         """
         steps = [complete for complete in self.complete_steps() if complete <= step]
         for old in steps[:-keep]:
-            if not keep_every or old % keep_every:
+            if old not in averaged and (not keep_every or old % keep_every):
                 self.checkpoint(old).remove()
         for other in self._steps():
             path = self.path_of(other)
             if other < step and not (path / COMPLETE).exists() and not (path / METADATA).exists():
                 self.checkpoint(other).remove()
+
+
+def averaged_steps(average: AverageConfig, step: int) -> list[int]:
+    """The steps whose checkpoints a run averages after `step` steps, ascending; fewer than the window at first."""
+    if average.every is None:
+        return []
+    newest = step // average.every
+    return [count * average.every for count in range(max(newest - average.window, 0) + 1, newest + 1)]
 
 
 def _note_on_rank0(note: Note, step: int, message: str) -> None:

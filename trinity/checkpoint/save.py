@@ -16,7 +16,7 @@ because memory that has been used before is filled several times faster than new
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from trinity.checkpoint.checkpoint import METADATA
-from trinity.checkpoint.directory import CheckpointDirectory, Note, warn
+from trinity.checkpoint.directory import CheckpointDirectory, Note, averaged_steps, warn
 from trinity.checkpoint.file_systems import LocalFileSystem, RemoteFileSystem
 from trinity.config.run import CheckpointConfig
 from trinity.errors import USER_MISTAKE, Failure, UserError, explain
@@ -117,6 +117,15 @@ class Saver:
         if failure is not None:
             raise failure
 
+    def idle_buffers(self) -> State:
+        """The host copy of the last save, for another use until the next one; empty with synchronous saves.
+
+        Raises:
+            Failure, UserError: the save in flight failed.
+        """
+        self.wait()
+        return self._host_copy
+
     def close(self) -> None:
         """Wait for the save in flight, and destroy the process group. `note` gets a failed save; nothing is raised."""
         try:
@@ -132,7 +141,8 @@ class Saver:
     def _save_in_thread(self, state: State, step: int) -> None:
         began = time.perf_counter()
         try:
-            save(state, self._checkpoints, step, self._settings.keep, self._settings.keep_every, self._group)
+            averaged = averaged_steps(self._settings.average, step)
+            save(state, self._checkpoints, step, self._settings.keep, self._settings.keep_every, self._group, averaged)
         except BaseException as error:
             self._failure = error
             return
@@ -173,14 +183,15 @@ def copy_to_host(state: State, buffers: State) -> State:
         buffer = buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        _local_shard(buffer).copy_(_local_shard(tensor), non_blocking=True)
+        local_shard(buffer).copy_(local_shard(tensor), non_blocking=True)
         copy[name] = buffer
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return copy
 
 
-def _local_shard(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds: all of it, but for a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -191,6 +202,7 @@ def save(
     keep: int,
     keep_every: int = 0,
     group: dist.ProcessGroup | None = None,
+    averaged: Collection[int] = (),
 ) -> AnyPath:
     """Write a checkpoint and wait for it, then delete those that the retention policy no longer keeps.
 
@@ -200,14 +212,14 @@ def save(
         state: tensors and DTensors by name.
         checkpoints: the run's checkpoint directory.
         step: the steps made so far.
-        keep, keep_every: see CheckpointDirectory.retain.
+        keep, keep_every, averaged: see CheckpointDirectory.retain.
         group: process group for the collectives; None: the default one.
     Returns:
         The checkpoint's folder.
     Raises:
         Failure, UserError: a rank could not write: the same sentence on all ranks. The older checkpoints are unchanged.
     """
-    writer = Writer(checkpoints, step, keep, keep_every)
+    writer = Writer(checkpoints, step, keep, keep_every, averaged)
     try:
         dcp.save(state, storage_writer=writer, process_group=group)
     except dcp.CheckpointException as error:
@@ -236,8 +248,16 @@ class Writer(dcp.FileSystemWriter):
     The library calls the methods in this order.
     """
 
-    def __init__(self, checkpoints: CheckpointDirectory, step: int, keep: int, keep_every: int) -> None:
-        self._checkpoints, self.step, self._keep, self._keep_every = checkpoints, step, keep, keep_every
+    def __init__(
+        self,
+        checkpoints: CheckpointDirectory,
+        step: int,
+        keep: int,
+        keep_every: int,
+        averaged: Collection[int] = (),
+    ) -> None:
+        self._checkpoints, self.step = checkpoints, step
+        self._keep, self._keep_every, self._averaged = keep, keep_every, averaged
         self._checkpoint = checkpoints.checkpoint(step)
         folder = self._checkpoint.path
         super().__init__(str(folder), single_file_per_rank=True, sync_files=isinstance(folder, Path))
@@ -286,4 +306,4 @@ class Writer(dcp.FileSystemWriter):
         if self._remote:
             self._checkpoint.check_sizes(sums)
         self._checkpoint.mark_complete(sums)
-        self._checkpoints.retain(self.step, self._keep, self._keep_every)
+        self._checkpoints.retain(self.step, self._keep, self._keep_every, self._averaged)

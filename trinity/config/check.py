@@ -45,6 +45,8 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
     "checkpoint.every": (0, None),
     "checkpoint.keep": (1, None),
     "checkpoint.keep_every": (0, None),
+    "checkpoint.average.every": (1, None),
+    "checkpoint.average.window": (2, 1024),
     "export.every": (0, None),
     "evaluation.every": (0, None),
     "evaluation.sequences": (1, None),
@@ -85,6 +87,7 @@ def check_run(config: RunConfig) -> None:
     _check_data(config)
     _check_prompts(config)
     _check_needles(config)
+    _check_average(config)
     _check_profile(config)
     if config.init.hf and config.init.run:
         raise UserError("init.hf and init.run are both given; keep the one the run should start from")
@@ -284,6 +287,37 @@ def _check_needles(config: RunConfig) -> None:
             "evaluation.needles of kind 1 are hidden in the text of a set of data.validation, which has none; add one, "
             "or set evaluation.needles.kinds=[2,3]"
         )
+
+
+def _check_average(config: RunConfig) -> None:
+    average, saved = config.checkpoint.average, config.checkpoint.every
+    if average.every is None:
+        return
+    if not saved or average.every % saved:
+        raise UserError(
+            f"checkpoint.average.every={average.every} is not a multiple of checkpoint.every={saved}, and the average "
+            f"is made of checkpoints; use {_multiple(average.every, saved)}"
+        )
+    if not config.evaluation.every or not config.data.validation:
+        lacking = "data.validation is empty" if config.evaluation.every else "evaluation.every=0"
+        raise UserError(
+            f"checkpoint.average is for evaluations on data.validation, and {lacking}; set it, or leave "
+            "checkpoint.average.every out"
+        )
+    first = average.every * average.window
+    if config.run.steps is not None and first > config.run.steps:
+        raise UserError(
+            f"checkpoint.average.every={average.every} × window={average.window} is step {first}, before which there "
+            f"is no average, and the run ends at run.steps={config.run.steps}; lower checkpoint.average.every or "
+            "checkpoint.average.window"
+        )
+
+
+def _multiple(every: int, saved: int) -> str:
+    """The setting that makes checkpoint.average.every a multiple of checkpoint.every."""
+    if not saved:
+        return f"checkpoint.every={every}"
+    return f"checkpoint.average.every={math.ceil(every / saved) * saved}"
 
 
 def _check_profile(config: RunConfig) -> None:

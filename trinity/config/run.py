@@ -360,6 +360,23 @@ class PrecisionConfig:
 
 
 @dataclass
+class AverageConfig:
+    """The average of the run's last checkpoints, which predicts what a decay of the learning rate would give. Each
+    evaluation evaluates it too (validation_loss_average.SET); training does not change.
+    """
+
+    every: int | None = None
+    """Optimizer steps between the checkpoints that are averaged: a multiple of checkpoint.every. Default: no
+    average."""
+    window: int = 8
+    """Number of checkpoints that are averaged, the newest ones; they stay on disk whatever checkpoint.keep says. There
+    is no average until the run has all of them."""
+    decay: Literal["linear", "1-sqrt", "cosine", "equal"] = "linear"
+    """Decay of the learning rate over the window that the weights of the checkpoints stand for. linear and equal: the
+    plain mean."""
+
+
+@dataclass
 class CheckpointConfig:
     """Checkpoints: the complete state of the run."""
 
@@ -374,6 +391,8 @@ class CheckpointConfig:
     url: str | None = None
     """Folder or fsspec URL, such as s3://bucket/run, for the checkpoints of this run only. Default: checkpoints/ in the
     run directory."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """The average of the last checkpoints."""
 
 
 @dataclass

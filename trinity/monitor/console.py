@@ -34,7 +34,8 @@ class Console:
 
     def write(self, record: dict[str, Any]) -> None:
         """Print a line if one is due, and update the bar."""
-        step, validation = record["step"], prefixed(record, "validation_loss.")
+        step = record["step"]
+        validation = [*prefixed(record, "validation_loss."), *prefixed(record, "validation_loss_average.")]
         head = f"step {step}/{self._total}"
         if "loss" not in record:  # the validation of a continued model before its first step
             say("  ".join([head, *validation]))

@@ -68,8 +68,9 @@ class RenderedChart(NamedTuple):
 
 LOSS = [
     Chart(
-        "Loss", "nats per token", {"loss": "training", "validation_loss.": "validation "}, smoothed="loss",
-        marks=("resume", "rollback", "spike", "skipped"), unigram=True,
+        "Loss", "nats per token",
+        {"loss": "training", "validation_loss.": "validation ", "validation_loss_average.": "average "},
+        smoothed="loss", marks=("resume", "rollback", "spike", "skipped"), unigram=True,
     ),
     Chart("Validation by bytes", "bits per byte", {"validation_bits_per_byte.": ""}),
     Chart("Validation by context", "nats per token, by tokens of context and set", {"validation_loss_at.": ""}),

@@ -186,6 +186,8 @@ def _summary_of(run: RunLog) -> dict[str, str]:
     for name in metrics.names("validation_loss."):
         values[f"validation {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
         values[f"validation {name.partition('.')[2]}, lowest"] = _lowest(run, name)
+    for name in metrics.names("validation_loss_average."):
+        values[f"average {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
     for name in metrics.names("validation_bits_per_byte."):
         values[f"bits per byte {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
     seconds = wall_seconds(run)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trinity.config.run import RunConfig
+from trinity.data.sources.source import Source
 from trinity.data.stream.validation import validation_sequences
 from trinity.evaluation.needle_run import Needles
 from trinity.evaluation.needle_run import metrics as needle_metrics
@@ -63,37 +64,46 @@ class Evaluator:
 
     def validate(self, model: Trinity) -> dict[str, float]:
         """Losses of every validation set, and the scores of needles, under their names in metrics.jsonl."""
-        config = self._config
         metrics: dict[str, float] = {}
         for name, source in self._data.validation.items():
-            rows = validation_sequences(
-                source,
-                config.data.sequence_length,
-                config.evaluation.sequences,
-                config.data.loss_on_document_start,
-                rank=self._ranks.data_rank,
-                ranks=self._ranks.data_ranks,
-                best_fit_rows=config.data.best_fit_rows if config.data.packing == "best_fit" else 0,
-                masked=config.data.loss == "masked",
-            )
-            losses = evaluate(
-                model,
-                rows,
-                config.batch.microbatch,
-                config.data.document_mask,
-                self._data.byte_lengths_V,
-                self._ranks.device,
-                self._beat,
-                masked=config.data.loss == "masked",
-                end_of_turn=self._end_of_turn,
-                context=self._ranks.context,
-                by_position=config.evaluation.by_position,
-            )
+            losses = self._losses(model, source, self._config.evaluation.by_position)
             metrics |= {f"validation_{metric}.{name}": value for metric, value in losses.items()}
         if self._needles is not None:
             self._needle_lines = self._needles(model, self._ranks.device, self._beat)
             metrics |= needle_metrics(self._needle_lines)
         return metrics
+
+    def validate_average(self, model: Trinity) -> dict[str, float]:
+        """Losses of every validation set for a model that holds an average (checkpoint_average.py)."""
+        losses = {name: self._losses(model, source) for name, source in self._data.validation.items()}
+        return {f"validation_loss_average.{name}": values["loss"] for name, values in losses.items()}
+
+    def _losses(self, model: Trinity, source: Source, by_position: bool = False) -> dict[str, float]:
+        """What `evaluate` measures on one validation set."""
+        config = self._config
+        rows = validation_sequences(
+            source,
+            config.data.sequence_length,
+            config.evaluation.sequences,
+            config.data.loss_on_document_start,
+            rank=self._ranks.data_rank,
+            ranks=self._ranks.data_ranks,
+            best_fit_rows=config.data.best_fit_rows if config.data.packing == "best_fit" else 0,
+            masked=config.data.loss == "masked",
+        )
+        return evaluate(
+            model,
+            rows,
+            config.batch.microbatch,
+            config.data.document_mask,
+            self._data.byte_lengths_V,
+            self._ranks.device,
+            self._beat,
+            masked=config.data.loss == "masked",
+            end_of_turn=self._end_of_turn,
+            context=self._ranks.context,
+            by_position=by_position,
+        )
 
     def write_samples(self, model: Trinity, record: dict[str, Any]) -> None:
         """Append the last scores of needles to needles.jsonl, and the prompts' continuations to samples.jsonl.

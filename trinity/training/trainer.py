@@ -51,6 +51,7 @@ from trinity.training.build import (
     total_steps,
 )
 from trinity.training.build_data import open_data
+from trinity.training.checkpoint_average import CheckpointAverage
 from trinity.training.divisibility import check_batches, check_mesh
 from trinity.training.evaluator import Evaluator
 from trinity.training.prerequisites import check_prerequisites
@@ -187,6 +188,7 @@ class Trainer:
         beat = self.monitor.heartbeat.beat
         self.checkpoints = CheckpointDirectory.at(directory.path, config.checkpoint.url)
         self.saver = Saver(self.checkpoints, config.checkpoint, self.monitor.note, beat)
+        self.average = CheckpointAverage(config.checkpoint.average, self.checkpoints, self.saver, self.monitor.note)
         try:
             self._start(origin)
         except BaseException:
@@ -374,6 +376,10 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         metrics = self.evaluator.validate(self.model)
+        if self.config.checkpoint.average.every is not None:
+            self.monitor.heartbeat.begin_long("averaging checkpoints")
+            measure = partial(self.evaluator.validate_average, self.model)
+            metrics |= self.average.evaluate(self.model, self.step, measure)
         self.monitor.note("evaluation", f"{len(self.data.validation)} validation sets", **metrics)
         return metrics
 
