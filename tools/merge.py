@@ -4,12 +4,21 @@ A recipe is mergekit's YAML and more; recipes/ has commented examples, docs/merg
 merged one. Models are Hugging Face folders, run directories (the newest checkpoint) or RUN_DIR@step. A merge that was
 interrupted continues when the same command is given again.
 
+--report makes an HTML page of what differs by layer and part, and with --validation of loss and balance of all models.
+--recalibrate moves the expert biases of the merged model until its experts are balanced on a text.
+
 Example: python tools/merge.py recipes/ties.yaml out/merged --dry-run
          python tools/merge.py recipes/ties.yaml out/merged --workers 4
+         python tools/merge.py merge.yaml out/merged --report merge.html --validation code=code.jsonl prose=prose.jsonl
+         python tools/merge.py merge.yaml out/merged --recalibrate code.jsonl prose.jsonl
 """
 
 import argparse
 from pathlib import Path
+
+import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 
 from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
@@ -17,7 +26,7 @@ from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
 from trinity.merging.experts import unrelated_models
 from trinity.merging.merge_models import merge
 from trinity.merging.plan import make_plan
-from trinity.merging.recipe import read_recipe
+from trinity.merging.recipe import Recipe, read_recipe
 
 
 def main() -> None:
@@ -29,6 +38,9 @@ def main() -> None:
         plan = make_plan(recipe)
         print("\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in unrelated_models(plan))]))
         return
+    if options.report or options.validation or options.recalibrate or options.recalibrate_routers or options.no_merge:
+        print("\n".join(merge_and_measure(recipe, options)))
+        return
     merged = merge(
         recipe,
         options.out_dir,
@@ -38,6 +50,32 @@ def main() -> None:
         progress=True,
     )
     print(f"the merged model is in {options.out_dir}\n{merged}")
+
+
+def merge_and_measure(recipe: Recipe, options: argparse.Namespace) -> list[str]:
+    """Merge, recalibrate and report; returns lines for the user."""
+    # imports data and models, for which a plain merge does not wait
+    from trinity.merging.validation import RowSettings
+    from trinity.reporting.after_merge import AfterMerge, merge_and_measure, named_texts
+
+    after = AfterMerge(
+        options.report,
+        named_texts("--validation", options.validation),
+        options.recalibrate,
+        options.recalibrate_routers,
+        options.balancing,
+        RowSettings(options.window, options.rows, options.document_mask, options.batch_tokens, options.device),
+    )
+    return merge_and_measure(
+        recipe,
+        options.out_dir,
+        after,
+        workers=options.workers,
+        max_shard_bytes=options.shard_bytes,
+        overwrite=options.overwrite,
+        merged=options.no_merge,
+        progress=True,
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +94,42 @@ def parse() -> argparse.Namespace:
         help="most bytes of a file",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export in OUT_DIR")
+    _add_measuring(parser)
     return parser.parse_args()
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what follows the merge."""
+    group = parser.add_argument_group("report and recalibration")
+    group.add_argument("--report", type=local_path, metavar="FILE.html", help="page about models and result to write")
+    group.add_argument(
+        "--validation",
+        nargs="+",
+        default=[],
+        metavar="NAME=TEXT",
+        help="--report: evaluate every model on these token shards or text files",
+    )
+    group.add_argument(
+        "--recalibrate",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="move the expert biases until the experts are balanced on these token shards or text files",
+    )
+    group.add_argument(
+        "--recalibrate-routers",
+        action="store_true",
+        help="also fit the routers: each text is given as MODEL=TEXT, with the model whose scores it shall get",
+    )
+    group.add_argument(
+        "--balancing", choices=("smebu", "sign"), help="rule that moves the biases (by default the run's, or smebu)"
+    )
+    group.add_argument("--no-merge", action="store_true", help="OUT_DIR was merged by this recipe: only measure it")
+    group.add_argument("--window", type=int, help="tokens of a packed row (by default 2048, or all positions)")
+    group.add_argument("--rows", type=int, help="most rows of a text (by default all, and 32 to recalibrate)")
+    group.add_argument("--document-mask", action="store_true", help="no attention between documents of a row")
+    group.add_argument("--batch-tokens", type=int, default=8192, help="most tokens in a forward pass")
+    group.add_argument("--device", default="cpu", help="cpu or cuda, for forward passes")
 
 
 if __name__ == "__main__":
