@@ -55,6 +55,7 @@ def merge_page(results: MergeResults) -> str:
         UserError: plotly is not installed.
     """
     found = results.statistics
+    labels = list(dict.fromkeys([MERGED, found.reference, *results.plan.sources, *found.models, *results.figures]))
     sections = [
         Section("Summary", html=_summary(results)),
         Section("Models", html=_models_table(found)),
@@ -62,9 +63,11 @@ def merge_page(results: MergeResults) -> str:
         Section("Agreement by layer and part", list(_agreement_charts(found)), _pairs_table(found)),
     ]
     if any(place.part == ROUTER for place in found.sums):
-        sections.append(Section("Routers", _router_charts(found)))
+        sections.append(Section("Routers", _router_charts(found, labels)))
     if results.figures:
-        sections.append(Section("Loss and balance on text", _balance_charts(results.figures), _figures_table(results)))
+        sections.append(
+            Section("Loss and balance on text", _balance_charts(results.figures, labels), _figures_table(results))
+        )
     if results.recalibrated:
         rows = [[title, *values] for title, values in results.recalibrated.items()]
         sections.append(Section("Recalibration", html=table(["", "before", "after"], rows)))
@@ -147,10 +150,9 @@ def _norm_charts(found: Statistics) -> Iterator[RenderedChart]:
         experts = 1 + max(expert for _, expert in by_expert)
         z = np.array([[by_expert[layer, e].relative_norm(merged) for e in range(experts)] for layer in layers])
         hover = "layer %{y}, expert %{x}: %{z:.4g}<extra></extra>"
-        figure = go.Figure(
-            go.Heatmap(z=z.astype(np.float32), y=layers, colorscale="Viridis", zmin=0, hovertemplate=hover),
-            _integer_ticks(len(layers), experts),
-        )
+        colours = {"colorscale": "Viridis", "zmin": 0, "zmax": max(np.nanmax(z, initial=0), 1e-9)}
+        heatmap = go.Heatmap(z=z.astype(np.float32), y=layers, hovertemplate=hover, **colours)
+        figure = go.Figure(heatmap, _integer_ticks(len(layers), experts))
         axes = "a row for each MoE layer, a column for each expert"
         yield RenderedChart("Relative difference of the merged model's experts", axes, figure, "‖δ‖/‖W‖.")
 
@@ -186,7 +188,7 @@ def _pairs_table(found: Statistics) -> str:
     )
 
 
-def _router_charts(found: Statistics) -> list[RenderedChart]:
+def _router_charts(found: Statistics, labels: list[str]) -> list[RenderedChart]:
     """Cosine of each router with the reference's and, for models, with the merged one's, by layer."""
     routers = {place.layer or 0: sums for place, sums in found.sums.items() if place.part == ROUTER}
     merged = found.vectors[MERGED]
@@ -201,12 +203,12 @@ def _router_charts(found: Statistics) -> list[RenderedChart]:
     }
     note = "1: the same up to a factor. Near 0: the experts have another order, or the models no common ancestor."
     return [
-        _layer_curves(f"Router correlation with {found.reference}", with_reference, note),
-        _layer_curves("Router correlation with the merged model", with_merged, note),
+        _layer_curves(f"Router correlation with {found.reference}", with_reference, labels, note),
+        _layer_curves("Router correlation with the merged model", with_merged, labels, note),
     ]
 
 
-def _balance_charts(figures: dict[str, dict[str, Figures]]) -> list[RenderedChart]:
+def _balance_charts(figures: dict[str, dict[str, Figures]], labels: list[str]) -> list[RenderedChart]:
     """MaxVio by layer of each model, for each text."""
     charts = []
     for name in dict.fromkeys(name for each in figures.values() for name in each):
@@ -217,7 +219,7 @@ def _balance_charts(figures: dict[str, dict[str, Figures]]) -> list[RenderedChar
         }
         if curves:
             note = "MaxVio: tokens of the fullest expert over the mean, minus 1."
-            charts.append(_layer_curves(f"MaxVio by layer, {name}", curves, note, start_at_zero=True))
+            charts.append(_layer_curves(f"MaxVio by layer, {name}", curves, labels, note, start_at_zero=True))
     return charts
 
 
@@ -259,14 +261,16 @@ def _part_heatmap(title: str, found: Statistics, z: np.ndarray, note: str, **opt
 
 
 def _layer_curves(
-    title: str, curves: dict[str, dict[int, float]], note: str, start_at_zero: bool = False
+    title: str, curves: dict[str, dict[int, float]], labels: list[str], note: str, start_at_zero: bool = False
 ) -> RenderedChart:
+    """A curve for each model; a model has the colour of its place in `labels` in every chart."""
     layout: dict = {"xaxis": {"dtick": 1}} if max(map(len, curves.values())) <= 10 else {}
     figure = go.Figure(layout=layout | ({"yaxis": {"rangemode": "tozero"}} if start_at_zero else {}))
-    for number, (label, values) in enumerate(curves.items()):
+    for label, values in curves.items():
         figure.add_scatter(
             x=list(values), y=list(values.values()), mode="lines+markers", name=escaped(label, 60), meta=label,
-            line={"color": COLOURS[number % len(COLOURS)], "width": 2}, hovertemplate="layer %{x}: %{y:.4g}",
+            line={"color": COLOURS[labels.index(label) % len(COLOURS)], "width": 2},
+            hovertemplate="layer %{x}: %{y:.4g}",
         )  # fmt: skip
     return RenderedChart(title, LAYER_AXES, figure, note)
 
