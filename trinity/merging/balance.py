@@ -88,7 +88,7 @@ def settle_biases(model: Trinity, batches: list[Rows], config: BalancingConfig, 
     """Move the expert biases of a model until MaxVio settles.
 
     Args:
-        model: its expert_bias is changed; its expert_momentum is 0 afterwards.
+        model: its expert_bias is changed; its expert_momentum is not used, and is 0 afterwards.
         batches: all rows of a pass.
         config: kind, and κ and β of SMEBU; the step size is this function's.
         progress: show progress on stderr.
@@ -97,6 +97,7 @@ def settle_biases(model: Trinity, batches: list[Rows], config: BalancingConfig, 
     device = layers[0].expert_bias.device
     rate, passes, stale = START_RATE, 0, 0
     first = best = state = _State.of(model, expert_counts(model, batches))
+    first.restore(model)  # without momentum
     with Progress("balancing", MAX_PASSES, "pass", progress) as done:
         while rate >= END_RATE and best.violation > 0 and passes < MAX_PASSES:
             biases = next_biases(layers, state.counts_ME.to(device), replace(config, rate=rate, gamma=rate))
