@@ -20,11 +20,11 @@ from trinity.errors import UserError
 from trinity.evaluation.expert_load import moe_layers
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, replace_folder
 from trinity.interop.weight_map import weight_map
-from trinity.io.json_files import write_json
+from trinity.io.json_files import read_json, write_json
 from trinity.io.local import make_folder, write_atomically
 from trinity.merging.balance import ROWS, Rows, Rule, read_rows, settle_biases
 from trinity.merging.experts import unrelated_models
-from trinity.merging.fit_routers import fit_routers, router_logits
+from trinity.merging.fit_routers import Fitted, fit_routers, router_logits
 from trinity.merging.folder_files import RECIPE, merged_config
 from trinity.merging.load_model import load_model
 from trinity.merging.merge_models import Merger
@@ -130,7 +130,6 @@ class _Job:
         self._texts = _texts(after.recalibrate, plan)
         self._recalibration = ValidationSets({text: text for text in self._texts}, "--recalibrate")
         self._settings = replace(after.rows, rows=after.rows.rows or ROWS)
-        self._table: dict[str, tuple[str, str]] = {}
         self._before: dict[str, Figures] = {}
 
     def check(self) -> None:
@@ -194,13 +193,20 @@ class _Job:
         figures = self._measure(self._recalibration, model, source, self._settings)
         tensors = _routing_tensors(model, after.routers)
         count = rewrite_tensors(folder, tensors)
-        self._fill_table(before, figures, fitted)
-        write_json(folder / RECALIBRATION, self._record(config, passes, before, figures))
+        record = {
+            "texts": self._texts,
+            "rule": config.kind,
+            "passes": passes,
+            "before": {text: each.metrics for text, each in before.items()},
+            "after": {text: each.metrics for text, each in figures.items()},
+            "routers": None if fitted is None else fitted._asdict(),
+        }
+        write_json(folder / RECALIBRATION, record)
         biases = len(moe_layers(model))
         return [
             f"recalibrated by {config.kind} in {passes} passes: {count} tensors rewritten, {biases} expert biases and "
             f"{count - biases} routers; all others as merged",
-            *(f"{title}: {a} before, {b} after" for title, (a, b) in self._table.items()),
+            *(f"{title}: {a} before, {b} after" for title, (a, b) in _figures_before_and_after(record).items()),
         ]
 
     def report(self, merger: Merger) -> None:
@@ -209,11 +215,12 @@ class _Job:
 
         assert self._after.report is not None
         source = FolderSource(str(self._directory), self._directory)
+        record = read_json(self._directory / RECALIBRATION, "merge again")
         results = MergeResults(
             self._plan,
             str(self._directory),
             compare(self._plan, merger.reader, source, self._progress),
-            recalibrated=self._table,
+            recalibrated={} if record is None else _figures_before_and_after(record),
             notes=list(self._plan.notes),
         )
         if self._after.validation:
@@ -249,7 +256,7 @@ class _Job:
         assert settings.rows is not None
         return read_rows(documents, settings.row_tokens(model), settings.rows, settings.batch_tokens, settings.device)
 
-    def _fit(self, model: Trinity, texts: dict[str, list[Rows]]) -> Any:
+    def _fit(self, model: Trinity, texts: dict[str, list[Rows]]) -> Fitted:
         """Fit the routers; the merged model waits on the CPU while another one computes."""
         device = self._after.rows.device
         model.to("cpu")
@@ -262,27 +269,20 @@ class _Job:
         batches = [rows for each in texts.values() for rows in each]
         return fit_routers(model, batches, [torch.cat(parts) for parts in zip(*logits)], self._progress)
 
-    def _fill_table(self, before: dict[str, Figures], figures: dict[str, Figures], fitted: Any) -> None:
-        for text in figures:
-            for key, words in (("loss", "loss"), ("max_violation_mean", "MaxVio, mean of the layers"),
-                               ("max_violation", "MaxVio, worst layer"), ("dead_experts", "dead experts")):  # fmt: skip
-                values = (f"{each[text].metrics[key]:.6g}" for each in (before, figures))
-                self._table[f"{text}: {words}"] = (next(values), next(values))
-        if fitted is not None:
-            title = "routers: mean squared difference of the scores from the models' own"
-            self._table[title] = (f"{fitted.before:.6g}", f"{fitted.after:.6g}")
 
-    def _record(
-        self, config: BalancingConfig, passes: int, before: dict[str, Figures], figures: dict[str, Figures]
-    ) -> dict[str, Any]:
-        return {
-            "texts": self._texts,
-            "rule": config.kind,
-            "passes": passes,
-            "routers": self._after.routers,
-            "before": {text: each.metrics for text, each in before.items()},
-            "after": {text: each.metrics for text, each in figures.items()},
-        }
+def _figures_before_and_after(record: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Title → values before and after, of the content of recalibration.json."""
+    titles = {"loss": "loss", "max_violation_mean": "MaxVio, mean of the layers",
+              "max_violation": "MaxVio, worst layer", "dead_experts": "dead experts"}  # fmt: skip
+    pairs = {
+        f"{text}: {title}": (record["before"][text][key], record["after"][text][key])
+        for text in record["texts"]
+        for key, title in titles.items()
+    }
+    if record["routers"] is not None:
+        title = "routers: mean squared difference of the scores from the models' own"
+        pairs[title] = record["routers"]["before"], record["routers"]["after"]
+    return {title: (f"{before:.6g}", f"{after:.6g}") for title, (before, after) in pairs.items()}
 
 
 def named_texts(option: str, given: Sequence[str]) -> dict[str, str]:

@@ -114,7 +114,7 @@ def _models_table(found: Statistics) -> str:
         ]
         for label, vector in found.vectors.items()
     ]
-    head = ["model", *(f"‖δ‖/‖W‖, {name}" for name in totals), "cosine of δ with the merged model's"]
+    head = ["model", *(f"‖δ‖/‖W‖, {name}" for name in totals), "cosine with the merged δ"]
     explained = (
         f"<p class=note>δ is the difference of a model from {escape(found.reference)}, W the weights of "
         f"{escape(found.reference)}.</p>"
@@ -231,7 +231,7 @@ def _figures_table(results: MergeResults) -> str:
         metrics = [each[name].metrics if name in each else {} for each in figures.values()]
         for key, words in METRICS.items():
             if any(key in each for each in metrics):
-                rows.append([f"{name}: {words}", *(_number(each.get(key)) for each in metrics)])
+                rows.append([f"{name}: {words}", *(_number(each.get(key), 6) for each in metrics)])
     return table(["", *figures], rows)
 
 
@@ -255,8 +255,10 @@ def _parts(found: Statistics) -> list[str]:
 def _part_heatmap(title: str, found: Statistics, z: np.ndarray, note: str, **options: object) -> RenderedChart:
     hover = "layer %{x}, %{y}: %{z:.4g}<extra></extra>"
     heatmap = go.Heatmap(z=z.astype(np.float32), y=_parts(found), hovertemplate=hover, **options)
-    layout = _integer_ticks(len(_parts(found)), found.layers)
-    layout |= {"yaxis": {"autorange": "reversed", "dtick": 1}}
+    layout = {
+        "yaxis": {"autorange": "reversed", "dtick": 1, "showgrid": False},
+        "xaxis": {"showgrid": False} | ({"dtick": 1} if found.layers <= 10 else {}),
+    }
     return RenderedChart(title, PART_AXES, go.Figure(heatmap, layout), note)
 
 
@@ -279,5 +281,5 @@ def _integer_ticks(rows: int, columns: int) -> dict:
     return {axis: {"dtick": 1} for axis, count in (("yaxis", rows), ("xaxis", columns)) if count <= 10}
 
 
-def _number(value: float | None) -> str:
-    return ABSENT if value is None or np.isnan(value) else f"{value:.6g}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return ABSENT if value is None or np.isnan(value) else f"{value:.{digits}g}"
