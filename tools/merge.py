@@ -15,6 +15,7 @@ Example: python tools/merge.py recipes/ties.yaml out/merged --dry-run
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trinity  # noqa: F401  # before torch, for the policy of its threads
 
@@ -25,8 +26,11 @@ from trinity.errors import run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
 from trinity.merging.experts import unrelated_models
 from trinity.merging.merge_models import merge
-from trinity.merging.plan import make_plan
+from trinity.merging.plan import Plan, make_plan
 from trinity.merging.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from trinity.reporting.after_merge import AfterMerge
 
 
 def main() -> None:
@@ -36,9 +40,10 @@ def main() -> None:
     if options.dry_run:
         check_replaceable(Path(options.out_dir).resolve(), options.overwrite)
         plan = make_plan(recipe)
-        print("\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in unrelated_models(plan))]))
+        notes = unrelated_models(plan) + (check_measuring(plan, options) if measures(options) else [])
+        print("\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in notes)]))
         return
-    if options.report or options.validation or options.recalibrate or options.recalibrate_routers or options.no_merge:
+    if measures(options):
         print("\n".join(merge_and_measure(recipe, options)))
         return
     merged = merge(
@@ -52,13 +57,19 @@ def main() -> None:
     print(f"the merged model is in {options.out_dir}\n{merged}")
 
 
-def merge_and_measure(recipe: Recipe, options: argparse.Namespace) -> list[str]:
-    """Merge, recalibrate and report; returns lines for the user."""
-    # imports data and models, for which a plain merge does not wait
-    from trinity.merging.validation import RowSettings
-    from trinity.reporting.after_merge import AfterMerge, merge_and_measure, named_texts
+def measures(options: argparse.Namespace) -> bool:
+    """Whether anything but a merge is wanted."""
+    wanted = (options.report, options.validation, options.recalibrate, options.recalibrate_routers, options.no_merge)
+    return any(wanted)
 
-    after = AfterMerge(
+
+# the next three import data and models, for which a plain merge does not wait
+def after_merge(options: argparse.Namespace) -> "AfterMerge":
+    """What follows the merge."""
+    from trinity.merging.validation import RowSettings
+    from trinity.reporting.after_merge import AfterMerge, named_texts
+
+    return AfterMerge(
         options.report,
         named_texts("--validation", options.validation),
         options.recalibrate,
@@ -66,10 +77,23 @@ def merge_and_measure(recipe: Recipe, options: argparse.Namespace) -> list[str]:
         options.balancing,
         RowSettings(options.window, options.rows, options.document_mask, options.batch_tokens, options.device),
     )
+
+
+def check_measuring(plan: Plan, options: argparse.Namespace) -> list[str]:
+    """Check report and recalibration; returns remarks."""
+    from trinity.reporting.after_merge import check_after_merge
+
+    return check_after_merge(plan, options.out_dir, after_merge(options))
+
+
+def merge_and_measure(recipe: Recipe, options: argparse.Namespace) -> list[str]:
+    """Merge, recalibrate and report; returns lines for the user."""
+    from trinity.reporting.after_merge import merge_and_measure
+
     return merge_and_measure(
         recipe,
         options.out_dir,
-        after,
+        after_merge(options),
         workers=options.workers,
         max_shard_bytes=options.shard_bytes,
         overwrite=options.overwrite,

@@ -202,8 +202,8 @@ WRONG: list[tuple[Callable[[Path], None], tuple, str]] = [
     (with_match, ("--recalibrate", f"a={TEXT}", "--recalibrate-routers"), "the recipe has slices or match_experts"),
     (stack, ("--recalibrate", TEXT), "layer_types is not full_attention in every layer"),
     (without_tokenizer, ("--recalibrate", TEXT), "--recalibrate needs a tokenizer, and base has no tokenizer.json"),
-    (nothing, (*REPORT, "--window", 0), "window 0 must be at least 1"),
-    (nothing, (*REPORT, "--device", "cuda:99"), "device cuda:99 is not available; use cpu"),
+    (nothing, (*REPORT, "--window", 0), "--window 0 must be at least 1"),
+    (nothing, (*REPORT, "--device", "cuda:99"), "--device cuda:99 is not available; use cpu"),
     (nothing, ("--no-merge", *REPORT), "is no merged folder: it has no merge_recipe.yaml; merge without --no-merge"),
 ]  # fmt: skip
 
@@ -230,6 +230,23 @@ def test_no_merge_mistakes(folder: Path, capsys: pytest.CaptureFixture) -> None:
     write_recipe(folder / "recipe.yaml", recipe("linear", "ab"))
     assert call("merge.py", "recipe.yaml", "out", "--no-merge", "--report", "r.html") == 2
     assert "was merged by another recipe" in capsys.readouterr().err
+    write_recipe(folder / "recipe.yaml", recipe("ties", "ab", base=True))
+    (folder / "out" / "notes").mkdir()
+    assert call("merge.py", "recipe.yaml", "out", "--no-merge", "--recalibrate", TEXT) == 2
+    assert "out holds the folder notes" in capsys.readouterr().err
+    assert (folder / "out" / "notes").is_dir()
+    assert not (folder / ".out.partial").exists()
+
+
+def test_dry_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Checks the texts, says what memory a model takes, and writes nothing."""
+    words = ("recipe.yaml", "out", "--dry-run", "--report", "r.html", "--validation")
+    assert call("merge.py", *words, "x=nowhere.jsonl") == 2
+    assert call("merge.py", *words, f"x={TEXT}") == 0
+    size = sum(tensor.numel() for tensor in tensors_of(folder / "base").values()) * 4 / 1e9
+    assert f"one whole model at a time: {size:.2f} GB" in capsys.readouterr().out
+    assert not (folder / "out").exists()
+    assert not (folder / "r.html").exists()
 
 
 def test_report_needs_plotly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

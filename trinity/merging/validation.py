@@ -51,11 +51,11 @@ class RowSettings:
         for name in ("window", "rows", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"{name} {value} must be at least 1")
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError):  # unknown device type, none on this machine, or too high an index
-            raise UserError(f"device {self.device} is not available; use cpu") from None
+            raise UserError(f"--device {self.device} is not available; use cpu") from None
 
     def row_tokens(self, model: Trinity) -> int:
         """Tokens of a row for this model."""

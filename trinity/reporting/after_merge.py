@@ -8,6 +8,7 @@ model is in memory, and only to evaluate it.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def merge_and_measure(
     """
     directory = directory.resolve()
     if merged:
-        _check_merged(directory, recipe)
+        _check_merged(directory, recipe, bool(after.recalibrate))
     else:
         check_replaceable(directory, overwrite)
     if merged and not (after.report or after.recalibrate):
@@ -119,6 +120,21 @@ def merge_and_measure(
         job.report(merger)
         lines.append(f"the report is in {after.report}")
     return [*lines, *([] if merged else [f"the merged model is in {directory}"]), *account]
+
+
+def check_after_merge(plan: Plan, directory: Path, after: AfterMerge) -> list[str]:
+    """Check what follows a merge, and write nothing.
+
+    Returns:
+        remarks for the user.
+    Raises:
+        UserError: see merge_and_measure.
+    """
+    _Job(plan, directory, after, False).check()
+    if not (after.validation or after.recalibrate):
+        return []
+    most = max(sum(prod(entry.shape) for entry in source.entries.values()) for source in plan.sources.values())
+    return [f"validation and recalibration hold one whole model at a time: {most * 4 / 1e9:.2f} GB in fp32"]
 
 
 class _Job:
@@ -334,11 +350,14 @@ def _routing_tensors(model: Trinity, routers: bool) -> dict[str, Any]:
     return {name: state[parameter] for name, parameter, _ in weight_map(model.config) if parameter.endswith(endings)}
 
 
-def _check_merged(directory: Path, recipe: Recipe) -> None:
-    """Refuse a folder that this recipe did not make."""
+def _check_merged(directory: Path, recipe: Recipe, replaced: bool) -> None:
+    """Refuse a folder that this recipe did not make, or that is to be replaced and holds another folder."""
     try:
         text = (directory / RECIPE).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory} is no merged folder: it has no {RECIPE}; merge without --no-merge") from None
     if text != recipe.text:
         raise UserError(f"{directory} was merged by another recipe; give {directory / RECIPE}, or merge again")
+    folders = [path.name for path in sorted(directory.iterdir()) if path.is_dir()]
+    if replaced and folders:
+        raise UserError(f"{directory} holds the folder {folders[0]}, which is no part of a model; move it elsewhere")
