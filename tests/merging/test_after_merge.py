@@ -17,6 +17,7 @@ from tests.merging.test_tools import call
 from tests.reporting.page_reader import Page, array
 from trinity.data.tokenizer.tokenizer import save_tokenizer, train_tokenizer
 from trinity.interop import export_hf, load_hf
+from trinity.merging import recalibrate
 from trinity.merging.recipe import read_recipe
 from trinity.merging.validation import RowSettings
 from trinity.reporting import after_merge
@@ -131,7 +132,7 @@ def test_killed_recalibration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     checked, after = read_recipe(folder / "recipe.yaml"), AfterMerge(recalibrate=[TEXT], rows=RowSettings(32, 4))
     merge_and_measure(checked, folder / "undisturbed", after)
     with monkeypatch.context() as patched:
-        patched.setattr(after_merge, "rewrite_tensors", _interrupt)
+        patched.setattr(recalibrate, "rewrite_tensors", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge_and_measure(checked, folder / "out", after)
     assert not (folder / "out").exists()

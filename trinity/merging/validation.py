@@ -139,6 +139,13 @@ class ValidationSets:
             self._open[key] = open_documents(self.paths[name], tokenizer, "text", vocab_size, option=self.option)
         return self._open[key]
 
+    def figures(self, model: Trinity, source: Source, settings: RowSettings) -> dict[str, Figures]:
+        """Evaluate a model on all texts, which it can all read; see measure."""
+        found, notes = self.measure(model, source, None, settings)
+        if notes:
+            raise UserError(notes[0])
+        return found
+
     def measure(
         self, model: Trinity, source: Source, fallback: Path | None, settings: RowSettings
     ) -> tuple[dict[str, Figures], list[str]]:
