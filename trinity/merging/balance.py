@@ -98,7 +98,7 @@ def settle_biases(model: Trinity, batches: list[Rows], config: BalancingConfig, 
     rate, passes, stale = START_RATE, 0, 0
     first = best = state = _State.of(model, expert_counts(model, batches))
     first.restore(model)  # without momentum
-    with Progress("balancing", MAX_PASSES, "pass", progress) as done:
+    with Progress("balancing", MAX_PASSES, "step", progress) as done:
         while rate >= END_RATE and best.violation > 0 and passes < MAX_PASSES:
             biases = next_biases(layers, state.counts_ME.to(device), replace(config, rate=rate, gamma=rate))
             assert biases is not None  # there are counts
