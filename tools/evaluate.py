@@ -4,7 +4,8 @@
   --text      perplexity and bits per byte of text (files as for prepare_data.py) or of token shards
   --choices   multiple choice: JSONL lines {"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}
   --tasks     tasks of lm-evaluation-harness, run by transformers: pip install "trinity-moe[evaluation]"
-With --packed, --window is the length of packed rows: the result is the validation loss of a run on the same rows.
+With --packed, --window is the length of packed rows: the result is the validation loss of a run on the same rows,
+and the balance of the experts.
 
 Example: python tools/evaluate.py runs/smoke/hf/final --text data/smoke/corpus/code.validation.jsonl --limit 50
          python tools/evaluate.py out/nano --tasks arc_easy,hellaswag --limit 100 --device cuda --json figures.json
@@ -26,6 +27,7 @@ from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource
 from trinity.data.tokenizer.tokenizer import load_text_encoder, load_tokenizer, token_byte_lengths
 from trinity.errors import UserError, run_main
+from trinity.evaluation.expert_load import ExpertLoad
 from trinity.evaluation.lm_eval import run_tasks
 from trinity.evaluation.multiple_choice import accuracies, choice_scores, read_items
 from trinity.evaluation.perplexity import ContextWindow, open_documents, packed_perplexity, perplexity
@@ -72,17 +74,19 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
     results: Results = {}
     for given, source in text_sources(model.config.vocab_size, options):
         if options.packed:
-            results[f"packed {given}"] = packed_perplexity(
-                model,
-                source,
-                window,
-                byte_lengths_V=byte_lengths_V,
-                rows=options.limit,
-                document_mask=options.document_mask,
-                loss_on_document_start=not options.no_loss_on_document_start,
-                batch_tokens=options.batch_tokens,
-                by_position=options.by_position,
-            )
+            with ExpertLoad(model) as load:
+                metrics = packed_perplexity(
+                    model,
+                    source,
+                    window,
+                    byte_lengths_V=byte_lengths_V,
+                    rows=options.limit,
+                    document_mask=options.document_mask,
+                    loss_on_document_start=not options.no_loss_on_document_start,
+                    batch_tokens=options.batch_tokens,
+                    by_position=options.by_position,
+                )
+            results[f"packed {given}"] = metrics | load.metrics()
         else:
             results[f"perplexity {given}"] = perplexity(
                 model,

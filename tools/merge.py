@@ -4,20 +4,33 @@ A recipe is mergekit's YAML and more; recipes/ has commented examples, docs/merg
 merged one. Models are Hugging Face folders, run directories (the newest checkpoint) or RUN_DIR@step. A merge that was
 interrupted continues when the same command is given again.
 
+--report makes an HTML page of what differs by layer and part, and with --validation of loss and balance of all models.
+--recalibrate moves the expert biases of the merged model until its experts are balanced on a text.
+
 Example: python tools/merge.py recipes/ties.yaml out/merged --dry-run
          python tools/merge.py recipes/ties.yaml out/merged --workers 4
+         python tools/merge.py merge.yaml out/merged --report merge.html --validation code=code.jsonl prose=prose.jsonl
+         python tools/merge.py merge.yaml out/merged --recalibrate code.jsonl prose.jsonl
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 
 from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
 from trinity.merging.experts import unrelated_models
 from trinity.merging.merge_models import merge
-from trinity.merging.plan import make_plan
-from trinity.merging.recipe import read_recipe
+from trinity.merging.plan import Plan, make_plan
+from trinity.merging.recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from trinity.reporting.after_merge import AfterMerge
 
 
 def main() -> None:
@@ -27,7 +40,11 @@ def main() -> None:
     if options.dry_run:
         check_replaceable(Path(options.out_dir).resolve(), options.overwrite)
         plan = make_plan(recipe)
-        print("\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in unrelated_models(plan))]))
+        notes = unrelated_models(plan) + (check_measuring(plan, options) if measures(options) else [])
+        print("\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in notes)]))
+        return
+    if measures(options):
+        print("\n".join(merge_and_measure(recipe, options)))
         return
     merged = merge(
         recipe,
@@ -38,6 +55,51 @@ def main() -> None:
         progress=True,
     )
     print(f"the merged model is in {options.out_dir}\n{merged}")
+
+
+def measures(options: argparse.Namespace) -> bool:
+    """Whether anything but a merge is wanted."""
+    wanted = (options.report, options.validation, options.recalibrate, options.recalibrate_routers, options.no_merge)
+    return any(wanted)
+
+
+# the next three import data and models, for which a plain merge does not wait
+def after_merge(options: argparse.Namespace) -> "AfterMerge":
+    """What follows the merge."""
+    from trinity.merging.validation import RowSettings
+    from trinity.reporting.after_merge import AfterMerge, named_texts
+
+    return AfterMerge(
+        options.report,
+        named_texts("--validation", options.validation),
+        options.recalibrate,
+        options.recalibrate_routers,
+        options.balancing,
+        RowSettings(options.window, options.rows, options.document_mask, options.batch_tokens, options.device),
+    )
+
+
+def check_measuring(plan: Plan, options: argparse.Namespace) -> list[str]:
+    """Check report and recalibration; returns remarks."""
+    from trinity.reporting.after_merge import check_after_merge
+
+    return check_after_merge(plan, options.out_dir, after_merge(options))
+
+
+def merge_and_measure(recipe: Recipe, options: argparse.Namespace) -> list[str]:
+    """Merge, recalibrate and report; returns lines for the user."""
+    from trinity.reporting.after_merge import merge_and_measure
+
+    return merge_and_measure(
+        recipe,
+        options.out_dir,
+        after_merge(options),
+        workers=options.workers,
+        max_shard_bytes=options.shard_bytes,
+        overwrite=options.overwrite,
+        merged=options.no_merge,
+        progress=True,
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +118,42 @@ def parse() -> argparse.Namespace:
         help="most bytes of a file",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export in OUT_DIR")
+    _add_measuring(parser)
     return parser.parse_args()
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what follows the merge."""
+    group = parser.add_argument_group("report and recalibration")
+    group.add_argument("--report", type=local_path, metavar="FILE.html", help="page about models and result to write")
+    group.add_argument(
+        "--validation",
+        nargs="+",
+        default=[],
+        metavar="NAME=TEXT",
+        help="--report: evaluate every model on these token shards or text files",
+    )
+    group.add_argument(
+        "--recalibrate",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="move the expert biases until the experts are balanced on these token shards or text files",
+    )
+    group.add_argument(
+        "--recalibrate-routers",
+        action="store_true",
+        help="also fit the routers: each text is given as MODEL=TEXT, with the model whose scores it shall get",
+    )
+    group.add_argument(
+        "--balancing", choices=("smebu", "sign"), help="rule that moves the biases (by default the run's, or smebu)"
+    )
+    group.add_argument("--no-merge", action="store_true", help="OUT_DIR was merged by this recipe: only measure it")
+    group.add_argument("--window", type=int, help="tokens of a packed row (by default 2048, or all positions)")
+    group.add_argument("--rows", type=int, help="most rows of a text (by default all, and 32 to recalibrate)")
+    group.add_argument("--document-mask", action="store_true", help="no attention between documents of a row")
+    group.add_argument("--batch-tokens", type=int, default=8192, help="most tokens in a forward pass")
+    group.add_argument("--device", default="cpu", help="cpu or cuda, for forward passes")
 
 
 if __name__ == "__main__":

@@ -187,8 +187,8 @@ class Merger:
                 raise UserError(f"{label} changed while it was read; merge again when nothing writes to it")
 
     def _merge_tensor(self, job: Job, write: WriteRows) -> None:
-        base = None if job.base is None else self._reader(job.base, job)
-        inputs = Inputs(job.shape, base, [self._reader(part, job) for part in job.models], self._seed(job))
+        base = None if job.base is None else self.reader(job.base, job)
+        inputs = Inputs(job.shape, base, [self.reader(part, job) for part in job.models], self._seed(job))
         combine = job.merge(inputs, **job.arguments)
         limit = torch.finfo(job.dtype).max
         for block in inputs:
@@ -200,7 +200,8 @@ class Merger:
     def _seed(self, job: Job) -> str:
         return f"{self._plan.recipe.seed}/{job.name}"
 
-    def _reader(self, part: Part, job: Job) -> Reader:
+    def reader(self, part: Part, job: Job) -> Reader:
+        """The reader of an input, with the rows of tokens and the experts in the order of the merged model."""
         source = self._plan.sources[part.label]
         rows: Tensor | None = None
         if self._plan.vocabulary.rows is not None and job.name in (EMBED, HEAD):

@@ -117,7 +117,7 @@ class Source(ABC):
         return shape[0] if len(shape) == 2 else 1
 
 
-class _Place(NamedTuple):
+class FilePlace(NamedTuple):
     """Where a tensor is: file, offset of its first byte, bytes of a row."""
 
     path: Path
@@ -136,7 +136,7 @@ class FolderSource(Source):
         self.files = folder
         self.generation_config = read_json(folder / "generation_config.json", "fetch or export it again")
         self.entries = {}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, FilePlace] = {}
         self._paths = weight_files(folder)
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()
         self._lock = Lock()
@@ -157,6 +157,10 @@ class FolderSource(Source):
                 raise UserError(f"{place.path} became shorter while it was read; merge again when it is whole")
             done += count
         return rows
+
+    def place(self, name: str) -> FilePlace:
+        """Where a tensor is in the folder's files."""
+        return self._places[name]
 
     def identity(self) -> list[Any]:
         return [
@@ -197,12 +201,12 @@ class FolderSource(Source):
         row_bytes = dtype.itemsize * (shape[-1] if shape else 1)
         parts = fused_parts(name, shape)
         if parts is None:
-            self._put(name, Entry(shape, dtype), _Place(path, offset, row_bytes))
+            self._put(name, Entry(shape, dtype), FilePlace(path, offset, row_bytes))
             return
         for part, first, rows in parts:
-            self._put(part, Entry((rows, shape[2]), dtype), _Place(path, offset + first * row_bytes, row_bytes))
+            self._put(part, Entry((rows, shape[2]), dtype), FilePlace(path, offset + first * row_bytes, row_bytes))
 
-    def _put(self, name: str, entry: Entry, place: _Place) -> None:
+    def _put(self, name: str, entry: Entry, place: FilePlace) -> None:
         if name in self.entries:
             raise UserError(f"{self.folder} holds {name} twice; fetch or export it again")
         self.entries[name], self._places[name] = entry, place

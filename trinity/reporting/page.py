@@ -214,14 +214,14 @@ def _make_names_unique(runs: list[RunLog]) -> None:
             run.name = f"{run.name} ({run.path})"
 
 
-def check_out(out: Path) -> None:
-    """Refuse a file that is no HTML file, or that exists and is not a report."""
+def check_out(out: Path, option: str = "--out") -> None:
+    """Refuse a file that is no HTML file, or that exists and is not a report; `option` gives it, for messages."""
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name an HTML file")
+        raise UserError(f"{option} {out} is a folder; name an HTML file")
     if out.suffix not in (".html", ".htm"):
-        raise UserError(f"--out {out} must end in .html")
+        raise UserError(f"{option} {out} must end in .html")
     if out.exists():
         with open(out, "rb") as file:
             is_report = MARKER.encode() in file.read(200)
         if not is_report:
-            raise UserError(f"{out} exists and is not a report; give another --out")
+            raise UserError(f"{out} exists and is not a report; give another {option}")
