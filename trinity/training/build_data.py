@@ -111,6 +111,29 @@ def document_notes(stream: SequenceStream) -> list[str]:
     return notes
 
 
+def best_fit_notes(stream: SequenceStream, step: int) -> list[str]:
+    """A note for each source whose epoch gives no full window of best-fit packing to each stream, in a step's phase.
+
+    A window never holds two epochs, so each stream then ends each epoch in rows that it cannot fill.
+    """
+    plan, notes = stream.plan.at(step), []
+    phase = stream.phases[plan.phase]
+    for (name, source), weight in zip(stream.sources.items(), phase.weights):
+        window = weight * phase.best_fit_rows * plan.sequence_length  # tokens of this source
+        if source.tokens >= stream.streams * window:
+            continue
+        most = int(source.tokens // window)
+        fewer = range(stream.ranks, most + 1, stream.ranks)
+        good = max((streams for streams in fewer if stream.streams % streams == 0), default=max(fewer, default=0))
+        mend = f"start a new run with data.streams={good}" if good else "use shorter rows, or more text"
+        notes.append(
+            f"note: data.train.{name} has {source.tokens} tokens, and data.streams={stream.streams} windows of "
+            f"data.best_fit_rows={phase.best_fit_rows} rows take {int(stream.streams * window)} of it; a window ends "
+            f"with the epoch, so the last rows of each epoch hold more padding; {mend}"
+        )
+    return notes
+
+
 def length_bias_notes(config: RunConfig, sources: dict[str, Source], tokens: int) -> list[str]:
     """For each phase with a length bias, from the current one on: the share of its tokens in documents that are longer
     than half a row; a warning where that is less than FEW_LONG, because long rows then hold little long context.
