@@ -205,13 +205,23 @@ class ChatEncoder:
         turns = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if trained == turns:
             return rendered.spans
-        if len(rendered.spans) == len(turns):
+        if len(rendered.spans) == len(turns) and all(self._ends_turn(rendered, span) for span in rendered.spans):
             return [span for span, turn in zip(rendered.spans, turns) if turn in trained]
         spans = []
         for turn in trained:  # several blocks a turn: those that begin within it
             begin, end = (self._beginning(conversation, count, rendered.text) for count in (turn, turn + 1))
             spans += [span for span in rendered.spans if begin <= span[0] < end]
         return spans
+
+    def _ends_turn(self, rendered: Rendered, span: Span) -> bool:
+        """Whether a generation block holds an end of turn that no message spells out."""
+        begin, end = span
+        literals = [literal for literal in rendered.literals if begin <= literal[0] < end]
+        for literal_begin, literal_end in [*literals, (end, end)]:
+            if self._turn_end_text in rendered.text[begin:literal_begin]:
+                return True
+            begin = literal_end
+        return False
 
     def _beginning(self, conversation: Conversation, count: int, text: str, prompt: bool = False) -> int:
         """The length of what the template prints of the first `count` messages, which must begin `text`."""
