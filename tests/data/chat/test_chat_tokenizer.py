@@ -86,9 +86,9 @@ def test_refused(tokenizer_dir: Path, padded: Path, tmp_path: Path) -> None:
         "{% for": "is not a valid template",
         "{{ bos_token }}": "does not print the assistant's content",
         "{% for m in messages %}{{ m.content }} ### {% endfor %}": "holds no token of the tokenizer to end a turn with",
-        "{{ raise_exception('no tools here') }}": r"does not take these messages \(no tools here\)",
-        "{{ messages.append(1) }}": "does not take these messages",
-        "{{ ''.__class__.__mro__ }}": "does not take these messages",
+        "{{ raise_exception('no tools here') }}": r"message of the user and one of the assistant \(no tools",
+        "{{ messages.append(1) }}": "does not print one message",
+        "{{ ''.__class__.__mro__ }}": "does not print one message",
     }.items():
         template.write_text(text)
         with pytest.raises(UserError, match=sentence) as error:

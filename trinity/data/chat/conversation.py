@@ -62,7 +62,7 @@ def parse_row(row: Any) -> Conversation | Pair:
     if not isinstance(row, Mapping):
         raise UserError(f"holds {type(row).__name__} where an object with messages should be; correct it")
     row = {key: value for key, value in row.items() if value is not None}  # Parquet has every column in every row
-    _check_characters(row)
+    check_characters(row)
     if "messages" in row:
         return _conversation(row["messages"], None, row)
     if "prompt" in row and "completion" in row:
@@ -186,8 +186,12 @@ def _from_json(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _check_characters(value: Any) -> None:
-    """Refuse half a surrogate pair, which has no UTF-8, and the marks that rendering uses."""
+def check_characters(value: Any) -> None:
+    """Refuse half a surrogate pair, which has no UTF-8, and the marks that rendering uses, in any text within a value.
+
+    Raises:
+        UserError: as a clause that follows the value's place.
+    """
     for text in _strings(value):
         try:
             text.encode()
