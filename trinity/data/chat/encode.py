@@ -24,7 +24,7 @@ from trinity.data.chat.conversation import Conversation, Pair, parse_row
 from trinity.data.chat.template import ChatTemplate, Rendered, Span, probe_prompt, reply_ending
 from trinity.data.chat.tokens import encode_parts, protected, reply_begins, special_pattern
 from trinity.data.prepare.shard_writer import EMPTY, KEPT, TOO_LONG, UNREADABLE, Encoded
-from trinity.data.prepare.tokenize import text_hashes
+from trinity.data.prepare.tokenize import hashes_of
 from trinity.data.sources.documents import RawBatch, parse_text
 from trinity.data.tokenizer.tokenizer import BOS, bos_id
 from trinity.errors import UserError
@@ -35,6 +35,9 @@ TooLong = Literal["refuse", "drop", "truncate-prompt"]
 
 MARKER = re.compile(r"<\|[^<>|\s]{1,64}\|>")
 """The usual form of a special token: a template that prints one expects it to be one token."""
+
+
+NESTED = "holds objects within hundreds of others; write them with fewer levels, or leave the row out"
 
 
 class ChatOptions(NamedTuple):
@@ -55,7 +58,7 @@ class ChatOptions(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One example: its text (for hashes and sizes), its ids [T], and which of them are trained [T]."""
+    """One example: its text (for sizes), its ids [T], and which of them are trained [T]."""
 
     text: str
     ids: np.ndarray
@@ -85,7 +88,7 @@ class ChatEncoder:
             end_id: EOS, which ends a completion that is a text.
             options: how rows become examples.
             skip_bad: mark rows that cannot be read, instead of raising.
-            hashed: compute the hash of each example's text.
+            hashed: compute the hash of each example (see trained_content).
         Raises:
             UserError: the tokenizer lacks a token that the template prints.
         """
@@ -112,7 +115,7 @@ class ChatEncoder:
             items=np.array([item for _, item, _, _ in rows], np.int64),
             lengths=np.array([len(part.ids) for part in examples], np.int64),
             text_bytes=np.array([len(part.text.encode()) for part in examples], np.int64),
-            hashes=text_hashes([part.text for part in examples]) if self.hashed else None,
+            hashes=hashes_of(map(trained_content, examples)) if self.hashed else None,
             done=batches[-1].done,
             mask=np.concatenate([part.mask for part in [none, *examples]]),
         )
@@ -148,6 +151,8 @@ class ChatEncoder:
             parsed = parse_row(row)
         except UserError as error:
             raise UserError(f"{where} {error}") from None
+        except RecursionError:
+            raise UserError(f"{where} {NESTED}") from None
         if isinstance(parsed, Pair):
             yield self._pair(parsed)
             return
@@ -165,14 +170,16 @@ class ChatEncoder:
 
     def _conversation(self, conversation: Conversation, trained: list[int], where: str) -> Example:
         assert self.template is not None
-        conversation = conversation._replace(messages=protected(conversation.messages, self._special))
-        messages, tools, variables = conversation.messages, conversation.tools, conversation.variables
         try:
+            conversation = conversation._replace(messages=protected(conversation.messages, self._special))
+            messages, tools, variables = conversation.messages, conversation.tools, conversation.variables
             rendered = self._render(conversation, len(messages))
             whole = self.options.loss == "all"
             spans = [(0, len(rendered.text))] if whole else self._spans(conversation, trained, rendered)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        except RecursionError:
+            raise UserError(f"{where} {NESTED}") from None
         ids, starts = encode_parts(
             self.tok, rendered, reply_begins(self.template, messages, tools, variables, rendered)
         )
@@ -304,6 +311,14 @@ def in_spans(starts: np.ndarray, spans: list[Span]) -> np.ndarray:
     for begin, end in spans:
         mask[np.searchsorted(starts, begin) : np.searchsorted(starts, end)] = True
     return mask
+
+
+def trained_content(example: Example) -> bytes:
+    """What training sees of an example: its ids, and which are trained. Examples with equal content are duplicates.
+
+    The same text gives others if another part of it is trained, or if a special token in it is spelled out.
+    """
+    return example.ids.tobytes() + np.packbits(example.mask).tobytes()
 
 
 def _parse(raw: Any, batch: RawBatch, number: int) -> Any:
