@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,6 +133,19 @@ def test_a_note_on_fewer_documents_than_streams(settings: dict) -> None:
         open_stream(config_of(settings, f"data.streams={documents}"), 0, 1)))  # fmt: skip
     alone = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, many))[-1]
     assert alone.endswith("split its texts into more documents")
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_best_fit_checks_the_longest_document_at_the_start(settings: dict, corpus: object, text: bool) -> None:
+    """Of shards without chat, and of text."""
+    source = TokenSource(settings["data"]["train"]["code"])
+    longest = int(source.lengths(np.arange(source.documents)).max())
+    words = ["data.packing=best_fit", "data.document_mask=true", "data.phases=[]", "data.mixture={}"]
+    words += [f"data.sequence_length={longest - 1}", "data.validation={}"]
+    settings["data"] |= {"train": {"code": str(corpus.texts["code"] if text else settings["data"]["train"]["code"])}}
+    settings["data"] |= {"mixture": {}, "validation": {}, "phases": [], "tokenizer": str(corpus.tokenizer)}
+    assert f"has a document of {longest} tokens, and data.packing=best_fit splits none" in refuse(settings, *words)
+    assert open_stream(config_of(settings, *words, f"data.sequence_length={longest}"), 0, 1).k == 0
 
 
 def test_a_note_on_windows_longer_than_an_epoch(settings: dict) -> None:
