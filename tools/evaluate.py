@@ -186,7 +186,7 @@ def parse() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="--packed: as data.packing=best_fit with data.best_fit_rows=N (%(default)s: in file order)",
+        help="--packed: as data.packing=best_fit with data.best_fit_rows=N; 0: in file order (%(default)s)",
     )
     parser.add_argument(
         "--all-tokens", action="store_true", help="--packed: count tokens that a loss mask leaves out, as data.loss=all"
