@@ -27,8 +27,11 @@ def main() -> None:
         help="where new tokens go. reserved: ids of unused special tokens, such as <|reserved_0|>; last: ids of the "
         "last learned tokens, the rarest (%(default)s)",
     )
+    parser.add_argument("--force", action="store_true", help="replace another tokenizer in --out")
     arguments = parser.parse_args()
-    new = make_chat_tokenizer(arguments.tokenizer, arguments.out, arguments.template, arguments.ids)
+    new = make_chat_tokenizer(
+        arguments.tokenizer, arguments.out, arguments.template, arguments.ids, force=arguments.force
+    )
     print(f"{arguments.out}: {f'new tokens {chr(32).join(new)}' if new else 'no new token'}")
 
 

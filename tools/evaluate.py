@@ -4,8 +4,9 @@
   --text      perplexity and bits per byte of text (files as for prepare_data.py) or of token shards
   --choices   multiple choice: JSONL lines {"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}
   --tasks     tasks of lm-evaluation-harness, run by transformers: pip install "trinity-moe[evaluation]"
-With --packed, --window is the length of packed rows: the result is the validation loss of a run on the same rows,
-and the balance of the experts.
+With --packed, --window is the length of packed rows: the result is the validation loss of a run on the same rows, and the
+balance of the experts. Of shards with a loss mask (prepare_data.py --chat) the trained tokens count; for the rows of
+configs/sft.yaml give --document-mask and --best-fit-rows 16 too.
 
 Example: python tools/evaluate.py runs/smoke/hf/final --text data/smoke/corpus/code.validation.jsonl --limit 50
          python tools/evaluate.py out/nano --tasks arc_easy,hellaswag --limit 100 --device cuda --json figures.json
@@ -83,6 +84,8 @@ def text_results(model: Trinity, window: int, options: argparse.Namespace) -> Re
                     rows=options.limit,
                     document_mask=options.document_mask,
                     loss_on_document_start=not options.no_loss_on_document_start,
+                    best_fit_rows=options.best_fit_rows,
+                    masked=False if options.all_tokens else None,
                     batch_tokens=options.batch_tokens,
                     by_position=options.by_position,
                 )
@@ -147,6 +150,12 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if options.best_fit_rows < 0:
+        raise UserError(f"--best-fit-rows {options.best_fit_rows} must be 0 or more")
+    if options.best_fit_rows and not options.document_mask:
+        raise UserError(
+            "--best-fit-rows puts documents side by side that must not see each other; give --document-mask"
+        )
     check_device(options.device)
 
 
@@ -171,6 +180,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--document-mask", action="store_true", help="--packed: no attention between documents")
     parser.add_argument(
         "--no-loss-on-document-start", action="store_true", help="--packed: as data.loss_on_document_start=false"
+    )
+    parser.add_argument(
+        "--best-fit-rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="--packed: as data.packing=best_fit with data.best_fit_rows=N; 0: in file order (%(default)s)",
+    )
+    parser.add_argument(
+        "--all-tokens", action="store_true", help="--packed: count tokens that a loss mask leaves out, as data.loss=all"
     )
     parser.add_argument(
         "--by-position",

@@ -40,6 +40,7 @@ def main() -> None:
     from trinity.config import load_config
     from trinity.config.paths import check_paths
     from trinity.data.tokenizer.tokenizer import load_tokenizer
+    from trinity.training.build import total_steps
     from trinity.training.build_data import open_stream, seek_near
     from trinity.training.run_tokenizer import tokenizer_to_read, with_tokenizer
 
@@ -51,6 +52,9 @@ def main() -> None:
     config = with_tokenizer(config, folder)
     tokenizer, stream = load_tokenizer(folder), open_stream(config, rank=0, ranks=1)
     seek_near(stream, config, arguments.step - 1)
+    total = total_steps(config, stream.plan)
+    if arguments.step > total:
+        raise UserError(f"--step {arguments.step} is after the run's end; use a step from 1 to {total}")
     first, sequences = stream.first_of(arguments.step - 1), stream.plan.at(arguments.step - 1).sequences
     batch, masked = stream.batch(arguments.step - 1), config.data.loss == "masked"
     for row in range(min(sequences, arguments.rows or sequences)):

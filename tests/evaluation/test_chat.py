@@ -1,4 +1,4 @@
-"""Chats: the template's tokens are transformers' own; a conversation with a cache equals one without."""
+"""Chats: prompts are the beginnings of training examples; a conversation with a cache equals one without."""
 
 import json
 import shutil
@@ -60,7 +60,11 @@ def texts_of(model: Trinity, folder: Path, turns: list[str], settings: AnswerSet
 
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["only adds", "changes the beginning"])
 def test_a_conversation_equals_its_turns_read_anew(model: Trinity, folder: Path, template: str) -> None:
-    """Three turns; each answer from the whole conversation, rendered by transformers, without an earlier cache."""
+    """Three turns; each answer from the whole conversation, rendered by transformers, without an earlier cache.
+
+    A reply begins a part of its own in the encoded text, so a reply of this tokenizer, which begins with no white space
+    that would join the prompt's, has the tokens of transformers.
+    """
     (folder / "chat_template.jinja").write_text(template)
     settings = AnswerSettings(9, Sampling(temperature=0.8), seed=4, stop_ids=(0, 1), chunk=7)
     turns = ["the rain", "Spain", "in the plain"]
@@ -76,7 +80,7 @@ def test_a_conversation_equals_its_turns_read_anew(model: Trinity, folder: Path,
 
 
 def test_earlier_turns_are_not_read_again(model: Trinity, folder: Path) -> None:
-    """Answers of no text, so that the second turn only adds to what the cache has."""
+    """The second turn only adds to what the cache has; as if the first answer had been "stays"."""
     settings = AnswerSettings(3, Sampling(temperature=0), stop=["x"])
     conversation = Conversation(model, ChatTemplate(folder), settings)
     with torch.no_grad():
@@ -86,7 +90,8 @@ def test_earlier_turns_are_not_read_again(model: Trinity, folder: Path) -> None:
     list(conversation.answer("the rain"))
     first = len(ChatTemplate(folder).token_ids(conversation.messages[:1]))
     assert read == [first, 1, 1]
-    conversation.messages[1]["content"] = ChatTemplate(folder).tokenizer.decode([0, 0], skip_special_tokens=False)
+    conversation.messages[1]["content"] = "stays"
+    conversation._tokens = ChatTemplate(folder).token_ids(conversation.messages[:3])[: first + 2]
     list(conversation.answer("Spain"))
     whole = len(ChatTemplate(folder).token_ids(conversation.messages[:3]))
     assert read[3:] == [whole - first - 2, 1, 1]
@@ -112,8 +117,27 @@ def test_end_of_turn_ids(folder: Path) -> None:
 
 
 def test_refusals(base: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"has no chat template; put a chat_template\.jinja into it"):
+    with pytest.raises(UserError, match=r"has no chat template; fine-tune the model to chat"):
         ChatTemplate(base)
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(UserError, match="refuses the messages: roles must alternate"):
-        ChatTemplate(folder).token_ids([{"role": "user", "content": "x"}])
+    for template, content, words in (
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "x",
+            r"refuses the messages \(roles must.*leave --system out",
+        ),
+        (
+            "{{ user_name.first }}",
+            "x",
+            r"chat_template\.jinja fails on the messages \('user_name' is undef.*correct it",
+        ),
+        (
+            "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+            "x",
+            r"fails on the messages \(it calls itself without end",
+        ),
+        (TEMPLATE, "\ufdd0", "the conversation holds one of U[+]FDD0"),
+    ):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=words) as error:
+            ChatTemplate(folder).token_ids([{"role": "user", "content": content}])
+        assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from tests.training.run_files import metrics, refuse, status, train
 from trinity.config.load import OmegaConf, build_config
 from trinity.data.sources.shards import TokenSource
 from trinity.models import Trinity
-from trinity.training.build_data import document_notes, length_bias_notes, open_stream
+from trinity.training.build_data import best_fit_notes, document_notes, length_bias_notes, open_stream
 
 
 def config_of(settings: dict, *words: str) -> object:
@@ -132,6 +133,39 @@ def test_a_note_on_fewer_documents_than_streams(settings: dict) -> None:
         open_stream(config_of(settings, f"data.streams={documents}"), 0, 1)))  # fmt: skip
     alone = document_notes(open_stream(config_of(settings, f"data.streams={many}"), 0, many))[-1]
     assert alone.endswith("split its texts into more documents")
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_best_fit_checks_the_longest_document_at_the_start(settings: dict, corpus: object, text: bool) -> None:
+    """Of shards without chat, and of text."""
+    source = TokenSource(settings["data"]["train"]["code"])
+    longest = int(source.lengths(np.arange(source.documents)).max())
+    words = ["data.packing=best_fit", "data.document_mask=true", "data.phases=[]", "data.mixture={}"]
+    words += [f"data.sequence_length={longest - 1}", "data.validation={}"]
+    settings["data"] |= {"train": {"code": str(corpus.texts["code"] if text else settings["data"]["train"]["code"])}}
+    settings["data"] |= {"mixture": {}, "validation": {}, "phases": [], "tokenizer": str(corpus.tokenizer)}
+    assert f"has a document of {longest} tokens, and data.packing=best_fit splits none" in refuse(settings, *words)
+    assert open_stream(config_of(settings, *words, f"data.sequence_length={longest}"), 0, 1).k == 0
+
+
+def test_a_note_on_windows_longer_than_an_epoch(settings: dict) -> None:
+    """The number that it names has none, divides data.streams and is a multiple of the ranks."""
+    words = ["data.packing=best_fit", "data.document_mask=true", "data.phases=[]", "data.mixture.code=1"]
+    words += ["data.best_fit_rows=1", "data.streams=48"]
+    tokens = {name: TokenSource(settings["data"]["train"][name]).tokens for name in ("code", "prose")}
+    smaller = min(tokens, key=tokens.__getitem__)
+    length = tokens[smaller] // 4  # each source is half of a window: of the smaller, 8 streams have a window each
+
+    def notes(*more: str, ranks: int = 1) -> list[str]:
+        config = config_of(settings, *words, f"data.sequence_length={length}", *more)
+        return best_fit_notes(open_stream(config, 0, ranks), 0)
+
+    (note,) = (note for note in notes() if f"data.train.{smaller}" in note)
+    assert note.endswith("start a new run with data.streams=8")
+    assert notes("data.streams=8") == []
+    assert any(note.endswith("data.streams=6") for note in notes(ranks=6))
+    assert any(note.endswith("use shorter rows, or more text") for note in notes(ranks=16))
+    assert notes("data.packing=sequential") == []
 
 
 def test_a_note_on_long_documents(settings: dict, capfd: pytest.CaptureFixture) -> None:

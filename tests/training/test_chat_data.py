@@ -107,6 +107,49 @@ def test_export_has_the_template(tuned: dict, chat: Path, tmp_path: Path, monkey
     assert generation["eos_token_id"] == [tok.token_to_id(token) for token in ("<|im_end|>", EOS, BOS)]
 
 
+def test_evaluate_packed_is_the_validation_loss(
+    tuned: dict, chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the trained tokens, in the run's best-fit rows; and of all tokens with data.loss=all.
+
+    Both compute in fp32 with rows in other microbatches: 1e-5 nats, as in tests/evaluation/test_evaluate_tool.py.
+    """
+    found = {}
+    for loss, words in {"masked": [], "all": ["--all-tokens"]}.items():
+        run, out = tmp_path / loss, tmp_path / f"{loss}.json"
+        settings = ["run.steps=2", "evaluation.every=2", "evaluation.sequences=3", "data.best_fit_rows=2"]
+        assert train(tuned, *settings, f"run.dir={run}", f"data.loss={loss}", "loss.per=token") == 0
+        evaluate = ["evaluate", str(tmp_path / f"{loss}_hf"), "--text", str(chat / "held_out"), "--packed", "--window"]
+        evaluate += [str(S), "--limit", "3", "--document-mask", "--best-fit-rows", "2", "--json", str(out), *words]
+        for name, arguments in {
+            "export_hf": ["export_hf", str(run), str(tmp_path / f"{loss}_hf"), "--dtype", "float32"],
+            "evaluate": evaluate,
+        }.items():
+            monkeypatch.setattr(sys, "argv", arguments)
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+            assert end.value.code in (0, None)
+        (results,) = json.loads(out.read_text())["results"].values()
+        expected = metrics(run)[-1]
+        assert abs(results["loss"] - expected["validation_loss.held_out"]) < 1e-5
+        assert abs(results["bits_per_byte"] - expected["validation_bits_per_byte.held_out"]) < 1e-5
+        found[loss] = results["loss"]
+    assert abs(found["masked"] - found["all"]) > 1e-3
+
+
+def test_show_batch_refuses_steps_after_the_end(
+    tuned: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tuned))
+    for step, code in ((tuned["run"]["steps"], 0), (tuned["run"]["steps"] + 1, 2), (99999999, 2)):
+        monkeypatch.setattr(sys, "argv", ["show_batch", str(tmp_path / "run.yaml"), "--step", str(step), "--rows", "1"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools" / "show_batch.py"), run_name="__main__")
+        assert (end.value.code or 0) == code
+        if code:
+            assert f"--step {step} is after the run's end; use a step from 1 to" in capsys.readouterr().err
+
+
 def test_show_batch_marks_what_is_trained(
     tuned: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -127,6 +170,10 @@ def test_mistakes(tuned: dict, corpus: SimpleNamespace, chat: Path, tmp_path: Pa
     longest = TokenSource(chat / "train").longest
     assert f"has a document of {longest} tokens, and data.packing=best_fit splits none" in refuse(
         tuned, f"data.sequence_length={longest - 1}"
+    )
+    place = chat / "train.jsonl"
+    assert f"data.train.chat={place} is text, which has no loss mask, and data.loss=masked; prepare it" in refuse(
+        tuned, f"data.train.chat={place}"
     )
     assert "has no loss mask, and data.loss=masked; prepare it with tools/prepare_data.py --chat" in refuse(
         tuned, f"data.train.chat={corpus.folder / 'code'}", f"data.tokenizer={corpus.tokenizer}"

@@ -70,6 +70,12 @@ def test_prompts_need_a_tokenizer(with_prompts: dict) -> None:
     assert "evaluation.prompts are texts and there is no tokenizer; set data.tokenizer" in refuse(with_prompts)
 
 
+def test_needles_need_evaluations(with_needles: dict) -> None:
+    assert "evaluation.every=0 makes none; set evaluation.every, or evaluation.needles.lengths=[]" in refuse(
+        with_needles, "evaluation.every=0"
+    )
+
+
 def test_needles_are_scored(with_needles: dict, uninterrupted: Path) -> None:
     """The last step's scores are those of the saved model on the same samples; needles change no step. Back from step 8
     to step 6, as after a crash, the run writes the same lines and metrics again, bit for bit."""

@@ -68,7 +68,9 @@ def test_a_run_learns_to_answer_and_to_end_its_turns(fine_tuning: dict, chat: Pa
     assert first["step"] == 0
     assert last["validation_loss.chat"] < 0.5 < 3 < first["validation_loss.chat"]
     assert (first["validation_end_of_turn.chat"], last["validation_end_of_turn.chat"]) == (0.0, 1.0)
-    assert all(0 < line["padding_share"] < 0.5 for line in lines[1:])
+    padding = [line["padding_share"] for line in lines[1:]]
+    assert 0 < min(padding) <= max(padding) < 1  # the rows that end an epoch may hold one example
+    assert sum(padding) / len(padding) < 0.5
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert samples[0]["text"] not in ("Yes.", "No, it is even.")
     assert samples[-1]["text"] in ("Yes.", "No, it is even.")

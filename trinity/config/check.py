@@ -262,6 +262,11 @@ def _check_needles(config: RunConfig) -> None:
     needles, validation = config.evaluation.needles, config.data.validation
     if not needles.lengths:
         return
+    if not config.evaluation.every:
+        raise UserError(
+            "evaluation.needles.lengths are scored at each evaluation, and evaluation.every=0 makes none; set "
+            "evaluation.every, or evaluation.needles.lengths=[]"
+        )
     if not _has_tokenizer(config):
         raise UserError("evaluation.needles are texts and there is no tokenizer; set data.tokenizer, or leave them out")
     if unknown := sorted(set(needles.kinds) - {1, 2, 3}):

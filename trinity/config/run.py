@@ -115,7 +115,8 @@ class DataConfig:
     """Documents in the RSDB buffer of each stream; up to twice this number are held. Not from the report: it counts
     documents per GPU; 1024 in each of Large's 8192 streams are 4096 per GPU on 2048 GPUs."""
     best_fit_rows: int = 16
-    """Window of best_fit in each stream: documents with as many tokens as this number of sequences are packed together.
+    """Window of best_fit in each stream: documents with as many tokens as this number of sequences are packed together;
+    fewer at the end of a source's epoch, so that no sequence holds a document twice.
     Not from the report, which packs greedily for fine-tuning."""
     loss: Literal["all", "masked"] = "all"
     """Tokens that are targets of the loss. all: every token; masked: only those that the mask of the shards marks

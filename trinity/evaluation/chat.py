@@ -1,17 +1,19 @@
 """Chats: render messages with the tokenizer's chat template, and continue one conversation with its key-value cache.
 
-transformers renders the template (Jinja, sandboxed), so that a chat has the same tokens in both. A turn ends at a
-token of generation_config.json, or at the tokenizer's EOS or BOS.
+Messages become tokens by the code that prepares training data (data/chat/tokens.py), so that a model meets in a chat
+what it was trained on. A turn ends at a token of generation_config.json, or at the tokenizer's EOS or BOS.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
-from trinity.data.tokenizer.tokenizer import load_tokenizer
+from trinity.data.chat.conversation import check_characters
+from trinity.data.chat.template import TemplateFailure, load_template, template_hash
+from trinity.data.chat.tokens import PromptEncoder
+from trinity.data.tokenizer.tokenizer import load_text_encoder
 from trinity.errors import UserError
 from trinity.evaluation.generate import PREFILL_CHUNK, Generation
 from trinity.evaluation.sampling import Sampling
@@ -31,7 +33,7 @@ class ChatTemplate:
     Args:
         folder: with the tokenizer's files.
     Raises:
-        UserError: transformers is not installed, it cannot read the tokenizer, or there is no template.
+        UserError: it has no tokenizer or no chat template, or one of them is damaged.
 
     Attributes:
         tokenizer: for decoding.
@@ -40,31 +42,31 @@ class ChatTemplate:
     tokenizer: Tokenizer
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from transformers import AutoTokenizer
-        except ImportError:
-            raise UserError('--chat needs transformers for the chat template: pip install "trinity-moe[hf]"') from None
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: transformers cannot read the tokenizer ({error})") from None
-        if not self._tokenizer.chat_template:
+        self.tokenizer = load_text_encoder(folder)
+        if template_hash(folder) is None:
             advice = "fine-tune the model to chat (docs/fine_tune.md), or leave --chat out"
             raise UserError(f"{folder} has no chat template; {advice}")
-        self._folder, self.tokenizer = folder, load_tokenizer(folder)
+        self._encode = PromptEncoder(load_template(folder), self.tokenizer)
 
     def token_ids(self, messages: list[Message]) -> list[int]:
-        """The conversation, and the beginning of the assistant's next turn.
+        """The conversation, and the beginning of the assistant's next turn: the tokens before it in training.
+
+        Special tokens that messages spell out are ordinary text.
 
         Raises:
-            UserError: the template refuses the messages.
+            UserError: a message holds what is no character, or the template refuses the messages or fails.
         """
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
-            raise UserError(f"the chat template of {self._folder} refuses the messages: {error}") from None
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS itself
-        return ids
+            check_characters(messages)
+        except UserError as error:
+            raise UserError(f"the conversation {error}") from None
+        try:
+            return self._encode(messages)
+        except TemplateFailure as error:
+            does, mend = ("refuses", ", or leave --system out") if error.refused else ("fails on", "")
+            raise UserError(
+                f"{error.name} {does} the messages ({error.reason}); correct it{mend}, or continue texts without --chat"
+            ) from None
 
 
 def end_of_turn_ids(folder: Path, vocab_size: int) -> list[int]:

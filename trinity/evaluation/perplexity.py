@@ -127,25 +127,33 @@ def packed_perplexity(
     rows: int | None = None,
     document_mask: bool,
     loss_on_document_start: bool,
+    best_fit_rows: int = 0,
+    masked: bool | None = None,
     batch_tokens: int = 8192,
     by_position: bool = False,
 ) -> dict[str, float]:
-    """A run's validation loss: on the same rows, with documents packed one after the other.
+    """A run's validation loss: on the same rows, and of shards with a loss mask on the same tokens.
 
     Args:
         sequence_length, rows, document_mask, loss_on_document_start: the run's data.sequence_length,
             evaluation.sequences (default: all rows), data.document_mask and data.loss_on_document_start.
+        best_fit_rows: the run's data.best_fit_rows with data.packing=best_fit; 0: documents in file order.
+        masked: count only tokens that the source's mask marks, as data.loss=masked does; None: if it has a mask.
         model, source, byte_lengths_V, batch_tokens, by_position: see `perplexity`.
     Returns:
         "loss", "perplexity", "bits_per_byte"; and "loss_at.C" by position.
     """
+    masked = source.masked if masked is None else masked
+    count = sys.maxsize if rows is None else rows
     sequences = validation_sequences(
-        source, sequence_length, sys.maxsize if rows is None else rows, loss_on_document_start
+        source, sequence_length, count, loss_on_document_start, best_fit_rows=best_fit_rows, masked=masked
     )
     sequences = Progress("perplexity", rows, "row").over(sequences)
     microbatch = max(1, batch_tokens // sequence_length)
     device = model.embed.weight.device
-    metrics = evaluate(model, sequences, microbatch, document_mask, byte_lengths_V, device, by_position=by_position)
+    metrics = evaluate(
+        model, sequences, microbatch, document_mask, byte_lengths_V, device, masked=masked, by_position=by_position
+    )
     return metrics | {"perplexity": _exp(metrics["loss"])}
 
 

@@ -111,6 +111,29 @@ def document_notes(stream: SequenceStream) -> list[str]:
     return notes
 
 
+def best_fit_notes(stream: SequenceStream, step: int) -> list[str]:
+    """A note for each source whose epoch gives no full window of best-fit packing to each stream, in a step's phase.
+
+    A window never holds two epochs, so each stream then ends each epoch in rows that it cannot fill.
+    """
+    plan, notes = stream.plan.at(step), []
+    phase = stream.phases[plan.phase]
+    for (name, source), weight in zip(stream.sources.items(), phase.weights):
+        window = weight * phase.best_fit_rows * plan.sequence_length  # tokens of this source
+        if source.tokens >= stream.streams * window:
+            continue
+        most = int(source.tokens // window)
+        fewer = range(stream.ranks, most + 1, stream.ranks)
+        good = max((streams for streams in fewer if stream.streams % streams == 0), default=max(fewer, default=0))
+        mend = f"start a new run with data.streams={good}" if good else "use shorter rows, or more text"
+        notes.append(
+            f"note: data.train.{name} has {source.tokens} tokens, and data.streams={stream.streams} windows of "
+            f"data.best_fit_rows={phase.best_fit_rows} rows take {int(stream.streams * window)} of it; a window ends "
+            f"with the epoch, so the last rows of each epoch hold more padding; {mend}"
+        )
+    return notes
+
+
 def length_bias_notes(config: RunConfig, sources: dict[str, Source], tokens: int) -> list[str]:
     """For each phase with a length bias, from the current one on: the share of its tokens in documents that are longer
     than half a row; a warning where that is less than FEW_LONG, because long rows then hold little long context.
@@ -204,6 +227,11 @@ def _open_source(label: str, place: str, config: RunConfig) -> Source:
     """Open a folder of shards, or text that is tokenised as it is read."""
     if not holds_text(place):
         return TokenSource(place, config.data.verify)
+    if config.data.loss == "masked":
+        raise UserError(
+            f"{label}={place} is text, which has no loss mask, and data.loss=masked; prepare it with "
+            f"tools/prepare_data.py --chat and set {label} to the folder of shards, or set data.loss=all"
+        )
     folder = tokenizer_folder(config)
     if folder is None:
         raise UserError(f"{label}={place} is text, and data.tokenizer is not given; set it to a tokenizer's folder")
@@ -215,15 +243,6 @@ def _check_source(label: str, source: Source, config: RunConfig) -> None:
         raise UserError(
             f"{label} has token ids up to {source.vocab_size - 1} and model.vocab_size={config.model.vocab_size}; "
             f"use a vocabulary of at least {source.vocab_size}"
-        )
-    rows = min(phase.sequence_length for phase in resolved_phases(config.data))
-    longest = getattr(
-        source, "longest", None
-    )  # known of chat data; of others, each document is checked when it is read
-    if config.data.packing == "best_fit" and longest is not None and longest > rows:
-        raise UserError(
-            f"{label} has a document of {longest} tokens, and data.packing=best_fit splits none into rows of {rows}; "
-            f"use data.sequence_length={longest} or more, or prepare the data with --max-tokens {rows} --too-long drop"
         )
     folder = tokenizer_folder(config)
     if folder is not None and fingerprint(folder) != source.tokenizer_fingerprint:
@@ -240,4 +259,12 @@ def _check_source(label: str, source: Source, config: RunConfig) -> None:
         raise UserError(
             f"{label} was rendered with another chat template than {folder} holds, and exports would have that one; "
             f"copy the {TEMPLATE_FILE} of the shards into {folder}, or prepare them again"
+        )
+    rows = min(phase.sequence_length for phase in resolved_phases(config.data))
+    longest = source.longer_than(rows) if config.data.packing == "best_fit" else None
+    if longest is not None:
+        shorter = f"prepare the data with --max-tokens {rows} --too-long drop" if source.masked else "split its texts"
+        raise UserError(
+            f"{label} has a document of {longest} tokens, and data.packing=best_fit splits none into rows of {rows}; "
+            f"use data.sequence_length={longest} or more, or {shorter}"
         )

@@ -21,7 +21,7 @@ from trinity.optim.build import Optimizers, ownership_table
 from trinity.parallel.mesh import Ranks
 from trinity.terminal import format_duration
 from trinity.training.build import total_steps
-from trinity.training.build_data import document_notes, length_bias_notes
+from trinity.training.build_data import best_fit_notes, document_notes, length_bias_notes
 from trinity.training.divisibility import context_notes, microbatch_notes, microbatch_size
 from trinity.training.lr_schedule_checks import decay_ends_with_run, schedule_notes
 
@@ -66,6 +66,7 @@ def opening(
         *microbatch_notes(config, ranks.data_ranks),
         *context_notes(config),
         *document_notes(stream),
+        *best_fit_notes(stream, step),
         *length_bias_notes(config, stream.sources, plan.at(step).tokens),
     ]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from trinity.data.chat.template import load_template, template_hash
+from trinity.data.chat.template import DEFAULT_TEMPLATE, load_template, template_hash
 from trinity.data.chat.tokenizer import make_chat_tokenizer
 from trinity.data.tokenizer.tokenizer import load_tokenizer, pad_vocabulary, save_tokenizer, vocabulary_size
 from trinity.errors import UserError
@@ -70,6 +70,28 @@ def test_template_in_the_config(tokenizer_dir: Path, tmp_path: Path) -> None:
         assert load_template(tmp_path / "chat").source == source
 
 
+def test_other_contents_of_the_folder_stay(padded: Path, tmp_path: Path) -> None:
+    """The same tokenizer is written again; another one only by force; a model's folder never."""
+    out = tmp_path / "out"
+    make_chat_tokenizer(padded, out)
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    make_chat_tokenizer(padded, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
+    template = tmp_path / "t.jinja"
+    template.write_text(DEFAULT_TEMPLATE.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds something else already; give a new folder, or --force"):
+        make_chat_tokenizer(padded, out, template)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
+    make_chat_tokenizer(padded, out, template, force=True)
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8").endswith(" ")
+    (out / "config.json").write_text("{}")
+    for arguments in ({}, {"force": True}):
+        with pytest.raises(UserError, match=r"holds a model \(config.json\)"):
+            make_chat_tokenizer(padded, out, template, **arguments)
+    with pytest.raises(UserError, match=r"t.jinja is a file; give a folder"):
+        make_chat_tokenizer(padded, template)
+
+
 def test_refused(tokenizer_dir: Path, padded: Path, tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     with pytest.raises(
@@ -86,9 +108,11 @@ def test_refused(tokenizer_dir: Path, padded: Path, tmp_path: Path) -> None:
         "{% for": "is not a valid template",
         "{{ bos_token }}": "does not print the assistant's content",
         "{% for m in messages %}{{ m.content }} ### {% endfor %}": "holds no token of the tokenizer to end a turn with",
-        "{{ raise_exception('no tools here') }}": r"does not take these messages \(no tools here\)",
-        "{{ messages.append(1) }}": "does not take these messages",
-        "{{ ''.__class__.__mro__ }}": "does not take these messages",
+        "{{ raise_exception('no tools here') }}": r"message of the user and one of the assistant \(no tools",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}": r"one of the assistant \(it calls itself.*; correct it",
+        "{{ user_name.first }}": r"t.jinja does not print .*'user_name' is undefined",
+        "{{ messages.append(1) }}": "does not print one message",
+        "{{ ''.__class__.__mro__ }}": "does not print one message",
     }.items():
         template.write_text(text)
         with pytest.raises(UserError, match=sentence) as error:

@@ -101,6 +101,14 @@ REFUSED = {
     },
     "has tools that are not valid JSON": {"messages": [USER, CALL], "tools": "["},
     "has tools of type dict; write a list": {"messages": [USER, CALL], "tools": {"f": 1}},
+    "has tools that are no objects; write [{type": {"messages": [USER, CALL], "tools": [1, 2]},
+    "holds NaN or Infinity, which JSON does not have": {
+        "messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"x": [NaN]}'}]}]
+    },
+    "holds NaN or Infinity": {"messages": [USER, CALL], "tools": [{"name": "f", "least": float("-inf")}]},
+    "holds half a surrogate": {
+        "messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"x": "\\ud800"}'}]}]
+    },
     "sets messages in chat_template_kwargs": {"messages": [USER, ANSWER], "chat_template_kwargs": {"messages": 1}},
     "holds half a surrogate pair": {"messages": [USER, {"role": "assistant", "content": "\ud800"}]},
     "holds one of U+FDD0 to U+FDD3": {"messages": [USER, {"role": "assistant", "content": "\ufdd1"}]},

@@ -92,6 +92,28 @@ def test_3_end_of_turn_is_trained_once_a_turn(make_encoder: Make, shape: str) ->
     assert sum(bit for token, bit in zip(ids, mask) if token == encoder.turn_end) == 2
 
 
+THINK_AND_ANSWER = """{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.last %}
+{%- generation %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endgeneration %}{{ '\\n' }}
+{%- generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("reason", ["because", "I write <|im_end|>"])
+def test_3_two_blocks_of_the_last_turn_are_as_many_as_two_turns(make_encoder: Make, turns: int, reason: str) -> None:
+    """With as many blocks as turns, each block is a turn's only if it ends one."""
+    messages = []
+    for turn in range(turns):
+        answer = {"role": "assistant", "content": f"a{turn}", "reasoning_content": reason}
+        messages += [{"role": "user", "content": f"q{turn}"}, answer]
+    expected = f"<think>{reason}</think>a{turns - 1}<|im_end|>"
+    assert trained_text(make_encoder(THINK_AND_ANSWER, loss="completion"), {"messages": messages}) == expected
+    untrained = [message | {"train": number == 2 * turns - 1} for number, message in enumerate(messages)]
+    assert trained_text(make_encoder(THINK_AND_ANSWER), {"messages": untrained}) == expected
+
+
 def test_4_eos_is_trained_where_padding_is_eos(make_encoder: Make) -> None:
     """Masks go by place. The text ends in EOS, spells it out, and a padding token would be EOS too."""
     encoder = make_encoder(TEMPLATES["plain words"])

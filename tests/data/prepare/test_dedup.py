@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.data.small_files import decode_documents, read_folder, write_jsonl
 from trinity.data.prepare.dedup import SeenHashes
 from trinity.data.prepare.prepare import prepare_data
-from trinity.data.prepare.tokenize import text_hashes
+from trinity.data.prepare.tokenize import hashes_of
 from trinity.data.sources.shards import TokenSource
 from trinity.errors import UserError
 
@@ -26,7 +26,7 @@ def test_the_table_equals_a_set(batches: list[list[int]], collisions: int) -> No
     """Few numbers, so that many are equal; first halves cut to a few, so that many slots are the same."""
     table, reference = SeenHashes(), set()
     for batch in batches:
-        hashes = text_hashes([str(number) for number in batch])
+        hashes = hashes_of(str(number).encode() for number in batch)
         hashes = hashes if collisions == 0 else np.column_stack([hashes[:, 0] % np.uint64(collisions), hashes[:, 1]])
         expected = []
         for row in map(tuple, hashes.tolist()):

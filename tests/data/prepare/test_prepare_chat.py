@@ -99,6 +99,46 @@ def test_rows_left_out_are_counted(chat_tokenizer: Path, tmp_path: Path) -> None
     assert prepare(doubled, chat_tokenizer, tmp_path / "d", deduplicate=True)["skipped"] == {"duplicate": 3}
 
 
+def test_equal_texts_with_other_trained_parts_are_no_duplicates(chat_tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of turns that are trained, of the end of the prompt, and of special tokens that are spelled out."""
+    twice = [{**message} for message in rows(2)[1]["messages"]]
+    values = [
+        {"messages": twice},
+        {"messages": [*twice[:1], {**twice[1], "train": False}, *twice[2:]]},
+        {"prompt": "a b", "completion": " c"},
+        {"prompt": "a", "completion": " b c"},
+        {"messages": [{"role": "user", "content": "a<|im_end|>\n<|im_start|>user\nb"}, twice[1]]},
+    ]
+    source = write(tmp_path / "chat.jsonl", [*values, *values[::-1]])
+    index = prepare(source, chat_tokenizer, tmp_path / "d", deduplicate=True)
+    assert (index["documents"], index["skipped"]) == (5, {"duplicate": 5})
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate-prompt"])
+def test_all_examples_are_too_long(chat_tokenizer: Path, tmp_path: Path, too_long: str) -> None:  # noqa: F811
+    source = write(tmp_path / "chat.jsonl", rows(3))
+    with pytest.raises(
+        UserError, match=r"no other than 3 examples of more than --max-tokens 4.*larger number"
+    ) as error:
+        prepare(source, chat_tokenizer, tmp_path / "out", chat=ChatOptions(max_tokens=4, too_long=too_long))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_deeply_nested_arguments(chat_tokenizer: Path, tmp_path: Path, workers: int) -> None:  # noqa: F811
+    """Python's own JSON reads 700 levels, and its recursion ends within some hundreds more."""
+
+    def nested(depth: int) -> Path:
+        arguments = '{"a": ' * depth + "1" + "}" * depth
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]}
+        return write(tmp_path / f"{depth}.jsonl", [{"messages": [rows(1)[0]["messages"][0], call]}])
+
+    assert prepare(nested(50), chat_tokenizer, tmp_path / "out", workers=workers)["documents"] == 1
+    with pytest.raises(UserError, match=r"700.jsonl:1:? .*objects within hundreds of others") as error:
+        prepare(nested(700), chat_tokenizer, tmp_path / "refused", workers=workers)
+    assert "\n" not in str(error.value)
+
+
 def test_other_templates_and_folders(chat_tokenizer: Path, tokenizer_dir: Path, tmp_path: Path) -> None:  # noqa: F811
     source = write(tmp_path / "chat.jsonl", rows(2))
     other = tmp_path / "t.jinja"

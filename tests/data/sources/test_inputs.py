@@ -143,7 +143,7 @@ def test_data_sets_that_do_not_fit(tmp_path: Path, tokenizer_dir: Path) -> None:
     for wrong, words in cases.items():
         with pytest.raises(UserError, match=words):
             prepare_data(wrong, tokenizer_dir, out)
-    with pytest.raises(UserError, match="has no column body; set --field to one of: id, text"):
+    with pytest.raises(UserError, match=r"has no column body; set --field .*to one of: id, text"):
         prepare_data(source, tokenizer_dir, out, field="body")
     with pytest.raises(UserError, match=r"--split train:1 holds int where text should be"):
         prepare_data(source, tokenizer_dir, out, field="id")

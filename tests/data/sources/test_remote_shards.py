@@ -46,6 +46,18 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
 
 
+def test_longest_document(local_shards: TokenSource, memory: fsspec.AbstractFileSystem) -> None:
+    """Exact of local shards; of remote ones a lower bound, for which no shard is fetched."""
+    memory.put(f"{local_shards.directory}/", "/shards", recursive=True)
+    longest = int(local_shards.lengths(np.arange(local_shards.documents)).max())
+    power = 1 << longest.bit_length() - 1
+    for tokens in (1, power - 1, power, longest - 1, longest, 2 * power - 1, 2 * power):
+        assert local_shards.longer_than(tokens) == (longest if longest > tokens else None)
+        source = TokenSource("memory://shards/")
+        assert source.longer_than(tokens) == (power if power > tokens else None)
+        assert names(source.directory) == {"index.json"}
+
+
 def test_remote_shards_equal_local_ones(
     local_shards: TokenSource, memory: fsspec.AbstractFileSystem, cache: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """Best-fit packing: whole examples, each once an epoch, in few rows, the same after any stop on any number of ranks."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import islice
 
 import numpy as np
@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.stream.test_packing import V, make_stream, rows_to_the_end
-from trinity.data import BatchPlan
+from tests.data.stream.test_packing import SEED, ListedLengths, V, make_stream, rows_to_the_end
+from trinity.data import BatchPlan, SequenceStream
 from trinity.data.stream.best_fit import pack_best_fit
 from trinity.data.stream.collate import PADDING_ID, collate, count_documents
-from trinity.data.stream.mixture import Phase
+from trinity.data.stream.mixture import LengthBias, Phase
 from trinity.data.stream.packing import UNPLANNED
+from trinity.data.stream.shuffle import permutation_keys, permute
 from trinity.data.stream.validation import validation_sequences
 from trinity.errors import UserError
 from trinity_kernels.cross_entropy import IGNORE
@@ -91,6 +92,59 @@ def test_all_examples_in_equal_numbers_over_epochs() -> None:
     stream = make_stream(lengths, S, Phase((1.0,), best_fit_rows=4), streams=1, plan=BatchPlan(1, [], S))
     counts = Counter(piece.document for row in stream.advance(1000) for piece in row)
     assert min(counts[document] for document in range(100)) >= max(counts.values()) - 1 > 15
+
+
+@pytest.mark.parametrize(("streams", "rows"), [(1, 16), (4, 16), (12, 2), (60, 16)])
+def test_an_epoch_holds_each_example_once(streams: int, rows: int) -> None:
+    """After each whole pass of a stream over its share, and so of all: each example as often as there were passes.
+
+    500 documents divide by no number of streams but 1 and 4: the others' shares change from epoch to epoch, and a
+    stream's epoch ends with its last document of the permutation.
+    """
+    lengths = np.random.default_rng(0).integers(1, S // 3, 500).tolist()
+    phase = Phase((1.0,), best_fit_rows=rows)
+    used = make_stream(lengths, S, phase, streams=streams, plan=BatchPlan(streams, [], S)).advance(
+        streams * (10 + 400 // streams)
+    )
+    for stream in range(streams):
+        pieces = [[piece.document for piece in row] for row in used[stream::streams]]
+        assert all(len(set(row)) == len(row) for row in pieces)
+        documents = iter([document for row in pieces for document in row])
+        for epoch in range(3):
+            share = [j % 500 for j in range(stream, 1500, streams) if j // 500 == epoch]
+            expected = permute(np.array(share, np.int64), 500, permutation_keys(SEED, "all", epoch)).tolist()
+            assert sorted(islice(documents, len(expected))) == sorted(expected)
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    large=LENGTHS, small=st.lists(st.integers(1, S), min_size=1, max_size=12), phase=st.sampled_from(WINDOWS),
+    weight=st.sampled_from([0.1, 0.5, 0.9]), bias=st.sampled_from([None, LengthBias(30, 0.2, 0.9)]),
+)  # fmt: skip
+def test_no_window_has_two_epochs_of_a_source(
+    large: list[int], small: list[int], phase: Phase, weight: float, bias: LengthBias | None
+) -> None:
+    """Of a mixture whose small source begins an epoch in most windows: no row and no open window has an example twice,
+    and without a length bias each stream uses the documents of a source epoch after epoch."""
+    sources = {"large": ListedLengths(large), "small": ListedLengths(small)}
+    mixed = phase._replace(weights=(weight, 1 - weight), bias=bias)
+    stream = SequenceStream(sources, [mixed], streams=3, seed=SEED, bos_id=0, plan=BatchPlan(3, [], S))
+    used: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for turn in range(60):
+        (row,) = stream.advance(1)
+        documents = [(piece.source, piece.document) for piece in row]
+        assert len(set(documents)) == len(documents)
+        own = stream._own[turn % 3]
+        assert len({(source, document) for source, document, *_ in own.open}) == len(own.open)
+        for source, document in documents:
+            used[turn % 3, source].append(document)
+    for (number, source), documents in used.items() if bias is None else ():
+        n = sources[source].documents
+        of_epoch = Counter(j // n for j in range(number, n + 3 * len(documents), 3))
+        remaining = iter(documents)
+        for epoch in sorted(of_epoch):
+            part = list(islice(remaining, of_epoch[epoch]))
+            assert len(set(part)) == len(part)
 
 
 def test_no_example_is_left_over_twice() -> None:

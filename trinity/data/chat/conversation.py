@@ -12,6 +12,7 @@ meets one form only: content is text, and a call's arguments are an object.
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from math import isfinite
 from typing import Any, NamedTuple
 
 from trinity.data.chat.template import MARKS, Message
@@ -62,12 +63,12 @@ def parse_row(row: Any) -> Conversation | Pair:
     if not isinstance(row, Mapping):
         raise UserError(f"holds {type(row).__name__} where an object with messages should be; correct it")
     row = {key: value for key, value in row.items() if value is not None}  # Parquet has every column in every row
-    _check_characters(row)
     if "messages" in row:
         return _conversation(row["messages"], None, row)
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
+            check_characters([prompt, completion])
             return Pair(prompt, completion)
         if isinstance(prompt, list) and isinstance(completion, list):
             return _conversation([*prompt, *completion], len(prompt), row)
@@ -99,6 +100,12 @@ def _conversation(messages: Any, completion_from: int | None, row: Mapping[str, 
     for name in RESERVED:
         if name in variables:
             raise UserError(f"sets {name} in chat_template_kwargs, which is a field of its own; move it there")
+    if not all(isinstance(tool, Mapping) for tool in tools or []):
+        raise UserError("has tools that are no objects; write [{type: function, function: {name, parameters, …}}, …]")
+    values = [checked, tools, variables]  # with what was JSON text
+    check_characters(values)
+    if not all(isfinite(value) for value in _leaves(values) if isinstance(value, float)):
+        raise UserError("holds NaN or Infinity, which JSON does not have; write a number, null or text")
     return Conversation(checked, trained, completion, tools or None, variables)
 
 
@@ -186,9 +193,13 @@ def _from_json(value: Any, kind: type, name: str) -> Any:
     return value
 
 
-def _check_characters(value: Any) -> None:
-    """Refuse half a surrogate pair, which has no UTF-8, and the marks that rendering uses."""
-    for text in _strings(value):
+def check_characters(value: Any) -> None:
+    """Refuse half a surrogate pair, which has no UTF-8, and the marks that rendering uses, in any text within a value.
+
+    Raises:
+        UserError: as a clause that follows the value's place.
+    """
+    for text in (leaf for leaf in _leaves(value) if isinstance(leaf, str)):
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -197,13 +208,14 @@ def _check_characters(value: Any) -> None:
             raise UserError("holds one of U+FDD0 to U+FDD3, which are no characters; remove it")
 
 
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
+def _leaves(value: Any) -> Iterable[Any]:
+    """The values within a value that contain no others, and the keys of objects."""
+    if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
+            yield key
+            yield from _leaves(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _strings(inner)
+            yield from _leaves(inner)
+    else:
+        yield value

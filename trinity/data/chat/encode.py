@@ -6,8 +6,8 @@ only if its first character lies in a trained span.** The spans of an assistant'
 2. else what the template adds to the conversation before the turn, generation prompt included, up to its end of turn.
    For that the template must keep what it has printed: each beginning of a conversation must be printed as the
    beginning of the whole. Other templates are refused.
-Each trained turn must hold one trained end of turn, or the model would not learn to stop. Special tokens that a message
-spells out are encoded as ordinary text.
+Each trained turn must hold one trained end of turn, or the model would not learn to stop. How text becomes tokens is in
+tokens.py.
 
 Shapes: n rows of the input and examples made of them, T tokens.
 """
@@ -21,9 +21,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trinity.data.chat.conversation import Conversation, Pair, parse_row
-from trinity.data.chat.template import BEGIN_LITERAL, END_LITERAL, ChatTemplate, Rendered, Span, reply_ending
+from trinity.data.chat.template import ChatTemplate, Rendered, Span, probe_prompt, reply_ending
+from trinity.data.chat.tokens import encode_parts, protected, reply_begins, special_pattern
 from trinity.data.prepare.shard_writer import EMPTY, KEPT, TOO_LONG, UNREADABLE, Encoded
-from trinity.data.prepare.tokenize import text_hashes
+from trinity.data.prepare.tokenize import hashes_of
 from trinity.data.sources.documents import RawBatch, parse_text
 from trinity.data.tokenizer.tokenizer import BOS, bos_id
 from trinity.errors import UserError
@@ -34,6 +35,9 @@ TooLong = Literal["refuse", "drop", "truncate-prompt"]
 
 MARKER = re.compile(r"<\|[^<>|\s]{1,64}\|>")
 """The usual form of a special token: a template that prints one expects it to be one token."""
+
+
+NESTED = "holds objects within hundreds of others; write them with fewer levels, or leave the row out"
 
 
 class ChatOptions(NamedTuple):
@@ -54,7 +58,7 @@ class ChatOptions(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One example: its text (for hashes and sizes), its ids [T], and which of them are trained [T]."""
+    """One example: its text (for sizes), its ids [T], and which of them are trained [T]."""
 
     text: str
     ids: np.ndarray
@@ -84,7 +88,7 @@ class ChatEncoder:
             end_id: EOS, which ends a completion that is a text.
             options: how rows become examples.
             skip_bad: mark rows that cannot be read, instead of raising.
-            hashed: compute the hash of each example's text.
+            hashed: compute the hash of each example (see trained_content).
         Raises:
             UserError: the tokenizer lacks a token that the template prints.
         """
@@ -93,8 +97,7 @@ class ChatEncoder:
         self.bos = bos_id(tok)
         self.turn_end = -1 if template is None else end_of_turn(template, tok)
         self._turn_end_text = "" if template is None else str(tok.id_to_token(self.turn_end))
-        special = [token.content for token in tok.get_added_tokens_decoder().values() if token.special]
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        self._special = special_pattern(tok)
 
     def __call__(self, batches: list[RawBatch]) -> Encoded:
         """Encode the rows of one or more consecutive batches.
@@ -112,7 +115,7 @@ class ChatEncoder:
             items=np.array([item for _, item, _, _ in rows], np.int64),
             lengths=np.array([len(part.ids) for part in examples], np.int64),
             text_bytes=np.array([len(part.text.encode()) for part in examples], np.int64),
-            hashes=text_hashes([part.text for part in examples]) if self.hashed else None,
+            hashes=hashes_of(map(trained_content, examples)) if self.hashed else None,
             done=batches[-1].done,
             mask=np.concatenate([part.mask for part in [none, *examples]]),
         )
@@ -148,6 +151,8 @@ class ChatEncoder:
             parsed = parse_row(row)
         except UserError as error:
             raise UserError(f"{where} {error}") from None
+        except RecursionError:
+            raise UserError(f"{where} {NESTED}") from None
         if isinstance(parsed, Pair):
             yield self._pair(parsed)
             return
@@ -164,14 +169,20 @@ class ChatEncoder:
                 yield self._conversation(parsed._replace(messages=parsed.messages[: turn + 1]), [turn], where)
 
     def _conversation(self, conversation: Conversation, trained: list[int], where: str) -> Example:
-        conversation = conversation._replace(messages=self._protected(conversation.messages))
+        assert self.template is not None
         try:
-            rendered = self._render(conversation, len(conversation.messages))
+            conversation = conversation._replace(messages=protected(conversation.messages, self._special))
+            messages, tools, variables = conversation.messages, conversation.tools, conversation.variables
+            rendered = self._render(conversation, len(messages))
             whole = self.options.loss == "all"
             spans = [(0, len(rendered.text))] if whole else self._spans(conversation, trained, rendered)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        ids, starts = self._encode(rendered)
+        except RecursionError:
+            raise UserError(f"{where} {NESTED}") from None
+        ids, starts = encode_parts(
+            self.tok, rendered, reply_begins(self.template, messages, tools, variables, rendered)
+        )
         if len(ids) == 0 or ids[0] != self.bos or (ids == self.bos).sum() != 1:
             raise UserError(
                 f"{where}: {self._name} does not print {BOS} once, at the beginning, as every document of this model "
@@ -190,8 +201,9 @@ class ChatEncoder:
     def _pair(self, pair: Pair) -> Example:
         """BOS, the prompt, the completion, and EOS as its end."""
         text = pair.prompt + pair.completion
-        ids, starts = self._encode(Rendered(text, [], [(0, len(text))]))
-        mask = in_spans(starts, [(0 if self.options.loss == "all" else len(pair.prompt), len(text))])
+        begin = len(pair.prompt)
+        ids, starts = encode_parts(self.tok, Rendered(text, [], [(0, len(text))]), [begin])
+        mask = in_spans(starts, [(0 if self.options.loss == "all" else begin, len(text))])
         if self.end_id is None:
             raise UserError("tokenizer_config.json names no eos_token, which ends a completion; add it")
         ids = np.concatenate([[self.bos], ids, [self.end_id]]).astype(self.dtype)
@@ -205,13 +217,23 @@ class ChatEncoder:
         turns = [number for number, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if trained == turns:
             return rendered.spans
-        if len(rendered.spans) == len(turns):
+        if len(rendered.spans) == len(turns) and all(self._ends_turn(rendered, span) for span in rendered.spans):
             return [span for span, turn in zip(rendered.spans, turns) if turn in trained]
         spans = []
         for turn in trained:  # several blocks a turn: those that begin within it
             begin, end = (self._beginning(conversation, count, rendered.text) for count in (turn, turn + 1))
             spans += [span for span in rendered.spans if begin <= span[0] < end]
         return spans
+
+    def _ends_turn(self, rendered: Rendered, span: Span) -> bool:
+        """Whether a generation block holds an end of turn that no message spells out."""
+        begin, end = span
+        literals = [literal for literal in rendered.literals if begin <= literal[0] < end]
+        for literal_begin, literal_end in [*literals, (end, end)]:
+            if self._turn_end_text in rendered.text[begin:literal_begin]:
+                return True
+            begin = literal_end
+        return False
 
     def _beginning(self, conversation: Conversation, count: int, text: str, prompt: bool = False) -> int:
         """The length of what the template prints of the first `count` messages, which must begin `text`."""
@@ -237,31 +259,6 @@ class ChatEncoder:
         assert self.template is not None
         messages = conversation.messages[:count]
         return self.template.render(messages, conversation.tools, conversation.variables, prompt)
-
-    def _encode(self, rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
-        """([T] ids, [T] the first character of each) of a text; its literals hold no special token."""
-        ids, starts = [], []
-        position = 0
-        for begin, end in [*rendered.literals, (len(rendered.text), len(rendered.text))]:
-            for part_begin, part_end, literal in ((position, begin, False), (begin, end, True)):
-                self.tok.encode_special_tokens = literal
-                encoding = self.tok.encode(rendered.text[part_begin:part_end], add_special_tokens=False)
-                ids += encoding.ids
-                before = 0  # offsets may leave out a token's leading space
-                for start, stop in encoding.offsets:
-                    starts.append(part_begin + min(start, before))
-                    before = stop
-            position = end
-        assert len(ids) == len(starts)
-        return np.array(ids, np.int64), np.array(starts, np.int64)
-
-    def _protected(self, value: Any) -> Any:
-        """Mark the special tokens that messages spell out, so that they stay text."""
-        if isinstance(value, str):
-            return self._special.sub(lambda match: f"{BEGIN_LITERAL}{match[0]}{END_LITERAL}", value)
-        if isinstance(value, dict):
-            return {key: self._protected(inner) for key, inner in value.items()}
-        return [self._protected(inner) for inner in value] if isinstance(value, list) else value
 
     def _fitted(self, example: Example, where: str) -> Example | None:
         """The example within max_tokens; None if it is left out."""
@@ -293,7 +290,7 @@ def end_of_turn(template: ChatTemplate, tok: Tokenizer) -> int:
     """
     ending = reply_ending(template)
     added = {token.content: number for number, token in tok.get_added_tokens_decoder().items()}
-    for marker in MARKER.findall(template.render([{"role": "user", "content": "a"}], None, None, True).text + ending):
+    for marker in MARKER.findall(probe_prompt(template) + ending):
         if marker not in added:
             raise UserError(
                 f"{template.name} prints {marker}, which the tokenizer does not have as a token; make one that does by "
@@ -314,6 +311,14 @@ def in_spans(starts: np.ndarray, spans: list[Span]) -> np.ndarray:
     for begin, end in spans:
         mask[np.searchsorted(starts, begin) : np.searchsorted(starts, end)] = True
     return mask
+
+
+def trained_content(example: Example) -> bytes:
+    """What training sees of an example: its ids, and which are trained. Examples with equal content are duplicates.
+
+    The same text gives others if another part of it is trained, or if a special token in it is spelled out.
+    """
+    return example.ids.tobytes() + np.packbits(example.mask).tobytes()
 
 
 def _parse(raw: Any, batch: RawBatch, number: int) -> Any:

@@ -31,6 +31,16 @@ DEFAULT_TEMPLATE = Path(__file__).with_name("default.jinja")
 BEGIN, END, BEGIN_LITERAL, END_LITERAL = MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"
 """Characters that mark a generation block, and text of the user that is to be no special token, while a template is
 rendered. Unicode keeps them out of texts for such uses."""
+FAILURES = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+)
+"""What a template may raise."""
 PROBE_PROMPT, PROBE_REPLY = "probe of a prompt", "probe of a reply"
 
 Message = dict[str, Any]
@@ -48,6 +58,28 @@ class Rendered(NamedTuple):
     text: str
     spans: list[Span]
     literals: list[Span]
+
+
+class TemplateFailure(UserError):
+    """A template did not print messages.
+
+    Attributes:
+        name: of the template.
+        reason: what it or Jinja says, on one line.
+        refused: it refused them by raise_exception, and did not fail.
+    """
+
+    def __init__(self, name: str, reason: str, refused: bool) -> None:
+        self.name, self.reason, self.refused = name, reason, refused
+        super().__init__(
+            f"{name} does not take these messages ({reason}); correct them"
+            if refused
+            else f"{name} fails on these messages ({reason}); correct it, or the messages if they lack what it reads"
+        )
+
+    def __reduce__(self) -> tuple:
+        """How to make it again in the process that started a worker."""
+        return type(self), (self.name, self.reason, self.refused)
 
 
 class ChatTemplate:
@@ -75,7 +107,7 @@ class ChatTemplate:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
             self._blocks: Any = environment.extensions[_GenerationBlock.identifier]
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"{name} is not a valid template ({_one_line(error)}); correct it") from None
         calls = [call.node for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.ExtensionAttribute)]
         self.generates = any(call.name == _GenerationBlock.MARK for call in calls)
@@ -102,7 +134,8 @@ class ChatTemplate:
             variables: chat_template_kwargs, for this template's own switches.
             add_generation_prompt: end with what comes before the assistant's text, for inference.
         Raises:
-            UserError: the template refuses the messages.
+            TemplateFailure: the template refuses the messages, or fails.
+            UserError: something around a generation block changes its text.
         """
         values = {
             **self.special,
@@ -115,8 +148,11 @@ class ChatTemplate:
         try:
             text = self._rendered(values, marks=True)
             plain = self._rendered(values, marks=False) if self.generates else None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise UserError(f"{self.name} does not take these messages ({_one_line(error)}); correct them") from None
+        except RecursionError:
+            reason = "it calls itself without end, or a message holds objects within hundreds of others"
+            raise TemplateFailure(self.name, reason, refused=False) from None
+        except FAILURES as error:
+            raise TemplateFailure(self.name, _one_line(error), isinstance(error, _Refusal)) from None
         rendered = _without_marks(text)
         if plain is not None and _without_marks(plain).text != rendered.text:
             raise UserError(
@@ -174,11 +210,30 @@ def reply_ending(template: ChatTemplate) -> str:
         UserError: the template does not take one message of the user and one of the assistant, or leaves the text out.
     """
     messages = [{"role": "user", "content": PROBE_PROMPT}, {"role": "assistant", "content": PROBE_REPLY}]
-    text = template.render(messages).text
+    text = _probed(template, messages)
     _, found, after = text.rpartition(PROBE_REPLY)
     if not found:
         raise UserError(f"{template.name} does not print the assistant's content; correct it")
     return after
+
+
+def probe_prompt(template: ChatTemplate) -> str:
+    """What the template prints of a user's message, and the generation prompt.
+
+    Raises:
+        UserError: it does not take one message of the user.
+    """
+    return _probed(template, [{"role": "user", "content": PROBE_PROMPT}], add_generation_prompt=True)
+
+
+def _probed(template: ChatTemplate, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    try:
+        return template.render(messages, add_generation_prompt=add_generation_prompt).text
+    except TemplateFailure as error:
+        roles = " and one of the ".join(message["role"] for message in messages)
+        raise UserError(
+            f"{template.name} does not print one message of the {roles} ({error.reason}); correct it"
+        ) from None
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -233,8 +288,12 @@ def _to_json(
     return to_json(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Refusal(jinja2.TemplateError):
+    """Raised by a template's call of raise_exception."""
+
+
 def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refusal(message)
 
 
 def _one_line(error: Exception) -> str:

@@ -19,25 +19,29 @@ from trinity.errors import UserError
 from trinity.io.json_files import read_json, to_json, write_json
 from trinity.io.local import copy_atomically, make_folder, write_atomically
 
+MODEL_CONFIG = "config.json"
+"""Of a model in the form of Hugging Face."""
 UNUSED = re.compile(r"reserved|unused", re.IGNORECASE)
 TOKENIZER_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json")
 Places = Literal["reserved", "last"]
 
 
 def make_chat_tokenizer(
-    tokenizer: Path, out: Path, template: Path | None = None, places: Places = "reserved"
+    tokenizer: Path, out: Path, template: Path | None = None, places: Places = "reserved", force: bool = False
 ) -> list[str]:
     """Write a tokenizer's folder with a chat template and its tokens.
 
     Args:
         tokenizer: the folder of the base model's tokenizer.
-        out: another folder; files of a tokenizer in it are replaced.
+        out: another folder: new, empty, or with the same tokenizer.
         template: its file; None: the default template, default.jinja.
         places: reserved: new tokens take ids of unused special tokens; last: those of the last learned merges.
+        force: replace another tokenizer in `out`; a model's folder never is changed.
     Returns:
         The tokens that are new.
     Raises:
-        UserError: the template is wrong or prints no end of turn, or there are too few places.
+        UserError: the template is wrong or prints no end of turn, there are too few places, or `out` holds something
+            else.
     """
     if out.resolve() == tokenizer.resolve():
         raise UserError(f"--out {out} is the tokenizer's own folder; give another, as its ids are about to change")
@@ -59,6 +63,8 @@ def make_chat_tokenizer(
     made = Tokenizer.from_str(to_json(content))
     assert vocabulary_size(made) == vocabulary_size(tok)
     end_of_turn(found, made)  # refuses a template without one
+    files = {TEMPLATE_FILE: found.source, "tokenizer.json": made.to_str(pretty=True) + "\n"}
+    _check_folder(out, files, force)
     make_folder(out)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
@@ -66,9 +72,28 @@ def make_chat_tokenizer(
     config = read_json(out / TOKENIZER_CONFIG) or {}
     if config.pop("chat_template", None) is not None:
         write_json(out / TOKENIZER_CONFIG, config, indent=2)
-    write_atomically(out / TEMPLATE_FILE, found.source)
-    write_atomically(out / "tokenizer.json", [made.to_str(pretty=True), "\n"])
+    for name, text in files.items():
+        write_atomically(out / name, text)
     return missing
+
+
+def _check_folder(out: Path, files: dict[str, str], force: bool) -> None:
+    """Refuse a folder that writing would damage.
+
+    Args:
+        out: the folder.
+        files: name → text of the files that make a tokenizer what it is.
+        force: another tokenizer may be replaced.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    if (out / MODEL_CONFIG).exists():
+        raise UserError(f"--out {out} holds a model ({MODEL_CONFIG}), which has another tokenizer; give a new folder")
+    if force or not out.exists() or not any(out.iterdir()):
+        return
+    texts = {name: (out / name).read_bytes() if (out / name).is_file() else b"" for name in files}
+    if any(texts[name] != text.encode() for name, text in files.items()):
+        raise UserError(f"--out {out} holds something else already; give a new folder, or --force to write over it")
 
 
 def _reserved_ids(content: dict[str, Any]) -> list[int]:

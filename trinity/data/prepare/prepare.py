@@ -24,7 +24,7 @@ from trinity.data.chat.template import (
     template_hash,
 )
 from trinity.data.prepare.dedup import SeenHashes
-from trinity.data.prepare.shard_writer import DUPLICATE, KEPT, Encoded, ShardWriter
+from trinity.data.prepare.shard_writer import DUPLICATE, KEPT, REASONS, TOO_LONG, Encoded, ShardWriter
 from trinity.data.prepare.tokenize import Encoder
 from trinity.data.prepare.worker_pool import map_in_processes
 from trinity.data.sources.documents import BATCH_BYTES, BEGINNING, Position, RawBatch, note_empty_files
@@ -75,7 +75,8 @@ def prepare_data(
         field: name of the text in a JSON line or a row.
         kind: of files in folders and of patterns, if they are mixed: text, jsonl, parquet or all (see expand_inputs).
         skip_bad_lines: leave out and count items that cannot be read.
-        deduplicate: of equal texts keep only the first, and count the others.
+        deduplicate: of equal texts, and with chat of examples of equal tokens and mask, keep only the first, and count
+            the others.
         workers: encoding processes beside this one; 0: this process encodes, with the tokenizers library's threads.
         progress: draw a progress bar on stderr.
         chat: read conversations, or prompts with completions, and write a loss mask; `field` is not used.
@@ -171,13 +172,26 @@ def _prepare(
     with closing(_encode(groups, encoder, workers)) as encoded, _bar(source, progress) as bar:
         _write(writer, encoded, seen, bar)
     if writer.tokens == 0:
-        raise UserError(f"{source} holds no document with text; give a file that does")
+        raise _nothing_left(source, writer, encoder)
     if isinstance(encoder, ChatEncoder) and encoder.template is not None:
         write_atomically(out / TEMPLATE_FILE, encoder.template.source)
     index = writer.finish(source.end)
     if isinstance(source, FileInputs):
         note_empty_files(source.files, index["input_documents"])
     return index, False
+
+
+def _nothing_left(source: FileInputs | DatasetInput, writer: ShardWriter, encoder: Encoder | ChatEncoder) -> UserError:
+    """Why no document was written."""
+    too_long = writer.left_out.get(REASONS[TOO_LONG])
+    if not too_long or not isinstance(encoder, ChatEncoder):
+        return UserError(f"{source} holds no document with text; give a file that does")
+    _, _, choice, most = encoder.options
+    alone = ", even without what comes before their first trained token" if choice == "truncate-prompt" else ""
+    return UserError(
+        f"{source} holds no other than {too_long} examples of more than --max-tokens {most}{alone}, so none is left; "
+        "use a larger number, or give shorter examples"
+    )
 
 
 def _write(writer: ShardWriter, encoded: Iterable[Encoded], seen: SeenHashes | None, bar: Progress) -> None:

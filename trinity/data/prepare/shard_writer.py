@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     status: [n] uint8: KEPT, or the reason for leaving it out.
     files, items: [n]: the position of each item.
     lengths, text_bytes: [m] int64: tokens, and bytes of UTF-8, of each document.
-    hashes: [m, 2] uint64: of each document's text, for --deduplicate; None without it.
+    hashes: [m, 2] uint64: of each document, for --deduplicate; None without it.
     done: amount of the input read after them (see RawBatch.done).
     mask: [T] bool: the tokens that are trained, for shards with a mask; None without one.
     """
@@ -132,6 +132,11 @@ class ShardWriter:
         (self.directory / "progress.json").unlink()
         return index
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Reason → items left out since the last shard was finished."""
+        return {reason: int(count) for reason, count in zip(REASONS[1:], self._skipped[1:]) if count}
+
     def _documents_of_inputs(self) -> list[int]:
         """Documents of each input, up to the last input that has any."""
         counts: Counter[int] = Counter()
@@ -144,8 +149,7 @@ class ShardWriter:
 
     def _close(self, shard: "_OpenShard", next_position: Position) -> None:
         entry = shard.close()
-        skipped = {reason: int(count) for reason, count in zip(REASONS[1:], self._skipped[1:]) if count}
-        entry["skipped"] = dict(sorted(skipped.items()))
+        entry["skipped"] = dict(sorted(self.left_out.items()))
         entry["next"] = list(next_position)
         self.shards.append(entry)
         self._open = None

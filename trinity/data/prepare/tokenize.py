@@ -9,7 +9,7 @@ Shapes: as in shard_writer.
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import islice
 
@@ -66,7 +66,7 @@ class Encoder:
             items=np.concatenate([np.arange(len(batch.items)) + batch.position.item for batch in batches]),
             lengths=lengths,
             text_bytes=np.array([len(text.encode()) for text in kept], np.int64),
-            hashes=text_hashes(kept) if self.hashed else None,
+            hashes=hashes_of(text.encode() for text in kept) if self.hashed else None,
             done=batches[-1].done,
         )
 
@@ -95,9 +95,9 @@ class Encoder:
                 yield np.frombuffer(array("I", encoding.ids), np.uint32).astype(self.dtype)
 
 
-def text_hashes(kept: list[str]) -> np.ndarray:
-    """[m, 2] uint64: blake2b of each text in UTF-8, 128 bits, which do not collide by chance."""
-    digests = b"".join(blake2b(text.encode(), digest_size=16).digest() for text in kept)
+def hashes_of(kept: Iterable[bytes]) -> np.ndarray:
+    """[m, 2] uint64: blake2b of each content, 128 bits, which do not collide by chance."""
+    digests = b"".join(blake2b(content, digest_size=16).digest() for content in kept)
     return np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 

@@ -23,6 +23,7 @@ from trinity.errors import UserError
 from trinity.io.remote import file_size, open_input
 from trinity.terminal import Progress
 
+FIELD = "--field (in a config data.text_field)"
 BATCH_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
 WHOLE_ROWS = 64
@@ -214,7 +215,7 @@ def _rows(path: Path | str, field: str | None) -> Iterator[tuple[list[Any], int]
     with open_input(path) as raw, damage_as_user_error(path, "Parquet"), pyarrow.parquet.ParquetFile(raw) as file:
         names = file.schema_arrow.names
         if field is not None and field not in names:
-            raise UserError(f"{path} has no column {field}; set --field to one of: {', '.join(names)}")
+            raise UserError(f"{path} has no column {field}; set {FIELD} to one of: {', '.join(names)}")
         rows, size, done = file.metadata.num_rows, file_size(path), 0
         count, columns = (WHOLE_ROWS, None) if field is None else (_rows_at_once(file.metadata, field), [field])
         for values in file.iter_batches(count, columns=columns):
@@ -282,13 +283,13 @@ def parse_line(item: bytes, name: str, number: int, offset: int, field: str) -> 
         ) from None
     if not isinstance(value, dict) or field not in value:
         known = ", ".join(value) if isinstance(value, dict) else "none, the line is no object"
-        raise UserError(f"{name}:{number} has no field {field} (fields: {known}); set --field to the text's name")
+        raise UserError(f"{name}:{number} has no field {field} (fields: {known}); set {FIELD} to the text's name")
     return _checked(value[field], name, number, offset, field)
 
 
 def _checked(value: Any, name: str, number: int, offset: int, field: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{name}:{number} holds {type(value).__name__} where text should be; fix it, or set --field")
+        raise UserError(f"{name}:{number} holds {type(value).__name__} where text should be; fix it, or set {FIELD}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

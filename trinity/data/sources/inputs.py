@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trinity.data.sources.documents import Position, RawBatch, read_batches
+from trinity.data.sources.documents import FIELD, Position, RawBatch, read_batches
 from trinity.data.sources.file_formats import READ, file_kind
 from trinity.data.sources.find_files import (
     MAGIC,
@@ -92,7 +92,7 @@ class DatasetInput:
         with remote_errors(str(self)):
             columns = self._rows.column_names or list(next(iter(self._rows), {field: None}))
             if field is not None and field not in columns:
-                raise UserError(f"{self} has no column {field}; set --field to one of: {', '.join(columns)}")
+                raise UserError(f"{self} has no column {field}; set {FIELD} to one of: {', '.join(columns)}")
             item = start.item
             table = self._rows if field is None else self._rows.select_columns([field])
             for rows in table.skip(item).iter(self.ROWS):

@@ -138,6 +138,7 @@ class TokenSource:
         self.masked = MASK in self._kinds
         self.template: str | None = index["chat"]["template"] if self.masked else None
         self.longest: int | None = max((e["longest"] for e in self._shards), default=None) if self.masked else None
+        self._document_lengths: list[int] | None = index.get("document_lengths")
         self._dtype = np.dtype(index["dtype"])
         self._first = [0, *accumulate(entry["documents"] for entry in self._shards)]
         self._first_shard = np.array(self._first[:-1])
@@ -167,6 +168,23 @@ class TokenSource:
             rows = documents[here] - self._first[shard]
             lengths[here] = offsets[rows + 1] - offsets[rows]
         return lengths
+
+    def longer_than(self, tokens: int) -> int | None:
+        """Tokens of the longest document where it has more than `tokens`; else None.
+
+        The index has it of chat data, and else the powers of two between which it lies. Where that leaves it open, the
+        offsets are read; not of a remote folder, where this would fetch every shard: then None.
+        """
+        longest = self.longest
+        if longest is None and self._document_lengths:
+            power = len(self._document_lengths) - 1  # 2^power to 2^(power + 1) − 1 tokens
+            if 1 << power + 1 <= tokens + 1 or (self._url and 1 << power <= tokens):
+                return None
+            longest = 1 << power if self._url else None
+        if longest is None and not self._url:
+            maps = (self._maps[shard] or self._map(shard) for shard in range(len(self._shards)))
+            longest = max((int(np.diff(offsets).max(initial=0)) for _, offsets in maps), default=0)
+        return longest if longest is not None and longest > tokens else None
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] uint16 or uint32: a read-only view of a document's tokens from `start` on."""

@@ -37,6 +37,9 @@ class Source(Protocol):
     def length(self, document: int) -> int:
         """Tokens of one document, BOS counted."""
 
+    def longer_than(self, tokens: int) -> int | None:
+        """Tokens of a document with more than `tokens`, as far as that is cheap to know; None if none is known."""
+
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """[length] ids of a document, from token `start` on."""
 

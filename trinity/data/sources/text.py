@@ -139,6 +139,15 @@ class TextSource:
             self._tokenise(batch)
         return self._lengths[documents].astype(np.int64)
 
+    def longer_than(self, tokens: int) -> int | None:
+        """Tokens of the longest document where it has more than `tokens`; else None.
+
+        Of more than COUNTED_BYTES of text, the longest of documents with about as many bytes, spread evenly.
+        """
+        every = -(-self._index.text_bytes // COUNTED_BYTES)
+        longest = int(self.lengths(np.arange(0, self.documents, every)).max(initial=0))
+        return longest if longest > tokens else None
+
     def keep_lengths(self, documents: np.ndarray, lengths: np.ndarray) -> None:
         """Remember lengths [n] of documents [n] that another process has tokenised, so that this one need not."""
         self._lengths[documents] = lengths

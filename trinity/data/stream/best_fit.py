@@ -49,6 +49,6 @@ def check_fits(source: str, document: int, length: int, capacity: int) -> None:
     if length > capacity:
         raise UserError(
             f"document {document} of {source} has {length} tokens, and data.packing=best_fit splits none into rows of "
-            f"data.sequence_length={capacity}; use data.sequence_length={length} or more, or prepare the data with "
-            f"--max-tokens {capacity} --too-long drop"
+            f"data.sequence_length={capacity}; use data.sequence_length={length} or more, or split its text (of chat "
+            f"data, prepare it with --max-tokens {capacity} --too-long drop)"
         )

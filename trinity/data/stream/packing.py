@@ -11,6 +11,9 @@ Either way no token is dropped and each document is read in order.
 Best fit, for fine-tuning: whole documents (examples) only. A window of documents is drawn, enough for some rows, and
 put into rows by best-fit decreasing. The rows are used in random order and end in padding. The emptiest row is not
 used: it is the first row of the next window, to be filled up there. So each document is used in its window or the next.
+A window ends early where the next document begins another epoch of a source that the window has a document of; the
+emptiest row is then used if it has one too. So a stream uses all of its documents of an epoch before it uses one
+again, and no row holds an example twice.
 
 A stream makes pieces (source, document, start,
 length) and never reads a token, so that replaying millions of sequences to find a place in the data reads no file.
@@ -131,8 +134,10 @@ class LogicalStream:
         for source, index, _, length in self.open:
             check_fits(self.order.names[source], index, length, tokens)
         rows = pack_best_fit([length for *_, length in self.open], tokens, carried)
-        late = rows[bool(carried) :] if more else []  # no row is left over twice
+        late = rows[bool(carried) :]  # no row is left over twice
         rest = min(late, key=lambda row: sum(self.open[at][3] for at in row)) if len(rows) > 1 and late else []
+        if any(self._begins_epoch(self.open[at][0]) for at in rest):
+            rest = []
         used = [row for row in rows if row is not rest]
         for last in range(len(used) - 1, 0, -1):  # Fisher-Yates: best fit makes rows of the longest documents first
             at = self._random_below(last + 1)
@@ -167,10 +172,16 @@ class LogicalStream:
         self._draw(phase, begin)
 
     def _draw(self, phase: Phase, source: int | None = None) -> bool:
-        """Open the next document of a source, by default of the one furthest behind; False if that source has ended."""
+        """Open the next document of a source, by default of the one furthest behind.
+
+        Returns:
+            False if that source has ended, or, with best fit, if the document begins another epoch than the open ones.
+        """
         if source is None:
             source = phase.furthest_behind(self._tokens_drawn)
         while True:
+            if phase.best_fit_rows and self._begins_epoch(source) and any(source == other for other, *_ in self.open):
+                return False
             first, page = self._pages[source]
             at = self.documents_taken[source] - first
             if not 0 <= at < len(page.lengths):
@@ -184,6 +195,13 @@ class LogicalStream:
         self._tokens_drawn[source] += length
         self.open.append([source, page.documents[at], 0, length])
         return True
+
+    def _begins_epoch(self, source: int) -> bool:
+        """Whether the source's next document is of another epoch than the one before it in this stream."""
+        taken = self.documents_taken[source]
+        return taken > 0 and self.order.epoch(source, self.number, taken) != self.order.epoch(
+            source, self.number, taken - 1
+        )
 
     def _load_page(self, source: int) -> bool:
         """Get the page that holds the source's next document; False if there is none."""

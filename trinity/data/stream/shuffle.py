@@ -65,6 +65,10 @@ class DocumentOrder:
         documents = self.sources[source]
         return max(1, min(documents.lookahead, PAGE_EPOCHS * documents.documents // self.streams))
 
+    def epoch(self, source: int, stream: int, number: int) -> int:
+        """The epoch of document `number` of a stream's order, from 0."""
+        return (stream + self.streams * number) // self.sources[source].documents
+
     def page(self, source: int, stream: int, number: int) -> Page:
         """Documents number·size to (number + 1)·size − 1 of a stream's order, where size is page_size(source)."""
         name, documents, size = self.names[source], self.sources[source], self.page_size(source)
