@@ -4,9 +4,9 @@
   --text      perplexity and bits per byte of text (files as for prepare_data.py) or of token shards
   --choices   multiple choice: JSONL lines {"prompt": "2 + 2 =", "choices": [" 4", " 5"], "answer": 0}
   --tasks     tasks of lm-evaluation-harness, run by transformers: pip install "trinity-moe[evaluation]"
-With --packed, --window is the length of packed rows: the result is the validation loss of a run on the same rows, and the
-balance of the experts. Of shards with a loss mask (prepare_data.py --chat) the trained tokens count; for the rows of
-configs/sft.yaml give --document-mask and --best-fit-rows 16 too.
+With --packed, --window is the length of packed rows: the result is the validation loss of a run on the same rows, and
+the balance of the experts. Of shards with a loss mask (prepare_data.py --chat) the trained tokens count; for the rows
+of configs/sft.yaml give --document-mask and --best-fit-rows 16 too.
 
 Example: python tools/evaluate.py runs/smoke/hf/final --text data/smoke/corpus/code.validation.jsonl --limit 50
          python tools/evaluate.py out/nano --tasks arc_easy,hellaswag --limit 100 --device cuda --json figures.json
