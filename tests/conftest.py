@@ -105,7 +105,7 @@ def uninterrupted(corpus: SimpleNamespace, fresh_command: Callable, tmp_path_fac
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "config.yaml").write_text(yaml.safe_dump(everything_on(corpus, folder / "run")))
     process = fresh_command("launch/pretrain.py", folder / "config.yaml")
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors
     return folder / "run"
 
@@ -134,7 +134,7 @@ def run_command(command: Callable[..., Program]) -> Callable[..., SimpleNamespac
 
     def run(script: str, *words: object) -> SimpleNamespace:
         process = command(script, *words)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
         return SimpleNamespace(code=process.returncode, output=output, errors=errors)
 
     return run

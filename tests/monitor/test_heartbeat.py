@@ -1,6 +1,7 @@
 """The heartbeat's alarm: when it is raised, and what a hanging run leaves behind."""
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from trinity.monitor.heartbeat import Heartbeat
 
 @pytest.mark.slow
 def test_a_step_that_hangs_ends_the_run(
-    settings: dict, config_file: Callable, run_command: Callable, tmp_path: Path
+    settings: dict, config_file: Callable, fresh_command: Callable, tmp_path: Path
 ) -> None:
     """Code 1, the stacks of all threads with the function that hangs, and an event."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -34,14 +35,14 @@ def test_a_step_that_hangs_ends_the_run(
         "    sys.setprofile(lambda f, e, a: hang(f, e, a) if e == 'call' else None)\n"
     )
     settings["health"] = {"heartbeat_seconds": 2}
-    with mock.patch.dict("os.environ", {"PYTHONPATH": str(tmp_path)}):
-        result = run_command("launch/pretrain.py", config_file(settings))
-    assert result.code == 1, result.errors
+    process = fresh_command("launch/pretrain.py", config_file(settings), env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
     run = Path(settings["run"]["dir"])
     assert "hang_forever" in (run / "stacks.rank0.txt").read_text()
     (event,) = events(run, "heartbeat")
     assert (event["step"], event["message"].split(";")[0]) == (3, "no progress for 2 s while training")
-    assert "heartbeat: no progress" in result.errors
+    assert "heartbeat: no progress" in errors
 
 
 @pytest.mark.parametrize("beating", [True, False])
