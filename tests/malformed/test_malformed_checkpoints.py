@@ -12,11 +12,11 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from tests.malformed.refusals import DAMAGE_FOUND, REFUSED_START, refusal, train
+from tests.training.run_files import MEASURED
 from trinity.monitor.loggers import JsonLines
 from trinity.training.load_run import load_model
 
 STEPS = (3, 6)
-MEASURED = {"step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu"}
 
 
 def folder(run: Path, step: int) -> Path:

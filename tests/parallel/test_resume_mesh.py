@@ -15,13 +15,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 
 from tests.parallel.mesh_runs import BOUND, assert_tensors, config_of
+from tests.training.run_files import MEASURED, OF_THE_MESH
 from trinity.parallel import mesh
 from trinity.training.trainer import pretrain
 
-MEASURED = {
-    "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",
-    "rank_seconds_spread", "attention_spread",
-}  # fmt: skip
 WORDS = [
     "precision.compute=float64", "optim.muon.dtype=float64", "batch.sequences=12", "batch.microbatch=12",
     "batch.ramp=[{tokens: 1000, sequences: 24}]", "checkpoint.every=0", "evaluation.every=4",
@@ -79,7 +76,7 @@ def results(folder: Path) -> SimpleNamespace:
     state: dict = {}
     reader = dcp.FileSystemReader(folder / "checkpoints" / f"step_{LAST:08d}")
     dcp.state_dict_loader._load_state_dict(state, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    metrics = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+    metrics = [{key: value for key, value in line.items() if key not in MEASURED | OF_THE_MESH} for line in lines]
     return SimpleNamespace(metrics=metrics, state=state)
 
 

@@ -14,11 +14,12 @@ from trinity.errors import UserError
 from trinity.io.remote_path import AnyPath
 from trinity.training.trainer import pretrain
 
-# The fields of metrics.jsonl that say how long and how much, not what.
+# The fields of metrics.jsonl that say how long and how much, not what; and those that depend on the number of ranks.
 MEASURED = {
     "step_seconds", "data_seconds", "goodput", "checkpoint_seconds", "tokens_per_second", "memory_gib", "mfu",
     "rank_seconds_spread",
 }  # fmt: skip
+OF_THE_MESH = {"attention_spread"}
 
 
 def train(settings: dict, *words: str, accept: tuple[str, ...] = ()) -> int:
@@ -37,9 +38,9 @@ def refuse(settings: dict, *words: str) -> str:
 
 
 def metrics(run: Path) -> list[dict]:
-    """metrics.jsonl without times and memory."""
+    """metrics.jsonl without times, memory, and what depends on the mesh."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED | OF_THE_MESH} for line in lines]
 
 
 def status(run: Path) -> dict:

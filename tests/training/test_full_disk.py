@@ -17,7 +17,7 @@ from trinity.checkpoint.directory import CheckpointDirectory
 # file: size of a disk that fills up after the first checkpoint, initial content, settings that make the file longer
 RECORDS = {
     "metrics": (4096, "", []),
-    "router": (4096, json.dumps({"step": 0, "filling": "x" * 1500}) + "\n", ["log.router_every=1"]),
+    "router": (4096, "", ["log.router_every=1"]),
     "events": (4096, json.dumps({"message": "long" * 600}) + "\n", ["evaluation.every=1"]),
 }
 
