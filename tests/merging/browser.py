@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,16 @@ from typing import Any
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 PATIENCE = 100
 """Seconds for a condition on a page; as long as machines under load need."""
+_EXEC = """
+import os, sys
+ends = [os.dup(int(end)) for end in sys.argv[1:3]]  # above 4, or 4 would be overwritten
+while min(ends) < 5:
+    ends = [os.dup(end) for end in ends]
+for end, number in zip(ends, (3, 4)):
+    os.dup2(end, number)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+"""Puts the pipes where Chromium expects them: descriptors 3 and 4."""
 
 
 class Browser:
@@ -25,8 +36,8 @@ class Browser:
         browser_in, self._to = os.pipe()
         self._from, browser_out = os.pipe()
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{browser_in} 4>&{browser_out}', "sh", PROGRAM, "--headless=new", "--no-sandbox",
-             "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}",
+            [sys.executable, "-c", _EXEC, str(browser_in), str(browser_out), PROGRAM, "--headless=new", "--no-sandbox",
+             "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={profile}",
              "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank"],
             pass_fds=(browser_in, browser_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip

@@ -135,7 +135,12 @@ def test_form_makes_the_recipe(method: str, tmp_path: Path) -> None:
     assert yaml.safe_load(path.read_text()) == expected
     assert read_recipe(path).models == [*"ab"[:count], "base"]
     bare = {"method": method, "models": [{"model": "a", "parameters": dict.fromkeys(typed, "")}], "parameters": {}}
-    assert recipe_of(bare) == {"merge_method": method, "models": [{"model": "a"}]}
+    missing = {"weight", "t"} & {*per_model, *whole}
+    if missing:
+        with pytest.raises(UserError, match=f"{missing.pop()} of (model 1|{method}) has no default; fill it in"):
+            recipe_of(bare)
+    else:
+        assert recipe_of(bare) == {"merge_method": method, "models": [{"model": "a"}]}
 
 
 def test_pasted_recipe_is_kept() -> None:
@@ -386,7 +391,7 @@ def drive(browser: Browser, url: str, pictures: Path) -> None:
         browser.run(f"({fill})('{field}', '{value}')")
     browser.run("document.getElementById('check').click()")
     browser.until("!document.getElementById('refused').hidden")
-    assert "ties needs a weight for a" in browser.run(text.format("refused"))
+    assert browser.run(text.format("refused")) == "weight of model 1 has no default; fill it in"
     browser.screenshot(pictures / "refused.png", 1100)
     for field, value in {"model-0-weight": "0.5", "model-1-weight": "0.5", "report": "out.html"}.items():
         browser.run(f"({fill})('{field}', '{value}')")
@@ -409,5 +414,6 @@ def drive(browser: Browser, url: str, pictures: Path) -> None:
     browser.screenshot(pictures / "merged.png", 1100)
     browser.screenshot(pictures / "merged_phone.png", 390)
     browser.open(browser.run("document.getElementById('report-link').href"))
-    browser.until("document.querySelectorAll('.js-plotly-plot').length > 0")
+    browser.run("document.querySelector('.figure').scrollIntoView()")
+    browser.until("document.querySelector('.js-plotly-plot') !== null")
     browser.screenshot(pictures / "report.png", 1100)

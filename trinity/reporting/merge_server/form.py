@@ -41,7 +41,7 @@ def recipe_text(form: Form) -> str:
     """The recipe in YAML, from the fields or as it was pasted.
 
     Raises:
-        UserError: nothing was pasted, or a field is no YAML.
+        UserError: nothing was pasted, or see recipe_of.
     """
     if form.get("by") == "yaml":
         if not _text(form, "yaml"):
@@ -56,7 +56,7 @@ def recipe_of(form: Form) -> dict[str, Any]:
     """The recipe that the fields describe.
 
     Raises:
-        UserError: an unknown method, no model, or a field that is no YAML.
+        UserError: an unknown method, no model, or a parameter that is missing or no YAML.
     """
     name = _text(form, "method")
     if name not in METHODS:
@@ -66,7 +66,7 @@ def recipe_of(form: Form) -> dict[str, Any]:
     if base := _text(form, "base_model"):
         recipe["base_model"] = base
     recipe["models"] = _models(form, method)
-    if whole := _values(form.get("parameters"), method.whole, "parameters"):
+    if whole := _values(form.get("parameters"), method.whole, name):
         recipe["parameters"] = whole
     if dtype := _text(form, "out_dtype"):
         recipe["out_dtype"] = dtype
@@ -191,10 +191,16 @@ def _models(form: Form, method: Method) -> list[dict[str, Any]]:
 
 
 def _values(fields: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
-    """The filled fields of a method's parameters, read as YAML."""
+    """The filled fields of a method's parameters, read as YAML.
+
+    Raises:
+        UserError: a field is no YAML, or is empty and has no default.
+    """
     found = {}
     for name in known:
         text = _text(fields or {}, name)
+        if not text and known[name] is REQUIRED:
+            raise UserError(f"{name} of {where} has no default; fill it in")
         if not text:
             continue
         try:

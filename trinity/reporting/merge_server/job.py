@@ -144,7 +144,8 @@ class MergeJob:
                 break
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
-                if shown := last_text(line):
+                shown = last_text(line)
+                if shown and not _PERCENT.search(shown):  # a closed bar says nothing more
                     self._lines.append(shown)
             self._bar = last_text(rest)
         os.close(terminal)

@@ -48,6 +48,12 @@ PAGE = """<!doctype html>
 <label for=method>Method</label>
 <select id=method aria-describedby=summary></select>
 <p class=note id=summary></p>
+<details>
+<summary>Symbols</summary>
+<p class=note>W_i are the models' tensors, w_i their weights, B the base's, δ_i = W_i - B, λ is lambda, d density, n the
+number of a tensor's entries. A parameter may also be a list, a gradient over the layers ([0, 0.5, 1]), or values by
+tensor ([{filter: mlp, value: 0.3}, {value: 0.5}]).</p>
+</details>
 </div>
 <div class=field>
 <label for=base_model id=base-label>Base model</label>
@@ -314,7 +320,7 @@ const show = status => {
   set("command", status.command);
   const again = status.state === "cancelled" ? "\\nFinished files are kept: the same merge continues there." : "";
   set("lines", status.lines.join("\\n") + again);
-  set("bar", runs ? status.bar || `${status.seconds} s` : "");
+  set("bar", runs ? status.bar || `${status.seconds} s since the start` : "");
   at("progress").hidden = at("cancel").hidden = !runs;
   if (status.percent === null) at("progress").removeAttribute("value");
   else at("progress").value = status.percent;
