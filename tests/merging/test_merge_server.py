@@ -210,6 +210,7 @@ def test_check_is_the_dry_run(app: MergeApp, family: Path, capsys: pytest.Captur
     assert len(kept[0]) == len(lines[0]) - 1 >= 6
 
 
+@pytest.mark.processes  # the package starts them
 def test_merge_gives_the_bytes_of_the_command(app: MergeApp, family: Path, capsys: pytest.CaptureFixture) -> None:
     """And its last line; the page shows the command, which gives the same folder again, and serves the report."""
     pytest.importorskip("plotly", reason='needs pip install "trinity-moe[report]"')
@@ -308,6 +309,7 @@ def test_progress_and_cancel(slow: Path) -> None:
     assert (job.status()["state"], job.status()["lines"]) == ("failed", ["error: no"])
 
 
+@pytest.mark.processes
 def test_cancelled_merge_continues(app: MergeApp, family: Path) -> None:
     """A cancelled merge leaves no folder of that name; the same form merges then."""
     ask(app, "POST", "/merge", TIES)
@@ -327,8 +329,7 @@ def test_last_text() -> None:
     assert last_text(b"\r  \r") == ""
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_ends_the_merge(slow: Path, number: int) -> None:
     """Ctrl-C on the server, or SIGTERM, interrupts the merge and waits for it; exit code 130."""
     code = (
@@ -338,7 +339,7 @@ def test_ctrl_c_ends_the_merge(slow: Path, number: int) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     try:
-        url, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+);", server.stdout.readline()).groups()
+        url, token = re.search(r"(http://127\.0\.0\.1:\d+)/\?token=(\S+)", server.stdout.readline()).groups()
         fetch(f"{url}/merge", token, TIES)
         while "40%" not in fetch(f"{url}/status", token)["bar"]:
             time.sleep(0.05)
