@@ -161,8 +161,10 @@ def test_command_line() -> None:
         "--recalibrate", "t", "--rows", "5",
     ]  # fmt: skip
     assert command_words(TIES, Path("r.yaml")) == ["r.yaml", "out"]
-    for field in ("out_dir", "workers", "report", "recalibrate"):
-        with pytest.raises(UserError, match=r"write \./--overwrite"):
+    words = command_words({"out_dir": "--overwrite", "report": "-h.html"}, recipe_file({"out_dir": "./--overwrite"}))
+    assert words == ["./--overwrite.yaml", "./--overwrite", "--report", "./-h.html"]
+    for field in ("validation", "recalibrate"):
+        with pytest.raises(UserError, match=r"write another name, or \./--overwrite"):
             command_words(form | {field: "--overwrite"}, Path("r.yaml"))
 
 
@@ -180,6 +182,8 @@ def test_command_line() -> None:
         ({"by": "yaml", "yaml": "models: ["}, "the recipe is not YAML"),
         ({"by": "yaml"}, "there is no recipe"),
         ({"workers": "x"}, "--workers: invalid int value: 'x'"),
+        ({"workers": "--overwrite"}, "--workers: expected one argument"),
+        ({"out_dir": "~nobody_has_this_name/out"}, "is not a user's home folder"),
         ({"report": "out.txt"}, "must end in .html"),
         ({"validation": "x"}, "write --validation NAME=TEXT"),
         ({"out_dir": "taken"}, "taken.yaml exists and was not written by this page"),
@@ -189,11 +193,12 @@ def test_check_refuses(app: MergeApp, family: Path, changes: dict, sentence: str
     """In the sentence of the command line, and nothing is written."""
     (family / "taken.yaml").write_text("mine")
     before = sorted(family.iterdir())
-    code, answer = ask(app, "POST", "/check", TIES | changes)
-    assert code == 400
-    assert sentence in answer["error"]
-    assert "\n" not in answer["error"]
-    assert sorted(family.iterdir()) == before
+    for address in ("/check", "/merge"):
+        code, answer = ask(app, "POST", address, TIES | changes)
+        assert code == 400
+        assert sentence in answer["error"]
+        assert "\n" not in answer["error"]
+        assert sorted(family.iterdir()) == before
 
 
 def test_check_is_the_dry_run(app: MergeApp, family: Path, capsys: pytest.CaptureFixture) -> None:
@@ -239,6 +244,8 @@ def test_merge_gives_the_bytes_of_the_command(app: MergeApp, family: Path, capsy
 
 def test_only_this_start_and_this_host(app: MergeApp) -> None:
     """A foreign Host, no token and a wrong token are refused at every address; a POST needs the token as a header."""
+    from werkzeug.test import Client
+
     for method, address in [
         ("GET", "/"), ("GET", "/status"), ("GET", "/report"), ("POST", "/check"), ("POST", "/merge"),
         ("POST", "/cancel"), ("GET", "/else"),
@@ -249,14 +256,13 @@ def test_only_this_start_and_this_host(app: MergeApp) -> None:
         if method == "GET":
             assert ask(app, method, address)[0] == wanted
             assert ask(app, method, f"{address}?token={app.token}", Host="localhost:9000")[0] == wanted
-        from werkzeug.test import Client
-
         answer = Client(app).open(
             f"{address}?token={app.token if method == 'POST' else ''}", method=method, headers={"Host": "127.0.0.1"}
         )
         assert answer.status_code == 403
     assert app.job.status()["state"] == "idle"
     assert ask(app, "POST", "/merge")[0] == 400  # no form
+    assert ask(app, "POST", "/merge", TIES | {"yaml": "x" * (1 << 20)})[0] == 400  # too large
 
 
 def test_listens_on_loopback_alone(slow: Path) -> None:

@@ -4,6 +4,8 @@ A field of a parameter holds what the recipe holds: a number, true or false, a w
 empty field is left out of the recipe, so that the method's default counts. `read_recipe` checks the values.
 """
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from trinity.io.local import make_folder, write_atomically
 from trinity.merging.methods import METHODS, REQUIRED, Method
 from trinity.merging.parameters import PARAMETERS, Parameter
 
-MARK = "# Written by the page of tools/merge.py --serve."
+MARK = "# Written by the page of tools/merge.py --serve, which replaces this file; to keep it, remove this line."
 """First line of a recipe that the page wrote: such a file is replaced, another is not."""
 
 Form = dict[str, Any]
@@ -83,21 +85,20 @@ def command_words(form: Form, recipe: Path) -> list[str]:
     Args:
         recipe: the file of the recipe.
     Raises:
-        UserError: no output folder, or a value that would be read as an option.
+        UserError: no output folder, or a text that would be read as an option.
     """
     report = report_file(form)
     options: dict[str, list[str]] = {
-        "--workers": _lines(form, "workers"),
-        "--report": [] if report is None else [str(report)],
+        "--workers": [workers] if (workers := _text(form, "workers")) else [],
+        "--report": [] if report is None else [_word(report)],
         "--validation": _lines(form, "validation"),
         "--recalibrate": _lines(form, "recalibrate"),
-        "--rows": _lines(form, "rows"),
+        "--rows": [rows] if (rows := _text(form, "rows")) else [],
     }
-    given = [str(recipe), str(out_dir(form))]
-    for value in given + [value for values in options.values() for value in values]:
+    for value in options["--validation"] + options["--recalibrate"]:
         if value.startswith("-"):
-            raise UserError(f"{value} begins with a hyphen, as an option does; for a file of that name write ./{value}")
-    words = [*given, *(["--overwrite"] if form.get("overwrite") is True else [])]
+            raise UserError(f"{value} begins with a hyphen, as an option does; write another name, or ./{value}")
+    words = [_word(recipe), _word(out_dir(form)), *(["--overwrite"] if form.get("overwrite") is True else [])]
     for option, values in options.items():
         words += [option, *values] if values else []
     return words
@@ -112,7 +113,7 @@ def out_dir(form: Form) -> Path:
     text = _text(form, "out_dir")
     if not text:
         raise UserError("there is no output folder; write the name of the folder to make")
-    folder = Path(text).expanduser()
+    folder = Path(os.path.expanduser(text))
     if not folder.name:
         raise UserError(f"{text} cannot be made; write the name of a new folder")
     return folder
@@ -121,7 +122,7 @@ def out_dir(form: Form) -> Path:
 def report_file(form: Form) -> Path | None:
     """The report to write; None for none."""
     text = _text(form, "report")
-    return Path(text).expanduser() if text else None
+    return Path(os.path.expanduser(text)) if text else None
 
 
 def recipe_file(form: Form) -> Path:
@@ -161,13 +162,13 @@ def _fields(defaults: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _kind(parameter: Parameter) -> dict[str, Any]:
-    """Kind of a parameter, and its words or bounds in words."""
+    """Kind of a parameter, and its choices or, in words, its bounds."""
     if parameter.words:
         return {"kind": "choice", "words": [_plain(written) for written, _ in parameter.words]}
     if parameter.kind is bool:
         return {"kind": "choice", "words": ["true", "false"]}
-    bounds = "" if parameter.low == -float("inf") else parameter.bounds()
-    return {"kind": "whole number" if parameter.kind is int else "number", "bounds": bounds}
+    bounds = [] if parameter.low == -math.inf else [parameter.bounds()]
+    return {"kind": "number", "hint": ", ".join(["whole number"] * (parameter.kind is int) + bounds)}
 
 
 def _default(value: Any) -> str | None:
@@ -208,6 +209,11 @@ def _values(fields: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"{name} of {where} is {text}; write a number, or a list such as [0, 0.5, 1]") from None
     return found
+
+
+def _word(path: Path) -> str:
+    """A path as a word that no program takes for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _lines(form: Form, name: str) -> list[str]:

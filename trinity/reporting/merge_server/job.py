@@ -19,13 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trinity.errors import INTERRUPTED, UserError
+from trinity.errors import UserError
 
 COLUMNS = 72
 """Width of the bars."""
 PATIENCE = 20
 """Seconds that a merge may take to end after SIGINT, before it is killed. What is left can be resumed all the same."""
 _LINES = 1000
+_TRACEBACK = "Traceback (most recent call last):"
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PERCENT = re.compile(r"\b(\d{1,3})%\|")
 
@@ -88,11 +89,14 @@ class MergeJob:
                 process.send_signal(signal.SIGINT)
 
     def stop(self) -> None:
-        """Cancel, and wait for the end."""
+        """Cancel, and wait for the end; after PATIENCE, or at another Ctrl-C, kill."""
         self.cancel()
-        if self._reader is not None:
+        if self._reader is None or self._process is None:
+            return
+        try:
             self._reader.join(PATIENCE)
-            if self._reader.is_alive() and self._process is not None:
+        finally:
+            if self._reader.is_alive():
                 self._process.kill()
                 self._reader.join()
 
@@ -108,11 +112,13 @@ class MergeJob:
             `state` (idle, running, finished, cancelled or failed), `seconds`, `lines`, `bar`, `percent` of the bar (or
             None), and what `start` was given as `about`.
         """
-        found = _PERCENT.search(self._bar)
+        found, lines, state = _PERCENT.search(self._bar), list(self._lines), self._state()
+        if state == "cancelled" and _TRACEBACK in lines:  # SIGINT came while Python imported
+            del lines[lines.index(_TRACEBACK) :]
         return self._about | {
-            "state": self._state(),
+            "state": state,
             "seconds": round((self._ended or time.monotonic()) - self._started) if self._process else 0,
-            "lines": list(self._lines),
+            "lines": lines,
             "bar": self._bar,
             "percent": int(found[1]) if found else None,
         }
@@ -127,10 +133,9 @@ class MergeJob:
             return "idle"
         if self.running:
             return "running"
-        code = self._process.returncode
-        if code == 0:
+        if self._process.returncode == 0:
             return "finished"
-        return "cancelled" if self._cancelled and code in (INTERRUPTED, -signal.SIGINT, -signal.SIGKILL) else "failed"
+        return "cancelled" if self._cancelled else "failed"
 
     def _read(self, process: subprocess.Popen, terminal: int) -> None:
         """Read the output to its end, then the exit code."""

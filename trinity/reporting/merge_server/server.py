@@ -24,6 +24,7 @@ import socket
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -184,23 +185,24 @@ class MergeApp:
         return self._response(content, "text/html", policy=_REPORT_POLICY)
 
     def _checked(self, request: "Request") -> "Response":
-        def run(form: Form) -> dict[str, Any]:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "recipe.yaml"
-                text = recipe_text(form)
-                write_atomically(path, text)
-                recipe_file(form)
-                try:
-                    return {"plan": self._check(command_words(form, path)), "recipe": text}
-                except UserError as error:
-                    raise UserError(str(error).replace(f"the recipe {path}", "the recipe")) from None
+        return self._do(request, self._dry_run)
 
-        return self._do(request, run)
+    def _dry_run(self, form: Form) -> dict[str, Any]:
+        """The plan and the recipe, for a form that can be merged."""
+        recipe_file(form)
+        with tempfile.TemporaryDirectory() as folder:
+            path, text = Path(folder) / "recipe.yaml", recipe_text(form)
+            write_atomically(path, text)
+            try:
+                return {"plan": self._check(command_words(form, path)), "recipe": text}
+            except UserError as error:
+                raise UserError(str(error).replace(f"the recipe {path}", "the recipe")) from None
 
     def _merge(self, request: "Request") -> "Response":
         def run(form: Form) -> dict[str, Any]:
             if self.job.running:
                 raise UserError("a merge is running; wait for it, or cancel it")
+            self._dry_run(form)  # refuses before the recipe of an earlier merge is replaced
             words = command_words(form, write_recipe(form))
             report, here = report_file(form), Path.cwd()
             program = self._program.relative_to(here) if self._program.is_relative_to(here) else self._program
@@ -220,7 +222,12 @@ class MergeApp:
 
     def _do(self, request: "Request", run: Callable[[Form], dict[str, Any]]) -> "Response":
         """Run with the form of a request; a refusal is one sentence."""
-        form = request.get_json(silent=True)
+        from werkzeug.exceptions import HTTPException
+
+        try:
+            form = request.get_json(silent=True)
+        except HTTPException:  # too large
+            form = None
         if not isinstance(form, dict):
             return self._json({"error": "the request holds no form as JSON"}, 400)
         try:
@@ -229,10 +236,10 @@ class MergeApp:
         except argparse.ArgumentError as error:
             return self._json({"error": str(error)}, 400)
         except Exception as error:
-            explained = explain(error)
-            if explained is None:
-                raise
-            return self._json({"error": explained[1]}, 400)
+            if (explained := explain(error)) is not None:
+                return self._json({"error": explained[1]}, 400)
+            traceback.print_exc()
+            return self._json({"error": "this is a bug of Trinity; the terminal shows the traceback"}, 500)
 
     def _json(self, content: dict[str, Any], code: int = 200) -> "Response":
         return self._response(to_json(content), "application/json", code)

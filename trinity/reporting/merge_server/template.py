@@ -205,12 +205,13 @@ const chosen = () => methods.find(method => method.name === at("method").value);
 const parameterField = (parameter, id) => {
   const missing = parameter.default === null ? "required" : `default ${parameter.default}`;
   const label = make("label", { htmlFor: id }, parameter.name);
+  if (parameter.hint) label.append(make("span", { className: "note" }, `, ${parameter.hint}`));
   let input;
   if (parameter.kind === "choice") {
     input = make("select", {}, make("option", { value: "" }, missing),
       ...parameter.words.map(word => make("option", {}, word)));
   } else {
-    input = make("input", { placeholder: missing, spellcheck: false, title: `${parameter.kind} ${parameter.bounds}` });
+    input = make("input", { placeholder: missing, spellcheck: false });
   }
   Object.assign(input, { id });
   input.dataset.parameter = parameter.name;
@@ -236,7 +237,10 @@ const drawModels = models => {
       }));
     if (models.length > 1) {
       const remove = make("button", { type: "button", ariaLabel: `Remove model ${number + 1}` }, "Remove");
-      remove.onclick = () => drawModels(readModels().filter((_, other) => other !== number));
+      remove.onclick = () => {
+        drawModels(readModels().filter((_, other) => other !== number));
+        at("add").focus();
+      };
       row.append(remove);
     }
     return make("fieldset", {}, make("legend", {}, `Model ${number + 1}`), row);
@@ -330,10 +334,11 @@ const show = status => {
 const merge = async () => {
   refuse("");
   at("merge").disabled = true;
-  const status = await ask("merge", readForm());
+  const answer = await ask("merge", readForm());
   at("merge").disabled = false;
-  show(status);
-  if (!status.error) at("running").scrollIntoView({ block: "nearest" });
+  if (answer.error) refuse(answer.error);
+  else show(answer);
+  if (!answer.error) at("running").scrollIntoView({ block: "nearest" });
 };
 
 at("method").append(...methods.map(method => make("option", {}, method.name)));
