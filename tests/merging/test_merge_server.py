@@ -23,7 +23,14 @@ from tests.merging.test_tools import TOOLS, call
 from trinity.errors import UserError
 from trinity.merging.methods import METHODS
 from trinity.merging.recipe import read_recipe
-from trinity.reporting.merge_server.form import MARK, command_words, recipe_file, recipe_of, recipe_text
+from trinity.reporting.merge_server.form import (
+    MARK,
+    command_words,
+    methods_for_page,
+    recipe_file,
+    recipe_of,
+    recipe_text,
+)
 from trinity.reporting.merge_server.job import MergeJob, last_text
 from trinity.reporting.merge_server.server import MergeApp, make_server
 
@@ -141,6 +148,24 @@ def test_form_makes_the_recipe(method: str, tmp_path: Path) -> None:
             recipe_of(bare)
     else:
         assert recipe_of(bare) == {"merge_method": method, "models": [{"model": "a"}]}
+
+
+def test_methods_for_page() -> None:
+    """Every method with a summary, and its parameters with default and bounds in words."""
+    methods = {method["name"]: method for method in methods_for_page()}
+    assert list(methods) == list(METHODS)
+    assert all(method["summary"] and "`" not in method["summary"] for method in methods.values())
+    assert methods["ties"]["per_model"] == [
+        {"name": "weight", "kind": "number", "hint": "", "default": None},
+        {"name": "density", "kind": "number", "hint": "0 to 1", "default": "1"},
+    ]
+    assert methods["karcher"]["whole"] == [
+        {"name": "max_iter", "kind": "number", "hint": "whole number, at least 1", "default": "10"},
+        {"name": "tol", "kind": "number", "hint": "at least 0", "default": "1e-05"},
+    ]
+    rescale = methods["dare_ties"]["whole"][2]
+    words = ["true", "false", "l1", "density"]
+    assert rescale == {"name": "rescale", "kind": "choice", "words": words, "default": "l1"}
 
 
 def test_pasted_recipe_is_kept() -> None:

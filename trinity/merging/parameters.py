@@ -46,7 +46,7 @@ class Parameter:
         if self.kind is int and value != int(value):
             raise UserError(f"{where} is {value!r}; write a whole number")
         if not self.low <= value <= self.high:
-            raise UserError(f"{where} is {value!r}; it must be {self.bounds()}")
+            raise UserError(f"{where} is {value!r}; it must be {self._bounds()}")
         return self.kind(value)
 
     def _word(self, value: Any, where: str) -> str:
@@ -56,8 +56,7 @@ class Parameter:
         choices = ", ".join(str(written).lower() for written, _ in self.words)
         raise UserError(f"{where} is {value!r}; write one of {choices}")
 
-    def bounds(self) -> str:
-        """The bounds in words."""
+    def _bounds(self) -> str:
         if math.isinf(self.high):
             return f"at least {self.low:g}"
         return f"between {self.low:g} and {self.high:g}"

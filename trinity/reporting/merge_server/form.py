@@ -6,6 +6,7 @@ empty field is left out of the recipe, so that the method's default counts. `rea
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from trinity.merging.parameters import PARAMETERS, Parameter
 MARK = "# Written by the page of tools/merge.py --serve, which replaces this file; to keep it, remove this line."
 """First line of a recipe that the page wrote: such a file is replaced, another is not."""
 
+_REFERENCE = re.compile(r" \(see `\w+`\)|`")
+"""References to code in a docstring, and its marks of code."""
+
 Form = dict[str, Any]
 """The fields of the form as JSON: texts, switches, and the list `models` of {model, parameters}."""
 
@@ -28,7 +32,7 @@ def methods_for_page() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "summary": (method.merge.__doc__ or "").partition("\n")[0],
+            "summary": _REFERENCE.sub("", (method.merge.__doc__ or "").partition("\n")[0]),
             "base": method.base,
             "least": method.models[0],
             "most": method.models[1],
@@ -167,8 +171,9 @@ def _kind(parameter: Parameter) -> dict[str, Any]:
         return {"kind": "choice", "words": [_plain(written) for written, _ in parameter.words]}
     if parameter.kind is bool:
         return {"kind": "choice", "words": ["true", "false"]}
-    bounds = [] if parameter.low == -math.inf else [parameter.bounds()]
-    return {"kind": "number", "hint": ", ".join(["whole number"] * (parameter.kind is int) + bounds)}
+    low, high = parameter.low, parameter.high
+    bounds = "" if low == -math.inf else f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+    return {"kind": "number", "hint": f"whole number, {bounds}" if parameter.kind is int else bounds}
 
 
 def _default(value: Any) -> str | None:

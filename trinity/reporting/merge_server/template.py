@@ -68,7 +68,7 @@ tensor ([{filter: mlp, value: 0.3}, {value: 0.5}]).</p>
 <div class=field>
 <label for=out_dtype>Type of the matrices</label>
 <select id=out_dtype>
-<option value="">as the model that gives the config</option>
+<option value="">as the base or first model</option>
 {% for dtype in dtypes %}<option>{{ dtype }}</option>{% endfor %}
 </select>
 </div>
