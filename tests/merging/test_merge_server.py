@@ -296,9 +296,8 @@ def test_listens_on_loopback_alone(slow: Path) -> None:
     try:
         assert server.socket.getsockname()[0] == "127.0.0.1"
         socket.create_connection(("127.0.0.1", server.port)).close()
-        for address in {"127.0.0.2", *socket.gethostbyname_ex(socket.gethostname())[2]} - {"127.0.0.1"}:
-            with pytest.raises(OSError):
-                socket.create_connection((address, server.port), timeout=5)
+        with pytest.raises(OSError):  # also this machine on Linux, which a server on all addresses would answer
+            socket.create_connection(("127.0.0.2", server.port), timeout=5)
         with pytest.raises(UserError, match=rf"--port {server.port} cannot be used \(Address already in use\); give"):
             make_server(MergeApp(str(slow), str), server.port)
         with pytest.raises(UserError, match="--port 65536 is no port"):

@@ -104,17 +104,16 @@ def make_server(app: "MergeApp", port: int) -> Any:
         def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
             """Log nothing: the address holds the token."""
 
-    listening = socket.socket()
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((LOOPBACK, port))
-        listening.listen()
-    except OverflowError:
-        raise UserError(f"--port {port} is no port; give a number from 0 to 65535") from None
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"--port {port} cannot be used ({reason}); give another one, or 0 for any free port") from None
-    with listening:  # the server duplicates it
+    with socket.socket() as listening:  # the server duplicates it
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((LOOPBACK, port))
+            listening.listen()
+        except OverflowError:
+            raise UserError(f"--port {port} is no port; give a number from 0 to 65535") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"--port {port} cannot be used ({reason}); give another, or 0 for any free port") from None
         return serving.make_server(LOOPBACK, port, app, threaded=True, request_handler=Handler, fd=listening.fileno())
 
 
