@@ -7,22 +7,27 @@ interrupted continues when the same command is given again.
 --report makes an HTML page of what differs by layer and part, and with --validation of loss and balance of all models.
 --recalibrate moves the expert biases of the merged model until its experts are balanced on a text.
 
+--serve takes no recipe: it serves a page, for this machine alone, on which models, method and parameters are chosen,
+checked and merged.
+
 Example: python tools/merge.py recipes/ties.yaml out/merged --dry-run
          python tools/merge.py recipes/ties.yaml out/merged --workers 4
          python tools/merge.py merge.yaml out/merged --report merge.html --validation code=code.jsonl prose=prose.jsonl
          python tools/merge.py merge.yaml out/merged --recalibrate code.jsonl prose.jsonl
+         python tools/merge.py --serve
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 
 from trinity.command_line import HelpFormatter, local_path
-from trinity.errors import run_main
+from trinity.errors import UserError, run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
 from trinity.merging.experts import unrelated_models
 from trinity.merging.merge_models import merge
@@ -36,13 +41,14 @@ if TYPE_CHECKING:
 def main() -> None:
     """Merge, or say what a merge would do."""
     options = parse()
-    recipe = read_recipe(options.recipe)
+    if options.serve:
+        serve_page(options)
+    if options.recipe is None or options.out_dir is None:
+        raise UserError("RECIPE.yaml or OUT_DIR is missing; give both, or --serve alone")
     if options.dry_run:
-        check_replaceable(Path(options.out_dir).resolve(), options.overwrite)
-        plan = make_plan(recipe)
-        notes = unrelated_models(plan) + (check_measuring(plan, options) if measures(options) else [])
-        print("\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in notes)]))
+        print(dry_run(options))
         return
+    recipe = read_recipe(options.recipe)
     if measures(options):
         print("\n".join(merge_and_measure(recipe, options)))
         return
@@ -55,6 +61,24 @@ def main() -> None:
         progress=True,
     )
     print(f"the merged model is in {options.out_dir}\n{merged}")
+
+
+def dry_run(options: argparse.Namespace) -> str:
+    """Check everything and write nothing; returns what the merge will do."""
+    recipe = read_recipe(options.recipe)
+    check_replaceable(Path(options.out_dir).resolve(), options.overwrite)
+    plan = make_plan(recipe)
+    notes = unrelated_models(plan) + (check_measuring(plan, options) if measures(options) else [])
+    return "\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in notes)])
+
+
+def serve_page(options: argparse.Namespace) -> NoReturn:
+    """Serve the page until Ctrl-C."""
+    from trinity.reporting.merge_server.server import serve
+
+    if options.recipe is not None:
+        raise UserError(f"--serve takes no recipe, and {options.recipe} is given; paste the recipe into the page")
+    serve(__file__, lambda words: dry_run(parse(words)), options.port)
 
 
 def measures(options: argparse.Namespace) -> bool:
@@ -102,12 +126,14 @@ def merge_and_measure(recipe: Recipe, options: argparse.Namespace) -> list[str]:
     )
 
 
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or other words: then a wrong value raises ArgumentError."""
     summary, example = __doc__.strip().rsplit("\n\n", 1)
-    parser = argparse.ArgumentParser(description=summary, epilog=example, formatter_class=HelpFormatter)
-    parser.add_argument("recipe", type=local_path, metavar="RECIPE.yaml", help="what to merge, and how")
-    parser.add_argument("out_dir", type=local_path, metavar="OUT_DIR", help="folder to make")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=example, formatter_class=HelpFormatter, exit_on_error=words is None
+    )
+    parser.add_argument("recipe", type=local_path, nargs="?", metavar="RECIPE.yaml", help="what to merge, and how")
+    parser.add_argument("out_dir", type=local_path, nargs="?", metavar="OUT_DIR", help="folder to make")
     parser.add_argument("--dry-run", action="store_true", help="check everything, and print plan, bytes and memory")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads; the result does not depend on it")
     parser.add_argument(
@@ -119,7 +145,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge or export in OUT_DIR")
     _add_measuring(parser)
-    return parser.parse_args()
+    group = parser.add_argument_group("page")
+    group.add_argument(
+        "--serve", action="store_true", help="serve a page on 127.0.0.1 to choose, check, merge and see the report"
+    )
+    group.add_argument("--port", type=int, default=8765, help="of the page; 0 for any free one")
+    return parser.parse_args(words)
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
