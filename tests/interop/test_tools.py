@@ -141,7 +141,7 @@ def test_chat_with_given_turns_and_from_a_file(
     assert len(answers) == 2
     (tmp_path / "prompts.txt").write_text(f"{TEXT}\n")
     assert call("generate.py", folder, *words, "--prompts", tmp_path / "prompts.txt") == 0
-    assert capfd.readouterr().out == f"{answers[0]}\n"
+    assert capfd.readouterr().out == f"> {TEXT}\n{answers[0]}\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{TEXT}\n\nSpain\n"))
     assert call("generate.py", folder, *words) == 0
     assert capfd.readouterr().out == "".join(f"{answer}\n" for answer in answers)

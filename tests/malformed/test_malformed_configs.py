@@ -277,7 +277,7 @@ IN_A_RUN = {
     "parallel.replicate=0": "parallel.replicate=0", "parallel.replicate=-2": "parallel.replicate=-2",
     "parallel.shard=0": "parallel.shard=0", "parallel.expert=0": "parallel.expert=0",
     "parallel.expert=-1": "parallel.expert=-1", "parallel.context=0": "parallel.context=0",
-    "parallel.context=2": "parallel.context=2", "parallel.replicate=-1": "parallel.replicate and parallel.shard",
+    "parallel.context=2": "use parallel.context=1,", "parallel.replicate=-1": "parallel.replicate and parallel.shard",
     f"parallel.replicate={10**18}": "parallel.replicate=1000000000000000000", "data.train={}": "data.train",
     "data.train.code=nowhere": "nowhere", "data.validation.held_out=nowhere": "nowhere",
     "data.train.code=/dev/null/x": "/dev/null/x", "data.tokenizer=nowhere": "nowhere", "init.hf=nowhere": "nowhere",

@@ -5,7 +5,6 @@ initialized, and returns the results as a list. If it fails or hangs on one rank
 test fails with that rank's traceback.
 """
 
-import gc
 import importlib
 import io
 import logging
@@ -29,8 +28,9 @@ TIMEOUT = 120
 """Seconds for one case, and for one collective."""
 
 MOST_GROUPS = 24
-"""Process groups that are kept for the next case. Each has threads that wake a hundred times a second: the hundreds of
-groups of a whole suite would take more time than its cases."""
+"""Process groups that are kept for the next case; with more, the next case gets new processes. Each group has threads
+that wake a hundred times a second: the hundreds of groups of a whole suite would take more time than its cases.
+Destroying groups alone is not enough, as torch keeps placements of tensors that name them."""
 
 
 class ProcessPool:
@@ -51,7 +51,7 @@ class ProcessPool:
         task = _serialize((case.__module__, case.__qualname__, args))
         for _, pipe in self._workers:
             pipe.send_bytes(task)
-        results = {}
+        results, groups = {}, 0
         while len(results) < self.world:
             waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers) if rank not in results}
             ready = wait(list(waiting), timeout=TIMEOUT)
@@ -60,12 +60,14 @@ class ProcessPool:
             for pipe in ready:
                 rank = waiting[pipe]
                 try:
-                    good, value = _deserialize(pipe.recv_bytes())
+                    good, value, kept = _deserialize(pipe.recv_bytes())
                 except EOFError:
                     self._fail(f"rank {rank} of {self.world} died")
                 if not good:
                     self._fail(f"rank {rank} of {self.world}:\n{value}")
-                results[rank] = value
+                results[rank], groups = value, max(groups, kept)
+        if groups > MOST_GROUPS:
+            self.close()
         return [results[rank] for rank in range(self.world)]
 
     def close(self) -> None:
@@ -101,9 +103,8 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    # Equal meshes are made once, as long as there are few.
-    meshes = cache(device_mesh.init_device_mesh)
-    device_mesh.init_device_mesh = dist.init_device_mesh = mesh.init_device_mesh = meshes
+    # equal meshes are made once
+    device_mesh.init_device_mesh = dist.init_device_mesh = mesh.init_device_mesh = cache(device_mesh.init_device_mesh)
     while True:
         try:
             module, name, args = _deserialize(pipe.recv_bytes())
@@ -113,20 +114,7 @@ def _work(rank: int, world: int, store: str, pipe: Connection) -> None:
             answer = True, getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             answer = False, traceback.format_exc()
-        if len(dist.distributed_c10d._world.pg_map) > MOST_GROUPS:
-            meshes.cache_clear()
-            _destroy_subgroups()
-        pipe.send_bytes(_serialize(answer))
-
-
-def _destroy_subgroups() -> None:
-    """Destroy all groups but that of all ranks, which every rank must call, and with them their threads."""
-    gc.collect()  # meshes of the cases before
-    dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()
+        pipe.send_bytes(_serialize((*answer, len(dist.distributed_c10d._world.pg_map))))
 
 
 def _serialize(value: Any) -> bytes:

@@ -10,6 +10,7 @@ Shapes: R ranks (of rows and source counts: groups of ranks), B rows of one rank
 sources.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -173,7 +174,7 @@ def step_metrics(stats: StepStats, valid: float, config: RunConfig) -> dict[str,
         "loss": ce.sum().item() / valid,
         "z_loss": config.loss.z * lse_square / valid,
         "batch_het": batch_heterogeneity(ce, valid_rows, config.log.het_sequences),
-        "max_head_logit": stats.top_logit_R1.max().item(),
+        "max_head_logit": _largest_logit(stats.top_logit_R1),
     }
     if stats.source_counts_RN is not None:
         metrics["data_seconds"] = stats.sums_R3[:, 2].max().item()
@@ -189,6 +190,12 @@ def step_metrics(stats: StepStats, valid: float, config: RunConfig) -> dict[str,
         "router_entropy": entropy_M.mean().item(),
         "starved_experts": int((stats.counts_ME == 0).sum()),
     }
+
+
+def _largest_logit(top_logit_R1: Tensor) -> float:
+    """The largest of all ranks; 0 where no rank computed a logit, which is −∞ in fine-tuning without a target."""
+    top = top_logit_R1.max().item()
+    return 0.0 if top == -math.inf else top
 
 
 def router_entropy(stats: StepStats, active: int) -> Tensor | None:
