@@ -64,7 +64,7 @@ class MergeJob:
             try:
                 self._process = subprocess.Popen(
                     list(command), stdin=subprocess.DEVNULL, stdout=inner, stderr=inner, start_new_session=True,
-                    env=os.environ | {"TERM": "xterm", "PYTHONUNBUFFERED": "1"},
+                    env=os.environ | {"TERM": "xterm", "PYTHONUNBUFFERED": "1"}, preexec_fn=_heed_interrupts,
                 )  # fmt: skip
             except OSError:
                 os.close(terminal)
@@ -157,6 +157,11 @@ class MergeJob:
         process.wait()
         self._bar = ""
         self._ended = time.monotonic()
+
+
+def _heed_interrupts() -> None:
+    """In the new process: take SIGINT, which a server that a shell started with & ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def last_text(line: bytes) -> str:

@@ -80,7 +80,8 @@ def serve(program: str, check: Check, port: int) -> NoReturn:
     app = MergeApp(program, check)
     server = make_server(app, port)
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):  # end as Ctrl-C does, so that no merge is left behind
+        # all end it as Ctrl-C does, so that no merge is left behind; SIGINT may be ignored in a shell's background
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler)
     print(f"the page is at {app.url(server.port)}\nIts merges run in {os.getcwd()}. Ctrl-C ends it.", flush=True)
     try:
