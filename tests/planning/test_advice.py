@@ -61,6 +61,22 @@ def test_no_change_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warning.endswith("nor more shards would, and batches and streams divide by no larger number of GPUs than 1")
 
 
+@pytest.mark.parametrize("words", [[], ["parallel.expert=2"], ["model.experts=64", "model.expert_width=256"]])
+def test_gpu_counts_that_cannot_fit_are_not_planned(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What more shards do not lessen is a lower bound of every larger number of GPUs; below it none is planned."""
+    words = [*words, "batch.microbatch=1", "batch.sequences=32", "data.streams=32", "recompute=block"]
+    config, card = config_of(*words, "parallel.shard=4"), GPUS["h200"]
+    plan = make_plan(config, 4, card)
+    unsharded = advice._unsharded_bytes(plan, advice.Change([], config, 4))
+    larger = [peak_memory(config_of(*words, f"parallel.shard={gpus}"), gpus, card).total for gpus in (8, 16, 32)]
+    assert 0 < unsharded < min(larger)
+    asked: list[int] = []
+    monkeypatch.setattr(advice, "peak_memory", lambda *a: (asked.append(a[1]), peak_memory(*a))[1])
+    (warning,) = advice.warnings(make_plan(config, 4, card._replace(memory=unsharded / USABLE_SHARE)))
+    assert warning.endswith("nor more GPUs would; batches and streams divide by 32 at most")
+    assert set(asked) == {4}
+
+
 def test_fewest_gpus_are_advised() -> None:
     """GPUs too small for a share of 8 GPUs and large enough for one of 16: 16 are advised, and their plan fits."""
     words = ["batch.microbatch=1", "recompute=block", "parallel.replicate=1", "parallel.shard=1"]

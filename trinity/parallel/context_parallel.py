@@ -176,7 +176,7 @@ class ContextParts:
         return self._masks[self._length]
 
     def _mask_of_chunk(self, keys_before: int) -> AttentionMask:
-        """The mask of the chunk's queries with so many keys before the chunk; one for all layers of a kind."""
+        """The mask of the chunk's queries, where `keys_before` keys precede the chunk; one for all layers of a kind."""
         if keys_before not in self._masks:
             ids_BS, own = self._ids_BS, self._columns
             around = slice(own.start - keys_before, own.stop)
