@@ -137,7 +137,7 @@ def test_enormous_numbers(tmp_path: Path, limited_memory: None) -> None:
     assert sentence == f"model.heads={10**18 + 1} must be at most 65536"
 
 
-@pytest.mark.parametrize("section", ["", *{key.rpartition(".")[0] for key in SETTINGS if "." in key}])
+@pytest.mark.parametrize("section", ["", *sorted({key.rpartition(".")[0] for key in SETTINGS if "." in key})])
 def test_an_unknown_key(tmp_path: Path, section: str) -> None:
     """At every level, in a file and on the command line: no key is similar, so the message lists the existing ones."""
     key = f"{section}.zzz" if section else "zzz"

@@ -339,6 +339,28 @@ def test_progress_and_cancel(slow: Path) -> None:
     assert (job.status()["state"], job.status()["lines"]) == ("failed", ["error: no"])
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "os.kill(os.getpid(), 9)",
+            "error: the merge was ended by SIGKILL; the system does this where memory runs out;",
+        ),
+        ("print('merging:  40%|██  | 2/5 [00:01<00:02, 1.4it/s]', end=''); sys.exit('error: no')", "error: no"),
+        ("sys.exit(3)", "error: the merge ended with exit code 3 and printed nothing"),
+    ],
+)
+def test_says_why_a_merge_failed(code: str, said: str) -> None:
+    """A signal, which leaves no message; and a message behind a bar that is still open."""
+    job = MergeJob()
+    job.start([sys.executable, "-c", f"import os, sys; {code}"], {})
+    job.wait()
+    status = job.status()
+    assert status["state"] == "failed"
+    assert len(status["lines"]) == 1
+    assert status["lines"][0].startswith(said)
+
+
 @pytest.mark.processes
 def test_cancelled_merge_continues(app: MergeApp, family: Path) -> None:
     """A cancelled merge leaves no folder of that name; the same form merges then."""

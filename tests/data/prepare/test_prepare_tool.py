@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,9 +64,7 @@ def test_interrupted_at_a_terminal(fresh_command: Callable, tmp_path: Path, toke
         tmp_path,
     )
     words = ["--input", path, "--tokenizer", tokenizer_dir, "--out", out / "out", "--shard-tokens", 30_000]
-    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background is not
-    alone = {"start_new_session": True, "preexec_fn": interruptible}
-    process = fresh_command("tools/prepare_data.py", *words, "--workers", 2, **alone)
+    process = fresh_command("tools/prepare_data.py", *words, "--workers", 2, start_new_session=True)
     progress = out / "out" / "progress.json"
     while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["shards"]):
         time.sleep(0.01)

@@ -119,7 +119,6 @@ def test_workers_leave_interrupts_to_the_main_process() -> None:
     """SIGINT to every process of the group, as a terminal sends on Ctrl-C."""
 
     def interrupted() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
         os.setpgrp()
         try:
             for number in run(nap, 10_000, 2):

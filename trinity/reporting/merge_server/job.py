@@ -29,6 +29,8 @@ _LINES = 1000
 _TRACEBACK = "Traceback (most recent call last):"
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PERCENT = re.compile(r"\b(\d{1,3})%\|")
+_BAR = re.compile(r"^.*?\b\d{1,3}%\|.*?(\[[^\]]*\]|$)")
+"""tqdm's bar, to the bracket that ends it; a message may follow on the same line, where the bar was not closed."""
 
 
 class MergeJob:
@@ -64,7 +66,7 @@ class MergeJob:
             try:
                 self._process = subprocess.Popen(
                     list(command), stdin=subprocess.DEVNULL, stdout=inner, stderr=inner, start_new_session=True,
-                    env=os.environ | {"TERM": "xterm", "PYTHONUNBUFFERED": "1"}, preexec_fn=_heed_interrupts,
+                    env=os.environ | {"TERM": "xterm", "PYTHONUNBUFFERED": "1"},
                 )  # fmt: skip
             except OSError:
                 os.close(terminal)
@@ -149,19 +151,27 @@ class MergeJob:
                 break
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
-                shown = last_text(line)
-                if shown and not _PERCENT.search(shown):  # a closed bar says nothing more
+                if shown := _BAR.sub("", last_text(line)).strip():  # a closed bar says nothing more
                     self._lines.append(shown)
             self._bar = last_text(rest)
         os.close(terminal)
         process.wait()
         self._bar = ""
+        if process.returncode and not self._cancelled and (process.returncode < 0 or not self._lines):
+            self._lines.append(explain_ending(process.returncode))
         self._ended = time.monotonic()
 
 
-def _heed_interrupts() -> None:
-    """In the new process: take SIGINT, which a server that a shell started with & ignores."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def explain_ending(code: int) -> str:
+    """A sentence for a process that did not say itself why it failed.
+
+    Args:
+        code: as `subprocess.Popen.returncode`.
+    """
+    if code >= 0:
+        return f"error: the merge ended with exit code {code} and printed nothing"
+    hint = "; the system does this where memory runs out" if code == -signal.SIGKILL else ""
+    return f"error: the merge was ended by {signal.Signals(-code).name}{hint}; merge again, and it continues"
 
 
 def last_text(line: bytes) -> str:
