@@ -24,6 +24,7 @@ export TOKENIZERS_PARALLELISM := true
 
 help:
 	@echo "make smoke | sft-smoke | test | test-slow | lint | docs | venv | data | data-sft | clean"
+	@echo "make test TEST_WORKERS=4    more tests at once; each worker takes 1 to 2 GB"
 	@echo "make quick    the core's tests in under two minutes, while working; test runs all but the slow ones"
 
 venv: $(VENV)/ready
@@ -69,11 +70,15 @@ QUICK := $(addprefix tests/,test_balancing.py test_transformers_equality.py test
 quick: venv
 	$(BIN)/python -m pytest $(QUICK) --ignore-glob='*_triton.py' -m "not slow and not processes"
 
+# A file's tests stay together, as they share fixtures and groups of processes.
+TEST_WORKERS ?= 2
+XDIST := -n $(TEST_WORKERS) --dist loadfile
+
 test: venv
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(XDIST)
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(XDIST)
 
 lint: venv
 	$(BIN)/ruff check .

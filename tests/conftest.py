@@ -12,6 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
