@@ -1,7 +1,7 @@
 """Every kernel compiles for Hopper with every tile of its table, without spills and within the shared memory.
 
-One process per module of cases, because kernels must not be interpreted there. Norms, Newton-Schulz and experts, which
-have the most sizes, take most of the time; they are slow tests.
+One process per module of cases, because kernels must not be interpreted there. Modules with the most sizes take most of
+the time; they are slow tests.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 MODULES = sorted(path.stem for path in HERE.glob("cases_*.py"))
-MOST_SIZES = ("cases_norm", "cases_newton_schulz", "cases_experts")
+MOST_SIZES = ("cases_norm", "cases_newton_schulz", "cases_experts", "cases_routing", "cases_cross_entropy")
 SHARED = 227 * 1024
 """Bytes of shared memory that one block may have on sm_90."""
 
