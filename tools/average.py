@@ -1,7 +1,7 @@
 """Average checkpoints of one run into a Hugging Face folder: a decay of the learning rate without training it.
 
-The weights of the checkpoints follow from the wished decay over their window (WSM): linear weighs all but the first and
-the last equally. Masters are averaged in fp32. Take checkpoints of the constant-rate phase.
+The weights of the checkpoints follow from the wished decay over their window (WSM): linear weighs evenly spaced
+checkpoints equally. Masters are averaged in fp32. Take checkpoints of the constant-rate phase.
 
 Example: python tools/average.py runs/smoke out/averaged --steps 100:250 --decay 1-sqrt
 """

@@ -199,7 +199,10 @@ def test_command_line() -> None:
         ({"models": []}, "there is no model"),
         ({"method": "tis"}, "merge_method 'tis' is not known"),
         ({"out_dir": " "}, "there is no output folder"),
-        ({"out_dir": "a"}, "holds an earlier export"),
+        (
+            {"out_dir": "a"},
+            'or merge; give another folder, or tick "Replace an earlier merge or export in this folder"',
+        ),
         ({"base_model": ""}, "ties needs a base_model"),
         ({"base_model": "nowhere"}, "nowhere"),
         ({"models": [{"model": "a", "parameters": {"weight": "1", "density": "2"}}]}, "it must be between 0 and 1"),

@@ -10,6 +10,8 @@ from trinity.io.local import sync_folder
 
 SHARD_BYTES = 5 * 10**9
 """Default size limit of one file."""
+OVERWRITE_HINT = "say overwrite=True (--overwrite)"
+"""What the refusal of an earlier export advises."""
 
 
 def partial_folder(directory: Path) -> Path:
@@ -33,9 +35,7 @@ def check_replaceable(directory: Path, overwrite: bool) -> None:
     if not _is_export(directory):
         raise UserError(f"{directory} exists and is not an earlier export; give the name of a folder to make")
     if not overwrite:
-        raise UserError(
-            f"{directory} holds an earlier export; give another folder, or say overwrite=True (--overwrite)"
-        )
+        raise UserError(f"{directory} holds an earlier export or merge; give another folder, or {OVERWRITE_HINT}")
 
 
 def _is_export(directory: Path) -> bool:

@@ -312,11 +312,13 @@ def _values(
         ]
         if any(value is REQUIRED for value in values[parameter]):
             model = models[[value is REQUIRED for value in values[parameter]].index(True)].model
-            raise UserError(f"{name} needs a {parameter} for {model} ({tensor}); write it below its parameters:")
+            raise UserError(
+                f"{name} needs a {parameter} for {model} ({tensor}); write {parameter}: NUMBER among its parameters"
+            )
     for parameter, default in method.whole.items():
         values[parameter] = value_at([*rule, *wider], parameter, tensor, t, default)
         if values[parameter] is REQUIRED:
-            raise UserError(f"{name} needs {parameter} ({tensor}); write it below parameters:")
+            raise UserError(f"{name} needs {parameter} ({tensor}); write {parameter}: NUMBER among parameters")
     if "lambda" in values:
         values["lambda_"] = values.pop("lambda")
     return values

@@ -69,7 +69,10 @@ class Heartbeat:
     def _alarm(self, timeout: float) -> None:
         rank = self._events.rank
         stacks = self._directory / f"stacks.rank{rank}.txt"
-        message = f"no progress for {timeout:g} s while {self._activity}; stacks are in {stacks.name}, the process ends"
+        message = (
+            f"no progress for {timeout:g} s while {self._activity}; stacks are in {stacks}, the process ends; the same "
+            "command resumes; if the machine is only busy, raise health.heartbeat_seconds"
+        )
         try:
             with open(stacks, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

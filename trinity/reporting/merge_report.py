@@ -139,7 +139,7 @@ def _norm_charts(found: Statistics) -> Iterator[RenderedChart]:
     }
     weights = np.array([part != BIAS for part in _parts(found)])
     top = max((np.nanmax(z[weights]) for z in values.values() if np.isfinite(z[weights]).any()), default=1.0)
-    note = f"‖δ‖/‖W‖, with the same colours in every figure; they end at {top:.3g}, the largest but for biases."
+    note = f"‖δ‖/‖W‖. Every model has the same colours, which end at {top:.3g}: the largest value but for biases."
     for label, z in values.items():
         options = {"colorscale": "Viridis", "zmin": 0, "zmax": max(top, 1e-9)}
         yield _part_heatmap(f"Relative difference of {label}", found, z, note, **options)

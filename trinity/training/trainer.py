@@ -212,7 +212,7 @@ class Trainer:
         self.evaluator = run_on_all_ranks(Evaluator, config, ranks, self.data, path, self.step, self.tokenizer, beat)
         self.profiler = run_on_all_ranks(Profiler, config.profile, events, ranks, self.total, beat)
         seconds = time.monotonic() - STARTED
-        message = f"{ranks.world} processes, ready after {seconds:.1f} s"
+        message = f"{ranks.world} {'process' if ranks.world == 1 else 'processes'}, ready after {seconds:.1f} s"
         machine = {"device": device_name(ranks.device), "processes": ranks.world}
         self.monitor.note("resume" if resumes else "start", message, total=self.total, seconds=seconds, **machine)
         run_on_all_ranks(reraise, events.failure)

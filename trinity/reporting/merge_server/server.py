@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trinity.errors import UserError, explain
+from trinity.interop.output_folder import OVERWRITE_HINT
 from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically
 from trinity.reporting.merge_server.form import (
@@ -41,7 +42,7 @@ from trinity.reporting.merge_server.form import (
     write_recipe,
 )
 from trinity.reporting.merge_server.job import MergeJob
-from trinity.reporting.merge_server.template import render
+from trinity.reporting.merge_server.template import OVERWRITE_LABEL, render
 
 if TYPE_CHECKING:  # Werkzeug may not be installed
     from werkzeug.wrappers import Request, Response
@@ -51,6 +52,7 @@ HOSTS = (LOOPBACK, "localhost")
 """Accepted in the Host header, with any port: an SSH tunnel may have another one at its near end."""
 MOST_BYTES = 1 << 20
 """Of a form."""
+OVERWRITE_ON_PAGE = f'tick "{OVERWRITE_LABEL}"'
 
 Check = Callable[[list[str]], str]
 """Words of a command line of tools/merge.py → what --dry-run prints. Raises UserError."""
@@ -196,7 +198,8 @@ class MergeApp:
             try:
                 return {"plan": self._check(command_words(form, path)), "recipe": text}
             except UserError as error:
-                raise UserError(str(error).replace(f"the recipe {path}", "the recipe")) from None
+                said = str(error).replace(f"the recipe {path}", "the recipe").replace(OVERWRITE_HINT, OVERWRITE_ON_PAGE)
+                raise UserError(said) from None
 
     def _merge(self, request: "Request") -> "Response":
         def run(form: Form) -> dict[str, Any]:

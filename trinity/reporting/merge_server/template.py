@@ -7,6 +7,8 @@ from trinity.merging.recipe import DTYPES
 from trinity.reporting.merge_server.form import methods_for_page
 from trinity.reporting.template import STYLE
 
+OVERWRITE_LABEL = "Replace an earlier merge or export in this folder"
+
 
 def render(token: str, folder: str) -> str:
     """The page.
@@ -17,7 +19,9 @@ def render(token: str, folder: str) -> str:
     """
     data = to_json({"token": token, "methods": methods_for_page()}).replace("<", "\\u003c")
     page = Environment(autoescape=True).from_string(PAGE)
-    return page.render(style=STYLE + FORM_STYLE, script=SCRIPT, data=data, folder=folder, dtypes=DTYPES)
+    return page.render(
+        style=STYLE + FORM_STYLE, script=SCRIPT, data=data, folder=folder, dtypes=DTYPES, overwrite=OVERWRITE_LABEL
+    )
 
 
 PAGE = """<!doctype html>
@@ -90,14 +94,14 @@ tensor ([{filter: mlp, value: 0.3}, {value: 0.5}]).</p>
 <div class=grid>
 <div class=field>
 <label for=out_dir>Folder to make</label>
-<input id=out_dir spellcheck=false placeholder="out/merged">
+<input id=out_dir spellcheck=false placeholder="required, such as out/merged">
 </div>
 <div class=field>
 <label for=workers>Threads</label>
 <input id=workers inputmode=numeric placeholder="1">
 </div>
 </div>
-<p><label><input type=checkbox id=overwrite> Replace an earlier merge or export in this folder</label></p>
+<p><label><input type=checkbox id=overwrite> {{ overwrite }}</label></p>
 </fieldset>
 <fieldset>
 <legend>After the merge</legend>
