@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trinity_kernels.op import Op
+from trinity_kernels.probe import probed
 
 FP32_PRODUCTS = ("torch", "onednn")
 """Implementations of fp32 products on a CPU."""
@@ -62,7 +63,7 @@ def fastest_fp32_products() -> Literal["torch", "onednn"]:
     return "onednn" if slow_mkl and has_onednn() else "torch"
 
 
-@cache
+@probed
 def has_onednn() -> bool:
     """Whether oneDNN's product can be called: the op is private, so a later torch may not have it."""
     if not torch.backends.mkldnn.is_available():

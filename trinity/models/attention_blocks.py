@@ -12,10 +12,11 @@ Shapes: B batch, S queries and U keys of a row, H query heads, G key/value heads
 """
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from trinity_kernels.probe import probed
 
 BLOCK = 64
 """Queries of a block: forward and backward are within a tenth of the fastest of 32, 64 and 128 at 256 and 1024 tokens
@@ -40,7 +41,7 @@ def block_attention(q_BHSC: Tensor, k_BGUC: Tensor, v_BGUC: Tensor, bias: Tensor
 
 
 @torch.compiler.assume_constant_result
-@cache
+@probed
 def can_run() -> bool:
     """Whether this torch has its flash attention for CPUs, a private op."""
     try:
@@ -51,7 +52,7 @@ def can_run() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
+@probed
 def _flash_groups_queries() -> bool:
     """Whether the op takes fewer key/value heads than query heads."""
     q, k = torch.arange(32.0).view(1, 2, 2, 8), torch.arange(16.0).view(1, 1, 2, 8)
