@@ -378,9 +378,7 @@ def _token_fill(raw: Any, where: str, token: Any) -> TokenFill:
             f"{where}.source must be {{kind: zero}} or {{kind: model_token, model: MODEL, token or token_id}}"
         )
     if type(rows[0]) is not (str if "token" in source else int):
-        raise UserError(
-            f"{where}.source has {rows[0]!r}; write token: as a text in quotes, or token_id: as a whole number"
-        )
+        raise UserError(f"{where}.source has {rows[0]!r}; write token: TEXT in quotes, or token_id: WHOLE_NUMBER")
     return TokenFill(_model(source["model"], f"{where}.source.model"), rows[0], force)
 
 
