@@ -48,7 +48,7 @@ RECIPES: dict[str, tuple[dict, str]] = {
         models(A, {"model": "b", "parameters": {"weight": 1e39}}), "must be between -1e+15 and 1e+15",
     ),
     "a weight that float64 does not hold": (
-        models(A, {"model": "b", "parameters": {"weight": 10**400}}), "write a number",
+        models(A, {"model": "b", "parameters": {"weight": 10**400}}), "must be between -1e+15 and 1e+15",
     ),
     "an unknown user": (models(A, {"model": "~nobody-here/b", "parameters": {"weight": 1}}), "does not exist"),
     "an epsilon whose bound is rounded": (
