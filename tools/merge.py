@@ -30,7 +30,7 @@ from trinity.command_line import HelpFormatter, local_path
 from trinity.errors import UserError, run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
 from trinity.merging.experts import unrelated_models
-from trinity.merging.merge_models import merge
+from trinity.merging.merge_models import Merger, merge
 from trinity.merging.plan import Plan, make_plan
 from trinity.merging.recipe import Recipe, read_recipe
 
@@ -66,8 +66,15 @@ def main() -> None:
 def dry_run(options: argparse.Namespace) -> str:
     """Check everything and write nothing; returns what the merge will do."""
     recipe = read_recipe(options.recipe)
-    check_replaceable(Path(options.out_dir).resolve(), options.overwrite)
+    directory = Path(options.out_dir).resolve()
+    if options.no_merge:
+        from trinity.reporting.after_merge import check_merged
+
+        check_merged(directory, recipe, bool(options.recalibrate))
+    else:
+        check_replaceable(directory, options.overwrite)
     plan = make_plan(recipe)
+    Merger(plan, directory, options.workers, options.shard_bytes)  # checks the other options
     notes = unrelated_models(plan) + (check_measuring(plan, options) if measures(options) else [])
     return "\n".join([plan.summary(options.workers), *(f"note:     {note}" for note in notes)])
 
@@ -138,7 +145,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="threads; the result does not depend on it")
     parser.add_argument(
         "--shard-bytes",
-        type=lambda text: int(float(text)),
+        type=whole_number,
         default=SHARD_BYTES,
         metavar="N",
         help="most bytes of a file",
@@ -151,6 +158,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--port", type=int, default=8765, help="of the page; 0 for any free one")
     return parser.parse_args(words)
+
+
+def whole_number(text: str) -> int:
+    """A whole number that may be written as 5e9."""
+    try:
+        return int(float(text))
+    except OverflowError:
+        raise ValueError(text) from None
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """A merge that is killed, meets a full disk, or whose models change: nothing half-made looks whole."""
 
 import errno
+import json
 import os
 import pickle
 import shutil
@@ -132,6 +133,31 @@ def test_finished_files_are_kept(family: Path, expected: dict[str, bytes], monke
         run(family / "out", overwrite=True)
         assert len(written) == len([name for name in expected if name.endswith(".safetensors")])
         assert files(family / "out") == expected
+
+
+def test_a_tokenizer_that_changes_before_the_resumption(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the embedding follow the tokenizer: a finished embedding of the old one is not kept."""
+    wanted = content() | {"tokenizer": {"source": "a"}}
+    original, written = writer.write_file, []
+
+    def interrupted(*words: object) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(0)
+        original(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_models, "write_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge(wanted, family / "out", max_shard_bytes=SIZE)
+    text = json.loads((family / "a" / "tokenizer.json").read_text())
+    vocab = text["model"]["vocab"]
+    first, second = list(vocab)[-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (family / "a" / "tokenizer.json").write_text(json.dumps(text))
+    merge(wanted, family / "out", max_shard_bytes=SIZE)
+    merge(wanted, family / "expected", max_shard_bytes=SIZE)
+    assert files(family / "out") == files(family / "expected")
 
 
 def test_a_full_disk(family: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """Wrong recipes and models that do not fit: one sentence that names the mistake, exit code 2, nothing written."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.malformed.refusals import refusal
-from tests.merging.conftest import child, edit_json, recipe, rewrite, tensors_of
+from tests.merging.conftest import child, edit_json, fuse, recipe, rewrite, tensors_of
 from trinity.interop import export_hf
 from trinity.merging import merge
 
@@ -38,6 +40,36 @@ RECIPES: dict[str, tuple[dict, str]] = {
     "a parameter of another method": (recipe(parameters={"density": 0.5}), "parameters.density is no parameter"),
     "a parameter in a place of its own": (recipe(density=0.5), "write it below parameters:"),
     "an unknown method": (recipe("tise", base=True), "merge_method 'tise' is unknown; did you mean ties?"),
+    "a list as method": ({"merge_method": ["linear"], "models": [A]}, "merge_method ['linear'] is unknown"),
+    "a list as a rule's method": (
+        recipe(rules=[{"match": "experts", "method": ["linear"]}]), "rules[0].method ['linear'] is unknown",
+    ),
+    "a weight whose products fp32 does not hold": (
+        models(A, {"model": "b", "parameters": {"weight": 1e39}}), "must be between -1e+15 and 1e+15",
+    ),
+    "a weight that float64 does not hold": (
+        models(A, {"model": "b", "parameters": {"weight": 10**400}}), "must be between -1e+15 and 1e+15",
+    ),
+    "an unknown user": (models(A, {"model": "~nobody-here/b", "parameters": {"weight": 1}}), "does not exist"),
+    "an epsilon whose bound is rounded": (
+        recipe("della", base=True, parameters={"density": 0.1234567}), "use an epsilon of at most 0.123456",
+    ),
+    "a token as a number": (
+        recipe(tokenizer={"source": "union", "tokens": {
+            "a": {"source": {"kind": "model_token", "model": "a", "token": 5}}}}), "write token: TEXT in quotes",
+    ),
+    "an id as a text": (
+        recipe(tokenizer={"source": "union", "tokens": {
+            "a": {"source": {"kind": "model_token", "model": "a", "token_id": "5"}}}}), "token_id: WHOLE_NUMBER",
+    ),
+    "an id that is no whole number": (
+        recipe(tokenizer={"source": "union", "tokens": {
+            "a": {"source": {"kind": "model_token", "model": "a", "token_id": 1.5}}}}), "token_id: WHOLE_NUMBER",
+    ),
+    "padding beyond memory": (recipe(tokenizer={"pad_to_multiple_of": 10**13}), "at most 65536"),
+    "a pattern that re cannot count": (
+        recipe(rules=[{"match": "x{99999999999}", "method": "linear"}]), "is no regular expression",
+    ),
     "no method": ({"models": [A, B]}, "has no merge_method"),
     "models and slices": (recipe() | slices(("a", [0, 5])), "has models and slices of models, slices and modules"),
     "no models": ({"merge_method": "linear"}, "has none of models, slices and modules"),
@@ -124,10 +156,15 @@ def test_wrong_recipes(family: Path, case: str) -> None:
 TEXTS = {
     "": "is no mapping", "[": "is not YAML", "- a": "is no mapping", "a: 1\na: 2": "a is written twice",
     "merge_method: linear\nmodels: x": "write a list", "\0": "is not YAML",
+    "merge_method: 2001-99-99": "is not YAML", "merge_method: !!bool much": "is not YAML",
+    "merge_method: !!timestamp x": "is not YAML", f"seed: {'9' * 5000}": "is not YAML",
+    "models: &a [*a]": "has aliases that repeat",
+    "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise("abcdefghijklmnopqrstuvw")):
+        "has aliases that repeat",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_wrong_files(family: Path, text: str) -> None:
     (family / "recipe.yaml").write_text(text)
     assert TEXTS[text] in refusal(lambda: merge("recipe.yaml", family / "out"), family)
@@ -243,6 +280,19 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
         weights(lambda tensors: tensors.update({"model.layers.3.mlp.experts.gate_up_proj": torch.zeros(5, 32, 24)})),
         "twice",
     ),
+    "a stack whose gates and ups are not equally many": (
+        weights(lambda tensors: (fuse(tensors, range(2, 3)), tensors.update(
+            {"model.layers.2.mlp.experts.gate_up_proj": torch.zeros(6, 33, 24)}))), "a lacks tensors",
+    ),
+    "a special token that the tokenizer lacks": (
+        lambda folder: edit_json(folder / "tokenizer_config.json", eos_token="<|no|>"), "names the token '<|no|>'",
+    ),
+    "a chat template that is a number": (
+        lambda folder: edit_json(folder / "tokenizer_config.json", chat_template=5), "is 5, no text",
+    ),
+    "a chat template of bytes": (
+        lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff"), "chat_template.jinja",
+    ),
     "fp8 weights": (other_dtype(torch.float8_e4m3fn), "F8_E4M3: quantised weights are not merged"),
     "int8 weights": (other_dtype(torch.int8), "I8: quantised weights are not merged"),
     "NaN": (poison(GATE, float("nan")), f"{GATE} of a holds NaN or infinity"),
@@ -285,6 +335,22 @@ def test_a_folder_that_holds_something_else(family: Path) -> None:
     merge(recipe(), family / "two")
     assert "--overwrite" in refusal(lambda: merge(recipe(), family / "two"), family)
     merge(recipe(), family / "two", overwrite=True)
+
+
+def test_a_folder_that_the_end_could_not_replace(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the merge, also through a link; a mount point; a foreign link in the temporary name."""
+    (family / "link").symlink_to("a")
+    for name in ("a", "link"):
+        sentence = refusal(lambda name=name: merge(recipe(), family / name, overwrite=True), family)
+        assert "a model of this merge" in sentence
+    (family / "empty").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path).name == "empty")
+        assert "is a mount point" in refusal(lambda: merge(recipe(), family / "empty"), family)
+    (family / "mine").mkdir()
+    (family / "mine" / "thesis.txt").write_text("x")
+    (family / ".out.partial").symlink_to("mine")
+    assert "is in the way" in refusal(lambda: merge(recipe(), family / "out"), family)
 
 
 def test_more_than_thirty_wrong_inputs() -> None:

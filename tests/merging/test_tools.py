@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.merging.conftest import recipe, tensors_of, write_recipe
+from tests.merging.conftest import recipe, rewrite, tensors_of, write_recipe
 from trinity.merging import merge
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -39,6 +39,32 @@ def test_merge(family: Path, capsys: pytest.CaptureFixture) -> None:
     assert call("merge.py", path, "out", "--dry-run") == 2
     assert call("merge.py", path, "out", "--workers", 0, "--overwrite") == 2
     assert call("merge.py", path, "out", "--overwrite") == 0
+
+
+def test_a_dry_run_refuses_what_the_merge_does(family: Path, capsys: pytest.CaptureFixture) -> None:
+    """The same sentence and code, and nothing written; and --no-merge checks the folder that was made."""
+    path = write_recipe(family / "recipe.yaml", recipe())
+    parts = [{"sources": [{"model": "a", "layer_range": [0, 3]}]}, {"sources": [{"model": "b", "layer_range": [2, 5]}]}]
+    slices = write_recipe(family / "slices.yaml", {"merge_method": "passthrough", "slices": parts})
+    before = sorted(family.iterdir())
+    for words in (
+        (path, "out", "--workers", 0), (path, "out", "--shard-bytes", -1), (path, "out", "--shard-bytes", "inf"),
+        (path, "a", "--overwrite"), (path, "out", "--no-merge", "--report", "x.html"),
+        (path, "out.html", "--report", "out.html"), (path, "out", "--report", "recipe.yaml/x.html"),
+        (slices, "out", "--report", "x.html"),
+    ):  # fmt: skip
+        said = []
+        for extra in ((), ("--dry-run",)):
+            assert call("merge.py", *words, *extra) == 2
+            said.append(capsys.readouterr().err)
+        assert said[0] == said[1]
+    assert sorted(family.iterdir()) == before
+    assert call("merge.py", path, "out") == 0
+    assert call("merge.py", path, "out", "--dry-run", "--no-merge", "--report", "x.html") == 0
+    rewrite(family / "out", lambda tensors: tensors.pop("lm_head.weight"))
+    capsys.readouterr()
+    assert call("merge.py", path, "out", "--no-merge", "--report", "x.html") == 2
+    assert "has no lm_head.weight" in capsys.readouterr().err
 
 
 def test_notes_are_printed(family: Path, capsys: pytest.CaptureFixture) -> None:

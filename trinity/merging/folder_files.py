@@ -28,7 +28,8 @@ def write_companions(plan: Plan, folder: Path) -> None:
     write_hf_json(folder / "config.json", merged_config(plan))
     if plan.donor.files is not None:
         for path in sorted(plan.donor.files.glob("*.py")):
-            copy_atomically(path, folder / path.name)
+            if path.is_file():
+                copy_atomically(path, folder / path.name)
     _write_tokenizer(plan, folder, template)
     _write_generation_config(plan, folder)
     write_atomically(folder / RECIPE, plan.recipe.text)

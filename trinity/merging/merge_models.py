@@ -5,6 +5,7 @@ by file, and renamed at the end: nothing half-made looks whole. Files that an in
 the same models has finished are kept; the bytes are the same as without an interruption.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ class Merger:
     def __init__(self, plan: Plan, directory: Path, workers: int = 1, max_shard_bytes: int = SHARD_BYTES) -> None:
         if workers < 1 or max_shard_bytes < 1:
             raise UserError(f"workers={workers} and max_shard_bytes={max_shard_bytes} must be at least 1")
+        _check_apart(plan, directory)
         self._plan, self._directory, self._workers = plan, directory, workers
         self.files = plan_files(plan.jobs, max_shard_bytes)
         self._embeddings = EmbeddingRows(plan.vocabulary, plan.sources)
@@ -223,6 +225,20 @@ class Merger:
         dropped = total - len(self._read) - sum(self._plan.left_out.values())
         assert dropped == 0, f"{dropped} tensors were neither merged nor left out by a slice"
         return Merged(self._directory, len(self._read), len(self._plan.jobs), dropped)
+
+
+def _check_apart(plan: Plan, directory: Path) -> None:
+    """Refuse, before the merge, a folder that its end could not replace, or must not."""
+    for label, source in plan.sources.items():
+        if directory == Path(os.path.realpath(source.folder)):
+            raise UserError(
+                f"{directory} is a model of this merge ({label}), which it may not replace; give another folder"
+            )
+    if os.path.ismount(directory):
+        raise UserError(f"{directory} is a mount point, which a new folder cannot replace; give a folder in it")
+    partial = partial_folder(directory)
+    if partial.is_symlink() or partial.is_file():
+        raise UserError(f"{partial} is in the way of the merge, which makes a folder of this name; move it away")
 
 
 def _finite(rows: Tensor, part: Part) -> Tensor:

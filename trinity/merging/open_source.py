@@ -1,5 +1,6 @@
 """Open a model by the name that a recipe gives it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -16,9 +17,9 @@ def open_source(text: str) -> Source:
     Raises:
         UserError: there is no such model, or it cannot be merged.
     """
-    folder, step = Path(text).expanduser(), None
+    folder, step = Path(os.path.expanduser(text)), None  # an unknown ~user stays, and does not exist
     if not folder.exists() and (match := _STEP.fullmatch(text)):
-        folder, step = Path(match[1]).expanduser(), int(match[2])
+        folder, step = Path(os.path.expanduser(match[1])), int(match[2])
     if not folder.exists():
         raise UserError(f"{missing_path_hint(folder)}; a model of the Hub must be fetched first: hf download NAME")
     if not folder.is_dir():

@@ -18,13 +18,17 @@ Scope = dict[str, Any]
 """Parameter → value as written, checked by `check_value`."""
 
 
+LARGEST = 1e15
+"""Of a number: fp32 holds the product of two, so that no method overflows by its parameters alone."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """The type of a parameter: a number within bounds, an integer, true or false (bool), or one of some words."""
 
     kind: type = float
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = -LARGEST
+    high: float = LARGEST
     words: tuple[tuple[Any, str], ...] = ()
 
     def read(self, value: Any, where: str) -> Any:
@@ -41,7 +45,7 @@ class Parameter:
             raise UserError(f"{where} is {value!r}; write true or false")
         if isinstance(value, str):
             value = _number(value)  # YAML 1.1 reads 1e-5 as a text
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
             raise UserError(f"{where} is {value!r}; write a number")
         if self.kind is int and value != int(value):
             raise UserError(f"{where} is {value!r}; write a whole number")
@@ -57,8 +61,8 @@ class Parameter:
         raise UserError(f"{where} is {value!r}; write one of {choices}")
 
     def _bounds(self) -> str:
-        if math.isinf(self.high):
-            return f"at least {self.low:g}"
+        if self.high == LARGEST and self.low > -LARGEST:
+            return f"at least {self.low:g}, and at most {LARGEST:g}"
         return f"between {self.low:g} and {self.high:g}"
 
 

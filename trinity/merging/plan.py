@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trinity.errors import UserError
+from trinity.interop.tokenizer_files import special_ids
 from trinity.merging.compatibility import check_architectures, check_slices, check_tensors
 from trinity.merging.inputs import BLOCK, Combine
 from trinity.merging.methods import METHODS, REQUIRED, Method
@@ -75,7 +76,7 @@ class Plan:
     jobs: the tensors of the result, in the order in which they are written.
     dense, is_global: kinds of the layers of the result.
     notes: remarks for the user.
-    left_out: label → number of its tensors in layers that no slice takes.
+    left_out: label → number of its tensors in layers that no slice takes, or where a rule's method does not.
     """
 
     recipe: Recipe
@@ -133,7 +134,7 @@ class Plan:
             f"memory:   at most {(self.working_bytes(workers) + process) / 1e9:.2f} GB, of which "
             f"{process / 1e9:.2f} GB are Python and its libraries",
         ]
-        lines += [f"left out: {count:,} tensors of {label}, in layers that no slice takes" for label, count in
+        lines += [f"left out: {count:,} tensors of {label}, which no slice, rule or method takes" for label, count in
                   self.left_out.items()]  # fmt: skip
         return "\n".join(lines + [f"note:     {note}" for note in self.notes])
 
@@ -169,6 +170,10 @@ def make_plan(recipe: Recipe) -> Plan:
     donor = base or sources[first]
     notes = check_architectures(recipe, list(sources.values()))
     vocabulary = plan_vocabulary(recipe.tokenizer, sources, donor, base)
+    if vocabulary.donor.tokenizer is not None:
+        special_ids(
+            vocabulary.donor.tokenizer, vocabulary.size
+        )  # refuses what generation_config.json cannot be made of
     notes += template_notes(recipe.chat_template, sources.values(), vocabulary.donor)
     slices = recipe.slices if recipe.has_layers else [_all_layers(recipe.slices[0], donor)]
     dense, is_global = check_slices(slices, sources)
@@ -355,7 +360,7 @@ def _check_values(function: Any, name: str, values: dict[str, Any], tensor: str)
         if density < 1 and not (epsilon <= density and density + epsilon <= 1):
             raise UserError(
                 f"density {density} ± epsilon {epsilon} of {name} leaves 0 … 1 at {tensor}; use an epsilon of at most "
-                f"{min(density, 1 - density):g}"
+                f"{math.floor(min(density, 1 - density) * 1e6 + 1e-6) / 1e6:g}"
             )
 
 

@@ -19,6 +19,7 @@ A MODEL is a Hugging Face folder, a run directory, or RUN_DIR@step. Paths are re
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from trinity.merging.methods import METHODS
 from trinity.merging.parameters import PARAMETERS, Scope, check_scope, nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
+YAML_ERRORS = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError)
+"""What PyYAML raises for texts that are not YAML; the last three for values such as 2001-99-99 and `!!bool much`."""
+_MOST_VALUES, _MOST_PADDING = 1_000_000, 1 << 16
 _TOP = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "rules", "dtype", "out_dtype",
     "tokenizer", "tokenizer_source", "chat_template", "match_experts", "seed",
@@ -130,11 +134,27 @@ def read_recipe(recipe: str | Path | dict[str, Any]) -> Recipe:
         raise UserError(f"the recipe {recipe} {reason}; give a YAML file, such as those in recipes/") from None
     try:
         content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except YAML_ERRORS as error:
         raise UserError(f"the recipe {recipe} is not YAML: {error}") from None
+    if _size(content, {}) > _MOST_VALUES:
+        raise UserError(f"the recipe {recipe} has aliases that repeat values {_MOST_VALUES:,} times; write them out")
     if not isinstance(content, dict):
         raise UserError(f"the recipe {recipe} is no mapping; see the examples in recipes/")
     return _Reader(content, text).recipe()
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Values in a recipe with its aliases written out; more than _MOST_VALUES for one that holds itself.
+
+    known: id of a list or mapping → its size, so that aliases of aliases take no more time than the text is long.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES + 1  # while it is open
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(each, known) for each in inner)
+    return known[id(value)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -142,8 +162,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1 and key != "<<":
+        for key, count in Counter(keys).items():
+            if count > 1 and key != "<<":
                 raise yaml.constructor.ConstructorError(None, None, f"{key} is written twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -253,7 +273,7 @@ class _Reader:
             raise UserError(f"{where}: method: passthrough and model: MODEL belong together; write both or neither")
         try:
             pattern = re.compile(raw["match"])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{where}.match is no regular expression ({error}): {raw['match']}") from None
         method = None if raw.get("method") is None else self._method(raw["method"], f"{where}.method")
         scope = check_scope(raw.get("parameters"), self._known, f"{where}.parameters")
@@ -269,8 +289,11 @@ class _Reader:
             raise UserError(f"tokenizer is {raw!r}; write tokenizer: {{source: base | union | MODEL}}")
         _check_keys(raw, ("source", "tokens", "pad_to_multiple_of"), "tokenizer")
         multiple = raw.get("pad_to_multiple_of")
-        if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
-            raise UserError(f"tokenizer.pad_to_multiple_of is {multiple!r}; write a whole number of at least 1")
+        if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= _MOST_PADDING):
+            raise UserError(
+                f"tokenizer.pad_to_multiple_of is {multiple!r}; write a whole number of at least 1 and at most "
+                f"{_MOST_PADDING}"
+            )
         tokens = raw.get("tokens") or {}
         if not isinstance(tokens, dict):
             raise UserError(f"tokenizer.tokens is {tokens!r}; write a mapping from tokens to their source")
@@ -279,7 +302,7 @@ class _Reader:
 
     def _parameter_names(self, method: str, rules: list[Any]) -> list[str]:
         named = [rule.get("method") for rule in rules if isinstance(rule, dict)]
-        self._methods = [method] + [name for name in named if name in METHODS]
+        self._methods = [method] + [name for name in named if isinstance(name, str) and name in METHODS]
         names = {name for each in self._methods for name in (*METHODS[each].per_model, *METHODS[each].whole)}
         return sorted(names | ({"int8_mask"} if METHODS[method].smooth else set()))
 
@@ -289,9 +312,9 @@ class _Reader:
     def _method(self, name: Any, where: str) -> str:
         if name is None:
             raise UserError(f"the recipe has no {where}; write one of {', '.join(METHODS)}")
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise UserError(f"{where} {name!r} is unknown; {nearest(name, METHODS)}")
-        return str(name)
+        return name
 
 
 def _check_keys(raw: dict[Any, Any], known: tuple[str, ...], where: str) -> None:
@@ -354,6 +377,8 @@ def _token_fill(raw: Any, where: str, token: Any) -> TokenFill:
         raise UserError(
             f"{where}.source must be {{kind: zero}} or {{kind: model_token, model: MODEL, token or token_id}}"
         )
+    if type(rows[0]) is not (str if "token" in source else int):
+        raise UserError(f"{where}.source has {rows[0]!r}; write token: TEXT in quotes, or token_id: WHOLE_NUMBER")
     return TokenFill(_model(source["model"], f"{where}.source.model"), rows[0], force)
 
 

@@ -26,7 +26,7 @@ from trinity.config.paths import kept_tokenizer, tokenizer_folder
 from trinity.errors import UserError
 from trinity.interop.tokenizer_files import SpecialIds, generation_config, special_ids
 from trinity.interop.weight_map import weight_map
-from trinity.merging.sources import Entry, Source
+from trinity.merging.sources import Entry, Source, file_states
 from trinity.run_directory import newest_config
 
 _CHUNKS = 4
@@ -54,13 +54,13 @@ class RunSource(Source):
         self.step = checkpoints.pick_intact(step)
         self.label, self.folder, self.config, self.files = label, folder, config.model, None
         self._path = checkpoints.path_of(self.step)
+        self.tokenizer = self._tokenizer(kept_tokenizer(folder) or tokenizer_folder(config))
         self.opened = self.identity()
         self._metadata = read_metadata(self._path / METADATA)
         self._cache: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
         self._lock = Lock()
         self._parts: dict[str, tuple[str, _Region]] = {}
         self.entries = dict(self._described())
-        self.tokenizer = self._tokenizer(kept_tokenizer(folder) or tokenizer_folder(config))
         self._make_configs()
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -81,7 +81,8 @@ class RunSource(Source):
         return rows.view(-1, entry.shape[-1])
 
     def identity(self) -> list[Any]:
-        return [self.step, json.loads((self._path / COMPLETE).read_bytes())["files"]]
+        files = json.loads((self._path / COMPLETE).read_bytes())["files"]
+        return [self.step, files, file_states(self.tokenizer_files)]
 
     @property
     def chunk_bytes(self) -> int:

@@ -12,6 +12,7 @@ import os
 import struct
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -37,6 +38,11 @@ def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
+
+
+def file_states(paths: Iterable[Path]) -> list[Any]:
+    """Name, size, time and inode of files: another file or content has others."""
+    return [[path.name, (status := path.stat()).st_size, status.st_mtime_ns, status.st_ino] for path in paths]
 
 
 class Entry(NamedTuple):
@@ -82,6 +88,11 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> list[Any]:
         """Values for JSON that change when a file of the source does; read from the disk anew."""
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """tokenizer.json if there is one: it says which row of the embedding belongs to which token."""
+        return [] if self.tokenizer is None else [self.tokenizer / "tokenizer.json"]
 
     @cached_property
     def tokenizer_json(self) -> dict[str, Any]:
@@ -163,10 +174,7 @@ class FolderSource(Source):
         return self._places[name]
 
     def identity(self) -> list[Any]:
-        return [
-            [path.name, (status := path.stat()).st_size, status.st_mtime_ns, status.st_ino]
-            for path in (*self._paths, self.folder / "config.json")
-        ]
+        return file_states([*self._paths, self.folder / "config.json", *self.tokenizer_files])
 
     def _file(self, path: Path) -> io.FileIO:
         """The open file. A file that falls out of the cache is closed when no thread uses it any more."""

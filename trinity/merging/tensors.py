@@ -71,13 +71,15 @@ def fused_parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, int, int]]
 
     Returns:
         (name of the matrix, its first row, its number of rows), rows counted over the stack seen as [E·rows, columns];
-        None for a tensor that is no such stack.
+        None for a tensor that is no such stack, such as one whose gates and ups are not equally many.
     """
     match = _FUSED.fullmatch(name)
     if match is None or len(shape) != 3:
         return None
     prefix, kind = match.groups()
     experts, rows = shape[:2]
+    if kind == "gate_up_proj" and rows % 2:
+        return None
     if kind == "down_proj":
         return [(f"{prefix}.{expert}.down_proj.weight", expert * rows, rows) for expert in range(experts)]
     half = rows // 2

@@ -326,7 +326,10 @@ def _template(source: Source) -> str | None:
         return None
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text()
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8; fetch the folder again") from None
     template = (read_json(folder / "tokenizer_config.json") or {}).get("chat_template")
     return template if isinstance(template, str) else None
 

@@ -78,12 +78,14 @@ def merge_and_measure(
     """
     directory = directory.resolve()
     if merged:
-        _check_merged(directory, recipe, bool(after.recalibrate))
+        check_merged(directory, recipe, bool(after.recalibrate))
     else:
         check_replaceable(directory, overwrite)
     if merged and not (after.report or after.recalibrate):
         raise UserError("--no-merge leaves nothing to do; give --report or --recalibrate, too")
     plan = make_plan(recipe)
+    if merged:
+        _check_tensors(directory, plan)
     job = _Job(plan, directory, after, progress)
     job.check()
     merger = Merger(plan, directory, workers, max_shard_bytes)
@@ -148,14 +150,23 @@ class _Job:
         plan, after = self._plan, self._after
         if after.report is not None:
             check_out(after.report, "--report")
+            self._check_place(after.report.resolve())
             plotly_script()
         elif after.validation:
             raise UserError("--validation is for the report; give --report FILE.html, too")
-        if after.validation or after.recalibrate:
+        if after.report or after.recalibrate:
             from_hf_config(merged_config(plan))  # refuses slices that make a model which Trinity does not compute
         if self._validation.paths:
             self._validation.check(plan)
         self._recalibration.check()
+
+    def _check_place(self, report: Path) -> None:
+        """Refuse a report that could not be written after the merge."""
+        if report == self._directory.resolve():
+            raise UserError(f"--report {report} is the folder to make; name another file")
+        parent = next(folder for folder in report.parents if folder.exists())
+        if not parent.is_dir():
+            raise UserError(f"--report {report} is in {parent}, which is a file; name another place")
 
     def recalibrate(self, folder: Path) -> list[str]:
         """Recalibrate a folder that has not its name yet; returns lines for the user."""
@@ -209,10 +220,10 @@ def named_texts(option: str, given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _check_merged(directory: Path, recipe: Recipe, replaced: bool) -> None:
+def check_merged(directory: Path, recipe: Recipe, replaced: bool) -> None:
     """Refuse a folder that this recipe did not make, or that is to be replaced and holds another folder."""
     try:
-        text = (directory / RECIPE).read_text(encoding="utf-8")
+        text = (directory / RECIPE).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory} is no merged folder: it has no {RECIPE}; merge without --no-merge") from None
     if text != recipe.text:
@@ -220,3 +231,11 @@ def _check_merged(directory: Path, recipe: Recipe, replaced: bool) -> None:
     folders = [path.name for path in sorted(directory.iterdir()) if path.is_dir()]
     if replaced and folders:
         raise UserError(f"{directory} holds the folder {folders[0]}, which is no part of a model; move it elsewhere")
+
+
+def _check_tensors(directory: Path, plan: Plan) -> None:
+    """Refuse a merged folder that has not the tensors of the plan: one of them was changed since."""
+    entries = FolderSource(str(directory), directory).entries
+    for job in plan.jobs:
+        if job.name not in entries or entries[job.name].shape != job.shape:
+            raise UserError(f"{directory} has no {job.name} of shape {job.shape}; it, or a model, changed; merge again")

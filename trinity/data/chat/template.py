@@ -247,6 +247,8 @@ def _own_template(folder: Path) -> str | None:
     inside = _config(folder).get("chat_template")
     if isinstance(inside, list):  # several, by name
         inside = {entry["name"]: entry["template"] for entry in inside}.get("default")
+    if inside is not None and not isinstance(inside, str):
+        raise UserError(f"chat_template in {folder / TOKENIZER_CONFIG} is {inside!r}, no text; fetch the folder again")
     return inside
 
 

@@ -4,7 +4,6 @@ A field of a parameter holds what the recipe holds: a number, true or false, a w
 empty field is left out of the recipe, so that the method's default counts. `read_recipe` checks the values.
 """
 
-import math
 import os
 import re
 from pathlib import Path
@@ -15,7 +14,8 @@ import yaml
 from trinity.errors import UserError
 from trinity.io.local import make_folder, write_atomically
 from trinity.merging.methods import METHODS, REQUIRED, Method
-from trinity.merging.parameters import PARAMETERS, Parameter
+from trinity.merging.parameters import LARGEST, PARAMETERS, Parameter
+from trinity.merging.recipe import YAML_ERRORS
 
 MARK = "# Written by the page of tools/merge.py --serve, which replaces this file; to keep it, remove this line."
 """First line of a recipe that the page wrote: such a file is replaced, another is not."""
@@ -172,7 +172,7 @@ def _kind(parameter: Parameter) -> dict[str, Any]:
     if parameter.kind is bool:
         return {"kind": "choice", "words": ["true", "false"]}
     low, high = parameter.low, parameter.high
-    bounds = "" if low == -math.inf else f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+    bounds = "" if low == -LARGEST else f"at least {low:g}" if high == LARGEST else f"{low:g} to {high:g}"
     return {"kind": "number", "hint": f"whole number, {bounds}" if parameter.kind is int else bounds}
 
 
@@ -211,7 +211,7 @@ def _values(fields: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
             continue
         try:
             found[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except YAML_ERRORS:
             raise UserError(f"{name} of {where} is {text}; write a number, or a list such as [0, 0.5, 1]") from None
     return found
 
