@@ -83,8 +83,8 @@ def test_matched_experts_and_runs(family: Path, tokenizer: Path) -> None:
     assert_equal(memory.model, family / "out")
 
     run = make_run(family / "run", tokenizer)
-    content = {"merge_method": "linear", "out_dtype": "float32", "models": [
-        {"model": f"{run}@{step}", "parameters": {"weight": weight}} for step, weight in ((4, 0.3), (8, 0.7))]}  # fmt: skip
+    models = [{"model": f"{run}@{step}", "parameters": {"weight": weight}} for step, weight in ((4, 0.3), (8, 0.7))]
+    content = {"merge_method": "linear", "out_dtype": "float32", "models": models}
     merge(content, family / "average")
     memory = MemoryMerge(plan := make_plan(read_recipe(content)))
     assert all(isinstance(each, HeldSource) for each in memory._merger._sources.values())
