@@ -31,7 +31,7 @@ CASES: dict[str, tuple[dict, str]] = {
     "models of lambda": (
         {"+vary": [{"parameter": "lambda", "between": [0, 1], "models": ["a"]}]}, "lambda is of the whole merge",
     ),
-    "too many blocks": ({"+vary": [WEIGHT | {"blocks": 6}]}, "blocks is 6, and the model has 5 layers; write at most that"),
+    "too many blocks": ({"+vary": [WEIGHT | {"blocks": 6}]}, "blocks is 6; write at most 5"),
     "start outside": ({"+vary": [WEIGHT | {"start": 2}]}, "start is 2; it must be between 0 and 1"),
     "varied twice": ({"+vary": [WEIGHT, WEIGHT]}, "varied by another entry already"),
     "no effect": ({"rules": [{"match": ".", "parameters": {"weight": 1}}]}, "changes no tensor"),

@@ -214,9 +214,7 @@ def _models(vary: Vary, recipe: Recipe) -> list[tuple[str, ...]]:
 def _groups(vary: Vary, dense: list[bool]) -> Iterator[tuple[str, tuple[str, ...] | None]]:
     """(end of the name, filters) of each group of tensors of an entry."""
     if vary.blocks > len(dense):
-        raise UserError(
-            f"{vary.where}.blocks is {vary.blocks}, and the model has {len(dense)} layers; write at most that"
-        )
+        raise UserError(f"{vary.where}.blocks is {vary.blocks}; write at most {len(dense)}, the layers of the model")
     if vary.parts is None and vary.blocks == 1:
         yield "", None
         return
