@@ -239,7 +239,6 @@ def test_failed_trials_and_time(folder: Path) -> None:
     file = {"merge_method": "linear", "models": models, "parameters": {"normalize": False}, "search": search}
     file |= {"rules": [{"match": "lm_head", "method": "linear", "parameters": {"normalize": True}}]}
     search |= {"try_first": [0]}
-    search["vary"][0] |= {"parts": ["attention", "rest"]}
     found = Search(read_search(file), folder / "out").run()
     assert "sum to 0" in (found.trials[1].error or "")
     assert found.trials[1].cost == float("inf")

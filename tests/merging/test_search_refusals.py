@@ -90,7 +90,7 @@ def test_sources_and_texts_that_do_not_fit(folder: Path) -> None:
     models = [{"model": "a"}, {"model": "small"}]
     sentence = refusal(lambda: Search(read_search(content(models=models)), folder / "out"), folder)
     assert "different architectures: experts is 6 and 4" in sentence
-    save_tokenizer(train_tokenizer(["quite other words, and not one of rain"] * 3, 290), folder / "other")
+    save_tokenizer(train_tokenizer(["quite other words, and not one of rain"] * 3, 280), folder / "other")
     assert call("prepare_data.py", "--input", "text.txt", "--tokenizer", "other", "--out", "shards") == 0
     objectives = [TEXT | {"text": "shards"}]
     sentence = refusal(lambda: Search(read_search(content(**{"+objectives": objectives})), folder / "out"), folder)
