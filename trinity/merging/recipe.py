@@ -113,16 +113,18 @@ class Recipe:
         return list(dict.fromkeys(named + ([self.base] if self.base else [])))
 
 
-def read_recipe(recipe: str | Path | dict[str, Any]) -> Recipe:
+def read_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
         recipe: a YAML file, or its content as a mapping.
+        text: of a mapping, what the merged folder keeps; None: the mapping as YAML.
     Raises:
         UserError: the file cannot be read, or naming the wrong word or value.
     """
     if isinstance(recipe, dict):
-        return _Reader(recipe, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)).recipe()
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if text is None else text
+        return _Reader(recipe, text).recipe()
     content, text = read_yaml(recipe, "the recipe")
     return _Reader(content, text).recipe()
 

@@ -107,7 +107,7 @@ class SearchSpace:
         Raises:
             UserError: values that each are in bounds make no sense together.
         """
-        return plan_jobs(self.plan, read_recipe(self.recipe_content(values)))
+        return plan_jobs(self.plan, read_recipe(self.recipe_content(values), text=""))  # writing YAML takes longer
 
     def _assignments(self, content: dict[str, Any], values: Sequence[float]) -> Iterator[tuple[dict, str, Any]]:
         """(scope of the recipe, parameter, value) of everything that varies."""
