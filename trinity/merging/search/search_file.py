@@ -191,13 +191,9 @@ def merge_back(
             raise UserError(f"--weights names {name!r}, which --validation does not; {nearest(name, validation)}")
     vary: dict[str, Any] = {"parameter": "weight", "between": [0.0, 1.0]} | ({"parts": list(PARTS)} if by_part else {})
     objectives = [{"name": name, "text": text, "weight": weights.get(name, 1.0)} for name, text in validation.items()]
-    search = {
-        "vary": [vary],
-        "objectives": objectives,
-        "budget": {"trials": trials},
-        "seed": 0,
-        "try_first": [0.0, 1.0],
-    }
+    search: dict[str, Any] = {"vary": [vary], "objectives": objectives, "budget": {"trials": trials}, "seed": 0}
+    if by_part:
+        search["try_first"] = [0.0, 1.0]  # both models; the line search of one α begins with them anyway
     return {
         "merge_method": "task_arithmetic",
         "base_model": base,
