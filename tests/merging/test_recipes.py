@@ -10,6 +10,8 @@ from tests.merging.conftest import child
 from trinity.interop import export_hf, load_hf
 from trinity.merging import merge
 from trinity.merging.recipe import read_recipe
+from trinity.merging.search.run_search import Search
+from trinity.merging.search.search_file import read_search
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -37,3 +39,18 @@ def test_example(path: Path, originals: Path, tmp_path: Path, tokenizer: Path, m
     merged = merge(path, tmp_path / "merged")
     assert merged.dropped == 0
     assert load_hf(tmp_path / "merged").config.layers == (32 if "stacking" in path.name else CONFIG.layers)
+
+
+def test_search_example(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With models and texts of its names it is a search of 8 variables; without `search` it is a recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRINITY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "out").mkdir()
+    for name, model in (("base", "base"), ("code", "a"), ("math", "b")):
+        (tmp_path / "out" / name).symlink_to(originals / model)
+    for name in ("code", "math"):
+        (tmp_path / f"data/{name}/validation").mkdir(parents=True)
+        (tmp_path / f"data/{name}/validation/text.txt").write_text("the rain in Spain " * 9)
+    file = read_search(ROOT / "recipes/search/two_domains.yaml")
+    assert len(Search(file, tmp_path / "search").space.variables) == 8
+    assert merge(file.recipe, tmp_path / "merged").dropped == 0

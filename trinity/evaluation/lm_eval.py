@@ -40,15 +40,9 @@ def run_tasks(
         UserError: lm-eval is not installed or does not know a task; or the tokenizer has ids beyond the model's.
         Failure: a data set cannot be downloaded.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError(INSTALL) from None
-    manager = TaskManager(include_path=str(task_folder) if task_folder else None)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise UserError(f"--tasks {unknown[0]} is not known to lm-eval; `lm-eval ls tasks` lists the known ones")
+    manager = known_tasks(tasks, task_folder)
+    import lm_eval
+
     _check_tokenizer(folder)
     model_args: dict[str, Any] = {
         "pretrained": str(folder),
@@ -74,6 +68,24 @@ def run_tasks(
     except (ConnectionError, OSError) as error:
         raise Failure(f"lm-eval could not download the data of its tasks ({' '.join(str(error).split())})") from error
     return {task: _metrics(values) for task, values in evaluation["results"].items()}
+
+
+def known_tasks(tasks: list[str], task_folder: Path | None = None) -> Any:
+    """lm-eval's TaskManager, after a look whether it knows the tasks; see run_tasks.
+
+    Raises:
+        UserError: lm-eval is not installed or does not know a task.
+    """
+    try:
+        import lm_eval  # noqa: F401
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError(INSTALL) from None
+    manager = TaskManager(include_path=str(task_folder) if task_folder else None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise UserError(f"--tasks {unknown[0]} is not known to lm-eval; `lm-eval ls tasks` lists the known ones")
+    return manager
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -61,10 +61,11 @@ class ExpertMatcher:
 
     Args:
         sources: every model by its label.
+        keep_all: keep the orders of all layers, not only of the last ones.
     """
 
-    def __init__(self, sources: dict[str, Source]) -> None:
-        self._sources = sources
+    def __init__(self, sources: dict[str, Source], keep_all: bool = False) -> None:
+        self._sources, self._keep_all = sources, keep_all
         self._orders: OrderedDict[tuple[str, int, str, int], Order] = OrderedDict()
         self._lock = Lock()
 
@@ -92,7 +93,7 @@ class ExpertMatcher:
         with self._lock:
             if key not in self._orders:
                 self._orders[key] = match_layer(self._sources[first.label], key[1], self._sources[part.label], layer)
-                while len(self._orders) > _KEPT:
+                while len(self._orders) > _KEPT and not self._keep_all:
                     self._orders.popitem(last=False)
             return self._orders[key]
 

@@ -7,14 +7,12 @@ the same models has finished are kept; the bytes are the same as without an inte
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trinity.errors import Failure, UserError
 from trinity.interop.output_folder import (
@@ -26,20 +24,18 @@ from trinity.interop.output_folder import (
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import read_json, to_json, write_json
 from trinity.io.local import file_lock, make_folder
-from trinity.merging.experts import ExpertMatcher, first_and_others, unrelated_models
+from trinity.merging.experts import unrelated_models
 from trinity.merging.folder_files import write_companions
-from trinity.merging.inputs import Inputs, Reader
+from trinity.merging.inputs import Reader
 from trinity.merging.plan import Job, Part, Plan, make_plan
 from trinity.merging.recipe import Recipe, read_recipe
-from trinity.merging.tensors import EMBED, HEAD
-from trinity.merging.vocabulary import EmbeddingRows
-from trinity.merging.writer import WriteRows, plan_files, write_file, write_index
+from trinity.merging.tensor_merger import TensorMerger, one_thread
+from trinity.merging.writer import plan_files, write_file, write_index
 from trinity.terminal import Progress, say
 
 VERSION = 1
 """Of the arithmetic: files of an interrupted merge by another version are made anew."""
 _MARK = "merge_in_progress.json"
-_FINITE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -104,16 +100,20 @@ class Merger:
         _check_apart(plan, directory)
         self._plan, self._directory, self._workers = plan, directory, workers
         self.files = plan_files(plan.jobs, max_shard_bytes)
-        self._embeddings = EmbeddingRows(plan.vocabulary, plan.sources)
-        self._matcher = ExpertMatcher(plan.sources) if plan.recipe.match_experts else None
+        self._tensors = TensorMerger(plan)
         self._read: set[Part] = set()
+
+    @property
+    def reader(self) -> Callable[[Part, Job], Reader]:
+        """reader(part, job): see TensorMerger."""
+        return self._tensors.reader
 
     def run(self, progress: bool = False) -> Merged:
         """Write the folder; returns what was done."""
         partial = partial_folder(self._directory)
         make_folder(partial)
         try:
-            with file_lock(partial, patience=0), _one_thread():
+            with file_lock(partial, patience=0), one_thread():
                 self._write(partial, progress)
         except BlockingIOError:
             raise UserError(
@@ -139,7 +139,7 @@ class Merger:
                         self._read.update(job.parts)
                     written.skip_to(written.n + sum(job.bytes for job in file.jobs))
                     continue
-                write_file(file, partial, self._merge_tensor, self._workers, done)
+                write_file(file, partial, self._tensors.merge, self._workers, done)
                 self._check_unchanged()
         write_index(self.files, partial)
         write_companions(self._plan, partial)
@@ -188,33 +188,6 @@ class Merger:
             if not same:
                 raise UserError(f"{label} changed while it was read; merge again when nothing writes to it")
 
-    def _merge_tensor(self, job: Job, write: WriteRows) -> None:
-        base = None if job.base is None else self.reader(job.base, job)
-        inputs = Inputs(job.shape, base, [self.reader(part, job) for part in job.models], self._seed(job))
-        combine = job.merge(inputs, **job.arguments)
-        limit = torch.finfo(job.dtype).max
-        for block in inputs:
-            rows = combine(block)
-            if not _within(rows, limit):
-                raise UserError(f"{job.name} becomes infinite in {job.dtype}; change the weights, or set out_dtype")
-            write(block.first, rows)
-
-    def _seed(self, job: Job) -> str:
-        return f"{self._plan.recipe.seed}/{job.name}"
-
-    def reader(self, part: Part, job: Job) -> Reader:
-        """The reader of an input, with the rows of tokens and the experts in the order of the merged model."""
-        source = self._plan.sources[part.label]
-        rows: Tensor | None = None
-        if self._plan.vocabulary.rows is not None and job.name in (EMBED, HEAD):
-            rows = self._embeddings.read(part.label, part.name)
-        elif self._matcher is not None and part != (first := first_and_others(job)[0]):
-            rows = self._matcher.read(part, first)
-        if rows is not None:
-            whole = rows
-            return lambda start, stop: _finite(whole[start:stop], part)
-        return lambda start, stop: _finite(source.read(part.name, start, stop).float(), part)
-
     def _account(self) -> Merged:
         """Compare the tensors that were read with those that the models have."""
         total = sum(
@@ -239,30 +212,3 @@ def _check_apart(plan: Plan, directory: Path) -> None:
     partial = partial_folder(directory)
     if partial.is_symlink() or partial.is_file():
         raise UserError(f"{partial} is in the way of the merge, which makes a folder of this name; move it away")
-
-
-def _finite(rows: Tensor, part: Part) -> Tensor:
-    if not _within(rows, _FINITE):
-        raise UserError(
-            f"{part.name} of {part.label} holds NaN or infinity; repair the model, or take another checkpoint"
-        )
-    return rows
-
-
-def _within(rows: Tensor, limit: float) -> bool:
-    """Whether all values are between ±limit; NaN is not."""
-    if not rows.numel():
-        return True
-    low, high = torch.aminmax(rows)
-    return -limit <= float(low) and float(high) <= limit
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for each operation, so that sums have one order; the workers are threads already."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

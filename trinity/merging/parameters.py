@@ -44,7 +44,7 @@ class Parameter:
                 return value
             raise UserError(f"{where} is {value!r}; write true or false")
         if isinstance(value, str):
-            value = _number(value)  # YAML 1.1 reads 1e-5 as a text
+            value = number_of(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
             raise UserError(f"{where} is {value!r}; write a number")
         if self.kind is int and value != int(value):
@@ -197,7 +197,8 @@ def _evaluate(value: Any, tensor: str, t: float) -> tuple[bool, Any]:
     return False, None
 
 
-def _number(text: str) -> Any:
+def number_of(text: str) -> Any:
+    """The number in a text, else the text: YAML 1.1 reads 1e-5 as a text."""
     try:
         return float(text)
     except ValueError:

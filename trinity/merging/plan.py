@@ -197,6 +197,16 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(recipe, sources, donor, vocabulary, jobs, dtype, dense, is_global, notes, left_out)
 
 
+def plan_jobs(plan: Plan, recipe: Recipe) -> list[Job]:
+    """The tensors of a recipe that differs from the plan's in parameters alone: models and tokenizer stay.
+
+    Raises:
+        UserError: naming the parameter that is wrong.
+    """
+    slices = recipe.slices if recipe.has_layers else [_all_layers(recipe.slices[0], plan.donor)]
+    return list(_Planner(recipe, plan.sources, plan.donor, plan.vocabulary, plan.dtype).jobs(slices, plan.dense))
+
+
 class _Planner:
     """Makes the jobs of a recipe."""
 

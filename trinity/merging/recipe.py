@@ -117,30 +117,44 @@ class Recipe:
         return list(dict.fromkeys(named + ([self.base] if self.base else [])))
 
 
-def read_recipe(recipe: str | Path | dict[str, Any]) -> Recipe:
+def read_recipe(recipe: str | Path | dict[str, Any], text: str | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
         recipe: a YAML file, or its content as a mapping.
+        text: of a mapping, what the merged folder keeps; None: the mapping as YAML.
     Raises:
         UserError: the file cannot be read, or naming the wrong word or value.
     """
     if isinstance(recipe, dict):
-        return _Reader(recipe, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)).recipe()
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if text is None else text
+        return _Reader(recipe, text).recipe()
+    content, text = read_yaml(recipe, "the recipe")
+    return _Reader(content, text).recipe()
+
+
+def read_yaml(path: str | Path, what: str) -> tuple[dict[str, Any], str]:
+    """(content, text) of a YAML file that holds a mapping, none of whose keys is written twice.
+
+    Args:
+        what: name of the file's kind for messages, such as "the recipe".
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
-        text = Path(recipe).read_text()
+        text = Path(path).read_text()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "does not exist or is a folder"
-        raise UserError(f"the recipe {recipe} {reason}; give a YAML file, such as those in recipes/") from None
+        raise UserError(f"{what} {path} {reason}; give a YAML file, such as those in recipes/") from None
     try:
         content = yaml.load(text, _Loader)
     except YAML_ERRORS as error:
-        raise UserError(f"the recipe {recipe} is not YAML: {error}") from None
+        raise UserError(f"{what} {path} is not YAML: {error}") from None
     if _size(content, {}) > _MOST_VALUES:
-        raise UserError(f"the recipe {recipe} has aliases that repeat values {_MOST_VALUES:,} times; write them out")
+        raise UserError(f"{what} {path} has aliases that repeat values {_MOST_VALUES:,} times; write them out")
     if not isinstance(content, dict):
-        raise UserError(f"the recipe {recipe} is no mapping; see the examples in recipes/")
-    return _Reader(content, text).recipe()
+        raise UserError(f"{what} {path} is no mapping; see the examples in recipes/")
+    return content, text
 
 
 def _size(value: Any, known: dict[int, int]) -> int:

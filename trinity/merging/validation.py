@@ -4,6 +4,7 @@ The figures are those of `tools/evaluate.py --text DATA --packed`: documents are
 run's validation, and the loss is in nats per token.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ from trinity.balancing import dead_share, max_violation
 from trinity.data.sources.inputs import holds_text
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text import TextSource
+from trinity.data.stream.validation import validation_sequences
 from trinity.data.tokenizer.tokenizer import load_tokenizer, token_byte_lengths
 from trinity.errors import UserError
 from trinity.evaluation.expert_load import ExpertLoad
 from trinity.evaluation.perplexity import open_documents, packed_perplexity
+from trinity.evaluation.validation_loss import evaluate
 from trinity.merging.plan import Plan
 from trinity.merging.sources import Source
 from trinity.models.trinity import Trinity
@@ -96,6 +99,36 @@ def measure(model: Trinity, source: Documents, tokenizer: Path, settings: RowSet
         )
     counts_ME, first = load.counts_ME, model.config.dense_layers
     return Figures(metrics | load.metrics(), max_violation(counts_ME), dead_share(counts_ME), first)
+
+
+class PackedText:
+    """A text packed into rows once, for models that are evaluated on it again and again.
+
+    Args:
+        source: made with the tokenizer in this folder.
+        window: tokens of a row.
+        settings: how many rows, and how they are computed.
+    """
+
+    def __init__(self, source: Documents, tokenizer: Path, window: int, settings: RowSettings) -> None:
+        count = sys.maxsize if settings.rows is None else settings.rows
+        self._rows = list(validation_sequences(source, window, count, True, masked=source.masked))
+        self._byte_lengths_V = token_byte_lengths(load_tokenizer(tokenizer))
+        self._window, self._settings, self._masked = window, settings, source.masked
+
+    def measure(self, model: Trinity) -> dict[str, float]:
+        """The metrics of `measure` but perplexity, to the last bit."""
+        with ExpertLoad(model) as load:
+            metrics = evaluate(
+                model,
+                self._rows,
+                max(1, self._settings.batch_tokens // self._window),
+                self._settings.document_mask,
+                self._byte_lengths_V,
+                model.embed.weight.device,
+                masked=self._masked,
+            )
+        return metrics | load.metrics()
 
 
 @dataclass

@@ -22,11 +22,10 @@ from trinity.io.json_files import to_json
 from trinity.io.local import atomic_file
 from trinity.merging.plan import Job
 from trinity.merging.sources import byte_view
+from trinity.merging.tensor_merger import WriteRows
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
-WriteRows = Callable[[int, Tensor], None]
-"""write(first element, rows): put rows of a tensor into its place."""
 Work = Callable[[Job, WriteRows], None]
 """Merges one tensor and writes its rows."""
 
@@ -92,18 +91,23 @@ def write_file(file: OutputFile, folder: Path, work: Work, workers: int, done: C
             start = len(file.header) + file.offsets[job.name]
             work(job, lambda first, rows: _write_rows(descriptor, start + first * job.dtype.itemsize, job, rows))
 
-        if workers == 1:
-            for job in file.jobs:
-                run(job)
-                done(job)
-            return
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            for job, future in [(job, pool.submit(run, job)) for job in file.jobs]:
-                future.result()
-                done(job)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        run_jobs(file.jobs, run, workers, done)
+
+
+def run_jobs(jobs: list[Job], run: Callable[[Job], None], workers: int, done: Callable[[Job], None]) -> None:
+    """Run every job in one of several threads; see write_file."""
+    if workers == 1:
+        for job in jobs:
+            run(job)
+            done(job)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for job, future in [(job, pool.submit(run, job)) for job in jobs]:
+            future.result()
+            done(job)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_index(files: list[OutputFile], folder: Path) -> None:
