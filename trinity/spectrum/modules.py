@@ -84,13 +84,14 @@ def is_trinity(source: Source) -> bool:
 
 
 def find_modules(source: Source) -> list[Module]:
-    """The modules of a folder, in its order: every `.weight` that is a vector or a matrix.
+    """The modules of a folder, layer by layer: every `.weight` that is a vector or a matrix.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a Trinity model lacks one.
     """
     modules: dict[str, Module] = {}
-    for tensor, entry in source.entries.items():
+    for tensor in _in_order(source):
+        entry = source.entries[tensor]
         if tensor.endswith(".weight") and len(entry.shape) in (1, 2):
             name = _EXPERT.sub(r"\1*", tensor.removesuffix(".weight"))
             layer, kind = _layer_and_type(name)
@@ -98,6 +99,17 @@ def find_modules(source: Source) -> list[Module]:
     if not any(len(module.shape) == 2 for module in modules.values()):
         raise UserError(f"{source.folder} holds no matrix to score; give a Hugging Face folder with a model")
     return list(modules.values())
+
+
+def _in_order(source: Source) -> list[str]:
+    """The tensors in the order of the model's layers: a folder's files have them in any order."""
+    if not is_trinity(source):
+        return sorted(source.entries, key=lambda name: [(len(part), part) for part in re.split(r"(\d+)", name)])
+    names = [name for name, _, _ in weight_map(source.config)]
+    for name in names:
+        if name not in source.entries:
+            raise UserError(f"{source.folder} lacks {name}, which its config.json asks for; fetch or export it again")
+    return names
 
 
 def find_units(source: Source, modules: list[Module]) -> list[Unit]:

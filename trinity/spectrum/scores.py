@@ -3,11 +3,16 @@
 With n ≤ m the matrix's sides, β = n/m, and q the quantiles of S:
 
     spectrum  σ = (q75 − q25)/1.349,  t = σ·(1 + √β),  Σ S above t / Σ S up to t / max S     (arXiv 2406.06623's script)
-    mp        σ = median S / √(m·μ(β)),  t = σ·(√n + √m),  Σ S² above t / Σ S² up to t
+    mp        σ = median S / √(m·μ(β)),  t = the edge of noise,  Σ S² above t / Σ S² up to t
 
 A matrix of independent entries with variance σ² has the singular values of Marchenko and Pastur's law: S²/m is between
-σ²(1 − √β)² and σ²(1 + √β)², with median σ²·μ(β). So `mp` counts what no noise of this size has, and multiplying the
-matrix by a number does not change it. The threshold of `spectrum` takes the spread of S for the deviation of the
+σ²(1 − √β)² and σ²(1 + √β)², with median σ²·μ(β), so the edge is σ·(√n + √m) for large matrices. The largest value of
+noise fluctuates about it by Tracy and Widom's law (Johnstone 2001), and above the edge alone are one or two values of a
+quarter of all noise matrices. So t is the 99 % point of the largest value:
+
+    t² = σ²·(a² + 2.02·a·(1/√(n − 1) + 1/√m)^⅓),  a = √(n − 1) + √m
+
+So `mp` counts what noise of this size has not, and multiplying the matrix by a number does not change it. The threshold of `spectrum` takes the spread of S for the deviation of the
 entries, which it is not: it calls a part of pure noise signal, and its score falls as the matrix grows (README.md).
 """
 
@@ -20,6 +25,8 @@ import torch
 from torch import Tensor
 
 _POINTS = 1 << 14  # of the integral of the law: its median is then exact to 1e-8
+
+_TRACY_WIDOM = 2.0234  # 99 % point of Tracy and Widom's law for real matrices
 
 
 class Score(NamedTuple):
@@ -63,10 +70,18 @@ def marchenko_pastur_score(s: Tensor, rows: int, columns: int) -> tuple[float, i
     """(Σ S² above the edge of noise / Σ S² up to it, the number above it); see the module's docstring."""
     s = s.double()
     small, large = min(rows, columns), max(rows, columns)
+    if small == 1:
+        return 0.0, 0
     sigma = torch.quantile(s, 0.5) / math.sqrt(large * marchenko_pastur_median(small / large))
-    above = s > sigma * (math.sqrt(small) + math.sqrt(large))
+    above = s > sigma * noise_edge(small, large)
     signal, noise = s[above].square().sum().item(), s[~above].square().sum().item()
     return (signal / noise if noise else math.inf if signal else 0.0), int(above.sum())
+
+
+def noise_edge(small: int, large: int) -> float:
+    """The 99 % point of the largest singular value of a matrix [small, large] of independent entries of variance 1."""
+    a, b = math.sqrt(small - 1), math.sqrt(large)
+    return math.sqrt((a + b) ** 2 + _TRACY_WIDOM * (a + b) * (1 / a + 1 / b) ** (1 / 3))
 
 
 @lru_cache(maxsize=256)
