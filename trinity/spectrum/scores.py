@@ -12,8 +12,9 @@ quarter of all noise matrices. So t is the 99 % point of the largest value:
 
     t² = σ²·(a² + 2.02·a·(1/√(n − 1) + 1/√m)^⅓),  a = √(n − 1) + √m
 
-So `mp` counts what noise of this size has not, and multiplying the matrix by a number does not change it. The threshold of `spectrum` takes the spread of S for the deviation of the
-entries, which it is not: it calls a part of pure noise signal, and its score falls as the matrix grows (README.md).
+So `mp` counts what noise of this size has not, and multiplying the matrix by a number does not change it. The threshold
+of `spectrum` takes the spread of S for the deviation of the entries, which it is not: it calls a part of pure noise
+signal, and the score depends on the matrix's scale (README.md).
 """
 
 import math
