@@ -1,5 +1,6 @@
 """Runs with train.only: saved and resumed as the uninterrupted one, bit for bit; and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,6 @@ def test_optimizer_state_of_another_run(settings: dict, tmp_path: Path) -> None:
 )
 def test_wrong_names(settings: dict, word: str, sentence: str) -> None:
     """Refused before the run directory is made."""
-    import re
-
     assert re.search(sentence, refuse(settings, word))
     assert not Path(settings["run"]["dir"]).exists()
 
