@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from tests.training.run_files import metrics, refuse, state, train
+from trinity.planning.fake_rank import fake_rank, state_bytes
+from trinity.planning.mesh_search import check_gpus
+from trinity.run_directory import newest_config
 
 ONLY = "train.only=[head,blocks.1.ffn.experts,blocks.*.attention.out,blocks.2.ffn.router]"
 WORDS = ("batch.sequences=4", "batch.ramp=[]", "evaluation.every=0", "checkpoint.every=2", "checkpoint.keep=9", ONLY)
@@ -17,7 +20,10 @@ TRAINED = {
 
 
 def test_resume(settings: dict, tmp_path: Path) -> None:
-    """Stopped after two steps of four and started again; the frozen stay, and no state of them is saved."""
+    """Stopped after two steps of four and started again; the frozen stay, and no state of them is saved.
+
+    The bytes of gradients and optimizer state are those that the plan has.
+    """
     one, two = tmp_path / "one", tmp_path / "two"
     settings["log"] = {"norms_every": 1}
     assert train(settings, *WORDS, f"run.dir={one}", "run.steps=4") == 0
@@ -34,6 +40,12 @@ def test_resume(settings: dict, tmp_path: Path) -> None:
         plain = name.removeprefix("model.")
         moves = plain in TRAINED or plain in ("blocks.2.ffn.expert_bias", "blocks.2.ffn.expert_momentum")
         assert torch.equal(first[name], last[name]) != moves, name
+    config = newest_config(one)
+    with fake_rank(config, check_gpus(config, 1)) as rank:
+        planned = state_bytes(rank.model, rank.optimizers)
+    saved_bytes = sum(tensor.nbytes for name, tensor in last.items() if name.startswith("optim."))
+    assert planned["Muon momentum"] + planned["AdamW moments"] == saved_bytes
+    assert planned["gradients"] == sum(last[f"model.{name}"].nbytes for name in TRAINED)
     norms = {name for name in metrics(one)[-1] if name.startswith("update_norm.")}
     assert norms == {f"update_norm.{kind}" for kind in ("matrix", "experts", "router", "head")}
     sentence = refuse(settings, *WORDS[:-1], f"run.dir={two}", "run.steps=6", "train.only=[head]")
