@@ -132,17 +132,17 @@ def memory_table(source: Source, trained: list[Unit]) -> list[str]:
     from trinity.planning.fake_rank import fake_rank, state_bytes
     from trinity.planning.mesh_search import check_gpus
 
-    rows = [("GB of all GPUs", "all trained", "train.only")]
-    states = []
+    states: list[dict[str, int]] = []
     for train in (TrainConfig(), TrainConfig([unit.name for unit in trained])):
         config = RunConfig(model=source.config, train=train)
         with fake_rank(config, check_gpus(config, 1)) as rank:
             state = state_bytes(rank.model, rank.optimizers)
         states.append({name: sum(state[part] for part in parts) for name, parts in STATE.items()})
+    lines = [f"{'GB of all GPUs':<16}{'all trained':>12}{'train.only':>12}"]
     for name in STATE:
-        rows.append((name, *(f"{state[name] / 1e9:.3f}" for state in states)))
-    rows.append(("in all", *(f"{sum(state.values()) / 1e9:.3f}" for state in states)))
-    return ["", *(f"{name:<16}{before:>12}{after:>12}" for name, before, after in rows)]
+        lines.append(f"{name:<16}" + "".join(f"{state[name] / 1e9:>12.3f}" for state in states))
+    lines.append(f"{'in all':<16}" + "".join(f"{sum(state.values()) / 1e9:>12.3f}" for state in states))
+    return ["", *lines]
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
