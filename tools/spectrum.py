@@ -138,7 +138,7 @@ def memory_table(source: Source, trained: list[Unit]) -> list[str]:
         with fake_rank(config, check_gpus(config, 1)) as rank:
             state = state_bytes(rank.model, rank.optimizers)
         states.append({name: sum(state[part] for part in parts) for name, parts in STATE.items()})
-    lines = [f"{'GB of all GPUs':<16}{'all trained':>12}{'train.only':>12}"]
+    lines = [f"{'GB in all shards':<16}{'all trained':>12}{'train.only':>12}"]
     for name in STATE:
         lines.append(f"{name:<16}" + "".join(f"{state[name] / 1e9:>12.3f}" for state in states))
     lines.append(f"{'in all':<16}" + "".join(f"{sum(state.values()) / 1e9:>12.3f}" for state in states))
