@@ -148,11 +148,10 @@ def build_optimizers(
 def ownership_table(optimizers: Optimizers) -> str:
     """A table for the log, one line per kind: its optimizer and its numbers of tensors, matrices and parameters.
 
-    Matrices are those that Muon orthogonalizes; AdamW has none. Frozen parameters follow, as "none".
+    Matrices are those that Muon orthogonalizes; AdamW has none. Frozen parameters are in no line.
     """
     counts: dict[tuple[str, str], list[int]] = {}
-    owners = (("Muon", optimizers.muon_roles), ("AdamW", optimizers.adamw_roles), ("none", optimizers.frozen_roles))
-    for optimizer, roles in owners:
+    for optimizer, roles in (("Muon", optimizers.muon_roles), ("AdamW", optimizers.adamw_roles)):
         for role in roles:
             matrices = role.parameter.shape[:-2].numel() * len(role.rows) if optimizer == "Muon" else 0
             row = counts.setdefault((role.kind, optimizer), [0, 0, 0])
