@@ -11,7 +11,7 @@ LAYERS = [
     {"config", "balancing", "hardware", "run_directory"},
     {"models"},
     {"optim", "parallel"},
-    {"data", "checkpoint", "interop", "evaluation", "merging"},
+    {"data", "checkpoint", "interop", "evaluation", "merging", "spectrum"},
     {"monitor"},
     {"training"},
     {"planning", "reporting"},

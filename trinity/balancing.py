@@ -116,10 +116,11 @@ def _violation(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BalancedLayer(Protocol):
-    """A layer with a balancing state, [E] fp32 each: trinity.models.moe.MoE."""
+    """A layer with a balancing state, [E] fp32 each, which moves or not: trinity.models.moe.MoE."""
 
     expert_bias: Tensor
     expert_momentum: Tensor
+    bias_moves: bool
 
 
 class Biases(NamedTuple):
@@ -138,15 +139,21 @@ class Biases(NamedTuple):
 
 @torch.no_grad()
 def next_biases(layers: Sequence[BalancedLayer], counts_ME: Tensor | None, config: BalancingConfig) -> Biases | None:
-    """Compute every layer's next expert bias from the counts of the global batch; None without MoE layers."""
+    """Compute every layer's next expert bias from the counts of the global batch; None without MoE layers.
+
+    Bias and momentum of a layer with a frozen router stay as they are.
+    """
     if counts_ME is None:
         return None
     bias_ME = before_ME = torch.stack([layer.expert_bias for layer in layers])
-    momentum_ME = torch.stack([layer.expert_momentum for layer in layers])
+    momentum_ME = still_ME = torch.stack([layer.expert_momentum for layer in layers])
     if config.kind == "smebu":
         bias_ME, momentum_ME = smebu_update(bias_ME, momentum_ME, counts_ME, config.rate, config.kappa, config.beta)
     elif config.kind == "sign":
         bias_ME = sign_update(bias_ME, counts_ME, config.gamma)
+    for index, layer in enumerate(layers):
+        if not layer.bias_moves:
+            bias_ME[index], momentum_ME[index] = before_ME[index], still_ME[index]
     ranges = [(bias.amax(dim=1) - bias.amin(dim=1)).max() for bias in (before_ME, bias_ME)]
     return Biases(bias_ME, momentum_ME, counts_ME, torch.stack(ranges))
 

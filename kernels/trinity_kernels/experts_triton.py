@@ -361,8 +361,9 @@ def _differentiate(ctx, grad_TD: Tensor, *_: Tensor | None) -> tuple[Tensor | No
     x_TD, w1_E2FD, w2_EDF, s_TK, *kept = ctx.saved_tensors
     arguments = (grad_TD.contiguous(), x_TD, w1_E2FD, w2_EDF, s_TK, *kept)
     grad_plus = grad_TD if ctx.adds else None
-    weights = _leaf(w1_E2FD), _leaf(w2_EDF)
-    wide = all(_gradient_dtype(weight) == torch.float32 for weight in weights)
+    # of a frozen weight neither the dtype of its gradient matters nor the gradient, which autograd drops
+    weights = [_leaf(w) for w, trained in zip((w1_E2FD, w2_EDF), ctx.needs_input_grad[1:3]) if trained]
+    wide = bool(weights) and all(_gradient_dtype(weight) == torch.float32 for weight in weights)
     main = [weight.grad for weight in weights if weight.is_leaf and weight.grad is not None]
     if wide and len(main) == 2:
         grad_x, grad_s = backward_into_op(*arguments, *main)

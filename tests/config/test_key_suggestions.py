@@ -73,7 +73,7 @@ def test_no_similar_key(key: str) -> None:
         "share",
         "loss": "loss has z, per", "export": "export has every",
         "": "it must begin with one of run, model, init, data, batch, optim, balancing, loss, parallel, kernels, "
-        "precision, recompute, compile, checkpoint, export, evaluation, profile, log, health",
+        "precision, recompute, compile, train, checkpoint, export, evaluation, profile, log, health",
     }  # fmt: skip
     assert unknown_key_hint(key) == lists[section]
 

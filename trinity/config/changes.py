@@ -39,6 +39,8 @@ RULES: dict[str, Rule] = {
     "balancing": "accept",
     "loss": "accept",
     "precision": "accept",
+    "train": "fixed",  # the optimizer has no state of what was frozen
+    "train.expert_bias": "free",  # it refuses configs, and changes no run
     "parallel": "free",
     "kernels": "free",
     "recompute": "free",

@@ -135,6 +135,7 @@ def _check_entries(config: RunConfig) -> None:
         "evaluation.needles.kinds": config.evaluation.needles.kinds,
         "profile.ranks": config.profile.ranks,
         "optim.adamw.betas": config.optim.adamw.betas,
+        "train.only": config.train.only,
     }
     maps: dict[str, Any] = {"data.train": data.train, "data.validation": data.validation, "data.mixture": data.mixture}
     maps |= {f"data.phases[{index}].mixture": phase.mixture for index, phase in enumerate(data.phases)}

@@ -164,6 +164,8 @@ _BY_NAME = {name: keys for names, keys in SYNONYMS.items() for name in names}
 _SIMILAR_HERE, _TYPING_ERROR, _SIMILAR_ANYWHERE = 0.65, 0.8, 0.84
 """Lowest similarity (difflib's ratio) of a key in the same section; of one that comes before the same name in another
 section; and of a key in another section."""
+_OTHER_SECTIONS = ("training", "trainer")
+"""Sections of other frameworks with settings of all kinds: none is the section `train`, and their keys are compared."""
 _MOST = 3
 """Most keys that are suggested."""
 
@@ -183,6 +185,8 @@ def nearest_keys(key: str, known: list[str]) -> list[str]:
         key: the unknown key, dotted.
         known: the existing keys, dotted.
     """
+    if key in _OTHER_SECTIONS:
+        return []
     section, _, name = key.rpartition(".")
     name = name.lower().replace("-", "_")
     here = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}

@@ -378,6 +378,20 @@ class AverageConfig:
 
 
 @dataclass
+class TrainConfig:
+    """What is trained of the model: all of it by default (docs/train_some_modules.md)."""
+
+    only: list[str] = field(default_factory=list)
+    """Names of the modules or parameters to train, such as blocks.3.attention; all others are frozen: no gradient, no
+    optimizer state, no weight decay. A name is matched whole, and * is any part of it between two dots, as in
+    blocks.*.ffn.experts. tools/spectrum.py chooses some. Default: everything is trained. Not from the report: it trains
+    everything."""
+    expert_bias: Literal["auto", "move"] = "auto"
+    """Expert biases of layers whose router train.only freezes. auto: they hold still with it, and those of the other
+    layers move as balancing says; move: refuse to freeze a router. Not from the report: it trains everything."""
+
+
+@dataclass
 class CheckpointConfig:
     """Checkpoints: the complete state of the run."""
 
@@ -534,6 +548,7 @@ class RunConfig:
     selective: only cheap operations, keeping the outputs of attention, experts and communication."""
     compile: Literal["none", "block"] = "none"
     """torch.compile. block: compile each block, without its routed experts."""
+    train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -140,13 +140,17 @@ class FolderSource(Source):
     """A Hugging Face folder."""
 
     def __init__(self, label: str, folder: Path) -> None:
-        self.label, self.folder = label, folder
+        self.label = label
         self.config = read_hf_config(folder)
         self.raw_config = read_json(folder / "config.json") or {}
         self.tokenizer = folder if (folder / "tokenizer.json").is_file() else None
         self.files = folder
         self.generation_config = read_json(folder / "generation_config.json", "fetch or export it again")
-        self.entries = {}
+        self._open_files(folder)
+
+    def _open_files(self, folder: Path) -> None:
+        """Read the headers of the folder's weights."""
+        self.folder, self.entries = folder, {}
         self._places: dict[str, FilePlace] = {}
         self._paths = weight_files(folder)
         self._open: OrderedDict[Path, io.FileIO] = OrderedDict()

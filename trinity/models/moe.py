@@ -211,7 +211,7 @@ class Experts(nn.Module):
 
 def whole_weight(weight: Tensor, wide_gradient: bool) -> Tensor:
     """The weight itself; if wide_gradient, its gradient will be in fp32 at least."""
-    if wide_gradient:
+    if wide_gradient and weight.requires_grad:
         keep_gradient_wide(weight)
     return weight
 
@@ -223,7 +223,11 @@ def keep_gradient_wide(weight: Tensor) -> None:
 
 
 class MoE(nn.Module):
-    """One MoE sublayer: router, routed experts, shared expert. The balancing state is in fp32 buffers."""
+    """One MoE sublayer: router, routed experts, shared expert. The balancing state is in fp32 buffers.
+
+    Attributes:
+        bias_moves: whether training moves the expert bias; not with a frozen router (trinity.models.freeze).
+    """
 
     def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()
@@ -235,6 +239,7 @@ class MoE(nn.Module):
         self.register_buffer("expert_bias", torch.empty(config.experts, dtype=torch.float32))
         self.register_buffer("expert_momentum", torch.empty(config.experts, dtype=torch.float32))
         self.dispatcher: Dispatcher = local_dispatch
+        self.bias_moves = True
 
     def forward(
         self, x_BSD: Tensor, with_sequence_loss: bool = True, padding: Padding | None = None,

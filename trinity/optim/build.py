@@ -7,7 +7,7 @@ The state is saved as one flat dict of tensors under the parameters' names, whic
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ class Optimizers:
     adamw_roles: list[Role]
     muon_lr: float  # peak of the schedule, as adamw_lr
     adamw_lr: float
+    frozen_roles: list[Role] = field(default_factory=list)  # of neither
 
     def set_rates(self, scale: float) -> None:
         """Set both learning rates to `scale` (from `rate_scale`) times their peaks."""
@@ -78,7 +79,7 @@ class Optimizers:
             side = "lacks" if different[0] in own else "has a surplus"
             raise UserError(
                 f"the saved optimizer state {side} {different[0]} ({len(different)} keys differ); "
-                "use the model and optim.router it was saved with"
+                "use the model, optim.router and train.only it was saved with"
             )
         for key, tensor in own.items():
             saved = flat[key]
@@ -140,13 +141,14 @@ def build_optimizers(
         adamw_roles,
         muon["lr"],
         adamw["lr"],
+        [role for role in roles if not role.parameter.requires_grad],
     )
 
 
 def ownership_table(optimizers: Optimizers) -> str:
     """A table for the log, one line per kind: its optimizer and its numbers of tensors, matrices and parameters.
 
-    Matrices are those that Muon orthogonalizes; AdamW has none.
+    Matrices are those that Muon orthogonalizes; AdamW has none. Frozen parameters are in no line.
     """
     counts: dict[tuple[str, str], list[int]] = {}
     for optimizer, roles in (("Muon", optimizers.muon_roles), ("AdamW", optimizers.adamw_roles)):

@@ -95,7 +95,8 @@ class Muon(torch.optim.Optimizer):
         for role in roles:
             rows = role.parameter.shape[-2] if role.parameter.ndim >= 2 else 0
             assert sum(role.rows) == rows > 0, f"{role.name}: rows {role.rows} do not add up to {rows}"
-        super().__init__([role.parameter for role in roles], {"lr": lr})
+        # one group, which may be empty: with train.only, Muon may have nothing to update
+        super().__init__([{"params": [role.parameter for role in roles]}], {"lr": lr})
         self.roles = roles
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.coefficients, self.steps, self.dtype, self.starved = coefficients, steps, dtype, starved
@@ -122,6 +123,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # torch's closures are not supported
         """Update every parameter once, those without gradient too; every rank calls this."""
         assert closure is None, "Muon takes no closure"
+        if not self.roles:
+            return
         self.init_state()
         rate = self.param_groups[0]["lr"]
         self._update_momentum()

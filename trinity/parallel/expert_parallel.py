@@ -40,7 +40,7 @@ def split_experts(model: nn.Module, mesh: DeviceMesh, exchange: str = "auto") ->
             # a clone: a view would keep the other ranks' experts in memory
             part = parameter.detach().chunk(expert_mesh.size())[expert_mesh.get_local_rank()].clone()
             split = DTensor.from_local(part, expert_mesh, [Shard(0)], run_check=False)
-            setattr(layer.experts, name, nn.Parameter(split))
+            setattr(layer.experts, name, nn.Parameter(split, requires_grad=parameter.requires_grad))
 
 
 def local_part(weight: Tensor, wide_gradient: bool) -> Tensor:

@@ -83,8 +83,12 @@ def deferral_bytes(model: nn.Module) -> float:
 
 
 def _unsharded_bytes(group: Any) -> int:
-    """Bytes of a group's parameters in the master dtype; of split experts, this rank's share."""
-    return sum(parameter._orig_size.numel() * parameter.sharded_param.element_size() for parameter in group.fsdp_params)
+    """Bytes of a group's trained parameters in the master dtype; of split experts, this rank's share."""
+    return sum(
+        parameter._orig_size.numel() * parameter.sharded_param.element_size()
+        for parameter in group.fsdp_params
+        if parameter.sharded_param.requires_grad
+    )
 
 
 def device_bytes(device: torch.device) -> float:

@@ -147,7 +147,7 @@ def _weight_gathers(groups: list[FsdpGroup], microbatches: int) -> list[_FlowEnt
 def _gradient_reductions(groups: list[FsdpGroup], times: int) -> list[_FlowEntry]:
     """Reduce-scatter of the gradients `times` times a step, and all-reduce of the shards over the replicas once."""
     entries: list[_FlowEntry] = []
-    for name, along, members in _by_mesh_dimension(groups):
+    for name, along, members in _by_mesh_dimension([group for group in groups if group.reduced]):
         size, shards = sum(group.reduced for group in members), sum(group.reduced // group.shards for group in members)
         entries.append(("passes", f"gradients, {name}", "reduce_scatter", along, times * len(members), times * size))
         entries.append(("passes", f"copies, {name}", "all_reduce", "replicate", len(members), shards))

@@ -31,9 +31,11 @@ class FsdpGroup(NamedTuple):
     kind: "experts", "precise" (norms and router) or "dense".
     shards: number of shards.
     gathered: bytes of the unsharded parameters in the compute dtype; 0 if modules compute with the shards' memory.
-    reduced: bytes of their unsharded gradient in the reduce dtype. Both include FSDP's padding to equal shards.
+    reduced: bytes of the unsharded gradient of the trained ones in the reduce dtype. Both include FSDP's padding to
+        equal shards.
     gathers: all-gathers in a microbatch: one for the forward pass, one for backward if the parameters are freed.
     local: whether it is on one rank, and its gradients are not reduced.
+    frozen: number of unsharded parameters that are not trained (train.only).
     """
 
     part: str
@@ -43,6 +45,7 @@ class FsdpGroup(NamedTuple):
     reduced: int
     gathers: int
     local: bool = False
+    frozen: int = 0
 
 
 class FakeRank(NamedTuple):
@@ -88,23 +91,26 @@ def _describe(group: Any, roles: dict[int, Role]) -> FsdpGroup:
     kind = "experts" if "experts" in kinds else "precise" if kinds <= {"gain", "router"} else "dense"
     name = members[0].name.split(".")
     shards, master_dtype = group.mesh_info.shard_mesh_size, members[0].parameter.dtype
-    numel = shards * sum(parameter.padded_sharded_param_size.numel() for parameter in group.fsdp_params)
+    sizes = [(parameter.padded_sharded_param_size.numel(), parameter) for parameter in group.fsdp_params]
+    numel = shards * sum(size for size, _ in sizes)
+    trained = shards * sum(size for size, parameter in sizes if parameter.sharded_param.requires_grad)
     return FsdpGroup(
         ".".join(name[:2]) if name[0] == "blocks" else name[0],
         kind,
         shards,
         gathered=0 if computes_in_place(group) else numel * (group.mp_policy.param_dtype or master_dtype).itemsize,
-        reduced=numel * (group.mp_policy.reduce_dtype or master_dtype).itemsize,
+        reduced=trained * (group.mp_policy.reduce_dtype or master_dtype).itemsize,
         gathers=1 if group.post_forward_mesh_info is None else 2,
         local=is_local(group),
+        frozen=numel - trained,
     )
 
 
 def state_bytes(model: nn.Module, optimizers: Optimizers) -> dict[str, int]:
     """Bytes of this rank's training state; they do not depend on the batch.
 
-    Gradients exist from the first backward pass to the optimizer's step. They take as many bytes as the parameters,
-    plus padding to equal shards where rows do not divide.
+    Gradients exist from the first backward pass to the optimizer's step. They take as many bytes as the parameters that
+    are trained, plus padding to equal shards where rows do not divide.
 
     Returns:
         "parameters", "gradients", "Muon momentum" (with the counts of starved steps), "AdamW moments" and
@@ -113,7 +119,7 @@ def state_bytes(model: nn.Module, optimizers: Optimizers) -> dict[str, int]:
     muon, adamw = (_optimizer_state_bytes(optimizer) for optimizer in (optimizers.muon, optimizers.adamw))
     return {
         "parameters": sum(map(local_bytes, model.parameters())),
-        "gradients": sum(map(local_bytes, model.parameters())),
+        "gradients": sum(local_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad),
         "Muon momentum": muon,
         "AdamW moments": adamw,
         "expert biases": sum(map(local_bytes, model.buffers())),

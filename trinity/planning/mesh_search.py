@@ -9,6 +9,7 @@ from trinity.errors import UserError
 from trinity.hardware import GPU
 from trinity.models.flops import parameter_counts
 from trinity.parallel.mesh import Sizes, mesh_words, meshes
+from trinity.training.build import trained_count
 from trinity.training.divisibility import (
     batch_process_counts,
     check_batches,
@@ -90,6 +91,7 @@ def with_mesh(config: RunConfig, words: list[str]) -> RunConfig:
 
 
 def min_state_bytes(config: RunConfig) -> float:
-    """A lower bound on the bytes of parameters and momentum, summed over all shards."""
+    """A lower bound on the bytes of parameters and momentum, summed over all shards; the frozen have no momentum."""
     size = 8 if config.precision.compute == "float64" else 4
-    return 2 * size * parameter_counts(config.model)["total"]
+    total = parameter_counts(config.model)["total"]
+    return size * (total + (trained_count(config) if config.train.only else total))

@@ -76,7 +76,7 @@ def copy_terms(
         )
         numel = group.reduced / r
         weights += (
-            numel
+            (numel + group.frozen)
             * _weight_bytes(group, c, master, implementation)
             / _unshards_a_step(group, load, deferred, implementation)
         )

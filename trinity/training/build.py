@@ -10,6 +10,7 @@ from trinity.config.run import KernelsConfig, RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory, BatchPlan
 from trinity.errors import UserError
 from trinity.models.fp8 import use_fp8
+from trinity.models.freeze import freeze
 from trinity.models.param_roles import parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.build import Optimizers, build_optimizers
@@ -27,7 +28,8 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     """The model, sharded over the mesh; its values are undefined until initialised or loaded.
 
     Raises:
-        UserError: the config names a kernel or a number format that cannot run on this device.
+        UserError: the config names a kernel or a number format that cannot run on this device, or modules to train
+            that the model does not have.
     """
     will_run = ranks.device.type != "meta"  # planning builds the model of another machine
     if will_run:
@@ -37,6 +39,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
         model = Trinity(config.model, config.kernels).to(master_dtype(config.precision))
     if config.precision.fp8 != "none" and will_run:
         use_fp8(model, config.precision.fp8, ranks.device)
+    freeze(model, config.train)
     if config.recompute != "none":
         recompute_blocks(model, config.recompute, will_compile=config.compile != "none")
     if config.compile == "block":
@@ -45,6 +48,18 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     model.to_empty(device=ranks.device)
     use_weights_in_place(model)
     return model
+
+
+def trained_count(config: RunConfig) -> int:
+    """The number of parameters that are trained.
+
+    Raises:
+        UserError: the `train` section does not fit the model.
+    """
+    with torch.device("meta"):
+        model = Trinity(config.model)
+    freeze(model, config.train)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def fp32_products(kernels: KernelsConfig, device: torch.device) -> Literal["torch", "onednn"]:

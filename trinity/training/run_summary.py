@@ -62,6 +62,7 @@ def opening(
     return [
         *schedule_notes(config, total, plan),
         ownership_table(optimizers),
+        *frozen_notes(optimizers),
         size,
         *microbatch_notes(config, ranks.data_ranks),
         *context_notes(config),
@@ -69,6 +70,13 @@ def opening(
         *best_fit_notes(stream, step),
         *length_bias_notes(config, stream.sources, plan.at(step).tokens),
     ]
+
+
+def frozen_notes(optimizers: Optimizers) -> list[str]:
+    """How much of the model train.only freezes; nothing if everything is trained."""
+    frozen = optimizers.frozen_roles
+    numel = sum(role.parameter.numel() for role in frozen)
+    return [f"frozen by train.only: {len(frozen)} tensors, {numel:,} parameters"] if frozen else []
 
 
 def closing(

@@ -49,6 +49,7 @@ from trinity.training.build import (
     build_model,
     make_optimizers,
     total_steps,
+    trained_count,
 )
 from trinity.training.build_data import open_data
 from trinity.training.checkpoint_average import CheckpointAverage
@@ -76,6 +77,8 @@ def pretrain(config: RunConfig, accepted: list[str]) -> int:
         UserError: a user's mistake, with what to write instead.
     """
     check_mesh(config, mesh.world_size())
+    if config.train.only:
+        trained_count(config)  # refuses names that are nothing, before processes join a group
     stop_request = StopRequest()
     directory = trainer = None
     try:
