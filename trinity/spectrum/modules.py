@@ -61,7 +61,7 @@ class OtherFolder(FolderSource):
     """A Hugging Face folder of another architecture: names, shapes and rows of its tensors, and no config."""
 
     def __init__(self, label: str, folder: Path) -> None:  # FolderSource's reads a Trinity's config.json
-        self.label = label
+        self.label, self.tokenizer = label, None
         self._open_files(folder)
 
 
