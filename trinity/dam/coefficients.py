@@ -50,7 +50,7 @@ def parts_of(model: MergedTrinity) -> dict[str, str]:
 def save_coefficients(path: Path, values: dict[str, Tensor], config: DamConfig, identities: list[str]) -> None:
     """Write coefficients with the models they are of."""
     metadata = {
-        "models": to_json([each.model for each in config.models]),
+        "models": to_json(config.mixed),
         "identities": to_json(identities),
         "granularity": config.granularity,
     }
@@ -87,7 +87,7 @@ def read_coefficients(folder: str, config: DamConfig, identities: list[str], mod
 def _check_shapes(folder: str, values: dict[str, Tensor], config: DamConfig, model: ModelConfig) -> None:
     known = {place.name for place in places(model)}
     for name, value in values.items():
-        if name not in known or value.dim() != 2 or len(value) != len(config.models):
+        if name not in known or value.dim() != 2 or len(value) != len(config.mixed):
             raise UserError(f"start: {folder} does not fit the models ({name}); leave start out")
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"start: {folder} has NaN or infinity in {name}; leave start out")
@@ -119,7 +119,7 @@ def summary(values: dict[str, Tensor], parts: dict[str, str], config: DamConfig)
                 "cosine": _mean_cosine([values[name] for name in names]),
             }
         )
-    return {"models": [each.model for each in config.models], "granularity": config.granularity, "parts": entries}
+    return {"models": config.mixed, "granularity": config.granularity, "parts": entries}
 
 
 def _mean_cosine(values: list[Tensor]) -> float | None:

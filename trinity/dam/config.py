@@ -20,10 +20,16 @@ _MESH = ("replicate", "shard", "expert")
 
 @dataclass(frozen=True)
 class SourceModel:
-    """One of the models: a folder or run, and the text on which the merged model shall follow it; None: no text."""
+    """One of the models.
+
+    model: a folder, a run directory, or RUN_DIR@step.
+    text: on which the merged model shall give this one's logits; None: nowhere.
+    weights: whether the merged weights are made of this one's too; else it is a teacher alone.
+    """
 
     model: str
-    text: str | None
+    text: str | None = None
+    weights: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class DamConfig:
     text_field: str = "text"
     start: str | None = None
     save_every: int = 50
+    threads: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: str = "float32"
     recompute: bool = False
@@ -65,6 +72,11 @@ class DamConfig:
     def texts(self) -> list[int]:
         """Numbers of the models that have a text."""
         return [number for number, each in enumerate(self.models) if each.text is not None]
+
+    @property
+    def mixed(self) -> list[str]:
+        """The N models whose weights are mixed; they come first in `models`."""
+        return [each.model for each in self.models if each.weights]
 
 
 def read_config(path: str | Path | dict[str, Any]) -> DamConfig:
@@ -122,16 +134,17 @@ def _models(value: Any, key: str) -> list[SourceModel]:
         entry = {"model": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
             raise UserError(f"{where} is {entry!r}; write {{model: DIR, text: FILES}}")
-        _check_keys(entry, ["model", "text"], f"{where}.")
+        _check_keys(entry, ["model", "text", "weights"], f"{where}.")
         if entry.get("model") is None:
             raise UserError(f"{where} names no model; write {{model: DIR, text: FILES}}")
-        text = entry.get("text")
-        found.append(
-            SourceModel(
-                _text(entry["model"], f"{where}.model"), None if text is None else _text(text, f"{where}.text")
-            )
-        )
-    return found
+        label, text = _text(entry["model"], f"{where}.model"), entry.get("text")
+        weights = _switch(entry.get("weights", True), f"{where}.weights")
+        if text is None and not weights:
+            raise UserError(f"{where} has weights: false and no text, so it does nothing; give it a text")
+        found.append(SourceModel(label, None if text is None else _text(text, f"{where}.text"), weights))
+    if not any(each.weights for each in found):
+        raise UserError(f"{key} has weights: false everywhere; leave it out where weights shall be mixed")
+    return sorted(found, key=lambda each: not each.weights)  # teachers last, else in order
 
 
 def _text(value: Any, key: str) -> str:
@@ -217,6 +230,7 @@ _READ: dict[str, Callable[[Any, str], Any]] = {
     "text_field": _text,
     "start": _text,
     "save_every": _whole(1),
+    "threads": _whole(1),
     "parallel": _parallel,
     "compute": _word("float32", "bfloat16", "float64"),
     "recompute": _switch,

@@ -38,7 +38,7 @@ from trinity_kernels.norm import wide
 
 
 class Mode:
-    """What all merged layers of a model compute: model `source` of the N, or with None the merged one."""
+    """What all merged layers of a model compute: one of the models, number `source`, or with None the merged one."""
 
     def __init__(self) -> None:
         self.source: int | None = None
@@ -48,11 +48,13 @@ class Mixing(NamedTuple):
     """What the layers of one model have in common.
 
     models: N.
+    teachers: further models that give logits alone: they have weights, numbered after the N, and no coefficients.
     by_column: whether a matrix has a coefficient per input feature; else it has one per model.
     mode: see Mode.
     """
 
     models: int
+    teachers: int
     by_column: bool
     mode: Mode
 
@@ -73,8 +75,8 @@ class Merged(nn.Module):
         self.mixing, self.part = mixing, part
 
     def add_weights(self, name: str, *shape: int) -> None:
-        """Register the N frozen weights `name_0` …"""
-        for model in range(self.mixing.models):
+        """Register the frozen weights `name_0` … of all models and teachers."""
+        for model in range(self.mixing.models + self.mixing.teachers):
             self.register_parameter(f"{name}_{model}", nn.Parameter(torch.empty(*shape), requires_grad=False))
 
     def terms(self, name: str, coefficients_NI: Tensor) -> list[tuple[Tensor, Tensor | None]]:
@@ -202,7 +204,7 @@ class MergedRouter(Merged, Router):
         self.add_weights("weight", experts, width)
         self.coefficients = mixing.coefficients(1, width)
         self.biases: Tensor
-        self.register_buffer("biases", torch.empty(mixing.models, experts, dtype=torch.float32))
+        self.register_buffer("biases", torch.empty(mixing.models + mixing.teachers, experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor, bias_E: Tensor, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201
         """As Router.forward; `bias_E`, the buffer of the MoE layer, is not used."""
@@ -212,7 +214,7 @@ class MergedRouter(Merged, Router):
         """[E] fp32: the teacher's bias, or the mean."""
         if self.mixing.mode.source is not None:
             return self.biases[self.mixing.mode.source]
-        return total([bias_E * (1.0 / self.mixing.models) for bias_E in self.biases])
+        return total([bias_E * (1.0 / self.mixing.models) for bias_E in self.biases[: self.mixing.models]])
 
     def scores(self, x_TD: Tensor) -> Tensor:
         """σ(Σ_i W_i·(c_i ∘ x)), [T, E], in fp32, or float64 for a float64 model."""

@@ -59,7 +59,7 @@ def open_models(config: DamConfig) -> Plan:
 
 
 def sources_of(plan: Plan, config: DamConfig) -> list[Source]:
-    """The N models, in the order of the config."""
+    """All models in the order of the config: the N that are mixed, then teachers."""
     return [plan.sources[each.model] for each in config.models]
 
 
@@ -88,7 +88,8 @@ def build_merged_model(plan: Plan, config: DamConfig, ranks: Ranks) -> MergedTri
     set_fp32_products(fp32_products(kernels, ranks.device))
     by_column = config.granularity == "column"
     with torch.device("meta"):
-        model = MergedTrinity(plan.donor.config, len(config.models), by_column, config.learn, kernels)
+        models, teachers = len(config.mixed), len(config.models) - len(config.mixed)
+        model = MergedTrinity(plan.donor.config, models, teachers, by_column, config.learn, kernels)
         model = model.to(master_dtype(precision))
     if config.recompute:
         recompute_blocks(model, "block")

@@ -40,22 +40,23 @@ class MergedTrinity(Trinity):
     Args:
         config: the sizes of each.
         models: N.
+        teachers: further models that give logits and no weights.
         by_column: one coefficient per input feature of each matrix, or one per matrix.
         learn: the parts whose coefficients are trained; the others keep theirs.
         kernels: as for Trinity.
     """
 
     def __init__(
-        self, config: ModelConfig, models: int, by_column: bool, learn: tuple[str, ...],
+        self, config: ModelConfig, models: int, teachers: int, by_column: bool, learn: tuple[str, ...],
         kernels: KernelsConfig = AUTOMATIC,
     ) -> None:  # fmt: skip
         super().__init__(config, kernels)
         self.mode, self.models, self.learn = Mode(), models, learn
-        _replace_layers(self, Mixing(models, by_column, self.mode), "")
+        _replace_layers(self, Mixing(models, teachers, by_column, self.mode), "")
 
     @contextmanager
     def as_source(self, source: int) -> Iterator[None]:
-        """Context manager: the model computes as model `source` of the N does."""
+        """Context manager: compute as one of the models does, number `source`; teachers come after the N."""
         self.mode.source = source
         try:
             yield

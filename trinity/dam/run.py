@@ -45,7 +45,7 @@ from trinity.training.signals import SAVED, StopRequest
 KEPT = 2
 """Checkpoints that are kept."""
 _MARK, METRICS = "dam.json", "metrics.jsonl"
-_FREE = ("parallel", "save_every", "recompute", "microbatch", "source")
+_FREE = ("parallel", "save_every", "recompute", "microbatch", "threads", "source")
 """Settings that an unfinished run may change: they do not change what is learned."""
 
 
@@ -72,7 +72,7 @@ class Prepared:
     def mark(self) -> dict[str, Any]:
         """What an unfinished run must have in common with this one."""
         settings = {name: value for name, value in vars(self.config).items() if name not in _FREE}
-        settings["models"] = [[each.model, each.text] for each in self.config.models]
+        settings["models"] = [[each.model, each.text, each.weights] for each in self.config.models]
         return {"identities": self.identities, "settings": settings | {"learn": list(self.config.learn)}}
 
 
@@ -93,7 +93,8 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
             f"{-(-config.sequences // ranks) * ranks}"
         )
     identities = [identity(source) for source in sources_of(plan, config)]
-    start = {} if config.start is None else read_coefficients(config.start, config, identities, plan.donor.config)
+    mixed = identities[: len(config.mixed)]
+    start = {} if config.start is None else read_coefficients(config.start, config, mixed, plan.donor.config)
     prepared = Prepared(config, plan, read_texts(plan, config), directory, identities, start)
     _check_unfinished(prepared)
     return prepared
@@ -117,7 +118,7 @@ def adaptive_merge(config: DamConfig, directory: str | Path, overwrite: bool = F
         signals = on_exit.enter_context(ExitStack())
         signals.callback(stop.restore)
         prepared = prepare(config, directory, overwrite)
-        ranks = mesh.start(config.parallel, prepared.plan.donor.config, None, False)
+        ranks = mesh.start(config.parallel, prepared.plan.donor.config, config.threads, False)
         on_exit.callback(mesh.stop)
         stop.started()
         with _work_folder(prepared, ranks):
@@ -230,9 +231,9 @@ def _write(prepared: Prepared, learned: dict[str, Any], progress: bool) -> None:
     """Write the folder inside of the work folder, then rename it."""
     values, parts, config = learned["values"], learned["parts"], prepared.config
     result = prepared.work / "result"
-    merged = write_merged(prepared.plan, values, result, progress)
+    merged = write_merged(prepared.plan, config.mixed, values, result, progress)
     kept = {name: value for name, value in values.items() if parts[name] in config.learn or name in prepared.start}
-    save_coefficients(result / FILE, kept, config, prepared.identities)
+    save_coefficients(result / FILE, kept, config, prepared.identities[: len(config.mixed)])
     write_json(result / SUMMARY, summary(values, parts, config) | {"steps": config.steps})
     copy_atomically(prepared.work / METRICS, result / METRICS)
     replace_folder(result, prepared.directory)

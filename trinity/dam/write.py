@@ -48,18 +48,20 @@ class ColumnSum:
         return combine
 
 
-def write_merged(plan: Plan, values: dict[str, Tensor], directory: Path, progress: bool) -> Merged:
+def write_merged(plan: Plan, mixed: list[str], values: dict[str, Tensor], directory: Path, progress: bool) -> Merged:
     """Write config, tokenizer and merged weights.
 
     Args:
         plan: of the models.
+        mixed: labels of the N that are mixed.
         values: name on disk → coefficients of every tensor but the expert biases.
         directory: the folder to make.
         progress: show progress on stderr.
     """
     jobs = []
     for job in plan.jobs:
-        count = len(job.models)
+        models = [part for part in job.models if part.label in mixed]
+        count = len(models)
         method = ColumnSum(values.get(job.name, torch.full((count, 1), 1.0 / count)))
-        jobs.append(replace(job, merge=method, arguments=method.arguments))
+        jobs.append(replace(job, merge=method, arguments=method.arguments, models=models))
     return Merger(replace(plan, jobs=jobs), directory).run(progress)
