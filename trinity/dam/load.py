@@ -73,16 +73,7 @@ def identity(source: Source) -> str:
 
 
 def build_merged_model(plan: Plan, config: DamConfig, ranks: Ranks) -> MergedTrinity:
-    """The merged model, sharded over the mesh; its values are undefined until loaded.
-
-    Raises:
-        UserError: the experts cannot be divided among the ranks with their coefficients.
-    """
-    if ranks.sizes.experts_by == "width":
-        raise UserError(
-            f"{ranks.sizes.expert_shard} ranks would divide each expert's width, which its coefficients do not have; "
-            f"raise parallel.expert or parallel.replicate until the experts of a share divide by them"
-        )
+    """The merged model, sharded over the mesh; its values are undefined until loaded."""
     kernels, precision = KernelsConfig(), PrecisionConfig(compute=config.compute, reduce="float32")  # type: ignore[arg-type]
     check_kernels(kernels, ranks.device)
     set_fp32_products(fp32_products(kernels, ranks.device))

@@ -86,7 +86,12 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
     check_replaceable(directory, overwrite)
     plan = open_models(config)
     sizes = mesh.check_parallel(config.parallel, plan.donor.config, mesh.world_size())
-    ranks = mesh.world_size() // sizes.context
+    if sizes.experts_by == "width":
+        raise UserError(
+            f"{sizes.expert_shard} ranks would divide each expert's width, which its coefficients do not have; set "
+            "parallel.expert or parallel.replicate so that the experts of a share divide by the ranks that shard it"
+        )
+    ranks = mesh.world_size()
     if config.sequences % ranks:
         raise UserError(
             f"sequences: {config.sequences} does not divide by {ranks} data ranks; write sequences: "
