@@ -29,7 +29,9 @@ def main() -> int:
     if options.dry_run:
         prepared = prepare(config, options.out_dir, options.overwrite)
         texts = ", ".join(str(config.models[number].text) for number in config.texts)
-        print(f"{prepared.plan.summary(1)}\ntexts:    {texts}\nsteps:    {config.steps} of {config.sequences} rows a text")
+        print(
+            f"{prepared.plan.summary(1)}\ntexts:    {texts}\nsteps:    {config.steps} of {config.sequences} rows a text"
+        )
         return 0
     return adaptive_merge(config, options.out_dir, options.overwrite, progress=True)
 

@@ -9,7 +9,7 @@ import pytest
 from tests.merging.conftest import family, one_thread, originals, tokenizer  # noqa: F401 (fixtures)
 from trinity.parallel import mesh
 
-WORDS = "the rain in Spain stays mainly in the plain; plainly".split()
+WORDS = ["the", "rain", "in", "Spain", "stays", "mainly", "in", "the", "plain;", "plainly"]
 SETTINGS = {"rows": 8, "window": 24, "sequences": 4, "microbatch": 2, "lr": 1e-2, "threads": 1}
 ALL = ["attention", "ffn", "router", "head", "experts", "embedding", "gains"]
 

@@ -1,7 +1,7 @@
 """Input scaling of frozen layers equals the merge that is written out: forward, and gradients of the coefficients.
 
-In float64. BOUND is relative to the largest value: sums of a hundred products round by 1e-15, and a gradient passes five
-layers.
+In float64. BOUND is relative to the largest value: sums of a hundred products round by 1e-15, and a gradient passes
+five layers.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ def mixing(by_column: bool) -> Mixing:
 
 
 def compare(layer: nn.Module, merged: nn.Module, weights: dict[str, Tensor], inputs: tuple) -> None:
-    """The outputs of the layer with the merged weights and of the merged layer, and the gradients in coefficients and x."""
+    """Outputs of the layer with merged weights and of the merged layer, and their gradients in coefficients and x."""
     coefficients = [parameter for name, parameter in merged.named_parameters() if name.endswith("coefficients")]
     x = [each for each in inputs if isinstance(each, Tensor) and each.requires_grad]
     expected = functional_call(layer, weights, inputs)
@@ -104,7 +104,7 @@ def test_experts(tokens: int, by_column: bool) -> None:
 
     generator = torch.Generator().manual_seed(1)
     indices = torch.stack([torch.randperm(CONFIG.experts - 1, generator=generator)[:2] for _ in range(40)])[:tokens]
-    indices[:: 3, 0] = -1
+    indices[::3, 0] = -1
     gates = torch.rand(tokens, 2, dtype=torch.float64, generator=generator).requires_grad_()
     x = torch.randn(tokens, CONFIG.width, dtype=torch.float64, generator=generator).requires_grad_()
     plus = torch.randn(tokens, CONFIG.width, dtype=torch.float64, generator=generator)

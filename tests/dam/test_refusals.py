@@ -93,8 +93,6 @@ def test_wrong_files(family: Path, settings: Callable, name: str) -> None:
 
 def test_shards_of_another_tokenizer(family: Path, settings: Callable) -> None:
     """Shards know the tokenizer that made them."""
-    from tests.merging.test_tools import TOOLS  # noqa: F401  (the tools' folder)
-
     save_tokenizer(train_tokenizer(["a quite different text of other words, and of commas"] * 3, 270), family / "other")
     assert call("prepare_data.py", "--input", "a.txt", "--tokenizer", "other", "--out", "shards") == 0
     models = [{"model": "a", "text": "shards"}, {"model": "b", "text": "b.txt"}]
@@ -103,7 +101,7 @@ def test_shards_of_another_tokenizer(family: Path, settings: Callable) -> None:
 
 
 def test_coefficients_of_other_models(family: Path, settings: Callable) -> None:
-    """Of another model, of columns where one number is wanted, of tensors that do not exist; the same ones are taken."""
+    """Of another model, by column where one number is wanted, of unknown tensors; those of the same models are taken."""
     from trinity.dam.load import identity
     from trinity.merging.sources import FolderSource
 

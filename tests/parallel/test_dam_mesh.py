@@ -1,7 +1,7 @@
 """DAM on any mesh equals one process, in float64: loss, penalties, the gradient of every coefficient, and two updates.
 
-BOUND is relative to the largest value: sums over ranks in another order round by 1e-15, through five layers. AdamW divides
-by the gradient's size, so its first steps amplify that where a gradient is nearly 0: ε is 1e-4 for this comparison.
+BOUND is relative to the largest value: sums over ranks in another order round by 1e-15, through five layers. AdamW
+divides by the gradient's size, so its first steps amplify that where a gradient is nearly 0: here ε is 1e-4.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ import torch
 
 from tests.dam.conftest import ALL, SETTINGS, write_text
 from tests.merging.conftest import child, tokenizer  # noqa: F401 (a fixture)
+from trinity.dam.coefficients import gather_coefficients
 from trinity.dam.config import read_config
 from trinity.dam.load import build_merged_model, load_models, sources_of
-from trinity.dam.coefficients import gather_coefficients
 from trinity.dam.run import prepare
 from trinity.dam.step import Learner
 from trinity.interop import export_hf

@@ -6,6 +6,7 @@ have the coefficients that they started with, 1/N or those of `start`.
 Shapes: N models, I input width.
 """
 
+import json
 import math
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ from trinity.interop.tensors import gather_part
 from trinity.io.json_files import to_json
 from trinity.io.local import atomic_path
 
+_ORIGIN = "dam"
 FILE, SUMMARY = "coefficients.safetensors", "coefficients.json"
 
 
@@ -49,13 +51,10 @@ def parts_of(model: MergedTrinity) -> dict[str, str]:
 
 def save_coefficients(path: Path, values: dict[str, Tensor], config: DamConfig, identities: list[str]) -> None:
     """Write coefficients with the models they are of."""
-    metadata = {
-        "models": to_json(config.mixed),
-        "identities": to_json(identities),
-        "granularity": config.granularity,
-    }
+    origin = {"models": config.mixed, "identities": identities, "granularity": config.granularity}
     with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in values.items()}, temporary, metadata)
+        # one entry: the library writes several in a random order
+        save_file({name: value.contiguous() for name, value in values.items()}, temporary, {_ORIGIN: to_json(origin)})
 
 
 def read_coefficients(folder: str, config: DamConfig, identities: list[str], model: ModelConfig) -> dict[str, Tensor]:
@@ -68,16 +67,17 @@ def read_coefficients(folder: str, config: DamConfig, identities: list[str], mod
     path = path / FILE if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            origin = json.loads((file.metadata() or {}).get(_ORIGIN, "{}"))
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-    except (FileNotFoundError, OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f"start: {folder} holds no coefficients ({' '.join(str(error).split())}); give the result of an earlier "
             f"tools/dam.py, or leave start out"
         ) from None
-    if metadata.get("identities") != to_json(identities):
+    if not isinstance(origin, dict) or origin.get("identities") != identities:
+        named = ", ".join(map(str, origin.get("models", []))) if isinstance(origin, dict) else ""
         raise UserError(
-            f"start: {folder} has coefficients of other models ({metadata.get('models', 'unknown')}); list the same "
+            f"start: {folder} has coefficients of other models ({named or 'unnamed'}); list the same "
             "models in the same order, or leave start out"
         )
     _check_shapes(folder, values, config, model)

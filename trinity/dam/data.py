@@ -58,14 +58,14 @@ def read_texts(plan: Plan, config: DamConfig) -> dict[int, TextRows]:
     for number in config.texts:
         text = config.models[number].text
         assert text is not None
-        documents = open_documents(text, tokenizer, config.text_field, plan.vocabulary.size, option=f"models[{number}].text")
+        documents = open_documents(
+            text, tokenizer, config.text_field, plan.vocabulary.size, option=f"models[{number}].text"
+        )
         sequences = list(validation_sequences(documents, window, config.rows))
         if len(sequences) < config.rows:
             most = len(sequences) // config.sequences * config.sequences
             advice = f"write rows: {most} or give more text" if most else "give more text, or fewer sequences"
-            raise UserError(
-                f"{text} has {len(sequences)} rows of {window} tokens, and rows is {config.rows}; {advice}"
-            )
+            raise UserError(f"{text} has {len(sequences)} rows of {window} tokens, and rows is {config.rows}; {advice}")
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
         tokens = torch.stack([sequence.tokens for sequence in sequences])[order]
         targets = torch.stack([sequence.targets for sequence in sequences])[order]

@@ -33,7 +33,7 @@ from trinity.models.layers import (
     QKNorm,
     RMSNorm,
 )
-from trinity.models.moe import Router
+from trinity.models.moe import Padding, Router, Routing, RowCounts
 from trinity_kernels.norm import wide
 
 
@@ -157,7 +157,9 @@ class MergedEmbedding(Merged):
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """[B, S] int64 → [B, S, D]."""
-        rows = [scaled(F.embedding(tokens_BS, weight), c_I) for weight, c_I in self.terms("weight", self.coefficients[0])]
+        rows = [
+            scaled(F.embedding(tokens_BS, weight), c_I) for weight, c_I in self.terms("weight", self.coefficients[0])
+        ]
         return total(rows) * self.scale
 
 
@@ -206,9 +208,12 @@ class MergedRouter(Merged, Router):
         self.biases: Tensor
         self.register_buffer("biases", torch.empty(mixing.models + mixing.teachers, experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, bias_E: Tensor, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201
+    def forward(
+        self, x_TD: Tensor, bias_E: Tensor, rows: int = 1, with_sequence_loss: bool = True,
+        padding: Padding | None = None, row_counts: RowCounts | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Routing]:  # fmt: skip
         """As Router.forward; `bias_E`, the buffer of the MoE layer, is not used."""
-        return super().forward(x_TD, self.bias(), *args, **kwargs)
+        return super().forward(x_TD, self.bias(), rows, with_sequence_loss, padding, row_counts)
 
     def bias(self) -> Tensor:
         """[E] fp32: the teacher's bias, or the mean."""

@@ -1,7 +1,7 @@
 """The merged model: Trinity with N frozen models' weights in every layer, and the coefficients that mix them.
 
-It is built on meta like any Trinity, and sharded by trinity.parallel.fsdp without a change there: FSDP groups hold frozen
-weights and coefficients together, and expert parallelism splits both along the experts.
+It is built on meta like any Trinity, and sharded by trinity.parallel.fsdp without a change there: FSDP groups hold
+frozen weights and coefficients together, and expert parallelism splits both along the experts.
 
 Shapes: B rows, S tokens of a row, D width, V vocabulary, N models.
 """
@@ -63,7 +63,9 @@ class MergedTrinity(Trinity):
         finally:
             self.mode.source = None
 
-    def forward(self, tokens_BS: Tensor, document_ids_BS: Tensor | None = None, compare: Compare | None = None) -> Tensor:
+    def forward(
+        self, tokens_BS: Tensor, document_ids_BS: Tensor | None = None, compare: Compare | None = None
+    ) -> Tensor:
         """Logits [B, S, V]; with `compare`, what it makes of the head's input [B, S, D] and the head.
 
         Args:
