@@ -101,7 +101,7 @@ def test_shards_of_another_tokenizer(family: Path, settings: Callable) -> None:
 
 
 def test_coefficients_of_other_models(family: Path, settings: Callable) -> None:
-    """Of another model, by column where one number is wanted, of unknown tensors; those of the same models are taken."""
+    """Of another model, by column where one number is wanted, of unknown tensors; of the same ones: taken."""
     from trinity.dam.load import identity
     from trinity.merging.sources import FolderSource
 

@@ -63,7 +63,7 @@ class MergedTrinity(Trinity):
         finally:
             self.mode.source = None
 
-    def forward(
+    def forward(  # type: ignore[override]  # it returns no losses of its own
         self, tokens_BS: Tensor, document_ids_BS: Tensor | None = None, compare: Compare | None = None
     ) -> Tensor:
         """Logits [B, S, V]; with `compare`, what it makes of the head's input [B, S, D] and the head.

@@ -37,7 +37,7 @@ from trinity.io.local import copy_atomically, file_lock, make_folder
 from trinity.merging.plan import Plan
 from trinity.monitor.loggers import JsonLines
 from trinity.parallel import mesh
-from trinity.parallel.collectives import all_reduce_max, run_on_rank0
+from trinity.parallel.collectives import all_reduce_max, run_on_all_ranks, run_on_rank0
 from trinity.parallel.mesh import Ranks
 from trinity.terminal import Progress, say
 from trinity.training.signals import SAVED, StopRequest
@@ -67,6 +67,7 @@ class Prepared:
 
     @property
     def work(self) -> Path:
+        """Where everything is until the result is whole."""
         return self.directory.parent / f".{self.directory.name}.dam"
 
     def mark(self) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def adaptive_merge(config: DamConfig, directory: str | Path, overwrite: bool = F
             if learned is None:
                 return SAVED
             signals.close()  # a signal ends the writing at once; the same command repeats it
+            mesh.stop()
             if ranks.is_first:
                 _write(prepared, learned, progress)
     return 0
@@ -173,7 +175,7 @@ def _learn(prepared: Prepared, ranks: Ranks, stop: StopRequest, progress: bool) 
     """The coefficients of every tensor, on rank 0 (elsewhere empty), and their parts; None if stopped by a signal."""
     config = prepared.config
     model = build_merged_model(prepared.plan, config, ranks)
-    load_models(model, sources_of(prepared.plan, config))
+    run_on_all_ranks(load_models, model, sources_of(prepared.plan, config))
     set_coefficients(model, prepared.start)
     learner = Learner(model, config, ranks)
     checkpoints = CheckpointDirectory.at(prepared.work)
