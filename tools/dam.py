@@ -1,13 +1,13 @@
 """Merge models by coefficients that are learned on text (DAM, arXiv 2410.08371), one for each input feature.
 
-DAM.yaml lists the models and a text for each; recipes/dam.yaml is a commented example. The merged model learns to give
-on each text the logits of the text's own model. OUT_DIR becomes a Hugging Face folder with the coefficients beside the
-weights. A run that was interrupted continues when the same command is given again. Under torchrun the models are
+DAM.yaml lists the models and a text for each; recipes/dam/dam.yaml is a commented example. The merged model learns to
+give on each text the logits of the text's own model. OUT_DIR becomes a Hugging Face folder with the coefficients beside
+the weights. A run that was interrupted continues when the same command is given again. Under torchrun the models are
 sharded over all processes (parallel: in DAM.yaml).
 
-Example: python tools/dam.py recipes/dam.yaml out/dam --dry-run
-         python tools/dam.py recipes/dam.yaml out/dam
-         torchrun --standalone --nproc-per-node 8 tools/dam.py recipes/dam.yaml out/dam
+Example: python tools/dam.py recipes/dam/dam.yaml out/dam --dry-run
+         python tools/dam.py recipes/dam/dam.yaml out/dam
+         torchrun --standalone --nproc-per-node 8 tools/dam.py recipes/dam/dam.yaml out/dam
 """
 
 import argparse

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.dam.conftest import write_text
+from tests.forked_program import ROOT
 from tests.merging.conftest import child, edit_json, rewrite
 from tests.merging.test_tools import call
 from trinity.dam import adaptive_merge, read_config
@@ -35,6 +36,13 @@ WRONG_WORDS: dict[str, tuple[dict[str, Any], str]] = {
     "a word of the mesh": ({"parallel": {"context": 2}}, "parallel.context"),
     "a number for a word": ({"recompute": 1}, "recompute is 1; write true or false"),
 }
+
+
+def test_the_example_is_known() -> None:
+    """recipes/dam/dam.yaml: three models, each with a text."""
+    config = read_config(ROOT / "recipes" / "dam" / "dam.yaml")
+    assert len(config.mixed) == len(config.texts) == 3
+    assert config.steps == 250
 
 
 @pytest.mark.parametrize("name", WRONG_WORDS)

@@ -94,11 +94,11 @@ def read_config(path: str | Path | dict[str, Any]) -> DamConfig:
         content = resolve_scalars(read_yaml(text), DamConfig, "", str(path))
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
         reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "does not exist or is a folder"
-        raise UserError(f"{path} {reason}; give a YAML file, such as recipes/dam.yaml") from None
+        raise UserError(f"{path} {reason}; give a YAML file, such as recipes/dam/dam.yaml") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no mapping; see recipes/dam.yaml")
+        raise UserError(f"{path} is no mapping; see recipes/dam/dam.yaml")
     return _checked(content, text)
 
 
