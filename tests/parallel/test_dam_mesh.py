@@ -64,7 +64,7 @@ def test_mesh_equals_one_process(
     tmp_path: Path,
     granularity: str,
 ) -> None:
-    """Losses, norms, gradients and updates; with penalties of every kind."""
+    """Losses, norms, gradients and updates; with penalties of every kind, and recompute on the meshes."""
     models = []
     for seed, name in enumerate("ab", 1):
         export_hf(child(seed, experts=4), tmp_path / name, tokenizer, torch.float32)
@@ -78,7 +78,7 @@ def test_mesh_equals_one_process(
     finally:
         mesh.stop()
     for world, parallel in MESHES.values():
-        found = processes(world).run(learn, content, parallel)[0]
+        found = processes(world).run(learn, content | {"recompute": True}, parallel)[0]
         assert found["distances"].keys() == expected["distances"].keys()
         close(list(found["distances"].values()), list(expected["distances"].values()))
         close(found["penalty"], expected["penalty"])
