@@ -164,5 +164,5 @@ def test_the_tool(family: Path, settings: Callable, capsys: pytest.CaptureFixtur
     assert call("dam.py", "DAM.yaml", "out") == 0
     assert "0 dropped" in capsys.readouterr().err
     assert call("dam.py", "DAM.yaml", "out") == 2
-    edit_json(family / "b" / "config.json", rope_theta=7.0)
+    edit_json(family / "b" / "config.json", route_scale=7.0)
     assert call("dam.py", "DAM.yaml", "out", "--overwrite") == 2
