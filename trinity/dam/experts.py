@@ -50,7 +50,7 @@ class MergedExperts(Merged):
     ) -> Tensor:
         """See Experts.forward."""
         rows = indices_TK.numel() if rows is None else rows
-        experts = len(self.local_part(self.gate_0, False))
+        experts = len(self.local_part(self.get_parameter("gate_0"), False))
         order_R, place_TK, ends_E = group_rows(indices_TK, experts, rows)
         order_R, place_TK = order_R.long(), place_TK.long()
         expert_R = indices_TK.flatten()[order_R]
@@ -64,7 +64,7 @@ class MergedExperts(Merged):
         """Σ_i W_ie·(c_ie ∘ x) for each row, [R, O]."""
         coefficients_ENI = self.local_part(getattr(self, f"{name}_coefficients"), False)
         products = []
-        for weight_EOI, c_EI in self.terms(name, coefficients_ENI.unbind(1)):
+        for weight_EOI, c_EI in self.terms(name, coefficients_ENI.transpose(0, 1)):
             c_RI = None if c_EI is None else c_EI[expert_R]
             weight_EOI = self.local_part(weight_EOI, False)
             products.append(_FrozenProduct.apply(scaled(x_RI, c_RI), weight_EOI, ends_E, self.kernel))

@@ -142,7 +142,7 @@ def _norm(kind: type[Norm]) -> type:
     return type(f"Merged{kind.__name__}", (MergedNorm, kind), {"__doc__": f"{kind.__name__}, merged."})
 
 
-NORMS = {kind: _norm(kind) for kind in (RMSNorm, PostNorm, FusedPreNorm, FusedPostNorm, QKNorm)}
+NORMS: dict[type[Norm], type] = {kind: _norm(kind) for kind in (RMSNorm, PostNorm, FusedPreNorm, FusedPostNorm, QKNorm)}
 """Kind of norm → its merged kind; instances of both are instances of Norm."""
 
 

@@ -102,7 +102,7 @@ def load_models(model: MergedTrinity, sources: Iterable[Source]) -> None:
             tensor.zero_()  # not used: the router has all models' biases
     for number, source in enumerate(sources):
         for place in places(model.config):
-            _fill(state[f"{place.module}.{place.weight}_{number}"], place.index, source, place.name)
+            _fill(state[f"{place.module}.{place.weight}_{number}"], place.part, source, place.name)
         for name, buffer in bias_places(model.config):
             state[buffer][number].copy_(source.read(name, 0, 1)[0])
 

@@ -80,7 +80,7 @@ class Distillation(Compare):
     def __call__(self, x: Tensor, head: MergedHead) -> Tensor:
         """x is the head's input in the merged model, [B, S, D]; returns a scalar."""
         x_TD = x.flatten(0, 1)[self.index_T]
-        size = max(1, CHUNK_NUMBERS // len(head.weight_0))
+        size = max(1, CHUNK_NUMBERS // len(head.get_parameter("weight_0")))
         sums = [
             checkpoint(self._chunk, part_CD, hidden_CD, head, use_reentrant=False, preserve_rng_state=False)
             for part_CD, hidden_CD in zip(x_TD.split(size), self.hidden_TD.split(size))

@@ -17,14 +17,14 @@ class Place(NamedTuple):
     name: on disk.
     module: path of its merged layer.
     weight: name of its frozen weights, before _0 …
-    index: its part of each of them.
+    part: its part of each of them.
     coefficients: name of the parameter with its coefficients, and `row`, their number in it.
     """
 
     name: str
     module: str
     weight: str
-    index: Index
+    part: Index
     coefficients: str
     row: int
 

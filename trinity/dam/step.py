@@ -52,8 +52,9 @@ class Learner:
         self._groups: dict[str, list[torch.nn.Parameter]] = {}
         for path, layer in merged_layers(model).items():
             for name, _ in layer.named_parameters(recurse=False):
-                if (parameter := self.learned.get(f"{path}.{name}")) is not None:
-                    self._groups.setdefault(layer.part if layer.part in GROUPS else "rest", []).append(parameter)
+                learned = self.learned.get(f"{path}.{name}")
+                if learned is not None:
+                    self._groups.setdefault(layer.part if layer.part in GROUPS else "rest", []).append(learned)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the coefficients and AdamW's moments, by name; not copies."""
