@@ -13,7 +13,7 @@ LAYERS = [
     {"optim", "parallel"},
     {"data", "checkpoint", "interop", "evaluation", "merging", "spectrum"},
     {"monitor"},
-    {"training"},
+    {"training", "dam"},
     {"planning", "reporting"},
 ]
 LAYER = {folder: number for number, layer in enumerate(LAYERS) for folder in layer}

@@ -144,9 +144,7 @@ class Router(nn.Module):
         Returns:
             gates_TK and scores_TE (fp32, or float64 for a float64 model; differentiable), indices_TK, the statistics.
         """
-        # Triton has this product for bf16 alone: in fp32 and float64 it is torch's
-        kernel = self.kernel if x_TD.dtype == torch.bfloat16 else "reference"
-        scores_TE = trinity_kernels.router_scores(x_TD, self.weight, kernel=kernel)
+        scores_TE = self.scores(x_TD)
         padding_T = None if padding is None else padding.mask_BS.flatten()
         indices_TK, counts_E = trinity_kernels.route(
             scores_TE.detach(), bias_E, self.active, padding_T, kernel=self.kernel
@@ -165,6 +163,12 @@ class Router(nn.Module):
             kernel=self.kernel,
         )
         return gates_TK, scores_TE, indices_TK, Routing(counts_E, loss_B, entropy_sum)
+
+    def scores(self, x_TD: Tensor) -> Tensor:
+        """s = σ(W x) of all experts, [T, E]; fp32, or float64 for a float64 model."""
+        # Triton has this product for bf16 alone: in fp32 and float64 it is torch's
+        kernel = self.kernel if x_TD.dtype == torch.bfloat16 else "reference"
+        return trinity_kernels.router_scores(x_TD, self.weight, kernel=kernel)
 
 
 class Experts(nn.Module):
