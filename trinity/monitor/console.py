@@ -82,7 +82,10 @@ def validation_fields(record: dict[str, Any], budgets: Mapping[str, float] = NO_
     """["loss.code 4.8371", "vio.code 0.52", "dead.code 0.0%", "forgot.code 0.0312 of 0.1", …]: every validation set."""
     fields = [*prefixed(record, "validation_loss."), *prefixed(record, "validation_loss_average.")]
     for name in (name.removeprefix(LOAD) for name in record if name.startswith(LOAD)):
-        fields += [f"vio.{name} {record[LOAD + name]:.2f}", f"dead.{name} {record['validation_dead_experts.' + name]:.1%}"]
+        fields += [
+            f"vio.{name} {record[LOAD + name]:.2f}",
+            f"dead.{name} {record['validation_dead_experts.' + name]:.1%}",
+        ]
     for name, budget in budgets.items():
         if (rise := record.get(f"forgetting.{name}")) is not None:
             fields.append(f"forgot.{name} {rise:.4f} of {budget:g}")

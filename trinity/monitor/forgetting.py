@@ -64,7 +64,9 @@ class Forgetting:
 
     def excesses(self, rises: Mapping[str, float]) -> list[Excess]:
         """The sets whose rise is above their budget, or not a number."""
-        return [Excess(name, rise, self.budgets[name]) for name, rise in rises.items() if not rise <= self.budgets[name]]
+        return [
+            Excess(name, rise, self.budgets[name]) for name, rise in rises.items() if not rise <= self.budgets[name]
+        ]
 
     def check(self) -> None:
         """Refuse budgets of sets without a loss of step 0, or with that of other rows.

@@ -113,14 +113,18 @@ class Monitor:
         Returns:
             forgetting.NAME of metrics.jsonl for each set with a budget.
         """
-        losses = {name.removeprefix(VALIDATION_LOSS): x for name, x in metrics.items() if name.startswith(VALIDATION_LOSS)}
+        losses = {
+            name.removeprefix(VALIDATION_LOSS): x for name, x in metrics.items() if name.startswith(VALIDATION_LOSS)
+        }
         if not step:
             self._forgetting.begin(losses)
         rises = self._forgetting.rises(losses)
         excesses = self._forgetting.excesses(rises)
         action = self.config.health.forgetting_action
         for excess in excesses:
-            self.note("forgetting", excess.message, set=excess.name, rise=excess.rise, budget=excess.budget, action=action)
+            self.note(
+                "forgetting", excess.message, set=excess.name, rise=excess.rise, budget=excess.budget, action=action
+            )
         self.end_reason = excesses[0].message if excesses and action == "end" else ""
         return {f"forgetting.{name}": rise for name, rise in rises.items()}
 
