@@ -9,7 +9,7 @@ Shapes: M MoE layers, E experts.
 import statistics
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from trinity.monitor.router_health import CollapseDetector
 from trinity.monitor.straggler import StragglerDetector
 from trinity.run_directory import RunDirectory
 
+Value = TypeVar("Value")
 SPIKES = "spikes"
 """The spike detector's key in state(), which every checkpoint has; one of an older version may lack the others."""
 COLLAPSE = "collapse."
@@ -113,18 +114,15 @@ class Monitor:
         Returns:
             forgetting.NAME of metrics.jsonl for each set with a budget.
         """
-        losses = {
-            name.removeprefix(VALIDATION_LOSS): x for name, x in metrics.items() if name.startswith(VALIDATION_LOSS)
-        }
+        losses = _below(VALIDATION_LOSS, metrics)
         if not step:
             self._forgetting.begin(losses)
         rises = self._forgetting.rises(losses)
         excesses = self._forgetting.excesses(rises)
         action = self.config.health.forgetting_action
         for excess in excesses:
-            self.note(
-                "forgetting", excess.message, set=excess.name, rise=excess.rise, budget=excess.budget, action=action
-            )
+            fields = {"set": excess.name, "rise": excess.rise, "budget": excess.budget}
+            self.note("forgetting", excess.message, action=action, **fields)
         self.end_reason = excesses[0].message if excesses and action == "end" else ""
         return {f"forgetting.{name}": rise for name, rise in rises.items()}
 
@@ -188,9 +186,9 @@ class Monitor:
         return bool(every) and (step % every == 0 or step == 1) and self._is_first
 
 
-def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _below(prefix: str, entries: Mapping[str, Value]) -> dict[str, Value]:
     """The entries whose names begin with a prefix, without it."""
-    return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
 
 
 def _biases(model: Trinity) -> Tensor:
