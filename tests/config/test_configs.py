@@ -94,7 +94,7 @@ REPORT: dict[str, dict[str, Any]] = {
 }
 GPUS = {"nano": 512, "mini": 512, "large": 2048}
 GPUS |= {f"{name}_context": gpus for name, gpus in GPUS.items()}
-GPUS["sft"] = 8
+GPUS |= {"sft": 8, "continue": 8}
 PRETRAINED = ("nano", "mini", "large")
 
 
@@ -261,6 +261,26 @@ def test_phases_of_the_report(name: str, shares: tuple) -> None:
     last = resolved_phases(config.data)[-1]
     assert (last.packing, last.rsdb_size) == (("rsdb", 1024) if name == "large" else ("sequential", 1024))
     assert begins[-1] == config.optim.schedule.decay_start_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "first_run", "old"), [("continue", "nano", "general"), ("continue_smoke", "smoke", "code")]
+)
+def test_continued_pretraining(name: str, first_run: str, old: str) -> None:
+    """From a folder's weights: 5 % replay, rates of 10 to 100 % of the first run's peak that decay to 0, a budget."""
+    path = CONFIGS / f"{name}.yaml"
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["init"]["hf"]
+    config, first = load_config(path), load_config(CONFIGS / f"{first_run}.yaml")
+    new = next(iter(config.data.train))
+    shares = config.data.mixture
+    assert shares[new] / sum(shares.values()) == pytest.approx(0.95)
+    assert {new, old} <= config.data.validation.keys()
+    for key in ("muon", "adamw"):
+        assert 0.1 <= getattr(config.optim, key).lr / getattr(first.optim, key).lr <= 1
+    assert config.optim.schedule.warmup_steps > 0
+    assert (config.optim.schedule.decay, config.optim.schedule.final) == ("linear", 0)
+    assert config.evaluation.every % config.checkpoint.every == 0  # each evaluated model can be loaded
+    assert (list(config.health.forgetting), config.health.forgetting_action) == ([old], "warn")
 
 
 @pytest.mark.parametrize("name", ["sft", "sft_smoke"])

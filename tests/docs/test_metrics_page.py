@@ -7,8 +7,8 @@ from pathlib import Path
 from tests.docs.markdown_pages import DOCS
 from tests.training.run_files import MEASURED, train
 
-UNSEEN = {"mfu", "padding_share", "validation_end_of_turn.NAME"}
-"""Written on a GPU whose peak rate is known, and of fine-tuning."""
+UNSEEN = {"mfu", "padding_share", "validation_end_of_turn.NAME", "forgetting.NAME"}
+"""Written on a GPU whose peak rate is known, of fine-tuning, and of a continued model."""
 
 
 def test_fields_of_metrics(settings: dict) -> None:

@@ -140,3 +140,17 @@ def test_records_with_missing_values(clock: Clock, capsys: pytest.CaptureFixture
         "step 1/3  loss nan  grad nan  10 tok/s  SKIPPED  ETA 0:00:02",
         "step 2/3  loss nan  grad 1.500  2,500 tok/s  mfu 50.0%  vio 0.25  loss.code 3.0000  ETA 0:00:00",
     ]
+
+
+def test_validation_sets_of_a_continued_model(clock: Clock, capsys: pytest.CaptureFixture) -> None:
+    """Losses, then the balance of each set, then what is left of each budget; without a step before the first one."""
+    fields: dict = {"step": 0, "tokens": 0, "sequences": 0}
+    for name, loss in {"old": 2.5, "new": 4.0}.items():
+        fields |= {f"validation_loss.{name}": loss, f"validation_max_violation.{name}": 0.5}
+        fields |= {f"validation_max_violation_mean.{name}": 0.25, f"validation_dead_experts.{name}": 0.125}
+    logger = Console(0, 6, 2, {"old": 0.1})
+    logger.write(fields | {"forgetting.old": 0.0})
+    assert capsys.readouterr().err == (
+        "step 0/6  loss.old 2.5000  loss.new 4.0000  vio.old 0.50  dead.old 12.5%  vio.new 0.50  dead.new 12.5%  "
+        "forgot.old 0.0000 of 0.1\n"
+    )

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.reporting.page_reader import Page
 from tests.reporting.run_files import (
     CHARTS,
@@ -34,7 +36,8 @@ def test_event_marks(run: Path) -> None:
     loss = {record["step"]: record["loss"] for record in records()}
     drawn = page.curves("Loss")
     for words, step in {"spike": 7, "rollback": 7, "restart": 4, "update skipped": 5}.items():
-        assert drawn[words] == ([100 * step], [loss[step]])
+        # smoothed over a span of one step: m + (y - m) may differ from y in the last bit
+        assert drawn[words] == ([100 * step], [pytest.approx(loss[step], rel=1e-15)])
     assert page.curves("Learning rates")["restart"] == ([400], [records()[3]["lr_muon"]])
     assert page.curves("Learning rates")["rollback"] == ([700], [records()[6]["lr_muon"]])
     assert page.curves("MaxVio")["router warning"] == ([900], [records()[8]["max_violation"]])

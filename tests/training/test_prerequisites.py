@@ -145,7 +145,7 @@ def test_a_continued_model_is_evaluated_first(
     first, last = metrics(run)[0], metrics(uninterrupted)[-1]
     names = {name for name in last if name.startswith("validation_")}
     assert names
-    assert f"step 0/1  loss.held_out {last['validation_loss.held_out']:.4f}\n" in capsys.readouterr().err
+    assert f"step 0/1  loss.held_out {last['validation_loss.held_out']:.4f}  vio.held_out" in capsys.readouterr().err
     assert first == {"step": 0, "tokens": 0, "sequences": 0} | {name: last[name] for name in names}
     assert [record["step"] for record in metrics(run)] == [0, 1]
     assert '"step": 0' in (run / "samples.jsonl").read_text().splitlines()[0]

@@ -88,6 +88,7 @@ def check_run(config: RunConfig) -> None:
     _check_prompts(config)
     _check_needles(config)
     _check_average(config)
+    _check_forgetting(config)
     _check_profile(config)
     if config.init.hf and config.init.run:
         raise UserError("init.hf and init.run are both given; keep the one the run should start from")
@@ -138,6 +139,7 @@ def _check_entries(config: RunConfig) -> None:
         "train.only": config.train.only,
     }
     maps: dict[str, Any] = {"data.train": data.train, "data.validation": data.validation, "data.mixture": data.mixture}
+    maps["health.forgetting"] = config.health.forgetting
     maps |= {f"data.phases[{index}].mixture": phase.mixture for index, phase in enumerate(data.phases)}
     entries = [(f"{key}[{index}]", value) for key, values in lists.items() for index, value in enumerate(values)]
     entries += [(f"{key}.{name}", value) for key, values in maps.items() for name, value in values.items()]
@@ -324,6 +326,33 @@ def _multiple(every: int, saved: int) -> str:
     if not saved:
         return f"checkpoint.every={every}"
     return f"checkpoint.average.every={math.ceil(every / saved) * saved}"
+
+
+def _check_forgetting(config: RunConfig) -> None:
+    budgets, validation = config.health.forgetting, config.data.validation
+    if not budgets:
+        return
+    if not (config.init.hf or config.init.run):
+        raise UserError(
+            "health.forgetting is for a model that init continues, and neither init.hf nor init.run is given; set one, "
+            "or leave health.forgetting out"
+        )
+    if not config.evaluation.every:
+        raise UserError(
+            "health.forgetting is checked at each evaluation, and evaluation.every=0 makes none; set evaluation.every, "
+            "or leave health.forgetting out"
+        )
+    for name, budget in budgets.items():
+        if name not in validation:
+            raise UserError(
+                f"health.forgetting names {name}, which is no set of data.validation (known: {sorted(validation)}); "
+                "name one of them"
+            )
+        if not 0 < budget < math.inf:
+            raise UserError(
+                f"health.forgetting.{name}={budget} must be above 0 and finite: it is the nats per token by which the "
+                "loss may rise, such as 0.1"
+            )
 
 
 def _check_profile(config: RunConfig) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+MODEL_TYPE = "afmoe"
+"""model_type of every Trinity model."""
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -57,7 +59,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_expert_groups": (1,),
     "num_limited_groups": (1,),
     "rope_scaling": ({"rope_type": "default"}, {"type": "default"}),
-    "quantization_config": (),
 }
 """Key of config.json → the values that, like null, have no effect. Exports do not write these keys."""
 
@@ -74,7 +75,7 @@ def to_hf_config(
     """
     return {
         "architectures": ["AfmoeForCausalLM"],
-        "model_type": "afmoe",
+        "model_type": MODEL_TYPE,
         "dtype": str(dtype).removeprefix("torch."),
         **{hf_key: getattr(config, field) for field, hf_key in SIZES.items()},
         **FIXED,
@@ -101,7 +102,10 @@ def read_hf_config(folder: Path) -> ModelConfig:
         raise UserError(
             f"{folder / 'config.json'} does not exist; give a folder written by transformers or by tools/export_hf.py"
         )
-    return from_hf_config(raw)
+    try:
+        return from_hf_config(raw)
+    except UserError as error:  # it begins with "config.json: "
+        raise UserError(f"{folder}/{error}") from None
 
 
 def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
@@ -126,11 +130,21 @@ def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _check_is_trinity(raw: dict[str, Any]) -> None:
+    if raw.get("model_type") != MODEL_TYPE:
+        raise UserError(
+            f"config.json: model_type={raw.get('model_type')!r} is not supported: a dense model or another MoE "
+            f"architecture has no place for its weights here; give a folder of model_type={MODEL_TYPE!r}, such as a "
+            "published Trinity model or an export of tools/export_hf.py"
+        )
+    if (quantization := raw.get("quantization_config")) is not None:
+        raise UserError(
+            f"config.json: quantization_config={quantization!r} is not supported: the weights are quantised; give the "
+            "model in bfloat16, float16 or float32, or dequantise it with transformers and save_pretrained it"
+        )
     wrong = {key: value for key, value in FIXED.items() if raw.get(key, value) != value}
     wrong |= {key: None for key, values in _NEUTRAL.items() if raw.get(key) not in (None, *values)}
-    for key, value in {"model_type": "afmoe", "mup_enabled": True}.items():  # transformers' defaults differ
-        if raw.get(key) != value:
-            wrong[key] = value
+    if raw.get("mup_enabled") is not True:  # transformers' default differs
+        wrong["mup_enabled"] = True
     for key, value in wrong.items():
         raise UserError(f"config.json: {key}={raw.get(key)!r} is not supported; only {value!r} is")
 

@@ -16,7 +16,7 @@ from omegaconf.errors import (
 from trinity.config.key_suggestions import all_keys, nearest_keys, unknown_key_hint
 from trinity.config.yaml_scalars import fields_of, is_section
 
-NAMED_MAPS = ("data.train", "data.validation", "data.mixture")
+NAMED_MAPS = ("data.train", "data.validation", "data.mixture", "health.forgetting")
 """Keys whose value maps names that the user chooses."""
 
 _PLAINER = (
@@ -73,7 +73,7 @@ def merge_message(error: OmegaConfBaseException, merged: DictConfig, raw: Any, s
 def _map_hint(key: str) -> str:
     """How to write the map that `key` names or belongs to; empty for other keys."""
     map_key = next((name for name in NAMED_MAPS if key == name or key.startswith(f"{name}.")), "")
-    value = "WEIGHT" if map_key == "data.mixture" else "PATH"
+    value = {"data.mixture": "WEIGHT", "health.forgetting": "NATS"}.get(map_key, "PATH")
     return f"; write '{map_key}={{NAME: {value}}}', in quotes and with a space after the colon" if map_key else ""
 
 

@@ -514,6 +514,12 @@ class HealthConfig:
     ten times as long until the first step is done. From the report: an alarm after 3 minutes."""
     spike: SpikeConfig = field(default_factory=SpikeConfig)
     """Detection of loss spikes, and the reaction to them."""
+    forgetting: dict[str, float] = field(default_factory=dict)
+    """Forgetting budget of a model that init continues: validation set name → nats per token by which its loss may
+    rise above that of step 0, before the first update. It is checked at each evaluation. Default: no budget."""
+    forgetting_action: Literal["warn", "end"] = "warn"
+    """Reaction to a set of health.forgetting above its budget. warn: log an event; end: also save a checkpoint and stop
+    the run with exit code 3."""
     rollbacks: int = 10
     """Most rollbacks after loss spikes; the next spike stops the run with exit code 3. Not from the report: it does not
     say."""

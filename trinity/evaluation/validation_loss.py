@@ -4,18 +4,22 @@ A fine-tuned model that does not end its turns talks on forever, whatever its lo
 the end-of-turn token has the largest logit is measured too.
 By position: the mean loss of the targets with 1, 2–3, 4–7, 8–15, … tokens of context. A model that uses its context has
 a lower loss where that is longer.
+Balance of the experts (MaxVio, dead experts): a model may keep its loss on a text while the text's tokens crowd onto a
+few experts.
 
 Shapes: B rows, S tokens of a row, V vocabulary, K ranges of context.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trinity.data.stream.collate import Batch, PackedSequence, collate, count_padding
+from trinity.evaluation.expert_load import ValidationLoad, up_to_last_target
 from trinity.models.trinity import Losses, Trinity
 from trinity.parallel.context_parallel import ContextParallel, row_parts
 from trinity_kernels.cross_entropy import IGNORE
@@ -34,6 +38,7 @@ def evaluate(
     end_of_turn: int | None = None,
     context: ContextParallel | None = None,
     by_position: bool = False,
+    with_load: bool = False,
 ) -> dict[str, float]:
     """Mean cross-entropy of the valid targets over all ranks. Routing counts are dropped: expert biases do not change.
 
@@ -46,6 +51,7 @@ def evaluate(
         end_of_turn: the token that ends a turn of the assistant; None: the ends of turns are not counted.
         context: the ranks that have the same rows as this one, and divide them by columns; None: no other has.
         by_position: also return the loss by the tokens' context: in the document with document_mask, else in the row.
+        with_load: also return MaxVio and dead experts of the rows (expert_load.load_metrics).
     Returns:
         "loss", and "bits_per_byte": Σ CE / ln 2 / bytes of the targets. BOS, which begins the next document, is a
         target of 0 bytes, so its loss is spread over the text. "end_of_turn": the share of targets that end a turn
@@ -54,13 +60,11 @@ def evaluate(
     """
     ce, valid, text_bytes, turns, ended = 0.0, 0, 0, 0, 0
     by_context = LossByContext()
+    load = ValidationLoad(model) if with_load else None
     for rows in _microbatches(sequences, microbatch):
-        batch = collate(rows, len(rows[0].tokens))
-        if not document_mask:
-            batch.document_ids_BS = None
-        if context is not None:
-            batch = batch.columns(context.columns(batch.tokens_BS.shape[1]))
-        losses = _losses(model, batch, masked, context, device)
+        batch, kept_BS = _own_columns(rows, document_mask, context)
+        forward = partial(_losses, model, batch, masked, context, device)
+        losses = forward() if load is None else load.count(forward, kept_BS)
         ce += losses.ce_BS.double().sum().item()
         if by_position:
             by_context.add(losses.ce_BS, batch.targets_BS, _contexts(batch, rows, context))
@@ -76,7 +80,21 @@ def evaluate(
             beat()
     sums = torch.tensor([ce, valid, text_bytes, turns, ended], dtype=torch.float64)  # integers are exact to 2⁵³
     metrics = _means(sums, byte_lengths_V is not None, end_of_turn is not None)
-    return metrics | (by_context.means() if by_position else {})
+    return metrics | (by_context.means() if by_position else {}) | ({} if load is None else load.metrics())
+
+
+def _own_columns(
+    rows: list[PackedSequence], document_mask: bool, context: ContextParallel | None
+) -> tuple[Batch, Tensor]:
+    """This rank's columns of some rows; and [B, S] bool, which of them do not come after the last target of the row."""
+    batch = collate(rows, len(rows[0].tokens))
+    if not document_mask:
+        batch.document_ids_BS = None
+    kept_BS = up_to_last_target(batch.targets_BS)
+    if context is None:
+        return batch, kept_BS
+    columns = context.columns(batch.tokens_BS.shape[1])
+    return batch.columns(columns), kept_BS[:, columns]
 
 
 def _means(sums: Tensor, with_bytes: bool, with_turns: bool) -> dict[str, float]:

@@ -5,6 +5,7 @@ Only rank 0 prints. If no bar can be drawn (a pipe, a terminal without a width),
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +13,9 @@ from tqdm import tqdm
 
 from trinity.terminal import format_duration, messages_above_bar, say, terminal_width
 
+NO_BUDGETS: Mapping[str, float] = {}
+LOAD = "validation_max_violation."
+"""Prefix of a validation set's MaxVio in metrics.jsonl."""
 BAR = "{desc} |{bar}| {percentage:.0f}%"
 MARGIN = 4
 """Columns right of the bar, for the ^C that the terminal echoes; without room it would wrap and push the bar up."""
@@ -25,9 +29,11 @@ class Console:
     Args:
         first, total: steps made before this start, and the number of the run's last step.
         every: steps between lines.
+        budgets: health.forgetting, by validation set.
     """
 
-    def __init__(self, first: int, total: int, every: int) -> None:
+    def __init__(self, first: int, total: int, every: int, budgets: Mapping[str, float] = NO_BUDGETS) -> None:
+        self._budgets = budgets
         self._every, self._total, self._steps, self._started = every, total, 0, time.monotonic()
         self._bar: tqdm | None = None
         self._open = ExitStack()
@@ -35,7 +41,7 @@ class Console:
     def write(self, record: dict[str, Any]) -> None:
         """Print a line if one is due, and update the bar."""
         step = record["step"]
-        validation = [*prefixed(record, "validation_loss."), *prefixed(record, "validation_loss_average.")]
+        validation = validation_fields(record, self._budgets)
         head = f"step {step}/{self._total}"
         if "loss" not in record:  # the validation of a continued model before its first step
             say("  ".join([head, *validation]))
@@ -70,6 +76,20 @@ def prefixed(record: dict[str, Any], prefix: str) -> list[str]:
     """["loss.code 4.8371", …] of the fields that begin with `prefix`, such as validation_loss."""
     fields = {name: value for name, value in record.items() if name.startswith(prefix) and value is not None}
     return [f"{name.removeprefix('validation_')} {value:.4f}" for name, value in fields.items()]
+
+
+def validation_fields(record: dict[str, Any], budgets: Mapping[str, float] = NO_BUDGETS) -> list[str]:
+    """["loss.code 4.8371", "vio.code 0.52", "dead.code 0.0%", "forgot.code 0.0312 of 0.1", …]: every validation set."""
+    fields = [*prefixed(record, "validation_loss."), *prefixed(record, "validation_loss_average.")]
+    for name in (name.removeprefix(LOAD) for name in record if name.startswith(LOAD)):
+        fields += [
+            f"vio.{name} {record[LOAD + name]:.2f}",
+            f"dead.{name} {record['validation_dead_experts.' + name]:.1%}",
+        ]
+    for name, budget in budgets.items():
+        if (rise := record.get(f"forgetting.{name}")) is not None:
+            fields.append(f"forgot.{name} {rise:.4f} of {budget:g}")
+    return fields
 
 
 def loss_text(record: dict[str, Any]) -> str:

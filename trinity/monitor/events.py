@@ -33,7 +33,7 @@ class Events:
 
         Args:
             kind: start, resume, checkpoint, checkpoint_damaged, stop, finish, skipped, spike, rollback, collapse,
-                slow_rank, heartbeat, disk, evaluation or profile.
+                forgetting, slow_rank, heartbeat, disk, evaluation or profile.
             message: one sentence.
             fields: further fields of the event, as JSON can hold them.
         """

@@ -160,7 +160,8 @@ class TensorBoard:
 
 def open_loggers(config: RunConfig, directory: Path, step: int, total: int) -> list[Logger]:
     """Every logger that the config names, metrics.jsonl first."""
-    loggers: list[Logger] = [JsonLines(directory / "metrics.jsonl", step), Console(step, total, config.log.every)]
+    console = Console(step, total, config.log.every, config.health.forgetting)
+    loggers: list[Logger] = [JsonLines(directory / "metrics.jsonl", step), console]
     if config.log.wandb:
         loggers.append(WandB(config, directory))
     if config.log.tensorboard:

@@ -1,4 +1,4 @@
-"""Monitor one process of a run: heartbeat, loss spikes, router health, stragglers, goodput.
+"""Monitor one process of a run: heartbeat, loss spikes, router health, forgetting, stragglers, goodput.
 
 The trainer calls the monitor before and after each step. The metrics are equal on all ranks, so all ranks make the
 same decision without communication.
@@ -8,7 +8,8 @@ Shapes: M MoE layers, E experts.
 
 import statistics
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from trinity.config.run import RunConfig
 from trinity.models.trinity import Trinity, moe_layers
 from trinity.monitor.attention_probe import ProbeResult
 from trinity.monitor.events import Events
+from trinity.monitor.forgetting import Forgetting
 from trinity.monitor.heartbeat import Heartbeat
 from trinity.monitor.hooks import StepHooks, StepResult
 from trinity.monitor.loss_spikes import SpikeDetector
@@ -25,10 +27,15 @@ from trinity.monitor.router_health import CollapseDetector
 from trinity.monitor.straggler import StragglerDetector
 from trinity.run_directory import RunDirectory
 
+Value = TypeVar("Value")
 SPIKES = "spikes"
 """The spike detector's key in state(), which every checkpoint has; one of an older version may lack the others."""
 COLLAPSE = "collapse."
 """Prefix of the collapse detector's keys in state()."""
+FORGETTING = "forgetting."
+"""Prefix of the keys of the losses of step 0 in state(), which only a run that `init` continues has."""
+VALIDATION_LOSS = "validation_loss."
+"""Prefix of the validation losses in metrics.jsonl."""
 
 
 class Monitor:
@@ -38,10 +45,18 @@ class Monitor:
         events: this process's events.jsonl.
         heartbeat: every long operation beats it.
         spikes: the detector of loss spikes.
+        end_reason: why the run must end after the last evaluation; "" if it need not.
     """
 
-    def __init__(self, config: RunConfig, directory: RunDirectory, rank: int, step: int) -> None:
-        """Start monitoring after `step` steps; the heartbeat's timeout runs from now on."""
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, rank: int, step: int, fingerprints: Mapping[str, str]
+    ) -> None:
+        """Start monitoring after `step` steps; the heartbeat's timeout runs from now on.
+
+        Args:
+            config, directory, rank, step: of this start.
+            fingerprints: validation set → hash of its content.
+        """
         health = config.health
         self.config, self._is_first = config, rank == 0
         self.events = Events(directory.path, rank, step)
@@ -49,6 +64,9 @@ class Monitor:
         self.spikes = SpikeDetector(health.spike.window, health.spike.sigma)
         self._collapse = CollapseDetector(health.violation_factor, health.dead_steps, config.model.dense_layers)
         self._straggler = StragglerDetector(health.slow_factor)
+        self._continues = bool(config.init.hf or config.init.run)
+        self._forgetting = Forgetting(health.forgetting, fingerprints, config.evaluation.sequences)
+        self.end_reason = ""
         self._bias_before_ME: Tensor | None = None
         self._started, self._useful_seconds = time.monotonic(), 0.0
 
@@ -87,6 +105,35 @@ class Monitor:
         spread = (max(probe.seconds_R) - min(probe.seconds_R)) / statistics.median_low(probe.seconds_R)
         return {"max_attention_logit": probe.max_logit, "rank_seconds_spread": spread}
 
+    def after_evaluation(self, metrics: Mapping[str, float], step: int) -> dict[str, float]:
+        """Compare the validation losses with those of step 0; write an event for each forgetting budget exceeded.
+
+        Args:
+            metrics: validation_loss.NAME of every validation set, among others.
+            step: steps made; 0 keeps the losses.
+        Returns:
+            forgetting.NAME of metrics.jsonl for each set with a budget.
+        """
+        losses = _below(VALIDATION_LOSS, metrics)
+        if not step:
+            self._forgetting.begin(losses)
+        rises = self._forgetting.rises(losses)
+        excesses = self._forgetting.excesses(rises)
+        action = self.config.health.forgetting_action
+        for excess in excesses:
+            fields = {"set": excess.name, "rise": excess.rise, "budget": excess.budget}
+            self.note("forgetting", excess.message, action=action, **fields)
+        self.end_reason = excesses[0].message if excesses and action == "end" else ""
+        return {f"forgetting.{name}": rise for name, rise in rises.items()}
+
+    def check_baselines(self) -> None:
+        """Refuse a forgetting budget whose loss of step 0 the loaded checkpoint lacks.
+
+        Raises:
+            UserError: naming the validation set.
+        """
+        self._forgetting.check()
+
     def router_record(self, result: StepResult, step: int, tokens: int, model: Trinity) -> dict[str, Any] | None:
         """The record of a step for router.jsonl, after before_step and train_step; None if none is due."""
         if self._bias_before_ME is None or result.counts_ME is None or result.router_entropy_M is None:
@@ -119,14 +166,16 @@ class Monitor:
         if model.moe_layers:
             collapse = self._collapse.state(model.moe_layers, model.experts)
             state |= {f"{COLLAPSE}{name}": tensor for name, tensor in collapse.items()}
+        if self._continues:
+            state |= {f"{FORGETTING}{name}": tensor for name, tensor in self._forgetting.state().items()}
         return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Restore what state() returned; a detector that an older checkpoint lacks starts empty."""
         self.spikes.restore(state[SPIKES])
-        collapse = {key.removeprefix(COLLAPSE): value for key, value in state.items() if key.startswith(COLLAPSE)}
-        if collapse:
+        if collapse := _below(COLLAPSE, state):
             self._collapse.restore(collapse)
+        self._forgetting.restore(_below(FORGETTING, state))
 
     def close(self) -> None:
         """Stop the heartbeat's thread."""
@@ -135,6 +184,11 @@ class Monitor:
     def _logs_routers(self, step: int) -> bool:
         every = self.config.log.router_every
         return bool(every) and (step % every == 0 or step == 1) and self._is_first
+
+
+def _below(prefix: str, entries: Mapping[str, Value]) -> dict[str, Value]:
+    """The entries whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
 
 
 def _biases(model: Trinity) -> Tensor:

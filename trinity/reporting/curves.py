@@ -28,6 +28,7 @@ EVENT_MARKS = {
     "spike": ("triangle-up", "spike"),
     "rollback": ("triangle-left", "rollback"),
     "collapse": ("diamond", "router warning"),
+    "forgetting": ("square", "forgetting budget exceeded"),
     "resume": ("line-ns", "restart"),
 }
 """Event kinds that are marked on a curve: symbol and name in the legend."""
@@ -42,6 +43,7 @@ class Chart(NamedTuple):
     smoothed: the field that is drawn raw and smoothed; "" for none.
     marks: event kinds marked on the first field.
     unigram: draw the unigram entropy of the run's data.
+    signed: values may be negative.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Chart(NamedTuple):
     smoothed: str = ""
     marks: tuple[str, ...] = ()
     unigram: bool = False
+    signed: bool = False
 
 
 class RenderedChart(NamedTuple):
@@ -74,6 +77,10 @@ LOSS = [
     ),
     Chart("Validation by bytes", "bits per byte", {"validation_bits_per_byte.": ""}),
     Chart("Validation by context", "nats per token, by tokens of context and set", {"validation_loss_at.": ""}),
+    Chart(
+        "Forgetting", "validation loss minus that of step 0, nats per token", {"forgetting.": ""},
+        marks=("forgetting",), signed=True,
+    ),
     Chart("Other losses", "nats per token", {"z_loss": "z-loss", "sequence_loss": "sequence loss"}, log=True),
 ]  # fmt: skip
 NEEDLES = [
@@ -118,6 +125,8 @@ ROUTING = [
         {"max_violation": "worst layer", "max_violation_mean": "mean of the layers"}, marks=("collapse",),
     ),
     Chart("Experts without a token", "share", {"dead_experts": "dead experts"}),
+    Chart("MaxVio in validation", "worst layer, by validation set", {"validation_max_violation.": ""}),
+    Chart("Experts without a token in validation", "share, by validation set", {"validation_dead_experts.": ""}),
     Chart("Starved experts", "experts without a token, all layers", {"starved_experts": "starved"}),
     Chart("Router entropy", "nats", {"router_entropy": "entropy"}),
     Chart("Expert bias", "largest − smallest, worst layer", {"bias_range": "range"}),
@@ -166,7 +175,7 @@ def render_chart(chart: Chart, runs: list[RunLog]) -> RenderedChart | None:
         _add_marks(figure, run, chart, prefix, MARK_COLOUR if single else COLOURS[run_number % len(COLOURS)])
     if not figure.data:
         return None
-    vertical = {"type": "log"} if chart.log else {"rangemode": "nonnegative"}
+    vertical = {"type": "log"} if chart.log else {"rangemode": "tozero" if chart.signed else "nonnegative"}
     columns = [run.metrics for run in runs]
     number_format = {"exponentformat": "B"} if chart.unit.startswith("tokens") else {}
     figure.update_layout(yaxis=vertical | number_format, **axes.layout(columns))

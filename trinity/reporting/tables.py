@@ -190,6 +190,14 @@ def _summary_of(run: RunLog) -> dict[str, str]:
         values[f"average {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
     for name in metrics.names("validation_bits_per_byte."):
         values[f"bits per byte {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
+    for name in metrics.names("validation_max_violation."):
+        values[f"MaxVio {name.partition('.')[2]}, last"] = _number(last_finite(metrics[name]))
+    for name in metrics.names("validation_dead_experts."):
+        values[f"dead experts {name.partition('.')[2]}, last"] = _percent(last_finite(metrics[name]))
+    budgets = run.config.health.forgetting if run.config else {}
+    for name in metrics.names("forgetting."):
+        rise, budget = last_finite(metrics[name]), budgets.get(name.partition(".")[2])
+        values[f"forgetting {name.partition('.')[2]}, last"] = _number(rise) + (f" of {budget:g}" if budget else "")
     seconds = wall_seconds(run)
     return values | {
         "wall time": ABSENT if math.isnan(seconds) else format_duration(seconds),

@@ -63,11 +63,11 @@ class Evaluator:
             self._sampler = Sampler(prompts, new_tokens, tokenizer, vocab_size)
 
     def validate(self, model: Trinity) -> dict[str, float]:
-        """Losses of every validation set, and the scores of needles, under their names in metrics.jsonl."""
+        """Loss and balance of every validation set, and the scores of needles, under their names in metrics.jsonl."""
         metrics: dict[str, float] = {}
         for name, source in self._data.validation.items():
-            losses = self._losses(model, source, self._config.evaluation.by_position)
-            metrics |= {f"validation_{metric}.{name}": value for metric, value in losses.items()}
+            measured = self._measure(model, source, self._config.evaluation.by_position, with_load=True)
+            metrics |= {f"validation_{metric}.{name}": value for metric, value in measured.items()}
         if self._needles is not None:
             self._needle_lines = self._needles(model, self._ranks.device, self._beat)
             metrics |= needle_metrics(self._needle_lines)
@@ -75,10 +75,12 @@ class Evaluator:
 
     def validate_average(self, model: Trinity) -> dict[str, float]:
         """Losses of every validation set for a model that holds an average (checkpoint_average.py)."""
-        losses = {name: self._losses(model, source) for name, source in self._data.validation.items()}
+        losses = {name: self._measure(model, source) for name, source in self._data.validation.items()}
         return {f"validation_loss_average.{name}": values["loss"] for name, values in losses.items()}
 
-    def _losses(self, model: Trinity, source: Source, by_position: bool = False) -> dict[str, float]:
+    def _measure(
+        self, model: Trinity, source: Source, by_position: bool = False, with_load: bool = False
+    ) -> dict[str, float]:
         """What `evaluate` measures on one validation set."""
         config = self._config
         rows = validation_sequences(
@@ -103,6 +105,7 @@ class Evaluator:
             end_of_turn=self._end_of_turn,
             context=self._ranks.context,
             by_position=by_position,
+            with_load=with_load,
         )
 
     def write_samples(self, model: Trinity, record: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ def check_prerequisites(config: RunConfig, ranks: Ranks) -> None:
     check_batches(config, ranks.data_ranks)
     fresh = not (run_directory(config) / "config.yaml").is_file()
     check_init(config, fresh)
+    check_prompts(config)
     check_paths(config, fresh)
     check_remote_paths(config)
     check_engines(config, ranks.device)
@@ -46,6 +47,21 @@ def check_init(config: RunConfig, fresh: bool) -> None:
         raise UserError(
             f"init.keep={init.keep} says what to load from another run, and init.run is not given; add "
             "init.run=RUN_DIR, or leave init.keep out"
+        )
+
+
+def check_prompts(config: RunConfig) -> None:
+    """Refuse prompts that no evaluation would continue.
+
+    It is checked at a start, and not when a config is loaded: an older run may have such a config.
+
+    Raises:
+        UserError: what to set.
+    """
+    if config.evaluation.prompts and not config.evaluation.every:
+        raise UserError(
+            "evaluation.prompts are continued at each evaluation, and evaluation.every=0 makes none; set "
+            "evaluation.every, or leave evaluation.prompts out"
         )
 
 

@@ -11,13 +11,15 @@ from typing import Literal, NamedTuple
 import torch
 
 from trinity.checkpoint.directory import CheckpointDirectory, Note
-from trinity.checkpoint.load import load_on_this_rank
+from trinity.checkpoint.load import empty_tensors, load_on_this_rank
+from trinity.checkpoint.save import State
 from trinity.config.changes import check_changes
 from trinity.config.paths import config_files, run_directory
 from trinity.config.run import KernelsConfig, RunConfig
 from trinity.data.stream.batch_schedule import BatchHistory
 from trinity.data.stream.stream import position_of
 from trinity.errors import UserError
+from trinity.io.remote_path import AnyPath
 from trinity.parallel.collectives import run_on_all_ranks, run_on_rank0
 from trinity.run_directory import describe_run, newest_config
 from trinity.terminal import say
@@ -108,6 +110,34 @@ def history_of(checkpoints: CheckpointDirectory, step: int, before: RunConfig) -
     if read == assumed.sequences:
         return assumed
     return assumed._replace(sequences=read, tokens=read * before.data.sequence_length)
+
+
+def check_optimizer_state(own: State, path: AnyPath, run: str) -> None:
+    """Refuse init.keep=optimizer where the checkpoint holds the optimizer state of other parameters.
+
+    Args:
+        own: the state of this run's optimizers, "optim.…".
+        path: the checkpoint's folder.
+        run: init.run, for the message.
+    Raises:
+        UserError: naming a tensor that differs, and what to do.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in own.items()}
+    saved = {name: list(tensor.shape) for name, tensor in empty_tensors(path, "optim.").items()}
+    different = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+    if not different:
+        return
+    first = different[0]
+    if first not in saved:
+        reason = f"lacks {first}"
+    elif first not in shapes:
+        reason = f"also holds {first}"
+    else:
+        reason = f"holds {first} of shape {saved[first]}, not {shapes[first]}"
+    raise UserError(
+        f"init.keep=optimizer needs the optimizer state of the same parameters, and {run} {reason} ({len(different)} "
+        "tensors differ); train the same parameters as that run with the same optim.router, or set init.keep=weights"
+    )
 
 
 def history_tensor(history: BatchHistory) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 pretrain is what every process calls. Trainer.run is the training loop.
 
-Exit codes: 0 finished; 75 stopped by a signal and saved; 3 too many bad steps in a row. A user's mistake is raised as
+Exit codes: 0 finished; 75 stopped by a signal and saved; 3 too many bad steps in a row, too many rollbacks, or a
+forgetting budget exceeded. A user's mistake is raised as
 UserError, for which the command line exits with 2.
 """
 
@@ -56,7 +57,14 @@ from trinity.training.checkpoint_average import CheckpointAverage
 from trinity.training.divisibility import check_batches, check_mesh
 from trinity.training.evaluator import Evaluator
 from trinity.training.prerequisites import check_prerequisites
-from trinity.training.resume import HISTORY, Origin, find_origin, fp32_products_of_run, history_tensor
+from trinity.training.resume import (
+    HISTORY,
+    Origin,
+    check_optimizer_state,
+    find_origin,
+    fp32_products_of_run,
+    history_tensor,
+)
 from trinity.training.run_summary import closing, opening
 from trinity.training.run_tokenizer import keep_tokenizer, on_this_node, tokenizer_at_start, with_tokenizer
 from trinity.training.signals import SAVED, StopRequest
@@ -187,7 +195,8 @@ class Trainer:
         self._last_record: dict[str, Any] = {}
         self._router_record: dict[str, Any] | None = None
         self._stop_signal = ""  # name of the signal that stopped the run
-        self.monitor = Monitor(config, directory, ranks.rank, origin.step)
+        fingerprints = {name: source.fingerprint for name, source in self.data.validation.items()}
+        self.monitor = Monitor(config, directory, ranks.rank, origin.step, fingerprints)
         beat = self.monitor.heartbeat.beat
         self.checkpoints = CheckpointDirectory.at(directory.path, config.checkpoint.url)
         self.saver = Saver(self.checkpoints, config.checkpoint, self.monitor.note, beat)
@@ -204,6 +213,7 @@ class Trainer:
         resumes = origin.step > 0 and origin.own
         if origin.step:
             self._load(origin.checkpoints.path_of(origin.step))
+            self.monitor.check_baselines()
         else:
             self._initialise()
         run_on_all_ranks(self._keep_config, replace_tokenizer=not resumes)
@@ -233,7 +243,7 @@ class Trainer:
         self.directory.add_config(self.config if named else with_tokenizer(self.config, self.tokenizer))
 
     def run(self, stop_request: StopRequest) -> int:
-        """Train until the last step, a stop signal, or too many bad steps; return the exit code."""
+        """Train until the last step, a stop signal, or a health limit; return the exit code."""
         config = self.config
         self.directory.set_status("running", None, self.step)
         self._evaluate_initial_model()
@@ -254,6 +264,9 @@ class Trainer:
             self.log(record)
             if self.bad_steps >= config.health.bad_steps:
                 return self._give_up(f"{self.bad_steps} steps in a row had a loss or gradient that is not finite")
+            if self.monitor.end_reason:
+                self.save(wait=True)
+                return self._give_up(f"{self.monitor.end_reason}; step {self.step} is saved")
             requests = self._gather_requests(stop_request)
             if is_last or requests.stop_signal or requests.save or self._is_due(config.checkpoint.every):
                 self.save(wait=is_last or bool(requests.stop_signal))
@@ -384,7 +397,7 @@ class Trainer:
             measure = partial(self.evaluator.validate_average, self.model)
             metrics |= self.average.evaluate(self.model, self.step, measure)
         self.monitor.note("evaluation", f"{len(self.data.validation)} validation sets", **metrics)
-        return metrics
+        return metrics | self.monitor.after_evaluation(metrics, self.step)
 
     def save(self, wait: bool) -> float:
         """Save this step; return the seconds that training stood still, without those of `wait`."""
@@ -516,4 +529,8 @@ class Trainer:
         checkpoints = run_on_rank0(CheckpointDirectory.of_run, path)
         step = checkpoints.pick_intact(self.config.init.step, self.monitor.note)
         kept = ("model.",) if self.config.init.keep == "weights" else ("model.", "optim.")
-        load({key: value for key, value in self.state().items() if key.startswith(kept)}, checkpoints.path_of(step))
+        state = {key: value for key, value in self.state().items() if key.startswith(kept)}
+        if self.config.init.keep != "weights":
+            own = {key: value for key, value in state.items() if key.startswith("optim.")}
+            run_on_rank0(check_optimizer_state, own, checkpoints.path_of(step), str(path))
+        load(state, checkpoints.path_of(step))
