@@ -164,5 +164,8 @@ def test_the_tool(family: Path, settings: Callable, capsys: pytest.CaptureFixtur
     assert call("dam.py", "DAM.yaml", "out") == 0
     assert "0 dropped" in capsys.readouterr().err
     assert call("dam.py", "DAM.yaml", "out") == 2
+    capsys.readouterr()
+    assert call("dam.py", "DAM.yaml", "a", "--overwrite") == 2
+    assert "is a model of this merge (a), which it may not replace" in capsys.readouterr().err
     edit_json(family / "b" / "config.json", route_scale=7.0)
     assert call("dam.py", "DAM.yaml", "out", "--overwrite") == 2

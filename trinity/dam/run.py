@@ -34,6 +34,7 @@ from trinity.errors import UserError
 from trinity.interop.output_folder import check_replaceable, replace_folder
 from trinity.io.json_files import read_json, write_json
 from trinity.io.local import copy_atomically, file_lock, make_folder
+from trinity.merging.merge_models import check_apart
 from trinity.merging.plan import Plan
 from trinity.monitor.loggers import JsonLines
 from trinity.parallel import mesh
@@ -86,6 +87,7 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
     directory = Path(directory).resolve()
     check_replaceable(directory, overwrite)
     plan = open_models(config)
+    check_apart(plan, directory)
     sizes = mesh.check_parallel(config.parallel, plan.donor.config, mesh.world_size())
     if sizes.experts_by == "width":
         raise UserError(

@@ -97,7 +97,7 @@ class Merger:
     def __init__(self, plan: Plan, directory: Path, workers: int = 1, max_shard_bytes: int = SHARD_BYTES) -> None:
         if workers < 1 or max_shard_bytes < 1:
             raise UserError(f"workers={workers} and max_shard_bytes={max_shard_bytes} must be at least 1")
-        _check_apart(plan, directory)
+        check_apart(plan, directory)
         self._plan, self._directory, self._workers = plan, directory, workers
         self.files = plan_files(plan.jobs, max_shard_bytes)
         self._tensors = TensorMerger(plan)
@@ -200,7 +200,7 @@ class Merger:
         return Merged(self._directory, len(self._read), len(self._plan.jobs), dropped)
 
 
-def _check_apart(plan: Plan, directory: Path) -> None:
+def check_apart(plan: Plan, directory: Path) -> None:
     """Refuse, before the merge, a folder that its end could not replace, or must not."""
     for label, source in plan.sources.items():
         if directory == Path(os.path.realpath(source.folder)):
