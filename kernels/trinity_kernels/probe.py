@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
@@ -13,13 +12,16 @@ def probed(function: Callable[[], Answer]) -> Callable[[], Answer]:
 
     Contexts of torch belong to a thread. The first call may be within one that sees every operation: selective
     checkpointing would keep the results of the probe for those of the model, and torch.device("meta") would probe
-    nothing.
+    nothing. For torch.compile, decorate the result by torch.compiler.assume_constant_result.
     """
+    answers: list[Answer] = []
 
-    @cache
+    # not functools.cache: torch.compile traces what that wraps
     def answer() -> Answer:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(function).result()
+        if not answers:
+            with ThreadPoolExecutor(1) as thread:
+                answers.append(thread.submit(function).result())
+        return answers[0]
 
     answer.__doc__ = function.__doc__
     return answer

@@ -60,7 +60,13 @@ def test_samples_do_not_depend_on_the_mesh(recipe: Callable, processes: Callable
 
 def test_only_the_configured_ranks_are_profiled(recipe: Callable, processes: Callable, tmp_path: Path) -> None:
     """Rank 1 of 2, and not rank 0."""
-    words = ["evaluation.every=0", "evaluation.needles.lengths=[]", "profile.steps=1", "profile.ranks=[1]"]
+    words = [
+        "evaluation.every=0",
+        "evaluation.prompts=[]",
+        "evaluation.needles.lengths=[]",
+        "profile.steps=1",
+        "profile.ranks=[1]",
+    ]
     assert processes(2).run(run, recipe(tmp_path / "run"), words) == [0, 0]
     files = sorted(path.name for path in (tmp_path / "run/profile").iterdir())
     assert files == ["step_00000001.rank1.json.gz", "step_00000001.rank1.txt"]

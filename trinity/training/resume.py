@@ -112,19 +112,21 @@ def history_of(checkpoints: CheckpointDirectory, step: int, before: RunConfig) -
     return assumed._replace(sequences=read, tokens=read * before.data.sequence_length)
 
 
-def check_optimizer_state(own: State, path: AnyPath, run: str) -> None:
+def check_optimizer_state(own: State, path: AnyPath, run: str, frozen: bool = False) -> None:
     """Refuse init.keep=optimizer where the checkpoint holds the optimizer state of other parameters.
 
     Args:
         own: the state of this run's optimizers, "optim.…".
         path: the checkpoint's folder.
         run: init.run, for the message.
+        frozen: whether train.only freezes parameters, whose state in the checkpoint is left out.
     Raises:
         UserError: naming a tensor that differs, and what to do.
     """
     shapes = {name: list(tensor.shape) for name, tensor in own.items()}
     saved = {name: list(tensor.shape) for name, tensor in empty_tensors(path, "optim.").items()}
-    different = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+    compared = shapes.keys() if frozen else shapes.keys() | saved.keys()
+    different = sorted(name for name in compared if shapes.get(name) != saved.get(name))
     if not different:
         return
     first = different[0]

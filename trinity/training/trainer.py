@@ -532,5 +532,5 @@ class Trainer:
         state = {key: value for key, value in self.state().items() if key.startswith(kept)}
         if self.config.init.keep != "weights":
             own = {key: value for key, value in state.items() if key.startswith("optim.")}
-            run_on_rank0(check_optimizer_state, own, checkpoints.path_of(step), str(path))
+            run_on_rank0(check_optimizer_state, own, checkpoints.path_of(step), str(path), bool(self.config.train.only))
         load(state, checkpoints.path_of(step))
