@@ -92,15 +92,16 @@ def experiment(out: Path, seeds: int, quick: bool) -> None:
     """Make all parts, except those finished by an earlier call, and write OUT/adapt.json after each seed.
 
     Raises:
-        UserError: `out` has results of other settings, or another process is writing there.
+        UserError: `out` has results of other settings, another process is writing there, or a package is missing.
     """
-    from adapt_parts import PARTS, make_seed, settings_of
+    from adapt_parts import PARTS, make_seed, settings_of, versions
     from adapt_texts import make_texts
     from adapt_train import FULL, QUICK, Lab
 
     from trinity.io.local import file_lock
     from trinity.terminal import Progress
 
+    versions()  # refuses before any work
     out.mkdir(parents=True, exist_ok=True)
     size = QUICK if quick else FULL
     try:

@@ -116,10 +116,11 @@ def dam(lab: Lab, with_base: bool) -> Record:
     for left in (folder, folder.with_name(f".{folder.name}.dam")):
         shutil.rmtree(left, ignore_errors=True)
     sources = {MANUAL: MANUAL, UNICODE: UNICODE} | ({GENERAL: "base"} if with_base else {})
+    models = [{"model": lab.model(name), "text": lab.shards(text, TRAIN)} for text, name in sources.items()]
     config = read_config({
-        "models": [{"model": lab.model(name), "text": lab.shards(text, TRAIN)} for text, name in sources.items()],
-        "learn": list(LEARNED), "rows": size.dam_rows, "window": size.row, "sequences": size.dam_sequences, "microbatch": size.dam_sequences,
-        "seed": lab.seed, "threads": 1, "save_every": size.dam_rows, "out_dtype": "float32",
+        "models": models, "learn": list(LEARNED), "rows": size.dam_rows, "window": size.row,
+        "sequences": size.dam_sequences, "microbatch": size.dam_sequences, "seed": lab.seed, "threads": 1,
+        "save_every": size.dam_rows, "out_dtype": "float32",
     })  # fmt: skip
     if adaptive_merge(config, folder):
         raise KeyboardInterrupt

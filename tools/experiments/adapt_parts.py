@@ -87,13 +87,17 @@ def make_seed(lab: Lab, folder: Path, settings: Record, bar: Progress) -> list[R
 
 
 def settings_of(size: Size, texts: Texts) -> Record:
-    """What all parts of a results file have in common, as JSON values.
+    """What all parts of a results file have in common, as JSON values."""
+    return json.loads(to_json({"size": size._asdict(), "versions": versions(), "texts": describe(texts)}))
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that results may depend on.
 
     Raises:
-        UserError: a package is missing.
+        UserError: one is missing.
     """
     try:
-        versions = {name: version(name) for name in PACKAGES}
+        return {name: version(name) for name in PACKAGES}
     except PackageNotFoundError as error:
-        raise UserError(f"the searches need {error.name}; install it (pip install -e '.[search]')") from None
-    return json.loads(to_json({"size": size._asdict(), "versions": versions, "texts": describe(texts)}))
+        raise UserError(f"the experiment needs {error.name}; install it (pip install -e '.[search]')") from None

@@ -65,8 +65,8 @@ def changes(results: Results, part: str, domain: str) -> list[float]:
 CLAIMS = {
     "continue, then merge back (SEC, arXiv 2406.14971)": "continued pretraining with 5 % of general text learns the "
     "domain, and TIES with the model that it started from restores general abilities",
-    "Spectrum (2406.06623)": "to train the 25 or 50 % of the modules with the largest signal-to-noise ratio is as good as "
-    "to train all, with less memory and time: 30 to 42 % more efficient with about half of the weights frozen",
+    "Spectrum (2406.06623)": "to train the 25 or 50 % of the modules with the largest signal-to-noise ratio is as good "
+    "as to train all, with less memory and time: 30 to 42 % more efficient with about half of the weights frozen",
     "DAM (2410.08371)": "learned coefficients are as good as evolutionary search at less cost; a mean competes where "
     "models are similar",
 }
@@ -78,8 +78,8 @@ def report(results: Results) -> str:
     seeds, size = len({record["seed"] for record in results["parts"]}), results["settings"]["size"]
     minutes = sum(record["seconds"] for record in results["parts"]) / 60
     return "\n\n".join([
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {minutes:.0f} CPU minutes. Losses are nats per byte, changes of it "
-        "are from the base's; a figure is the median over seeds, with the range.",
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {minutes:.0f} CPU minutes. Losses are nats per byte, changes "
+        "are from the base's loss; a figure is the median over seeds, with the range.",
         markdown(["", "its paper's claim"], map(list, CLAIMS.items())),
         f"**Continued on a domain**, {size['steps']} steps, {100 * size['replay']:g} % replay, and merged back:",
         continued_table(results),
