@@ -11,7 +11,8 @@ from trinity.io.json_files import read_json
 from trinity.io.local import write_atomically
 
 Results = dict[str, Any]
-NAMES, DOMAINS = ("general", "manual", "unicode"), ("manual", "unicode")
+GENERAL, DOMAINS = "general", ("manual", "unicode")
+NAMES = (GENERAL, *DOMAINS)
 
 BACK = {"mean": "mean of both", "ties": "TIES", "alpha": "α searched", "parts": "α by part searched"}
 CONTINUED = {
@@ -56,9 +57,14 @@ def values(results: Results, part: str, measure: Callable[[dict[str, Any]], floa
     return [measure(record) for record in results["parts"] if record["part"] == part]
 
 
+def losses_of(results: Results, part: str, domain: str) -> list[float]:
+    """The loss of one part on a domain, for each seed."""
+    return values(results, part, lambda record: record["losses"][domain])
+
+
 def changes(results: Results, part: str, domain: str) -> list[float]:
     """The loss of a domain minus the base's, for each seed."""
-    before, after = (values(results, each, lambda record: record["losses"][domain]) for each in ("base", part))
+    before, after = (losses_of(results, each, domain) for each in ("base", part))
     return [b - a for a, b in zip(before, after, strict=True)]
 
 
@@ -126,7 +132,7 @@ def merges_table(results: Results) -> str:
     """A row for each merge; the loss of each domain, the sum, and what it took."""
     rows = []
     for part, title in MERGES.items():
-        losses = [values(results, part, lambda record, name=name: record["losses"][name]) for name in NAMES]
+        losses = [losses_of(results, part, name) for name in NAMES]
         rows.append(
             [title, *(cell(each, ".3f") for each in losses), cell(sums(results, part), ".3f")]
             + ([f"{number:.0f}" for number in costs(results, [part])] if part.startswith("merge_") else ["", ""])
@@ -197,27 +203,28 @@ def draw(path: Path, results: Results) -> None:
 
 
 SERIES = {
-    "no replay, and merged back": ("o-", ["_no_replay", *(f"_no_replay_back_{key}" for key in BACK)]),
-    "replay, and merged back": ("s-", ["", *(f"_back_{key}" for key in BACK)]),
-    "modules by mp": ("^", ["_mp50", "_mp25"]),
-    "modules by Spectrum's script": ("v", ["_script50", "_script25"]),
-    "random modules": ("x", ["_random50", "_random25"]),
+    "no replay (large), and merged back": ("o", ["_no_replay", *(f"_no_replay_back_{key}" for key in BACK)]),
+    "replay (large), and merged back": ("s", ["", *(f"_back_{key}" for key in BACK)]),
+    "50 % (large), 25 % of modules by mp": ("^", ["_mp50", "_mp25"]),
+    "… by Spectrum's script": ("v", ["_script50", "_script25"]),
+    "… at random": ("X", ["_random50", "_random25"]),
 }
-"""Points of a domain's panel: title → (marker, ends of the parts' names); the first of a line is the largest."""
+"""Points of a domain's panel: title → (marker, ends of the parts' names)."""
 
 
 def _draw_domain(panel: Any, results: Results, domain: str) -> None:
     for colour, (title, (marker, ends)) in zip(COLOURS, SERIES.items()):
-        points = [
-            (changes(results, f"{domain}{end}", "general"), changes(results, f"{domain}{end}", domain)) for end in ends
-        ]
-        for general, own in points:
-            panel.plot(general, own, marker[0], color=colour, markersize=3, alpha=0.4)
-        middle = [(statistics.median(general), statistics.median(own)) for general, own in points]
-        panel.plot(*zip(*middle[:1]), marker[0], color=colour, markersize=10)
-        panel.plot(*zip(*middle), marker[0], color=colour, markersize=7, label=title)
+        for number, end in enumerate(ends):
+            general, own = (changes(results, f"{domain}{end}", of) for of in (GENERAL, domain))
+            panel.plot(general, own, marker, color=colour, markersize=3, alpha=0.4)
+            middle = statistics.median(general), statistics.median(own)
+            label = None if number else title
+            panel.plot(*middle, marker, color=colour, markersize=7 if number else 11, label=label)
+            if end.rpartition("_back_")[1]:
+                panel.annotate(end.rpartition("_")[2], middle, xytext=(5, 3), textcoords="offset points", fontsize=8)
     panel.axvline(0, color="black", linewidth=0.8)
     panel.axhline(0, color="black", linewidth=0.8)
+    panel.locator_params(axis="x", nbins=6)
     panel.set_xlabel("general text: forgotten →")
     panel.set_ylabel("← learned: the domain's text")
 
