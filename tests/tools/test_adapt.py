@@ -35,7 +35,7 @@ from adapt_texts import (  # noqa: E402
     character_line,
     divide,
 )
-from adapt_train import FULL, QUICK, SCORES, SHARES, Lab, random_scores, run_config, test_losses  # noqa: E402
+from adapt_train import FULL, QUICK, SCORES, SHARES, Lab, measure, random_scores, run_config  # noqa: E402
 
 from trinity.data.prepare.corpus import topics  # noqa: E402
 from trinity.data.sources.shards import TokenSource  # noqa: E402
@@ -49,7 +49,6 @@ from trinity.spectrum.modules import find_modules, find_units  # noqa: E402
 from trinity.spectrum.select import choose  # noqa: E402
 from trinity_kernels.cross_entropy import IGNORE  # noqa: E402
 
-test_losses.__test__ = False  # a function of the experiment, whose name begins as a test's
 WORDS = ("--quick", "--seeds", 1)
 EXIT_CODE = 0 if find_spec("matplotlib") else 2
 """Of a finished experiment; without matplotlib it writes everything but the plot."""
@@ -132,7 +131,7 @@ def test_unicode_lines() -> None:
 def test_losses_are_nats_per_byte(lab: Lab) -> None:
     """Against a forward pass of all rows at once, and the bytes of the decoded targets; fp32 sums: 1e-5."""
     model, tokenizer = load_hf(lab.model("base")), load_tokenizer(lab.texts.tokenizer)
-    for name, loss in test_losses(model, lab).items():
+    for name, loss in measure(model, lab).items():
         rows = list(validation_sequences(TokenSource(lab.shards(name, TEST)), QUICK.row, QUICK.test_rows))
         targets_BS = torch.stack([row.targets for row in rows]).long()
         with torch.no_grad():
@@ -154,7 +153,7 @@ def test_merges_are_those_that_their_names_say(lab: Lab, finished: tuple[Path, s
     def losses(weights: tuple[float, float, float]) -> dict[str, float]:
         merged = Trinity(base.config)
         merged.load_state_dict({key: sum(w * state[key] for w, state in zip(weights, states)) for key in states[0]})
-        return test_losses(merged, lab)
+        return measure(merged, lab)
 
     parts = ("attention", "experts", "router", "rest")
     assert list(found["merge_cma_es"]["values"]) == [f"weight of {name}, {part}" for name in DOMAINS for part in parts]

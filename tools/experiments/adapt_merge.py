@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_texts import DOMAINS, GENERAL, MANUAL, NAMES, TRAIN, UNICODE
-from adapt_train import Lab, search_texts, test_losses
+from adapt_train import Lab, measure, search_texts
 
 from trinity.dam.config import read_config
 from trinity.dam.model import PARTS as LEARNED
@@ -52,7 +52,7 @@ def merged(lab: Lab, content: Record) -> Record:
     plan = make_plan(read_recipe(content))
     memory = MemoryMerge(plan)
     memory.merge(plan.jobs)
-    return {"losses": test_losses(memory.model, lab)}
+    return {"losses": measure(memory.model, lab)}
 
 
 def without_data(lab: Lab, name: str) -> Record:
@@ -93,7 +93,7 @@ def cma_es(lab: Lab) -> Record:
 
 
 def searched(lab: Lab, content: Record) -> Record:
-    """Run a search on the sum of bytes' losses; returns the best merge's losses and values, and the trials."""
+    """Minimise the sum of the losses per byte; returns the best merge's losses and values, and the trials."""
     folder = Path(lab.model("search"))
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call, whose seconds are lost
     search = content["search"]
@@ -105,7 +105,7 @@ def searched(lab: Lab, content: Record) -> Record:
         variable.name.replace(f"{lab.folder}/", ""): value
         for variable, value in zip(found.variables, found.best.values)
     }
-    record = {"losses": measured(lab, folder / "model"), "trials": len(found.trials), "values": values}
+    record = {"losses": measure_folder(lab, folder / "model"), "trials": len(found.trials), "values": values}
     shutil.rmtree(folder)
     return record
 
@@ -124,11 +124,11 @@ def dam(lab: Lab, with_base: bool) -> Record:
     })  # fmt: skip
     if adaptive_merge(config, folder):
         raise KeyboardInterrupt
-    record = {"losses": measured(lab, folder), "trials": config.steps}
+    record = {"losses": measure_folder(lab, folder), "trials": config.steps}
     shutil.rmtree(folder)
     return record
 
 
-def measured(lab: Lab, folder: Path) -> dict[str, float]:
+def measure_folder(lab: Lab, folder: Path) -> dict[str, float]:
     """The test losses of a folder."""
-    return test_losses(load_model(open_source(str(folder))), lab)
+    return measure(load_model(open_source(str(folder))), lab)

@@ -7,8 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+# isort: split
 import adapt_merge
 import adapt_train
+import torch
 from adapt_texts import DOMAINS, Texts, describe
 from adapt_train import SCORES, SHARES, Lab, Size
 
@@ -61,6 +65,7 @@ def make_seed(lab: Lab, folder: Path, settings: Record, bar: Progress) -> list[R
     Raises:
         UserError: a record in the folder has other settings.
     """
+    torch.set_num_threads(1)  # of merges, too: the number of threads changes the bits of sums
     folder.mkdir(exist_ok=True)
     lab.folder.mkdir(exist_ok=True)
     done: dict[str, Record] = {}

@@ -173,7 +173,7 @@ def train(config: RunConfig, lab: Lab, start: str | None, out: str | None) -> di
         if out is not None:
             export_hf(model, out, lab.texts.tokenizer, torch.float32, overwrite=True)
         return {
-            "losses": test_losses(model, lab), "steps": config.run.steps, "step_seconds": median(seconds),
+            "losses": measure(model, lab), "steps": config.run.steps, "step_seconds": median(seconds),
             "parameters": sum(each.numel() for each in model.parameters()),
             "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
             "gradient_bytes": state["gradients"], "optimizer_bytes": state["Muon momentum"] + state["AdamW moments"],
@@ -228,7 +228,7 @@ def random_scores(units: list[Unit], seed: int) -> dict[str, Score]:
 
 
 @torch.no_grad()
-def test_losses(model: Trinity, lab: Lab) -> dict[str, float]:
+def measure(model: Trinity, lab: Lab) -> dict[str, float]:
     """Nats per byte on the first rows of each domain's test text."""
     settings = RowSettings(window=lab.size.row, rows=lab.size.test_rows)
     losses = {}
