@@ -57,24 +57,45 @@ def make_corpus(out: Path, vocab_size: int, every: int = 1, library: Path | None
     Raises:
         UserError: `out` has a corpus of other text or settings.
     """
-    documents = out / "documents"
-    documents.mkdir(parents=True, exist_ok=True)
     modules = list(read_modules(library or Path(sysconfig.get_path("stdlib"))))[::every]
     domains = read_domains(modules)
-    for name, domain in domains.items():
-        for split, text in zip(SPLITS, domain):
-            lines = (to_json({"text": document}) + "\n" for document in split_documents(text, f"{name}.{split}"))
-            write_atomically(documents / f"{name}.{split}.jsonl", lines)
+    texts = {name: dict(zip(SPLITS, domain)) for name, domain in domains.items()}
+    tokenizer, folders = write_shards(out, texts, list(domains), vocab_size)
+    return Corpus(tokenizer, **{split: {name: folders[name][split] for name in domains} for split in SPLITS})
+
+
+def write_shards(
+    out: Path, texts: dict[str, dict[str, str]], tokenizer_of: list[str], vocab_size: int
+) -> tuple[Path, dict[str, dict[str, Path]]]:
+    """Split texts into documents, train a tokenizer and prepare shards; reuses finished parts in `out`.
+
+    Args:
+        out: folder for documents, tokenizer and shards.
+        texts: domain → split → its text. Each domain has a split `train`.
+        tokenizer_of: the domains on whose `train` the tokenizer is trained.
+        vocab_size: of the tokenizer.
+    Returns:
+        the tokenizer's folder; and domain → split → shard folder.
+    Raises:
+        UserError: `out` has a corpus of other text or settings.
+    """
+    documents = out / "documents"
+    documents.mkdir(parents=True, exist_ok=True)
+    keys = [(name, split) for name, of_splits in texts.items() for split in of_splits]
+    for name, split in keys:
+        lines = (
+            to_json({"text": document}) + "\n" for document in split_documents(texts[name][split], f"{name}.{split}")
+        )
+        write_atomically(documents / f"{name}.{split}.jsonl", lines)
     tokenizer = out / "tokenizer"
-    train_from_files([documents / f"{name}.train.jsonl" for name in domains], vocab_size, tokenizer)
-    folders: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}
-    with tqdm(desc="preparing", total=len(SPLITS) * len(domains), unit="source", disable=None) as bar:
-        for split in SPLITS:
-            for name in domains:
-                folders[split][name] = out / "shards" / name / split
-                prepare_data([documents / f"{name}.{split}.jsonl"], tokenizer, folders[split][name])
-                bar.update()
-    return Corpus(tokenizer, **folders)
+    train_from_files([documents / f"{name}.train.jsonl" for name in tokenizer_of], vocab_size, tokenizer)
+    folders: dict[str, dict[str, Path]] = {name: {} for name in texts}
+    with tqdm(desc="preparing", total=len(keys), unit="source", disable=None) as bar:
+        for name, split in keys:
+            folders[name][split] = out / "shards" / name / split
+            prepare_data([documents / f"{name}.{split}.jsonl"], tokenizer, folders[name][split])
+            bar.update()
+    return tokenizer, folders
 
 
 def read_domains(modules: list[tuple[str, str]]) -> dict[str, Domain]:

@@ -1,0 +1,122 @@
+"""Compare ways to adapt a model to a domain: replay, Spectrum, merging back, merges of models, searched merges, DAM.
+
+python tools/experiments/adapt.py --out runs/adapt
+python tools/experiments/adapt.py --quick --out runs/adapt-quick
+python tools/experiments/adapt.py --draw tools/experiments/results/adapt.json
+
+The papers' claims:
+- SEC (arXiv 2406.14971): continued pretraining with 5 % of general text learns the domain, and a TIES merge with the
+  model that it started from restores general abilities.
+- Spectrum (2406.06623): to train the 25 or 50 % of the modules of each type with the largest signal-to-noise ratio is
+  as good as to train all, with less memory and time: 30 to 42 % more efficient with about half of the weights frozen.
+- DAM (2410.08371): learned coefficients are as good as evolutionary search at less cost; a mean competes where models
+  are similar.
+
+The design, fixed before the first run:
+- Text (see adapt_texts.py), on every machine with CPython: `general`, modules of the standard library and their
+  docstrings; `manual`, chapters of the language reference, a near domain; `unicode`, the Unicode character database, a
+  far one. The tokenizer is trained on general text. Merges are searched on `search`, DAM learns on `train`, and all
+  models are compared on `test`: three different sets of modules, chapters and blocks of characters.
+- Loss: nats per byte, of the first 96 rows of 128 tokens of each `test`; of 24 rows of each `search`.
+- Model: Trinity, 0.76 million parameters: 9 layers, the first dense, the others with 8 experts of which 2 are active,
+  d 64, vocabulary 1024. Muon and AdamW. The seed draws weights, order of text, random modules, DARE's masks, searches.
+- `base`: 600 steps of 12 rows of general text; the rate decays to 0 from half on.
+- Continuation on each domain: 80 steps with a fresh optimizer, a quarter of the base's peak rates, warm-up over a
+  tenth, decay to 0 from half on. Everything is trained: without replay, and with 12.5 % of general text. And with
+  replay, some modules: 25 and 50 % of each type by the score `mp`, by the script's score `spectrum`, and at random, as
+  many of each type as by `mp`; embedding and head always.
+- Merge back of the base and each of the four models of which all was trained: the mean; TIES, density 0.5; base + α·δ
+  with α searched (24 trials at most), and with an α each for attention, experts, router and rest (60 trials). The sum
+  of the domain's and the general loss is minimised.
+- Merges of the two models with replay. Without data: mean, mean of three with the base, SLERP, task arithmetic with
+  weights 1, TIES with density 0.5, DARE-TIES with weights and density 0.5. Searched: task arithmetic with a weight
+  from 0 to 1 for each model and part, 200 trials of CMA-ES. Learned: DAM of all linear layers, embeddings and gains,
+  of the two models, and of these and the base; 800 rows of each source, 200 steps, otherwise its defaults.
+- Measured: loss of each domain and their sum; trials or steps; CPU seconds of one thread, of the whole part and of a
+  training step; bytes of gradients and optimizer state.
+
+Differences from the papers that may matter: a model of 0.76 million parameters that has seen 0.9 million tokens has not
+converged, so any text may still improve it on all; a continuation has 13 % of the base's steps, and more replay than
+the 5 % of SEC; SEC merges with an instruct model; Spectrum is measured on fine-tuning of models of billions.
+
+Finished parts are kept in --out: after an interruption the same command continues with the next part. A part that was
+interrupted begins anew. Results so far are written after every seed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from trinity.command_line import HelpFormatter, local_path
+from trinity.errors import UserError, run_main
+from trinity.io.json_files import write_json
+
+INTERRUPTED = 130
+NAME = "adapt"
+
+
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, each a run of every part (%(default)s)")
+    parser.add_argument("--out", type=local_path, default=Path(f"runs/{NAME}"), help="output folder (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="toy size, to test the command")
+    parser.add_argument(
+        "--draw", type=local_path, metavar="FILE", help="train nothing: print the tables of a results file, and plot it"
+    )
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    """Make the missing parts and write the results; print their tables, and plot them beside the results' file."""
+    arguments = parse()
+    from adapt_report import check_results, draw, report
+
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds {arguments.seeds} must be at least 1")
+    path = arguments.draw or arguments.out / f"{NAME}.json"
+    if arguments.draw is None:
+        try:
+            experiment(arguments.out, arguments.seeds, arguments.quick)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+            return INTERRUPTED
+    results = check_results(path)
+    print(report(results))
+    draw(path.with_suffix(".svg"), results)
+    return None
+
+
+def experiment(out: Path, seeds: int, quick: bool) -> None:
+    """Make all parts, except those finished by an earlier call, and write OUT/adapt.json after each seed.
+
+    Raises:
+        UserError: `out` has results of other settings, another process is writing there, or a package is missing.
+    """
+    from adapt_parts import PARTS, make_seed, settings_of, versions
+    from adapt_texts import make_texts
+    from adapt_train import FULL, QUICK, Lab
+
+    from trinity.io.local import file_lock
+    from trinity.terminal import Progress
+
+    versions()  # refuses before any work
+    out.mkdir(parents=True, exist_ok=True)
+    size = QUICK if quick else FULL
+    try:
+        with file_lock(out, patience=1):
+            texts = make_texts(out / f"texts-{size.vocabulary}", size.vocabulary, size.every)
+            settings = settings_of(size, texts)
+            records: list[dict[str, Any]] = []
+            with Progress(NAME, seeds * len(PARTS), "part") as bar:
+                for seed in range(seeds):
+                    lab = Lab(size, texts, seed, (out / f"models-{seed}").resolve())
+                    records += make_seed(lab, out / "parts", settings, bar)
+                    write_json(out / f"{NAME}.json", {"experiment": NAME, "settings": settings, "parts": records})
+    except BlockingIOError:
+        raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,240 @@
+"""Results of the comparison of adaptations: tables and a plot, from the results file alone."""
+
+import io
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from trinity.errors import UserError
+from trinity.io.json_files import read_json
+from trinity.io.local import write_atomically
+
+Results = dict[str, Any]
+GENERAL, DOMAINS = "general", ("manual", "unicode")
+NAMES = (GENERAL, *DOMAINS)
+
+BACK = {"mean": "mean of both", "ties": "TIES", "alpha": "α searched", "parts": "α by part searched"}
+CONTINUED = {
+    "_no_replay": "no replay",
+    **{f"_no_replay_back_{key}": f"no replay, back: {title}" for key, title in BACK.items()},
+    "": "replay",
+    **{f"_back_{key}": f"replay, back: {title}" for key, title in BACK.items()},
+}
+"""End of a part's name after the domain → its title."""
+MODULES = {
+    "": "all",
+    **{
+        f"_{how}{share}": f"{title}, {share} %"
+        for share in (50, 25)
+        for how, title in {"mp": "mp", "script": "Spectrum's script", "random": "random"}.items()
+    },
+}
+MERGES = {
+    "base": "base", "manual": "the model of manual", "unicode": "the model of unicode", "merge_soup": "mean",
+    "merge_soup_base": "mean with the base", "merge_slerp": "SLERP", "merge_task_arithmetic": "task arithmetic",
+    "merge_ties": "TIES", "merge_dare_ties": "DARE-TIES", "merge_cma_es": "CMA-ES by part", "merge_dam": "DAM",
+    "merge_dam_base": "DAM with the base",
+}  # fmt: skip
+
+
+def check_results(path: Path) -> Results:
+    """Read a results file.
+
+    Raises:
+        UserError: it does not exist, or is that of another experiment.
+    """
+    results = read_json(path)
+    if results is None:
+        raise UserError(f"--draw {path} does not exist; give the JSON file of this experiment")
+    if results.get("experiment") != "adapt" or not results.get("parts"):
+        raise UserError(f"--draw {path} is no results file of this experiment; give the adapt.json that it wrote")
+    return results
+
+
+def values(results: Results, part: str, measure: Callable[[dict[str, Any]], float]) -> list[float]:
+    """A measure of one part: a value for each seed."""
+    return [measure(record) for record in results["parts"] if record["part"] == part]
+
+
+def losses_of(results: Results, part: str, domain: str) -> list[float]:
+    """The loss of one part on a domain, for each seed."""
+    return values(results, part, lambda record: record["losses"][domain])
+
+
+def changes(results: Results, part: str, domain: str) -> list[float]:
+    """The loss of a domain minus the base's, for each seed."""
+    before, after = (losses_of(results, each, domain) for each in ("base", part))
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+CLAIMS = {
+    "continue, then merge back (SEC, arXiv 2406.14971)": "continued pretraining with 5 % of general text learns the "
+    "domain, and TIES with the model that it started from restores general abilities",
+    "Spectrum (2406.06623)": "to train the 25 or 50 % of the modules with the largest signal-to-noise ratio is as good "
+    "as to train all, with less memory and time: 30 to 42 % more efficient with about half of the weights frozen",
+    "DAM (2410.08371)": "learned coefficients are as good as evolutionary search at less cost; a mean competes where "
+    "models are similar",
+}
+"""Method → what its paper claims."""
+
+
+def report(results: Results) -> str:
+    """The claims and three tables in Markdown; each figure is the median over seeds, with its range."""
+    seeds, size = len({record["seed"] for record in results["parts"]}), results["settings"]["size"]
+    minutes = sum(record["seconds"] for record in results["parts"]) / 60
+    return "\n\n".join([
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {minutes:.0f} CPU minutes. Losses are nats per byte, changes "
+        "are from the base's loss; a figure is the median over seeds, with the range.",
+        markdown(["", "its paper's claim"], map(list, CLAIMS.items())),
+        f"**Continued on a domain**, {size['steps']} steps, {100 * size['replay']:g} % replay, and merged back:",
+        continued_table(results),
+        "**Some modules trained**, with replay:",
+        modules_table(results),
+        "**Both domains' models merged**, those continued with replay:",
+        merges_table(results),
+    ])  # fmt: skip
+
+
+def continued_table(results: Results) -> str:
+    """A row for each way to continue; the change of the domain's and of the general loss, and what a merge took."""
+    head = ["", *(f"{domain}, {of}" for domain in DOMAINS for of in ("domain", "general")), "trials", "CPU s"]
+    rows = []
+    for end, title in CONTINUED.items():
+        row = [title]
+        for domain in DOMAINS:
+            row += [cell(changes(results, f"{domain}{end}", of), "+.3f") for of in (domain, "general")]
+        row += [f"{number:.0f}" for number in costs(results, [f"{domain}{end}" for domain in DOMAINS])]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def modules_table(results: Results) -> str:
+    """A row for each choice of modules; sizes are the median over seeds and domains, as they hardly vary."""
+    domains = [f"{domain}, {of}" for domain in DOMAINS for of in ("domain", "general")]
+    rows = []
+    for end, title in MODULES.items():
+        records = [record for record in results["parts"] if record["part"] in [f"{domain}{end}" for domain in DOMAINS]]
+        sizes = [
+            100 * statistics.median(record["trained"] / record["parameters"] for record in records),
+            statistics.median(record["gradient_bytes"] for record in records) / 1e3,
+            statistics.median(record["optimizer_bytes"] for record in records) / 1e3,
+        ]
+        milliseconds = [1e3 * record["step_seconds"] for record in records]
+        row = [title, *(f"{number:,.0f}" for number in sizes), cell(milliseconds, ".0f")]
+        for domain in DOMAINS:
+            row += [cell(changes(results, f"{domain}{end}", of), "+.3f") for of in (domain, "general")]
+        rows.append(row)
+    return markdown(["", "trained, %", "gradients, kB", "optimizer, kB", "CPU ms a step", *domains], rows)
+
+
+def merges_table(results: Results) -> str:
+    """A row for each merge; the loss of each domain, the sum, and what it took."""
+    rows = []
+    for part, title in MERGES.items():
+        losses = [losses_of(results, part, name) for name in NAMES]
+        rows.append(
+            [title, *(cell(each, ".3f") for each in losses), cell(sums(results, part), ".3f")]
+            + ([f"{number:.0f}" for number in costs(results, [part])] if part.startswith("merge_") else ["", ""])
+        )
+    return markdown(["", *NAMES, "sum", "trials or steps", "CPU s"], rows)
+
+
+def sums(results: Results, part: str) -> list[float]:
+    """The sum of the three losses, for each seed."""
+    return values(results, part, lambda record: sum(record["losses"].values()))
+
+
+def costs(results: Results, parts: list[str]) -> list[float]:
+    """Median over seeds and parts of the trials (0 without any) and of the CPU seconds."""
+    records = [record for record in results["parts"] if record["part"] in parts]
+    return [statistics.median(record.get(name, 0) for record in records) for name in ("trials", "seconds")]
+
+
+def cell(numbers: list[float], form: str) -> str:
+    """Median and range."""
+    text = f"{statistics.median(numbers):{form}}"
+    if len(numbers) > 1:
+        text += f" ({min(numbers):{form}} to {max(numbers):{form}})"
+    return text.replace("-", "−")
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+COLOURS = ("#1f5fbf", "#d95f02", "#7a7a7a", "#2a9d4a", "#8f3fa8")
+
+
+def draw(path: Path, results: Results) -> None:
+    """Plot as SVG: for each domain what was learned over what was forgotten; and the sums of the merges.
+
+    Points are medians over seeds, thin dots seeds.
+
+    Args:
+        path: the file.
+        results: from check_results.
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "the plot needs matplotlib; install it (pip install -e '.[experiments]') and run the same command again: "
+            "finished parts are kept"
+        ) from None
+    style = {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "adapt", "axes.grid": True}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(10.0, 9.0), layout="constrained")
+        grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1.0))
+        for column, domain in enumerate(DOMAINS):
+            panel = figure.add_subplot(grid[0, column])
+            _draw_domain(panel, results, domain)
+            panel.set_title(f"{domain}: change of the loss, nats per byte", loc="left", fontsize=12)
+        handles = panel.get_legend_handles_labels()
+        _draw_sums(figure.add_subplot(grid[1, :]), results)
+        figure.legend(*handles, loc="outside upper left", frameon=False, ncols=3)
+        drawing = io.StringIO()
+        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    write_atomically(path, (line.rstrip() + "\n" for line in drawing.getvalue().splitlines()))
+
+
+SERIES = {
+    "no replay (large), and merged back": ("o", ["_no_replay", *(f"_no_replay_back_{key}" for key in BACK)]),
+    "replay (large), and merged back": ("s", ["", *(f"_back_{key}" for key in BACK)]),
+    "50 % (large), 25 % of modules by mp": ("^", ["_mp50", "_mp25"]),
+    "… by Spectrum's script": ("v", ["_script50", "_script25"]),
+    "… at random": ("X", ["_random50", "_random25"]),
+}
+"""Points of a domain's panel: title → (marker, ends of the parts' names)."""
+
+
+def _draw_domain(panel: Any, results: Results, domain: str) -> None:
+    for colour, (title, (marker, ends)) in zip(COLOURS, SERIES.items()):
+        for number, end in enumerate(ends):
+            general, own = (changes(results, f"{domain}{end}", of) for of in (GENERAL, domain))
+            panel.plot(general, own, marker, color=colour, markersize=3, alpha=0.4)
+            middle = statistics.median(general), statistics.median(own)
+            label = None if number else title
+            panel.plot(*middle, marker, color=colour, markersize=7 if number else 11, label=label)
+            if end.rpartition("_back_")[1]:
+                panel.annotate(end.rpartition("_")[2], middle, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    panel.axvline(0, color="black", linewidth=0.8)
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.locator_params(axis="x", nbins=6)
+    panel.set_xlabel("general text: forgotten →")
+    panel.set_ylabel("← learned: the domain's text")
+
+
+def _draw_sums(panel: Any, results: Results) -> None:
+    for row, part in enumerate(MERGES):
+        numbers = sums(results, part)
+        panel.plot(numbers, [row] * len(numbers), "o", color=COLOURS[0], markersize=4, alpha=0.5)
+        panel.plot([statistics.median(numbers)], [row], "|", color=COLOURS[1], markersize=14, markeredgewidth=2)
+    panel.set_yticks(range(len(MERGES)), MERGES.values())
+    panel.invert_yaxis()
+    panel.set_xlabel("sum of the three losses, nats per byte; dots: seeds, bar: median")
+    panel.set_title("Merges of both domains' models", loc="left", fontsize=12)
