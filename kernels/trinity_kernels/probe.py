@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
@@ -17,11 +18,11 @@ def probed(function: Callable[[], Answer]) -> Callable[[], Answer]:
     answers: list[Answer] = []
 
     # not functools.cache: torch.compile traces what that wraps
+    @wraps(function)
     def answer() -> Answer:
         if not answers:
             with ThreadPoolExecutor(1) as thread:
                 answers.append(thread.submit(function).result())
         return answers[0]
 
-    answer.__doc__ = function.__doc__
     return answer
