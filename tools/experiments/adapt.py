@@ -17,7 +17,7 @@ The design, fixed before the first run:
   docstrings; `manual`, chapters of the language reference, a near domain; `unicode`, the Unicode character database, a
   far one. The tokenizer is trained on general text. Merges are searched on `search`, DAM learns on `train`, and all
   models are compared on `test`: three different sets of modules, chapters and blocks of characters.
-- Loss: nats per byte, of the first 96 rows of 128 tokens of each `test`; of 24 rows of each `search`.
+- Loss: nats per byte, of 160 rows of 128 tokens of each `test`, and in searches of 32 rows of each `search`.
 - Model: Trinity, 0.76 million parameters: 9 layers, the first dense, the others with 8 experts of which 2 are active,
   d 64, vocabulary 1024. Muon and AdamW. The seed draws weights, order of text, random modules, DARE's masks, searches.
 - `base`: 600 steps of 12 rows of general text; the rate decays to 0 from half on.

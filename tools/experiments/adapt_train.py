@@ -1,5 +1,6 @@
 """Training in the comparison of adaptations: sizes, one run in this process, and the modules that a run trains."""
 
+import math
 import time
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,6 @@ from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
 from trinity.training.train_step import train_step
 
-LN2 = 0.6931471805599453
 SHARES = (25, 50)
 """Percent of the modules of each type that train."""
 SCORES: dict[str, Kind] = {"mp": "mp", "script": "spectrum", "random": "mp"}
@@ -68,8 +68,8 @@ class Size(NamedTuple):
     rate: float = 0.25
     replay: float = 0.125
     every: int = 1
-    test_rows: int = 96
-    search_rows: int = 24
+    test_rows: int = 160
+    search_rows: int = 32
     line_trials: int = 24
     part_trials: int = 60
     trials: int = 200
@@ -234,7 +234,7 @@ def measure(model: Trinity, lab: Lab) -> dict[str, float]:
     losses = {}
     for name in NAMES:
         text = PackedText(TokenSource(lab.shards(name, TEST)), lab.texts.tokenizer, lab.size.row, settings)
-        losses[name] = text.measure(model)["bits_per_byte"] * LN2
+        losses[name] = text.measure(model)["bits_per_byte"] * math.log(2)
     return losses
 
 
