@@ -262,7 +262,7 @@ def test_tables_are_of_the_results_file(finished: tuple[Path, str], tmp_path: Pa
     for titles in (adapt_report.CONTINUED, adapt_report.MODULES, adapt_report.MERGES):
         assert rows.keys() >= set(titles.values())
     shown = {f"{domain}{end}" for domain in DOMAINS for end in (*adapt_report.CONTINUED, *adapt_report.MODULES)}
-    assert shown | adapt_report.MERGES.keys() | {"modules"} == PARTS.keys()
+    assert shown | adapt_report.MERGES.keys() | {"modules", "step_times"} == PARTS.keys()
     assert "3 seeds" in output
 
 

@@ -17,7 +17,7 @@ The design, fixed before the first run:
   docstrings; `manual`, chapters of the language reference, a near domain; `unicode`, the Unicode character database, a
   far one. The tokenizer is trained on general text. Merges are searched on `search`, DAM learns on `train`, and all
   models are compared on `test`: three different sets of modules, chapters and blocks of characters.
-- Loss: nats per byte, of the first 96 rows of 128 tokens of each `test`; of 24 rows of each `search`.
+- Loss: nats per byte, of 160 rows of 128 tokens of each `test`, and in searches of 32 rows of each `search`.
 - Model: Trinity, 0.76 million parameters: 9 layers, the first dense, the others with 8 experts of which 2 are active,
   d 64, vocabulary 1024. Muon and AdamW. The seed draws weights, order of text, random modules, DARE's masks, searches.
 - `base`: 600 steps of 12 rows of general text; the rate decays to 0 from half on.
@@ -32,8 +32,8 @@ The design, fixed before the first run:
   weights 1, TIES with density 0.5, DARE-TIES with weights and density 0.5. Searched: task arithmetic with a weight
   from 0 to 1 for each model and part, 200 trials of CMA-ES. Learned: DAM of all linear layers, embeddings and gains,
   of the two models, and of these and the base; 800 rows of each source, 200 steps, otherwise its defaults.
-- Measured: loss of each domain and their sum; trials or steps; CPU seconds of one thread, of the whole part and of a
-  training step; bytes of gradients and optimizer state.
+- Measured: loss of each domain and their sum; trials or steps; CPU seconds of one thread; bytes of gradients and
+  optimizer state; and CPU seconds of a training step for each choice of modules, 12 steps of each in turns.
 
 Differences from the papers that may matter: a model of 0.76 million parameters that has seen 0.9 million tokens has not
 converged, so any text may still improve it on all; a continuation has 13 % of the base's steps, and more replay than

@@ -29,6 +29,7 @@ PACKAGES = ("torch", "numpy", "tokenizers", "cma")
 def _parts() -> Iterator[tuple[str, Make]]:
     yield "base", _of(adapt_train.base)
     yield "modules", _of(adapt_train.score_modules)
+    yield "step_times", lambda lab, done: adapt_train.step_times(lab, done["modules"]["chosen"])
     for domain in DOMAINS:
         for name in (f"{domain}_no_replay", domain):  # without and with replay
             yield name, _of(adapt_train.continued, domain, name == domain, [], name)

@@ -52,7 +52,7 @@ def check_results(path: Path) -> Results:
     return results
 
 
-def values(results: Results, part: str, measure: Callable[[dict[str, Any]], float]) -> list[float]:
+def values(results: Results, part: str, measure: Callable[[dict[str, Any]], Any]) -> list[Any]:
     """A measure of one part: a value for each seed."""
     return [measure(record) for record in results["parts"] if record["part"] == part]
 
@@ -120,7 +120,8 @@ def modules_table(results: Results) -> str:
             statistics.median(record["gradient_bytes"] for record in records) / 1e3,
             statistics.median(record["optimizer_bytes"] for record in records) / 1e3,
         ]
-        milliseconds = [1e3 * record["step_seconds"] for record in records]
+        seconds = values(results, "step_times", lambda record: record["step_seconds"])
+        milliseconds = [1e3 * of_choice[end.removeprefix("_") or "all"] for of_choice in seconds]
         row = [title, *(f"{number:,.0f}" for number in sizes), cell(milliseconds, ".0f")]
         for domain in DOMAINS:
             row += [cell(changes(results, f"{domain}{end}", of), "+.3f") for of in (domain, "general")]

@@ -54,7 +54,8 @@ def make_texts(out: Path, vocab_size: int, every: int = 1) -> Texts:
         (name, "\n\n".join([source, *(text for _, text in docstrings(name, source))])) for name, source in modules
     ]
     parts = {GENERAL: general, MANUAL: list(chapters())[::every], UNICODE: list(character_blocks())[::every]}
-    return Texts(*write_shards(out, {name: divide(name, parts[name]) for name in NAMES}, [GENERAL], vocab_size))
+    texts = {name: divide(name, parts[name]) for name in NAMES}
+    return Texts(*write_shards(out, texts, [GENERAL], vocab_size, shuffle=True))
 
 
 def divide(domain: str, parts: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Training in the comparison of adaptations: sizes, one run in this process, and the modules that a run trains."""
 
+import math
 import time
 from pathlib import Path
 from statistics import median
@@ -9,7 +10,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 import torch
-from adapt_texts import GENERAL, NAMES, SEARCH, TEST, TRAIN, Texts
+from adapt_texts import GENERAL, MANUAL, NAMES, SEARCH, TEST, TRAIN, Texts
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
@@ -30,7 +31,6 @@ from trinity.training.build import build_model, make_optimizers
 from trinity.training.build_data import open_stream
 from trinity.training.train_step import train_step
 
-LN2 = 0.6931471805599453
 SHARES = (25, 50)
 """Percent of the modules of each type that train."""
 SCORES: dict[str, Kind] = {"mp": "mp", "script": "spectrum", "random": "mp"}
@@ -49,6 +49,7 @@ class Size(NamedTuple):
     test_rows, search_rows: most rows of each text on which models are compared, and on which merges are searched.
     line_trials, part_trials, trials: budget of a merge back by one α, by parts, and of the merge of the domains.
     dam_rows, dam_sequences: rows of each text, and those of a step.
+    timed_steps: of each choice of modules.
     """
 
     vocabulary: int = 1024
@@ -68,20 +69,21 @@ class Size(NamedTuple):
     rate: float = 0.25
     replay: float = 0.125
     every: int = 1
-    test_rows: int = 96
-    search_rows: int = 24
+    test_rows: int = 160
+    search_rows: int = 32
     line_trials: int = 24
     part_trials: int = 60
     trials: int = 200
     dam_rows: int = 800
     dam_sequences: int = 4
+    timed_steps: int = 12
 
 
 FULL = Size()
 QUICK = Size(
     vocabulary=300, width=16, layers=3, dense_width=16, heads=2, experts=4, expert_width=8, window=8, row=16, rows=2,
     base_steps=2, steps=2, every=16, test_rows=2, search_rows=2, line_trials=3, part_trials=3, trials=3, dam_rows=4,
-    dam_sequences=2,
+    dam_sequences=2, timed_steps=1,
 )  # fmt: skip
 
 
@@ -142,6 +144,38 @@ def run_config(lab: Lab, steps: int, mixture: dict[str, float], rate: float, onl
     return build_config([("the experiment", OmegaConf.create(settings))])
 
 
+class Run:
+    """A run in this process, step by step.
+
+    Args:
+        config: from run_config.
+        ranks: the mesh.
+        start: folder of the model to continue with a fresh optimizer; None: from random weights.
+    """
+
+    def __init__(self, config: RunConfig, ranks: mesh.Ranks, start: str | None) -> None:
+        self.config, self.ranks = config, ranks
+        self.model = build_model(config, ranks)
+        self.model.init_weights(config.run.seed)
+        if start is not None:
+            load_hf(start, into=self.model)
+        self.optimizers = make_optimizers(config, self.model)
+        self._stream = open_stream(config, ranks.rank, ranks.data_ranks)
+        self._steps = 0
+
+    def step(self) -> float:
+        """Take one optimizer step; returns its CPU seconds."""
+        batch = self._stream.take(self.config.batch.sequences)
+        batch.document_ids_BS = None  # data.document_mask is off
+        rate = lr_fraction(self.config, self._steps, 0)
+        began = time.process_time()
+        result = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks)
+        seconds = time.process_time() - began
+        assert result.skip_reason is None, f"step {self._steps} is not finite"
+        self._steps += 1
+        return seconds
+
+
 def train(config: RunConfig, lab: Lab, start: str | None, out: str | None) -> dict[str, Any]:
     """Train a model in this process and measure it.
 
@@ -150,30 +184,19 @@ def train(config: RunConfig, lab: Lab, start: str | None, out: str | None) -> di
         start: folder of the model to continue with a fresh optimizer; None: from random weights.
         out: folder to export the model to, in fp32; None: it is not kept.
     Returns:
-        "losses": of the test texts; "steps"; "step_seconds": median CPU seconds of a step; "parameters" of the model,
-        "trained" of them; "gradient_bytes" and "optimizer_bytes", counted on the run's own tensors.
+        "losses": of the test texts; "steps"; "parameters" of the model, "trained" of them; "gradient_bytes" and
+        "optimizer_bytes", counted on the run's own tensors.
     """
     ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
     try:
-        model = build_model(config, ranks)
-        model.init_weights(config.run.seed)
-        if start is not None:
-            load_hf(start, into=model)
-        optimizers = make_optimizers(config, model)
-        stream = open_stream(config, ranks.rank, ranks.data_ranks)
-        seconds = []
-        for step in range(config.run.steps):
-            batch = stream.take(config.batch.sequences)
-            batch.document_ids_BS = None  # data.document_mask is off
-            began = time.process_time()
-            result = train_step(model, optimizers, batch, config, lr_fraction(config, step, 0), ranks)
-            seconds.append(time.process_time() - began)
-            assert result.skip_reason is None, f"step {step} is not finite"
-        state = state_bytes(model, optimizers)
+        run = Run(config, ranks, start)
+        for _ in range(config.run.steps or 0):
+            run.step()
+        model, state = run.model, state_bytes(run.model, run.optimizers)
         if out is not None:
             export_hf(model, out, lab.texts.tokenizer, torch.float32, overwrite=True)
         return {
-            "losses": measure(model, lab), "steps": config.run.steps, "step_seconds": median(seconds),
+            "losses": measure(model, lab), "steps": config.run.steps,
             "parameters": sum(each.numel() for each in model.parameters()),
             "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
             "gradient_bytes": state["gradients"], "optimizer_bytes": state["Muon momentum"] + state["AdamW moments"],
@@ -221,6 +244,27 @@ def score_modules(lab: Lab) -> dict[str, Any]:
     }
 
 
+def step_times(lab: Lab, chosen: dict[str, list[str]]) -> dict[str, Any]:
+    """Time training steps of all choices of modules in turns, so that the machine's load is the same for each.
+
+    Args:
+        chosen: name → names for train.only.
+    Returns:
+        "step_seconds": name, and "all" for everything trained → median CPU seconds of a step; the first is left out.
+    """
+    choices = {"all": [], **chosen}
+    mixture = {MANUAL: 1.0 - lab.size.replay, GENERAL: lab.size.replay}
+    configs = {name: run_config(lab, lab.size.steps, mixture, lab.size.rate, only) for name, only in choices.items()}
+    config = configs["all"]
+    ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
+    try:
+        runs = {name: Run(config, ranks, lab.model("base")) for name, config in configs.items()}
+        turns = [{name: run.step() for name, run in runs.items()} for _ in range(1 + lab.size.timed_steps)]
+    finally:
+        mesh.stop()
+    return {"step_seconds": {name: median(turn[name] for turn in turns[1:]) for name in choices}}
+
+
 def random_scores(units: list[Unit], seed: int) -> dict[str, Score]:
     """A random score for each unit, that of all its tensors: so the best share of a type is a random one."""
     drawn = {unit.name: random_key("random modules", seed, unit.name) / 2**64 for unit in units}
@@ -234,7 +278,7 @@ def measure(model: Trinity, lab: Lab) -> dict[str, float]:
     losses = {}
     for name in NAMES:
         text = PackedText(TokenSource(lab.shards(name, TEST)), lab.texts.tokenizer, lab.size.row, settings)
-        losses[name] = text.measure(model)["bits_per_byte"] * LN2
+        losses[name] = text.measure(model)["bits_per_byte"] * math.log(2)
     return losses
 
 

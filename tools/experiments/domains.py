@@ -65,7 +65,7 @@ def make_corpus(out: Path, vocab_size: int, every: int = 1, library: Path | None
 
 
 def write_shards(
-    out: Path, texts: dict[str, dict[str, str]], tokenizer_of: list[str], vocab_size: int
+    out: Path, texts: dict[str, dict[str, str]], tokenizer_of: list[str], vocab_size: int, shuffle: bool = False
 ) -> tuple[Path, dict[str, dict[str, Path]]]:
     """Split texts into documents, train a tokenizer and prepare shards; reuses finished parts in `out`.
 
@@ -74,6 +74,7 @@ def write_shards(
         texts: domain → split → its text. Each domain has a split `train`.
         tokenizer_of: the domains on whose `train` the tokenizer is trained.
         vocab_size: of the tokenizer.
+        shuffle: put the documents of each text in a random order, so that its first rows are of many parts of it.
     Returns:
         the tokenizer's folder; and domain → split → shard folder.
     Raises:
@@ -83,9 +84,10 @@ def write_shards(
     documents.mkdir(parents=True, exist_ok=True)
     keys = [(name, split) for name, of_splits in texts.items() for split in of_splits]
     for name, split in keys:
-        lines = (
-            to_json({"text": document}) + "\n" for document in split_documents(texts[name][split], f"{name}.{split}")
-        )
+        of_text = list(split_documents(texts[name][split], f"{name}.{split}"))
+        if shuffle:
+            of_text.sort(key=lambda document: random_key("shuffle", document))
+        lines = (to_json({"text": document}) + "\n" for document in of_text)
         write_atomically(documents / f"{name}.{split}.jsonl", lines)
     tokenizer = out / "tokenizer"
     train_from_files([documents / f"{name}.train.jsonl" for name in tokenizer_of], vocab_size, tokenizer)
