@@ -1,6 +1,6 @@
 """Text for the comparison of adaptations: general text, a near domain and a far one, that every CPython has.
 
-general   modules of the standard library, and their docstrings: what the base is trained on
+general   modules of the standard library, and their docstrings; the base trains on it
 manual    pydoc's chapters of the language reference: English about the same subject
 unicode   the Unicode character database, in the format of UnicodeData.txt: nothing of it is in the general text
 

@@ -59,7 +59,7 @@ class Mixing(NamedTuple):
     mode: Mode
 
     def coefficients(self, matrices: int, inputs: int) -> nn.Parameter:
-        """Empty coefficients of so many matrices of one input width."""
+        """Empty coefficients of a number of matrices with the same input width."""
         return nn.Parameter(torch.empty(matrices, self.models, inputs if self.by_column else 1))
 
 
