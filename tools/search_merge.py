@@ -102,7 +102,7 @@ def result(found: Found, folder: Path) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [f"{v.name} = {value:g}" for v, value in zip(found.variables, found.best.values)]
     if len(found.counted) > 1:
-        lines.append(f"{len(found.front)} trials are on the Pareto front; their recipes are in {folder / FRONT}")
+        lines.append(f"trials on the Pareto front: {len(found.front)}, with their recipes in {folder / FRONT}")
     return "\n".join([
         *lines,
         f"{len(found.trials)} trials in {found.seconds:.0f} s, {found.new} of them now: {found.stopped}",

@@ -187,7 +187,9 @@ def _section_html(section: Section, anchor: str, figures: list[dict]) -> str:
         spec["layout"].pop("template", None)
         head = f"<h3>{escape(chart.title)}</h3><p class=note>{escape(chart.axes)}</p>"
         note = f"<p class=note>{escape(chart.note)}</p>" if chart.note else ""
-        parts.append(f"{head}<div class=figure data-figure={len(figures)}></div><div class=legend></div>{note}")
+        height = spec["layout"].get("height")  # of a figure that needs more than the page's own
+        style = f' style="height: {height}px"' if height else ""
+        parts.append(f"{head}<div class=figure data-figure={len(figures)}{style}></div><div class=legend></div>{note}")
         figures.append({"title": chart.title, **spec})
     if section.missing:
         parts.append(f"<p class=note>Left out, no data: {escape(', '.join(section.missing))}.</p>")

@@ -95,7 +95,7 @@ def _objective_chart(found: Found, objective: Objective) -> RenderedChart:
         if objective.name in values:
             figure.add_scatter(
                 x=[0, max(1, len(found.trials) - 1)], y=[values[objective.name]] * 2, mode="lines",
-                name=escaped(label, 60),
+                name=escaped(label, 60), meta=escaped(label, 60),
                 line={"color": COLOURS[(number + 2) % len(COLOURS)], "width": 1.5, "dash": "dash"},
                 hovertemplate="%{y:.5g}",
             )  # fmt: skip
@@ -169,12 +169,12 @@ def _front_table(found: Found) -> str:
 
 def _add_points(figure: go.Figure, found: Found, values: list[float], name: str) -> None:
     figure.add_scatter(
-        x=list(range(len(values))), y=_finite(values), mode="markers", name=name,
+        x=list(range(len(values))), y=_finite(values), mode="markers", name=name, meta=name,
         marker={"color": COLOURS[0], "size": 5}, hovertemplate="trial %{x}: %{y:.5g}",
     )  # fmt: skip
     best = found.best.number
     figure.add_scatter(
-        x=[best], y=[values[best]], mode="markers", name="best", hovertemplate="trial %{x}: %{y:.5g}",
+        x=[best], y=[values[best]], mode="markers", name="best", meta="best", hovertemplate="trial %{x}: %{y:.5g}",
         marker={"color": MARK_COLOUR, "size": 10, "symbol": "diamond"},
     )  # fmt: skip
 

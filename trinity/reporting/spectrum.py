@@ -49,7 +49,9 @@ def _heatmap(kind: str, modules: list[dict[str, Any]]) -> RenderedChart:
         "margin": {"l": 190},
         "height": max(300, 26 * len(types) + 120),
     }
-    return RenderedChart(_TITLES[kind], AXES, go.Figure(heatmap, layout), "A dot: the module trains.")
+    return RenderedChart(
+        _TITLES[kind], AXES, go.Figure(heatmap, layout), "A dot: the module trains. Empty: a score of 0, or no such module in the layer."
+    )
 
 
 def _log(module: dict[str, Any] | None, kind: str) -> float | None:

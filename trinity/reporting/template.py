@@ -97,7 +97,7 @@ SCRIPT = """
     if (trace.mode === "markers") {
       const mark = document.createElement("span");
       mark.style.color = (trace.marker || trace.line).color;
-      mark.textContent = (trace.marker ? symbols[trace.marker.symbol] : "\\u25cf") + " ";
+      mark.textContent = (symbols[trace.marker?.symbol] || "\\u25cf") + " ";
       return mark;
     }
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
