@@ -45,7 +45,7 @@ def test_whole(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         assert scores[name] == pytest.approx(list(score), rel=1e-6)
     assert [unit["name"] for unit in results(tmp_path)["units"] if unit["trained"]] == only
     page = (tmp_path / "spectrum.html").read_text()
-    assert page.count("class=figure data-figure") == page.count("style=\"height: ") == 2  # a row for each type of module
+    assert page.count("class=figure data-figure") == page.count('style="height: ') == 2
     assert "Scores by layer and module" in page
     assert "\n".join(only) in page
 

@@ -50,7 +50,10 @@ def _heatmap(kind: str, modules: list[dict[str, Any]]) -> RenderedChart:
         "height": max(300, 26 * len(types) + 120),
     }
     return RenderedChart(
-        _TITLES[kind], AXES, go.Figure(heatmap, layout), "A dot: the module trains. Empty: a score of 0, or no such module in the layer."
+        _TITLES[kind],
+        AXES,
+        go.Figure(heatmap, layout),
+        "A dot: the module trains. Empty: a score of 0, or no such module in the layer.",
     )
 
 
