@@ -25,7 +25,7 @@ export TOKENIZERS_PARALLELISM := true
 help:
 	@echo "make smoke | sft-smoke | test | test-slow | lint | docs | venv | data | data-sft | clean"
 	@echo "make test TEST_WORKERS=4    more tests at once; each worker takes 1 to 2 GB"
-	@echo "make quick    the core's tests in under two minutes, while working; test runs all but the slow ones"
+	@echo "make quick    the core's tests in a few minutes, while working; test runs all but the slow ones"
 
 venv: $(VENV)/ready
 
@@ -62,13 +62,13 @@ sft-smoke: data-sft
 	$(BIN)/python launch/pretrain.py configs/sft_smoke.yaml run.dir=$(SFT_RUN) init.run=$(RUN)
 	$(BIN)/python tools/smoke_summary.py $(SFT_RUN) --out $(SFT_RUN)/hf/final
 
-# Model, balancing, optimizers, data, config, interop, evaluation, one training step, and the pages of docs/: 70 s of CPU.
+# Model, balancing, optimizers, data, config, interop, evaluation, one training step, and the pages of docs/.
 # Not here: kernels in Triton's interpreter (90 s), plans, and runs, launchers and meshes, which start processes.
 QUICK := $(addprefix tests/,test_balancing.py test_transformers_equality.py test_layers.py models optim data config interop \
 	evaluation kernels docs training/test_train_step.py)
 
 quick: venv
-	$(BIN)/python -m pytest $(QUICK) --ignore-glob='*_triton.py' -m "not slow and not processes"
+	$(BIN)/python -m pytest $(QUICK) --ignore-glob='*_triton.py' -m "not slow and not processes" $(XDIST)
 
 # A file's tests stay together, as they share fixtures and groups of processes.
 TEST_WORKERS ?= 2

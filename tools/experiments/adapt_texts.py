@@ -1,8 +1,8 @@
-"""Text for the comparison of adaptations: general text, a near domain and a far one, that every CPython has.
+"""Text for the comparison of adaptations: general text, a near domain and a far domain, all from files of CPython.
 
 general   modules of the standard library, and their docstrings; the base trains on it
 manual    pydoc's chapters of the language reference: English about the same subject
-unicode   the Unicode character database, in the format of UnicodeData.txt: nothing of it is in the general text
+unicode   the Unicode character database, in the format of UnicodeData.txt, which the general text does not contain
 
 A domain is divided by whole parts, modules, chapters or blocks of 256 characters, into `train`; `search`, on which
 merges are searched; and `test`, on which models are compared.
