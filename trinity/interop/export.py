@@ -59,8 +59,13 @@ def export_hf(
         directory.
     Raises:
         UserError: `directory` is not empty and not an earlier export, or is one and `overwrite` is False; or the
-            tokenizer cannot be used.
+            tokenizer cannot be used; or hooks changed the model's architecture.
     """
+    if model.variant is not None:
+        raise UserError(
+            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
+            "without the change, or save a checkpoint"
+        )
     directory = Path(directory).resolve()
     partial = partial_folder(directory)
     first = not dist.is_initialized() or dist.get_rank() == 0
