@@ -146,6 +146,20 @@ class SmallRun:
             losses.append(evaluate(self.model, rows, size, data.document_mask, None, self.ranks.device)["loss"])
         return math.fsum(losses) / len(losses)
 
+    def save(self) -> dict[str, Any]:
+        """Everything that the next steps depend on."""
+        optimizers = {name: _local(value).clone() for name, value in self.optimizers.state_dict().items()}
+        return {"model": self.state(), "optimizers": optimizers, "stream": self.stream.state(), "steps": self.steps}
+
+    @torch.no_grad()
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what `save` returned; config and its schedule may be others."""
+        self.load(saved["model"])
+        for name, value in self.optimizers.state_dict().items():
+            _local(value).copy_(saved["optimizers"][name])
+        self.stream.restore(saved["stream"])
+        self.steps = saved["steps"]
+
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of all weights and biases of the model."""
         return {name: _local(value).clone() for name, value in self.model.state_dict().items()}
