@@ -12,7 +12,7 @@ bounded logits of the head.
 The design, fixed before the first run:
 - Text: Python's standard library as 14 domains (domains.py); rows of 128 tokens, 16 rows a step, packed by RSDB.
 - Model: Trinity with 6 layers, the first dense, the others with 8 experts of which 2 are active, width 48: 0.31 million
-  parameters. The smoke recipe: 250 steps, warm-up over 20, linear to 0 over the last 30 %.
+  parameters. The smoke recipe: 200 steps, warm-up over 20, linear to 0 over the last 30 %.
 - Rates: the recipe's (Muon 0.02, AdamW 0.006), with which the whole recipe is stable, and three times both.
 - Arms: `full`; `no_sequence_loss` (α = 0); `no_z_loss` (coefficient 0); `no_depth_scale` (the gains after a sublayer
   begin at 1); `no_post_norm` (no norm after a sublayer: x + M(norm(x))); `no_gate` (the gate is 1); `no_qk_norm` (RoPE
@@ -26,8 +26,8 @@ The design, fixed before the first run:
   spikes or is not finite where `full` does not and is, or if a logit or gradient norm is more than twice that of `full`.
 
 Differences from the report that may matter: instabilities of Large came after trillions of tokens, and the report's
-model has 60 layers and wide logits; here a run has 0.5 million tokens and 6 layers. What does not matter here may matter
-there; the coefficients of sequence loss and z-loss are so small that 250 steps may not show them.
+model has 60 layers and wide logits; here a run has 0.4 million tokens and 6 layers. What does not matter here may matter
+there; the coefficients of sequence loss and z-loss are so small that 200 steps may not show them.
 
 Finished parts are kept in --out: after an interruption the same command continues with the next part.
 """
@@ -75,7 +75,7 @@ class Size(NamedTuple):
 
     vocabulary: int = 1024
     every: int = 1
-    steps: int = 250
+    steps: int = 200
     ignored: int = 50
     balanced: int = 50
     probe_every: int = 10

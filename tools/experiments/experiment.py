@@ -88,23 +88,26 @@ class Experiment(NamedTuple):
     packages: tuple[str, ...] = ("torch", "numpy", "tokenizers")
 
 
-def parse(experiment: Experiment) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=experiment.design, formatter_class=HelpFormatter)
+def command_line(name: str, design: str) -> argparse.ArgumentParser:
+    """The parser of an experiment's command, without arguments of its own."""
+    parser = argparse.ArgumentParser(description=design, formatter_class=HelpFormatter)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds (%(default)s)")
-    parser.add_argument(
-        "--out", type=local_path, default=Path("runs") / experiment.name, help="output folder (%(default)s)"
-    )
+    parser.add_argument("--out", type=local_path, default=Path("runs") / name, help="output folder (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="toy size, to test the command")
     parser.add_argument(
         "--draw", type=local_path, metavar="FILE", help="train nothing: print the tables of a results file, and plot it"
     )
-    return parser.parse_args()
+    return parser
 
 
-def run_experiment(experiment: Experiment) -> int | None:
-    """The command: make the missing parts, write the results, print their tables, and plot them beside the file."""
-    arguments = parse(experiment)
+def run_experiment(experiment: Experiment, arguments: argparse.Namespace | None = None) -> int | None:
+    """The command: make the missing parts, write the results, print their tables, and plot them beside the file.
+
+    Args:
+        arguments: those of command_line; None: parse them.
+    """
+    if arguments is None:
+        arguments = command_line(experiment.name, experiment.design).parse_args()
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds} must be at least 1")
     path = arguments.draw or arguments.out / f"{experiment.name}.json"
