@@ -50,6 +50,10 @@ class Lab(NamedTuple):
     folder: Path
     after_step: Callable[[], Any]
 
+    def path(self, name: str) -> str:
+        """Of a file or folder of this seed."""
+        return str(self.folder / name)
+
 
 class Part(NamedTuple):
     """A part of one seed: about how many optimizer steps it takes, and the function that makes its record."""
@@ -72,6 +76,7 @@ class Experiment(NamedTuple):
     outcome: results → what came out, in plain sentences that name the figures.
     draw: (path of the SVG, results).
     packages: whose versions are recorded, and have to be installed.
+    unit: of the progress bar, in which `Part.steps` counts.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Experiment(NamedTuple):
     outcome: Callable[[Record], str]
     draw: Callable[[Path, Record], None]
     packages: tuple[str, ...] = ("torch", "numpy", "tokenizers")
+    unit: str = "step"
 
 
 def command_line(name: str, design: str) -> argparse.ArgumentParser:
@@ -108,76 +114,129 @@ def run_experiment(experiment: Experiment, arguments: argparse.Namespace | None 
     """
     if arguments is None:
         arguments = command_line(experiment.name, experiment.design).parse_args()
+    size = experiment.quick if arguments.quick else experiment.full
+
+    def show(path: Path) -> None:
+        results = read_results(experiment.name, path)
+        print(experiment.report(results))
+        print(f"\n{experiment.outcome(results)}")
+        experiment.draw(path.with_suffix(".svg"), results)
+
+    return run_command(
+        experiment.name, arguments, lambda: make_results(experiment, size, arguments.out, arguments.seeds), show
+    )
+
+
+def run_command(
+    name: str, arguments: argparse.Namespace, make: Callable[[], object], show: Callable[[Path], None]
+) -> int | None:
+    """Make the results, unless --draw is given, and show them.
+
+    Args:
+        arguments: of command_line.
+        make: writes OUT/NAME.json; only one process at a time does in OUT.
+        show: prints and plots what is in a results file.
+    Raises:
+        UserError: --seeds is below 1, or another process is writing in --out.
+    """
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds} must be at least 1")
-    path = arguments.draw or arguments.out / f"{experiment.name}.json"
     if arguments.draw is None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         try:
-            make_results(experiment, arguments.out, arguments.seeds, arguments.quick)
+            with file_lock(arguments.out, patience=1):
+                make()
+        except BlockingIOError:
+            raise UserError(
+                f"--out {arguments.out} is being written by another process; wait for it, or end it"
+            ) from None
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
             return INTERRUPTED
-    results = read_results(experiment.name, path)
-    print(experiment.report(results))
-    print(f"\n{experiment.outcome(results)}")
-    experiment.draw(path.with_suffix(".svg"), results)
+    show(arguments.draw or arguments.out / f"{name}.json")
     return None
 
 
-def make_results(experiment: Experiment, out: Path, seeds: int, quick: bool) -> None:
-    """Make all parts, except those finished by an earlier call, and write OUT/NAME.json.
+def make_results(experiment: Experiment, size: Size, out: Path, seeds: int) -> None:
+    """Make all parts, except those finished by an earlier call, and write OUT/NAME.json after each seed.
 
     Raises:
-        UserError: `out` has results of other settings, another process is writing there, or a package is missing.
+        UserError: `out` has results of other settings, or a package is missing.
     """
-    size: Any = experiment.quick if quick else experiment.full
+    import trinity  # noqa: F401  # before torch, for the policy of its threads
+
+    # isort: split
+    import torch
+
     versions = package_versions(experiment.packages)  # refuses before any work
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(out, patience=1):
-            texts = experiment.make_texts(out, size)
-            head = {"size": size._asdict(), "versions": versions, "texts": experiment.describe_texts(texts)}
-            settings = json.loads(to_json(head))
-            parts = {(seed, name): part for seed in range(seeds) for name, part in experiment.parts(size, seed).items()}
-            with Progress(experiment.name, sum(part.steps for part in parts.values()), "step") as bar:
-                records = _make_parts(experiment.name, parts, size, texts, settings, out, bar)
-            head = {"experiment": experiment.name, "settings": settings, "parts": records}
-            write_json(out / f"{experiment.name}.json", head, indent=None)
-    except BlockingIOError:
-        raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
-
-
-def _make_parts(
-    name: str, parts: dict[tuple[int, str], Part], size: Any, texts: Any, settings: Record, out: Path, bar: Progress
-) -> list[Record]:
-    """The records of all parts: those kept in OUT/parts, and the missing ones, which are made."""
-    folder = out / "parts"
-    folder.mkdir(exist_ok=True)
+    texts = experiment.make_texts(out, size)
+    head = {"size": size._asdict(), "versions": versions, "texts": experiment.describe_texts(texts)}
+    settings = json.loads(to_json(head))
+    parts = [experiment.parts(size, seed) for seed in range(seeds)]
+    torch.set_num_threads(1)  # the number of threads changes the bits of sums
     done: dict[tuple[int, str], Record] = {}
-    before = 0
-    for (seed, part_name), part in parts.items():
-        path = folder / f"{seed}-{part_name}.json"
-        kept = read_json(path)
-        before += part.steps
-        if kept is None:
-            bar.describe(f"seed {seed}, {part_name}")
+    with Progress(experiment.name, sum(p.steps for of_seed in parts for p in of_seed.values()), experiment.unit) as bar:
+        for seed, of_seed in enumerate(parts):
             lab = Lab(size, seed, texts, (out / f"seed-{seed}").resolve(), bar.update)
-            lab.folder.mkdir(exist_ok=True)
+            make_seed(lab, of_seed, done, Kept(out / "parts", settings), bar)
+            head = {"experiment": experiment.name, "settings": settings, "parts": list(done.values())}
+            write_json(out / f"{experiment.name}.json", head, indent=None)
+
+
+def make_seed(lab: Lab, parts: dict[str, Part], done: dict[tuple[int, str], Record], kept: "Kept", bar: Progress) -> None:
+    """Add to `done` the records of all parts of a seed: those that are kept, and the missing ones, which are made."""
+    lab.folder.mkdir(exist_ok=True)
+    before = bar.n
+    for name, part in parts.items():
+        before += part.steps
+        record = kept.read(lab.seed, name)
+        if record is None:
+            bar.describe(f"seed {lab.seed}, {name}")
             began = time.process_time()
-            record = part.make(lab, done)
-            record = {"seed": seed, "part": part_name, "seconds": time.process_time() - began} | record
-            write_json(path, {"settings": settings, "record": record}, indent=None)
-            done[seed, part_name] = json.loads(to_json(record))
+            made = part.make(lab, done)
+            seconds = time.process_time() - began
+            record = kept.write({"seed": lab.seed, "part": name, "seconds": seconds} | made)
             bar.update_to(before)
-        elif kept.get("settings") != settings:
+        else:
+            bar.skip_to(before)
+        done[lab.seed, name] = record
+
+
+class Kept:
+    """Finished parts, a file each.
+
+    Args:
+        folder: of the files.
+        settings: in every file; a part of other settings is refused.
+    """
+
+    def __init__(self, folder: Path, settings: Record) -> None:
+        self._folder, self._settings = folder, settings
+        folder.mkdir(exist_ok=True)
+
+    def _path(self, seed: int, name: str) -> Path:
+        return self._folder / f"{seed}-{name}.json"
+
+    def read(self, seed: int, name: str) -> Record | None:
+        """The record of a part; None if it is not finished.
+
+        Raises:
+            UserError: it has other settings.
+        """
+        path = self._path(seed, name)
+        kept = read_json(path)
+        if kept is not None and kept.get("settings") != self._settings:
             raise UserError(
                 f"{path} has other settings, or was made by other versions of Python or packages; give another "
-                f"--out, or remove {folder}"
+                f"--out, or remove {self._folder}"
             )
-        else:
-            done[seed, part_name] = kept["record"]
-            bar.skip_to(before)
-    return list(done.values())
+        return None if kept is None else kept["record"]
+
+    def write(self, record: Record) -> Record:
+        """Keep a record; returns it as it will be read."""
+        content = {"settings": self._settings, "record": record}
+        write_json(self._path(record["seed"], record["part"]), content, indent=None)
+        return json.loads(to_json(record))
 
 
 def package_versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -21,7 +21,10 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def median_and_range(values: Sequence[float], digits: str = ".3g") -> str:
     """The median over seeds, and in brackets the smallest and the largest value."""
     middle, low, high = (format(value, digits) for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({low}–{high})" if len(values) > 1 else middle
+    if len(values) == 1:
+        return middle.replace("-", "−")
+    to = " to " if "-" in low + high or "+" in digits else "–"
+    return f"{middle} ({low}{to}{high})".replace("-", "−")
 
 
 def save_plot(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:

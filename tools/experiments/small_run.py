@@ -95,7 +95,7 @@ def small_config(corpus: Corpus, seed: int, steps: int, *settings: dict[str, Any
 
 
 class SmallRun:
-    """A run, step by step. Made by `small_run`.
+    """A run, step by step; `small_run` makes one on a mesh of its own.
 
     Args:
         config: from small_config.
@@ -124,6 +124,8 @@ class SmallRun:
     def step(self) -> StepResult:
         """Take one optimizer step; a step that is not finite is skipped, as in a run."""
         self.batch = self.stream.take(self.config.batch.sequences)
+        if not self.config.data.document_mask:
+            self.batch.document_ids_BS = None
         rate = lr_fraction(self.config, self.steps, 0)
         began = time.process_time()
         result = train_step(self.model, self.optimizers, self.batch, self.config, rate, self.ranks)
