@@ -7,9 +7,7 @@ from typing import Any
 
 from experiment import Record, cost, records_of
 from plots import COLOURS, markdown_table, median_and_range, save_plot
-
-from trinity.config.run import SpikeConfig
-from trinity.monitor.loss_spikes import SpikeDetector
+from spikes import count_spikes
 
 TITLES = {
     "full": "the whole recipe",
@@ -21,35 +19,42 @@ TITLES = {
     "no_qk_norm": "without QK-norm",
 }
 RATIO = 2.0
-"""A logit or gradient norm this many times that of the whole recipe counts as less stable."""
+"""A logit or a peak of the gradient norm this many times that of the whole recipe counts as less stable."""
+MATTERS = 0.005
+"""A difference of the loss, nats."""
+SPIKE_WINDOW = 64
+STABILITY = ("peak", "attention", "head", "spikes", "not_finite")
+"""Measures that show stability."""
 
 
-def spikes(record: Record) -> int:
-    """Spikes of loss or gradient norm in a run's curves, by the rule and the defaults of health.spike."""
-    rule = SpikeConfig()
-    detector = SpikeDetector(rule.window, rule.sigma)
-    curves = zip(record["curves"]["loss"], record["curves"]["grad_norm"])
-    return sum(
-        detector.detect(loss, norm) is not None for loss, norm in curves if loss is not None and norm is not None
-    )
+def spikes(record: Record, ignored: int) -> int:
+    """Spikes of loss or gradient norm in a run's curves after the ignored steps."""
+    loss, grad_norm = (record["curves"][name][ignored:] for name in ("loss", "grad_norm"))
+    return count_spikes(loss, grad_norm, SPIKE_WINDOW)
 
 
 def _largest(values: list[float | None]) -> float:
     return max((value for value in values if value is not None), default=float("nan"))
 
 
+def _peak(values: list[float | None]) -> float:
+    finite = [value for value in values if value is not None]
+    return max(finite) / statistics.median(finite) if finite else float("nan")
+
+
 def measures(size: Record) -> dict[str, tuple[str, str, Callable[[Record], float]]]:
-    """Name → its title, the format of its values, and the measure of a record. The first three show stability."""
+    """Name → its title, the format of its values, and the measure of a record."""
     ignored = size["ignored"]
     return {
         "grad_norm": ("largest gradient norm", ".2f", lambda r: _largest(r["curves"]["grad_norm"][ignored:])),
+        "peak": ("its ratio to the median norm", ".1f", lambda r: _peak(r["curves"]["grad_norm"][ignored:])),
         "attention": (
             "largest attention logit", ".1f",
             lambda r: _largest(r["attention_logits"][ignored // size["probe_every"] :]),
         ),
         "head": ("largest head logit", ".1f", lambda r: _largest(r["curves"]["max_head_logit"][ignored:])),
         "max_violation": ("MaxVio", ".2f", lambda r: r["max_violation"]),
-        "spikes": ("spikes", ".0f", spikes),
+        "spikes": ("spikes", ".0f", lambda r: spikes(r, ignored)),
         "not_finite": ("steps that were not finite", ".0f", lambda r: r["not_finite"]),
     }  # fmt: skip
 
@@ -78,7 +83,8 @@ def report(results: Record) -> str:
             losses = [float("nan") if run["validation"] is None else run["validation"] for run in runs]
             difference = "" if arm == "full" else median_and_range(differences(results, arm, rate), "+.4f")
             cells = (
-                median_and_range([measure(run) for run in runs], digits) for _, digits, measure in measures(size).values()
+                median_and_range([measure(run) for run in runs], digits)
+                for _, digits, measure in measures(size).values()
             )
             rows.append([title, median_and_range(losses, ".4f"), difference, *cells])
         head = [f"{rate:g} times the rates", "validation loss, nats", "difference to the whole recipe"]
@@ -89,12 +95,14 @@ def report(results: Record) -> str:
 def less_stable(results: Record, arm: str, rate: float) -> list[str]:
     """In what an arm is less stable than the whole recipe: titles of measures."""
     found = []
-    for name, (title, _, measure) in measures(results["settings"]["size"]).items():
-        values, whole = (
-            statistics.median(measure(run) for run in runs_of(results, which, rate)) for which in (arm, "full")
-        )
-        worse = values > whole if name in ("spikes", "not_finite") else values > RATIO * whole
-        if worse and name != "max_violation":
+    for name in STABILITY:
+        title, _, measure = measures(results["settings"]["size"])[name]
+        values, whole = ([measure(run) for run in runs_of(results, which, rate)] for which in (arm, "full"))
+        if name in ("spikes", "not_finite"):
+            worse = max(values) > max(whole)
+        else:
+            worse = statistics.median(values) > RATIO * statistics.median(whole)
+        if worse:
             found.append(title)
     return found
 
@@ -102,27 +110,24 @@ def less_stable(results: Record, arm: str, rate: float) -> list[str]:
 def outcome(results: Record) -> str:
     """What came out, a sentence for each arm."""
     sentences = []
+    rates = results["settings"]["size"]["rates"]
     for arm, title in TITLES.items():
         if arm == "full":
             continue
         clauses = []
-        for rate in results["settings"]["size"]["rates"]:
+        for rate in rates:
             difference = differences(results, arm, rate)
-            if min(difference) > 0:
-                effect = "higher for every seed"
-            elif max(difference) < 0:
-                effect = "lower for every seed"
-            else:
-                effect = "not higher for every seed"
+            effect = "higher" if min(difference) >= MATTERS else "lower" if max(difference) <= -MATTERS else "no clear change"
             unstable = less_stable(results, arm, rate)
-            stability = f"; less stable: {', '.join(unstable)}" if unstable else ""
-            clauses.append(f"{statistics.median(difference):+.3f} nats at {rate:g} times the rates ({effect}{stability})")
+            stability = f"; less stable in: {', '.join(unstable)}" if unstable else ""
+            clauses.append(f"{statistics.median(difference):+.3f} at {rate:g} times the rates ({effect}{stability})")
         sentences.append(f"{title[0].upper()}{title[1:]}: {' and '.join(clauses)}.")
-    counts = [spikes(run) for rate in results["settings"]["size"]["rates"] for run in runs_of(results, "full", rate)]
+    whole = [run for rate in rates for run in runs_of(results, "full", rate)]
+    count = sum(measures(results["settings"]["size"])["spikes"][2](run) for run in whole)
     return (
-        f"The loss against the whole recipe's. {' '.join(sentences)} Spikes of the whole recipe: {sum(counts)} in "
-        f"{len(counts)} runs. ({cost(results)})"
-    )
+        f"The validation loss against the whole recipe's, nats; higher or lower means by {MATTERS} or more for every "
+        f"seed. {' '.join(sentences)} Spikes of the whole recipe: {count} in {len(whole)} runs. ({cost(results)})"
+    ).replace("-0.", "−0.")
 
 
 def draw(path: Path, results: Record) -> None:
@@ -142,7 +147,10 @@ def draw(path: Path, results: Record) -> None:
                     heights = [place + 0.25 * (0.5 - index)] * len(values)
                     label = f"{rate:g} times the rates" if place == 0 and panel is panels[1] else None
                     panel.plot(values, heights, "o", color=COLOURS[index], markersize=5, alpha=0.7, label=label)
-        titles = ("loss against the whole\nrecipe's, nats", *(measures(size)[name][0].replace(" ", "\n", 1) for name in names))
+        titles = (
+            "loss against the whole\nrecipe's, nats",
+            *(measures(size)[name][0].replace(" ", "\n", 1) for name in names),
+        )
         for panel, title in zip(panels, titles):
             panel.set_title(title, loc="left", fontsize=11)
         panels[0].axvline(0, color="black", linewidth=1)

@@ -141,9 +141,10 @@ def average(run: Any, states: dict[int, Any], begin: int, shape: str, few: int |
 
 
 def evenly_spaced(steps: Sequence[int], number: int) -> list[int]:
-    """`number` of the steps at equal distances, the last among them; all if there are not more."""
-    stride = max(1, (len(steps) - 1) // (number - 1))
-    return list(steps[::-1][::stride][:number][::-1])
+    """`number` of the steps, from the first to the last, as evenly as possible; all if there are not more."""
+    if len(steps) <= number:
+        return list(steps)
+    return [steps[round(place * (len(steps) - 1) / (number - 1))] for place in range(number)]
 
 
 def weighted_sum(states: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[str, Any]:

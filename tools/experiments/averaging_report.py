@@ -56,12 +56,14 @@ def outcome(results: Record) -> str:
     constant = statistics.median(run["constant"] for run in records_of(results, "losses"))
     gained = constant - statistics.median(averaged)
     whole = constant - statistics.median(decayed)
-    verdict = "agrees with the claim" if statistics.median(difference) <= 0 else "contradicts the claim"
+    good = statistics.median(averaged) <= statistics.median(decayed)
+    verdict = "agrees with the claim" if good else "contradicts the claim"
+    of_it = f": {gained / whole:.0%} of it, without training" if whole > 0 else ""
     return (
         f"The best average ({shape}, last {float(share):.0%} of the steps) has a validation loss "
         f"{median_and_range(difference, '+.4f')} nats against the best decay ({decay}, last {float(decay_share):.0%}): "
         f"this {verdict}. Against the constant run, {constant:.4f} nats, the average gains {gained:.4f} and the decay "
-        f"{whole:.4f} nats: {gained / whole:.0%} of it, without training. ({cost(results)})"
+        f"{whole:.4f} nats{of_it}. ({cost(results)})"
     )
 
 

@@ -23,7 +23,7 @@ MEASURES = {
     "dead_experts": ("share of dead experts", ".3f"),
 }
 SMOOTHED_STEPS = 10
-SETTLED, OSCILLATES = 0.5, 0.9
+SETTLED = 0.5
 
 
 def mean_over(values: Sequence[float], steps: Sequence[int]) -> float:
@@ -59,7 +59,15 @@ def report(results: Record) -> str:
             [TITLES[arm], *(median_and_range(means(results, arm, measure, when), digits) for when in RANGES)]
             for arm in TITLES
         ]
-        tables.append(markdown_table([f"{title}, mean over steps", *(f"{name}, {size[when][0]}–{size[when][1]}" for when, name in RANGES.items())], rows))  # noqa: E501
+        tables.append(
+            markdown_table(
+                [
+                    f"{title}, mean over steps",
+                    *(f"{name}, {size[when][0]}–{size[when][1]}" for when, name in RANGES.items()),
+                ],
+                rows,
+            )
+        )
     rows = []
     for arm, title in TITLES.items():
         runs = records_of(results, arm)
@@ -72,10 +80,12 @@ def report(results: Record) -> str:
 def outcome(results: Record) -> str:
     """What came out."""
     smebu, sign = (falls(results, arm) for arm in ("smebu", "sign"))
-    if max(smebu) <= SETTLED and min(sign) > OSCILLATES:
+    if max(smebu) <= SETTLED:
         verdict = "This agrees with the claim."
     elif statistics.median(smebu) < statistics.median(sign):
-        verdict = f"SMEBU settles more than sign, but not to {SETTLED} of its early step: this agrees with the claim in part."
+        verdict = (
+            f"SMEBU settles more than sign, but not to {SETTLED} of its early step: this agrees with the claim in part."
+        )
     else:
         verdict = "This contradicts the claim."
     violation = {arm: median_and_range(means(results, arm, "max_violation_mean", "decayed"), ".2f") for arm in TITLES}

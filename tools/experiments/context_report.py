@@ -46,6 +46,21 @@ def table(results: dict[str, Any]) -> str:
     return markdown_table(["pairs", "", *(f"@{length}" for length in size["lengths"])], rows)
 
 
+def outcome(results: dict[str, Any]) -> str:
+    """What came out: the scores at twice the length of the longer rows, with the most pairs."""
+    size = results["settings"]
+    length, pairs = 2 * size["long"], max(size["asked_pairs"])
+    scores = {arm: values(results, arm, pairs, length, "score") for arm in COLOURS}
+    better = min(scores["extended"]) > max(scores["control"]) and min(scores["extended"]) > max(scores["base"])
+    verdict = "agrees with the claim" if better else "contradicts the claim"
+    figures = {arm: median_and_range(seeds, ".2f") for arm, seeds in scores.items()}
+    return (
+        f"At {length} tokens, twice the longer rows, and among {pairs} pairs the score is {figures['extended']} after "
+        f"{size['extension_steps']} steps at {size['long']}, {figures['control']} after as many at {size['short']}, and "
+        f"{figures['base']} before: this {verdict}."
+    )
+
+
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Plot as SVG score and nats over the length, a column for each number of pairs: lines are medians, dots seeds.
 

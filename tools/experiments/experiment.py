@@ -183,7 +183,9 @@ def make_results(experiment: Experiment, size: Size, out: Path, seeds: int) -> N
             write_json(out / f"{experiment.name}.json", head, indent=None)
 
 
-def make_seed(lab: Lab, parts: dict[str, Part], done: dict[tuple[int, str], Record], kept: "Kept", bar: Progress) -> None:
+def make_seed(
+    lab: Lab, parts: dict[str, Part], done: dict[tuple[int, str], Record], kept: "Kept", bar: Progress
+) -> None:
     """Add to `done` the records of all parts of a seed: those that are kept, and the missing ones, which are made."""
     lab.folder.mkdir(exist_ok=True)
     before = bar.n

@@ -21,7 +21,9 @@ The design, fixed before the first run:
 - Measured, three seeds: the validation loss (mean over the domains) after 400 steps of each arm at its best rate; and
   of Muon after 25, 40, 50, 60 and 75 % of the steps, each a run of its own whose schedule ends there.
 - The result: the number of tokens at which Muon has the loss that AdamW ends with, interpolated between these runs in
-  the logarithm of the tokens; likewise of CPU seconds of the training steps on one thread.
+  the logarithm of the tokens; and that ratio times that of the CPU seconds of a step, on one thread, medians of 20 steps
+  of both optimizers in turns. (The turns were added while the first seeds were trained: seconds of whole runs depended
+  on what else the machine did.)
 
 Differences from the report that may matter: 0.8 million tokens, two for each parameter; 2,048 tokens a step, where both
 optimizers have noisy gradients; and a model so small that Newton-Schulz takes a larger share of a step.
@@ -30,6 +32,7 @@ Finished parts are kept in --out: after an interruption the same command continu
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,6 +41,8 @@ from experiment import Done, Experiment, Lab, Part, Record, run_experiment
 from optimizers_report import draw, outcome, report, tuning
 
 from trinity.errors import run_main
+
+TIMED_STEPS = 20
 
 
 class Size(NamedTuple):
@@ -54,7 +59,7 @@ class Size(NamedTuple):
     vocabulary: int = 1024
     every: int = 1
     steps: int = 400
-    rates: dict[str, list[float]] = {  # noqa: RUF012 (never changed)
+    rates: dict[str, list[float]] = {
         "muon": [5e-3, 1e-2, 2e-2, 4e-2],
         "adamw": [1.5e-3, 3e-3, 6e-3, 1.2e-2],
         "one_rate": [1.5e-3, 3e-3, 6e-3, 1.2e-2],
@@ -85,7 +90,35 @@ def parts(size: Size, seed: int) -> dict[str, Part]:
         named[arm] = Part(0 if seed == 0 else size.steps, partial(train_best, arm=arm, share=1.0))
     for share in size.shares:
         named[f"muon_{share:.0%}"] = Part(round(share * size.steps), partial(train_best, arm="muon", share=share))
+    named["step_times"] = Part(2 * TIMED_STEPS, step_times)
     return named
+
+
+def step_times(lab: Lab, done: Done) -> Record:
+    """Time training steps of both optimizers in turns, so that the machine's load is the same for each.
+
+    Returns:
+        "step_times": arm → median CPU seconds of a step; the first is left out.
+    """
+    from small_run import SmallRun, small_config
+
+    from trinity.parallel import mesh
+
+    adamw = done[lab.seed, "adamw"]
+    config = small_config(lab.texts, lab.seed, 1 + TIMED_STEPS, list(lab.size.settings))
+    ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
+    try:
+        makers = {"muon": {}, "adamw": {"optimizers": adamw_optimizers(adamw["arm"], adamw["rate"])}}
+        runs = {arm: SmallRun(config, ranks, **words) for arm, words in makers.items()}
+        seconds: dict[str, list[float]] = {arm: [] for arm in runs}
+        for _ in range(1 + TIMED_STEPS):
+            for arm, run in runs.items():
+                before = run.seconds
+                run.step()
+                seconds[arm].append(run.seconds - before)
+    finally:
+        mesh.stop()
+    return {"step_times": {arm: statistics.median(of_arm[1:]) for arm, of_arm in seconds.items()}}
 
 
 def train_at(lab: Lab, _done: Done, arm: str, rate: float, share: float = 1.0) -> Record:
@@ -125,14 +158,19 @@ def train_beyond(lab: Lab, done: Done, arm: str, number: int) -> Record:
 def best_run(done: Done, arm: str) -> Record:
     """The run with seed 0 that has the lowest validation loss; one that diverged has none."""
     runs = tuning(done.values(), arm)
-    return min(runs, key=lambda run: math.inf if run["validation"] is None else run["validation"])
+    return min(runs, key=final_loss)
+
+
+def final_loss(run: Record) -> float:
+    """The validation loss; ∞ of a run that diverged."""
+    return math.inf if run["validation"] is None else run["validation"]
 
 
 def train_best(lab: Lab, done: Done, arm: str, share: float) -> Record:
     """Train the optimizer `arm` at its best rate. `adamw` is the better one of the two AdamW arms."""
     best = best_run(done, arm)
     if arm == "adamw":
-        best = min(best, best_run(done, "one_rate"), key=lambda record: record["validation"])
+        best = min(best, best_run(done, "one_rate"), key=final_loss)
     if lab.seed == 0 and share == 1.0:  # that run exists
         return {key: value for key, value in best.items() if key not in ("seed", "part", "seconds")}
     return train_at(lab, done, best["arm"], best["rate"], share)

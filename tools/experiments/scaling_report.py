@@ -1,4 +1,7 @@
-"""Results of the scaling experiment: the fit, its prediction, tables, plot."""
+"""Results of the scaling experiment: the fit, its prediction, tables, plot.
+
+Shapes: R runs, A values of α.
+"""
 
 import statistics
 from collections.abc import Sequence
@@ -27,21 +30,23 @@ class Law(NamedTuple):
 
 
 def fit(actives: Sequence[float], losses: Sequence[float]) -> Law:
-    """The law with the least sum of squared errors; α is on the grid ALPHAS, E is not below 0."""
-    sizes, values = np.asarray(actives, np.float64), np.asarray(losses, np.float64)
+    """The law with the least sum of squared errors; α is on the grid ALPHAS, E is not below 0.
+
+    For each α the loss is linear in N^-α, so E and A have a closed form.
+    """
+    sizes, losses_R = np.asarray(actives, np.float64), np.asarray(losses, np.float64)
     scale = np.exp(np.log(sizes).mean())
-    best = None
-    for alpha in ALPHAS:
-        powers = (sizes / scale) ** -alpha
-        design = np.stack((np.ones_like(powers), powers), axis=1)
-        (floor, factor), *_ = np.linalg.lstsq(design, values, rcond=None)
-        if floor < 0:
-            floor, factor = 0.0, powers @ values / (powers @ powers)
-        error = float(np.square(floor + factor * powers - values).sum())
-        if best is None or error < best[0]:
-            best = error, Law(float(floor), float(factor * scale**alpha), float(alpha))
-    assert best is not None
-    return best[1]
+    powers_AR = (sizes / scale) ** -ALPHAS[:, None]
+    mean_A, mean = powers_AR.mean(axis=1), losses_R.mean()
+    centred_AR = powers_AR - mean_A[:, None]
+    factor_A = centred_AR @ (losses_R - mean) / np.square(centred_AR).sum(axis=1)
+    floor_A = mean - factor_A * mean_A
+    without_floor_A = powers_AR @ losses_R / np.square(powers_AR).sum(axis=1)
+    factor_A, floor_A = np.where(floor_A < 0, without_floor_A, factor_A), np.maximum(floor_A, 0.0)
+    errors_A = np.square(floor_A[:, None] + factor_A[:, None] * powers_AR - losses_R).sum(axis=1)
+    best = int(errors_A.argmin())
+    alpha = float(ALPHAS[best])
+    return Law(float(floor_A[best]), float(factor_A[best] * scale**alpha), alpha)
 
 
 def by_size(results: Record) -> dict[int, list[float]]:
@@ -52,7 +57,8 @@ def by_size(results: Record) -> dict[int, list[float]]:
 
 
 def _fit_all(losses: dict[int, list[float]]) -> Law:
-    return fit([active for active, of_size in losses.items() for _ in of_size], [x for of in losses.values() for x in of])
+    pairs = [(active, loss) for active, of_size in losses.items() for loss in of_size]
+    return fit(*zip(*pairs))
 
 
 def predict(results: Record, active: int) -> dict[str, Any]:
@@ -62,15 +68,18 @@ def predict(results: Record, active: int) -> dict[str, Any]:
         results: of the first four sizes.
         active: N of the fifth.
     Returns:
-        "active", "loss", "low", "high": nine tenths of the predictions from draws of the seeds; "E", "A", "alpha".
+        "active"; "loss", the law there; "low" and "high", between which nine of ten medians of three runs should lie;
+        "E", "A", "alpha".
     """
     losses = by_size(results)
     law = _fit_all(losses)
     random = np.random.default_rng(0)
-    drawn = [
-        _fit_all({size: list(random.choice(of_size, len(of_size))) for size, of_size in losses.items()}).at(active)
-        for _ in range(DRAWS)
-    ]
+    deviations = [loss - statistics.fmean(of_size) for of_size in losses.values() for loss in of_size]
+    deviations = np.array(deviations) * 1.5**0.5
+    drawn = []
+    for _ in range(DRAWS):
+        fitted = _fit_all({size: list(random.choice(of_size, len(of_size))) for size, of_size in losses.items()})
+        drawn.append(fitted.at(active) + np.median(random.choice(deviations, 3)))
     low, high = np.quantile(drawn, NINE_TENTHS)
     return {"active": active, "loss": law.at(active), "low": float(low), "high": float(high)} | law._asdict()
 
@@ -88,7 +97,9 @@ def _size_rows(results: Record) -> list[list[str]]:
     for width in results["settings"]["size"]["widths"]:
         runs = records_of(results, f"width_{width}")
         losses = median_and_range([run["validation"] for run in runs], ".4f")
-        rows.append([str(width), f"{runs[0]['parameters']:,}", f"{runs[0]['active']:,}", f"{runs[0]['tokens']:,}", losses])
+        rows.append(
+            [str(width), f"{runs[0]['parameters']:,}", f"{runs[0]['active']:,}", f"{runs[0]['tokens']:,}", losses]
+        )
     return rows
 
 

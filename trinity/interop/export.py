@@ -27,6 +27,7 @@ from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, generation_config, special_ids
 from trinity.interop.weight_map import Index, weight_map
 from trinity.io.local import atomic_path, make_folder
+from trinity.errors import UserError
 from trinity.models.trinity import Trinity
 from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
 from trinity.terminal import Progress
