@@ -1,4 +1,4 @@
-"""The experiments on the report's claims, at toy size: their arms against direct computations, runs, tables, resuming."""
+"""The experiments on the report's claims, at toy size: arms against direct computations, runs, tables, resuming."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ablations
+import ablations_report
 import averaging
 import balancing_rules
 import numpy as np
@@ -20,15 +21,14 @@ import torch
 from ablations_report import spikes
 from balancing_rules import Biases, linear_update, rule
 from domains import Corpus
-from experiment import Experiment, Lab
+from experiment import Experiment
 from small_run import QUICK_MODEL, SmallRun, small_config, small_corpus, small_run
+from spikes import count_spikes
 from variants import OPEN, VARIANTS
 
-import trinity_kernels
 from tests.tools.call_experiment import EXIT_CODE, call_experiment
 from trinity.balancing import smebu_update
 from trinity.config.model import ModelConfig
-from trinity.config.run import SpikeConfig
 from trinity.errors import UserError
 from trinity.interop import export_hf
 from trinity.models import Trinity
@@ -94,7 +94,8 @@ def test_a_run_and_its_tables(name: str, finished: Callable, tmp_path: Path) -> 
 
 def without_times(results: dict) -> list[dict]:
     """The records without CPU seconds."""
-    return [{key: v for key, v in r.items() if key not in ("seconds", "step_seconds")} for r in results["parts"]]
+    times = ("seconds", "step_seconds", "step_times")
+    return [{key: value for key, value in record.items() if key not in times} for record in results["parts"]]
 
 
 def test_the_fifth_size_is_compared_with_the_committed_prediction(finished: Callable, tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_the_fifth_size_is_compared_with_the_committed_prediction(finished: Call
     fifth = tmp_path / "fifth"
     shutil.copytree(out / "corpus-512", fifth / "corpus-512")
     words = ("--fifth", out / "scaling.json", "--out", fifth, *WORDS)
-    code, output, errors = call_experiment("scaling", *words)
+    code, _, errors = call_experiment("scaling", *words)
     assert code == EXIT_CODE, errors
     results = json.loads((fifth / "scaling_fifth.json").read_text())
     first = json.loads((out / "scaling.json").read_text())
@@ -261,16 +262,19 @@ def test_the_best_rate_is_used(finished: Callable) -> None:
     assert [by_part[f"muon_{share}"]["steps"] for share in ("50%", "75%")] == [2, 3]
 
 
-@pytest.mark.parametrize(
-    ("loss", "verdict"), [(9.0, "meets the goal"), (None, "contradicts the claim")], ids=["better", "worse"]
-)
-def test_the_outcome_follows_the_figures(loss: float | None, verdict: str, finished: Callable) -> None:
-    """AdamW's loss is set so high that Muon's shortest run has it, or so low that none has."""
-    results = copy.deepcopy(json.loads((finished("optimizers")[0] / "optimizers.json").read_text()))
-    for record in results["parts"]:
-        if record["part"] == "adamw":
-            record["validation"] = 0.0 if loss is None else loss
-    assert verdict in optimizers_report.outcome(results)
+def test_the_outcome_follows_the_figures(finished: Callable) -> None:
+    """AdamW's loss is set so that Muon's shortest run has it, none has, and in one of two seeds one has."""
+    results = json.loads((finished("optimizers")[0] / "optimizers.json").read_text())
+    results["parts"] += [record | {"seed": 1} for record in copy.deepcopy(results["parts"]) if record["seed"] == 0]
+
+    def outcome(*losses: float) -> str:
+        for loss, record in zip(losses, (r for r in results["parts"] if r["part"] == "adamw")):
+            record["validation"] = loss
+        return optimizers_report.outcome(results)
+
+    assert "each seed: 2.00, 2.00; this agrees with the claim, and meets the goal" in outcome(9.0, 9.0)
+    assert "each seed: not reached, not reached; this contradicts the claim" in outcome(0.0, 0.0)
+    assert "each seed: 2.00, not reached; this shows no clear difference" in outcome(9.0, 0.0)
 
 
 # Balancing ------------------------------------------------------------------------------------------------------------
@@ -453,19 +457,50 @@ def test_variants_train_on_a_mesh_of_one(variant: str, corpus: Corpus) -> None:
     (losses.token_loss / (batch.targets_BS != -100).sum()).backward()
     squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
     assert norm == pytest.approx(math.sqrt(sum(squares)), rel=1e-4)
-    assert trinity_kernels.rms_norm is not None
 
 
 def test_spikes_are_counted_by_the_rule_of_health() -> None:
-    """A planted jump counts once; a step that was not finite is no spike."""
+    """A planted jump counts once; neither the first steps nor one that was not finite does."""
     random = np.random.default_rng(0)
     loss = (4 + 0.01 * random.normal(size=200)).tolist()
     norm = (1 + 0.01 * random.normal(size=200)).tolist()
     record = {"curves": {"loss": loss, "grad_norm": norm}}
-    assert spikes(record) == 0
-    loss[150], norm[120], loss[30] = 4.5, None, 9.0
-    assert spikes(record) == 1
-    assert SpikeConfig().window // 2 > 30
+    assert spikes(record, 50) == count_spikes(loss, norm) == 0
+    loss[150], norm[120] = 4.5, None
+    assert spikes(record, 50) == count_spikes(loss, norm) == count_spikes(loss) == 1
+    norm[120] = 2.0
+    assert spikes(record, 50) == count_spikes(loss, norm) == 2
+    loss[30] = 9.0
+    assert spikes(record, 50) == 2
+
+
+def test_what_counts_in_the_ablations(finished: Callable) -> None:
+    """One run of three that spikes, a peak of the gradient norm, a difference for every seed: each is said."""
+    results = json.loads((finished("ablations")[0] / "ablations.json").read_text())
+    for seed in (1, 2):
+        results["parts"] += [copy.deepcopy(r) | {"seed": seed} for r in results["parts"] if r["seed"] == 0]
+    size = results["settings"]["size"]
+    size["ignored"] = 0
+    for record in results["parts"]:
+        record["curves"] = {"loss": [4.0, 4.1] * 60, "grad_norm": [1.0, 1.1] * 60, "max_head_logit": [5.0] * 120}
+        record["attention_logits"], record["validation"] = [6.0] * 12, 4.0
+    for record in results["parts"]:
+        if (record["part"], record["seed"]) == ("no_gate_3x", 1):
+            record["curves"]["loss"][100] = 9.0
+        if record["part"] == "no_qk_norm_1x":
+            record["attention_logits"][3] = 12.1
+            record["validation"] += 0.006
+        if record["part"] == "no_z_loss_1x":
+            record["curves"]["grad_norm"][7] = 2.4
+            record["validation"] += 0.004
+    assert ablations_report.less_stable(results, "no_gate", 3.0) == ["spikes"]
+    assert ablations_report.less_stable(results, "no_gate", 1.0) == []
+    assert ablations_report.less_stable(results, "no_qk_norm", 1.0) == ["largest attention logit"]
+    assert ablations_report.less_stable(results, "no_z_loss", 1.0) == ["its ratio to the median norm"]
+    said = ablations_report.outcome(results)
+    assert "Without QK-norm: +0.006 at 1 times the rates (higher; less stable in: largest attention logit)" in said
+    assert "Without z-loss: +0.004 at 1 times the rates (no clear change; less" in said
+    assert "Spikes of the whole recipe: 0 in 6 runs" in said
 
 
 # Averaging and scaling ------------------------------------------------------------------------------------------------
@@ -478,6 +513,7 @@ def test_averages() -> None:
     assert result["a"].tolist() == [1.0, 2.0]
     assert result["b"].item() == 3.0
     assert averaging.evenly_spaced(list(range(10, 20)), 4) == [10, 13, 16, 19]
+    assert averaging.evenly_spaced(list(range(10)), 4) == [0, 3, 6, 9]
     assert averaging.evenly_spaced([5, 6], 5) == [5, 6]
 
 
@@ -514,4 +550,30 @@ def test_the_fit_finds_a_planted_law() -> None:
     predicted = scaling_report.predict({"parts": parts, "settings": {"size": {"widths": [1, 2, 3, 4]}}}, 200_000)
     assert predicted["low"] < law.at(200_000) < predicted["high"]
     assert predicted["high"] - predicted["low"] < 0.02
-    assert isinstance(Lab(None, 0, None, Path("x"), lambda: None).path("y"), str)
+
+
+def test_the_range_of_the_prediction_is_hit() -> None:
+    """Nine of ten medians of three more runs lie in it, for a law with noise: of 60 such experiments at least 46.
+
+    The deviations of 12 runs are all that is known of the noise. A binomial with p = 0.9 is below 46 in 0.05 % of
+    cases, with p = 0.7, about that of the law's range alone, in 85 %.
+    """
+    law, sizes = scaling_report.Law(2.5, 40.0, 0.31), [40824, 63344, 90792, 123168]
+    hits = 0
+    for experiment in range(60):
+        random = np.random.default_rng(experiment)
+
+        def noisy(size: int, random: np.random.Generator = random) -> float:
+            return law.at(size) + 0.004 * random.normal()
+
+        parts = [
+            {"part": f"width_{size}", "seed": seed, "active": size, "validation": noisy(size)}
+            for size in sizes
+            for seed in range(3)
+        ]
+        results = {"parts": parts, "settings": {"size": {"widths": sizes}}}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scaling_report, "DRAWS", 300)
+            predicted = scaling_report.predict(results, 202704)
+        hits += predicted["low"] <= np.median([noisy(202704) for _ in range(3)]) <= predicted["high"]
+    assert hits >= 46

@@ -117,7 +117,13 @@ def outcome(results: Record) -> str:
         clauses = []
         for rate in rates:
             difference = differences(results, arm, rate)
-            effect = "higher" if min(difference) >= MATTERS else "lower" if max(difference) <= -MATTERS else "no clear change"
+            effect = (
+                "higher"
+                if min(difference) >= MATTERS
+                else "lower"
+                if max(difference) <= -MATTERS
+                else "no clear change"
+            )
             unstable = less_stable(results, arm, rate)
             stability = f"; less stable in: {', '.join(unstable)}" if unstable else ""
             clauses.append(f"{statistics.median(difference):+.3f} at {rate:g} times the rates ({effect}{stability})")

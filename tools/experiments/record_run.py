@@ -24,7 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=local_path, metavar="RUN_DIR", help="a run directory")
     parser.add_argument("--config", required=True, help="the config that it was started with, as configs/smoke.yaml")
-    parser.add_argument("--out", type=local_path, default=RESULTS / "runs", help="folder (tools/experiments/results/runs)")
+    parser.add_argument(
+        "--out", type=local_path, default=RESULTS / "runs", help="folder (tools/experiments/results/runs)"
+    )
     arguments = parser.parse_args()
     path = arguments.run / "metrics.jsonl"
     if not path.exists():

@@ -82,7 +82,9 @@ def outcome(results: dict[str, Any]) -> str:
     runs = runs_by_arm(results)
     ratios = {}
     for name in ("batch_het", "loss_step_variance", "grad_norm_kurtosis"):
-        buffered, sequential = (statistics.median(r["measures"][name] for r in runs[arm]) for arm in ("rsdb", "sequential"))
+        buffered, sequential = (
+            statistics.median(r["measures"][name] for r in runs[arm]) for arm in ("rsdb", "sequential")
+        )
         ratios[name] = buffered / sequential
     held = sum(ratio < 0.9 for ratio in ratios.values())
     verdict = "agrees with the claim" if held == len(ratios) else "contradicts the claim"
