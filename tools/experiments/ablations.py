@@ -18,17 +18,18 @@ The design, fixed before the first run:
   begin at 1); `no_post_norm` (no norm after a sublayer: x + M(norm(x))); `no_gate` (the gate is 1); `no_qk_norm` (RoPE
   on queries and keys as they are projected).
 - Nothing is tuned anew for an arm: the question is what the recipe loses.
-- Measured, three seeds: validation loss at the end, and its difference to `full` with the same seed; after the first 50
-  steps the largest gradient norm before clipping, alone and over the median norm, the largest attention logit (sampled
-  every 10 steps) and the largest logit of the head; MaxVio, mean over the last 50 steps; spikes of loss or gradient norm,
-  by the rule of health.spike with a window of 64 steps, begun after the first 50; steps that were not finite.
+- Measured, three seeds: validation loss at the end, and its difference to `full` with the same seed; after the first
+  50 steps the largest gradient norm before clipping, alone and over the median norm, the largest attention logit
+  (sampled every 10 steps) and the largest logit of the head; MaxVio, mean over the last 50 steps; spikes of loss or
+  gradient norm, by the rule of health.spike with a window of 64 steps, begun after the first 50; steps that were not
+  finite.
 - A part helps the loss here if the loss without it is higher for every seed, and by 0.005 nats or more. It helps
   stability if without it any run spikes or is not finite where none of `full` does, or if a logit, or the largest
   gradient norm over the median, is more than twice that of `full` (medians over seeds).
 
 Differences from the report that may matter: instabilities of Large came after trillions of tokens, and the report's
-model has 60 layers and wide logits; here a run has 0.4 million tokens and 6 layers. What does not matter here may matter
-there; the coefficients of sequence loss and z-loss are so small that 200 steps may not show them.
+model has 60 layers; here a run has 0.4 million tokens and 6 layers. What does not matter here may matter there; the
+coefficients of sequence loss and z-loss are so small that 200 steps may not show them.
 
 Finished parts are kept in --out: after an interruption the same command continues with the next part.
 """

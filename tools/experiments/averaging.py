@@ -15,11 +15,11 @@ The design, fixed before the first run:
 - One run of 600 steps at a constant rate, with a checkpoint every 10 steps. All arms end at step 600.
 - Arm `decayed`: the same run continued from its state at 85, 70 or 50 % of the steps, with a decay to 0 at step 600,
   linear or cosine.
-- Arm `averaged`: the average of the constant run's checkpoints of the last 15, 30 or 50 % of the steps, with the weights
-  that stand for a linear decay (all equal) or a 1-sqrt decay (trinity.optim.decay_weights); weights, gains and expert
-  biases alike. It costs no training. So both arms have three lengths and two shapes.
-- Also measured: the constant run itself at step 600; and averages of 5 checkpoints over each length, evenly spaced, with
-  equal weights, because a run may not keep more.
+- Arm `averaged`: the average of the constant run's checkpoints of the last 15, 30 or 50 % of the steps, with the
+  weights that stand for a linear decay (all equal) or a 1-sqrt decay (trinity.optim.decay_weights); weights, gains and
+  expert biases alike. It costs no training. So both arms have three lengths and two shapes.
+- Also measured: the constant run itself at step 600; and averages of 5 checkpoints over each length, evenly spaced,
+  with equal weights, because a run may not keep more.
 - Measured, three seeds: validation loss. The best of six settings of one arm, by the median over the seeds, is compared
   with the best of six of the other.
 - The claim holds here if the best average is at least as good as the best decay.

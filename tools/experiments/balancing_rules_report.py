@@ -22,6 +22,7 @@ MEASURES = {
     "reversals": ("reversals", ".2f"),
     "dead_experts": ("share of dead experts", ".3f"),
 }
+TUNED = ("smebu", "sign")
 SMOOTHED_STEPS = 10
 SETTLED = 0.5
 
@@ -46,28 +47,14 @@ def falls(results: Record, arm: str) -> list[float]:
 def report(results: Record) -> str:
     """Tables: the rates tried; every measure of every arm and range; losses."""
     size = results["settings"]["size"]
-    tried = [
-        [TITLES[arm], ", ".join(
-            f"{rate:g}: {mean_over(records_of(results, f'{arm}_{rate:g}')[0]['curves']['max_violation_mean'], size['tuned']):.3f}"
-            for rate in size["rates"]
-        )]
-        for arm in ("smebu", "sign")
-    ]  # fmt: skip
-    tables = [markdown_table(["rule", "rate: MaxVio with seed 0"], tried)]
+    tables = [markdown_table(["rule", "rate: MaxVio with seed 0"], [[TITLES[a], _tried(results, a)] for a in TUNED])]
+    ranges = [f"{name}, {size[when][0]}–{size[when][1]}" for when, name in RANGES.items()]
     for measure, (title, digits) in MEASURES.items():
         rows = [
             [TITLES[arm], *(median_and_range(means(results, arm, measure, when), digits) for when in RANGES)]
             for arm in TITLES
         ]
-        tables.append(
-            markdown_table(
-                [
-                    f"{title}, mean over steps",
-                    *(f"{name}, {size[when][0]}–{size[when][1]}" for when, name in RANGES.items()),
-                ],
-                rows,
-            )
-        )
+        tables.append(markdown_table([f"{title}, mean over steps", *ranges], rows))
     rows = []
     for arm, title in TITLES.items():
         runs = records_of(results, arm)
@@ -75,6 +62,16 @@ def report(results: Record) -> str:
         rows.append([title, f"{runs[0]['rate']:g}", fall, median_and_range([r["validation"] for r in runs], ".4f")])
     tables.append(markdown_table(["rule", "rate", "step at the end / early", "validation loss, nats"], rows))
     return "\n\n".join(tables)
+
+
+def _tried(results: Record, arm: str) -> str:
+    """The rates that were tried for an arm, each with its MaxVio."""
+    size = results["settings"]["size"]
+    found = {}
+    for rate in size["rates"]:
+        (run,) = records_of(results, f"{arm}_{rate:g}")
+        found[rate] = mean_over(run["curves"]["max_violation_mean"], size["tuned"])
+    return ", ".join(f"{rate:g}: {violation:.3f}" for rate, violation in found.items())
 
 
 def outcome(results: Record) -> str:

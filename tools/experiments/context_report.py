@@ -6,6 +6,8 @@ from typing import Any
 
 from plots import markdown_table, median_and_range, save_plot
 
+KEPT = 0.95
+"""A score that counts as kept: the report has 0.976 at twice the length on which Large was trained."""
 COLOURS = {"base": "#7a7a7a", "extended": "#1f5fbf", "control": "#d95f02"}
 
 
@@ -51,11 +53,12 @@ def outcome(results: dict[str, Any]) -> str:
     size = results["settings"]
     length, pairs = 2 * size["long"], max(size["asked_pairs"])
     scores = {arm: values(results, arm, pairs, length, "score") for arm in COLOURS}
-    better = min(scores["extended"]) > max(scores["control"]) and min(scores["extended"]) > max(scores["base"])
+    middle = {arm: statistics.median(seeds) for arm, seeds in scores.items()}
+    better = middle["extended"] >= KEPT and middle["extended"] > max(middle["control"], middle["base"])
     verdict = "agrees with the claim" if better else "contradicts the claim"
     figures = {arm: median_and_range(seeds, ".2f") for arm, seeds in scores.items()}
     return (
-        f"At {length} tokens, twice the longer rows, and among {pairs} pairs the score is {figures['extended']} after "
+        f"At {length} tokens, twice the longer rows, among {pairs} pairs the score is {figures['extended']} after "
         f"{size['extension_steps']} steps at {size['long']}, {figures['control']} after as many at {size['short']}, and "
         f"{figures['base']} before: this {verdict}."
     )

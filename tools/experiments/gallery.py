@@ -23,17 +23,18 @@ from trinity.io.local import write_atomically
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 TITLE = "Results: the claims, tried in small"
 INTRODUCTION = """\
-Does a model trained with Trinity do what the report says, and what the papers say whose methods are here? Each experiment
-tests one claim on a model that a laptop trains. Its design is fixed in the docstring of its command before the first run;
-it is run once, in full, and reported as it came out. A figure is the median over three seeds, with the range in brackets.
-What a small model shows need not hold for a large one: each docstring says what may matter.
+Does a model trained with Trinity do what the report says, and what the papers say whose methods are here? Each
+experiment tests one claim on a model that a laptop trains. Its design is fixed in the docstring of its command before
+the first run; it is run once, in full, and reported as it came out. A figure is the median over three seeds, with the
+range in brackets. What a small model shows need not hold for a large one: each docstring says what may matter.
 
 This page is made by `python tools/experiments/gallery.py` from the
 [results' files](../tools/experiments/results), which hold settings, versions, seeds and curves."""
 SPIKES = """\
-The report has no loss spike in three runs. Counted here by the rule of `health.spike` with its defaults (loss or gradient
-norm more than 6 standard deviations above the mean of the last 128 ordinary steps), in every recorded run of a whole
-recipe; runs that lack a part of it are counted in their own section. Nano, Mini and Large have not been trained here."""
+The report has no loss spike in three runs. Counted here by the rule of `health.spike` with its defaults (loss or
+gradient norm more than 6 standard deviations above the mean of the last 128 ordinary steps), in every recorded run of a
+whole recipe; runs that lack a part of it are counted in their own section. Nano, Mini and Large have not been trained
+here."""
 HEAD = """\
 <meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results</title><style>
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }

@@ -5,8 +5,8 @@ python tools/experiments/optimizers.py --quick --out runs/optimizers-quick
 python tools/experiments/optimizers.py --draw tools/experiments/results/optimizers.json
 
 The claim: the report trains all hidden matrices with Muon because it is more sample-efficient than AdamW; it gives no
-figure. Moonlight (arXiv 2502.16982) finds that Muon needs about 52 % of AdamW's training FLOPs. The goal set here before
-the first run: at least 1.3 times fewer tokens.
+figure. Moonlight (arXiv 2502.16982) finds that Muon needs about 52 % of AdamW's training FLOPs. The goal set here
+before the first run: at least 1.3 times fewer tokens.
 
 The design, fixed before the first run:
 - Text: Python's standard library as 14 domains (domains.py); rows of 128 tokens, 16 rows a step, packed by RSDB.
@@ -21,8 +21,8 @@ The design, fixed before the first run:
 - Measured, three seeds: the validation loss (mean over the domains) after 400 steps of each arm at its best rate; and
   of Muon after 25, 40, 50, 60 and 75 % of the steps, each a run of its own whose schedule ends there.
 - The result: the number of tokens at which Muon has the loss that AdamW ends with, interpolated between these runs in
-  the logarithm of the tokens; and that ratio times that of the CPU seconds of a step, on one thread, medians of 20 steps
-  of both optimizers in turns. (The turns were added while the first seeds were trained: seconds of whole runs depended
+  the logarithm of the tokens; and the CPU seconds of a step, on one thread, medians of 20 steps of both optimizers in
+  turns. (The turns were added while the first seeds were trained: seconds of whole runs depended
   on what else the machine did.)
 
 Differences from the report that may matter: 0.8 million tokens, two for each parameter; 2,048 tokens a step, where both

@@ -11,6 +11,7 @@ from experiment import Record, cost, records_of
 from plots import COLOURS, markdown_table, median_and_range, save_plot
 
 GOAL = 1.3
+RATE_TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 TITLES = {
     "muon": "Muon",
     "adamw": "AdamW, a rate for the hidden matrices",
@@ -106,6 +107,7 @@ def outcome(results: Record) -> str:
     differences = [
         final(muon) - final(adamw) for muon, adamw in zip(records_of(results, "muon"), records_of(results, "adamw"))
     ]
+    loss = statistics.median(final(run) for run in records_of(results, "adamw"))
     if min(ratios) > 1:
         goal = "meets" if statistics.median(ratios) >= GOAL else "misses"
         verdict = f"this agrees with the claim, and {goal} the goal of {GOAL}"
@@ -116,7 +118,7 @@ def outcome(results: Record) -> str:
     return (
         f"AdamW's tokens over those with which Muon has the loss that AdamW ends with, each seed: "
         f"{', '.join(map(_ratio, ratios))}; {verdict}. After equal tokens Muon's validation loss is "
-        f"{median_and_range(differences, '+.4f')} nats against AdamW's, of {statistics.median(map(final, records_of(results, 'adamw'))):.3f}. "
+        f"{median_and_range(differences, '+.4f')} nats against AdamW's, of {loss:.3f}. "
         f"A step of Muon takes {slower:.2f} times the CPU time of one of AdamW. ({cost(results)})"
     )
 
@@ -130,15 +132,19 @@ def draw(path: Path, results: Record) -> None:
             runs = tuning(results["parts"], arm)
             by_rate.plot([r["rate"] for r in runs], [r["validation"] for r in runs], "o-", color=colour, label=title)
         by_rate.set(xscale="log", xlabel="learning rate")
+        low, high = by_rate.get_xlim()
+        ticks = [tick for tick in RATE_TICKS if low < tick < high]
+        by_rate.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        by_rate.minorticks_off()
         by_rate.set_title("Validation loss by rate, seed 0, nats", loc="left", fontsize=11)
         seeds = [run["seed"] for run in records_of(results, "adamw")]
         for seed in seeds:
             runs = muon_runs(results, seed)
-            by_tokens.plot([r["tokens"] for r in runs], [r["validation"] for r in runs], "o-", color=COLOURS[0])
+            by_tokens.plot([r["tokens"] / 1e3 for r in runs], [r["validation"] for r in runs], "o-", color=COLOURS[0])
         for run in records_of(results, "adamw"):
-            by_tokens.plot(run["tokens"], run["validation"], "s", color=COLOURS[1])
+            by_tokens.plot(run["tokens"] / 1e3, run["validation"], "s", color=COLOURS[1])
             by_tokens.axhline(run["validation"], color=COLOURS[1], linestyle=":", linewidth=1)
-        by_tokens.set(xlabel="tokens of a run, each with its own decay")
+        by_tokens.set(xlabel="thousand tokens of a run, each with its own decay")
         by_tokens.set_title("Validation loss by tokens, all seeds", loc="left", fontsize=11)
         figure.legend(*by_rate.get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=3)
 

@@ -7,30 +7,29 @@ python tools/experiments/scaling.py --draw tools/experiments/results/scaling.jso
 python tools/experiments/scaling.py --fifth tools/experiments/results/scaling.json --draw \
     tools/experiments/results/scaling_fifth.json
 
-The claim: with equal tokens per parameter, the loss of one recipe falls with the size as E + A·N^-α (Kaplan et al., arXiv
-2001.08361; Hoffmann et al., 2203.15556), so small runs predict a larger one. The report chose its recipe in small runs;
-it gives no law.
+The claim: with equal tokens per parameter, the loss of one recipe falls with the size as E + A·N^-α (Kaplan et al.,
+arXiv 2001.08361; Hoffmann et al., 2203.15556), so small runs predict a larger one. The report gives no law.
 
 The design, fixed before the first run:
 - Text: Python's standard library as 14 domains (domains.py); rows of 128 tokens, 16 rows a step, packed by RSDB from
   one stream with 32 to 64 open documents, so that no run reads a token twice: with more streams, some end before
   others and begin again.
-- Sizes: Trinity of 4 layers, the first dense, the others with 8 experts of which 2 are active. Widths 32, 40, 48 and 56,
-  then 72; a head has a quarter of the width, a dense layer three times, an expert half of it.
+- Sizes: Trinity of 4 layers, the first dense, the others with 8 experts of which 2 are active. Widths 32, 40, 48 and
+  56, then 72; a head has a quarter of the width, a dense layer three times, an expert half of it.
 - N: active parameters without embedding and head. Every run reads 15 tokens for each of them.
 - The smoke recipe for all, with the same learning rates (Muon's rule, eq. 41, is meant to make them transfer): warm-up
   over 20 steps, linear to 0 over the last 30 %. Nothing is tuned for a size.
 - Measured, three seeds: validation loss.
-- The fit: E, A and α by least squares on the 12 losses of the first four sizes (α on a grid of 0.01 to 1.5, E and A from
-  linear least squares, E not below 0). The prediction: the law at the fifth size; and a range that a
-  median of three runs should hit nine times of ten: 2,000 fits to as many draws of three seeds for each size, with
-  replacement, each plus the median of three deviations drawn from those of all runs from the mean of their size,
-  times √(3/2), because a mean of three takes part of the deviation.
-- The fifth size is trained after the prediction is committed. `--fifth FILE` trains it; FILE is the results file with the
-  prediction. The claim holds here if the median of its three losses lies in that range.
+- The fit: E, A and α by least squares on the 12 losses of the first four sizes (α on a grid of 0.01 to 1.5, E not below
+  0). The prediction: the law at the fifth size; and a range that a median of three runs should hit nine times of ten:
+  2,000 fits to as many draws of three seeds for each size, with replacement, each plus the median of three deviations
+  drawn from those of all runs from the mean of their size, times √(3/2), because a mean of three takes part of the
+  deviation.
+- The fifth size is trained after the prediction is committed. `--fifth FILE` trains it; FILE is the results file with
+  the prediction. The claim holds here if the median of its three losses lies in that range.
 
-Differences from the papers that may matter: parameters range over a factor of 5 and not of hundreds, so E and α cannot be
-told apart well; the largest run reads three quarters of the text; batch and warm-up are the same for every size.
+Differences from the papers that may matter: parameters range over a factor of 5 and not of hundreds, so E and α cannot
+be told apart well; the largest run reads three quarters of the text; batch and warm-up are the same for every size.
 
 Finished parts are kept in --out: after an interruption the same command continues with the next part.
 """

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plots import markdown_table
+from rsdb_arms import ARMS
 
 from trinity.config.run import SpikeConfig
 from trinity.io.json_files import read_json
@@ -51,7 +52,8 @@ def recorded_runs() -> Iterator[Recorded]:
                 "optimizers": part == "muon" or "%" in part,
             }  # fmt: skip
             if whole.get(name, True):
-                yield Recorded(f"`{name}.py`", curves["loss"], curves.get("grad_norm"))
+                arm = f", {ARMS[record['arm']].title}" if name == "rsdb" else ""
+                yield Recorded(f"`{name}.py`{arm}", curves["loss"], curves.get("grad_norm"))
 
 
 def spike_table() -> str:
