@@ -59,7 +59,7 @@ def outcome(results: dict[str, Any]) -> str:
     figures = {arm: median_and_range(seeds, ".2f") for arm, seeds in scores.items()}
     return (
         f"At {length} tokens, twice the longer rows, among {pairs} pairs the score is {figures['extended']} after "
-        f"{size['extension_steps']} steps at {size['long']}, {figures['control']} after as many at {size['short']}, and "
+        f"{size['extension_steps']} steps at {size['long']}, {figures['control']} after as many at {size['short']} and "
         f"{figures['base']} before: this {verdict}."
     )
 
