@@ -140,7 +140,12 @@ def parse() -> argparse.Namespace:
         "--by-part", action="store_true", help="an α for each of attention, experts, router and rest, by CMA-ES"
     )
     group.add_argument("--trials", type=int, help=f"most trials (by default {TRIALS}, or {TRIALS_BY_PART} --by-part)")
-    group.add_argument("--window", type=int, help="tokens of a packed row (by default 2048, or all positions)")
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens of a packed row (default: 2048, or the model's number of positions if that is smaller)",
+    )
     group.add_argument("--rows", type=int, help="most rows of a text (by default all)")
     group.add_argument("--document-mask", action="store_true", help="no attention between documents of a row")
     group.add_argument("--batch-tokens", type=int, help="most tokens in a forward pass (by default 8192)")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trinity.data.chat.template import ChatTemplate
 from trinity.errors import UserError
 from trinity.io.checksum import content_hash
 from trinity.io.json_files import read_json, to_json
@@ -302,9 +303,14 @@ def chat_template(recipe: str | None, sources: Iterable[Source], donor: Source) 
 
 
 def template_notes(recipe: str | None, sources: Iterable[Source], donor: Source) -> list[str]:
-    """A remark if a model has a chat template and the merged model will have none."""
+    """A remark if the merged model's chat template is not valid, or if it has none and a model has one."""
     sources = list(sources)
-    if chat_template(recipe, sources, donor) is not None:
+    template = chat_template(recipe, sources, donor)
+    if template is not None:
+        try:
+            ChatTemplate(template, {})
+        except UserError as error:
+            return [f"{error}; no program can chat with the merged model until it is"]
         return []
     having = [source.label for source in sources if _template(source)]
     return [
