@@ -25,7 +25,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 
-from trinity.command_line import HelpFormatter, local_path
+from trinity.command_line import HelpFormatter, check_one_process, local_path
 from trinity.errors import UserError, run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
 from trinity.io.local import resolve_path
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Merge, or say what a merge would do."""
     options = parse()
+    check_one_process("tools/merge.py")
     if options.serve:
         serve_page(options)
     if options.recipe is None or options.out_dir is None:

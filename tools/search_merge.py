@@ -21,7 +21,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 
-from trinity.command_line import HelpFormatter, check_device, local_path
+from trinity.command_line import HelpFormatter, check_device, check_one_process, local_path
 from trinity.errors import UserError, run_main
 from trinity.io.local import write_atomically
 from trinity.merging.search.result import BEST, FRONT, MODEL, Found
@@ -41,6 +41,7 @@ _EVALUATION = ("window", "rows", "batch_tokens", "document_mask")
 def main() -> None:
     """Search, or say what the search would do."""
     options = parse()
+    check_one_process("tools/search_merge.py")
     file, folder = search_file(options)
     check_device(options.device)
     plotly_script()

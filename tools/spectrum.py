@@ -25,7 +25,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 # isort: split
 import torch
 
-from trinity.command_line import HelpFormatter, check_device, local_path
+from trinity.command_line import HelpFormatter, check_device, check_one_process, local_path
 from trinity.config.run import RunConfig, TrainConfig
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
@@ -43,6 +43,7 @@ STATE = {"parameters": ("parameters",), "gradients": ("gradients",), "optimizer"
 def main() -> None:
     """Score, choose, write and print."""
     options = parse()
+    check_one_process("tools/spectrum.py")
     check_device(options.device)
     if options.sample is not None and options.sample < 1:
         raise UserError(f"--sample {options.sample} must be at least 1 expert of each stack")

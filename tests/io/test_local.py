@@ -16,7 +16,7 @@ from trinity.config.run import RunConfig
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text_index import open_index
 from trinity.data.tokenizer.tokenizer import load_tokenizer, save_tokenizer
-from trinity.errors import UserError
+from trinity.errors import UserError, explain
 from trinity.interop import export_hf
 from trinity.io import local
 from trinity.io.json_files import append_json_line, write_json
@@ -249,6 +249,9 @@ def test_links_that_lead_to_themselves(tmp_path: Path) -> None:
     for place in ("self", "here", "self/out", "here/../there/x.html"):
         with pytest.raises(UserError, match="a symbolic link that leads to itself; remove the link"):
             resolve_path(tmp_path / place)
+        with pytest.raises((UserError, OSError)) as refused:
+            make_folder(tmp_path / place)
+        assert explain(refused.value) is not None
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("folder")
     (tmp_path / "dangling").symlink_to("folder/new")

@@ -177,8 +177,8 @@ def test_killed_search_goes_on(folder: Path, variables: int) -> None:
 
 @pytest.mark.parametrize("variables", [1, 2])
 def test_values_are_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch, variables: int) -> None:
-    """A repeated point costs no trial and no evaluation, and the optimizer is told its cost; a log that has it twice, of
-    an earlier version, is continued."""
+    """A repeated point is no trial, and the optimizer is told its cost. A log of an earlier version, which has it twice,
+    is continued."""
     parts = {"parts": ["experts", "rest"][:variables]}
     file = content(WEIGHTS | {"models": ["b"]} | parts, trials=9, population=4, try_first=[0.5, 0, 0.5, 1])
     told: list[list[float]] = []

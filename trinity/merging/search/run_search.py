@@ -10,10 +10,10 @@ The folder of a search:
     front/trial_N.yaml   with several objectives: the recipes of the Pareto front
     model/               the best merge
 
-Trial 0 is the recipe's start, then come try_first, then the optimizer's. Values that were tried before are no new trial:
-the optimizer is told their cost again. A search that was interrupted, by kill -9 too,
-goes on when the same command is given again: the optimizer is told the logged costs, and asks for the same trials as
-an undisturbed search. A larger budget continues a finished one.
+Trial 0 is the recipe's start, then come try_first, then the optimizer's. Values that were tried before are no new
+trial: the optimizer is told their cost again. A search that was interrupted, by kill -9 too, goes on when the same
+command is given again: the optimizer is told the logged costs, and asks for the same trials as an undisturbed search.
+A larger budget continues a finished one.
 """
 
 import glob
