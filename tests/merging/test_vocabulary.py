@@ -151,7 +151,7 @@ def test_a_broken_template_is_noted(family: Path) -> None:
     assert not [note for note in make_plan(read_recipe(recipe())).notes if "template" in note]
     place.write_text("{% for message in messages %}{{ message }}")
     (note,) = [note for note in make_plan(read_recipe(recipe())).notes if "template" in note]
-    assert note.startswith("the chat template is not a valid template (")
+    assert note.startswith("the merged model's chat template is not a valid template (")
     assert "\n" not in note
     merge(recipe(), family / "out")
     assert (family / "out" / "chat_template.jinja").read_bytes() == place.read_bytes()

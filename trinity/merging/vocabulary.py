@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trinity.data.chat.template import ChatTemplate
 from trinity.errors import UserError
 from trinity.io.checksum import content_hash
 from trinity.io.json_files import read_json, to_json
@@ -307,16 +306,23 @@ def template_notes(recipe: str | None, sources: Iterable[Source], donor: Source)
     sources = list(sources)
     template = chat_template(recipe, sources, donor)
     if template is not None:
-        try:
-            ChatTemplate(template, {})
-        except UserError as error:
-            return [f"{error}; no program can chat with the merged model until it is"]
-        return []
+        return _faults_of(template)
     having = [source.label for source in sources if _template(source)]
     return [
         f"{label} has a chat template and the merged model has none; to keep it, write chat_template: {label}"
         for label in having[:1]
     ]
+
+
+def _faults_of(template: str) -> list[str]:
+    """A remark if a chat template is not valid Jinja with the tags that transformers knows."""
+    from trinity.data.chat.template import ChatTemplate  # imports trinity.data, for which a plain merge does not wait
+
+    try:
+        ChatTemplate(template, {}, "the merged model's chat template")
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 CHATML = (
