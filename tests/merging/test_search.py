@@ -177,7 +177,7 @@ def test_killed_search_goes_on(folder: Path, variables: int) -> None:
 
 @pytest.mark.parametrize("variables", [1, 2])
 def test_values_are_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch, variables: int) -> None:
-    """A repeated point is no trial, and the optimizer is told its cost; an earlier version's log, with both, goes on."""
+    """A repeated point is no trial, and the optimizer is told its cost; an older log, with both, goes on."""
     parts = {"parts": ["experts", "rest"][:variables]}
     file = content(WEIGHTS | {"models": ["b"]} | parts, trials=9, population=4, try_first=[0.5, 0, 0.5, 1])
     told: list[list[float]] = []
