@@ -21,7 +21,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 
-from trinity.command_line import HelpFormatter, check_device, local_path
+from trinity.command_line import HelpFormatter, check_device, check_one_process, local_path
 from trinity.errors import UserError, run_main
 from trinity.io.local import write_atomically
 from trinity.merging.search.result import BEST, FRONT, MODEL, Found
@@ -41,6 +41,7 @@ _EVALUATION = ("window", "rows", "batch_tokens", "document_mask")
 def main() -> None:
     """Search, or say what the search would do."""
     options = parse()
+    check_one_process("tools/search_merge.py")
     file, folder = search_file(options)
     check_device(options.device)
     plotly_script()
@@ -140,7 +141,12 @@ def parse() -> argparse.Namespace:
         "--by-part", action="store_true", help="an α for each of attention, experts, router and rest, by CMA-ES"
     )
     group.add_argument("--trials", type=int, help=f"most trials (by default {TRIALS}, or {TRIALS_BY_PART} --by-part)")
-    group.add_argument("--window", type=int, help="tokens of a packed row (by default 2048, or all positions)")
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens of a packed row (default: 2048, or the model's number of positions if that is smaller)",
+    )
     group.add_argument("--rows", type=int, help="most rows of a text (by default all)")
     group.add_argument("--document-mask", action="store_true", help="no attention between documents of a row")
     group.add_argument("--batch-tokens", type=int, help="most tokens in a forward pass (by default 8192)")

@@ -25,7 +25,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 # isort: split
 import torch
 
-from trinity.command_line import HelpFormatter, check_device, local_path
+from trinity.command_line import HelpFormatter, check_device, check_one_process, local_path
 from trinity.config.run import RunConfig, TrainConfig
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
@@ -35,7 +35,7 @@ from trinity.reporting.page import check_out, plotly_script
 from trinity.spectrum.modules import Module, Unit, find_modules, find_units, is_trinity, open_weights, sampled, score_of
 from trinity.spectrum.scan import scan
 from trinity.spectrum.scores import Score
-from trinity.spectrum.select import axolotl_yaml, choose, read_axolotl, train_only_yaml
+from trinity.spectrum.select import axolotl_yaml, choose, chosen_without_signal, read_axolotl, train_only_yaml
 
 STATE = {"parameters": ("parameters",), "gradients": ("gradients",), "optimizer": ("Muon momentum", "AdamW moments")}
 
@@ -43,6 +43,7 @@ STATE = {"parameters": ("parameters",), "gradients": ("gradients",), "optimizer"
 def main() -> None:
     """Score, choose, write and print."""
     options = parse()
+    check_one_process("tools/spectrum.py")
     check_device(options.device)
     if options.sample is not None and options.sample < 1:
         raise UserError(f"--sample {options.sample} must be at least 1 expert of each stack")
@@ -68,7 +69,8 @@ def main() -> None:
         "memory": memory,
     }  # fmt: skip
     write_json(out / "spectrum.json", results)
-    print("\n".join(summary(units, trained) + memory))
+    ties = chosen_without_signal(trained, scores, options.score)
+    print("\n".join([*summary(units, trained), *tie_note(ties), *memory]))
     write_page(out / "spectrum.html", options.folder, results)
     print(f"results   {out}")
 
@@ -123,6 +125,16 @@ def summary(units: list[Unit], trained: list[Unit]) -> list[str]:
         lines.append((kind, str(len(members)), str(len(chosen)), layers))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return ["  ".join([a.ljust(widths[0]), b.rjust(widths[1]), c.rjust(widths[2]), d]).rstrip() for a, b, c, d in lines]
+
+
+def tie_note(ties: dict[str, int]) -> list[str]:
+    """A line on the modules that train without signal; none if there are none."""
+    if not ties:
+        return []
+    counts = ", ".join(f"{kind} {count}" for kind, count in ties.items())
+    return [
+        f"note: chosen by layer alone, the first ones, as their score is 0: {counts}; a smaller --top chooses fewer"
+    ]
 
 
 def memory_table(source: Source, trained: list[Unit]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -44,6 +45,13 @@ def test_whole(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         score = score_matrix(source.read(name, 0, source.rows(name)))
         assert scores[name] == pytest.approx(list(score), rel=1e-6)
     assert [unit["name"] for unit in results(tmp_path)["units"] if unit["trained"]] == only
+    ties = Counter(
+        unit["type"] for unit in results(tmp_path)["units"]
+        if unit["trained"] and unit["mp"] == 0 and unit["name"] not in ("embed", "head")
+    )  # fmt: skip
+    (note,) = [line for line in printed.splitlines() if line.startswith("note:")]
+    assert ties
+    assert ": " + ", ".join(f"{kind} {count}" for kind, count in ties.items()) + ";" in note
     page = (tmp_path / "spectrum.html").read_text()
     assert page.count("class=figure data-figure") == page.count('style="height: ') == 2
     assert "Scores by layer and module" in page

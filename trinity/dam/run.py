@@ -33,7 +33,7 @@ from trinity.dam.write import write_merged
 from trinity.errors import UserError
 from trinity.interop.output_folder import check_replaceable, replace_folder
 from trinity.io.json_files import read_json, write_json
-from trinity.io.local import copy_atomically, file_lock, make_folder
+from trinity.io.local import copy_atomically, file_lock, make_folder, resolve_path
 from trinity.merging.merge_models import check_apart
 from trinity.merging.plan import Plan
 from trinity.monitor.loggers import JsonLines
@@ -84,7 +84,7 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
     Raises:
         UserError: naming what is wrong.
     """
-    directory = Path(directory).resolve()
+    directory = resolve_path(directory)
     check_replaceable(directory, overwrite)
     plan = open_models(config)
     check_apart(plan, directory)

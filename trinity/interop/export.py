@@ -26,7 +26,7 @@ from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, partia
 from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, generation_config, special_ids
 from trinity.interop.weight_map import Index, weight_map
-from trinity.io.local import atomic_path, make_folder
+from trinity.io.local import atomic_path, make_folder, resolve_path
 from trinity.models.trinity import Trinity
 from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
 from trinity.terminal import Progress
@@ -61,7 +61,7 @@ def export_hf(
         UserError: `directory` is not empty and not an earlier export, or is one and `overwrite` is False; or the
             tokenizer cannot be used.
     """
-    directory = Path(directory).resolve()
+    directory = resolve_path(directory)
     partial = partial_folder(directory)
     first = not dist.is_initialized() or dist.get_rank() == 0
 
