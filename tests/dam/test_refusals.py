@@ -136,7 +136,7 @@ def test_coefficients_of_other_models(family: Path, settings: Callable) -> None:
 
 
 def test_an_unfinished_run_of_other_settings(family: Path, settings: Callable) -> None:
-    """Settings, or weights, that changed since."""
+    """Settings, a text, or weights that changed since."""
     from trinity.dam.run import prepare
     from trinity.io.json_files import write_json
 
@@ -146,6 +146,12 @@ def test_an_unfinished_run_of_other_settings(family: Path, settings: Callable) -
     prepare(read_config(settings("ab", save_every=7)), "out")
     with pytest.raises(UserError, match=r"unfinished run with other settings \(lr\); remove that folder"):
         prepare(read_config(settings("ab", lr=0.5)), "out")
+    text = (family / "a.txt").read_text()
+    (family / "a.txt").write_text(text.replace("rain", "mainly"))
+    with pytest.raises(UserError, match=r"other settings \(the content of a text\)"):
+        prepare(read_config(settings("ab")), "out")
+    (family / "a.txt").write_text(text)
+    prepare(read_config(settings("ab")), "out")
     rewrite(family / "a", lambda tensors: tensors["lm_head.weight"][0].add_(1))
     with pytest.raises(UserError, match="the models' weights"):
         prepare(read_config(settings("ab")), "out")

@@ -15,6 +15,7 @@ from trinity.dam.config import DamConfig
 from trinity.data.stream.validation import validation_sequences
 from trinity.errors import UserError
 from trinity.evaluation.perplexity import open_documents
+from trinity.io.checksum import new_hash
 from trinity.merging.plan import Plan
 from trinity_kernels.cross_entropy import IGNORE
 
@@ -36,6 +37,13 @@ class TextRows(NamedTuple):
     def of_rank(self, rank: int, ranks: int) -> "TextRows":
         """One rank's part of a global batch."""
         return TextRows(self.tokens_BS.chunk(ranks)[rank], self.valid_BS.chunk(ranks)[rank])
+
+    def checksum(self) -> str:
+        """Of the tokens and where they are valid, in their order."""
+        digest = new_hash()
+        for tensor in self:
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def read_texts(plan: Plan, config: DamConfig) -> dict[int, TextRows]:

@@ -75,7 +75,9 @@ class Prepared:
         """What an unfinished run must have in common with this one."""
         settings = {name: value for name, value in vars(self.config).items() if name not in _FREE}
         settings["models"] = [[each.model, each.text, each.weights] for each in self.config.models]
-        return {"identities": self.identities, "settings": settings | {"learn": list(self.config.learn)}}
+        texts = [rows.checksum() for rows in self.texts.values()]
+        settings["learn"] = list(self.config.learn)
+        return {"identities": self.identities, "settings": settings, "texts": texts}
 
 
 def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -> Prepared:
@@ -161,12 +163,14 @@ def _work_folder(prepared: Prepared, ranks: Ranks) -> Iterator[None]:
 
 
 def _check_unfinished(prepared: Prepared) -> None:
-    """Refuse to continue a run of another config or of other models."""
-    mark = read_json(prepared.work / _MARK)
-    if mark is None or mark == prepared.mark():
+    """Refuse to continue a run of another config, or of other models or texts."""
+    before, now = read_json(prepared.work / _MARK), prepared.mark()
+    if before is None or before == now:
         return
-    before, now = mark.get("settings", {}), prepared.mark()["settings"]
-    changed = [name for name in now if before.get(name) != now[name]] or ["the models' weights"]
+    settings = before.get("settings", {})
+    changed = [name for name, value in now["settings"].items() if settings.get(name) != value]
+    changed += ["the models' weights"] * (before.get("identities") != now["identities"])
+    changed += ["the content of a text"] * (not changed and before.get("texts") != now["texts"])
     raise UserError(
         f"{prepared.work} holds an unfinished run with other settings ({', '.join(changed)}); remove that folder to "
         "start over, or give another OUT_DIR"
