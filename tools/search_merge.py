@@ -58,9 +58,8 @@ def main() -> None:
 def search_file(options: argparse.Namespace) -> tuple[SearchFile, Path]:
     """The search and its folder."""
     if options.merge_back is None:
-        extra = [
-            name for name in ("validation", "weights", "by_part", "trials", *_EVALUATION) if getattr(options, name)
-        ]
+        names = ("validation", "weights", "by_part", "trials", *_EVALUATION)
+        extra = [name for name in names if given(options, name)]
         if extra:
             raise UserError(f"--{extra[0].replace('_', '-')} is for --merge-back; write it into the search file")
         if len(options.paths) != 2:
@@ -71,6 +70,11 @@ def search_file(options: argparse.Namespace) -> tuple[SearchFile, Path]:
         raise UserError(f"--merge-back BASE CONTINUED OUT_DIR takes no search file; leave out {options.paths[0]}")
     if not options.validation:
         raise UserError("--merge-back needs texts of the old and the new domain; give --validation old=TEXT new=TEXT")
+    if before[0] == before[1]:
+        raise UserError(f"--merge-back names {before[0]} twice; give the model before the training, and after it")
+    for name in ("trials", "window", "rows", "batch_tokens"):
+        if given(options, name) and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     trials = options.trials if options.trials is not None else TRIALS_BY_PART if options.by_part else TRIALS
     evaluation: dict[str, Any] = {name: getattr(options, name) for name in _EVALUATION if given(options, name)}
     content = merge_back(

@@ -120,16 +120,18 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
     for words, message in (
         (("s.yaml",), "give SEARCH.yaml OUT_DIR"),
         (("s.yaml", "out", "--rows", 3), "--rows is for --merge-back"),
+        (("s.yaml", "out", "--trials", 0), "--trials is for --merge-back"),
         (("s.yaml", "out", "--workers", 0), "--workers 0 must be at least 1"),
         (("s.yaml", "out", "--device", "no"), "--device no is not available"),
         (("gone.yaml", "out"), "the search gone.yaml does not exist"),
         (back, "--merge-back needs texts"),
         ((*back, "--validation", "text.txt"), "write --validation NAME=TEXT"),
-        ((*back, "--validation", "x=text.txt", "--trials", 0), "search.budget.trials is 0"),
-        ((*back, "--validation", "x=text.txt", "--window", 0), "search.evaluation.window is 0"),
+        ((*back, "--validation", "x=text.txt", "--trials", 0), "--trials 0 must be at least 1"),
+        ((*back, "--validation", "x=text.txt", "--window", 0), "--window 0 must be at least 1"),
         ((*back, "--validation", "x=text.txt", "--weights", "y=1"), "--weights names 'y'"),
         ((*back, "--validation", "x=text.txt", "--weights", "x=many"), "is no number"),
         (("s.yaml", *back, "--validation", "x=text.txt"), "takes no search file"),
+        (("--merge-back", "a", "a", "out", "--validation", "x=text.txt"), "--merge-back names a twice"),
     ):
         assert call("search_merge.py", *words) == 2, words
         error = capsys.readouterr().err
