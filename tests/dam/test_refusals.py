@@ -60,6 +60,11 @@ def other_tokenizer(family: Path) -> None:
     save_tokenizer(train_tokenizer(["a quite different text of other words, and of commas"] * 3, 270), family / "b")
 
 
+def dense_models(family: Path) -> None:
+    for seed, name in enumerate("ab"):
+        export_hf(child(seed, dense_layers=5), family / name, family / "c", torch.float32, overwrite=True)
+
+
 def no_tokenizer(family: Path) -> None:
     for name in "ab":
         (family / name / "tokenizer.json").unlink()
@@ -70,6 +75,7 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a model twice": (lambda family: None, {"models": [{"model": "a", "text": "a.txt"}, "a"]}, "lists a twice"),
     "other sizes": (other_sizes, {}, "different architectures"),
     "other tokenizer": (other_tokenizer, {}, "tokenizer"),
+    "nothing to learn": (dense_models, {"learn": ["router", "experts"]}, "no MoE layer; write a list of attention, ffn"),
     "no tokenizer": (no_tokenizer, {}, "has no tokenizer.json"),
     "a tensor is missing": (lambda family: rewrite(family / "b", lambda t: t.pop("lm_head.weight")), {}, "lm_head"),
     "no such text": (lambda family: (family / "a.txt").unlink(), {}, "a.txt"),

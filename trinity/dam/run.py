@@ -28,6 +28,7 @@ from trinity.dam.coefficients import (
 from trinity.dam.config import DamConfig
 from trinity.dam.data import TextRows, read_texts
 from trinity.dam.load import build_merged_model, identity, load_models, open_models, set_coefficients, sources_of
+from trinity.dam.model import PARTS
 from trinity.dam.step import Learner
 from trinity.dam.write import write_merged
 from trinity.errors import UserError
@@ -90,6 +91,7 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
     check_replaceable(directory, overwrite)
     plan = open_models(config)
     check_apart(plan, directory)
+    _check_learn(plan, config)
     sizes = mesh.check_parallel(config.parallel, plan.donor.config, mesh.world_size())
     if sizes.experts_by == "width":
         raise UserError(
@@ -108,6 +110,15 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
     prepared = Prepared(config, plan, read_texts(plan, config), directory, identities, start)
     _check_unfinished(prepared)
     return prepared
+
+
+def _check_learn(plan: Plan, config: DamConfig) -> None:
+    """Refuse parts to learn that a model without MoE layers does not have."""
+    if all(plan.dense) and set(config.learn) <= {"router", "experts"}:
+        raise UserError(
+            f"learn names {', '.join(config.learn)}, and the models have no MoE layer; write a list of "
+            f"{', '.join(part for part in PARTS if part not in ('router', 'experts'))}"
+        )
 
 
 def adaptive_merge(config: DamConfig, directory: str | Path, overwrite: bool = False, progress: bool = False) -> int:
