@@ -75,7 +75,7 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a model twice": (lambda family: None, {"models": [{"model": "a", "text": "a.txt"}, "a"]}, "lists a twice"),
     "other sizes": (other_sizes, {}, "different architectures"),
     "other tokenizer": (other_tokenizer, {}, "tokenizer"),
-    "nothing to learn": (dense_models, {"learn": ["router", "experts"]}, "no MoE layer; write a list of attention, ffn"),
+    "nothing to learn": (dense_models, {"learn": ["router", "experts"]}, "the models have no MoE layer; write a list"),
     "no tokenizer": (no_tokenizer, {}, "has no tokenizer.json"),
     "a tensor is missing": (lambda family: rewrite(family / "b", lambda t: t.pop("lm_head.weight")), {}, "lm_head"),
     "no such text": (lambda family: (family / "a.txt").unlink(), {}, "a.txt"),
