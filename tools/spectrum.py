@@ -52,10 +52,10 @@ def main() -> None:
     modules = find_modules(source)
     units = find_units(source, modules)
     choose(units[:0], {}, options.score, options.top)  # refuses --top before hours of work
-    make_folder(out)
     if options.axolotl is not None:
         translate(options, source, units, out)
         return
+    make_folder(out)
     scores = scan(source, modules, options.sample, options.device, out / "scores.json", options.force)
     trained = choose(units, scores, options.score, options.top)
     memory = memory_table(source, trained)
@@ -78,6 +78,7 @@ def translate(options: argparse.Namespace, source: Source, units: list[Unit], ou
     if not is_trinity(source):
         raise UserError(f"{options.folder} is no Trinity model, so train.only has no names in it; use axolotl's YAML")
     trained = read_axolotl(options.axolotl, units)
+    make_folder(out)
     # not axolotl.yaml: it may be the list that was read
     write_train_only(out, trained, f"{options.folder}: the modules of {options.axolotl}")
     print("\n".join([*summary(units, trained), *memory_table(source, trained), f"results   {out}"]))

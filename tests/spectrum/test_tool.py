@@ -153,11 +153,11 @@ WRONG: dict[str, tuple[list, str]] = {
 def test_wrong_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str) -> None:
     """One sentence and code 2, before any score."""
     options, sentence = WRONG[words]
-    assert call("spectrum.py", folder, "--device", "cpu", "--out", tmp_path, *options) == 2
+    assert call("spectrum.py", folder, "--device", "cpu", "--out", tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "scores.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
