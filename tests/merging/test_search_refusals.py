@@ -53,6 +53,7 @@ CASES: dict[str, tuple[dict, str]] = {
     "no lm-eval": ({"+objectives": [{"name": "x", "task": "arc_easy"}]}, 'pip install "trinity-moe[evaluation]"'),
     "population 1": ({"+population": 1}, "search.population is 1; write a whole number of at least 2"),
     "rows": ({"+evaluation": {"rows": 0}}, "search.evaluation.rows is 0; write a whole number of at least 1"),
+    "window": ({"+evaluation": {"window": 65}}, "more than the 64 positions of base; write window: 64 or less"),
     "no weight elsewhere": (
         {"models": [{"model": "a"}], "+vary": [WEIGHT | {"parts": ["router"]}]}, "ties needs a weight for a",
     ),
