@@ -14,6 +14,7 @@ Example: python tools/search_merge.py recipes/search/two_domains.yaml out/search
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,12 @@ def parse() -> argparse.Namespace:
 
 def _weight(name: str, text: str) -> float:
     try:
-        return float(text)
+        weight = float(text)
     except ValueError:
         raise UserError(f"--weights {name}={text} is no number; write --weights {name}=1") from None
+    if not 0 <= weight < math.inf:
+        raise UserError(f"--weights {name}={text} must be at least 0; write --weights {name}=1")
+    return weight
 
 
 if __name__ == "__main__":

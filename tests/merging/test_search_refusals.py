@@ -131,6 +131,7 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
         ((*back, "--validation", "x=text.txt", "--window", 0), "--window 0 must be at least 1"),
         ((*back, "--validation", "x=text.txt", "--weights", "y=1"), "--weights names 'y'"),
         ((*back, "--validation", "x=text.txt", "--weights", "x=many"), "is no number"),
+        ((*back, "--validation", "x=text.txt", "--weights", "x=-1"), "--weights x=-1 must be at least 0"),
         (("s.yaml", *back, "--validation", "x=text.txt"), "takes no search file"),
         (("--merge-back", "a", "a", "out", "--validation", "x=text.txt"), "--merge-back names a twice"),
     ):
