@@ -80,6 +80,11 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a tensor is missing": (lambda family: rewrite(family / "b", lambda t: t.pop("lm_head.weight")), {}, "lm_head"),
     "no such text": (lambda family: (family / "a.txt").unlink(), {}, "a.txt"),
     "few rows": (lambda family: None, {"rows": 4000}, "rows of 24 tokens, and rows is 4000; write rows: "),
+    "two short texts": (
+        lambda family: write_text(family / "b.txt", 1, lines=20),
+        {"rows": 4000},
+        "b.txt has .* and rows is 4000",
+    ),
     "a short text": (lambda family: write_text(family / "a.txt", 0, lines=1), {}, "give more text"),
     "a long window": (lambda family: None, {"window": 65}, "more than the model's 64 positions"),
     "a mesh that does not fit": (lambda family: None, {"parallel": {"shard": 3}}, "parallel.shard"),
