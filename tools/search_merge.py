@@ -14,6 +14,7 @@ Example: python tools/search_merge.py recipes/search/two_domains.yaml out/search
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,8 @@ def main() -> None:
 def search_file(options: argparse.Namespace) -> tuple[SearchFile, Path]:
     """The search and its folder."""
     if options.merge_back is None:
-        extra = [
-            name for name in ("validation", "weights", "by_part", "trials", *_EVALUATION) if getattr(options, name)
-        ]
+        names = ("validation", "weights", "by_part", "trials", *_EVALUATION)
+        extra = [name for name in names if given(options, name)]
         if extra:
             raise UserError(f"--{extra[0].replace('_', '-')} is for --merge-back; write it into the search file")
         if len(options.paths) != 2:
@@ -72,6 +72,11 @@ def search_file(options: argparse.Namespace) -> tuple[SearchFile, Path]:
         raise UserError(f"--merge-back BASE CONTINUED OUT_DIR takes no search file; leave out {options.paths[0]}")
     if not options.validation:
         raise UserError("--merge-back needs texts of the old and the new domain; give --validation old=TEXT new=TEXT")
+    if before[0] == before[1]:
+        raise UserError(f"--merge-back names {before[0]} twice; give the model before the training, and after it")
+    for name in ("trials", "window", "rows", "batch_tokens"):
+        if given(options, name) and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     trials = options.trials if options.trials is not None else TRIALS_BY_PART if options.by_part else TRIALS
     evaluation: dict[str, Any] = {name: getattr(options, name) for name in _EVALUATION if given(options, name)}
     content = merge_back(
@@ -155,9 +160,12 @@ def parse() -> argparse.Namespace:
 
 def _weight(name: str, text: str) -> float:
     try:
-        return float(text)
+        weight = float(text)
     except ValueError:
         raise UserError(f"--weights {name}={text} is no number; write --weights {name}=1") from None
+    if not 0 <= weight < math.inf:
+        raise UserError(f"--weights {name}={text} must be at least 0; write --weights {name}=1")
+    return weight
 
 
 if __name__ == "__main__":

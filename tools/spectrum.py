@@ -53,10 +53,10 @@ def main() -> None:
     modules = find_modules(source)
     units = find_units(source, modules)
     choose(units[:0], {}, options.score, options.top)  # refuses --top before hours of work
-    make_folder(out)
     if options.axolotl is not None:
         translate(options, source, units, out)
         return
+    make_folder(out)
     scores = scan(source, modules, options.sample, options.device, out / "scores.json", options.force)
     trained = choose(units, scores, options.score, options.top)
     memory = memory_table(source, trained)
@@ -80,16 +80,22 @@ def translate(options: argparse.Namespace, source: Source, units: list[Unit], ou
     if not is_trinity(source):
         raise UserError(f"{options.folder} is no Trinity model, so train.only has no names in it; use axolotl's YAML")
     trained = read_axolotl(options.axolotl, units)
-    write_choice(out, source, trained, f"{options.folder}: the modules of {options.axolotl}")
+    make_folder(out)
+    # not axolotl.yaml: it may be the list that was read
+    write_train_only(out, trained, f"{options.folder}: the modules of {options.axolotl}")
     print("\n".join([*summary(units, trained), *memory_table(source, trained), f"results   {out}"]))
 
 
 def write_choice(out: Path, source: Source, trained: list[Unit], comment: str) -> None:
     """Write the YAML files."""
-    comment = " ".join(comment.split())
     if is_trinity(source):
-        write_atomically(out / "train_only.yaml", train_only_yaml(trained, comment))
-    write_atomically(out / "axolotl.yaml", axolotl_yaml(trained, comment))
+        write_train_only(out, trained, comment)
+    write_atomically(out / "axolotl.yaml", axolotl_yaml(trained, " ".join(comment.split())))
+
+
+def write_train_only(out: Path, trained: list[Unit], comment: str) -> None:
+    """Write train_only.yaml."""
+    write_atomically(out / "train_only.yaml", train_only_yaml(trained, " ".join(comment.split())))
 
 
 def write_page(path: Path, model: str, results: dict[str, Any]) -> None:

@@ -135,9 +135,13 @@ def test_another_architecture(dense: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_translation(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """axolotl's list becomes a section of a config, without scores."""
-    (tmp_path / "a.yaml").write_text("unfrozen_parameters: [^lm_head.weight$, 'model.layers.[23].self_attn.q_proj']")
-    assert call("spectrum.py", folder, "--axolotl", tmp_path / "a.yaml", "--out", tmp_path / "out") == 0
+    """axolotl's list becomes a section of a config, without scores; the list itself may be in OUT, and stays."""
+    text = "unfrozen_parameters: [^lm_head.weight$, 'model.layers.[23].self_attn.q_proj'] # by hand"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "axolotl.yaml").write_text(text)
+    words = ["--axolotl", tmp_path / "out" / "axolotl.yaml", "--out", tmp_path / "out"]
+    assert call("spectrum.py", folder, *words) == 0
+    assert (tmp_path / "out" / "axolotl.yaml").read_text() == text
     only = yaml.safe_load((tmp_path / "out" / "train_only.yaml").read_text())["train"]["only"]
     assert only == ["blocks.2.attention.qkvg", "blocks.3.attention.qkvg", "head"]
     assert not (tmp_path / "out" / "scores.json").exists()
@@ -157,11 +161,11 @@ WRONG: dict[str, tuple[list, str]] = {
 def test_wrong_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str) -> None:
     """One sentence and code 2, before any score."""
     options, sentence = WRONG[words]
-    assert call("spectrum.py", folder, "--device", "cpu", "--out", tmp_path, *options) == 2
+    assert call("spectrum.py", folder, "--device", "cpu", "--out", tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "scores.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
