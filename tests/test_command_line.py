@@ -54,3 +54,18 @@ def test_a_tool_writes_into_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp
         assert end.value.code == 0
     assert sorted(path.name for path in home.iterdir()) == ["a.txt", "shards", "tokenizer"]
     assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("tool", ["merge.py RECIPE OUT", "search_merge.py FILE OUT", "average.py RUN OUT --steps 1:2",
+                                  "spectrum.py FOLDER"])  # fmt: skip
+def test_a_tool_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tool: str) -> None:
+    """Refused under torchrun with several processes, before it reads anything."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(sys, "argv", tool.split())
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / tool.split()[0]), run_name="__main__")
+    assert ended.value.code == 2
+    name = f"tools/{tool.split()[0]}"
+    assert (
+        capsys.readouterr().err == f"error: {name} runs in one process; start it by python {name}, without torchrun\n"
+    )

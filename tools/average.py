@@ -13,7 +13,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 # isort: split
 import torch
 
-from trinity.command_line import HelpFormatter, local_path
+from trinity.command_line import HelpFormatter, check_one_process, local_path
 from trinity.errors import run_main
 from trinity.merging.average_run import average, choose_steps
 from trinity.optim.decay_weights import DECAYS, decay_weights
@@ -24,6 +24,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def main() -> None:
     """Average, and print the weights."""
     options = parse()
+    check_one_process("tools/average.py")
     steps = choose_steps(options.run_dir, options.steps)
     for step, weight in zip(steps, decay_weights(steps, options.decay)):
         print(f"step {step:>10,}  weight {weight:.4f}")

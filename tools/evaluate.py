@@ -35,6 +35,7 @@ from trinity.evaluation.perplexity import ContextWindow, open_documents, packed_
 from trinity.interop import load_hf
 from trinity.interop.tokenizer_files import special_ids
 from trinity.io.json_files import write_json
+from trinity.io.local import resolve_path
 from trinity.models.trinity import Trinity
 
 Results = dict[str, dict[str, float]]
@@ -119,7 +120,7 @@ def text_sources(vocab_size: int, options: argparse.Namespace) -> Iterator[tuple
 def choice_results(model: Trinity, window: int, options: argparse.Namespace) -> Results:
     """Accuracy of each --choices file."""
     results: Results = {}
-    for path in {path.resolve(): path for path in options.choices}.values():
+    for path in {resolve_path(path): path for path in options.choices}.values():
         items = read_items(path, options.limit)
         bos = special_ids(options.folder, model.config.vocab_size).bos
         scores = choice_scores(
@@ -174,7 +175,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval")
     parser.add_argument("--task-folder", type=local_path, metavar="DIR", help="folder with YAML files of further tasks")
     parser.add_argument("--limit", type=int, metavar="N", help="most documents, packed rows or items of each")
-    parser.add_argument("--window", type=int, help=f"tokens of context (by default {WINDOW}, or all positions)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help=f"tokens of context (default: {WINDOW}, or the model's number of positions if that is smaller)",
+    )
     parser.add_argument("--stride", type=int, help="tokens by which the window moves; by default half of it")
     parser.add_argument("--packed", action="store_true", help="pack documents into rows, as in a run's validation")
     parser.add_argument("--document-mask", action="store_true", help="--packed: no attention between documents")

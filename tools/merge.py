@@ -19,16 +19,16 @@ Example: python tools/merge.py recipes/ties.yaml out/merged --dry-run
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 
-from trinity.command_line import HelpFormatter, local_path
+from trinity.command_line import HelpFormatter, check_one_process, local_path
 from trinity.errors import UserError, run_main
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable
+from trinity.io.local import resolve_path
 from trinity.merging.experts import unrelated_models
 from trinity.merging.merge_models import Merger, merge
 from trinity.merging.plan import Plan, make_plan
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Merge, or say what a merge would do."""
     options = parse()
+    check_one_process("tools/merge.py")
     if options.serve:
         serve_page(options)
     if options.recipe is None or options.out_dir is None:
@@ -66,7 +67,7 @@ def main() -> None:
 def dry_run(options: argparse.Namespace) -> str:
     """Check everything and write nothing; returns what the merge will do."""
     recipe = read_recipe(options.recipe)
-    directory = Path(options.out_dir).resolve()
+    directory = resolve_path(options.out_dir)
     if options.no_merge:
         from trinity.reporting.after_merge import check_merged
 
@@ -195,7 +196,12 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--balancing", choices=("smebu", "sign"), help="rule that moves the biases (by default the run's, or smebu)"
     )
     group.add_argument("--no-merge", action="store_true", help="OUT_DIR was merged by this recipe: only measure it")
-    group.add_argument("--window", type=int, help="tokens of a packed row (by default 2048, or all positions)")
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens of a packed row (default: 2048, or the model's number of positions if that is smaller)",
+    )
     group.add_argument("--rows", type=int, help="most rows of a text (by default all, and 32 to recalibrate)")
     group.add_argument("--document-mask", action="store_true", help="no attention between documents of a row")
     group.add_argument("--batch-tokens", type=int, default=8192, help="most tokens in a forward pass")

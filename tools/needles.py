@@ -34,7 +34,7 @@ from trinity.interop import load_hf
 from trinity.interop.tensors import storage_dtypes
 from trinity.interop.tokenizer_files import special_ids
 from trinity.io.json_files import read_json, to_json, write_json
-from trinity.io.local import make_folder, write_atomically
+from trinity.io.local import make_folder, resolve_path, write_atomically
 from trinity.models import Trinity
 from trinity.reporting.page import Section, check_out, plotly_script, render_page
 from trinity.terminal import Progress
@@ -231,7 +231,7 @@ def check_questions(options: argparse.Namespace) -> None:
     """Refuse to write --jsonl over a file that exists."""
     if options.jsonl and options.jsonl.exists() and not options.force:
         raise UserError(f"--jsonl {options.jsonl} exists; give another file, or --force to write over it")
-    if options.jsonl and options.haystack and options.jsonl.resolve() == Path(options.haystack).resolve():
+    if options.jsonl and options.haystack and resolve_path(options.jsonl) == resolve_path(options.haystack):
         raise UserError(f"--jsonl {options.jsonl} is the haystack; give another file")
 
 

@@ -14,6 +14,7 @@ Example: python tools/search_merge.py recipes/search/two_domains.yaml out/search
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 
-from trinity.command_line import HelpFormatter, check_device, local_path
+from trinity.command_line import HelpFormatter, check_device, check_one_process, local_path
 from trinity.errors import UserError, run_main
 from trinity.io.local import write_atomically
 from trinity.merging.search.result import BEST, FRONT, MODEL, Found
@@ -41,6 +42,7 @@ _EVALUATION = ("window", "rows", "batch_tokens", "document_mask")
 def main() -> None:
     """Search, or say what the search would do."""
     options = parse()
+    check_one_process("tools/search_merge.py")
     file, folder = search_file(options)
     check_device(options.device)
     plotly_script()
@@ -58,9 +60,8 @@ def main() -> None:
 def search_file(options: argparse.Namespace) -> tuple[SearchFile, Path]:
     """The search and its folder."""
     if options.merge_back is None:
-        extra = [
-            name for name in ("validation", "weights", "by_part", "trials", *_EVALUATION) if getattr(options, name)
-        ]
+        names = ("validation", "weights", "by_part", "trials", *_EVALUATION)
+        extra = [name for name in names if given(options, name)]
         if extra:
             raise UserError(f"--{extra[0].replace('_', '-')} is for --merge-back; write it into the search file")
         if len(options.paths) != 2:
@@ -71,6 +72,11 @@ def search_file(options: argparse.Namespace) -> tuple[SearchFile, Path]:
         raise UserError(f"--merge-back BASE CONTINUED OUT_DIR takes no search file; leave out {options.paths[0]}")
     if not options.validation:
         raise UserError("--merge-back needs texts of the old and the new domain; give --validation old=TEXT new=TEXT")
+    if before[0] == before[1]:
+        raise UserError(f"--merge-back names {before[0]} twice; give the model before the training, and after it")
+    for name in ("trials", "window", "rows", "batch_tokens"):
+        if given(options, name) and getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     trials = options.trials if options.trials is not None else TRIALS_BY_PART if options.by_part else TRIALS
     evaluation: dict[str, Any] = {name: getattr(options, name) for name in _EVALUATION if given(options, name)}
     content = merge_back(
@@ -140,7 +146,12 @@ def parse() -> argparse.Namespace:
         "--by-part", action="store_true", help="an α for each of attention, experts, router and rest, by CMA-ES"
     )
     group.add_argument("--trials", type=int, help=f"most trials (by default {TRIALS}, or {TRIALS_BY_PART} --by-part)")
-    group.add_argument("--window", type=int, help="tokens of a packed row (by default 2048, or all positions)")
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens of a packed row (default: 2048, or the model's number of positions if that is smaller)",
+    )
     group.add_argument("--rows", type=int, help="most rows of a text (by default all)")
     group.add_argument("--document-mask", action="store_true", help="no attention between documents of a row")
     group.add_argument("--batch-tokens", type=int, help="most tokens in a forward pass (by default 8192)")
@@ -149,9 +160,12 @@ def parse() -> argparse.Namespace:
 
 def _weight(name: str, text: str) -> float:
     try:
-        return float(text)
+        weight = float(text)
     except ValueError:
         raise UserError(f"--weights {name}={text} is no number; write --weights {name}=1") from None
+    if not 0 <= weight < math.inf:
+        raise UserError(f"--weights {name}={text} must be at least 0; write --weights {name}=1")
+    return weight
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 # isort: split
 import torch
 
-from trinity.command_line import HelpFormatter, check_device, local_path
+from trinity.command_line import HelpFormatter, check_device, check_one_process, local_path
 from trinity.config.run import RunConfig, TrainConfig
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
@@ -35,7 +35,7 @@ from trinity.reporting.page import check_out, plotly_script
 from trinity.spectrum.modules import Module, Unit, find_modules, find_units, is_trinity, open_weights, sampled, score_of
 from trinity.spectrum.scan import scan
 from trinity.spectrum.scores import Score
-from trinity.spectrum.select import axolotl_yaml, choose, read_axolotl, train_only_yaml
+from trinity.spectrum.select import axolotl_yaml, choose, chosen_without_signal, read_axolotl, train_only_yaml
 
 STATE = {"parameters": ("parameters",), "gradients": ("gradients",), "optimizer": ("Muon momentum", "AdamW moments")}
 
@@ -43,6 +43,7 @@ STATE = {"parameters": ("parameters",), "gradients": ("gradients",), "optimizer"
 def main() -> None:
     """Score, choose, write and print."""
     options = parse()
+    check_one_process("tools/spectrum.py")
     check_device(options.device)
     if options.sample is not None and options.sample < 1:
         raise UserError(f"--sample {options.sample} must be at least 1 expert of each stack")
@@ -52,10 +53,10 @@ def main() -> None:
     modules = find_modules(source)
     units = find_units(source, modules)
     choose(units[:0], {}, options.score, options.top)  # refuses --top before hours of work
-    make_folder(out)
     if options.axolotl is not None:
         translate(options, source, units, out)
         return
+    make_folder(out)
     scores = scan(source, modules, options.sample, options.device, out / "scores.json", options.force)
     trained = choose(units, scores, options.score, options.top)
     memory = memory_table(source, trained)
@@ -68,7 +69,8 @@ def main() -> None:
         "memory": memory,
     }  # fmt: skip
     write_json(out / "spectrum.json", results)
-    print("\n".join(summary(units, trained) + memory))
+    ties = chosen_without_signal(trained, scores, options.score)
+    print("\n".join([*summary(units, trained), *tie_note(ties), *memory]))
     write_page(out / "spectrum.html", options.folder, results)
     print(f"results   {out}")
 
@@ -78,16 +80,22 @@ def translate(options: argparse.Namespace, source: Source, units: list[Unit], ou
     if not is_trinity(source):
         raise UserError(f"{options.folder} is no Trinity model, so train.only has no names in it; use axolotl's YAML")
     trained = read_axolotl(options.axolotl, units)
-    write_choice(out, source, trained, f"{options.folder}: the modules of {options.axolotl}")
+    make_folder(out)
+    # not axolotl.yaml: it may be the list that was read
+    write_train_only(out, trained, f"{options.folder}: the modules of {options.axolotl}")
     print("\n".join([*summary(units, trained), *memory_table(source, trained), f"results   {out}"]))
 
 
 def write_choice(out: Path, source: Source, trained: list[Unit], comment: str) -> None:
     """Write the YAML files."""
-    comment = " ".join(comment.split())
     if is_trinity(source):
-        write_atomically(out / "train_only.yaml", train_only_yaml(trained, comment))
-    write_atomically(out / "axolotl.yaml", axolotl_yaml(trained, comment))
+        write_train_only(out, trained, comment)
+    write_atomically(out / "axolotl.yaml", axolotl_yaml(trained, " ".join(comment.split())))
+
+
+def write_train_only(out: Path, trained: list[Unit], comment: str) -> None:
+    """Write train_only.yaml."""
+    write_atomically(out / "train_only.yaml", train_only_yaml(trained, " ".join(comment.split())))
 
 
 def write_page(path: Path, model: str, results: dict[str, Any]) -> None:
@@ -123,6 +131,16 @@ def summary(units: list[Unit], trained: list[Unit]) -> list[str]:
         lines.append((kind, str(len(members)), str(len(chosen)), layers))
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
     return ["  ".join([a.ljust(widths[0]), b.rjust(widths[1]), c.rjust(widths[2]), d]).rstrip() for a, b, c, d in lines]
+
+
+def tie_note(ties: dict[str, int]) -> list[str]:
+    """A line on the modules that train without signal; none if there are none."""
+    if not ties:
+        return []
+    counts = ", ".join(f"{kind} {count}" for kind, count in ties.items())
+    return [
+        f"note: chosen by layer alone, the first ones, as their score is 0: {counts}; a smaller --top chooses fewer"
+    ]
 
 
 def memory_table(source: Source, trained: list[Unit]) -> list[str]:

@@ -31,6 +31,18 @@ def path_or_url(text: str) -> str:
     return expanded
 
 
+def check_one_process(tool: str) -> None:
+    """Refuse a launcher of several processes, for a tool that is one.
+
+    Args:
+        tool: its name in the message.
+    Raises:
+        UserError: it runs under torchrun or another launcher, with more than one process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{tool} runs in one process; start it by python {tool}, without torchrun")
+
+
 def check_device(name: str) -> None:
     """Refuse a --device on which this machine cannot compute.
 

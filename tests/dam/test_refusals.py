@@ -60,6 +60,11 @@ def other_tokenizer(family: Path) -> None:
     save_tokenizer(train_tokenizer(["a quite different text of other words, and of commas"] * 3, 270), family / "b")
 
 
+def dense_models(family: Path) -> None:
+    for seed, name in enumerate("ab"):
+        export_hf(child(seed, dense_layers=5), family / name, family / "c", torch.float32, overwrite=True)
+
+
 def no_tokenizer(family: Path) -> None:
     for name in "ab":
         (family / name / "tokenizer.json").unlink()
@@ -70,10 +75,16 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a model twice": (lambda family: None, {"models": [{"model": "a", "text": "a.txt"}, "a"]}, "lists a twice"),
     "other sizes": (other_sizes, {}, "different architectures"),
     "other tokenizer": (other_tokenizer, {}, "tokenizer"),
+    "nothing to learn": (dense_models, {"learn": ["router", "experts"]}, "the models have no MoE layer; write a list"),
     "no tokenizer": (no_tokenizer, {}, "has no tokenizer.json"),
     "a tensor is missing": (lambda family: rewrite(family / "b", lambda t: t.pop("lm_head.weight")), {}, "lm_head"),
     "no such text": (lambda family: (family / "a.txt").unlink(), {}, "a.txt"),
     "few rows": (lambda family: None, {"rows": 4000}, "rows of 24 tokens, and rows is 4000; write rows: "),
+    "two short texts": (
+        lambda family: write_text(family / "b.txt", 1, lines=20),
+        {"rows": 4000},
+        "b.txt has .* and rows is 4000",
+    ),
     "a short text": (lambda family: write_text(family / "a.txt", 0, lines=1), {}, "give more text"),
     "a long window": (lambda family: None, {"window": 65}, "more than the model's 64 positions"),
     "a mesh that does not fit": (lambda family: None, {"parallel": {"shard": 3}}, "parallel.shard"),
@@ -136,7 +147,7 @@ def test_coefficients_of_other_models(family: Path, settings: Callable) -> None:
 
 
 def test_an_unfinished_run_of_other_settings(family: Path, settings: Callable) -> None:
-    """Settings, or weights, that changed since."""
+    """Settings, a text, or weights that changed since."""
     from trinity.dam.run import prepare
     from trinity.io.json_files import write_json
 
@@ -146,6 +157,12 @@ def test_an_unfinished_run_of_other_settings(family: Path, settings: Callable) -
     prepare(read_config(settings("ab", save_every=7)), "out")
     with pytest.raises(UserError, match=r"unfinished run with other settings \(lr\); remove that folder"):
         prepare(read_config(settings("ab", lr=0.5)), "out")
+    text = (family / "a.txt").read_text()
+    (family / "a.txt").write_text(text.replace("rain", "mainly"))
+    with pytest.raises(UserError, match=r"other settings \(the content of a text\)"):
+        prepare(read_config(settings("ab")), "out")
+    (family / "a.txt").write_text(text)
+    prepare(read_config(settings("ab")), "out")
     rewrite(family / "a", lambda tensors: tensors["lm_head.weight"][0].add_(1))
     with pytest.raises(UserError, match="the models' weights"):
         prepare(read_config(settings("ab")), "out")

@@ -49,7 +49,7 @@ def test_arguments_and_metrics(arguments: dict[str, Any]) -> None:
 
 
 def test_errors(arguments: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="--tasks arc_hard is not known to lm-eval"):
+    with pytest.raises(UserError, match="the task arc_hard is not known to lm-eval"):
         run_tasks(Path("out/hf"), ["arc_easy", "arc_hard"])
     assert "tasks" not in arguments
     with pytest.raises(Failure, match=r"could not download the data of its tasks \(no route\)"):

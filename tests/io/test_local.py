@@ -16,10 +16,18 @@ from trinity.config.run import RunConfig
 from trinity.data.sources.shards import TokenSource
 from trinity.data.sources.text_index import open_index
 from trinity.data.tokenizer.tokenizer import load_tokenizer, save_tokenizer
+from trinity.errors import UserError, explain
 from trinity.interop import export_hf
 from trinity.io import local
 from trinity.io.json_files import append_json_line, write_json
-from trinity.io.local import atomic_path, copy_atomically, make_folder, temporary_path, write_atomically
+from trinity.io.local import (
+    atomic_path,
+    copy_atomically,
+    make_folder,
+    resolve_path,
+    temporary_path,
+    write_atomically,
+)
 from trinity.models import ModelConfig, Trinity
 from trinity.monitor.loggers import JsonLines, _wandb_id
 from trinity.run_directory import RunDirectory
@@ -231,3 +239,21 @@ def test_no_other_module_writes_files(name: str) -> None:
                 if renames or node.func.attr in NOT_ATOMIC or (of == "json" and node.func.attr == "dumps"):
                     writes.add((where, node.func.attr))
     assert writes <= ALLOWED
+
+
+def test_links_that_lead_to_themselves(tmp_path: Path) -> None:
+    """Directly, through another, or above the path; every other path is what the operating system says."""
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "here").symlink_to("there")
+    (tmp_path / "there").symlink_to("here")
+    for place in ("self", "here", "self/out", "here/../there/x.html"):
+        with pytest.raises(UserError, match="a symbolic link that leads to itself; remove the link"):
+            resolve_path(tmp_path / place)
+        with pytest.raises((UserError, OSError)) as refused:
+            make_folder(tmp_path / place)
+        assert explain(refused.value) is not None
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "dangling").symlink_to("folder/new")
+    for place in ("link", "link/new/file", "dangling", "none/../folder"):
+        assert resolve_path(tmp_path / place) == Path(os.path.realpath(tmp_path / place))

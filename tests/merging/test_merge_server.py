@@ -179,11 +179,11 @@ def test_command_line() -> None:
     """Every field becomes its option; what an option would be taken for is refused."""
     form = TIES | {
         "workers": "2", "overwrite": True, "report": "r.html", "validation": "code=a b\n\n x=y ", "recalibrate": "t",
-        "rows": "5",
+        "window": "64", "rows": "5",
     }  # fmt: skip
     assert command_words(form, Path("r.yaml")) == [
         "r.yaml", "out", "--overwrite", "--workers", "2", "--report", "r.html", "--validation", "code=a b", "x=y",
-        "--recalibrate", "t", "--rows", "5",
+        "--recalibrate", "t", "--window", "64", "--rows", "5",
     ]  # fmt: skip
     assert command_words(TIES, Path("r.yaml")) == ["r.yaml", "out"]
     words = command_words({"out_dir": "--overwrite", "report": "-h.html"}, recipe_file({"out_dir": "./--overwrite"}))

@@ -21,6 +21,7 @@ from trinity.interop import load_hf
 from trinity.merging import merge
 from trinity.merging.search import objectives, run_search
 from trinity.merging.search.objectives import Objectives
+from trinity.merging.search.optimizers import CmaEs, LineSearch
 from trinity.merging.search.run_search import Search
 from trinity.merging.search.search_file import read_search
 from trinity.models import Trinity
@@ -174,6 +175,42 @@ def test_killed_search_goes_on(folder: Path, variables: int) -> None:
         Search(read_search(file), folder / "out").run()
 
 
+@pytest.mark.parametrize("variables", [1, 2])
+def test_values_are_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch, variables: int) -> None:
+    """A repeated point is no trial, and the optimizer is told its cost; an older log, with both, goes on."""
+    parts = {"parts": ["experts", "rest"][:variables]}
+    file = content(WEIGHTS | {"models": ["b"]} | parts, trials=9, population=4, try_first=[0.5, 0, 0.5, 1])
+    told: list[list[float]] = []
+    for kind in (LineSearch, CmaEs):
+        tell = kind.tell
+
+        def record(self: Any, points: list, costs: list, tell: Callable = tell) -> None:
+            told.append(costs)
+            tell(self, points, costs)
+
+        monkeypatch.setattr(kind, "tell", record)
+    found = Search(read_search(file), folder / "out").run()
+    values = [trial.values for trial in found.trials]
+    assert values[:4] == [[share] * variables for share in (0.3, 0.5, 0.0, 1.0)]
+    assert len(values) == len({tuple(each) for each in values}) == 9
+    if variables == 1:  # 0, 1/2 and 1 of the grid were tried before
+        cost_of = {trial.values[0]: trial.cost for trial in found.trials}
+        assert told[0] == [cost_of[each] for each in (0.0, 0.166667, 0.333333, 0.5, 0.666667, 0.833333, 1.0)]
+    # as a version logged it that evaluated each point anew
+    log = folder / "out/trials.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    trials = [line for line in lines if "trial" in line]
+    at = values.index([0.0] * variables) + 1
+    trials.insert(at, trials[values.index([0.5] * variables)])
+    kept = [line for line in lines if "model" in line] + [line | {"trial": k} for k, line in enumerate(trials)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    file["search"]["budget"] = {"trials": 11}
+    again = Search(read_search(file), folder / "out").run()
+    assert again.new == 1
+    assert [trial.values for trial in again.trials[: at + 2]] == [trial["values"] for trial in trials[: at + 2]]
+    assert again.best.cost <= found.best.cost
+
+
 def test_merge_back(folder: Path) -> None:
     """α = 0 is the base and α = 1 the continued model; the search file that is kept repeats the search."""
     words = (
@@ -190,7 +227,8 @@ def test_merge_back(folder: Path) -> None:
     assert call("search_merge.py", "--merge-back", "base", "a", "out", *words, "--trials", 8) == 0
     history = json.loads((folder / "out/history.json").read_text())
     by_alpha = {trial["values"][0]: trial for trial in history["trials"]}
-    assert list(by_alpha) == [0.5, 0.0, 0.166667, 0.333333, 0.666667, 0.833333, 1.0]
+    assert list(by_alpha)[:7] == [0.5, 0.0, 0.166667, 0.333333, 0.666667, 0.833333, 1.0]
+    assert len(by_alpha) == len(history["trials"]) == 8  # 1/2 is both the start and on the grid, and is evaluated once
     for alpha, model in ((0.0, "base"), (1.0, "a")):
         for name, loss in by_alpha[alpha]["objectives"].items():
             # base + 1·(continued - base) is the continued model but for the rounding of fp32

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[dict, str]] = {
     "no lm-eval": ({"+objectives": [{"name": "x", "task": "arc_easy"}]}, 'pip install "trinity-moe[evaluation]"'),
     "population 1": ({"+population": 1}, "search.population is 1; write a whole number of at least 2"),
     "rows": ({"+evaluation": {"rows": 0}}, "search.evaluation.rows is 0; write a whole number of at least 1"),
+    "window": ({"+evaluation": {"window": 65}}, "more than the 64 positions of base; write window: 64 or less"),
     "no weight elsewhere": (
         {"models": [{"model": "a"}], "+vary": [WEIGHT | {"parts": ["router"]}]}, "ties needs a weight for a",
     ),
@@ -120,16 +121,19 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
     for words, message in (
         (("s.yaml",), "give SEARCH.yaml OUT_DIR"),
         (("s.yaml", "out", "--rows", 3), "--rows is for --merge-back"),
+        (("s.yaml", "out", "--trials", 0), "--trials is for --merge-back"),
         (("s.yaml", "out", "--workers", 0), "--workers 0 must be at least 1"),
         (("s.yaml", "out", "--device", "no"), "--device no is not available"),
         (("gone.yaml", "out"), "the search gone.yaml does not exist"),
         (back, "--merge-back needs texts"),
         ((*back, "--validation", "text.txt"), "write --validation NAME=TEXT"),
-        ((*back, "--validation", "x=text.txt", "--trials", 0), "search.budget.trials is 0"),
-        ((*back, "--validation", "x=text.txt", "--window", 0), "search.evaluation.window is 0"),
+        ((*back, "--validation", "x=text.txt", "--trials", 0), "--trials 0 must be at least 1"),
+        ((*back, "--validation", "x=text.txt", "--window", 0), "--window 0 must be at least 1"),
         ((*back, "--validation", "x=text.txt", "--weights", "y=1"), "--weights names 'y'"),
         ((*back, "--validation", "x=text.txt", "--weights", "x=many"), "is no number"),
+        ((*back, "--validation", "x=text.txt", "--weights", "x=-1"), "--weights x=-1 must be at least 0"),
         (("s.yaml", *back, "--validation", "x=text.txt"), "takes no search file"),
+        (("--merge-back", "a", "a", "out", "--validation", "x=text.txt"), "--merge-back names a twice"),
     ):
         assert call("search_merge.py", *words) == 2, words
         error = capsys.readouterr().err

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.merging.conftest import recipe, rewrite, tensors_of, write_recipe
+from tests.merging.conftest import child, recipe, rewrite, tensors_of, write_recipe
+from trinity.errors import UserError
+from trinity.interop import export_hf
 from trinity.merging import merge
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -22,6 +24,30 @@ def call(tool: str, *words: object) -> int:
     finally:
         sys.argv = before
     return ended.value.code
+
+
+def test_an_output_that_leads_to_itself(family: Path, capsys: pytest.CaptureFixture) -> None:
+    """Or a report below it: one sentence, and nothing is written."""
+    path = write_recipe(family / "recipe.yaml", recipe())
+    (family / "dam.yaml").write_text("{models: [{model: a, text: a.txt}], rows: 8}")
+    (family / "loop").symlink_to("loop")
+    before = sorted(family.rglob("*"))
+    for words in (
+        ("merge.py", path, "loop"),
+        ("merge.py", path, "loop/out", "--dry-run"),
+        ("merge.py", path, "loop", "--report", "out.html"),
+        ("merge.py", path, "out", "--report", "loop/out.html"),
+        ("dam.py", "dam.yaml", "loop"),
+        ("search_merge.py", "--merge-back", "base", "a", "loop", "--validation", "text=recipe.yaml"),
+        ("evaluate.py", "a", "--choices", "loop"),
+    ):
+        assert call(*words) == 2, words
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "loop" in line
+        assert "link" in line, words
+    with pytest.raises(UserError, match="a symbolic link that leads to itself"):
+        export_hf(child(1), family / "loop")
+    assert sorted(family.rglob("*")) == before
 
 
 def test_merge(family: Path, capsys: pytest.CaptureFixture) -> None:

@@ -143,6 +143,22 @@ def test_chat_templates(family: Path, word: str | None, expected: str) -> None:
     assert config.get("chat_template") == ("{{ old }}" if word is None else None)
 
 
+def test_a_broken_template_is_noted(family: Path) -> None:
+    """A model's, kept as it is, or the recipe's; one with transformers' own tags is none."""
+    place = family / "a" / "chat_template.jinja"
+    text = "{% for message in messages %}{% generation %}{{ message }}{% endgeneration %}{% break %}{% endfor %}"
+    place.write_text(text)
+    assert not [note for note in make_plan(read_recipe(recipe())).notes if "template" in note]
+    place.write_text("{% for message in messages %}{{ message }}")
+    (note,) = [note for note in make_plan(read_recipe(recipe())).notes if "template" in note]
+    assert note.startswith("the merged model's chat template is not a valid template (")
+    assert "\n" not in note
+    merge(recipe(), family / "out")
+    assert (family / "out" / "chat_template.jinja").read_bytes() == place.read_bytes()
+    (note,) = [note for note in make_plan(read_recipe(recipe(chat_template="{{ a"))).notes if "template" in note]
+    assert "not a valid template" in note
+
+
 def test_chatml_renders(family: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -11,7 +11,7 @@ from trinity.models import Trinity
 from trinity.models.freeze import trained_parameters
 from trinity.spectrum.modules import Unit, find_modules, find_units, open_weights, sampled
 from trinity.spectrum.scores import Score
-from trinity.spectrum.select import axolotl_yaml, choose, read_axolotl, train_only_yaml
+from trinity.spectrum.select import axolotl_yaml, choose, chosen_without_signal, read_axolotl, train_only_yaml
 
 
 def units_of(path: Path) -> list[Unit]:
@@ -60,6 +60,20 @@ def test_choice(folder: Path) -> None:
     equal = dict.fromkeys(by_layer(units), Score(1.0, 0.0, 0))
     gains = [unit.name for unit in choose(units, equal, "spectrum", 40) if unit.type == "attention_norm"]
     assert gains == ["blocks.0.attention_norm", "blocks.1.attention_norm"]
+
+
+def test_modules_without_signal(folder: Path) -> None:
+    """Counted by type where they train; not embedding and head, which train always, nor gains, which `mp` freezes."""
+    units = units_of(folder)
+    scores = by_layer(units)
+    assert chosen_without_signal(choose(units, scores, "mp", 40), scores, "mp") == {}
+    assert chosen_without_signal(choose(units, scores, "mp", 99), scores, "mp") == {}  # layer 0 has 0, and is left out
+    zero = dict.fromkeys(scores, Score(1.0, 0.0, 0))
+    found = chosen_without_signal(choose(units, zero, "mp", 40), zero, "mp")
+    assert found["attention.qkvg"] == 2
+    assert found["ffn.experts.down"] == found["ffn.down"] == 1
+    assert found.keys() == {unit.type for unit in units if not unit.is_vector} - {"embed", "head"}
+    assert chosen_without_signal(choose(units, zero, "spectrum", 40), zero, "spectrum") == {}
 
 
 def test_median_over_experts(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -44,6 +45,13 @@ def test_whole(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         score = score_matrix(source.read(name, 0, source.rows(name)))
         assert scores[name] == pytest.approx(list(score), rel=1e-6)
     assert [unit["name"] for unit in results(tmp_path)["units"] if unit["trained"]] == only
+    ties = Counter(
+        unit["type"] for unit in results(tmp_path)["units"]
+        if unit["trained"] and unit["mp"] == 0 and unit["name"] not in ("embed", "head")
+    )  # fmt: skip
+    (note,) = [line for line in printed.splitlines() if line.startswith("note:")]
+    assert ties
+    assert ": " + ", ".join(f"{kind} {count}" for kind, count in ties.items()) + ";" in note
     page = (tmp_path / "spectrum.html").read_text()
     assert page.count("class=figure data-figure") == page.count('style="height: ') == 2
     assert "Scores by layer and module" in page
@@ -127,9 +135,13 @@ def test_another_architecture(dense: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_translation(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """axolotl's list becomes a section of a config, without scores."""
-    (tmp_path / "a.yaml").write_text("unfrozen_parameters: [^lm_head.weight$, 'model.layers.[23].self_attn.q_proj']")
-    assert call("spectrum.py", folder, "--axolotl", tmp_path / "a.yaml", "--out", tmp_path / "out") == 0
+    """axolotl's list becomes a section of a config, without scores; the list itself may be in OUT, and stays."""
+    text = "unfrozen_parameters: [^lm_head.weight$, 'model.layers.[23].self_attn.q_proj'] # by hand"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "axolotl.yaml").write_text(text)
+    words = ["--axolotl", tmp_path / "out" / "axolotl.yaml", "--out", tmp_path / "out"]
+    assert call("spectrum.py", folder, *words) == 0
+    assert (tmp_path / "out" / "axolotl.yaml").read_text() == text
     only = yaml.safe_load((tmp_path / "out" / "train_only.yaml").read_text())["train"]["only"]
     assert only == ["blocks.2.attention.qkvg", "blocks.3.attention.qkvg", "head"]
     assert not (tmp_path / "out" / "scores.json").exists()
@@ -149,11 +161,11 @@ WRONG: dict[str, tuple[list, str]] = {
 def test_wrong_options(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: str) -> None:
     """One sentence and code 2, before any score."""
     options, sentence = WRONG[words]
-    assert call("spectrum.py", folder, "--device", "cpu", "--out", tmp_path, *options) == 2
+    assert call("spectrum.py", folder, "--device", "cpu", "--out", tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "scores.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -147,8 +147,6 @@ def train_arm(lab: Lab, _done: Done, arm: str, rate: float) -> Record:
 
 def experiment() -> Experiment:
     """The experiment."""
-    from small_run import describe_corpus, small_corpus
-
     assert __doc__ is not None
     return Experiment(
         name="ablations",
@@ -157,8 +155,6 @@ def experiment() -> Experiment:
         "keep training stable.",
         full=Size(),
         quick=quick(),
-        make_texts=lambda out, size: small_corpus(out, size.vocabulary, size.every),
-        describe_texts=describe_corpus,
         parts=parts,
         report=report,
         outcome=outcome,

@@ -157,8 +157,6 @@ def weighted_sum(states: Sequence[dict[str, Any]], weights: Sequence[float]) -> 
 
 def experiment() -> Experiment:
     """The experiment."""
-    from small_run import describe_corpus, small_corpus
-
     assert __doc__ is not None
     return Experiment(
         name="averaging",
@@ -166,8 +164,6 @@ def experiment() -> Experiment:
         claim="A weighted average of the checkpoints of a run at a constant rate is as good as a decay of the rate.",
         full=Size(),
         quick=quick(),
-        make_texts=lambda out, size: small_corpus(out, size.vocabulary, size.every),
-        describe_texts=describe_corpus,
         parts=parts,
         report=report,
         outcome=outcome,

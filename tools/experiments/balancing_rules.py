@@ -195,8 +195,6 @@ class Biases:
 
 def experiment() -> Experiment:
     """The experiment."""
-    from small_run import describe_corpus, small_corpus
-
     assert __doc__ is not None
     return Experiment(
         name="balancing_rules",
@@ -204,8 +202,6 @@ def experiment() -> Experiment:
         claim="With the sign rule the expert biases keep oscillating; with SMEBU they settle.",
         full=Size(),
         quick=quick(),
-        make_texts=lambda out, size: small_corpus(out, size.vocabulary, size.every),
-        describe_texts=describe_corpus,
         parts=parts,
         report=report,
         outcome=outcome,

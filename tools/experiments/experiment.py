@@ -62,6 +62,20 @@ class Part(NamedTuple):
     make: Callable[[Lab, Done], Record]
 
 
+def make_corpus(out: Path, size: Any) -> Any:
+    """The corpus of domains (domains.py) with size.vocabulary tokens, from every size.every-th module."""
+    from small_run import small_corpus
+
+    return small_corpus(out, size.vocabulary, size.every)
+
+
+def describe_corpus(corpus: Any) -> Record:
+    """What a results file says of it."""
+    from small_run import describe_corpus
+
+    return describe_corpus(corpus)
+
+
 class Experiment(NamedTuple):
     """An experiment.
 
@@ -69,12 +83,12 @@ class Experiment(NamedTuple):
     design: the command's docstring.
     claim: what the report or paper claims, in one sentence.
     full, quick: settings of the full run, and of the toy size that tests the command.
-    make_texts: (folder, size) → texts and tokenizer; reuses finished ones.
-    describe_texts: texts → what the results file says of them; other texts than those of a kept part are refused.
     parts: (size, seed) → the parts of a seed, by name, in order.
     report: results → tables, as Markdown.
     outcome: results → what came out, in plain sentences that name the figures.
     draw: (path of the SVG, results).
+    make_texts: (folder, size) → texts and tokenizer; reuses finished ones.
+    describe_texts: texts → what the results file says of them; other texts than those of a kept part are refused.
     packages: whose versions are recorded, and have to be installed.
     unit: of the progress bar, in which `Part.steps` counts.
     """
@@ -84,12 +98,12 @@ class Experiment(NamedTuple):
     claim: str
     full: Size
     quick: Size
-    make_texts: Callable[[Path, Any], Any]
-    describe_texts: Callable[[Any], Record]
     parts: Callable[[Any, int], dict[str, Part]]
     report: Callable[[Record], str]
     outcome: Callable[[Record], str]
     draw: Callable[[Path, Record], None]
+    make_texts: Callable[[Path, Any], Any] = make_corpus
+    describe_texts: Callable[[Any], Record] = describe_corpus
     packages: tuple[str, ...] = ("torch", "numpy", "tokenizers")
     unit: str = "step"
 

@@ -209,8 +209,6 @@ def adamw_optimizers(arm: str, rate: float) -> Callable[[Any, Any], Any]:
 
 def experiment() -> Experiment:
     """The experiment."""
-    from small_run import describe_corpus, small_corpus
-
     assert __doc__ is not None
     return Experiment(
         name="optimizers",
@@ -218,8 +216,6 @@ def experiment() -> Experiment:
         claim="Muon is more sample-efficient than AdamW.",
         full=Size(),
         quick=quick(),
-        make_texts=lambda out, size: small_corpus(out, size.vocabulary, size.every),
-        describe_texts=describe_corpus,
         parts=parts,
         report=report,
         outcome=outcome,

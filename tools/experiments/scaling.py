@@ -122,8 +122,6 @@ def train(lab: Lab, _done: Done, width: int) -> Record:
 
 def experiment() -> Experiment:
     """The first four sizes."""
-    from small_run import describe_corpus, small_corpus
-
     assert __doc__ is not None
     return Experiment(
         name=NAME,
@@ -131,8 +129,6 @@ def experiment() -> Experiment:
         claim="Small runs predict the loss of a larger one.",
         full=Size(),
         quick=QUICK,
-        make_texts=lambda out, size: small_corpus(out, size.vocabulary, size.every),
-        describe_texts=describe_corpus,
         parts=parts,
         report=report,
         outcome=outcome,

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from trinity.dam.config import DamConfig
+from trinity.data.stream.collate import PackedSequence
 from trinity.data.stream.validation import validation_sequences
 from trinity.errors import UserError
 from trinity.evaluation.perplexity import open_documents
+from trinity.io.checksum import new_hash
 from trinity.merging.plan import Plan
 from trinity_kernels.cross_entropy import IGNORE
 
@@ -37,6 +39,13 @@ class TextRows(NamedTuple):
         """One rank's part of a global batch."""
         return TextRows(self.tokens_BS.chunk(ranks)[rank], self.valid_BS.chunk(ranks)[rank])
 
+    def checksum(self) -> str:
+        """Of the tokens and where they are valid, in their order."""
+        digest = new_hash()
+        for tensor in self:
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
 
 def read_texts(plan: Plan, config: DamConfig) -> dict[int, TextRows]:
     """Number of the model → the rows of its text.
@@ -54,20 +63,30 @@ def read_texts(plan: Plan, config: DamConfig) -> dict[int, TextRows]:
             f"window: {window} is more than the model's {plan.donor.config.max_positions} positions; write "
             f"window: {plan.donor.config.max_positions} or less"
         )
-    texts = {}
+    found: dict[int, list[PackedSequence]] = {}
     for number in config.texts:
         text = config.models[number].text
         assert text is not None
         documents = open_documents(
             text, tokenizer, config.text_field, plan.vocabulary.size, option=f"models[{number}].text"
         )
-        sequences = list(validation_sequences(documents, window, config.rows))
-        if len(sequences) < config.rows:
-            most = len(sequences) // config.sequences * config.sequences
-            advice = f"write rows: {most} or give more text" if most else "give more text, or fewer sequences"
-            raise UserError(f"{text} has {len(sequences)} rows of {window} tokens, and rows is {config.rows}; {advice}")
+        found[number] = list(validation_sequences(documents, window, config.rows))
+    _check_rows(config, {number: len(sequences) for number, sequences in found.items()}, window)
+    texts = {}
+    for number, sequences in found.items():
         order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(config.seed))
         tokens = torch.stack([sequence.tokens for sequence in sequences])[order]
         targets = torch.stack([sequence.targets for sequence in sequences])[order]
         texts[number] = TextRows(tokens.long(), targets != IGNORE)
     return texts
+
+
+def _check_rows(config: DamConfig, rows: dict[int, int], window: int) -> None:
+    """Refuse texts with fewer rows than config.rows; the advice is of the shortest, so that it fits all."""
+    number, count = min(rows.items(), key=lambda each: each[1])
+    if count < config.rows:
+        most = count // config.sequences * config.sequences
+        advice = f"write rows: {most} or give more text" if most else "give more text, or fewer sequences"
+        raise UserError(
+            f"{config.models[number].text} has {count} rows of {window} tokens, and rows is {config.rows}; {advice}"
+        )

@@ -28,12 +28,13 @@ from trinity.dam.coefficients import (
 from trinity.dam.config import DamConfig
 from trinity.dam.data import TextRows, read_texts
 from trinity.dam.load import build_merged_model, identity, load_models, open_models, set_coefficients, sources_of
+from trinity.dam.model import PARTS
 from trinity.dam.step import Learner
 from trinity.dam.write import write_merged
 from trinity.errors import UserError
 from trinity.interop.output_folder import check_replaceable, replace_folder
 from trinity.io.json_files import read_json, write_json
-from trinity.io.local import copy_atomically, file_lock, make_folder
+from trinity.io.local import copy_atomically, file_lock, make_folder, resolve_path
 from trinity.merging.merge_models import check_apart
 from trinity.merging.plan import Plan
 from trinity.monitor.loggers import JsonLines
@@ -75,7 +76,9 @@ class Prepared:
         """What an unfinished run must have in common with this one."""
         settings = {name: value for name, value in vars(self.config).items() if name not in _FREE}
         settings["models"] = [[each.model, each.text, each.weights] for each in self.config.models]
-        return {"identities": self.identities, "settings": settings | {"learn": list(self.config.learn)}}
+        texts = [rows.checksum() for rows in self.texts.values()]
+        settings["learn"] = list(self.config.learn)
+        return {"identities": self.identities, "settings": settings, "texts": texts}
 
 
 def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -> Prepared:
@@ -84,10 +87,11 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
     Raises:
         UserError: naming what is wrong.
     """
-    directory = Path(directory).resolve()
+    directory = resolve_path(directory)
     check_replaceable(directory, overwrite)
     plan = open_models(config)
     check_apart(plan, directory)
+    _check_learn(plan, config)
     sizes = mesh.check_parallel(config.parallel, plan.donor.config, mesh.world_size())
     if sizes.experts_by == "width":
         raise UserError(
@@ -106,6 +110,15 @@ def prepare(config: DamConfig, directory: str | Path, overwrite: bool = False) -
     prepared = Prepared(config, plan, read_texts(plan, config), directory, identities, start)
     _check_unfinished(prepared)
     return prepared
+
+
+def _check_learn(plan: Plan, config: DamConfig) -> None:
+    """Refuse parts to learn that a model without MoE layers does not have."""
+    if all(plan.dense) and set(config.learn) <= {"router", "experts"}:
+        raise UserError(
+            f"learn names {', '.join(config.learn)}, and the models have no MoE layer; write a list of "
+            f"{', '.join(part for part in PARTS if part not in ('router', 'experts'))}"
+        )
 
 
 def adaptive_merge(config: DamConfig, directory: str | Path, overwrite: bool = False, progress: bool = False) -> int:
@@ -161,12 +174,14 @@ def _work_folder(prepared: Prepared, ranks: Ranks) -> Iterator[None]:
 
 
 def _check_unfinished(prepared: Prepared) -> None:
-    """Refuse to continue a run of another config or of other models."""
-    mark = read_json(prepared.work / _MARK)
-    if mark is None or mark == prepared.mark():
+    """Refuse to continue a run of another config, or of other models or texts."""
+    before, now = read_json(prepared.work / _MARK), prepared.mark()
+    if before is None or before == now:
         return
-    before, now = mark.get("settings", {}), prepared.mark()["settings"]
-    changed = [name for name in now if before.get(name) != now[name]] or ["the models' weights"]
+    settings = before.get("settings", {})
+    changed = [name for name, value in now["settings"].items() if settings.get(name) != value]
+    changed += ["the models' weights"] * (before.get("identities") != now["identities"])
+    changed += ["the content of a text"] * (not changed and before.get("texts") != now["texts"])
     raise UserError(
         f"{prepared.work} holds an unfinished run with other settings ({', '.join(changed)}); remove that folder to "
         "start over, or give another OUT_DIR"

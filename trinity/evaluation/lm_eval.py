@@ -12,7 +12,7 @@ from trinity.errors import Failure, UserError
 from trinity.interop.tokenizer_files import special_ids
 from trinity.io.json_files import read_json
 
-INSTALL = '--tasks needs lm-eval; install it: pip install "trinity-moe[evaluation]"'
+INSTALL = 'a task needs lm-eval; install it: pip install "trinity-moe[evaluation]"'
 
 
 def run_tasks(
@@ -84,7 +84,7 @@ def known_tasks(tasks: list[str], task_folder: Path | None = None) -> Any:
     manager = TaskManager(include_path=str(task_folder) if task_folder else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise UserError(f"--tasks {unknown[0]} is not known to lm-eval; `lm-eval ls tasks` lists the known ones")
+        raise UserError(f"the task {unknown[0]} is not known to lm-eval; `lm-eval ls tasks` lists the known ones")
     return manager
 
 

@@ -26,8 +26,9 @@ from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, partia
 from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, generation_config, special_ids
 from trinity.interop.weight_map import Index, weight_map
-from trinity.io.local import atomic_path, make_folder
 from trinity.errors import UserError
+from trinity.io.local import atomic_path, make_folder
+from trinity.io.local import atomic_path, make_folder, resolve_path
 from trinity.models.trinity import Trinity
 from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
 from trinity.terminal import Progress
@@ -62,12 +63,13 @@ def export_hf(
         UserError: `directory` is not empty and not an earlier export, or is one and `overwrite` is False; or the
             tokenizer cannot be used; or hooks changed the model's architecture.
     """
-    if model.variant is not None:
-        raise UserError(
-            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
             "without the change, or save a checkpoint"
+            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
         )
+        raise UserError(
     directory = Path(directory).resolve()
+    directory = resolve_path(directory)
+    if model.variant is not None:
     partial = partial_folder(directory)
     first = not dist.is_initialized() or dist.get_rank() == 0
 

@@ -16,14 +16,34 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from trinity.errors import UserError
+
 SUFFIX = ".tmp"
 UNSUPPORTED = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 """errno of a network file system that supports no locks, or no fsync of folders."""
+_LINK_LOOP = "{} is or contains a symbolic link that leads to itself; remove the link, or give another path"
 
 
 def temporary_path(path: Path) -> Path:
     """The temporary file of a target, NAME.tmp."""
     return path.with_name(path.name + SUFFIX)
+
+
+def resolve_path(path: str | Path) -> Path:
+    """The absolute path without symbolic links; it need not exist.
+
+    Raises:
+        UserError: a link leads to itself, directly or through others.
+    """
+    try:
+        resolved = Path(path).resolve()
+    except (RuntimeError, OSError) as error:  # before Python 3.13 a RuntimeError says that links form a loop
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            raise
+        raise UserError(_LINK_LOOP.format(path)) from None
+    if any(part.is_symlink() for part in (resolved, *resolved.parents)):  # only in a loop does resolve leave a link
+        raise UserError(_LINK_LOOP.format(path))
+    return resolved
 
 
 @contextmanager
@@ -107,9 +127,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, and fsync their names."""
+    """Create a folder and its missing parents, and fsync their names.
+
+    Raises:
+        UserError: the path, or a folder above it, is a file or a link that leads nowhere.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{error.filename} is a file, or a link that leads nowhere; give the name of a folder"
+        ) from None
     for folder in missing:
         sync_folder(folder.parent)
 

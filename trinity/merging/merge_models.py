@@ -23,7 +23,7 @@ from trinity.interop.output_folder import (
 )
 from trinity.io.checksum import new_hash
 from trinity.io.json_files import read_json, to_json, write_json
-from trinity.io.local import file_lock, make_folder
+from trinity.io.local import file_lock, make_folder, resolve_path
 from trinity.merging.experts import unrelated_models
 from trinity.merging.folder_files import write_companions
 from trinity.merging.inputs import Reader
@@ -75,7 +75,7 @@ def merge(
         UserError: the recipe or the models are wrong, the models changed meanwhile, or `directory` may not be replaced.
     """
     checked = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
-    directory = Path(directory).resolve()
+    directory = resolve_path(directory)
     check_replaceable(directory, overwrite)
     plan = make_plan(checked)
     if progress:

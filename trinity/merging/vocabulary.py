@@ -302,15 +302,27 @@ def chat_template(recipe: str | None, sources: Iterable[Source], donor: Source) 
 
 
 def template_notes(recipe: str | None, sources: Iterable[Source], donor: Source) -> list[str]:
-    """A remark if a model has a chat template and the merged model will have none."""
+    """A remark if the merged model's chat template is not valid, or if it has none and a model has one."""
     sources = list(sources)
-    if chat_template(recipe, sources, donor) is not None:
-        return []
+    template = chat_template(recipe, sources, donor)
+    if template is not None:
+        return _faults_of(template)
     having = [source.label for source in sources if _template(source)]
     return [
         f"{label} has a chat template and the merged model has none; to keep it, write chat_template: {label}"
         for label in having[:1]
     ]
+
+
+def _faults_of(template: str) -> list[str]:
+    """A remark if a chat template is not valid Jinja with the tags that transformers knows."""
+    from trinity.data.chat.template import ChatTemplate  # imports trinity.data, for which a plain merge does not wait
+
+    try:
+        ChatTemplate(template, {}, "the merged model's chat template")
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 CHATML = (

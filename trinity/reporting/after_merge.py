@@ -15,7 +15,7 @@ from trinity.config.hf_config import from_hf_config
 from trinity.errors import UserError
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, replace_folder
 from trinity.io.json_files import read_json
-from trinity.io.local import make_folder, write_atomically
+from trinity.io.local import make_folder, resolve_path, write_atomically
 from trinity.merging.balance import Rule
 from trinity.merging.experts import unrelated_models
 from trinity.merging.folder_files import RECIPE, merged_config
@@ -76,7 +76,7 @@ def merge_and_measure(
     Raises:
         UserError: as trinity.merging.merge, or naming what of `after` cannot be done. Nothing is written then.
     """
-    directory = directory.resolve()
+    directory = resolve_path(directory)
     if merged:
         check_merged(directory, recipe, bool(after.recalibrate))
     else:
@@ -150,7 +150,7 @@ class _Job:
         plan, after = self._plan, self._after
         if after.report is not None:
             check_out(after.report, "--report")
-            self._check_place(after.report.resolve())
+            self._check_place(resolve_path(after.report))
             plotly_script()
         elif after.validation:
             raise UserError("--validation is for the report; give --report FILE.html, too")
@@ -162,7 +162,7 @@ class _Job:
 
     def _check_place(self, report: Path) -> None:
         """Refuse a report that could not be written after the merge."""
-        if report == self._directory.resolve():
+        if report == resolve_path(self._directory):
             raise UserError(f"--report {report} is the folder to make; name another file")
         parent = next(folder for folder in report.parents if folder.exists())
         if not parent.is_dir():
@@ -195,7 +195,7 @@ class _Job:
             if self._before:
                 results.figures[BEFORE] = self._before
             results.figures[MERGED] = self._evaluate(source)[0]
-        make_folder(self._after.report.resolve().parent)
+        make_folder(resolve_path(self._after.report).parent)
         write_atomically(self._after.report, merge_page(results))
 
     def _evaluate(self, source: Source) -> tuple[dict[str, Figures], list[str]]:

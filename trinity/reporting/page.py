@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from trinity.errors import UserError
 from trinity.io.json_files import to_json
-from trinity.io.local import make_folder, write_atomically
+from trinity.io.local import make_folder, resolve_path, write_atomically
 from trinity.reporting import tables
 from trinity.reporting.run_log import RunLog, read_run
 from trinity.reporting.template import PAGE, SCRIPT, STYLE, fill
@@ -63,7 +63,7 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
     """
     out = out or directories[0] / "report.html"
     check_out(out)
-    repeated = [str(path) for path, times in Counter(path.resolve() for path in directories).items() if times > 1]
+    repeated = [str(path) for path, times in Counter(map(resolve_path, directories)).items() if times > 1]
     if repeated:
         raise UserError(f"{repeated[0]} is given twice; name each run directory once")
     page = report_page([read_run(path) for path in directories])

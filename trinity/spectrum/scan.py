@@ -42,7 +42,7 @@ def scan(
     _save(kept, settings, scores)  # now, so that a folder that cannot be written is known at once
     saved = time.monotonic()
     try:
-        with Progress("scoring", len(wanted), "matrix") as bar:
+        with Progress("scoring", len(wanted), "tensor") as bar:
             bar.skip_to(len(wanted) - len(missing))
             for tensor in missing:
                 scores[tensor] = _score(source, tensor, device)

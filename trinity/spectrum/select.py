@@ -5,6 +5,7 @@ embedding and the head train always. A type with several units trains one at lea
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,17 @@ def choose(units: Iterable[Unit], scores: dict[str, Score], kind: Kind, top: flo
         ranked = sorted(members, key=lambda unit: -getattr(score_of(unit.tensors(), scores), kind))
         chosen |= {unit.name for unit in ranked[:count]}
     return [unit for unit in units if unit.name in chosen]
+
+
+def chosen_without_signal(trained: Iterable[Unit], scores: dict[str, Score], kind: Kind) -> dict[str, int]:
+    """Type → number of units that train although their score is 0, so that their layer alone chose them.
+
+    Embedding and head train always and do not count. `spectrum` has no score of 0 but for a matrix of zeros.
+    """
+    zero = (
+        unit for unit in trained if unit.name not in ALWAYS and getattr(score_of(unit.tensors(), scores), kind) == 0
+    )
+    return dict(Counter(unit.type for unit in zero))
 
 
 def train_only_yaml(units: Iterable[Unit], comment: str) -> str:

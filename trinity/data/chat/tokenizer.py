@@ -17,7 +17,7 @@ from trinity.data.chat.template import DEFAULT_TEMPLATE, TEMPLATE_FILE, TOKENIZE
 from trinity.data.tokenizer.tokenizer import load_tokenizer, vocabulary_size
 from trinity.errors import UserError
 from trinity.io.json_files import read_json, to_json, write_json
-from trinity.io.local import copy_atomically, make_folder, write_atomically
+from trinity.io.local import copy_atomically, make_folder, resolve_path, write_atomically
 
 MODEL_CONFIG = "config.json"
 """Of a model in the form of Hugging Face."""
@@ -43,7 +43,7 @@ def make_chat_tokenizer(
         UserError: the template is wrong or prints no end of turn, there are too few places, or `out` holds something
             else.
     """
-    if out.resolve() == tokenizer.resolve():
+    if resolve_path(out) == resolve_path(tokenizer):
         raise UserError(f"--out {out} is the tokenizer's own folder; give another, as its ids are about to change")
     found = load_template(tokenizer, template or DEFAULT_TEMPLATE)
     tok = load_tokenizer(tokenizer)

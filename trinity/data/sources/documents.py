@@ -23,7 +23,7 @@ from trinity.errors import UserError
 from trinity.io.remote import file_size, open_input
 from trinity.terminal import Progress
 
-FIELD = "--field (in a config data.text_field)"
+FIELD = "--field of prepare_data.py or evaluate.py (data.text_field in a config, text_field in DAM.yaml)"
 BATCH_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
 WHOLE_ROWS = 64

@@ -30,7 +30,8 @@ class Objectives:
         device: cpu or cuda.
     Raises:
         UserError: a text is missing, empty or of another tokenizer; lm-eval is missing or does not know a task; a
-            metric that the model does not have; or the recipe makes a new tokenizer, which is in no folder yet.
+            metric that the model does not have; a row has more tokens than the model positions; or the recipe makes a
+            new tokenizer, which is in no folder yet.
     """
 
     def __init__(self, search: SearchFile, plan: Plan, device: str = "cpu") -> None:
@@ -39,7 +40,13 @@ class Objectives:
         self._texts = [each for each in self.each if each.text is not None]
         self._tasks = [each for each in self.each if each.task is not None]
         settings = RowSettings(**search.evaluation, device=device)
-        self._window = settings.window or min(WINDOW, plan.donor.config.max_positions)
+        positions = plan.donor.config.max_positions
+        self._window = settings.window or min(WINDOW, positions)
+        if self._window > positions:
+            raise UserError(
+                f"the window of {self._window} tokens is more than the {positions} positions of {plan.donor.label}; "
+                f"write window: {positions} or less (--window)"
+            )
         self._settings = replace(settings, window=self._window)
         self._packed: dict[tuple[str, Path], PackedText] = {}
         self._sets = ValidationSets({each.name: str(each.text) for each in self._texts}, OPTION)

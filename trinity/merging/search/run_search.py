@@ -10,9 +10,10 @@ The folder of a search:
     front/trial_N.yaml   with several objectives: the recipes of the Pareto front
     model/               the best merge
 
-Trial 0 is the recipe's start, then come try_first, then the optimizer's. A search that was interrupted, by kill -9 too,
-goes on when the same command is given again: the optimizer is told the logged costs, and asks for the same trials as
-an undisturbed search. A larger budget continues a finished one.
+Trial 0 is the recipe's start, then come try_first, then the optimizer's. Values that were tried before are no new
+trial: the optimizer is told their cost again. A search that was interrupted, by kill -9 too, goes on when the same
+command is given again: the optimizer is told the logged costs, and asks for the same trials as an undisturbed search.
+A larger budget continues a finished one.
 """
 
 import glob
@@ -26,7 +27,7 @@ from typing import Any
 
 from trinity.errors import UserError
 from trinity.io.json_files import append_json_line, read_json, to_json, write_json
-from trinity.io.local import file_lock, make_folder, write_atomically
+from trinity.io.local import file_lock, make_folder, resolve_path, write_atomically
 from trinity.merging.experts import unrelated_models
 from trinity.merging.load_model import load_model
 from trinity.merging.memory_merge import MemoryMerge
@@ -60,7 +61,7 @@ class Search:
     def __init__(self, search: SearchFile, folder: Path, *, device: str = "cpu", workers: int = 1) -> None:
         if workers < 1:
             raise UserError(f"--workers {workers} must be at least 1")
-        self.file, self.folder = search, folder.resolve()
+        self.file, self.folder = search, resolve_path(folder)
         self.space = SearchSpace(search)
         self.plan = self.space.plan
         self.objectives = Objectives(search, self.plan, device)
@@ -140,13 +141,19 @@ class Search:
         self._measure_models(log, progress)
         logged, stopped, memory = log.trials, "the budget is spent", None
         trials: list[Trial] = []
+        costs_of: dict[tuple[float, ...], float] = {}
         with Progress("searching", self.file.trials, "trial", progress) as bar:
             bar.skip_to(len(logged))
             for values, costs in self._asked():
                 if self._is_spent(trials):
                     break
-                if len(trials) < len(logged):
-                    trial = self._checked(logged[len(trials)], values)
+                next_logged = logged[len(trials)] if len(trials) < len(logged) else None
+                tried = tuple(values) in costs_of
+                if tried and not (next_logged and next_logged.values == values):  # earlier versions logged it twice
+                    costs.append(costs_of[tuple(values)])
+                    continue
+                if next_logged:
+                    trial = self._checked(next_logged, values)
                 else:
                     memory = memory or MemoryMerge(self.plan, self._device, self._workers)
                     trial = self._try(len(trials), values, memory)
@@ -154,6 +161,7 @@ class Search:
                     bar.update()
                 trials.append(trial)
                 costs.append(trial.cost)
+                costs_of[tuple(values)] = trial.cost
                 best = min(trials, key=lambda each: each.cost)
                 bar.describe(f"best {best.cost:.5g} (trial {best.number})")
             else:

@@ -97,6 +97,7 @@ def command_words(form: Form, recipe: Path) -> list[str]:
         "--report": [] if report is None else [_word(report)],
         "--validation": _lines(form, "validation"),
         "--recalibrate": _lines(form, "recalibrate"),
+        "--window": [window] if (window := _text(form, "window")) else [],
         "--rows": [rows] if (rows := _text(form, "rows")) else [],
     }
     for value in options["--validation"] + options["--recalibrate"]:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from trinity.errors import UserError, explain
 from trinity.interop.output_folder import OVERWRITE_HINT
 from trinity.io.json_files import to_json
-from trinity.io.local import write_atomically
+from trinity.io.local import resolve_path, write_atomically
 from trinity.reporting.merge_server.form import (
     Form,
     command_words,
@@ -211,7 +211,7 @@ class MergeApp:
             program = self._program.relative_to(here) if self._program.is_relative_to(here) else self._program
             about = {
                 "command": shlex.join(["python", str(program), *words]),
-                "report": None if report is None else str(report.resolve()),
+                "report": None if report is None else str(resolve_path(report)),
                 "form": form,
             }
             self.job.start([sys.executable, str(self._program), *words], about)

@@ -119,9 +119,15 @@ tensor ([{filter: mlp, value: 0.3}, {value: 0.5}]).</p>
 <label for=recalibrate>Texts on which the expert biases are balanced, one a line</label>
 <textarea id=recalibrate rows=2 spellcheck=false placeholder="none"></textarea>
 </div>
+<div class=grid>
+<div class=field>
+<label for=window>Tokens of a row</label>
+<input id=window inputmode=numeric placeholder="2048, or the model's positions if fewer">
+</div>
 <div class=field>
 <label for=rows>Most rows of a text</label>
 <input id=rows inputmode=numeric placeholder="all, and 32 to recalibrate">
+</div>
 </div>
 </details>
 </fieldset>
@@ -138,7 +144,7 @@ tensor ([{filter: mlp, value: 0.3}, {value: 0.5}]).</p>
 </section>
 <section id=running hidden>
 <h2 id=state aria-live=polite></h2>
-<p class=note>The same merge on the command line:</p>
+<p class=note>The same merge on the command line; to replace the folder that it made, add --overwrite:</p>
 <pre id=command></pre>
 <progress id=progress max=100 aria-label="Progress of the current step"></progress>
 <pre id=bar></pre>
@@ -201,7 +207,7 @@ const make = (tag, settings = {}, ...children) => {
   return element;
 };
 const TEXTS = ["base_model", "tokenizer", "out_dtype", "yaml", "out_dir", "workers", "report", "validation",
-  "recalibrate", "rows"];
+  "recalibrate", "window", "rows"];
 const SWITCHES = ["match_experts", "overwrite"];
 const chosen = () => methods.find(method => method.name === at("method").value);
 
