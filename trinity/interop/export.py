@@ -22,12 +22,11 @@ from torch import Tensor
 
 from trinity.config.hf_config import to_hf_config
 from trinity.config.model import ModelConfig
+from trinity.errors import UserError
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, partial_folder, replace_folder, write_hf_json
 from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, generation_config, special_ids
 from trinity.interop.weight_map import Index, weight_map
-from trinity.errors import UserError
-from trinity.io.local import atomic_path, make_folder
 from trinity.io.local import atomic_path, make_folder, resolve_path
 from trinity.models.trinity import Trinity
 from trinity.parallel.collectives import errors_reach_all_ranks, run_on_rank0
@@ -63,13 +62,12 @@ def export_hf(
         UserError: `directory` is not empty and not an earlier export, or is one and `overwrite` is False; or the
             tokenizer cannot be used; or hooks changed the model's architecture.
     """
-            "without the change, or save a checkpoint"
-            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
-        )
-        raise UserError(
-    directory = Path(directory).resolve()
-    directory = resolve_path(directory)
     if model.variant is not None:
+        raise UserError(
+            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
+            "without the change, or save a checkpoint"
+        )
+    directory = resolve_path(directory)
     partial = partial_folder(directory)
     first = not dist.is_initialized() or dist.get_rank() == 0
 
