@@ -234,7 +234,7 @@ def test_tables_are_of_the_results_file(finished: tuple[Path, str], tmp_path: Pa
     }
     losses = {record["part"]: record.get("losses") for record in one}
     total = math.fsum(losses["merge_soup"].values())
-    assert rows["mean"][3] == f"{2 * total:.3f} ({total:.3f} to {4 * total:.3f})"
+    assert rows["mean"][3] == f"{2 * total:.3f} ({total:.3f}–{4 * total:.3f})"
     change = losses["unicode_back_ties"]["general"] - losses["base"]["general"]
     low, high = sorted((change, 4 * change))
     assert rows["replay, back: TIES"][3] == f"{2 * change:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")

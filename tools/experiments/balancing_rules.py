@@ -209,5 +209,10 @@ def experiment() -> Experiment:
     )
 
 
+def main() -> int | None:
+    """The command."""
+    return run_experiment(experiment())
+
+
 if __name__ == "__main__":
-    run_main(lambda: run_experiment(experiment()))
+    run_main(main)

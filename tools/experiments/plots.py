@@ -45,7 +45,7 @@ def save_plot(path: Path, size: tuple[float, float], paint: Callable[[Any], None
             "finished runs are kept"
         ) from None
     style = {
-        "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": path.stem, "axes.grid": True, "grid.alpha": 0.4,
+        "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "experiments", "axes.grid": True, "grid.alpha": 0.4,
         "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
