@@ -111,10 +111,27 @@ def result(found: Found, folder: Path) -> str:
         lines.append(f"trials on the Pareto front: {len(found.front)}, with their recipes in {folder / FRONT}")
     return "\n".join([
         *lines,
+        *better_model(found),
         f"{len(found.trials)} trials in {found.seconds:.0f} s, {found.new} of them now: {found.stopped}",
         f"the best recipe is {folder / BEST}, the page {folder / PAGE}",
         f"the merged model is in {folder / MODEL}",
     ])  # fmt: skip
+
+
+def better_model(found: Found) -> list[str]:
+    """A line where a model alone has a lower cost than the best merge, by more than the rounding of its weights."""
+    costs = {
+        label: math.fsum(each.weight * each.cost(values[each.name]) for each in found.counted)
+        for label, values in found.models.items()
+        if all(math.isfinite(values.get(each.name, math.nan)) for each in found.counted)
+    }
+    label = min(costs, key=costs.__getitem__, default=None)
+    if label is None or costs[label] >= found.best.cost - 1e-3 * abs(found.best.cost):
+        return []
+    return [
+        f"note: {label} alone has a lower cost ({costs[label]:.5g}) than the best merge ({found.best.cost:.5g}); a "
+        "larger budget may find a better one"
+    ]
 
 
 def parse() -> argparse.Namespace:

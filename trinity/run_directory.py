@@ -105,7 +105,8 @@ def newest_config(run: Path) -> RunConfig:
     """
     numbered = config_files(run)
     if not numbered:
-        raise UserError(f"{run} is not a run directory: it has no config.yaml")
+        folder = ", but config.json: it is a Hugging Face folder" if (run / "config.json").is_file() else ""
+        raise UserError(f"{run} is not a run directory: it has no config.yaml{folder}")
     return load_config(numbered[max(numbered)])
 
 

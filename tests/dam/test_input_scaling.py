@@ -14,7 +14,7 @@ from torch.func import functional_call
 from tests.dam.materialized import materialized, random_coefficients
 from tests.interop.small_model import CONFIG
 from tests.merging.conftest import tensors_of
-from trinity.dam.experts import MergedExperts
+from trinity.dam.experts import MergedExperts, rows_at
 from trinity.dam.layers import NORMS, MergedEmbedding, MergedHead, MergedLinear, Mixing, Mode
 from trinity.dam.load import load_models, set_coefficients
 from trinity.dam.model import PARTS, MergedTrinity, coefficients_of, hidden_states
@@ -165,3 +165,25 @@ def test_a_source_computes_as_its_own_model(originals: Path) -> None:
             expected = load_hf(folder).double()(TOKENS)
             found = model.head.teacher_logits(hidden_states(model, number, TOKENS), number)
         assert_close(found, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_gradient_of_rows_has_one_order(threads: int) -> None:
+    """Bit-equal to a sum in order; the gradient of indexing is not, as its threads add atomically."""
+    generator = torch.Generator().manual_seed(0)
+    index_R = torch.randint(64, (8192,), generator=generator)
+    rows_ED, grad_RD = (torch.randn(size, 96, generator=generator) for size in (64, 8192))
+    expected_ED = torch.zeros_like(rows_ED)
+    for row, grad_D in zip(index_R.tolist(), grad_RD):
+        expected_ED[row] += grad_D
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(5):
+            leaf_ED = rows_ED.clone().requires_grad_()
+            found_RD = rows_at(index_R, leaf_ED)
+            found_RD.backward(grad_RD)
+            assert torch.equal(found_RD, rows_ED[index_R])
+            assert torch.equal(leaf_ED.grad, expected_ED)
+    finally:
+        torch.set_num_threads(before)

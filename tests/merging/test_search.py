@@ -95,6 +95,19 @@ def test_planted_mixture_along_a_line(folder: Path, monkeypatch: pytest.MonkeyPa
         assert abs(value - wanted) < within, best
 
 
+def test_a_model_that_is_better_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A short budget leaves the best merge behind one of the models, which is said; a longer one passes it."""
+    merge({"merge_method": "task_arithmetic", "base_model": "base",
+           "models": [{"model": "a", "parameters": {"weight": 0.9}}]}, folder / "target")  # fmt: skip
+    planted(monkeypatch, folder / "target")
+    words = ("--merge-back", "base", "a", "out", "--validation", "x=rain.jsonl", "--window", 32)
+    for trials, named in ((1, True), (16, False)):
+        assert call("search_merge.py", *words, "--trials", trials) == 0
+        assert ("note: a alone has a lower cost" in capsys.readouterr().out) == named
+
+
 def test_whole_search(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """The best recipe, given to tools/merge.py, makes the same bytes; evaluate.py finds the reported loss in it."""
     vary = [WEIGHTS | {"parts": ["experts", "rest"], "models": ["a"]}, {"parameter": "density", "between": [0.2, 1]}]

@@ -65,6 +65,8 @@ def test_start_from_hugging_face(settings: dict, uninterrupted: Path, tmp_path: 
     """An exported folder brings its weights, its balancing bias and its tokenizer; momenta begin at zero."""
     model, config, _ = load_model(uninterrupted)
     export_hf(model, tmp_path / "hf", Path(config.data.tokenizer), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"has no config\.yaml, but config\.json: it is a Hugging Face folder"):
+        load_model(tmp_path / "hf")
     del settings["data"]["tokenizer"]
     state = first_state(settings, f"init.hf={tmp_path / 'hf'}")
     for name, tensor in model.state_dict().items():

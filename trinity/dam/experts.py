@@ -15,6 +15,7 @@ Shapes: T tokens, D width, E experts, F expert width, K active experts, R rows s
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import trinity_kernels
@@ -54,7 +55,7 @@ class MergedExperts(Merged):
         order_R, place_TK, ends_E = group_rows(indices_TK, experts, rows)
         order_R, place_TK = order_R.long(), place_TK.long()
         expert_R = indices_TK.flatten()[order_R]
-        x_RD = x_TD[order_R // indices_TK.shape[1]]
+        x_RD = rows_at(order_R // indices_TK.shape[1], x_TD)
         pre = torch.cat([self._product(name, x_RD, expert_R, ends_E) for name in ("gate", "up")], dim=-1)
         y_RD = self._product("down", trinity_kernels.swiglu(pre), expert_R, ends_E)
         sums_TD = _sum_per_token(y_RD, place_TK, gates_TK)
@@ -65,7 +66,7 @@ class MergedExperts(Merged):
         coefficients_ENI = self.local_part(getattr(self, f"{name}_coefficients"), False)
         products = []
         for weight_EOI, c_EI in self.terms(name, coefficients_ENI.transpose(0, 1)):
-            c_RI = None if c_EI is None else c_EI[expert_R]
+            c_RI = None if c_EI is None else rows_at(expert_R, c_EI)
             weight_EOI = self.local_part(weight_EOI, False)
             products.append(_FrozenProduct.apply(scaled(x_RI, c_RI), weight_EOI, ends_E, self.kernel))
         return total(products)
@@ -89,4 +90,20 @@ class _FrozenProduct(torch.autograd.Function):
 def _sum_per_token(y_RD: Tensor, place_TK: Tensor, gates_TK: Tensor) -> Tensor:
     """Σ_k gate·row for each token, in fp32 at least; a place of −1 is a row of zeros."""
     rows = torch.cat((y_RD, y_RD.new_zeros(1, y_RD.shape[1])))
-    return (wide(rows)[place_TK] * wide(gates_TK).unsqueeze(-1)).sum(dim=1)
+    rows_TKD = rows_at(place_TK % len(rows), wide(rows))
+    return (rows_TKD * wide(gates_TK).unsqueeze(-1)).sum(dim=1)
+
+
+def rows_at(index: Tensor, rows_RD: Tensor) -> Tensor:
+    """rows_RD[index], whose gradient adds the rows of an index in order.
+
+    The gradient of indexing adds in the order in which a CPU's threads arrive, that of index_select in any order on a
+    GPU: then two runs differ in the last bit. The gradient of an embedding has one order on both.
+
+    Args:
+        index: int64, none negative.
+        rows_RD: the rows.
+    Returns:
+        [..., D].
+    """
+    return F.embedding(index, rows_RD)

@@ -107,7 +107,7 @@ def _entries(path: Path) -> list[str]:
         raise UserError(f"{path} is no YAML file ({' '.join(str(error).split())}); give axolotl's") from None
     entries = content.get("unfrozen_parameters") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
-        raise UserError(f"{path} has no list of texts unfrozen_parameters; give axolotl's YAML file")
+        raise UserError(f"{path} has no list unfrozen_parameters of texts; give axolotl's YAML file")
     return entries
 
 
