@@ -19,8 +19,8 @@ def test_the_page_is_made_from_the_results() -> None:
     """docs/results.md is what the command writes now, every experiment is on it, and its plots exist."""
     assert (ROOT / "docs" / "results.md").read_text() == gallery.markdown_page()
     recorded = {path.stem for path in (ROOT / "tools" / "experiments" / "results").glob("*.json")}
-    assert recorded == {each.name for each in shown.EXPERIMENTS}
-    for each in shown.EXPERIMENTS:
+    assert recorded <= {each.name for each in shown.EXPERIMENTS}
+    for each in gallery.shown():
         assert (ROOT / "docs" / each.plot).exists()
         assert each.command.split()[1] in {
             f"tools/experiments/{path.name}" for path in Path(gallery.__file__).parent.iterdir()
@@ -34,10 +34,10 @@ def test_html(tmp_path: Path) -> None:
     assert (code, output.split()) == (0, [str(tmp_path / name) for name in ("page.md", "page.html")])
     assert (tmp_path / "page.md").read_text() == gallery.markdown_page()
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == len(shown.EXPERIMENTS)
+    assert page.count("<svg") == len(gallery.shown())
     assert "<img" not in page
     assert set(re.findall(r'href="#([^"]*)"', page.split("<h2")[0])) <= set(re.findall(r'<h2 id="([^"]*)"', page))
-    assert len(re.findall(r'<h2 id="', page)) == len(shown.EXPERIMENTS) + 1
+    assert len(re.findall(r'<h2 id="', page)) == len(gallery.shown()) + 1
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,6 @@ def _draw_domain(panel: Any, results: Results, domain: str) -> None:
             if end.rpartition("_back_")[1]:
                 panel.annotate(end.rpartition("_")[2], middle, xytext=(5, 3), textcoords="offset points", fontsize=8)
     panel.axvline(0, color="black", linewidth=0.8)
-    panel.axhline(0, color="black", linewidth=0.8)
     panel.locator_params(axis="x", nbins=6)
     panel.set_xlabel("general text: forgotten →")
     panel.set_ylabel("← learned: the domain's text")
