@@ -38,7 +38,7 @@ here."""
 HEAD = """\
 <meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results</title><style>
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.85rem; }
+table { border-collapse: collapse; display: block; margin: 1rem 0; overflow-x: auto; font-size: 0.85rem; }
 td, th { border: 1px solid #ccc; padding: 0.2rem 0.5rem; text-align: left; }
 svg { max-width: 100%; height: auto; background: white; }
 code { background: #eee; padding: 0 0.2rem; }
