@@ -1,6 +1,7 @@
-"""tools/ is not a package: import its modules as its commands do."""
+"""tools/ and tools/experiments/ are not packages: import their modules as their commands do."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path += [str(TOOLS), str(TOOLS / "experiments")]

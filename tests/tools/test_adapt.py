@@ -3,12 +3,10 @@
 import copy
 import json
 import math
-import runpy
 import shutil
 import statistics
-import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,42 +14,43 @@ import torch
 
 pytest.importorskip("cma", reason="the searches of the experiment need it")
 
-EXPERIMENTS = Path(__file__).parents[2] / "tools" / "experiments"
-sys.path.append(str(EXPERIMENTS))  # not a package: import its modules as adapt.py does
 
-import adapt_parts  # noqa: E402
-import adapt_report  # noqa: E402
-from adapt_merge import RECIPES  # noqa: E402
-from adapt_parts import PARTS  # noqa: E402
-from adapt_texts import (  # noqa: E402
+import adapt_report
+import experiment
+from adapt_merge import RECIPES
+from adapt_parts import PARTS
+from adapt_texts import (
     BLOCK,
     DOMAINS,
     NAMES,
     SEARCH,
     TEST,
     TRAIN,
+    Texts,
     chapters,
     character_blocks,
     character_line,
     divide,
 )
-from adapt_train import FULL, QUICK, SCORES, SHARES, Lab, measure, random_scores, run_config  # noqa: E402
+from adapt_train import FULL, QUICK, SCORES, SHARES, measure, random_scores, run_config
+from adapt_train import shards as shards_of
+from experiment import Lab, Part
 
-from trinity.data.prepare.corpus import topics  # noqa: E402
-from trinity.data.sources.shards import TokenSource  # noqa: E402
-from trinity.data.stream.validation import validation_sequences  # noqa: E402
-from trinity.data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
-from trinity.interop import load_hf  # noqa: E402
-from trinity.io.local import file_lock  # noqa: E402
-from trinity.merging.open_source import open_source  # noqa: E402
-from trinity.models import Trinity  # noqa: E402
-from trinity.spectrum.modules import find_modules, find_units  # noqa: E402
-from trinity.spectrum.select import choose  # noqa: E402
-from trinity_kernels.cross_entropy import IGNORE  # noqa: E402
+from tests.tools.call_experiment import EXIT_CODE, EXPERIMENTS, call_experiment
+from trinity.data.prepare.corpus import topics
+from trinity.data.sources.shards import TokenSource
+from trinity.data.stream.validation import validation_sequences
+from trinity.data.tokenizer.tokenizer import load_tokenizer
+from trinity.interop import load_hf
+from trinity.io.local import file_lock
+from trinity.merging.open_source import open_source
+from trinity.models import Trinity
+from trinity.spectrum.modules import find_modules, find_units
+from trinity.spectrum.select import choose
+from trinity_kernels.cross_entropy import IGNORE
 
 WORDS = ("--quick", "--seeds", 1)
-EXIT_CODE = 0 if find_spec("matplotlib") else 2
-"""Of a finished experiment; without matplotlib it writes everything but the plot."""
+call = partial(call_experiment, "adapt")
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +67,7 @@ def lab(finished: tuple[Path, str]) -> Lab:
     """What the parts of that seed share."""
     texts = finished[0] / f"texts-{QUICK.vocabulary}"
     shards = {name: {split: texts / "shards" / name / split for split in (TRAIN, SEARCH, TEST)} for name in NAMES}
-    return Lab(QUICK, adapt_parts.Texts(texts / "tokenizer", shards), 0, finished[0] / "models-0")
-
-
-def call(*words: object) -> tuple[int, str, str]:
-    """Run adapt.py in this process; returns exit code, stdout and stderr."""
-    with pytest.MonkeyPatch.context() as patch:
-        output, errors = Lines(), Lines()
-        patch.setattr(sys, "argv", ["adapt.py", *map(str, words)])
-        patch.setattr(sys, "stdout", output)
-        patch.setattr(sys, "stderr", errors)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(EXPERIMENTS / "adapt.py"), run_name="__main__")
-    return end.value.code or 0, "".join(output), "".join(errors)
-
-
-class Lines(list):
-    """A text stream that keeps the strings written to it."""
-
-    write, flush, isatty = list.append, staticmethod(lambda: None), staticmethod(lambda: False)
+    return Lab(QUICK, 0, Texts(texts / "tokenizer", shards), finished[0] / "seed-0", lambda: None)
 
 
 def records(out: Path) -> dict[str, dict]:
@@ -130,9 +111,9 @@ def test_unicode_lines() -> None:
 
 def test_losses_are_nats_per_byte(lab: Lab) -> None:
     """Against a forward pass of all rows at once, and the bytes of the decoded targets; fp32 sums: 1e-5."""
-    model, tokenizer = load_hf(lab.model("base")), load_tokenizer(lab.texts.tokenizer)
+    model, tokenizer = load_hf(lab.path("base")), load_tokenizer(lab.texts.tokenizer)
     for name, loss in measure(model, lab).items():
-        rows = list(validation_sequences(TokenSource(lab.shards(name, TEST)), QUICK.row, QUICK.test_rows))
+        rows = list(validation_sequences(TokenSource(shards_of(lab, name, TEST)), QUICK.row, QUICK.test_rows))
         targets_BS = torch.stack([row.targets for row in rows]).long()
         with torch.no_grad():
             logits_BSV = model(torch.stack([row.tokens for row in rows]).long()).float()
@@ -147,7 +128,7 @@ def test_losses_are_nats_per_byte(lab: Lab) -> None:
 def test_merges_are_those_that_their_names_say(lab: Lab, finished: tuple[Path, str]) -> None:
     """Means and sums of differences, made by hand from the folders; routing may turn by a rounding, so 1e-4."""
     found = records(finished[0])
-    base, manual, unicode = (load_hf(lab.model(name)) for name in ("base", *DOMAINS))
+    base, manual, unicode = (load_hf(lab.path(name)) for name in ("base", *DOMAINS))
     states = [model.state_dict() for model in (base, manual, unicode)]
 
     def losses(weights: tuple[float, float, float]) -> dict[str, float]:
@@ -173,7 +154,7 @@ def test_merges_are_those_that_their_names_say(lab: Lab, finished: tuple[Path, s
 def test_modules(lab: Lab, finished: tuple[Path, str]) -> None:
     """Random modules are as many of each type as mp's; what is frozen has neither gradient nor state."""
     found = records(finished[0])
-    source = open_source(lab.model("base"))
+    source = open_source(lab.path("base"))
     units = find_units(source, find_modules(source))
     by_name = {unit.name: unit for unit in units}
     chosen = found["modules"]["chosen"]
@@ -188,7 +169,7 @@ def test_modules(lab: Lab, finished: tuple[Path, str]) -> None:
     for part in ("manual", "manual_mp50", "unicode_script25", "unicode_random50"):
         record = found[part]
         assert record["gradient_bytes"] == 4 * record["trained"]
-        assert record["parameters"] == sum(each.numel() for each in load_hf(lab.model("base")).parameters())
+        assert record["parameters"] == sum(each.numel() for each in load_hf(lab.path("base")).parameters())
         whole = part == "manual"
         assert (record["trained"] == record["parameters"]) == whole
         assert (record["optimizer_bytes"] == found["manual"]["optimizer_bytes"]) == whole
@@ -215,10 +196,10 @@ def test_interrupted_experiment_continues(
         (again / "parts" / f"0-{name}.json").unlink()
     kept = {path: path.stat().st_mtime_ns for path in again.glob("parts/*.json")}
     for name in ("search", ".dam.dam", "dam"):  # of killed parts
-        (again / "models-0" / name).mkdir()
-        (again / "models-0" / name / "rest").write_text("half-made")
+        (again / "seed-0" / name).mkdir()
+        (again / "seed-0" / name / "rest").write_text("half-made")
     with monkeypatch.context() as patch:
-        patch.setitem(PARTS, "merge_cma_es", _interrupt)
+        patch.setitem(PARTS, "merge_cma_es", Part(1, _interrupt))
         code, output, errors = call("--out", again, *WORDS)
     assert (code, output) == (130, "")
     assert "run the same command again to continue" in errors
@@ -253,7 +234,7 @@ def test_tables_are_of_the_results_file(finished: tuple[Path, str], tmp_path: Pa
     }
     losses = {record["part"]: record.get("losses") for record in one}
     total = math.fsum(losses["merge_soup"].values())
-    assert rows["mean"][3] == f"{2 * total:.3f} ({total:.3f} to {4 * total:.3f})"
+    assert rows["mean"][3] == f"{2 * total:.3f} ({total:.3f}–{4 * total:.3f})"
     change = losses["unicode_back_ties"]["general"] - losses["base"]["general"]
     low, high = sorted((change, 4 * change))
     assert rows["replay, back: TIES"][3] == f"{2 * change:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
@@ -289,7 +270,7 @@ def test_mistakes(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytes
     out, again = finished[0], tmp_path / "again"
     refused("--seeds 0 must be at least 1", "--out", out, *WORDS, "--seeds", 0)
     refused("does not exist; give the JSON file", "--draw", tmp_path / "none.json")
-    refused("is no results file of this experiment", "--draw", EXPERIMENTS / "results" / "rsdb.json")
+    refused("is not a results file of the experiment adapt", "--draw", EXPERIMENTS / "results" / "rsdb.json")
     with file_lock(out):
         refused("is being written by another process", "--out", out, *WORDS)
     shutil.copytree(out, again)
@@ -302,5 +283,5 @@ def test_mistakes(finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytes
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(adapt_parts, "version", missing)
-    refused("install it (pip install -e '.[search]')", "--out", out, *WORDS)
+    monkeypatch.setattr(experiment, "version", missing)
+    refused("the experiment needs torch; install it (pip install torch)", "--out", out, *WORDS)

@@ -1,26 +1,17 @@
 """tools/experiments/context_extension.py at toy size: the task, a resumed experiment, table and plot."""
 
 import json
-import runpy
 import shutil
 import statistics
-import sys
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
+import context_report
 import numpy as np
 import pytest
 import torch
-
-from trinity.models import Trinity
-from trinity_kernels.cross_entropy import IGNORE
-
-EXPERIMENTS = Path(__file__).parents[2] / "tools" / "experiments"
-sys.path.append(str(EXPERIMENTS))  # not a package: import its modules as context_extension.py does
-
-import context_report  # noqa: E402
-from context_arms import ARMS, FULL, QUICK, arm_config, measure  # noqa: E402
-from context_task import (  # noqa: E402
+from context_arms import ARMS, FULL, QUICK, arm_config, measure
+from context_task import (
     FIRST_KEY,
     FIRST_NOISE,
     FIRST_VALUE,
@@ -32,8 +23,11 @@ from context_task import (  # noqa: E402
     training_rows,
 )
 
-EXIT_CODE = 0 if find_spec("matplotlib") else 2
-"""Of a finished experiment; without matplotlib it writes everything but the plot."""
+from tests.tools.call_experiment import EXIT_CODE, call_experiment
+from trinity.models import Trinity
+from trinity_kernels.cross_entropy import IGNORE
+
+call = partial(call_experiment, "context_extension")
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     code, output, errors = call("--out", out, "--quick", "--seeds", 1)
     assert code == EXIT_CODE, errors
     return out, output
-
-
-def call(*words: object) -> tuple[int, str, str]:
-    """Run context_extension.py in this process; returns exit code, stdout and stderr."""
-    with pytest.MonkeyPatch.context() as patch:
-        output, errors = Lines(), Lines()
-        patch.setattr(sys, "argv", ["context_extension.py", *map(str, words)])
-        patch.setattr(sys, "stdout", output)
-        patch.setattr(sys, "stderr", errors)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(EXPERIMENTS / "context_extension.py"), run_name="__main__")
-    return end.value.code, "".join(output), "".join(errors)
-
-
-class Lines(list):
-    """A text stream that keeps the strings written to it."""
-
-    write, flush, isatty = list.append, staticmethod(lambda: None), staticmethod(lambda: False)
 
 
 def pairs_of(tokens: list[int]) -> dict[int, int]:

@@ -1,34 +1,29 @@
 """tools/experiments/rsdb.py at toy size: corpus, batches, measures, and resuming."""
 
 import json
-import runpy
 import shutil
 import sys
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 
+import domains
 import numpy as np
 import pytest
+import rsdb_arms
+import rsdb_report
 import torch
+from domains import Corpus, make_corpus, read_domains, split_documents
+from rsdb_arms import ARMS, QUICK, arm_config, take_by_stream
 
-EXPERIMENTS = Path(__file__).parents[2] / "tools" / "experiments"
-sys.path.append(str(EXPERIMENTS))  # not a package: import its modules as rsdb.py does
-
-import domains  # noqa: E402
-import rsdb_arms  # noqa: E402
-import rsdb_report  # noqa: E402
-from domains import Corpus, make_corpus, read_domains, split_documents  # noqa: E402
-from rsdb_arms import ARMS, QUICK, arm_config, take_by_stream  # noqa: E402
-
-from trinity.data.sources.shards import TokenSource  # noqa: E402
-from trinity.errors import UserError  # noqa: E402
-from trinity.models import Trinity  # noqa: E402
-from trinity.training.build_data import open_stream  # noqa: E402
+from tests.tools.call_experiment import EXIT_CODE, call_experiment
+from trinity.data.sources.shards import TokenSource
+from trinity.errors import UserError
+from trinity.models import Trinity
+from trinity.training.build_data import open_stream
 
 STEPS = 8
 WORDS = ("--quick", "--seeds", 1, "--steps", STEPS)
-EXIT_CODE = 0 if find_spec("matplotlib") else 2
-"""Of a finished experiment; without matplotlib it writes everything but the plot."""
+call = partial(call_experiment, "rsdb")
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +39,6 @@ def finished(corpus: Corpus) -> tuple[Path, str]:
     code, output, errors = call("--out", out, *WORDS)
     assert code == EXIT_CODE, errors
     return out, output
-
-
-def call(*words: object) -> tuple[int, str, str]:
-    """Run rsdb.py in this process; returns exit code, stdout and stderr."""
-    with pytest.MonkeyPatch.context() as patch:
-        output, errors = Lines(), Lines()
-        patch.setattr(sys, "argv", ["rsdb.py", *map(str, words)])
-        patch.setattr(sys, "stdout", output)
-        patch.setattr(sys, "stderr", errors)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(EXPERIMENTS / "rsdb.py"), run_name="__main__")
-    return end.value.code, "".join(output), "".join(errors)
-
-
-class Lines(list):
-    """A text stream that keeps the strings written to it."""
-
-    write, flush, isatty = list.append, staticmethod(lambda: None), staticmethod(lambda: False)
 
 
 def test_split_documents() -> None:
@@ -173,7 +150,7 @@ def test_table_and_results(finished: tuple[Path, str]) -> None:
     assert [(run["arm"], run["seed"]) for run in results["runs"]] == [(arm, 0) for arm in ARMS]
     het = [run["measures"]["batch_het"] for run in results["runs"]]
     (row,) = (line for line in output.splitlines() if line.startswith("| BatchHet"))
-    cells = [f"{value:.3g} ({value:.3g}–{value:.3g})" for value in het]
+    cells = [f"{value:.3g}" for value in het]
     assert [cell.strip() for cell in row.split("|")[2:6]] == [*cells, f"{het[1] / het[0]:.3g}"]
     for run in results["runs"]:
         kept = json.loads((out / "runs" / f"{run['arm']}-0.json").read_text())

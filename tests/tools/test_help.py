@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import pytest
 from trinity.command_line import HelpFormatter
 
 ROOT = Path(__file__).parents[2]
+PARSES = re.compile(r"ArgumentParser\(|run_experiment\(|command_line\(")
 SCRIPTS = sorted(
     path.relative_to(ROOT)
     for folder in ("launch", "tools")
     for path in (ROOT / folder).rglob("*.py")
-    if "ArgumentParser(" in path.read_text(encoding="utf-8")
+    if PARSES.search(text := path.read_text(encoding="utf-8")) and "__main__" in text
 )
 
 

@@ -43,79 +43,40 @@ Finished parts are kept in --out: after an interruption the same command continu
 interrupted begins anew. Results so far are written after every seed.
 """
 
-import argparse
-import sys
-from pathlib import Path
-from typing import Any
+from experiment import Experiment, run_experiment
 
-from trinity.command_line import HelpFormatter, local_path
-from trinity.errors import UserError, run_main
-from trinity.io.json_files import write_json
-
-INTERRUPTED = 130
-NAME = "adapt"
+from trinity.errors import run_main
 
 
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, each a run of every part (%(default)s)")
-    parser.add_argument("--out", type=local_path, default=Path(f"runs/{NAME}"), help="output folder (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="toy size, to test the command")
-    parser.add_argument(
-        "--draw", type=local_path, metavar="FILE", help="train nothing: print the tables of a results file, and plot it"
+def experiment() -> Experiment:
+    """The experiment."""
+    from adapt_parts import PARTS
+    from adapt_report import draw, outcome, report
+    from adapt_texts import describe, make_texts
+    from adapt_train import FULL, QUICK
+
+    assert __doc__ is not None
+    return Experiment(
+        name="adapt",
+        design=__doc__,
+        claim="A model continued on a domain and merged back keeps its general abilities; the modules with the largest "
+        "signal-to-noise ratio suffice; learned merges are as good as searched ones.",
+        full=FULL,
+        quick=QUICK,
+        make_texts=lambda out, size: make_texts(out / f"texts-{size.vocabulary}", size.vocabulary, size.every),
+        describe_texts=describe,
+        parts=lambda _size, _seed: PARTS,
+        report=report,
+        outcome=outcome,
+        draw=draw,
+        packages=("torch", "numpy", "tokenizers", "cma"),
+        unit="part",
     )
-    return parser.parse_args()
 
 
 def main() -> int | None:
-    """Make the missing parts and write the results; print their tables, and plot them beside the results' file."""
-    arguments = parse()
-    from adapt_report import check_results, draw, report
-
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds {arguments.seeds} must be at least 1")
-    path = arguments.draw or arguments.out / f"{NAME}.json"
-    if arguments.draw is None:
-        try:
-            experiment(arguments.out, arguments.seeds, arguments.quick)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
-            return INTERRUPTED
-    results = check_results(path)
-    print(report(results))
-    draw(path.with_suffix(".svg"), results)
-    return None
-
-
-def experiment(out: Path, seeds: int, quick: bool) -> None:
-    """Make all parts, except those finished by an earlier call, and write OUT/adapt.json after each seed.
-
-    Raises:
-        UserError: `out` has results of other settings, another process is writing there, or a package is missing.
-    """
-    from adapt_parts import PARTS, make_seed, settings_of, versions
-    from adapt_texts import make_texts
-    from adapt_train import FULL, QUICK, Lab
-
-    from trinity.io.local import file_lock
-    from trinity.terminal import Progress
-
-    versions()  # refuses before any work
-    out.mkdir(parents=True, exist_ok=True)
-    size = QUICK if quick else FULL
-    try:
-        with file_lock(out, patience=1):
-            texts = make_texts(out / f"texts-{size.vocabulary}", size.vocabulary, size.every)
-            settings = settings_of(size, texts)
-            records: list[dict[str, Any]] = []
-            with Progress(NAME, seeds * len(PARTS), "part") as bar:
-                for seed in range(seeds):
-                    lab = Lab(size, texts, seed, (out / f"models-{seed}").resolve())
-                    records += make_seed(lab, out / "parts", settings, bar)
-                    write_json(out / f"{NAME}.json", {"experiment": NAME, "settings": settings, "parts": records})
-    except BlockingIOError:
-        raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
+    """The command."""
+    return run_experiment(experiment())
 
 
 if __name__ == "__main__":

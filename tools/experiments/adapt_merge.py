@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_texts import DOMAINS, GENERAL, MANUAL, NAMES, TRAIN, UNICODE
-from adapt_train import Lab, measure, search_texts
+from adapt_train import measure, search_texts, shards
+from experiment import Lab
 
 from trinity.dam.config import read_config
 from trinity.dam.model import PARTS as LEARNED
@@ -57,17 +58,17 @@ def merged(lab: Lab, content: Record) -> Record:
 
 def without_data(lab: Lab, name: str) -> Record:
     """A merge of the domains' models by one of RECIPES; random masks are drawn by the seed."""
-    return merged(lab, RECIPES[name](lab.model("base"), *map(lab.model, DOMAINS)) | {"seed": lab.seed})
+    return merged(lab, RECIPES[name](lab.path("base"), *map(lab.path, DOMAINS)) | {"seed": lab.seed})
 
 
 def back_mean(lab: Lab, continued: str) -> Record:
     """The mean of the base and a continued model."""
-    return merged(lab, _recipe("linear", None, [lab.model("base"), lab.model(continued)], HALF))
+    return merged(lab, _recipe("linear", None, [lab.path("base"), lab.path(continued)], HALF))
 
 
 def back_ties(lab: Lab, continued: str) -> Record:
     """TIES of a continued model with its base: the larger half of its changes."""
-    return merged(lab, _recipe("ties", lab.model("base"), [lab.model(continued)], {"weight": 1.0, "density": 0.5}))
+    return merged(lab, _recipe("ties", lab.path("base"), [lab.path(continued)], {"weight": 1.0, "density": 0.5}))
 
 
 def back_search(lab: Lab, domain: str, continued: str, by_part: bool) -> Record:
@@ -75,13 +76,13 @@ def back_search(lab: Lab, domain: str, continued: str, by_part: bool) -> Record:
     size = lab.size
     trials = size.part_trials if by_part else size.line_trials
     texts = search_texts(lab, (domain, GENERAL))
-    content = merge_back(lab.model("base"), lab.model(continued), texts, {}, by_part=by_part, trials=trials)
+    content = merge_back(lab.path("base"), lab.path(continued), texts, {}, by_part=by_part, trials=trials)
     return searched(lab, content)
 
 
 def cma_es(lab: Lab) -> Record:
     """Task arithmetic of both domains' models, with a weight for each model and part, by CMA-ES on all search texts."""
-    content = RECIPES["task_arithmetic"](lab.model("base"), *map(lab.model, DOMAINS))
+    content = RECIPES["task_arithmetic"](lab.path("base"), *map(lab.path, DOMAINS))
     for model in content["models"]:
         model["parameters"] = dict(HALF)
     content["search"] = {
@@ -94,7 +95,7 @@ def cma_es(lab: Lab) -> Record:
 
 def searched(lab: Lab, content: Record) -> Record:
     """Minimise the sum of the losses per byte; returns the best merge's losses and values, and the trials."""
-    folder = Path(lab.model("search"))
+    folder = Path(lab.path("search"))
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call, whose seconds are lost
     search = content["search"]
     for objective in search["objectives"]:
@@ -112,11 +113,11 @@ def searched(lab: Lab, content: Record) -> Record:
 
 def dam(lab: Lab, with_base: bool) -> Record:
     """Learn the coefficients of the domains' models, and of the base, on text that they were trained on."""
-    size, folder = lab.size, Path(lab.model("dam"))
+    size, folder = lab.size, Path(lab.path("dam"))
     for left in (folder, folder.with_name(f".{folder.name}.dam")):
         shutil.rmtree(left, ignore_errors=True)
     sources = {MANUAL: MANUAL, UNICODE: UNICODE} | ({GENERAL: "base"} if with_base else {})
-    models = [{"model": lab.model(name), "text": lab.shards(text, TRAIN)} for text, name in sources.items()]
+    models = [{"model": lab.path(name), "text": shards(lab, text, TRAIN)} for text, name in sources.items()]
     config = read_config({
         "models": models, "learn": list(LEARNED), "rows": size.dam_rows, "window": size.row,
         "sequences": size.dam_sequences, "microbatch": size.dam_sequences, "seed": lab.seed, "threads": 1,

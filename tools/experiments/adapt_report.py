@@ -1,14 +1,13 @@
 """Results of the comparison of adaptations: tables and a plot, from the results file alone."""
 
-import io
+import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trinity.errors import UserError
-from trinity.io.json_files import read_json
-from trinity.io.local import write_atomically
+from experiment import cost
+from plots import COLOURS, markdown_table, median_and_range, save_plot
 
 Results = dict[str, Any]
 GENERAL, DOMAINS = "general", ("manual", "unicode")
@@ -36,20 +35,6 @@ MERGES = {
     "merge_ties": "TIES", "merge_dare_ties": "DARE-TIES", "merge_cma_es": "CMA-ES by part", "merge_dam": "DAM",
     "merge_dam_base": "DAM with the base",
 }  # fmt: skip
-
-
-def check_results(path: Path) -> Results:
-    """Read a results file.
-
-    Raises:
-        UserError: it does not exist, or is that of another experiment.
-    """
-    results = read_json(path)
-    if results is None:
-        raise UserError(f"--draw {path} does not exist; give the JSON file of this experiment")
-    if results.get("experiment") != "adapt" or not results.get("parts"):
-        raise UserError(f"--draw {path} is no results file of this experiment; give the adapt.json that it wrote")
-    return results
 
 
 def values(results: Results, part: str, measure: Callable[[dict[str, Any]], Any]) -> list[Any]:
@@ -86,7 +71,7 @@ def report(results: Results) -> str:
     return "\n\n".join([
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {minutes:.0f} CPU minutes. Losses are nats per byte, changes "
         "are from the base's loss; a figure is the median over seeds, with the range.",
-        markdown(["", "its paper's claim"], map(list, CLAIMS.items())),
+        markdown_table(["", "its paper's claim"], map(list, CLAIMS.items())),
         f"**Continued on a domain**, {size['steps']} steps, {100 * size['replay']:g} % replay, and merged back:",
         continued_table(results),
         "**Some modules trained**, with replay:",
@@ -103,10 +88,10 @@ def continued_table(results: Results) -> str:
     for end, title in CONTINUED.items():
         row = [title]
         for domain in DOMAINS:
-            row += [cell(changes(results, f"{domain}{end}", of), "+.3f") for of in (domain, "general")]
+            row += [median_and_range(changes(results, f"{domain}{end}", of), "+.3f") for of in (domain, "general")]
         row += [f"{number:.0f}" for number in costs(results, [f"{domain}{end}" for domain in DOMAINS])]
         rows.append(row)
-    return markdown(head, rows)
+    return markdown_table(head, rows)
 
 
 def modules_table(results: Results) -> str:
@@ -122,11 +107,11 @@ def modules_table(results: Results) -> str:
         ]
         seconds = values(results, "step_times", lambda record: record["step_seconds"])
         milliseconds = [1e3 * of_choice[end.removeprefix("_") or "all"] for of_choice in seconds]
-        row = [title, *(f"{number:,.0f}" for number in sizes), cell(milliseconds, ".0f")]
+        row = [title, *(f"{number:,.0f}" for number in sizes), median_and_range(milliseconds, ".0f")]
         for domain in DOMAINS:
-            row += [cell(changes(results, f"{domain}{end}", of), "+.3f") for of in (domain, "general")]
+            row += [median_and_range(changes(results, f"{domain}{end}", of), "+.3f") for of in (domain, "general")]
         rows.append(row)
-    return markdown(["", "trained, %", "gradients, kB", "optimizer, kB", "CPU ms a step", *domains], rows)
+    return markdown_table(["", "trained, %", "gradients, kB", "optimizer, kB", "CPU ms a step", *domains], rows)
 
 
 def merges_table(results: Results) -> str:
@@ -135,10 +120,10 @@ def merges_table(results: Results) -> str:
     for part, title in MERGES.items():
         losses = [losses_of(results, part, name) for name in NAMES]
         rows.append(
-            [title, *(cell(each, ".3f") for each in losses), cell(sums(results, part), ".3f")]
+            [title, *(median_and_range(each, ".3f") for each in losses), median_and_range(sums(results, part), ".3f")]
             + ([f"{number:.0f}" for number in costs(results, [part])] if part.startswith("merge_") else ["", ""])
         )
-    return markdown(["", *NAMES, "sum", "trials or steps", "CPU s"], rows)
+    return markdown_table(["", *NAMES, "sum", "trials or steps", "CPU s"], rows)
 
 
 def sums(results: Results, part: str) -> list[float]:
@@ -152,44 +137,13 @@ def costs(results: Results, parts: list[str]) -> list[float]:
     return [statistics.median(record.get(name, 0) for record in records) for name in ("trials", "seconds")]
 
 
-def cell(numbers: list[float], form: str) -> str:
-    """Median and range."""
-    text = f"{statistics.median(numbers):{form}}"
-    if len(numbers) > 1:
-        text += f" ({min(numbers):{form}} to {max(numbers):{form}})"
-    return text.replace("-", "−")
-
-
-def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-COLOURS = ("#1f5fbf", "#d95f02", "#7a7a7a", "#2a9d4a", "#8f3fa8")
-
-
 def draw(path: Path, results: Results) -> None:
     """Plot as SVG: for each domain what was learned over what was forgotten; and the sums of the merges.
 
     Points are medians over seeds, thin dots seeds.
-
-    Args:
-        path: the file.
-        results: from check_results.
-    Raises:
-        UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "the plot needs matplotlib; install it (pip install -e '.[experiments]') and run the same command again: "
-            "finished parts are kept"
-        ) from None
-    style = {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "adapt", "axes.grid": True}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(10.0, 9.0), layout="constrained")
+
+    def paint(figure: Any) -> None:
         grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1.0))
         for column, domain in enumerate(DOMAINS):
             panel = figure.add_subplot(grid[0, column])
@@ -198,9 +152,69 @@ def draw(path: Path, results: Results) -> None:
         handles = panel.get_legend_handles_labels()
         _draw_sums(figure.add_subplot(grid[1, :]), results)
         figure.legend(*handles, loc="outside upper left", frameon=False, ncols=3)
-        drawing = io.StringIO()
-        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    write_atomically(path, (line.rstrip() + "\n" for line in drawing.getvalue().splitlines()))
+
+    save_plot(path, (10.0, 9.0), paint)
+
+
+AS_GOOD = 0.1
+"""A share of what training everything learns: a difference of at most this much counts as equally good."""
+
+
+def outcome(results: Results) -> str:
+    """What came out of each claim."""
+    text = f"{_merging_back(results)} {_some_modules(results)} {_learned_merges(results)} ({cost(results)})"
+    return re.sub(r"(?<= )-(?=\d)", "−", text)
+
+
+def _middle(results: Results, part: str, of: str) -> float:
+    return statistics.median(changes(results, part, of))
+
+
+def _verdict(agrees: bool) -> str:
+    return "agrees with the claim" if agrees else "contradicts the claim"
+
+
+def _merging_back(results: Results) -> str:
+    sentences = []
+    for domain in DOMAINS:
+        part = f"{domain}_no_replay"
+        learned, forgotten = _middle(results, part, domain), _middle(results, part, GENERAL)
+        kept, left = _middle(results, f"{part}_back_ties", domain), _middle(results, f"{part}_back_ties", GENERAL)
+        sentences.append(
+            f"Without replay {domain} changes its own loss by {learned:+.3f} and the general one by {forgotten:+.3f} "
+            f"nats per byte, merged back by TIES by {kept:+.3f} and {left:+.3f}: this "
+            f"{_verdict(kept < 0 and left < max(forgotten / 2, 0.0))}."
+        )
+    return " ".join(sentences)
+
+
+def _some_modules(results: Results) -> str:
+    seconds = values(results, "step_times", lambda record: record["step_seconds"])
+    saved = statistics.median(1 - of["mp50"] / of["all"] for of in seconds)
+    sentences = []
+    for domain in DOMAINS:
+        learned = {end: _middle(results, f"{domain}{end}", domain) for end in ("", "_mp50", "_script50", "_random50")}
+        good = learned["_mp50"] - learned[""] <= AS_GOOD * abs(learned[""])
+        sentences.append(
+            f"With half of the modules {domain} learns {learned['_mp50']:+.3f} by the score mp, "
+            f"{learned['_script50']:+.3f} by the script's and {learned['_random50']:+.3f} at random, with all "
+            f"{learned['']:+.3f}: this {_verdict(good)}."
+        )
+    return f"{' '.join(sentences)} A step takes {saved:.0%} less CPU time; the claim is 30 to 42 %."
+
+
+def _learned_merges(results: Results) -> str:
+    titles = {"merge_soup": "the mean", "merge_ties": "TIES", "merge_cma_es": "CMA-ES", "merge_dam": "DAM"}
+    middle = {part: statistics.median(sums(results, part)) for part in titles}
+    seconds = {part: costs(results, [part])[1] for part in ("merge_cma_es", "merge_dam")}
+    figures = ", ".join(f"{middle[part]:.3f} by {title}" for part, title in titles.items())
+    as_good = middle["merge_dam"] <= middle["merge_cma_es"]
+    cheaper = seconds["merge_dam"] < seconds["merge_cma_es"]
+    verdict = f"{_verdict(True)} in part" if as_good and not cheaper else _verdict(as_good)
+    return (
+        f"The sum of the three losses of the merged models is {figures}; DAM takes {seconds['merge_dam']:.0f} CPU "
+        f"seconds and CMA-ES {seconds['merge_cma_es']:.0f}: this {verdict}."
+    )
 
 
 SERIES = {
@@ -224,7 +238,6 @@ def _draw_domain(panel: Any, results: Results, domain: str) -> None:
             if end.rpartition("_back_")[1]:
                 panel.annotate(end.rpartition("_")[2], middle, xytext=(5, 3), textcoords="offset points", fontsize=8)
     panel.axvline(0, color="black", linewidth=0.8)
-    panel.axhline(0, color="black", linewidth=0.8)
     panel.locator_params(axis="x", nbins=6)
     panel.set_xlabel("general text: forgotten →")
     panel.set_ylabel("← learned: the domain's text")

@@ -1,8 +1,6 @@
 """Training in the comparison of adaptations: sizes, one run in this process, and the modules that a run trains."""
 
 import math
-import time
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -10,7 +8,9 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 
 # isort: split
 import torch
-from adapt_texts import GENERAL, MANUAL, NAMES, SEARCH, TEST, TRAIN, Texts
+from adapt_texts import GENERAL, MANUAL, NAMES, SEARCH, TEST, TRAIN
+from experiment import Lab
+from small_run import SmallRun
 
 from trinity.config.load import OmegaConf, build_config
 from trinity.config.run import RunConfig
@@ -20,16 +20,12 @@ from trinity.interop import export_hf, load_hf
 from trinity.merging.open_source import open_source
 from trinity.merging.validation import PackedText, RowSettings
 from trinity.models.trinity import Trinity
-from trinity.optim.lr_schedule import lr_fraction
 from trinity.parallel import mesh
 from trinity.planning.fake_rank import state_bytes
 from trinity.spectrum.modules import Unit, find_modules, find_units
 from trinity.spectrum.scan import scan
 from trinity.spectrum.scores import Score
 from trinity.spectrum.select import Kind, choose
-from trinity.training.build import build_model, make_optimizers
-from trinity.training.build_data import open_stream
-from trinity.training.train_step import train_step
 
 SHARES = (25, 50)
 """Percent of the modules of each type that train."""
@@ -87,21 +83,9 @@ QUICK = Size(
 )  # fmt: skip
 
 
-class Lab(NamedTuple):
-    """What all parts of one seed share: sizes, texts, seed, and the folder of its models."""
-
-    size: Size
-    texts: Texts
-    seed: int
-    folder: Path
-
-    def model(self, name: str) -> str:
-        """The folder of a model of this seed."""
-        return str(self.folder / name)
-
-    def shards(self, domain: str, split: str) -> str:
-        """The folder of a text."""
-        return str(self.texts.shards[domain][split])
+def shards(lab: Lab, domain: str, split: str) -> str:
+    """The folder of a text."""
+    return str(lab.texts.shards[domain][split])
 
 
 def run_config(lab: Lab, steps: int, mixture: dict[str, float], rate: float, only: list[str]) -> RunConfig:
@@ -123,7 +107,7 @@ def run_config(lab: Lab, steps: int, mixture: dict[str, float], rate: float, onl
             "active_experts": 2, "expert_width": size.expert_width, "max_positions": max(2048, size.row),
         },
         "data": {
-            "train": {name: lab.shards(name, TRAIN) for name in mixture}, "mixture": mixture,
+            "train": {name: shards(lab, name, TRAIN) for name in mixture}, "mixture": mixture,
             "tokenizer": str(lab.texts.tokenizer), "sequence_length": size.row, "packing": "rsdb", "rsdb_size": 4,
             "streams": 8, "workers": 0,
         },
@@ -144,36 +128,17 @@ def run_config(lab: Lab, steps: int, mixture: dict[str, float], rate: float, onl
     return build_config([("the experiment", OmegaConf.create(settings))])
 
 
-class Run:
-    """A run in this process, step by step.
+def begin(config: RunConfig, ranks: mesh.Ranks, start: str | None) -> SmallRun:
+    """A run that continues the model in the folder `start` with a fresh optimizer; None: from random weights."""
+    return SmallRun(config, ranks, None if start is None else lambda model: load_hf(start, into=model))
 
-    Args:
-        config: from run_config.
-        ranks: the mesh.
-        start: folder of the model to continue with a fresh optimizer; None: from random weights.
-    """
 
-    def __init__(self, config: RunConfig, ranks: mesh.Ranks, start: str | None) -> None:
-        self.config, self.ranks = config, ranks
-        self.model = build_model(config, ranks)
-        self.model.init_weights(config.run.seed)
-        if start is not None:
-            load_hf(start, into=self.model)
-        self.optimizers = make_optimizers(config, self.model)
-        self._stream = open_stream(config, ranks.rank, ranks.data_ranks)
-        self._steps = 0
-
-    def step(self) -> float:
-        """Take one optimizer step; returns its CPU seconds."""
-        batch = self._stream.take(self.config.batch.sequences)
-        batch.document_ids_BS = None  # data.document_mask is off
-        rate = lr_fraction(self.config, self._steps, 0)
-        began = time.process_time()
-        result = train_step(self.model, self.optimizers, batch, self.config, rate, self.ranks)
-        seconds = time.process_time() - began
-        assert result.skip_reason is None, f"step {self._steps} is not finite"
-        self._steps += 1
-        return seconds
+def take_step(run: SmallRun) -> float:
+    """Take one optimizer step; returns its CPU seconds."""
+    before = run.seconds
+    result = run.step()
+    assert result.skip_reason is None, f"step {run.steps} is not finite"
+    return run.seconds - before
 
 
 def train(config: RunConfig, lab: Lab, start: str | None, out: str | None) -> dict[str, Any]:
@@ -189,9 +154,9 @@ def train(config: RunConfig, lab: Lab, start: str | None, out: str | None) -> di
     """
     ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
     try:
-        run = Run(config, ranks, start)
+        run = begin(config, ranks, start)
         for _ in range(config.run.steps or 0):
-            run.step()
+            take_step(run)
         model, state = run.model, state_bytes(run.model, run.optimizers)
         if out is not None:
             export_hf(model, out, lab.texts.tokenizer, torch.float32, overwrite=True)
@@ -207,7 +172,7 @@ def train(config: RunConfig, lab: Lab, start: str | None, out: str | None) -> di
 
 def base(lab: Lab) -> dict[str, Any]:
     """Train the base on general text."""
-    return train(run_config(lab, lab.size.base_steps, {GENERAL: 1.0}, 1.0, []), lab, None, lab.model("base"))
+    return train(run_config(lab, lab.size.base_steps, {GENERAL: 1.0}, 1.0, []), lab, None, lab.path("base"))
 
 
 def continued(lab: Lab, domain: str, replay: bool, only: list[str], keep: str | None = None) -> dict[str, Any]:
@@ -221,7 +186,7 @@ def continued(lab: Lab, domain: str, replay: bool, only: list[str], keep: str | 
     share = lab.size.replay if replay else 0.0
     mixture = {domain: 1.0 - share} | ({GENERAL: share} if share else {})
     config = run_config(lab, lab.size.steps, mixture, lab.size.rate, only)
-    return train(config, lab, lab.model("base"), None if keep is None else lab.model(keep))
+    return train(config, lab, lab.path("base"), None if keep is None else lab.path(keep))
 
 
 def score_modules(lab: Lab) -> dict[str, Any]:
@@ -230,7 +195,7 @@ def score_modules(lab: Lab) -> dict[str, Any]:
     Returns:
         "chosen": how and percent, as mp25 → names for train.only.
     """
-    source = open_source(lab.model("base"))
+    source = open_source(lab.path("base"))
     modules = find_modules(source)
     units = find_units(source, modules)
     scores = scan(source, modules, None, "cpu", lab.folder / "scores.json", force=True)
@@ -258,8 +223,8 @@ def step_times(lab: Lab, chosen: dict[str, list[str]]) -> dict[str, Any]:
     config = configs["all"]
     ranks = mesh.start(config.parallel, config.model, config.run.threads, config.run.deterministic)
     try:
-        runs = {name: Run(config, ranks, lab.model("base")) for name, config in configs.items()}
-        turns = [{name: run.step() for name, run in runs.items()} for _ in range(1 + lab.size.timed_steps)]
+        runs = {name: begin(config, ranks, lab.path("base")) for name, config in configs.items()}
+        turns = [{name: take_step(run) for name, run in runs.items()} for _ in range(1 + lab.size.timed_steps)]
     finally:
         mesh.stop()
     return {"step_seconds": {name: median(turn[name] for turn in turns[1:]) for name in choices}}
@@ -277,11 +242,11 @@ def measure(model: Trinity, lab: Lab) -> dict[str, float]:
     settings = RowSettings(window=lab.size.row, rows=lab.size.test_rows)
     losses = {}
     for name in NAMES:
-        text = PackedText(TokenSource(lab.shards(name, TEST)), lab.texts.tokenizer, lab.size.row, settings)
+        text = PackedText(TokenSource(shards(lab, name, TEST)), lab.texts.tokenizer, lab.size.row, settings)
         losses[name] = text.measure(model)["bits_per_byte"] * math.log(2)
     return losses
 
 
 def search_texts(lab: Lab, names: tuple[str, ...]) -> dict[str, str]:
     """Domain → the text on which merges are searched."""
-    return {name: lab.shards(name, SEARCH) for name in names}
+    return {name: shards(lab, name, SEARCH) for name in names}

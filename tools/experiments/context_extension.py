@@ -31,88 +31,72 @@ arm. An arm that was interrupted begins anew.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from trinity.command_line import HelpFormatter, local_path
+from experiment import command_line, run_command
+
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import read_json, to_json, write_json
 
-INTERRUPTED = 130
 NAME = "context_extension"
-
-
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, each a run of every arm (%(default)s)")
-    parser.add_argument("--out", type=local_path, default=Path(f"runs/{NAME}"), help="output folder (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="toy size, to test the command")
-    parser.add_argument(
-        "--draw", type=local_path, metavar="FILE", help="train nothing: print the table of a results file, and plot it"
-    )
-    return parser.parse_args()
 
 
 def main() -> int | None:
     """Train the missing arms and write the results; print their table, and plot them beside the results' file."""
-    arguments = parse()
+    assert __doc__ is not None
+    arguments = command_line(NAME, __doc__).parse_args()
+    return run_command(NAME, arguments, lambda: make_results(arguments), show)
+
+
+def show(path: Path) -> None:
+    """Print the table of a results file, and plot it beside the file.
+
+    Raises:
+        UserError: it does not exist, or is not one of this experiment.
+    """
     from context_report import draw, table
 
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds {arguments.seeds} must be at least 1")
-    path = arguments.draw or arguments.out / f"{NAME}.json"
-    if arguments.draw is None:
-        try:
-            results = experiment(arguments.out, arguments.seeds, arguments.quick)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
-            return INTERRUPTED
-        write_json(path, results)
     results = read_json(path)
     if results is None:
-        raise UserError(f"--draw {path} does not exist; give the JSON file of a finished experiment")
+        raise UserError(f"{path} does not exist; give the JSON file of a finished experiment")
+    if "asked_pairs" not in results.get("settings", {}):
+        raise UserError(f"{path} is not a results file of the experiment {NAME}; give the {NAME}.json of its --out")
     print(table(results))
     draw(path.with_suffix(".svg"), results)
-    return None
 
 
-def experiment(out: Path, seeds: int, quick: bool) -> dict[str, Any]:
-    """Train and measure all arms, except those finished by an earlier call.
+def make_results(arguments: argparse.Namespace) -> None:
+    """Train and measure all arms, except those finished by an earlier call, and write OUT/context_extension.json.
 
-    Returns:
-        "settings", and "runs": a list of {"arm", "seed", "loss", "scores"}, by seed.
+    It holds "settings", and "runs": a list of {"arm", "seed", "loss", "scores"}, by seed.
+
     Raises:
-        UserError: `out` has results of other settings, or another process is writing there.
+        UserError: --out has results of other settings.
     """
     from context_arms import ARMS, FULL, QUICK, steps_of, train_arm
 
-    from trinity.io.local import file_lock
     from trinity.terminal import Progress
 
-    out.mkdir(parents=True, exist_ok=True)
-    size = QUICK if quick else FULL
+    out, seeds = arguments.out, arguments.seeds
+    size = QUICK if arguments.quick else FULL
     settings = json.loads(to_json(size._asdict()))
     runs: list[dict[str, Any]] = []
-    try:
-        with file_lock(out, patience=1), Progress("training", seeds * sum(steps_of(size).values()), "step") as bar:
-            for seed in range(seeds):
-                for arm in ARMS:
-                    path = out / "runs" / f"{arm}-{seed}.json"
-                    run = read_json(path)
-                    if run is None:
-                        run = {"settings": settings} | train_arm(arm, seed, size, out / "checkpoints", bar.update)
-                        path.parent.mkdir(exist_ok=True)
-                        write_json(path, run, indent=None)
-                    elif run["settings"] != settings:
-                        raise UserError(f"{path} is a run of other settings; give another --out, or remove {out}")
-                    else:
-                        bar.skip_to(bar.n + steps_of(size)[arm])
-                    runs.append({"arm": arm, "seed": seed, "loss": run["loss"], "scores": run["scores"]})
-    except BlockingIOError:
-        raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
-    return {"settings": settings, "runs": runs}
+    with Progress("training", seeds * sum(steps_of(size).values()), "step") as bar:
+        for seed in range(seeds):
+            for arm in ARMS:
+                path = out / "runs" / f"{arm}-{seed}.json"
+                run = read_json(path)
+                if run is None:
+                    run = {"settings": settings} | train_arm(arm, seed, size, out / "checkpoints", bar.update)
+                    path.parent.mkdir(exist_ok=True)
+                    write_json(path, run, indent=None)
+                elif run["settings"] != settings:
+                    raise UserError(f"{path} is a run of other settings; give another --out, or remove {out}")
+                else:
+                    bar.skip_to(bar.n + steps_of(size)[arm])
+                runs.append({"arm": arm, "seed": seed, "loss": run["loss"], "scores": run["scores"]})
+    write_json(out / f"{NAME}.json", {"settings": settings, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python tools/experiments/rsdb.py --out runs/rsdb
 python tools/experiments/rsdb.py --quick --out runs/rsdb-quick
+python tools/experiments/rsdb.py --draw tools/experiments/results/rsdb.json
 
 The report's claim: sequential reading of documents makes batches heterogeneous, because neighbouring rows, and so whole
 microbatches, come from the same few documents. RSDB reduced BatchHet by 46 % in a small experiment, with a gradient
@@ -32,79 +33,72 @@ Finished runs are kept in --out: after an interruption the same command continue
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from trinity.command_line import HelpFormatter, local_path
+from experiment import command_line, run_command
+
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import number, read_json
 
+NAME = "rsdb"
 STEPS, QUICK_STEPS = 600, 8
-INTERRUPTED = 130
 PATH_KEYS = ("data.train", "data.validation", "data.tokenizer")
-
-
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, each a run of every arm (%(default)s)")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of a run ({STEPS}; with --quick {QUICK_STEPS})")
-    parser.add_argument("--out", type=local_path, default=Path("runs/rsdb"), help="output folder (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="toy size, to test the command")
-    arguments = parser.parse_args()
-    if arguments.steps is None:
-        arguments.steps = QUICK_STEPS if arguments.quick else STEPS
-    return arguments
 
 
 def main() -> int | None:
     """Make the corpus, train the missing runs, write rsdb.json and rsdb.svg, print the table."""
-    arguments = parse()
-    from rsdb_report import FEWEST_STEPS, draw, table, write_results
+    assert __doc__ is not None
+    parser = command_line(NAME, __doc__)
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of a run ({STEPS}; with --quick {QUICK_STEPS})")
+    arguments = parser.parse_args()
+    if arguments.steps is None:
+        arguments.steps = QUICK_STEPS if arguments.quick else STEPS
+    from rsdb_report import FEWEST_STEPS
 
-    if arguments.seeds < 1:
-        raise UserError(f"--seeds {arguments.seeds} must be at least 1")
     if arguments.steps < FEWEST_STEPS:
         raise UserError(f"--steps {arguments.steps} is too few to measure anything; use {FEWEST_STEPS} or more")
-    try:
-        about, runs = experiment(arguments.out, arguments.seeds, arguments.steps, arguments.quick)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        return INTERRUPTED
-    write_results(arguments.out / "rsdb.json", about, runs)
-    print(table(runs))
-    draw(arguments.out / "rsdb.svg", runs)
-    return None
+    return run_command(NAME, arguments, lambda: make_results(arguments), show)
 
 
-def experiment(out: Path, seeds: int, steps: int, quick: bool) -> tuple[dict[str, Any], dict[str, list[dict]]]:
-    """Train all runs, except those finished by an earlier call.
+def show(path: Path) -> None:
+    """Print the table of a results file, and plot it beside the file.
 
-    Returns:
-        a description of the experiment, and arm → runs by seed.
     Raises:
-        UserError: `out` has results of other settings, or another process is writing there.
+        UserError: it does not exist, or is not one of this experiment.
+    """
+    from rsdb_report import draw, runs_by_arm, table
+
+    results = read_json(path)
+    if results is None:
+        raise UserError(f"{path} does not exist; give the JSON file of a finished experiment")
+    if "corpus" not in results or "runs" not in results:
+        raise UserError(f"{path} is not a results file of the experiment {NAME}; give the {NAME}.json of its --out")
+    runs = runs_by_arm(results)
+    print(table(runs))
+    draw(path.with_suffix(".svg"), runs)
+
+
+def make_results(arguments: argparse.Namespace) -> None:
+    """Train all runs, except those finished by an earlier call, and write OUT/rsdb.json.
+
+    Raises:
+        UserError: --out has results of other settings.
     """
     from domains import describe, make_corpus
     from rsdb_arms import ARMS, QUICK, SETTINGS, arm_config
+    from rsdb_report import write_results
 
-    from trinity.io.local import file_lock
-
-    out.mkdir(parents=True, exist_ok=True)
+    out, seeds, steps, quick = arguments.out, arguments.seeds, arguments.steps, arguments.quick
     words = QUICK if quick else []
-    try:
-        with file_lock(out, patience=1):
-            vocabulary = 512 if quick else SETTINGS["model"]["vocab_size"]
-            corpus = make_corpus(out / f"corpus-{vocabulary}", vocabulary, every=24 if quick else 1)
-            keys = [(arm, seed) for seed in range(seeds) for arm in ARMS]
-            configs = {key: arm_config(ARMS[key[0]], corpus, key[1], steps, words) for key in keys}
-            results = train_all(out / "runs", configs)
-    except BlockingIOError:
-        raise UserError(f"--out {out} is being written by another process; wait for it, or end it") from None
+    vocabulary = 512 if quick else SETTINGS["model"]["vocab_size"]
+    corpus = make_corpus(out / f"corpus-{vocabulary}", vocabulary, every=24 if quick else 1)
+    keys = [(arm, seed) for seed in range(seeds) for arm in ARMS]
+    configs = {key: arm_config(ARMS[key[0]], corpus, key[1], steps, words) for key in keys}
+    results = train_all(out / "runs", configs)
     row = next(iter(configs.values())).data.sequence_length
     about = {"steps": steps, "seeds": seeds, "settings": SETTINGS, "quick": words, "corpus": describe(corpus, row)}
-    return about, {arm: [results[arm, seed] for seed in range(seeds)] for arm in ARMS}
+    write_results(out / f"{NAME}.json", about, {arm: [results[arm, seed] for seed in range(seeds)] for arm in ARMS})
 
 
 def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[str, int], dict]:

@@ -1,15 +1,14 @@
 """Results of the RSDB experiment: measures of each run, a table beside the report's figures, and a plot."""
 
-import io
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from plots import markdown_table, median_and_range, save_plot
 from rsdb_arms import ARMS, CURVES
 
-from trinity.errors import UserError
 from trinity.io.json_files import to_json
 from trinity.io.local import write_atomically
 
@@ -62,23 +61,41 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """The measures as a Markdown table: each arm's median over seeds with its range, and the report's ratio.
 
     Args:
-        runs: arm → its runs, by seed.
+        runs: arm → its runs, by seed, each with "measures".
     """
-    lines = [
-        f"| | {' | '.join(ARMS[arm].title for arm in runs)} | RSDB / sequential | in the report |",
-        f"|{'---|' * (len(runs) + 3)}",
-    ]
-    measured = {arm: [measures(run) for run in arm_runs] for arm, arm_runs in runs.items()}
+    rows = []
     for name, (title, report) in ROWS.items():
-        values = {arm: [run[name] for run in arm_runs] for arm, arm_runs in measured.items()}
-        cells = " | ".join(_median_and_range(arm_values) for arm_values in values.values())
+        values = {arm: [run["measures"][name] for run in arm_runs] for arm, arm_runs in runs.items()}
         ratio = statistics.median(values["rsdb"]) / statistics.median(values["sequential"])
-        lines.append(f"| {title} | {cells} | {ratio:.3g} | {report} |")
-    return "\n".join(lines)
+        cells = [median_and_range(arm_values) for arm_values in values.values()]
+        rows.append([title, *cells, f"{ratio:.3g}", report])
+    return markdown_table(["", *(ARMS[arm].title for arm in runs), "RSDB / sequential", "in the report"], rows)
 
 
-def _median_and_range(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+def runs_by_arm(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Arm → its runs, by seed, from a results file."""
+    return {arm: [run for run in results["runs"] if run["arm"] == arm] for arm in ARMS}
+
+
+def outcome(results: dict[str, Any]) -> str:
+    """What came out."""
+    runs = runs_by_arm(results)
+    ratios = {}
+    for name in ("batch_het", "loss_step_variance", "grad_norm_kurtosis"):
+        buffered, sequential = (
+            statistics.median(r["measures"][name] for r in runs[arm]) for arm in ("rsdb", "sequential")
+        )
+        ratios[name] = buffered / sequential
+    held = sum(ratio < 0.9 for ratio in ratios.values())
+    verdict = {0: "contradicts the claim", len(ratios): "agrees with the claim"}.get(
+        held, "agrees with the claim in part"
+    )
+    return (
+        f"BatchHet is {ratios['batch_het']:.2f}, the variance of the loss from step to step "
+        f"{ratios['loss_step_variance']:.2f} and the kurtosis of the gradient norm {ratios['grad_norm_kurtosis']:.2f} "
+        f"times that of sequential packing: this {verdict}. "
+        "Sequential packing in 48 streams, this project's default, has a BatchHet as low as RSDB in 4."
+    )
 
 
 def write_results(path: Path, about: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -115,27 +132,16 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]]) -> None:
     Args:
         path: the file.
         runs: arm → its runs, by seed.
-    Raises:
-        UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "the plot needs matplotlib; install it (pip install -e '.[experiments]') and run the same command again: "
-            "finished runs are kept"
-        ) from None
-    with matplotlib.rc_context({"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "rsdb", "axes.grid": True}):
-        figure = Figure(figsize=(5.2, 9.0), layout="constrained")
+
+    def paint(figure: Any) -> None:
         for panel, name, title in zip(figure.subplots(len(CURVES), 1, sharex=True), CURVES, TITLES):
             _draw_panel(panel, name, runs)
             panel.set_title(title, loc="left", fontsize=12)
         panel.set_xlabel("step")
         figure.legend(*panel.get_legend_handles_labels(), loc="outside upper left", frameon=False)
-        drawing = io.StringIO()
-        figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    write_atomically(path, (line.rstrip() + "\n" for line in drawing.getvalue().splitlines()))
+
+    save_plot(path, (5.2, 9.0), paint)
 
 
 def _draw_panel(panel: Any, name: str, runs: dict[str, list[dict[str, Any]]]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trinity.config.hf_config import to_hf_config
 from trinity.config.model import ModelConfig
+from trinity.errors import UserError
 from trinity.interop.output_folder import SHARD_BYTES, check_replaceable, partial_folder, replace_folder, write_hf_json
 from trinity.interop.tensors import gather_part, part_shape, storage_dtypes
 from trinity.interop.tokenizer_files import SpecialIds, copy_tokenizer, generation_config, special_ids
@@ -59,8 +60,13 @@ def export_hf(
         directory.
     Raises:
         UserError: `directory` is not empty and not an earlier export, or is one and `overwrite` is False; or the
-            tokenizer cannot be used.
+            tokenizer cannot be used; or hooks changed the model's architecture.
     """
+    if model.variant is not None:
+        raise UserError(
+            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
+            "without the change, or save a checkpoint"
+        )
     directory = resolve_path(directory)
     partial = partial_folder(directory)
     first = not dist.is_initialized() or dist.get_rank() == 0

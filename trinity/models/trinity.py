@@ -101,7 +101,13 @@ class Trinity(nn.Module):
     The constructor initialises all parameters with seed 0, except on the meta device: there, call `to_empty` and then
     init_weights, or load a checkpoint. To load a checkpoint, build the model on the meta device, because initialising
     10⁹ parameters takes a minute on one CPU core.
+
+    Attributes:
+        variant: name of what hooks changed in the architecture, for an experiment; None: it is Trinity. The weights of
+            a variant cannot be exported, because other programs would compute something else with them.
     """
+
+    variant: str | None = None
 
     def __init__(self, config: ModelConfig, kernels: KernelsConfig = AUTOMATIC) -> None:
         super().__init__()

@@ -1,0 +1,88 @@
+"""tools/experiments/gallery.py: the page is that of the recorded results."""
+
+import json
+import re
+from pathlib import Path
+
+import gallery
+import pytest
+import record_run
+import shown
+import spikes
+
+from tests.tools.call_experiment import call_experiment
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_made_from_the_results() -> None:
+    """docs/results.md is what the command writes now, every experiment is on it, and its plots exist."""
+    assert (ROOT / "docs" / "results.md").read_text() == gallery.markdown_page()
+    recorded = {path.stem for path in (ROOT / "tools" / "experiments" / "results").glob("*.json")}
+    assert recorded <= {each.name for each in shown.EXPERIMENTS}
+    for each in gallery.shown():
+        assert (ROOT / "docs" / each.plot).exists()
+        assert each.command.split()[1] in {
+            f"tools/experiments/{path.name}" for path in Path(gallery.__file__).parent.iterdir()
+        }
+
+
+def test_html(tmp_path: Path) -> None:
+    """One file with every plot and table in it; links of the summary go to its own headings."""
+    pytest.importorskip("markdown", reason="--html needs it")
+    code, output, _ = call_experiment("gallery", "--out", tmp_path / "page.md", "--html", tmp_path / "page.html")
+    assert (code, output.split()) == (0, [str(tmp_path / name) for name in ("page.md", "page.html")])
+    assert (tmp_path / "page.md").read_text() == gallery.markdown_page()
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == len(gallery.shown())
+    assert "<img" not in page
+    assert set(re.findall(r'href="#([^"]*)"', page.split("<h2")[0])) <= set(re.findall(r'<h2 id="([^"]*)"', page))
+    assert len(re.findall(r'<h2 id="', page)) == len(gallery.shown()) + 1
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict"),
+    [
+        ("this agrees with the claim, and misses", "agrees"),
+        ("This contradicts the claim.", "contradicts"),
+        ("A: this agrees with the claim. B: this contradicts the claim.", "in part"),
+        ("this agrees with the claim in part", "in part"),
+        ("this shows no clear difference", "no clear difference"),
+        ("Without X: +0.1", "see there"),
+    ],
+)
+def test_verdict(outcome: str, verdict: str) -> None:
+    """The word of the summary follows from the sentences."""
+    each = shown.EXPERIMENTS[0]._replace(conclude=lambda _results: outcome)
+    assert each.verdict() == verdict
+
+
+def test_recorded_run(tmp_path: Path) -> None:
+    """The curves of metrics.jsonl in the order of steps, a repeated step as it was made last; null stays."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [
+        {"step": 1, "loss": 3.0, "grad_norm": 1.0}, {"step": 2, "loss": 9.0, "grad_norm": 9.0}, {"step": 2, "epoch": 1},
+        {"step": 2, "loss": 2.0, "grad_norm": None}, {"step": 3, "loss": 1.0, "grad_norm": 0.5},
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = (run, "--config", "configs/smoke.yaml", "--out", tmp_path / "runs")
+    code, output, _ = call_experiment("record_run", *words)
+    assert (code, output.strip()) == (0, str(tmp_path / "runs" / "smoke.json"))
+    content = json.loads((tmp_path / "runs" / "smoke.json").read_text())
+    assert (content["loss"], content["grad_norm"]) == ([3.0, 2.0, 1.0], [1.0, None, 0.5])
+    assert (content["config"], content["steps"]) == ("configs/smoke.yaml", 3)
+    code, _, errors = call_experiment("record_run", tmp_path, "--config", "x.yaml")
+    assert code == 2
+    assert "metrics.jsonl does not exist; give the directory of a run" in errors
+    assert record_run.FIELDS == ("loss", "grad_norm")
+
+
+def test_no_spike_in_a_shipped_config() -> None:
+    """Every recorded run of a shipped config has none, as the report says of its three."""
+    runs = [run for run in spikes.recorded_runs() if run.group.startswith("`configs/")]
+    assert runs
+    for run in runs:
+        assert run.grad_norm is not None
+        assert len(run.loss) == len(run.grad_norm) >= 200
+        assert spikes.count_spikes(run.loss, run.grad_norm) == 0, run.group

@@ -1,0 +1,110 @@
+"""Write the page of all experiments: docs/results.md, and one self-contained HTML file, from the results' JSON.
+
+python tools/experiments/gallery.py
+python tools/experiments/gallery.py --html runs/results.html
+
+For each experiment: the claim, the published figure, what came out, tables, plot, and the command that repeats it. The
+runs that are recorded in the results' files are also searched for loss spikes. Plots are drawn by the commands of the
+experiments (--draw).
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from plots import markdown_table
+from shown import EXPERIMENTS, RESULTS, Shown
+from spikes import spike_table
+
+from trinity.command_line import HelpFormatter, local_path
+from trinity.errors import UserError, run_main
+from trinity.io.local import write_atomically
+
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+TITLE = "Results: the claims, tried in small"
+INTRODUCTION = """\
+Does a model trained with Trinity do what the report says, and what the papers say whose methods are here? Each
+experiment tests one claim on a model that a laptop trains. Its design is fixed in the docstring of its command before
+the first run; it is run once, in full, and reported as it came out. A figure is the median over three seeds, with the
+range in brackets. What a small model shows need not hold for a large one: each docstring says what may matter.
+
+This page is made by `python tools/experiments/gallery.py` from the
+[results' files](../tools/experiments/results), which hold settings, versions, seeds and curves."""
+SPIKES = """\
+The report has no loss spike in three runs. Counted here by the rule of `health.spike` with its defaults (loss or
+gradient norm more than 6 standard deviations above the mean of the last 128 ordinary steps), in every recorded run of a
+whole recipe; runs that lack a part of it are counted in their own section. Nano, Mini and Large have not been trained
+here."""
+HEAD = """\
+<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results</title><style>
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
+table { border-collapse: collapse; display: block; margin: 1rem 0; overflow-x: auto; font-size: 0.85rem; }
+td, th { border: 1px solid #ccc; padding: 0.2rem 0.5rem; text-align: left; }
+svg { max-width: 100%; height: auto; background: white; }
+code { background: #eee; padding: 0 0.2rem; }
+</style>"""
+
+
+def main() -> None:
+    """Write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--out", type=local_path, default=PAGE, help="the Markdown page (docs/results.md)")
+    parser.add_argument("--html", type=local_path, metavar="FILE", help="also write one HTML file with the plots in it")
+    arguments = parser.parse_args()
+    write_atomically(arguments.out, markdown_page())
+    print(arguments.out)
+    if arguments.html is not None:
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.html, html_page())
+        print(arguments.html)
+
+
+def shown() -> list[Shown]:
+    """The experiments whose results are there."""
+    return [each for each in EXPERIMENTS if (RESULTS / f"{each.name}.json").exists()]
+
+
+def markdown_page() -> str:
+    """The page for docs/."""
+    blocks = [f"# {TITLE}", INTRODUCTION, summary()]
+    for each in shown():
+        facts = [f"**Claim.** {each.claim}", f"**Published.** {each.published}", f"**Here.** {each.outcome()}"]
+        plot, again = f"![{each.title}]({each.plot})", f"Repeat: `{each.command}`"
+        blocks += [f"## {each.title}", *facts, plot, each.tables(), again]
+    return "\n\n".join([*blocks, "## Loss spikes", SPIKES, spike_table()]) + "\n"
+
+
+def summary() -> str:
+    """A table of all experiments, a line each, with links to their sections."""
+    rows = [[f"[{each.title}](#{heading_id(each.title)})", each.claim, each.verdict()] for each in shown()]
+    return markdown_table(["experiment", "claim", "here"], rows)
+
+
+def heading_id(title: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return "".join(c for c in title.lower() if c.isalnum() or c in " -").replace(" ", "-")
+
+
+def html_page() -> str:
+    """The same page as one HTML file, with the plots in it.
+
+    Raises:
+        UserError: the package markdown is not installed.
+    """
+    try:
+        from markdown import markdown
+    except ImportError:
+        raise UserError("--html needs the package markdown; install it (pip install -e '.[experiments]')") from None
+
+    def plot(image: re.Match) -> str:
+        drawing = (PAGE.parent / image[1]).read_text()
+        return drawing[drawing.index("<svg") :]
+
+    settings = {"toc": {"slugify": lambda title, _separator: heading_id(title)}}
+    body = markdown(markdown_page(), extensions=["tables", "toc"], extension_configs=settings)
+    body = re.sub(r'<img alt="[^"]*" src="([^"]*)" />', plot, body)
+    return f"<!doctype html>\n<html lang='en'>\n<head>{HEAD}</head>\n<body>\n{body}\n</body>\n</html>\n"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,69 @@
+"""Loss spikes in the recorded runs of a whole recipe, by the rule and the defaults of health.spike."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from plots import markdown_table
+from rsdb_arms import ARMS
+
+from trinity.config.run import SpikeConfig
+from trinity.io.json_files import read_json
+from trinity.monitor.loss_spikes import SpikeDetector
+
+RESULTS = Path(__file__).parent / "results"
+Curve = Sequence[float | None]
+
+
+class Recorded(NamedTuple):
+    """A run: its group in the table, the loss of each step, and the gradient norm, if it is recorded."""
+
+    group: str
+    loss: Curve
+    grad_norm: Curve | None
+
+
+def count_spikes(loss: Curve, grad_norm: Curve | None = None, window: int | None = None) -> int:
+    """The number of steps that health.spike calls a spike; null is a step that was not finite, and no spike.
+
+    Args:
+        window: health.spike.window; None: its default.
+    """
+    rule = SpikeConfig()
+    detector = SpikeDetector(window or rule.window, rule.sigma)
+    curves = zip(loss, [1.0] * len(loss) if grad_norm is None else grad_norm)
+    return sum(
+        detector.detect(value, norm) is not None for value, norm in curves if value is not None and norm is not None
+    )
+
+
+def recorded_runs() -> Iterator[Recorded]:
+    """Every recorded run of a whole recipe."""
+    for path in sorted((RESULTS / "runs").glob("*.json")):
+        run = read_json(path)
+        yield Recorded(f"`{run['config']}`", run["loss"], run["grad_norm"])
+    for name in ("ablations", "averaging", "balancing_rules", "optimizers", "rsdb", "scaling", "scaling_fifth"):
+        results = read_json(RESULTS / f"{name}.json")
+        for record in [] if results is None else results.get("parts", results.get("runs")):
+            curves = record.get("curves", record)
+            part = record.get("part", "")
+            whole = {
+                "ablations": part.startswith("full_"), "balancing_rules": part == "smebu",
+                "optimizers": part == "muon" or "%" in part,
+            }  # fmt: skip
+            if whole.get(name, True):
+                arm = f", {ARMS[record['arm']].title}" if name == "rsdb" else ""
+                yield Recorded(f"`{name}.py`{arm}", curves["loss"], curves.get("grad_norm"))
+
+
+def spike_table() -> str:
+    """A line for each config or experiment: runs, steps, spikes."""
+    groups: dict[str, list[Recorded]] = {}
+    for run in recorded_runs():
+        groups.setdefault(run.group, []).append(run)
+    rows = []
+    for group, runs in groups.items():
+        what = "loss, gradient norm" if all(run.grad_norm is not None for run in runs) else "loss"
+        steps, found = sum(len(run.loss) for run in runs), sum(count_spikes(run.loss, run.grad_norm) for run in runs)
+        rows.append([group, str(len(runs)), f"{steps:,}", what, str(found)])
+    return markdown_table(["config or experiment", "runs", "steps", "searched", "spikes"], rows)
