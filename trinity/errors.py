@@ -46,6 +46,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return FAILURE, f"{error.filename or 'a file'} is larger than the file size limit; raise the limit (ulimit -f)"
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         return USER_MISTAKE, f"{error.filename} is on a read-only file system; write to another folder"
+    if isinstance(error, FileExistsError):
+        return USER_MISTAKE, f"{error.filename} is a file, or a link that leads nowhere; give the name of a folder"
     if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
         return USER_MISTAKE, f"{error.filename}: {error.strerror}"
     if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | IsADirectoryError):

@@ -249,7 +249,7 @@ def test_links_that_lead_to_themselves(tmp_path: Path) -> None:
     for place in ("self", "here", "self/out", "here/../there/x.html"):
         with pytest.raises(UserError, match="a symbolic link that leads to itself; remove the link"):
             resolve_path(tmp_path / place)
-        with pytest.raises((UserError, OSError)) as refused:
+        with pytest.raises(OSError) as refused:
             make_folder(tmp_path / place)
         assert explain(refused.value) is not None
     (tmp_path / "folder").mkdir()

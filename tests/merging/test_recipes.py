@@ -51,6 +51,10 @@ def test_search_example(originals: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("code", "math"):
         (tmp_path / f"data/{name}/validation").mkdir(parents=True)
         (tmp_path / f"data/{name}/validation/text.txt").write_text("the rain in Spain " * 9)
-    file = read_search(ROOT / "recipes/search/two_domains.yaml")
+    text = (ROOT / "recipes/search/two_domains.yaml").read_text()
+    path = tmp_path / "two_domains.yaml"
+    path.write_text(text.replace("window: 512", f"window: {CONFIG.max_positions}"))  # toy models have few positions
+    assert path.read_text() != text
+    file = read_search(path)
     assert len(Search(file, tmp_path / "search").space.variables) == 8
     assert merge(file.recipe, tmp_path / "merged").dropped == 0

@@ -62,11 +62,6 @@ def export_hf(
         UserError: `directory` is not empty and not an earlier export, or is one and `overwrite` is False; or the
             tokenizer cannot be used; or hooks changed the model's architecture.
     """
-    if model.variant is not None:
-        raise UserError(
-            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
-            "without the change, or save a checkpoint"
-        )
     directory = resolve_path(directory)
     partial = partial_folder(directory)
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -100,6 +95,14 @@ def export_hf(
     return directory
 
 
+def _refuse_variant(model: Trinity) -> None:
+    if model.variant is not None:
+        raise UserError(
+            f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
+            "without the change, or save a checkpoint"
+        )
+
+
 @dataclass(frozen=True)
 class _Part:
     """One tensor on disk: its name there, the part of the parameter or buffer that it holds, and its storage."""
@@ -117,6 +120,7 @@ class _Part:
 
 def _plan(model: Trinity, state: dict[str, Tensor], dtype: torch.dtype, max_shard_bytes: int) -> dict[str, list[_Part]]:
     """File name → its tensors. The parts of a parameter are consecutive."""
+    _refuse_variant(model)
     dtypes = storage_dtypes(model, dtype)
     by_parameter: dict[str, list[_Part]] = {}
     for name, parameter, index in weight_map(model.config):

@@ -127,18 +127,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its missing parents, and fsync their names.
-
-    Raises:
-        UserError: the path, or a folder above it, is a file or a link that leads nowhere.
-    """
+    """Create a folder and its missing parents, and fsync their names."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(
-            f"{error.filename} is a file, or a link that leads nowhere; give the name of a folder"
-        ) from None
+    path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync_folder(folder.parent)
 
