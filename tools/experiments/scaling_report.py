@@ -153,7 +153,7 @@ def draw(path: Path, results: Record) -> None:
         panel.plot(sizes, [law.at(size) for size in sizes], color=COLOURS[3], label="the law, fitted to four sizes")
         error = [[predicted["loss"] - predicted["low"]], [predicted["high"] - predicted["loss"]]]
         panel.errorbar([predicted["active"]], [predicted["loss"]], error, color=COLOURS[1], marker="s", capsize=5,
-                       label="prediction, and nine tenths of those from draws of the seeds")  # fmt: skip
+                       label="prediction, and its range for a median of three runs")  # fmt: skip
         for index, (active, of_size) in enumerate(losses.items()):
             panel.plot([active] * len(of_size), of_size, "o", color=COLOURS[0], alpha=0.7, markersize=5,
                        label="" if index else "runs, three seeds")  # fmt: skip
