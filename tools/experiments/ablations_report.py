@@ -23,6 +23,7 @@ RATIO = 2.0
 MATTERS = 0.005
 """A difference of the loss, nats."""
 SPIKE_WINDOW = 64
+LOGIT_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 STABILITY = ("peak", "attention", "head", "spikes", "not_finite")
 """Measures that show stability."""
 
@@ -161,8 +162,11 @@ def draw(path: Path, results: Record) -> None:
             panel.set_title(title, loc="left", fontsize=11)
         panels[0].axvline(0, color="black", linewidth=1)
         panels[0].set_yticks(range(len(arms)), [TITLES[arm] for arm in arms])
-        for panel in panels[1:]:
-            panel.set_xscale("log")
+        panels[2].set_xscale("log")
+        low, high = panels[2].get_xlim()
+        ticks = [tick for tick in LOGIT_TICKS if low < tick < high]
+        panels[2].set_xticks(ticks, [str(tick) for tick in ticks])
+        panels[2].minorticks_off()
         figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=2)
 
     save_plot(path, (11.0, 4.6), paint)
