@@ -98,7 +98,7 @@ def rows_at(index: Tensor, rows_RD: Tensor) -> Tensor:
     """rows_RD[index], whose gradient adds the rows of an index in order.
 
     The gradient of indexing adds in the order in which a CPU's threads arrive, that of index_select in any order on a
-    GPU: then two runs differ in the last bit. The gradient of an embedding has one order on both.
+    GPU: then two runs differ in the last bit. The gradient of an embedding has one order on a CPU (not tried on a GPU).
 
     Args:
         index: int64, none negative.
