@@ -85,4 +85,4 @@ def test_no_spike_in_a_shipped_config() -> None:
     for run in runs:
         assert run.grad_norm is not None
         assert len(run.loss) == len(run.grad_norm) >= 200
-        assert spikes.count_spikes(run.loss, run.grad_norm) == 0, run.group
+        assert spikes.find_spikes(run.loss, run.grad_norm) == [], run.group

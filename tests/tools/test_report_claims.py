@@ -23,7 +23,7 @@ from balancing_rules import Biases, linear_update, rule
 from domains import Corpus
 from experiment import Experiment
 from small_run import QUICK_MODEL, SmallRun, small_config, small_corpus, small_run
-from spikes import count_spikes
+from spikes import Spike, find_spikes
 from variants import OPEN, VARIANTS
 
 from tests.tools.call_experiment import EXIT_CODE, call_experiment
@@ -120,6 +120,11 @@ def test_the_fifth_size_is_compared_with_the_committed_prediction(finished: Call
     code, _, errors = call_experiment("scaling", "--fifth", tmp_path / "other.json", "--out", fifth, *WORDS)
     assert code == 2
     assert "has other settings" in errors
+    first["settings"]["texts"]["tokens"] += 1
+    (tmp_path / "other.json").write_text(json.dumps(first))
+    code, _, errors = call_experiment("scaling", "--fifth", tmp_path / "other.json", "--out", fifth, *WORDS)
+    assert code == 2
+    assert "was measured on other text" in errors
 
 
 @pytest.mark.parametrize(
@@ -465,11 +470,12 @@ def test_spikes_are_counted_by_the_rule_of_health() -> None:
     loss = (4 + 0.01 * random.normal(size=200)).tolist()
     norm = (1 + 0.01 * random.normal(size=200)).tolist()
     record = {"curves": {"loss": loss, "grad_norm": norm}}
-    assert spikes(record, 50) == count_spikes(loss, norm) == 0
+    assert spikes(record, 50) == len(find_spikes(loss, norm)) == 0
     loss[150], norm[120] = 4.5, None
-    assert spikes(record, 50) == count_spikes(loss, norm) == count_spikes(loss) == 1
+    assert spikes(record, 50) == len(find_spikes(loss, norm)) == len(find_spikes(loss)) == 1
     norm[120] = 2.0
-    assert spikes(record, 50) == count_spikes(loss, norm) == 2
+    assert find_spikes(loss, norm) == [Spike(120, in_loss=False), Spike(150, in_loss=True)]
+    assert spikes(record, 50) == 2
     loss[30] = 9.0
     assert spikes(record, 50) == 2
 

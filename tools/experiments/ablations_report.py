@@ -7,7 +7,7 @@ from typing import Any
 
 from experiment import Record, cost, records_of
 from plots import COLOURS, markdown_table, median_and_range, save_plot
-from spikes import count_spikes
+from spikes import find_spikes
 
 TITLES = {
     "full": "the whole recipe",
@@ -31,7 +31,7 @@ STABILITY = ("peak", "attention", "head", "spikes", "not_finite")
 def spikes(record: Record, ignored: int) -> int:
     """Spikes of loss or gradient norm in a run's curves after the ignored steps."""
     loss, grad_norm = (record["curves"][name][ignored:] for name in ("loss", "grad_norm"))
-    return count_spikes(loss, grad_norm, SPIKE_WINDOW)
+    return len(find_spikes(loss, grad_norm, SPIKE_WINDOW))
 
 
 def _largest(values: list[float | None]) -> float:

@@ -37,11 +37,21 @@ Finished parts are kept in --out: after an interruption the same command continu
 from functools import partial
 from typing import Any, NamedTuple
 
-from experiment import Done, Experiment, Lab, Part, Record, command_line, read_results, run_experiment
+from experiment import (
+    Done,
+    Experiment,
+    Lab,
+    Part,
+    Record,
+    command_line,
+    describe_corpus,
+    read_results,
+    run_experiment,
+)
 from scaling_report import draw, fifth_outcome, fifth_report, outcome, predict, report
 
 from trinity.command_line import local_path
-from trinity.errors import run_main
+from trinity.errors import UserError, run_main
 
 ROW, ROWS = 128, 16
 NAME, FIFTH = "scaling", "scaling_fifth"
@@ -137,12 +147,24 @@ def experiment() -> Experiment:
 
 
 def fifth_experiment(results: Record) -> Experiment:
-    """The fifth size, compared with what the results of the first four predict."""
+    """The fifth size, compared with what the results of the first four predict, on the same text."""
+
+    def describe(texts: Any) -> Record:
+        description = describe_corpus(texts)
+        if description != results["settings"]["texts"]:
+            raise UserError(
+                "the file of --fifth was measured on other text (another Python's standard library, or with --quick "
+                "and this without); run the first four sizes here, with or without --quick as here, and give that file"
+            )
+        return description
+
     full, quick = (
         size._replace(widths=(width,), prediction=predict(results, active_parameters(width)))
         for size, width in ((Size(), FULL_FIFTH), (QUICK, QUICK_FIFTH))
     )
-    return experiment()._replace(name=FIFTH, full=full, quick=quick, report=fifth_report, outcome=fifth_outcome)
+    return experiment()._replace(
+        name=FIFTH, full=full, quick=quick, report=fifth_report, outcome=fifth_outcome, describe_texts=describe
+    )
 
 
 def main() -> int | None:

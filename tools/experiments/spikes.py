@@ -1,5 +1,6 @@
 """Loss spikes in the recorded runs of a whole recipe, by the rule and the defaults of health.spike."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +24,35 @@ class Recorded(NamedTuple):
     grad_norm: Curve | None
 
 
-def count_spikes(loss: Curve, grad_norm: Curve | None = None, window: int | None = None) -> int:
-    """The number of steps that health.spike calls a spike; null is a step that was not finite, and no spike.
+class Spike(NamedTuple):
+    """A spike: its step, from 0, and whether it is in the loss; else it is in the gradient norm alone."""
+
+    step: int
+    in_loss: bool
+
+
+def find_spikes(loss: Curve, grad_norm: Curve | None = None, window: int | None = None) -> list[Spike]:
+    """The steps that health.spike calls a spike; null is a step that was not finite, and no spike.
 
     Args:
         window: health.spike.window; None: its default.
     """
     rule = SpikeConfig()
     detector = SpikeDetector(window or rule.window, rule.sigma)
-    curves = zip(loss, [1.0] * len(loss) if grad_norm is None else grad_norm)
-    return sum(
-        detector.detect(value, norm) is not None for value, norm in curves if value is not None and norm is not None
-    )
+    found = []
+    for step, (value, norm) in enumerate(zip(loss, [1.0] * len(loss) if grad_norm is None else grad_norm)):
+        spike = None if value is None or norm is None else detector.detect(value, norm)
+        if spike is not None:
+            found.append(Spike(step, spike.startswith("loss")))
+    return found
+
+
+def deviations_above(curve: Curve, step: int) -> float:
+    """How many standard deviations of the steps before it in health.spike.window a value stands above their mean."""
+    past = [value for value in curve[max(0, step - SpikeConfig().window) : step] if value is not None]
+    value, mean = curve[step], math.fsum(past) / len(past)
+    assert value is not None
+    return (value - mean) / math.sqrt(math.fsum((x - mean) ** 2 for x in past) / len(past))
 
 
 def recorded_runs() -> Iterator[Recorded]:
@@ -64,6 +82,8 @@ def spike_table() -> str:
     rows = []
     for group, runs in groups.items():
         what = "loss, gradient norm" if all(run.grad_norm is not None for run in runs) else "loss"
-        steps, found = sum(len(run.loss) for run in runs), sum(count_spikes(run.loss, run.grad_norm) for run in runs)
-        rows.append([group, str(len(runs)), f"{steps:,}", what, str(found)])
-    return markdown_table(["config or experiment", "runs", "steps", "searched", "spikes"], rows)
+        found = [spike for run in runs for spike in find_spikes(run.loss, run.grad_norm)]
+        in_loss = sum(spike.in_loss for spike in found)
+        steps = sum(len(run.loss) for run in runs)
+        rows.append([group, str(len(runs)), f"{steps:,}", what, str(len(found)), str(in_loss)])
+    return markdown_table(["config or experiment", "runs", "steps", "searched", "spikes", "of these in the loss"], rows)
