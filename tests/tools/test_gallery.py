@@ -46,7 +46,8 @@ def test_html(tmp_path: Path) -> None:
         ("this agrees with the claim, and misses", "agrees"),
         ("This contradicts the claim.", "contradicts"),
         ("A: this agrees with the claim. B: this contradicts the claim.", "in part"),
-        ("this agrees with the claim in part", "in part"),
+        ("A: this agrees in part with the claim of X. B: this agrees with the claim of Y.", "in part"),
+        ("this agrees in part with the claim", "in part"),
         ("this shows no clear difference", "no clear difference"),
         ("Without X: +0.1", "see there"),
     ],
@@ -63,18 +64,27 @@ def test_recorded_run(tmp_path: Path) -> None:
     run.mkdir()
     lines = [
         {"step": 1, "loss": 3.0, "grad_norm": 1.0}, {"step": 2, "loss": 9.0, "grad_norm": 9.0}, {"step": 2, "epoch": 1},
-        {"step": 2, "loss": 2.0, "grad_norm": None}, {"step": 3, "loss": 1.0, "grad_norm": 0.5},
+        {"step": 2, "loss": 2.0, "grad_norm": None}, {"loss": 7.0}, {"step": "a", "loss": 7.0},
+        {"step": 3, "loss": 1.0, "grad_norm": 0.5},
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = (run, "--config", "configs/smoke.yaml", "--out", tmp_path / "runs")
+    config = ROOT / "configs" / "smoke.yaml"
+    words = (run, "--config", config, "--out", tmp_path / "runs")
     code, output, _ = call_experiment("record_run", *words)
     assert (code, output.strip()) == (0, str(tmp_path / "runs" / "smoke.json"))
     content = json.loads((tmp_path / "runs" / "smoke.json").read_text())
     assert (content["loss"], content["grad_norm"]) == ([3.0, 2.0, 1.0], [1.0, None, 0.5])
-    assert (content["config"], content["steps"]) == ("configs/smoke.yaml", 3)
-    code, _, errors = call_experiment("record_run", tmp_path, "--config", "x.yaml")
-    assert code == 2
-    assert "metrics.jsonl does not exist; give the directory of a run" in errors
+    assert (content["config"], content["steps"]) == (str(config), 3)
+    for mistake, sentence in (
+        (words, "smoke.json exists; add --replace to write over it"),
+        ((tmp_path, *words[1:], "--replace"), "metrics.jsonl has no step; give the directory of a run"),
+        ((run, "--config", "x.yaml", *words[3:]), "--config x.yaml does not exist"),
+    ):
+        code, _, errors = call_experiment("record_run", *mistake)
+        assert code == 2
+        assert sentence in errors
+        assert json.loads((tmp_path / "runs" / "smoke.json").read_text()) == content
+    assert call_experiment("record_run", *words, "--replace")[0] == 0
     assert record_run.FIELDS == ("loss", "grad_norm")
 
 

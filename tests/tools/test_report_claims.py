@@ -133,6 +133,7 @@ def test_the_fifth_size_is_compared_with_the_committed_prediction(finished: Call
         (("--seeds", 0), "--seeds 0 must be at least 1"),
         (("--draw", "nowhere.json"), "does not exist; give the JSON file of a finished experiment"),
         (("--draw", Path(__file__).parents[2] / "tools/experiments/results/rsdb.json"), "is not a results file of"),
+        (("--draw", Path(__file__).parents[2] / "tools/experiments/results/optimizers.svg"), "overwritten by the plot"),
     ],
 )
 def test_mistakes(words: tuple, sentence: str) -> None:
@@ -140,6 +141,38 @@ def test_mistakes(words: tuple, sentence: str) -> None:
     code, output, errors = call_experiment("optimizers", *words)
     assert (code, output) == (2, "")
     assert sentence in errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["parts", "settings", "text", "a number"])
+def test_results_that_are_not_whole(finished: Callable, tmp_path: Path, damage: str) -> None:
+    """One sentence that names the file; the file stays."""
+    results = json.loads((finished("averaging")[0] / "averaging.json").read_text())
+    if damage == "parts":
+        results["parts"] = []
+    elif damage == "settings":
+        del results["settings"]
+    elif damage == "a number":
+        results["parts"][0]["constant"] = None
+    content = "{" if damage == "text" else json.dumps(results)
+    path = tmp_path / "averaging.json"
+    path.write_text(content)
+    code, _, errors = call_experiment("averaging", "--draw", path)
+    assert code == 2
+    assert "cannot be shown" in errors or "give the averaging.json of a finished experiment" in errors
+    assert str(path) in errors
+    assert path.read_text() == content
+
+
+def test_results_of_more_seeds_stay(finished: Callable, tmp_path: Path) -> None:
+    """A call with fewer seeds neither loses nor changes what is there."""
+    again = tmp_path / "again"
+    shutil.copytree(finished("averaging")[0], again)
+    path = again / "averaging.json"
+    results = json.loads(path.read_text())
+    results["parts"] += [record | {"seed": 1} for record in results["parts"]]
+    path.write_text(json.dumps(results))
+    assert call_experiment("averaging", "--out", again, *WORDS)[0] == EXIT_CODE
+    assert json.loads(path.read_text()) == results
 
 
 def test_kept_parts_of_other_settings_are_refused(finished: Callable, tmp_path: Path) -> None:
@@ -470,14 +503,14 @@ def test_spikes_are_counted_by_the_rule_of_health() -> None:
     loss = (4 + 0.01 * random.normal(size=200)).tolist()
     norm = (1 + 0.01 * random.normal(size=200)).tolist()
     record = {"curves": {"loss": loss, "grad_norm": norm}}
-    assert spikes(record, 50) == len(find_spikes(loss, norm)) == 0
+    assert spikes(record, 50) == find_spikes(loss, norm) == []
     loss[150], norm[120] = 4.5, None
-    assert spikes(record, 50) == len(find_spikes(loss, norm)) == len(find_spikes(loss)) == 1
+    assert spikes(record, 50) == find_spikes(loss, norm) == find_spikes(loss) == [Spike(150, in_loss=True)]
     norm[120] = 2.0
-    assert find_spikes(loss, norm) == [Spike(120, in_loss=False), Spike(150, in_loss=True)]
-    assert spikes(record, 50) == 2
+    both = [Spike(120, in_loss=False), Spike(150, in_loss=True)]
+    assert spikes(record, 50) == find_spikes(loss, norm) == both
     loss[30] = 9.0
-    assert spikes(record, 50) == 2
+    assert spikes(record, 50) == both
 
 
 def test_what_counts_in_the_ablations(finished: Callable) -> None:
@@ -501,12 +534,30 @@ def test_what_counts_in_the_ablations(finished: Callable) -> None:
             record["validation"] += 0.004
     assert ablations_report.less_stable(results, "no_gate", 3.0) == ["spikes"]
     assert ablations_report.less_stable(results, "no_gate", 1.0) == []
-    assert ablations_report.less_stable(results, "no_qk_norm", 1.0) == ["largest attention logit"]
-    assert ablations_report.less_stable(results, "no_z_loss", 1.0) == ["its ratio to the median norm"]
+    assert ablations_report.less_stable(results, "no_qk_norm", 1.0) == ["attention"]
+    assert ablations_report.less_stable(results, "no_z_loss", 1.0) == ["peak"]
     said = ablations_report.outcome(results)
-    assert "Without QK-norm: +0.006 at 1 times the rates (higher; less stable in: largest attention logit)" in said
-    assert "Without z-loss: +0.004 at 1 times the rates (no clear change; less" in said
-    assert "Spikes of the whole recipe: 0 in 6 runs" in said
+    assert "higher than with the whole recipe: without QK-norm at the recipe's rates (+0.006 nats)." in said
+    assert "lower than with the whole recipe: nowhere." in said
+    assert "without QK-norm at the recipe's rates (largest attention logit 12.1 against 6.0)" in said
+    assert "without the attention gate at 3 times the rates (spikes 1 against 0)" in said
+    assert "have 1 spikes, 1 in the loss; 0 of them are at a step" in said
+    assert "agrees in part with the claim" in said
+
+
+def test_a_spike_of_the_batch_is_not_of_the_part(finished: Callable) -> None:
+    """Two runs of a seed that spike at one step read the same batch; the same step of another seed is another batch."""
+    results = json.loads((finished("ablations")[0] / "ablations.json").read_text())
+    results["settings"]["size"]["ignored"] = 0
+    results["parts"] += [copy.deepcopy(record) | {"seed": 1} for record in results["parts"]]
+    for record in results["parts"]:
+        record["curves"] |= {"loss": [4.0, 4.1] * 60, "grad_norm": [1.0, 1.1] * 60}
+        if (record["part"], record["seed"]) in (("no_gate_1x", 0), ("full_3x", 0), ("no_gate_1x", 1)):
+            record["curves"]["grad_norm"][100] = 9.0
+    assert ablations_report.spikes_of_batches(results) == {(0, 100)}
+    assert "spikes" in ablations_report.less_stable(results, "no_gate", 1.0)
+    results["parts"] = [record for record in results["parts"] if record["seed"] == 0]
+    assert "spikes" not in ablations_report.less_stable(results, "no_gate", 1.0)
 
 
 # Averaging and scaling ------------------------------------------------------------------------------------------------

@@ -66,11 +66,9 @@ CLAIMS = {
 
 def report(results: Results) -> str:
     """The claims and three tables in Markdown; each figure is the median over seeds, with its range."""
-    seeds, size = len({record["seed"] for record in results["parts"]}), results["settings"]["size"]
-    minutes = sum(record["seconds"] for record in results["parts"]) / 60
+    size = results["settings"]["size"]
     return "\n\n".join([
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, {minutes:.0f} CPU minutes. Losses are nats per byte, changes "
-        "are from the base's loss; a figure is the median over seeds, with the range.",
+        "Losses are nats per byte, changes are from the base's loss.",
         markdown_table(["", "its paper's claim"], map(list, CLAIMS.items())),
         f"**Continued on a domain**, {size['steps']} steps, {100 * size['replay']:g} % replay, and merged back:",
         continued_table(results),
@@ -170,50 +168,61 @@ def _middle(results: Results, part: str, of: str) -> float:
     return statistics.median(changes(results, part, of))
 
 
-def _verdict(agrees: bool) -> str:
-    return "agrees with the claim" if agrees else "contradicts the claim"
+def _verdict(*held: bool) -> str:
+    """In words, from whether each part of a claim holds."""
+    if all(held):
+        return "agrees with the claim"
+    return "agrees in part with the claim" if any(held) else "contradicts the claim"
 
 
 def _merging_back(results: Results) -> str:
-    sentences = []
+    sentences, verdicts = [], []
     for domain in DOMAINS:
-        part = f"{domain}_no_replay"
-        learned, forgotten = _middle(results, part, domain), _middle(results, part, GENERAL)
-        kept, left = _middle(results, f"{part}_back_ties", domain), _middle(results, f"{part}_back_ties", GENERAL)
-        sentences.append(
-            f"Without replay {domain} changes its own loss by {learned:+.3f} and the general one by {forgotten:+.3f} "
-            f"nats per byte, merged back by TIES by {kept:+.3f} and {left:+.3f}: this "
-            f"{_verdict(kept < 0 and left < max(forgotten / 2, 0.0))}."
-        )
-    return " ".join(sentences)
+        clauses = []
+        for title, end in (("without replay", "_no_replay"), ("with replay", "")):
+            part = f"{domain}{end}"
+            learned, forgotten = _middle(results, part, domain), _middle(results, part, GENERAL)
+            kept, left = _middle(results, f"{part}_back_ties", domain), _middle(results, f"{part}_back_ties", GENERAL)
+            clauses.append(
+                f"{title} its own loss changes by {learned:+.3f} and the general one by {forgotten:+.3f}, after "
+                f"TIES by {kept:+.3f} and {left:+.3f}"
+            )
+            if end:
+                verdicts.append(kept < 0 and left < max(forgotten / 2, 0.0))
+        sentences.append(f"Continued on {domain}, {'; '.join(clauses)} nats per byte.")
+    return f"{' '.join(sentences)} Without replay this {_verdict(*verdicts)} of SEC."
 
 
 def _some_modules(results: Results) -> str:
     seconds = values(results, "step_times", lambda record: record["step_seconds"])
-    saved = statistics.median(1 - of["mp50"] / of["all"] for of in seconds)
-    sentences = []
+    saved = [1 - of["mp50"] / of["all"] for of in seconds]
+    sentences, verdicts = [], []
     for domain in DOMAINS:
-        learned = {end: _middle(results, f"{domain}{end}", domain) for end in ("", "_mp50", "_script50", "_random50")}
-        good = learned["_mp50"] - learned[""] <= AS_GOOD * abs(learned[""])
+        learned = {end: -_middle(results, f"{domain}{end}", domain) for end in ("", "_mp50", "_script50", "_random50")}
+        shares = {end: value / learned[""] for end, value in learned.items()}
+        verdicts += [shares["_mp50"] >= 1 - AS_GOOD, shares["_mp50"] > shares["_random50"]]
         sentences.append(
-            f"With half of the modules {domain} learns {learned['_mp50']:+.3f} by the score mp, "
-            f"{learned['_script50']:+.3f} by the script's and {learned['_random50']:+.3f} at random, with all "
-            f"{learned['']:+.3f}: this {_verdict(good)}."
+            f"Of what training all modules learns on {domain}, half of them learn {shares['_mp50']:.1%} chosen by mp, "
+            f"{shares['_script50']:.1%} by Spectrum's script and {shares['_random50']:.1%} at random."
         )
-    return f"{' '.join(sentences)} A step takes {saved:.0%} less CPU time; the claim is 30 to 42 %."
+    return (
+        f"{' '.join(sentences)} This {_verdict(*verdicts)} of Spectrum. A step takes "
+        f"{median_and_range([100 * share for share in saved], '.0f')} % less CPU time."
+    )
 
 
 def _learned_merges(results: Results) -> str:
     titles = {"merge_soup": "the mean", "merge_ties": "TIES", "merge_cma_es": "CMA-ES", "merge_dam": "DAM"}
-    middle = {part: statistics.median(sums(results, part)) for part in titles}
+    middle = {part: statistics.median(sums(results, part)) for part in MERGES}
     seconds = {part: costs(results, [part])[1] for part in ("merge_cma_es", "merge_dam")}
-    figures = ", ".join(f"{middle[part]:.3f} by {title}" for part, title in titles.items())
-    as_good = middle["merge_dam"] <= middle["merge_cma_es"]
-    cheaper = seconds["merge_dam"] < seconds["merge_cma_es"]
-    verdict = f"{_verdict(True)} in part" if as_good and not cheaper else _verdict(as_good)
+    figures = ", ".join(f"{title} {middle[part]:.3f}" for part, title in titles.items())
+    verdicts = [middle["merge_dam"] <= middle["merge_cma_es"], seconds["merge_dam"] < seconds["merge_cma_es"]]
+    single = min(middle[domain] for domain in DOMAINS)
+    competes = "no worse" if middle["merge_soup"] <= single else "worse"
     return (
-        f"The sum of the three losses of the merged models is {figures}; DAM takes {seconds['merge_dam']:.0f} CPU "
-        f"seconds and CMA-ES {seconds['merge_cma_es']:.0f}: this {verdict}."
+        f"Sum of the three losses of the merged models, nats per byte: {figures}; DAM takes {seconds['merge_dam']:.0f} "
+        f"CPU seconds and CMA-ES {seconds['merge_cma_es']:.0f}: this {_verdict(*verdicts)} of DAM. The mean is "
+        f"{competes} than the better of the two models, {single:.3f}."
     )
 
 
@@ -227,6 +236,15 @@ SERIES = {
 """Points of a domain's panel: title → (marker, ends of the parts' names)."""
 
 
+LABELS = {
+    "mean": ("mean", (5, 3)),
+    "ties": ("TIES", (-26, -3)),
+    "alpha": ("α", (5, 5)),
+    "parts": ("α by part", (5, -9)),
+}
+"""Way to merge back → its label, and where that stands from the point, in points of the font."""
+
+
 def _draw_domain(panel: Any, results: Results, domain: str) -> None:
     for colour, (title, (marker, ends)) in zip(COLOURS, SERIES.items()):
         for number, end in enumerate(ends):
@@ -236,10 +254,11 @@ def _draw_domain(panel: Any, results: Results, domain: str) -> None:
             label = None if number else title
             panel.plot(*middle, marker, color=colour, markersize=7 if number else 11, label=label)
             if end.rpartition("_back_")[1]:
-                panel.annotate(end.rpartition("_")[2], middle, xytext=(5, 3), textcoords="offset points", fontsize=8)
+                name, place = LABELS[end.rpartition("_")[2]]
+                panel.annotate(name, middle, xytext=place, textcoords="offset points", fontsize=8)
     panel.axvline(0, color="black", linewidth=0.8)
     panel.locator_params(axis="x", nbins=6)
-    panel.set_xlabel("general text: forgotten →")
+    panel.set_xlabel("general text: forgotten →; small points: seeds")
     panel.set_ylabel("← learned: the domain's text")
 
 

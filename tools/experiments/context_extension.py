@@ -34,7 +34,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiment import command_line, run_command
+from experiment import DAMAGED, command_line, run_command
 
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import read_json, to_json, write_json
@@ -57,7 +57,7 @@ def show(path: Path) -> None:
     """
     from context_report import draw, table
 
-    results = read_json(path)
+    results = read_json(path, f"give the {NAME}.json of a finished experiment's --out")
     if results is None:
         raise UserError(f"{path} does not exist; give the JSON file of a finished experiment")
     if "asked_pairs" not in results.get("settings", {}):
@@ -86,13 +86,13 @@ def make_results(arguments: argparse.Namespace) -> None:
         for seed in range(seeds):
             for arm in ARMS:
                 path = out / "runs" / f"{arm}-{seed}.json"
-                run = read_json(path)
+                run = read_json(path, DAMAGED)
                 if run is None:
                     run = {"settings": settings} | train_arm(arm, seed, size, out / "checkpoints", bar.update)
                     path.parent.mkdir(exist_ok=True)
                     write_json(path, run, indent=None)
-                elif run["settings"] != settings:
-                    raise UserError(f"{path} is a run of other settings; give another --out, or remove {out}")
+                elif run.get("settings") != settings:
+                    raise UserError(f"{path} is a run of other settings; give another --out, or remove {path.parent}")
                 else:
                     bar.skip_to(bar.n + steps_of(size)[arm])
                 runs.append({"arm": arm, "seed": seed, "loss": run["loss"], "scores": run["scores"]})

@@ -56,12 +56,19 @@ def outcome(results: dict[str, Any]) -> str:
     middle = {arm: statistics.median(seeds) for arm, seeds in scores.items()}
     better = middle["extended"] >= KEPT and middle["extended"] > max(middle["control"], middle["base"])
     verdict = "agrees with the claim" if better else "contradicts the claim"
-    figures = {arm: median_and_range(seeds, ".2f") for arm, seeds in scores.items()}
+    figures = {arm: _scores(results, length, pairs, arm) for arm in COLOURS}
+    far = max(size["lengths"])
     return (
         f"At {length} tokens, twice the longer rows, among {pairs} pairs the score is {figures['extended']} after "
-        f"{size['extension_steps']} steps at {size['long']}, {figures['control']} after as many at {size['short']} and "
-        f"{figures['base']} before: this {verdict}."
+        f"{size['extension_steps']} steps at {size['long']}, {figures['control']} after as many tokens at "
+        f"{size['short']} and {figures['base']} before: this {verdict}. The base finds much there already; the effect "
+        f"is clear at {far} tokens: {_scores(results, far, pairs, 'extended')}, against "
+        f"{_scores(results, far, pairs, 'control')} and {_scores(results, far, pairs, 'base')}."
     )
+
+
+def _scores(results: dict[str, Any], length: int, pairs: int, arm: str) -> str:
+    return median_and_range(values(results, arm, pairs, length, "score"), ".2f")
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
@@ -75,12 +82,12 @@ def draw(path: Path, results: dict[str, Any]) -> None:
 
     def paint(figure: Any) -> None:
         panels = figure.subplots(2, len(size["asked_pairs"]), sharex=True, sharey="row", squeeze=False)
-        for row, (measure, title) in enumerate({"score": "score", "nats": "nats of the answer"}.items()):
+        for row, (measure, title) in enumerate({"score": "score", "nats": "loss on the answer, nats"}.items()):
             for panel, pairs in zip(panels[row], size["asked_pairs"]):
                 _draw_panel(panel, results, pairs, measure)
                 panel.set_title(f"{title}, {pairs} pairs", loc="left", fontsize=12)
         for panel in panels[-1]:
-            panel.set_xlabel("tokens of the row")
+            panel.set_xlabel("tokens of the row; dotted: lengths trained on")
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=2)
 
     save_plot(path, (8.5, 6.0), paint)

@@ -9,7 +9,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,11 @@ from trinity.io.local import file_lock
 from trinity.terminal import Progress
 
 INTERRUPTED = 130
+QUICK_END = "-quick"
+"""Of the output folder's name with --quick: a full run refuses the parts of a quick one."""
 SEEDS = 3
+DAMAGED = "remove this file, and run the same command again"
+"""What to do about a damaged file of a finished part."""
 
 Record = dict[str, Any]
 Done = Mapping[tuple[int, str], Record]
@@ -112,11 +117,14 @@ def command_line(name: str, design: str) -> argparse.ArgumentParser:
     """The parser of an experiment's command, without arguments of its own."""
     parser = argparse.ArgumentParser(description=design, formatter_class=HelpFormatter)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="number of seeds (%(default)s)")
-    parser.add_argument("--out", type=local_path, default=Path("runs") / name, help="output folder (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="toy size, to test the command")
     parser.add_argument(
-        "--draw", type=local_path, metavar="FILE", help="train nothing: print the tables of a results file, and plot it"
+        "--out", type=local_path, help=f"output folder (runs/{name}; with --quick runs/{name}{QUICK_END})"
     )
+    parser.add_argument("--quick", action="store_true", help="toy size, to test the command; its figures mean nothing")
+    parser.add_argument(
+        "--draw", type=local_path, metavar="FILE",
+        help="train nothing: print the tables of a results file, and write its plot beside it, as .svg",
+    )  # fmt: skip
     return parser
 
 
@@ -144,17 +152,22 @@ def run_experiment(experiment: Experiment, arguments: argparse.Namespace | None 
 def run_command(
     name: str, arguments: argparse.Namespace, make: Callable[[], object], show: Callable[[Path], None]
 ) -> int | None:
-    """Make the results, unless --draw is given, and show them.
+    """Make the results, unless --draw is given, show them, and print the paths of results and plot.
 
     Args:
         arguments: of command_line.
         make: writes OUT/NAME.json; only one process at a time does in OUT.
         show: prints and plots what is in a results file.
     Raises:
-        UserError: --seeds is below 1, or another process is writing in --out.
+        UserError: --seeds is below 1, --draw is a plot, another process is writing in --out, or the results cannot be
+            shown.
     """
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds} must be at least 1")
+    if arguments.draw is not None and arguments.draw.suffix == ".svg":
+        raise UserError(f"--draw {arguments.draw} would be overwritten by the plot; give the JSON file of the results")
+    if arguments.out is None:
+        arguments.out = Path("runs") / f"{name}{QUICK_END if arguments.quick else ''}"
     if arguments.draw is None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         try:
@@ -167,12 +180,37 @@ def run_command(
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
             return INTERRUPTED
-    show(arguments.draw or arguments.out / f"{name}.json")
+    results = arguments.draw or arguments.out / f"{name}.json"
+    with whole_results(name, results):
+        show(results)
+    if arguments.quick:
+        print("toy size: the figures mean nothing", file=sys.stderr)
+    print(f"written: {results.with_suffix('.svg')}, from {results}", file=sys.stderr)
     return None
+
+
+@contextmanager
+def whole_results(name: str, path: Path) -> Iterator[None]:
+    """Explain what goes wrong while results are read that lack a part, or have a value that is no number.
+
+    Raises:
+        UserError: in place of such an error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be shown ({type(error).__name__}: {error}): a part is missing, a run diverged, or it is "
+            f"not the whole {name}.json of an --out"
+        ) from error
 
 
 def make_results(experiment: Experiment, size: Size, out: Path, seeds: int) -> None:
     """Make all parts, except those finished by an earlier call, and write OUT/NAME.json after each seed.
+
+    A file there with more seeds stays as it is.
 
     Raises:
         UserError: `out` has results of other settings, or a package is missing.
@@ -189,12 +227,15 @@ def make_results(experiment: Experiment, size: Size, out: Path, seeds: int) -> N
     parts = [experiment.parts(size, seed) for seed in range(seeds)]
     torch.set_num_threads(1)  # the number of threads changes the bits of sums
     done: dict[tuple[int, str], Record] = {}
+    path = out / f"{experiment.name}.json"
+    before = {record["seed"] for record in (read_json(path, DAMAGED) or {}).get("parts", [])}
     with Progress(experiment.name, sum(p.steps for of_seed in parts for p in of_seed.values()), experiment.unit) as bar:
         for seed, of_seed in enumerate(parts):
             lab = Lab(size, seed, texts, (out / f"seed-{seed}").resolve(), bar.update)
             make_seed(lab, of_seed, done, Kept(out / "parts", settings), bar)
-            head = {"experiment": experiment.name, "settings": settings, "parts": list(done.values())}
-            write_json(out / f"{experiment.name}.json", head, indent=None)
+            if len(before) <= seed + 1:  # results of more seeds stay
+                head = {"experiment": experiment.name, "settings": settings, "parts": list(done.values())}
+                write_json(path, head, indent=None)
 
 
 def make_seed(
@@ -240,7 +281,9 @@ class Kept:
             UserError: it has other settings.
         """
         path = self._path(seed, name)
-        kept = read_json(path)
+        kept = read_json(path, DAMAGED)
+        if kept is not None and "record" not in kept:
+            raise UserError(f"{path} is not a whole part; {DAMAGED}")
         if kept is not None and kept.get("settings") != self._settings:
             raise UserError(
                 f"{path} has other settings, or was made by other versions of Python or packages; give another "
@@ -273,10 +316,10 @@ def read_results(name: str, path: Path) -> Record:
     Raises:
         UserError: it does not exist, or is not one of the experiment `name`.
     """
-    results = read_json(path)
+    results = read_json(path, f"give the {name}.json of a finished experiment's --out")
     if results is None:
         raise UserError(f"{path} does not exist; give the JSON file of a finished experiment")
-    if not isinstance(results, dict) or results.get("experiment") != name:
+    if results.get("experiment") != name:
         raise UserError(f"{path} is not a results file of the experiment {name}; give the {name}.json of its --out")
     return results
 

@@ -12,6 +12,7 @@ from plots import COLOURS, markdown_table, median_and_range, save_plot
 
 GOAL = 1.3
 RATE_TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+MARKERS = "os^"
 TITLES = {
     "muon": "Muon",
     "adamw": "AdamW, a rate for the hidden matrices",
@@ -115,10 +116,13 @@ def outcome(results: Record) -> str:
         verdict = f"this contradicts the claim, and misses the goal of {GOAL}"
     else:
         verdict = f"this shows no clear difference, and misses the goal of {GOAL}"
+    reached = [f"{ratio:.2f}" for ratio in ratios if ratio]
+    missed = len(ratios) - len(reached)
+    also = f"; in {missed} of {len(ratios)} seeds Muon does not reach it" if missed else ""
     return (
-        f"AdamW's tokens over those with which Muon has the loss that AdamW ends with, each seed: "
-        f"{', '.join(map(_ratio, ratios))}; {verdict}. After equal tokens Muon's validation loss is "
-        f"{median_and_range(differences, '+.4f')} nats against AdamW's, of {loss:.3f}. "
+        f"To AdamW's final loss AdamW needs {', '.join(reached) or 'no'} times the tokens of Muon{also}: {verdict}. "
+        f"After equal tokens Muon's validation loss minus AdamW's is {median_and_range(differences, '+.4f')} nats; "
+        f"AdamW's is {loss:.3f}. "
         f"A step of Muon takes {slower:.2f} times the CPU time of one of AdamW. ({cost(results)})"
     )
 
@@ -140,12 +144,16 @@ def draw(path: Path, results: Record) -> None:
         seeds = [run["seed"] for run in records_of(results, "adamw")]
         for seed in seeds:
             runs = muon_runs(results, seed)
-            by_tokens.plot([r["tokens"] / 1e3 for r in runs], [r["validation"] for r in runs], "o-", color=COLOURS[0])
+            marker = MARKERS[seed % len(MARKERS)]
+            by_tokens.plot(
+                [r["tokens"] / 1e3 for r in runs], [r["validation"] for r in runs], f"{marker}-", color=COLOURS[0]
+            )
         for run in records_of(results, "adamw"):
-            by_tokens.plot(run["tokens"] / 1e3, run["validation"], "s", color=COLOURS[1])
-            by_tokens.axhline(run["validation"], color=COLOURS[1], linestyle=":", linewidth=1)
+            colour, marker = COLOURS[list(TITLES).index(run["arm"])], MARKERS[run["seed"] % len(MARKERS)]
+            by_tokens.plot(run["tokens"] / 1e3, run["validation"], marker, color=colour)
+            by_tokens.axhline(run["validation"], color=colour, linestyle=":", linewidth=1)
         by_tokens.set(xlabel="thousand tokens of a run, each with its own decay")
-        by_tokens.set_title("Validation loss by tokens, all seeds", loc="left", fontsize=11)
+        by_tokens.set_title("Validation loss by tokens, a marker for each seed", loc="left", fontsize=11)
         figure.legend(*by_rate.get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=3)
 
     save_plot(path, (9.5, 4.2), paint)

@@ -36,7 +36,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiment import command_line, run_command
+from experiment import DAMAGED, command_line, run_command
 
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import number, read_json
@@ -69,7 +69,7 @@ def show(path: Path) -> None:
     """
     from rsdb_report import draw, runs_by_arm, table
 
-    results = read_json(path)
+    results = read_json(path, f"give the {NAME}.json of a finished experiment's --out")
     if results is None:
         raise UserError(f"{path} does not exist; give the JSON file of a finished experiment")
     if "corpus" not in results or "runs" not in results:
@@ -116,10 +116,10 @@ def train_all(folder: Path, configs: dict[tuple[str, int], Any]) -> dict[tuple[s
     paths = {(arm, seed): folder / f"{arm}-{seed}.json" for arm, seed in configs}
     results: dict[tuple[str, int], dict] = {}
     for key, path in paths.items():
-        run = read_json(path)
+        run = read_json(path, DAMAGED)
         if run is None:
             continue
-        if run["settings"] != settings_of(configs[key]):
+        if run.get("settings") != settings_of(configs[key]):
             raise UserError(f"{path} is a run of other settings; give another --out, or remove {folder}")
         results[key] = _restore_nan(run)
     total = sum(config.run.steps for config in configs.values())

@@ -4,8 +4,7 @@ python tools/experiments/scaling.py --out runs/scaling
 python tools/experiments/scaling.py --fifth tools/experiments/results/scaling.json --out runs/scaling_fifth
 python tools/experiments/scaling.py --quick --out runs/scaling-quick
 python tools/experiments/scaling.py --draw tools/experiments/results/scaling.json
-python tools/experiments/scaling.py --fifth tools/experiments/results/scaling.json --draw \
-    tools/experiments/results/scaling_fifth.json
+python tools/experiments/scaling.py --fifth runs/scaling/scaling.json --draw runs/scaling_fifth/scaling_fifth.json
 
 The claim: with equal tokens per parameter, the loss of one recipe falls with the size as E + A·N^-α (Kaplan et al.,
 arXiv 2001.08361; Hoffmann et al., 2203.15556), so small runs predict a larger one. The report gives no law.
@@ -47,6 +46,7 @@ from experiment import (
     describe_corpus,
     read_results,
     run_experiment,
+    whole_results,
 )
 from scaling_report import draw, fifth_outcome, fifth_report, outcome, predict, report
 
@@ -177,9 +177,9 @@ def main() -> int | None:
     arguments = parser.parse_args()
     if arguments.fifth is None:
         return run_experiment(experiment(), arguments)
-    if arguments.out == parser.get_default("out"):
-        arguments.out = arguments.out.with_name(FIFTH)
-    return run_experiment(fifth_experiment(read_results(NAME, arguments.fifth)), arguments)
+    with whole_results(NAME, arguments.fifth):
+        fifth = fifth_experiment(read_results(NAME, arguments.fifth))
+    return run_experiment(fifth, arguments)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def find_spikes(loss: Curve, grad_norm: Curve | None = None, window: int | None 
 
 
 def deviations_above(curve: Curve, step: int) -> float:
-    """How many standard deviations of the steps before it in health.spike.window a value stands above their mean."""
+    """How many standard deviations a value stands above the mean of the last health.spike.window steps before it."""
     past = [value for value in curve[max(0, step - SpikeConfig().window) : step] if value is not None]
     value, mean = curve[step], math.fsum(past) / len(past)
     assert value is not None
@@ -58,10 +58,10 @@ def deviations_above(curve: Curve, step: int) -> float:
 def recorded_runs() -> Iterator[Recorded]:
     """Every recorded run of a whole recipe."""
     for path in sorted((RESULTS / "runs").glob("*.json")):
-        run = read_json(path)
+        run = read_json(path, "make it again by record_run.py")
         yield Recorded(f"`{run['config']}`", run["loss"], run["grad_norm"])
     for name in ("ablations", "averaging", "balancing_rules", "optimizers", "rsdb", "scaling", "scaling_fifth"):
-        results = read_json(RESULTS / f"{name}.json")
+        results = read_json(RESULTS / f"{name}.json", "restore it")
         for record in [] if results is None else results.get("parts", results.get("runs")):
             curves = record.get("curves", record)
             part = record.get("part", "")

@@ -99,7 +99,7 @@ def _refuse_variant(model: Trinity) -> None:
     if model.variant is not None:
         raise UserError(
             f"the architecture of this model was changed ({model.variant}), which AfMoE cannot express; export a model "
-            "without the change, or save a checkpoint"
+            "without the change"
         )
 
 
