@@ -6,8 +6,9 @@
 
 On a GPU, and in float64, they are torch.mm. On a CPU they take what is fastest there:
 
-- fp32: torch.mm (MKL), or oneDNN's product, which runs at twice MKL's rate on AMD's processors, and is as exact.
-  `set_fp32_products` chooses, once per process: the two give different last bits.
+- fp32: torch.mm (MKL), or oneDNN's product, which is as exact, and faster where MKL is slow: on some of AMD's
+  processors. `set_fp32_products` chooses, once per process: the two give different last bits. At equal rates oneDNN
+  loses: its results are copied, and each new shape is compiled and kept.
 - bf16: torch.mm. A CPU without bf16 arithmetic multiplies bf16 at a fifth of its fp32 speed: there the operands are
   cast to fp32 and the result is rounded once. The product of two bf16 numbers is exact in fp32, and accelerators
   accumulate in fp32 too, so the meaning is the same.
@@ -17,7 +18,9 @@ Saved for backward by `linear`: x and W in their own dtype. There is no Triton v
 Shapes: ... any leading dimensions, N rows, I input width, O output width.
 """
 
+import math
 from functools import cache
+from time import perf_counter
 from typing import Literal
 
 import torch
@@ -29,6 +32,9 @@ from trinity_kernels.probe import probed
 
 FP32_PRODUCTS = ("torch", "onednn")
 """Implementations of fp32 products on a CPU."""
+
+SLOW, TURNS = 1.5, 30
+"""A whole step by oneDNN takes a third longer at MKL's rate; so less than this gains nothing for sure."""
 
 _fp32_products = "torch"
 
@@ -55,12 +61,25 @@ def fp32_products() -> str:
 
 
 def fastest_fp32_products() -> Literal["torch", "onednn"]:
-    """The faster implementation on this machine: oneDNN where torch multiplies by MKL on a processor not by Intel.
+    """The faster implementation on this machine: oneDNN where MKL takes SLOW times as long for a product.
 
-    By vendor and not by a measurement, so that every start and every rank chooses the same.
+    It is measured once in a process, in 0.1 s, and only where torch multiplies by MKL on a processor not by Intel.
     """
-    slow_mkl = torch.backends.mkl.is_available() and _cpu_vendor() not in ("GenuineIntel", "")
-    return "onednn" if slow_mkl and has_onednn() else "torch"
+    foreign = torch.backends.mkl.is_available() and _cpu_vendor() not in ("GenuineIntel", "")
+    return "onednn" if foreign and has_onednn() and mkl_over_onednn() >= SLOW else "torch"
+
+
+@probed
+def mkl_over_onednn() -> float:
+    """Time of an fp32 product by MKL over that by oneDNN: the shortest of TURNS turns each."""
+    x, weight = torch.ones(1024, 256), torch.ones(256, 256)
+    seconds = dict.fromkeys(FP32_PRODUCTS, math.inf)
+    for _ in range(TURNS):
+        for name, multiply in zip(FP32_PRODUCTS, (F.linear, _onednn)):
+            began = perf_counter()
+            multiply(x, weight)
+            seconds[name] = min(seconds[name], perf_counter() - began)
+    return seconds["torch"] / seconds["onednn"]
 
 
 @probed

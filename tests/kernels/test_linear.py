@@ -4,6 +4,8 @@ Shapes: ... any leading dimensions, I input width, O output width.
 """
 
 import importlib
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,16 +147,38 @@ def test_a_torch_without_the_private_op(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("vendor", "mkl", "fastest"),
-    [("AuthenticAMD", True, "onednn"), ("GenuineIntel", True, "torch"), ("", True, "torch"), ("ARM", False, "torch")],
-)
-def test_the_fastest_products_follow_from_the_processor(
-    monkeypatch: pytest.MonkeyPatch, vendor: str, mkl: bool, fastest: str
+    ("vendor", "mkl", "slower", "fastest"),
+    [
+        ("AuthenticAMD", True, 2.2, "onednn"), ("AuthenticAMD", True, 1.1, "torch"),
+        ("GenuineIntel", True, 2.2, "torch"), ("", True, 2.2, "torch"), ("ARM", False, 2.2, "torch"),
+    ],
+)  # fmt: skip
+def test_the_fastest_products(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, mkl: bool, slower: float, fastest: str
 ) -> None:
+    """oneDNN only where torch has MKL, the processor is not Intel's, and MKL was measured to be slow."""
     monkeypatch.setattr(MODULE, "_cpu_vendor", lambda: vendor)
     monkeypatch.setattr(MODULE, "has_onednn", lambda: True)
+    monkeypatch.setattr(MODULE, "mkl_over_onednn", lambda: slower)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert MODULE.fastest_fp32_products() == fastest
+
+
+@pytest.mark.skipif(not MODULE.has_onednn(), reason="this torch has no product of oneDNN")
+def test_the_measured_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that waits 20 ms more is measured as slower, in both directions; the answer is kept."""
+
+    def slow(multiply: Callable) -> Callable:
+        return lambda *operands: (time.sleep(0.02), multiply(*operands))[1]
+
+    monkeypatch.setattr(MODULE, "TURNS", 3)
+    for where, name in ((MODULE.F, "linear"), (MODULE, "_onednn")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, slow(getattr(where, name)))
+            measure = probed(MODULE.mkl_over_onednn.__wrapped__)
+            ratio = measure()
+        assert ratio > 1 if name == "linear" else ratio < 1
+        assert measure() == ratio
 
 
 @pytest.mark.usefixtures("by_onednn")

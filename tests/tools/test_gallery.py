@@ -19,7 +19,7 @@ def test_the_page_is_made_from_the_results() -> None:
     """docs/results.md is what the command writes now, every experiment is on it, and its plots exist."""
     assert (ROOT / "docs" / "results.md").read_text() == gallery.markdown_page()
     recorded = {path.stem for path in (ROOT / "tools" / "experiments" / "results").glob("*.json")}
-    assert recorded <= {each.name for each in shown.EXPERIMENTS}
+    assert recorded == {each.name for each in shown.EXPERIMENTS}
     for each in gallery.shown():
         assert (ROOT / "docs" / each.plot).exists()
         assert each.command.split()[1] in {
@@ -86,6 +86,31 @@ def test_recorded_run(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "runs" / "smoke.json").read_text()) == content
     assert call_experiment("record_run", *words, "--replace")[0] == 0
     assert record_run.FIELDS == ("loss", "grad_norm")
+
+
+def test_spikes_of_the_scaling_runs_are_of_batches() -> None:
+    """The figures of the page: at these steps the norm is raised in every width that read the batch."""
+    results = Path(spikes.RESULTS)
+    runs = [
+        run
+        for name in ("scaling", "scaling_fifth")
+        for run in json.loads((results / f"{name}.json").read_text())["parts"]
+    ]
+    for seed, step, widths, low, high in (
+        (2, 459, [40, 48, 56, 72], 7.4, 11.1), (0, 577, [48, 56, 72], 8.1, 10.0), (0, 712, [56, 72], 6.5, 6.5),
+        (0, 895, [56, 72], 35.1, 61.4),
+    ):  # fmt: skip
+        reached = [run for run in runs if run["seed"] == seed and len(run["loss"]) > step]
+        raised = sorted(spikes.deviations_above(run["grad_norm"], step) for run in reached)
+        assert sorted(run["width"] for run in reached) == widths
+        assert (raised[0], raised[-1]) == pytest.approx((low, high), abs=0.05)
+    in_loss = [
+        (run["seed"], run["width"], spike.step)
+        for run in runs
+        for spike in spikes.find_spikes(run["loss"], run["grad_norm"])
+        if spike.in_loss
+    ]
+    assert in_loss == [(0, 56, 895)]
 
 
 def test_no_spike_in_a_shipped_config() -> None:

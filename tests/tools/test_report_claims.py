@@ -310,9 +310,9 @@ def test_the_outcome_follows_the_figures(finished: Callable) -> None:
             record["validation"] = loss
         return optimizers_report.outcome(results)
 
-    assert "each seed: 2.00, 2.00; this agrees with the claim, and meets the goal" in outcome(9.0, 9.0)
-    assert "each seed: not reached, not reached; this contradicts the claim" in outcome(0.0, 0.0)
-    assert "each seed: 2.00, not reached; this shows no clear difference" in outcome(9.0, 0.0)
+    assert "AdamW needs 2.00, 2.00 times the tokens of Muon: this agrees with the claim, and meets" in outcome(9.0, 9.0)
+    assert "in 2 of 2 seeds Muon does not reach AdamW's final loss: this contradicts the claim" in outcome(0.0, 0.0)
+    assert "in 1 of 2 seeds Muon does not reach AdamW's final loss: this shows no clear" in outcome(9.0, 0.0)
 
 
 # Balancing ------------------------------------------------------------------------------------------------------------

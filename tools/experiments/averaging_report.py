@@ -58,12 +58,15 @@ def outcome(results: Record) -> str:
     whole = constant - statistics.median(decayed)
     good = statistics.median(averaged) <= statistics.median(decayed)
     verdict = "agrees with the claim" if good else "contradicts the claim"
-    of_it = f": {gained / whole:.0%} of it, without training" if whole > 0 else ""
+    of_it = f": {100 * gained / whole:.0f} % of that, without training" if whole > 0 else ""
+    shares = results["settings"]["size"]["shares"]
+    at_edge = [what for what, of in (("average", share), ("decay", decay_share)) if float(of) in (shares[0], shares[-1])]
+    edge = f" The best {' and '.join(at_edge)} has the shortest or the longest length that was tried." if at_edge else ""
     return (
-        f"The best average ({shape}, last {float(share):.0%} of the steps) has a validation loss "
-        f"{median_and_range(difference, '+.4f')} nats against the best decay ({decay}, last {float(decay_share):.0%}): "
+        f"The best average ({shape}, last {100 * float(share):.0f} % of the steps) has a validation loss "
+        f"{median_and_range(difference, '+.4f')} nats against the best decay ({decay}, last {100 * float(decay_share):.0f} %): "
         f"this {verdict}. Against the constant run, {constant:.4f} nats, the average gains {gained:.4f} and the decay "
-        f"{whole:.4f} nats{of_it}. ({cost(results)})"
+        f"{whole:.4f} nats{of_it}.{edge} ({cost(results)})"
     )
 
 

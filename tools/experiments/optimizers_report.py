@@ -118,9 +118,11 @@ def outcome(results: Record) -> str:
         verdict = f"this shows no clear difference, and misses the goal of {GOAL}"
     reached = [f"{ratio:.2f}" for ratio in ratios if ratio]
     missed = len(ratios) - len(reached)
-    also = f"; in {missed} of {len(ratios)} seeds Muon does not reach it" if missed else ""
+    clauses = [f"AdamW needs {', '.join(reached)} times the tokens of Muon"] if reached else []
+    if missed:
+        clauses.append(f"in {missed} of {len(ratios)} seeds Muon does not reach AdamW's final loss")
     return (
-        f"To AdamW's final loss AdamW needs {', '.join(reached) or 'no'} times the tokens of Muon{also}: {verdict}. "
+        f"To the loss with which AdamW ends: {'; '.join(clauses)}: {verdict}. "
         f"After equal tokens Muon's validation loss minus AdamW's is {median_and_range(differences, '+.4f')} nats; "
         f"AdamW's is {loss:.3f}. "
         f"A step of Muon takes {slower:.2f} times the CPU time of one of AdamW. ({cost(results)})"

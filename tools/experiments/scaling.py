@@ -163,8 +163,9 @@ def fifth_experiment(results: Record) -> Experiment:
         for size, width in ((Size(), FULL_FIFTH), (QUICK, QUICK_FIFTH))
     )
     return experiment()._replace(
-        name=FIFTH, full=full, quick=quick, report=fifth_report, outcome=fifth_outcome, describe_texts=describe
-    )
+        name=FIFTH, full=full, quick=quick, report=fifth_report, outcome=fifth_outcome, describe_texts=describe,
+        draw=partial(draw, first=results),
+    )  # fmt: skip
 
 
 def main() -> int | None:

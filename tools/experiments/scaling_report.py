@@ -136,17 +136,27 @@ def fifth_outcome(results: Record) -> str:
     error = middle - predicted["loss"]
     verdict = "agrees with the claim" if predicted["low"] <= middle <= predicted["high"] else "contradicts the claim"
     return (
-        f"Predicted for N = {active:,}: {_prediction(predicted)}; trained: {median_and_range(losses, '.4f')} nats, "
-        f"{error:+.4f} nats ({error / predicted['loss']:+.2%}). This {verdict}. ({cost(results)})"
+        (
+            f"Predicted for N = {active:,}: {_prediction(predicted)}; trained: {median_and_range(losses, '.4f')} nats, "
+            f"{error:+.4f} nats ({100 * error / predicted['loss']:+.2f} %). This {verdict}. ({cost(results)})"
+        )
+        .replace(" -0.", " −0.")
+        .replace("(-", "(−")
     )
 
 
-def draw(path: Path, results: Record) -> None:
-    """Plot the losses by size, with the law: of four sizes their own, of the fifth the one that predicted it."""
+def draw(path: Path, results: Record, first: Record | None = None) -> None:
+    """Plot the losses by size, with the law: of four sizes their own, of the fifth the one that predicted it.
+
+    Args:
+        path: the file.
+        results: of the four sizes, or of the fifth.
+        first: with those of the fifth, those of the four sizes.
+    """
 
     def paint(figure: Any) -> None:
         panel = figure.subplots()
-        losses = by_size(results)
+        losses = ({} if first is None else by_size(first)) | by_size(results)
         predicted = results["settings"]["size"]["prediction"] or predict(results, fifth_size(results))
         law = Law(predicted["E"], predicted["A"], predicted["alpha"])
         sizes = np.geomspace(min([*losses, predicted["active"]]) / 1.2, predicted["active"] * 1.2, 60)
@@ -157,7 +167,9 @@ def draw(path: Path, results: Record) -> None:
         for index, (active, of_size) in enumerate(losses.items()):
             panel.plot([active] * len(of_size), of_size, "o", color=COLOURS[0], alpha=0.7, markersize=5,
                        label="" if index else "runs, three seeds")  # fmt: skip
-        panel.set(xscale="log", xlabel="N, active parameters without embedding and head")
+        panel.set(xscale="log", xlabel="N, thousand active parameters without embedding and head")
+        panel.set_xticks(list(losses), [f"{active / 1e3:.0f}" for active in losses])
+        panel.minorticks_off()
         panel.set_title("Validation loss, nats", loc="left", fontsize=11)
         figure.legend(*panel.get_legend_handles_labels(), loc="outside upper left", frameon=False)
 
