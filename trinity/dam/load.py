@@ -25,8 +25,7 @@ from trinity.parallel.activation_checkpoint import recompute_blocks
 from trinity.parallel.fsdp import master_dtype, shard_model
 from trinity.parallel.mesh import Ranks
 from trinity.parallel.one_rank_groups import use_weights_in_place
-from trinity.training.build import check_kernels, fp32_products
-from trinity_kernels.linear import set_fp32_products
+from trinity.training.build import use_kernels
 
 _IDENTITY_ROWS = 8
 
@@ -75,8 +74,7 @@ def identity(source: Source) -> str:
 def build_merged_model(plan: Plan, config: DamConfig, ranks: Ranks) -> MergedTrinity:
     """The merged model, sharded over the mesh; its values are undefined until loaded."""
     kernels, precision = KernelsConfig(), PrecisionConfig(compute=config.compute, reduce="float32")  # type: ignore[arg-type]
-    check_kernels(kernels, ranks.device)
-    set_fp32_products(fp32_products(kernels, ranks.device))
+    use_kernels(kernels, ranks.device)
     by_column = config.granularity == "column"
     with torch.device("meta"):
         models, teachers = len(config.mixed), len(config.models) - len(config.mixed)

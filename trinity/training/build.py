@@ -15,6 +15,7 @@ from trinity.models.param_roles import parameter_roles
 from trinity.models.trinity import Trinity
 from trinity.optim.build import Optimizers, build_optimizers
 from trinity.parallel.activation_checkpoint import recompute_blocks
+from trinity.parallel.collectives import run_on_rank0
 from trinity.parallel.compilation import compile_blocks
 from trinity.parallel.fsdp import master_dtype, shard_model
 from trinity.parallel.mesh import Ranks
@@ -33,8 +34,7 @@ def build_model(config: RunConfig, ranks: Ranks) -> Trinity:
     """
     will_run = ranks.device.type != "meta"  # planning builds the model of another machine
     if will_run:
-        check_kernels(config.kernels, ranks.device)
-        set_fp32_products(fp32_products(config.kernels, ranks.device))
+        use_kernels(config.kernels, ranks.device)
     with torch.device("meta"):
         model = Trinity(config.model, config.kernels).to(master_dtype(config.precision))
     if config.precision.fp8 != "none" and will_run:
@@ -60,6 +60,16 @@ def trained_count(config: RunConfig) -> int:
         model = Trinity(config.model)
     freeze(model, config.train)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def use_kernels(kernels: KernelsConfig, device: torch.device) -> None:
+    """Refuse kernels that cannot run on a device, and take rank 0's choice of fp32 products on every rank.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    check_kernels(kernels, device)
+    set_fp32_products(run_on_rank0(fp32_products, kernels, device))
 
 
 def fp32_products(kernels: KernelsConfig, device: torch.device) -> Literal["torch", "onednn"]:
