@@ -40,10 +40,10 @@ def report(results: Record) -> str:
         (shape, share), values = best(results, arm)
         gain = [after - before for before, after in zip(constant, values)]
         gains.append([
-            f"{title}, {shape} over {float(share):.0%}", median_and_range(values, ".4f"), median_and_range(gain, "+.4f")
+            f"{title}, {shape} over {_percent(share)}", median_and_range(values, ".4f"), median_and_range(gain, "+.4f")
         ])  # fmt: skip
     return "\n\n".join([
-        markdown_table(["validation loss, nats", *(f"last {float(share):.0%} of the steps" for share in shares)], rows),
+        markdown_table(["validation loss, nats", *(f"last {_percent(share)} of the steps" for share in shares)], rows),
         markdown_table(["best of each", "validation loss, nats", "against the constant run"], gains),
     ])  # fmt: skip
 
@@ -60,14 +60,18 @@ def outcome(results: Record) -> str:
     verdict = "agrees with the claim" if good else "contradicts the claim"
     of_it = f": {100 * gained / whole:.0f} % of that, without training" if whole > 0 else ""
     shares = results["settings"]["size"]["shares"]
-    at_edge = [what for what, of in (("average", share), ("decay", decay_share)) if float(of) in (shares[0], shares[-1])]
-    edge = f" The best {' and '.join(at_edge)} has the shortest or the longest length that was tried." if at_edge else ""
+    ends = [what for what, of in (("average", share), ("decay", decay_share)) if float(of) in (shares[0], shares[-1])]
+    edge = f" The best {' and '.join(ends)} has the shortest or the longest length that was tried." if ends else ""
     return (
-        f"The best average ({shape}, last {100 * float(share):.0f} % of the steps) has a validation loss "
-        f"{median_and_range(difference, '+.4f')} nats against the best decay ({decay}, last {100 * float(decay_share):.0f} %): "
+        f"The validation loss of the best average ({shape}, last {_percent(share)} of the steps) minus that of the "
+        f"best decay ({decay}, last {_percent(decay_share)}) is {median_and_range(difference, '+.4f')} nats: "
         f"this {verdict}. Against the constant run, {constant:.4f} nats, the average gains {gained:.4f} and the decay "
         f"{whole:.4f} nats{of_it}.{edge} ({cost(results)})"
     )
+
+
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.0f} %"
 
 
 def draw(path: Path, results: Record) -> None:

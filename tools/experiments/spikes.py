@@ -13,6 +13,8 @@ from trinity.io.json_files import read_json
 from trinity.monitor.loss_spikes import SpikeDetector
 
 RESULTS = Path(__file__).parent / "results"
+COMMANDS = {"scaling_fifth": "scaling.py --fifth"}
+"""Command of an experiment whose name is not that of its file."""
 Curve = Sequence[float | None]
 
 
@@ -71,7 +73,7 @@ def recorded_runs() -> Iterator[Recorded]:
             }  # fmt: skip
             if whole.get(name, True):
                 arm = f", {ARMS[record['arm']].title}" if name == "rsdb" else ""
-                yield Recorded(f"`{name}.py`{arm}", curves["loss"], curves.get("grad_norm"))
+                yield Recorded(f"`{COMMANDS.get(name, f'{name}.py')}`{arm}", curves["loss"], curves.get("grad_norm"))
 
 
 def spike_table() -> str:
