@@ -42,10 +42,10 @@ otherwise the text is Python's standard library in 14 domains, and the recipe th
 - Largest attention and head logit: before the softmax of the attention, and of the vocabulary."""
 SPIKES = """\
 The report has no loss spike in three runs. Counted here by the rule of `health.spike` with its defaults (loss or
-gradient norm more than 6 standard deviations above the mean of the last 128 ordinary steps; the first 64 steps raise
-none), in the recorded runs that have every part of the recipe; `balancing_rules.py` leaves out the sequence loss. Runs
-that lack a part are counted in their own section, after 50 steps and with a window of 64. Nano, Mini and Large have not
-been trained here."""
+gradient norm more than 6 standard deviations above the mean of the last 128 ordinary steps, or of half of the steps of
+a shorter run; the first half of these raise none), in the recorded runs that have every part of the recipe;
+`balancing_rules.py` leaves out the sequence loss. Runs that lack a part are counted in their own section, after 50
+steps and with a window of 64. Nano, Mini and Large have not been trained here."""
 SPIKE_CAUSES = """\
 Where it can be told, these spikes are of the text, not of the recipe: runs of one seed of `scaling.py` read the same
 batches, and step 459 of seed 2 raises the gradient norm in every width that reaches it (7 to 11 standard deviations),

@@ -37,10 +37,10 @@ def find_spikes(loss: Curve, grad_norm: Curve | None = None, window: int | None 
     """The steps that health.spike calls a spike; null is a step that was not finite, and no spike.
 
     Args:
-        window: health.spike.window; None: its default.
+        window: health.spike.window; None: its default, or half of the steps of a shorter run.
     """
     rule = SpikeConfig()
-    detector = SpikeDetector(window or rule.window, rule.sigma)
+    detector = SpikeDetector(window or max(2, min(rule.window, len(loss) // 2)), rule.sigma)
     found = []
     for step, (value, norm) in enumerate(zip(loss, [1.0] * len(loss) if grad_norm is None else grad_norm)):
         spike = None if value is None or norm is None else detector.detect(value, norm)
