@@ -22,6 +22,11 @@ def test_the_page_is_made_from_the_results() -> None:
     recorded = {path.stem for path in (ROOT / "tools" / "experiments" / "results").glob("*.json")}
     assert recorded == {each.name for each in shown.EXPERIMENTS}
     for each in gallery.shown():
+        results = each.results()
+        assert {"torch", "numpy", "tokenizers"} <= results.get(
+            "versions", results["settings"].get("versions", {})
+        ).keys()
+        assert {run["seed"] for run in results.get("parts", results.get("runs"))} == {0, 1, 2}
         assert (ROOT / "docs" / each.plot).exists()
         assert each.command.split()[1] in {
             f"tools/experiments/{path.name}" for path in Path(gallery.__file__).parent.iterdir()

@@ -34,7 +34,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiment import DAMAGED, command_line, run_command
+from experiment import DAMAGED, PACKAGES, command_line, package_versions, run_command
 
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import read_json, to_json, write_json
@@ -69,7 +69,7 @@ def show(path: Path) -> None:
 def make_results(arguments: argparse.Namespace) -> None:
     """Train and measure all arms, except those finished by an earlier call, and write OUT/context_extension.json.
 
-    It holds "settings", and "runs": a list of {"arm", "seed", "loss", "scores"}, by seed.
+    It holds "versions", "settings", and "runs": a list of {"arm", "seed", "loss", "scores"}, by seed.
 
     Raises:
         UserError: --out has results of other settings.
@@ -96,7 +96,8 @@ def make_results(arguments: argparse.Namespace) -> None:
                 else:
                     bar.skip_to(bar.n + steps_of(size)[arm])
                 runs.append({"arm": arm, "seed": seed, "loss": run["loss"], "scores": run["scores"]})
-    write_json(out / f"{NAME}.json", {"settings": settings, "runs": runs})
+    versions = package_versions(PACKAGES)
+    write_json(out / f"{NAME}.json", {"versions": versions, "settings": settings, "runs": runs})
 
 
 if __name__ == "__main__":

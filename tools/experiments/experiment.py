@@ -25,6 +25,8 @@ INTERRUPTED = 130
 QUICK_END = "-quick"
 """Of the output folder's name with --quick: a full run refuses the parts of a quick one."""
 SEEDS = 3
+PACKAGES = ("torch", "numpy", "tokenizers")
+"""Whose versions a results file has."""
 DAMAGED = "remove this file, and run the same command again"
 """What to do about a damaged file of a finished part."""
 
@@ -109,7 +111,7 @@ class Experiment(NamedTuple):
     draw: Callable[[Path, Record], None]
     make_texts: Callable[[Path, Any], Any] = make_corpus
     describe_texts: Callable[[Any], Record] = describe_corpus
-    packages: tuple[str, ...] = ("torch", "numpy", "tokenizers")
+    packages: tuple[str, ...] = PACKAGES
     unit: str = "step"
 
 

@@ -36,7 +36,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiment import DAMAGED, command_line, run_command
+from experiment import DAMAGED, PACKAGES, command_line, package_versions, run_command
 
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import number, read_json
@@ -97,7 +97,10 @@ def make_results(arguments: argparse.Namespace) -> None:
     configs = {key: arm_config(ARMS[key[0]], corpus, key[1], steps, words) for key in keys}
     results = train_all(out / "runs", configs)
     row = next(iter(configs.values())).data.sequence_length
-    about = {"steps": steps, "seeds": seeds, "settings": SETTINGS, "quick": words, "corpus": describe(corpus, row)}
+    about = {
+        "versions": package_versions(PACKAGES), "steps": steps, "seeds": seeds, "settings": SETTINGS, "quick": words,
+        "corpus": describe(corpus, row),
+    }  # fmt: skip
     write_results(out / f"{NAME}.json", about, {arm: [results[arm, seed] for seed in range(seeds)] for arm in ARMS})
 
 
