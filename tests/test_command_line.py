@@ -3,13 +3,14 @@
 import argparse
 import os
 import pwd
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
-from trinity.command_line import local_path, path_or_url
+from trinity.command_line import file_to_write, local_path, path_or_url
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = sorted(path for folder in ("tools", "launch") for path in (ROOT / folder).rglob("*.py"))
@@ -69,3 +70,16 @@ def test_a_tool_of_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert (
         capsys.readouterr().err == f"error: {name} runs in one process; start it by python {name}, without torchrun\n"
     )
+
+
+def test_a_file_to_write(tmp_path: Path) -> None:
+    """A file, new or old, in a folder that exists; otherwise the name of what is wrong."""
+    (tmp_path / "old.json").write_text("{}")
+    for name in ("old.json", "new.json"):
+        assert file_to_write(str(tmp_path / name)) == tmp_path / name
+    for text, message in (
+        ("", "the name of the file is empty; write one"), (str(tmp_path), f"{tmp_path} is a folder; name a file, as"),
+        (str(tmp_path / "no" / "x.json"), f"the folder {tmp_path / 'no'} does not exist; make it"),
+    ):  # fmt: skip
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message)):
+            file_to_write(text)

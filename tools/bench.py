@@ -10,7 +10,7 @@ import argparse
 from importlib import import_module
 from types import ModuleType
 
-from trinity.command_line import HelpFormatter, local_path
+from trinity.command_line import HelpFormatter, file_to_write
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
 
@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("suite", nargs="?", choices=[*SUITES, "tune"], help="what to measure; tune: an op's tiles")
     parser.add_argument("op", nargs="?", help="with tune: the op; see benchmarks/tune.py")
     parser.add_argument("--list", action="store_true", help="list the suites")
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the figures there")
     parser.add_argument(
         "--quick", action="store_true", help="few repetitions, few contenders: only to see that it works"
     )
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     if not arguments.list and arguments.suite is None:
         parser.error("name a suite; see --list")
     if (arguments.suite == "tune") != (arguments.op is not None):
-        parser.error("only tune takes the name of an op, and needs it")
+        parser.error("tune, and tune alone, needs the name of an op, as: tune experts")
     return arguments
 
 

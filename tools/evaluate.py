@@ -21,7 +21,7 @@ import trinity  # noqa: F401  # before torch, for the policy of its threads
 # isort: split
 import torch
 
-from trinity.command_line import HelpFormatter, check_device, local_path, path_or_url
+from trinity.command_line import HelpFormatter, check_device, file_to_write, local_path, path_or_url
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.sources.find_files import note
 from trinity.data.sources.shards import TokenSource
@@ -207,7 +207,7 @@ def parse() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="data type of the matrices (%(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the results as JSON")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the results as JSON")
     return parser.parse_args()
 
 

@@ -8,7 +8,7 @@ python tools/plan.py configs/smoke.yaml --gpu name=mygpu,tflops=100,gib=24,gbs=1
 
 import argparse
 
-from trinity.command_line import HelpFormatter, local_path
+from trinity.command_line import HelpFormatter, file_to_write
 from trinity.errors import run_main
 
 
@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
         help=f"kind of GPU: {', '.join(GPUS)}; cpu (this machine); or name=…,tflops=…,gib=…,gbs=… (bf16 TFLOP/s, GiB "
         "and GB/s of memory; also fp32= in TFLOP/s, link= and network= in GB/s, per_node=) (default: %(default)s)",
     )
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the plan as JSON (default: no)")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the plan as JSON (default: no)")
     return parser.parse_intermixed_args()
 
 

@@ -7,7 +7,7 @@ python tools/preflight.py --quick
 
 import argparse
 
-from trinity.command_line import HelpFormatter, local_path
+from trinity.command_line import HelpFormatter, file_to_write
 from trinity.errors import UserError, run_main
 from trinity.io.json_files import write_json
 
@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--copy-mib", type=int, metavar="MIB", help="size of the copied tensor (1024; CPU 128)")
     parser.add_argument("--reduce-mib", type=int, metavar="MIB", help="size of the reduced tensor (1024; CPU 16)")
     parser.add_argument("--quick", action="store_true", help="small and short: to see that all ranks answer")
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write everything there")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write everything there")
     arguments = parser.parse_args()
     if not 0 < arguments.threshold <= 100:
         raise UserError(f"--threshold {arguments.threshold:g} is not a percentage; write one in (0, 100]")

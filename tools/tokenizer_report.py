@@ -7,7 +7,7 @@ A ratio above 1: the tokenizer needs fewer tokens for that text than the other o
 
 import argparse
 
-from trinity.command_line import HelpFormatter, local_path, path_or_url
+from trinity.command_line import HelpFormatter, file_to_write, local_path, path_or_url
 from trinity.data.sources.file_formats import CHOICES
 from trinity.data.tokenizer.report import as_text, as_values, tokenizer_report
 from trinity.errors import run_main
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--field", default="text", help="name of the text in a line or row (%(default)s)")
     parser.add_argument("--kind", choices=CHOICES, help="kind of files to read where a folder or pattern has several")
     parser.add_argument("--group-by", metavar="FIELD", help="a row for each value of this field, not for each file")
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="also write the rows as values")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the rows as values")
     arguments = parser.parse_args()
     folders = [arguments.tokenizer, *arguments.against]
     chosen = {"field": arguments.field, "kind": arguments.kind, "group_by": arguments.group_by}

@@ -31,6 +31,22 @@ def path_or_url(text: str) -> str:
     return expanded
 
 
+def file_to_write(text: str) -> Path:
+    """A file on this machine (see local_path) that can be made, so that a mistake is found before the work.
+
+    Raises:
+        ArgumentTypeError: it is a folder, or its folder does not exist.
+    """
+    path = local_path(text)
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the file is empty; write one")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file, as {path / 'NAME.json'}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist; make it, or name another file")
+    return path
+
+
 def check_one_process(tool: str) -> None:
     """Refuse a launcher of several processes, for a tool that is one.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.planning.plan_configs import config_of, reload
+from trinity.config.load import load_config
 from trinity.hardware import GPUS
 from trinity.planning import advice
 from trinity.planning.plan import USABLE_SHARE, make_plan, peak_memory
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
         (["batch.microbatch=1"], "recompute=selective"),
         (["batch.microbatch=1", "recompute=selective", "data.sequence_length=512"], "recompute=block"),
         (["recompute=block"], "batch.microbatch=4"),
-        (["recompute=block", "batch.microbatch=1"], "2 GPUs (tools/plan.py --gpus 2)"),
+        (["recompute=block", "batch.microbatch=1"], "2 GPUs (add --gpus 2)"),
         (["recompute=block", "batch.microbatch=1", "parallel.shard=1", "parallel.replicate=-1"], "parallel.shard=2"),
     ],
 )
@@ -85,7 +86,7 @@ def test_fewest_gpus_are_advised() -> None:
     needed = [peak_memory(config_of(*words, f"parallel.shard={n}"), n, card).total for n in (8, 16)]
     tight = card._replace(memory=sum(needed) / 2 / USABLE_SHARE)
     (warning,) = advice.warnings(make_plan(config, 1, tight))
-    expected = "16 GPUs (tools/plan.py --gpus 16 parallel.shard=16)"
+    expected = "16 GPUs (add --gpus 16 parallel.shard=16)"
     assert warning.endswith(f"; {expected} would, with {needed[1] / 1e9:.1f} GB")
     assert make_plan(reload(config, "parallel.shard=16"), 16, tight).fits
 
@@ -128,3 +129,10 @@ def test_recompute_turns_compile_off() -> None:
     (warning,) = advice.warnings(make_plan(config, 1, GPUS["h200"]._replace(memory=sum(least) / 2 / USABLE_SHARE)))
     assert "; recompute=block compile=none would, with" in warning
     assert reload(config, "recompute=block", "compile=none").compile == "none"
+
+
+def test_rows_that_are_no_multiple_of_the_microbatch() -> None:
+    """The plan warns as the run's start does: what is planned are smaller microbatches."""
+    (warning,) = advice.warnings(make_plan(load_config(ROOT / "configs" / "nano_1gpu.yaml", ["batch.microbatch=3"])))
+    assert warning.startswith("128 rows a rank (batch.sequences=128) are no multiple of batch.microbatch=3")
+    assert advice.warnings(make_plan(load_config(ROOT / "configs" / "nano_1gpu.yaml"))) == []

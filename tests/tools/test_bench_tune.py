@@ -57,8 +57,17 @@ def test_the_fastest_is_written(clock: None, monkeypatch: pytest.MonkeyPatch) ->
     assert ast.literal_eval(tune.literal(results).removeprefix("BEST = ")) == {"one": (32, 8)}
 
 
+def test_no_candidate_runs(clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without a GPU: a sentence with the reason, and no table to paste."""
+    module = ModuleType("trinity_kernels.fake_triton")
+    module.TUNABLE = {"one": FakeKernel((0, 1), (0, 2))}
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(UserError, match=r"no candidate of fake runs here \(RuntimeError: out of resource.*NVIDIA GPU"):
+        tune.run(quick=True, op="fake")
+
+
 def test_ops_without_tiles() -> None:
-    with pytest.raises(UserError, match=r"tune nothing needs the module trinity_kernels\.nothing_triton"):
+    with pytest.raises(UserError, match=r"needs the module trinity_kernels\.nothing_triton.*ops to tune: experts"):
         tune.tunables("nothing")
     with pytest.raises(UserError, match=r"trinity_kernels\.grouping_triton has no TUNABLE"):
         tune.tunables("grouping")

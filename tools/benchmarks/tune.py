@@ -27,6 +27,9 @@ TUNABLE_MODULES = {"experts": "benchmarks.expert_tiles"}
 """Ops whose TUNABLE is not in their Triton module → the module that has it."""
 
 
+KNOWN = f"ops to tune: {', '.join(TUNABLE_MODULES)}, and those whose Triton module has a TUNABLE"
+
+
 class Tunable(Protocol):
     """One kernel at one size."""
 
@@ -40,13 +43,16 @@ def run(quick: bool, op: str) -> dict[str, Any]:
     """Time every candidate of every tunable of an op.
 
     Raises:
-        UserError: no such op, or it has nothing to tune.
+        UserError: no such op, it has nothing to tune, or no candidate runs here.
     """
     from benchmarks.step import machine
 
     kernels = {}
     for name, tunable in tqdm(tunables(op).items(), unit="kernel", file=sys.stderr, disable=None):
         kernels[name] = measure(tunable, rounds=2 if quick else 7, title=name)
+    if not any(kernel["best"] for kernel in kernels.values()):
+        why = next((entry["failed"] for kernel in kernels.values() for entry in kernel["tiles"].values()), "none")
+        raise UserError(f"no candidate of {op} runs here ({why}); run it on a machine with an NVIDIA GPU")
     return {"on": machine(), "op": op, "kernels": kernels}
 
 
@@ -60,9 +66,9 @@ def tunables(op: str) -> dict[str, Tunable]:
     try:
         return import_module(module).TUNABLE
     except ModuleNotFoundError as error:
-        raise UserError(f"tune {op} needs the module {module}: {error}") from error
+        raise UserError(f"tune {op} needs the module {module}: {error}; {KNOWN}") from error
     except AttributeError as error:
-        raise UserError(f"{module} has no TUNABLE: nothing to tune; see tools/benchmarks/tune.py") from error
+        raise UserError(f"{module} has no TUNABLE, so there is nothing to tune; {KNOWN}") from error
 
 
 def measure(tunable: Tunable, rounds: int, title: str = "") -> dict[str, Any]:

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("run", type=local_path, metavar="RUN_DIR", help="a run directory")
     parser.add_argument(
-        "--config", required=True, type=Path, help="the config that it was started with, as configs/smoke.yaml"
+        "--config", required=True, type=local_path, help="the config that it was started with, as configs/smoke.yaml"
     )
     parser.add_argument(
         "--out", type=local_path, default=RESULTS / "runs", help="folder (tools/experiments/results/runs)"

@@ -14,7 +14,7 @@ from trinity.parallel.mesh import mesh_words, meshes
 from trinity.planning.memory import Memory
 from trinity.planning.mesh_search import min_state_bytes, with_mesh
 from trinity.planning.plan import USABLE_SHARE, Plan, StepEstimate, fits, peak_memory, replan
-from trinity.training.divisibility import batch_process_counts
+from trinity.training.divisibility import batch_process_counts, microbatch_notes
 
 EXPOSED_LIMIT = 0.15
 """Warn from this share of exposed communication in the run's time on. Not from the report."""
@@ -37,6 +37,11 @@ class Change(NamedTuple):
 
 def warnings(plan: Plan) -> list[str]:
     """A sentence for each problem of the plan, with a change that solves it; empty for a good plan."""
+    notes = microbatch_notes(plan.config, plan.gpus // max(1, plan.config.parallel.context))
+    return [*_problems(plan), *(note.removeprefix("note: ") for note in notes)]
+
+
+def _problems(plan: Plan) -> list[str]:
     if not plan.fits:
         most = USABLE_SHARE * plan.card.memory
         return [
@@ -168,7 +173,7 @@ def _settings_text(plan: Plan, change: Change) -> str:
     words = {word.partition("=")[0]: word for word in [*plan.picked, *change.words]}
     if change.gpus == plan.gpus:
         return " ".join(words.values())
-    return f"{change.gpus} GPUs (tools/plan.py {' '.join([f'--gpus {change.gpus}', *words.values()])})"
+    return f"{change.gpus} GPUs (add {' '.join([f'--gpus {change.gpus}', *words.values()])})"
 
 
 def _memory_after(plan: Plan, change: Change) -> Memory | None:
