@@ -22,6 +22,9 @@ NAMED_MAPS = ("data.train", "data.validation", "data.mixture", "health.forgettin
 _PLAINER = (
     (r"Key '.*?' not in '\w+'", "not a known key"),
     (r".*: (\w+) is not a subclass of \w+\. value: .*", r"needs settings, not a single \1; write {KEY: VALUE}"),
+    (r"Incompatible value 'None' for field of type .*", "must not be null; write a value, or leave the key out"),
+    (r"Value '(.*)' of type '\w+' could not be converted to Integer", r"'\1' is not a whole number; write one"),
+    (r"Value '(.*)' of type '\w+' could not be converted to Float", r"'\1' is not a number; write one"),
     (r"field '\w+' is not Optional", "must not be null; write a value, or leave the key out"),
     (r"TupleConfig length (\d+) does not match type hint length (\d+)", r"needs \2 values, not \1"),
     (r"Structured config of type `\w+` has missing mandatory value: \w+", "must be given; write a value"),
