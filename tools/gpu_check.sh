@@ -7,8 +7,9 @@
 # limit: one that fails, hangs or runs out of memory is a row, and the check goes on. OUT gets four files, complete
 # after every part and readable after a kill at any time: results.jsonl (every case, written as it is measured),
 # check.json (machine, date, versions, outcomes, all cases: the file to commit), summary.md (to read), and
-# results.tar.gz (these, and every part's log, tables and trace). The exit code is 1 if a part failed or had no time, 2
-# after a mistake in the call, without a GPU, or if OUT could not be written.
+# results.tar.gz (these, and every part's log, tables and trace). The exit code is 1 if a part failed (an error, or no
+# case without one) or had no time, 2 after a mistake in the call, without a GPU, or if OUT could not be written. An OUT
+# that holds a check is refused, and no refused call makes or changes OUT.
 #
 #     CHECK_SECONDS   time for everything; parts that no longer fit are skipped (540)
 #     CHECK_PART_SECONDS  most seconds of any part (its own limit)
@@ -56,8 +57,14 @@ if [ -n "${WHEELS:-}" ]; then
     wheels=("$WHEELS"/*.whl)
     [ ${#wheels[@]} -gt 0 ] || refuse "WHEELS=$WHEELS has no file *.whl; put wheels into it, or unset WHEELS"
 fi
-mkdir -p "$1" || exit 2
-words+=("$(cd "$1" && pwd)" "${@:2}")
+for name in tokenizer shards; do
+    [ -z "${DATA:-}" ] || [ -d "$DATA/$name" ] ||
+        refuse "DATA=$DATA has no folder $name; name a folder that \`make data\` wrote, or unset DATA"
+done
+case "$1" in # the supervisor makes the folder once nothing is left to refuse
+/*) words+=("$@") ;;
+*) words+=("$PWD/$1" "${@:2}") ;;
+esac
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null ||

@@ -5,6 +5,7 @@ The script runs as a user would run it, with a stub in place of the worker (stub
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,21 +20,24 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import attention, expert_peers, experts, head, nano_step, timing
-from gpu_check import gpu_tests, kernel_profile, packages, smoke_run, worker
+from gpu_check import call, gpu_tests, kernel_profile, packages, smoke_run, worker
 from gpu_check.kernel_profile import Interval
 from gpu_check.parts import PARTS
-from gpu_check.results import committed_name, read_cases
+from gpu_check.results import committed_name, is_measured, judged, read_cases
 from gpu_check.supervisor import Check
 
 from trinity.config.load import load_config
+from trinity.errors import UserError
 from trinity.models import Trinity
 
 ROOT = Path(__file__).parents[2]
 NAMES = [part.name for part in PARTS if part.cpu_options is not None]
-FEW = ["ceilings", "step_copying", "experts", "smoke_reference"]
+FEW = ["ceilings", "step_copying", "experts", "tests"]
 """Parts, in order, of the tests in which one misbehaves."""
 FILES = {"check.json", "results.jsonl", "results.tar.gz", "summary.md"}
 Start = Callable[..., subprocess.Popen]
+SECONDS = "{} is not a number of seconds above 0; write for example {}"
+"""What is said of a wrong time, for test_mistakes."""
 
 
 @pytest.fixture
@@ -135,7 +139,7 @@ def test_a_part_that_ignores_sigterm(start: Start, tmp_path: Path) -> None:
     process.communicate(timeout=120)
     check = written(tmp_path / "out")
     assert outcomes(check)["experts"] == "timed out"
-    assert outcomes(check)["smoke_reference"] == "done"
+    assert outcomes(check)[FEW[-1]] == "done"
     assert not is_alive(check["results"]["experts"]["first"]["pid"])
 
 
@@ -194,19 +198,160 @@ def test_named_parts_alone_run(start: Start, tmp_path: Path) -> None:
     process = start("norms", "ceilings")
     assert process.communicate(timeout=60)[0].count("done") == 2
     assert list(outcomes(written(tmp_path / "out"))) == ["ceilings", "norms"]
+    shutil.rmtree(tmp_path / "out")
     process = start("norm")
     assert "there is no part norm; the parts are ceilings, " in process.communicate(timeout=60)[1]
     assert process.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "sentence"),
+    [
+        (["smoke"], "", "smoke needs the part data, or DATA=FOLDER; write: data smoke"),
+        (["smoke", "norms"], "", "smoke needs the part data, or DATA=FOLDER; write: norms data smoke"),
+        (["smoke_reference"], "d", "smoke_reference needs the part smoke; write: smoke smoke_reference"),
+        (
+            ["smoke_reference"], "",
+            "smoke_reference needs the part data, or DATA=FOLDER, and the part smoke; "
+            "write: data smoke smoke_reference",
+        ),
+        (["smoke"], "d", None),
+        (["smoke_reference", "data", "smoke"], "", None),
+        ([], "", None),
+    ],
+)  # fmt: skip
+def test_a_part_needs_another(
+    names: list[str], data: str, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part named without the parts whose files it reads is refused with what to write."""
+    monkeypatch.setenv("DATA", data)
+    if sentence is None:
+        assert {part.name for part in call.chosen(names)} == set(names or [part.name for part in PARTS])
+        return
+    with pytest.raises(UserError) as caught:
+        call.chosen(names)
+    assert str(caught.value) == sentence
+
+
+def test_a_part_of_which_every_case_failed(start: Start, tmp_path: Path) -> None:
+    """It is a failed part; one whose cases lack a package is left out; and without a figure nothing is to commit."""
+    process = start("norms", stub={"norms": "only out of memory"})
+    output = process.communicate(timeout=60)[0]
+    assert (process.returncode, "to commit" in output) == (1, False)
+    assert output.startswith("norms: failed (every case failed) after ")
+    assert written(tmp_path / "out")["parts"][0]["why"] == "every case failed"
+    shutil.rmtree(tmp_path / "out")
+    process = start("ceilings", "norms", stub={"norms": "only No module named 'no_such_package.ops'"})
+    output = process.communicate(timeout=60)[0]
+    assert (process.returncode, "to commit" in output) == (0, True)
+    assert "norms: left out (needs the package no_such_package) after " in output
+    check = written(tmp_path / "out")
+    assert [row["failed_cases"] for row in check["parts"]] == [0, 0]
+    assert check["results"]["norms"]["first"] == {"skipped": "needs the package no_such_package"}
+
+
+def test_outcome_by_cases() -> None:
+    """One figure is enough; a row of the machine or the settings is none; a module of ours that lacks is a failure."""
+    failed, figure = {"failed": "out of memory"}, {"seconds": 1.0}
+    assert judged({}) == judged({"data": {"skipped": "ready in the folder DATA"}}) == {"outcome": "done"}
+    assert judged({"a": failed, "b": figure}) == {"outcome": "done"}
+    assert judged({"a": failed, "b": {"skipped": "x"}})["outcome"] == "failed"
+    assert judged({"Nano: settings": {"words": []}, "Nano: the rest": failed})["outcome"] == "failed"
+    assert not is_measured("machine", {"cores": 2})
+    assert is_measured("first", figure)
+    assert packages.missing_in("No module named 'no_such_package'") == "no_such_package"
+    assert packages.missing_in("No module named 'trinity.none'") is None
+    assert packages.missing_in("out of memory") is None
 
 
 def test_without_a_gpu(start: Start, tmp_path: Path) -> None:
-    """The first part finds none: one sentence, and nothing else runs. The real worker tells by its exit code."""
-    process = start(cpu=False, stub={"ceilings": "no gpu"})
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 2
+    """One sentence before OUT is made, and nothing runs. The real worker tells by its exit code."""
+    process = start(cpu=False, stub={"": "no gpu"})
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
     assert errors == "error: torch finds no GPU; use --cpu to try the check without one\n"
+    assert not list(tmp_path.iterdir())
     if not torch.cuda.is_available():
         assert worker.run("measure:ceilings", {}, needs_gpu=True) == worker.NO_GPU
+        assert worker.run("", {}, needs_gpu=True) == worker.NO_GPU
+    assert worker.run("", {}, needs_gpu=False) == 0
+
+
+def test_a_gpu_that_is_lost(start: Start, tmp_path: Path) -> None:
+    """After the first look every part runs, also those for a GPU alone; a part without one ends the check with 2."""
+    process = start("ceilings", "grouped_queries", "norms", cpu=False, stub={"norms": "no gpu"})
+    errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, errors.count("torch finds no GPU")) == (2, 1)
+    assert list(outcomes(written(tmp_path / "out")).values()) == ["done", "done", "failed"]
+
+
+def test_a_look_for_the_gpu_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after a while, and the parts run and show what is wrong."""
+    stub = ROOT / "tests" / "tools" / "stub_gpu_worker.py"
+    monkeypatch.setenv("CHECK_WORKER", f"{sys.executable} {stub}")
+    monkeypatch.setattr("gpu_check.supervisor.LOOK_SECONDS", 1.0)
+    for behaviour, expected in (("hang", False), ("", False), ("no gpu", True)):
+        scratch = tmp_path / f"scratch {behaviour}"
+        scratch.mkdir()
+        monkeypatch.setenv("STUB", json.dumps({"": behaviour}))
+        monkeypatch.setattr("gpu_check.supervisor.LOOK_SECONDS", 1.0 if behaviour == "hang" else 30.0)
+        check = Check(tmp_path / "out", scratch, cpu=False, began=time.time())
+        began = time.monotonic()
+        assert check.finds_no_gpu() is expected
+        assert time.monotonic() - began < 15
+        check.close()
+
+
+def test_stopped_before_the_first_part(start: Start, tmp_path: Path) -> None:
+    """A signal during the look for the GPU: OUT is not made, so that the same call can be made again."""
+    process = start(cpu=False, stub={"": "hang"})
+    wait_for(lambda: list(tmp_path.glob("*/logs/gpu.log")))
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.communicate(timeout=30) == ("", "error: stopped before the first part\n")
+    assert process.returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_check_is_kept(start: Start, tmp_path: Path) -> None:
+    """A second call into its folder is refused, whatever else is right or wrong with it, and changes no byte."""
+    start("ceilings").communicate(timeout=60)
+    out = tmp_path / "out"
+    date = written(out)["date"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    sentence = f"error: {out.resolve()} holds a check of {date}; name another folder, or delete it\n"
+    calls: list[tuple[list[str], bool, dict[str, str], str]] = [
+        (["ceilings"], True, {}, sentence),
+        ([], False, {}, sentence),
+        (["norm"], True, {}, "error: there is no part norm; "),
+        ([], True, {"CHECK_SECONDS": "x"}, sentence),
+    ]
+    for parts, cpu, environment, expected in calls:
+        process = start(*parts, cpu=cpu, **environment)
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output) == (2, "")
+        assert errors.startswith(expected)
+        assert errors.count("\n") == 1
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_folders_that_are_refused(tmp_path: Path) -> None:
+    """Any of the check's files is kept; without a date in check.json it is that of the file."""
+    out = tmp_path / "out"
+    call.refuse_out(out)
+    out.mkdir()
+    (out / "notes.txt").touch()
+    call.refuse_out(out)
+    (out / "summary.md").touch()
+    with pytest.raises(UserError, match=r"out has a file summary\.md, which the check would replace; name another"):
+        call.refuse_out(out)
+    (out / "results.jsonl").touch()
+    os.utime(out / "results.jsonl", (86400 * 365.5, 86400 * 365.5))
+    with pytest.raises(UserError, match=r"out holds a check of 1971-01-01; name another folder, or delete it"):
+        call.refuse_out(out)
+    (out / "check.json").write_text('{"date": "2026-12-01"}')
+    with pytest.raises(UserError, match=r"out holds a check of 2026-12-01; "):
+        call.refuse_out(out)
 
 
 def blocked(folder: Path, *names: str) -> dict[str, str]:
@@ -224,7 +369,7 @@ def test_missing_packages_are_named(start: Start, tmp_path: Path) -> None:
     names = ["omegaconf", *(["backports.zstd"] if "backports.zstd" in packages.NEEDED else [])]
     assert f"lacks {', '.join(names)}: " in errors
     assert errors.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "site"}
+    assert {path.name for path in tmp_path.iterdir()} == {"site"}
 
 
 def test_advice_on_missing_packages(tmp_path: Path) -> None:
@@ -254,18 +399,34 @@ def test_advice_on_missing_packages(tmp_path: Path) -> None:
         (["out"], {"PYTHON": "nopy"}, "PYTHON=nopy is no program; set PYTHON to a Python, as PYTHON=.venv/bin/python"),
         (["out"], {"WHEELS": "no/ne"}, "WHEELS=no/ne is not a folder; name one that exists, or unset WHEELS"),
         (["out"], {"DATA": "none"}, "DATA=none is not a folder; name one that exists, or unset DATA"),
+        (
+            ["out"],
+            {"DATA": "w"},
+            "DATA={folder}/w has no folder tokenizer; name a folder that `make data` wrote, or unset DATA",
+        ),
+        (["out", "norm"], {}, f"there is no part norm; the parts are {', '.join(part.name for part in PARTS)}"),
+        (["out"], {"CHECK_SECONDS": "x"}, SECONDS.format("CHECK_SECONDS=x", "CHECK_SECONDS=540")),
+        (["out"], {"CHECK_SECONDS": "0"}, SECONDS.format("CHECK_SECONDS=0", "CHECK_SECONDS=540")),
+        (["out"], {"CHECK_SECONDS": "nan"}, SECONDS.format("CHECK_SECONDS=nan", "CHECK_SECONDS=540")),
+        (["out"], {"CHECK_PART_SECONDS": "-1"}, SECONDS.format("CHECK_PART_SECONDS=-1", "CHECK_PART_SECONDS=60")),
+        (["out", "smoke"], {}, "smoke needs the part data, or DATA=FOLDER; write: data smoke"),
+        (["file"], {}, "{folder}/file is a file; name a folder for the results"),
+        (["file/below/out"], {}, "{folder}/file is a file; name a folder for the results"),
         (["out"], {"WHEELS": "w"}, "WHEELS={folder}/w has no file *.whl; put wheels into it, or unset WHEELS"),
     ],
 )
 def test_mistakes(tmp_path: Path, words: list[str], environment: dict[str, str], sentence: str) -> None:
-    """One sentence and exit code 2, and no temporary folder is left."""
+    """One sentence and exit code 2; OUT is not made, and no temporary folder is left."""
     (tmp_path / "w").mkdir()
     (tmp_path / "temporary").mkdir()
+    (tmp_path / "file").write_text("kept")
     environment = os.environ | {"PYTHON": sys.executable, "TMPDIR": str(tmp_path / "temporary")} | environment
     command = ["bash", ROOT / "tools" / "gpu_check.sh", *words]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     folder = tmp_path.resolve()
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {sentence.format(folder=folder)}\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"w", "temporary", "file"}
+    assert (tmp_path / "file").read_text() == "kept"
     assert not list((tmp_path / "temporary").iterdir())
 
 

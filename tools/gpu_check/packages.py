@@ -1,5 +1,6 @@
 """Which packages the check needs that this Python lacks, found without importing any of them."""
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ NEEDED = {
     "pyarrow": "pyarrow", "fsspec": "fsspec", "tokenizers": "tokenizers", "safetensors": "safetensors", "tqdm": "tqdm",
     "transformers": "transformers", "pytest": "pytest", "typing_extensions": "typing-extensions",
 }  # fmt: skip
-"""Module → package. Not here: liger_kernel, whose contender is then a row, and datasets, which no part reads."""
+"""Module → package. Not here: liger_kernel, whose cases are then skipped, and datasets, which no part reads."""
 
 if sys.version_info < (3, 14):
     NEEDED["backports.zstd"] = "backports.zstd"
@@ -20,6 +21,12 @@ if sys.version_info < (3, 14):
 def missing() -> list[str]:
     """Names of the packages that are missing, in the order above."""
     return [package for module, package in NEEDED.items() if not _is_there(module)]
+
+
+def missing_in(reason: str) -> str | None:
+    """The package that a case lacks by its reason for failing, "No module named …"; None if that is no reason."""
+    found = re.fullmatch(r"No module named '(\w+)[\w.]*'", reason)
+    return found[1] if found and not _is_there(found[1]) else None
 
 
 def missing_sentence() -> str | None:

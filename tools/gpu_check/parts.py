@@ -18,6 +18,7 @@ class Part(NamedTuple):
     least: seconds without which it is not started.
     options: of the function on a GPU; cpu_options: the same with --cpu, or None: the part needs a GPU.
     extra: the check is complete without it.
+    needs: parts whose files it reads; data may also come from the folder DATA.
     """
 
     name: str
@@ -28,16 +29,18 @@ class Part(NamedTuple):
     cpu_options: dict[str, Any] | None
     cpu_limit: int = 300  # on two quiet cores a part takes a few seconds; on busy ones the total time decides
     extra: bool = False
+    needs: tuple[str, ...] = ()
 
 
 def _step(name: str, variant: str, limit: int) -> Part:
     return Part(name, "measure:step", limit, 25, {"variant": variant}, {"variant": variant, "quick": True})
 
 
-def _suite(name: str, limit: int, options: dict[str, Any], cpu_options: dict[str, Any], suite: str = "") -> Part:
-    suite = suite or name
-    quick = {"quick": False} | options, {"quick": True} | cpu_options
-    return Part(name, "measure:suite", limit, 12, {"suite": suite} | quick[0], {"suite": suite} | quick[1])
+def _suite(name: str, limit: int, options: dict[str, Any], cpu_options: dict[str, Any] | None, suite: str = "") -> Part:
+    """A suite of bench.py; cpu_options: None: it needs a GPU."""
+    on_gpu = {"suite": suite or name, "quick": False} | options
+    on_cpu = None if cpu_options is None else {"suite": suite or name, "quick": True} | cpu_options
+    return Part(name, "measure:suite", limit, 12, on_gpu, on_cpu)
 
 
 _OURS = ["trinity triton", "trinity's engine grouped_mm"]
@@ -56,23 +59,23 @@ PARTS = (
     _suite("experts", 75, {"routings": ["balanced"], "names": _OURS}, {"routings": ["balanced"], "names": _ON_CPU}),
     _suite(
         "experts_liger", 45, {"routings": ["balanced"], "names": ["trinity triton", "Liger fused MoE"]},
-        {"routings": ["balanced"], "names": ["Liger fused MoE"]}, suite="experts",
+        None, suite="experts",
     ),
     _suite(
         "attention", 30, {"engines": ["varlen", "sdpa"], "lengths": [4096], "documents": [False]},
         {"engines": ["sdpa"], "documents": [False]},
     ),
-    Part("grouped_queries", "measure:grouped_queries", 20, 10, {}, {}),
+    Part("grouped_queries", "measure:grouped_queries", 20, 10, {}, None),
     _suite("head", 35, {"names": ["ours", "Liger"], "rep": 400}, {"names": ["ours"]}),
     _suite("muon", 25, {}, {"names": ["dense, float32: ours"]}),
     _suite("norms", 25, {"compiled": False, "rep": 50}, {}),
     _suite("routing", 20, {"quick": True}, {}),
     Part("tests", "gpu_tests:run", 75, 20, {"select": f"not ({_FIRST})"}, {"select": "any_strides", "files": _GATE}),
     Part("data", "smoke_run:data", 75, 10, {}, {"toy": True}),
-    Part("smoke", "smoke_run:train", 50, 20, {"steps": 100}, {"steps": 2, "toy": True}),
+    Part("smoke", "smoke_run:train", 50, 20, {"steps": 100}, {"steps": 2, "toy": True}, needs=("data",)),
     Part(
         "smoke_reference", "smoke_run:train", 40, 20, {"steps": 10, "without_triton": True},
-        {"steps": 2, "toy": True, "without_triton": True},
+        {"steps": 2, "toy": True, "without_triton": True}, needs=("data", "smoke"),
     ),
     Part("sanitizer", "gpu_tests:sanitizer", 60, 25, {}, None, extra=True),
     Part("tune", "measure:suite", 150, 20, {"suite": "tune", "quick": False, "op": "experts"}, None, extra=True),

@@ -16,8 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gpu_check.packages import missing_in
+
 from trinity.io.json_files import to_json, write_json
 from trinity.io.local import atomic_file, write_atomically
+
+FILES = ("check.json", "results.jsonl", "summary.md", "results.tar.gz")
 
 LARGEST = 8 * 2**20
 """Bytes of a file in the archive; a larger one is cut to its end."""
@@ -30,16 +34,40 @@ Cases = dict[str, dict[str, dict[str, Any]]]
 
 
 def read_cases(path: Path) -> Cases:
-    """part → case → figures, from results.jsonl; a later line replaces an earlier one, a torn line is left out."""
+    """part → case → figures, from results.jsonl; a later line replaces an earlier one, a torn line is left out.
+
+    A case that failed because its package is missing did not fail: it has "skipped" in place of "failed".
+    """
     found: Cases = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in lines:
         try:
             row = json.loads(line)
+            package = missing_in(str(row.get("failed")))
+            if package:
+                del row["failed"]
+                row["skipped"] = f"needs the package {package}"
             found.setdefault(row.pop("part"), {})[row.pop("case")] = row
         except (ValueError, KeyError, AttributeError, TypeError):
             continue
     return found
+
+
+def is_measured(case: str, row: dict[str, Any]) -> bool:
+    """Whether a case has figures; rows that describe the machine or the settings have none."""
+    return not ({"failed", "skipped"} & row.keys() or case == "machine" or case.endswith(": settings"))
+
+
+def judged(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Outcome, and why if it is not "done", of a part that ended without an error, by its cases."""
+    if any(is_measured(case, row) for case, row in cases.items()):
+        return {"outcome": "done"}
+    if any("failed" in row for row in cases.values()):
+        return {"outcome": "failed", "why": "every case failed"}
+    lacking = [str(row.get("skipped")) for row in cases.values()]
+    if lacking and all(why.startswith("needs the package ") for why in lacking):
+        return {"outcome": "left out", "why": lacking[0]}
+    return {"outcome": "done"}
 
 
 def check_of(parts: list[dict[str, Any]], cases: Cases, seconds: float) -> dict[str, Any]:

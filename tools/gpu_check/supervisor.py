@@ -16,22 +16,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_check import call
 from gpu_check.packages import missing_sentence
-from gpu_check.parts import PARTS, Part
+from gpu_check.parts import Part
 from gpu_check.process import GRACE, Worker
-from gpu_check.results import committed_name, write_all
+from gpu_check.results import committed_name, is_measured, judged, read_cases, write_all
 from gpu_check.worker import NO_GPU
 
-from trinity.errors import explain
-
-SECONDS = 540
-"""Default of CHECK_SECONDS: the total, from the start of gpu_check.sh."""
+from trinity.errors import UserError, explain
 
 RESERVE = GRACE + 4
 """Seconds kept at the end: for a part that ignores SIGTERM, and to write the files."""
 
 TOO_LATE = ("timed out", "skipped")
 """Outcomes that are no failure of a part that is extra."""
+
+LOOK_SECONDS = 60
+"""Most seconds of the look for a GPU; without an answer the parts run, and show what is wrong."""
+
+LACKS_GPU = "torch finds no GPU; use --cpu to try the check without one"
 
 EARLY = 3
 """Seconds before a part's limit at which it starts no further measurement (BENCH_SECONDS)."""
@@ -50,12 +53,23 @@ class Check:
         self.out, self.scratch, self.cpu, self.began = out, scratch, cpu, began
         self.logs = scratch / "logs"
         self.logs.mkdir()
-        self.deadline = began + float(os.environ.get("CHECK_SECONDS") or SECONDS) - RESERVE
+        self.deadline = began + call.total_seconds() - RESERVE
         self.rows: list[dict[str, Any]] = []
         self.stopped = False
         self.unwritten: OSError | None = None
         self.spare: Worker | None = None
         self.workers = 0
+
+    def finds_no_gpu(self) -> bool:
+        """Whether torch says that there is no GPU; asked in a process of its own, while the first part's starts."""
+        worker, self.spare = self._start(), self._start()
+        limit = max(0.0, min(LOOK_SECONDS, self.deadline - time.time()))
+        environment = {"BENCH_RECORD": "", "BENCH_PART": ""}
+        task = {"function": "", "options": {}, "gpu": True, "environment": environment, "ends": time.time() + limit}
+        worker.hand_over(task, self.logs / "gpu.log")
+        code = self._code(worker, limit)
+        worker.end(at_once=True)
+        return code == NO_GPU
 
     def run(self, parts: list[Part]) -> int:
         """Run the parts.
@@ -70,12 +84,15 @@ class Check:
             why = f" ({row['why']})" if "why" in row else ""
             print(f"{row['part']}: {row['outcome']}{why} after {row['seconds']:.0f} s", flush=True)
             if row["code"] == NO_GPU:
-                print("error: torch finds no GPU; use --cpu to try the check without one", file=sys.stderr)
+                print(f"error: {LACKS_GPU}", file=sys.stderr)
                 return 2
         self._write()
         if self.unwritten is not None:
             return 2
-        print(f"to commit: {self.out / 'check.json'} as tools/bench/results/{committed_name(self.out / 'check.json')}")
+        measured = read_cases(self.out / "results.jsonl").values()
+        if any(is_measured(case, row) for cases in measured for case, row in cases.items()):
+            path = self.out / "check.json"
+            print(f"to commit: {path} as tools/bench/results/{committed_name(path)}")
         good = {part.name: ("done", "left out", *(TOO_LATE if part.extra else ())) for part in parts}
         return int(self.stopped or any(row["outcome"] not in good[row["part"]] for row in self.rows))
 
@@ -85,8 +102,8 @@ class Check:
             self.spare.end(at_once=True)
 
     def _run_or_skip(self, part: Part, is_last: bool) -> dict[str, Any]:
-        most = float(os.environ.get("CHECK_PART_SECONDS") or "inf")
-        limit, left = min(part.cpu_limit if self.cpu else part.limit, most), self.deadline - time.time()
+        limit = min(part.cpu_limit if self.cpu else part.limit, call.part_seconds())
+        left = self.deadline - time.time()
         row: dict[str, Any] = {"part": part.name, "outcome": "running", "code": None, "seconds": 0.0, "limit": limit}
         self.rows.append(row)
         if self.cpu and part.cpu_options is None:
@@ -99,21 +116,26 @@ class Check:
         self._write(archive=len(self.rows) == 1)  # shows which part was running if the check is killed
         began = time.monotonic()
         code, outcome = self._in_worker(part, row["limit"], is_last)
-        return _set(row, code=code, outcome=outcome, seconds=round(time.monotonic() - began, 1))
+        _set(row, code=code, outcome=outcome, seconds=round(time.monotonic() - began, 1))
+        return _set(row, **judged(read_cases(self.out / "results.jsonl").get(part.name, {}))) if code == 0 else row
 
     def _in_worker(self, part: Part, limit: float, is_last: bool) -> tuple[int | None, str]:
         """Exit code and outcome of a part; the next worker is started meanwhile."""
         worker = self.spare if self.spare is not None and self.spare.runs() else self._start()
         self.spare = None if is_last else self._start()
         worker.hand_over(self._task(part, limit), self.logs / f"{part.name}.log")
-        deadline = time.monotonic() + limit
-        while worker.runs() and time.monotonic() < deadline and not self.stopped:
-            time.sleep(0.05)
-        code = worker.code
+        code = self._code(worker, limit)
         gone = worker.end(at_once=self.stopped or code is not None)
         if code is not None:
             return code, "done" if code == 0 else "failed"
         return None, ("stopped" if self.stopped else "timed out") + ("" if gone else ", its process does not end")
+
+    def _code(self, worker: Worker, limit: float) -> int | None:
+        """Wait for a worker; its exit code, or None if it runs on after `limit` seconds or the check was stopped."""
+        deadline = time.monotonic() + limit
+        while worker.runs() and time.monotonic() < deadline and not self.stopped:
+            time.sleep(0.05)
+        return worker.code
 
     def _start(self) -> Worker:
         self.workers += 1
@@ -142,25 +164,12 @@ def _set(row: dict[str, Any], **values: Any) -> dict[str, Any]:
     return row
 
 
-def chosen(names: list[str]) -> list[Part]:
-    """The parts of these names in the check's order; all without names.
-
-    Raises:
-        ValueError: a part that does not exist.
-    """
-    known = [part.name for part in PARTS]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"there is no part {name}; the parts are {', '.join(known)}")
-    return [part for part in PARTS if not names or part.name in names]
-
-
 def main() -> int:
     """Run with a temporary folder, which is removed in the end; returns the exit code."""
     scratch = Path(os.environ.get("CHECK_SCRATCH") or tempfile.mkdtemp())
     try:
         return _run(sys.argv[1:], scratch)
-    except OSError as error:  # OUT or the temporary folder cannot be written at all
+    except (OSError, UserError) as error:  # a mistake in the call; OUT or the temporary folder cannot be written at all
         explained = explain(error)
         if explained is None:
             raise
@@ -171,21 +180,15 @@ def main() -> int:
 
 
 def _run(words: list[str], scratch: Path) -> int:
-    """Parse, look for the packages, run the parts."""
+    """Refuse what is wrong before OUT is touched, then run the parts."""
     cpu = words[:1] == ["--cpu"]
     out, *names = words[1:] if cpu else words
-    try:
-        parts = chosen(names)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parts, folder = call.chosen(names), Path(out).resolve()
+    call.part_seconds()  # refuses a wrong value; Check itself does so for the total
+    call.refuse_out(folder)
     sentence = missing_sentence()
     if sentence:
-        print(f"error: {sentence}", file=sys.stderr)
-        return 2
-    folder = Path(out).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.jsonl").unlink(missing_ok=True)
+        raise UserError(sentence)
     check = Check(folder, scratch, cpu, float(os.environ.get("CHECK_BEGAN") or time.time()))
 
     def stop(*_: object) -> None:
@@ -194,6 +197,12 @@ def _run(words: list[str], scratch: Path) -> int:
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(name, stop)
     try:
+        if not cpu and check.finds_no_gpu():
+            raise UserError(LACKS_GPU)
+        if check.stopped:
+            print("error: stopped before the first part", file=sys.stderr)
+            return 1
+        folder.mkdir(parents=True, exist_ok=True)
         return check.run(parts)
     finally:
         check.close()

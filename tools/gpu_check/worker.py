@@ -35,6 +35,8 @@ def main() -> int:
 def run(function: str, options: dict[str, Any], needs_gpu: bool) -> int:
     """Call "module:function" of this package; an error is recorded as a row of the part.
 
+    Args:
+        function: "": only look for the GPU.
     Returns:
         What the function returned (None: 0), 1 after an error, NO_GPU without the GPU that is needed.
     """
@@ -46,6 +48,8 @@ def run(function: str, options: dict[str, Any], needs_gpu: bool) -> int:
 
         if needs_gpu and not torch.cuda.is_available():
             return NO_GPU
+        if not function:
+            return 0
         module, name = function.split(":")
         return getattr(import_module(f"gpu_check.{module}"), name)(**options) or 0
     except Exception as error:  # any error is this part's result, and the next part runs
