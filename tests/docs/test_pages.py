@@ -53,13 +53,14 @@ def script(words: list[str]) -> tuple[str, list[str]] | None:
 
 @cache
 def help_of(tool: str) -> str:
-    """What a tool prints for --help, in this process."""
-    before, sys.argv = sys.argv, [tool, "--help"]
+    """What a tool prints for --help, in this process; its folder is in the path, as when Python runs it."""
+    before = sys.argv, sys.path
+    sys.argv, sys.path = [tool, "--help"], [str((ROOT / tool).parent), *sys.path]
     try:
         with redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / tool), run_name="__main__")
     finally:
-        sys.argv = before
+        sys.argv, sys.path = before
     assert ended.value.code == 0
     return output.getvalue()
 
