@@ -6,9 +6,9 @@
 
 On a GPU, and in float64, they are torch.mm. On a CPU they take what is fastest there:
 
-- fp32: torch.mm (MKL), or oneDNN's product, which is as exact, and faster where MKL is slow: on some of AMD's
-  processors. `set_fp32_products` chooses, once per process: the two give different last bits. At equal rates oneDNN
-  loses: its results are copied, and each new shape is compiled and kept.
+- fp32: torch.mm (MKL), or oneDNN's product, which is as exact, and runs at twice MKL's rate on AMD's processors from
+  Zen 5 on. `set_fp32_products` chooses, once per process: the two give different last bits. At equal rates, as on
+  Zen 4, oneDNN loses: its results are copied, and each new shape is compiled and kept.
 - bf16: torch.mm. A CPU without bf16 arithmetic multiplies bf16 at a fifth of its fp32 speed: there the operands are
   cast to fp32 and the result is rounded once. The product of two bf16 numbers is exact in fp32, and accelerators
   accumulate in fp32 too, so the meaning is the same.
@@ -18,10 +18,7 @@ Saved for backward by `linear`: x and W in their own dtype. There is no Triton v
 Shapes: ... any leading dimensions, N rows, I input width, O output width.
 """
 
-import math
-from collections.abc import Callable
 from functools import cache
-from time import perf_counter
 from typing import Literal
 
 import torch
@@ -34,8 +31,8 @@ from trinity_kernels.probe import probed
 FP32_PRODUCTS = ("torch", "onednn")
 """Implementations of fp32 products on a CPU."""
 
-SLOW, TURNS = 1.5, 30
-"""A whole step by oneDNN takes a third longer at MKL's rate; so less than this gains nothing for sure."""
+ZEN_5 = 26
+"""The family of AMD's processors with 512-bit arithmetic, as /proc/cpuinfo counts."""
 
 _fp32_products = "torch"
 
@@ -62,26 +59,14 @@ def fp32_products() -> str:
 
 
 def fastest_fp32_products() -> Literal["torch", "onednn"]:
-    """The faster implementation on this machine: oneDNN where MKL takes SLOW times as long for a product.
+    """The faster implementation on this machine: oneDNN where torch multiplies by MKL on AMD's Zen 5 or later.
 
-    It is measured once in a process, in 0.1 s, and only where torch multiplies by MKL on a processor not by Intel.
+    MKL takes 256-bit instructions on AMD's processors; from family ZEN_5 on those of 512 bits are twice as fast. By the
+    processor's family and not by a measurement, so that every start and every rank chooses the same.
     """
-    foreign = torch.backends.mkl.is_available() and _cpu_vendor() not in ("GenuineIntel", "")
-    return "onednn" if foreign and has_onednn() and mkl_over_onednn() >= SLOW else "torch"
-
-
-@probed
-def mkl_over_onednn() -> float:
-    """Time of an fp32 product by MKL over that by oneDNN: the shortest of TURNS turns each."""
-    x, weight = torch.ones(1024, 256), torch.ones(256, 256)
-    products: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear, "onednn": _onednn}
-    seconds = dict.fromkeys(products, math.inf)
-    for _ in range(TURNS):
-        for name, multiply in products.items():
-            began = perf_counter()
-            multiply(x, weight)
-            seconds[name] = min(seconds[name], perf_counter() - began)
-    return seconds["torch"] / seconds["onednn"]
+    vendor, family = _cpu()
+    slow_mkl = vendor == "AuthenticAMD" and family >= ZEN_5 and torch.backends.mkl.is_available()
+    return "onednn" if slow_mkl and has_onednn() else "torch"
 
 
 @probed
@@ -96,13 +81,15 @@ def has_onednn() -> bool:
         return False
 
 
-def _cpu_vendor() -> str:
-    """The processor's vendor as Linux names it, "" where it does not."""
+def _cpu() -> tuple[str, int]:
+    """The processor's vendor and family as Linux names them; "" and 0 where it does not."""
     try:
         with open("/proc/cpuinfo") as lines:
-            return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+            fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     except OSError:
-        return ""
+        return "", 0
+    family = fields.get("cpu family", "")
+    return fields.get("vendor_id", ""), int(family) if family.isdigit() else 0
 
 
 @cache

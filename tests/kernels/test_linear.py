@@ -4,8 +4,7 @@ Shapes: ... any leading dimensions, I input width, O output width.
 """
 
 import importlib
-import time
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,7 +136,7 @@ def test_a_torch_without_the_private_op(monkeypatch: pytest.MonkeyPatch) -> None
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
 
     monkeypatch.setattr(MODULE, "_onednn", missing)
-    monkeypatch.setattr(MODULE, "_cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(MODULE, "_cpu", lambda: ("AuthenticAMD", MODULE.ZEN_5))
     monkeypatch.setattr(MODULE, "has_onednn", probed(MODULE.has_onednn.__wrapped__))  # which has not run yet
     assert MODULE.fastest_fp32_products() == "torch"
     with pytest.raises(ValueError, match="this torch has no product of oneDNN; use torch"):
@@ -147,38 +146,35 @@ def test_a_torch_without_the_private_op(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("vendor", "mkl", "slower", "fastest"),
+    ("cpu", "mkl", "fastest"),
     [
-        ("AuthenticAMD", True, 2.2, "onednn"), ("AuthenticAMD", True, 1.1, "torch"),
-        ("GenuineIntel", True, 2.2, "torch"), ("", True, 2.2, "torch"), ("ARM", False, 2.2, "torch"),
+        (("AuthenticAMD", 26), True, "onednn"), (("AuthenticAMD", 25), True, "torch"),
+        (("AuthenticAMD", 26), False, "torch"), (("GenuineIntel", 26), True, "torch"), (("", 0), True, "torch"),
     ],
 )  # fmt: skip
-def test_the_fastest_products(
-    monkeypatch: pytest.MonkeyPatch, vendor: str, mkl: bool, slower: float, fastest: str
+def test_the_fastest_products_follow_from_the_processor(
+    monkeypatch: pytest.MonkeyPatch, cpu: tuple[str, int], mkl: bool, fastest: str
 ) -> None:
-    """oneDNN only where torch has MKL, the processor is not Intel's, and MKL was measured to be slow."""
-    monkeypatch.setattr(MODULE, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(MODULE, "_cpu", lambda: cpu)
     monkeypatch.setattr(MODULE, "has_onednn", lambda: True)
-    monkeypatch.setattr(MODULE, "mkl_over_onednn", lambda: slower)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert MODULE.fastest_fp32_products() == fastest
 
 
-@pytest.mark.skipif(not MODULE.has_onednn(), reason="this torch has no product of oneDNN")
-def test_the_measured_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product that waits 20 ms more is measured as slower, in both directions; the answer is kept."""
-
-    def slow(multiply: Callable) -> Callable:
-        return lambda *operands: (time.sleep(0.02), multiply(*operands))[1]
-
-    monkeypatch.setattr(MODULE, "TURNS", 3)
-    for where, name in ((MODULE.F, "linear"), (MODULE, "_onednn")):
-        with monkeypatch.context() as patch:
-            patch.setattr(where, name, slow(getattr(where, name)))
-            measure = probed(MODULE.mkl_over_onednn.__wrapped__)
-            ratio = measure()
-        assert ratio > 1 if name == "linear" else ratio < 1
-        assert measure() == ratio
+@pytest.mark.parametrize(
+    ("text", "cpu"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n\nvendor_id\t: AuthenticAMD\n", ("AuthenticAMD", 26)),
+        ("processor\t: 0\nBogoMIPS\t: 243.75\n", ("", 0)), ("", ("", 0)), (None, ("", 0)),
+    ],
+)  # fmt: skip
+def test_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, cpu: tuple[str, int]) -> None:
+    """As /proc/cpuinfo has it: of x86-64, of Arm, empty, missing."""
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr("builtins.open", lambda _name, opened=open: opened(path))
+    assert MODULE._cpu() == cpu
 
 
 @pytest.mark.usefixtures("by_onednn")

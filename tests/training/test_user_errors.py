@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
     [
         (["configs/none.yaml"], "error: the config configs/none.yaml does not exist"),
         (["configs/smoke.yaml", "run.stepz=3"], "run.stepz in the command line is not a known key; did you mean run.s"),
-        (["configs/smoke.yaml", "run.steps=many"], "run.steps in the command line: Value 'many'"),
+        (["configs/smoke.yaml", "run.steps=many"], "run.steps in the command line: 'many' is not a whole number"),
         (["configs/smoke.yaml", "model.heads=3"], "model.heads=3 is not a multiple of model.kv_heads=2; use model"),
         (["configs/smoke.yaml", "data.sequence_length=0"], "data.sequence_length=0 must be at least 1"),
         (["configs/smoke.yaml", "parallel.shard=4"], "does not make 1 process; use parallel.shard=1, or start 4 "),

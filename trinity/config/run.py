@@ -337,8 +337,8 @@ class KernelsConfig:
     """Newton-Schulz iteration of Muon."""
     linear: Literal["auto", "torch", "onednn"] = "auto"
     """Matrix products in fp32 on a CPU, in all of these and in the linear layers; their last bits differ. auto: the
-    choice of the run's last start; at first torch, or onednn on a processor not by Intel where a short measurement
-    finds MKL 1.5 times slower."""
+    choice of the run's last start; at first onednn where torch multiplies by MKL on AMD's Zen 5 or later, else
+    torch."""
 
 
 AUTOMATIC = KernelsConfig()
