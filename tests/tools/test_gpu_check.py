@@ -290,7 +290,8 @@ def test_a_look_for_the_gpu_that_hangs(tmp_path: Path, monkeypatch: pytest.Monke
     """It ends after a while, and the parts run and show what is wrong."""
     stub = ROOT / "tests" / "tools" / "stub_gpu_worker.py"
     monkeypatch.setenv("CHECK_WORKER", f"{sys.executable} {stub}")
-    monkeypatch.setattr("gpu_check.supervisor.LOOK_SECONDS", 1.0)
+    paths = [ROOT, ROOT / "kernels", ROOT / "tools"]  # as gpu_check.sh sets it
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
     for behaviour, expected in (("hang", False), ("", False), ("no gpu", True)):
         scratch = tmp_path / f"scratch {behaviour}"
         scratch.mkdir()
