@@ -61,8 +61,8 @@ def fp32_products() -> str:
 def fastest_fp32_products() -> Literal["torch", "onednn"]:
     """The faster implementation on this machine: oneDNN where torch multiplies by MKL on AMD's Zen 5 or later.
 
-    MKL takes 256-bit instructions on AMD's processors; from family ZEN_5 on those of 512 bits are twice as fast. By the
-    processor's family and not by a measurement, so that every start and every rank chooses the same.
+    On the AMD processors measured MKL runs at the rate of 256-bit instructions, and from Zen 5 on those of 512 bits are
+    twice as fast. By the family and not by a measurement, so that every start and every rank chooses the same.
     """
     vendor, family = _cpu()
     slow_mkl = vendor == "AuthenticAMD" and family >= ZEN_5 and torch.backends.mkl.is_available()

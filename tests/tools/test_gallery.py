@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import gallery
@@ -110,6 +111,16 @@ def test_spikes_of_the_scaling_runs_are_of_batches() -> None:
         raised = sorted(spikes.deviations_above(run["grad_norm"], step) for run in reached)
         assert sorted(run["width"] for run in reached) == widths
         assert (raised[0], raised[-1]) == pytest.approx((low, high), abs=0.05)
+    found = [
+        (run["seed"], spike.step, run["width"])
+        for run in runs
+        for spike in spikes.find_spikes(run["loss"], run["grad_norm"])
+    ]
+    steps = Counter((seed, step) for seed, step, _ in found)
+    alone = [place for place, times in steps.items() if times == 1]
+    longest = {(run["seed"], step) for run in runs if run["width"] == 56 for step in range(len(run["loss"]))}
+    only_largest = [place for place in alone if place not in longest]
+    assert (len(found), len(found) - len(alone), len(only_largest)) == (24, 11, 8)
     in_loss = [
         (run["seed"], run["width"], spike.step)
         for run in runs

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import attention, expert_peers, experts, head, nano_step, timing
-from gpu_check import call, gpu_tests, kernel_profile, packages, smoke_run, worker
+from gpu_check import arguments, gpu_tests, kernel_profile, packages, smoke_run, worker
 from gpu_check.kernel_profile import Interval
 from gpu_check.parts import PARTS
 from gpu_check.results import committed_name, is_measured, judged, read_cases
@@ -227,10 +227,10 @@ def test_a_part_needs_another(
     """A part named without the parts whose files it reads is refused with what to write."""
     monkeypatch.setenv("DATA", data)
     if sentence is None:
-        assert {part.name for part in call.chosen(names)} == set(names or [part.name for part in PARTS])
+        assert {part.name for part in arguments.chosen(names)} == set(names or [part.name for part in PARTS])
         return
     with pytest.raises(UserError) as caught:
-        call.chosen(names)
+        arguments.chosen(names)
     assert str(caught.value) == sentence
 
 
@@ -339,20 +339,20 @@ def test_a_finished_check_is_kept(start: Start, tmp_path: Path) -> None:
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     """Any of the check's files is kept; without a date in check.json it is that of the file."""
     out = tmp_path / "out"
-    call.refuse_out(out)
+    arguments.refuse_out(out)
     out.mkdir()
     (out / "notes.txt").touch()
-    call.refuse_out(out)
+    arguments.refuse_out(out)
     (out / "summary.md").touch()
     with pytest.raises(UserError, match=r"out has a file summary\.md, which the check would replace; name another"):
-        call.refuse_out(out)
+        arguments.refuse_out(out)
     (out / "results.jsonl").touch()
     os.utime(out / "results.jsonl", (86400 * 365.5, 86400 * 365.5))
     with pytest.raises(UserError, match=r"out holds a check of 1971-01-01; name another folder, or delete it"):
-        call.refuse_out(out)
+        arguments.refuse_out(out)
     (out / "check.json").write_text('{"date": "2026-12-01"}')
     with pytest.raises(UserError, match=r"out holds a check of 2026-12-01; "):
-        call.refuse_out(out)
+        arguments.refuse_out(out)
 
 
 def blocked(folder: Path, *names: str) -> dict[str, str]:

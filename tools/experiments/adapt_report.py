@@ -1,13 +1,12 @@
 """Results of the comparison of adaptations: tables and a plot, from the results file alone."""
 
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiment import cost
-from plots import COLOURS, markdown_table, median_and_range, save_plot
+from plots import COLOURS, markdown_table, median_and_range, save_plot, with_minus
 
 Results = dict[str, Any]
 GENERAL, DOMAINS = "general", ("manual", "unicode")
@@ -161,7 +160,7 @@ AS_GOOD = 0.1
 def outcome(results: Results) -> str:
     """What came out of each claim."""
     text = f"{_merging_back(results)} {_some_modules(results)} {_learned_merges(results)} ({cost(results)})"
-    return re.sub(r"(?<= )-(?=\d)", "−", text)
+    return with_minus(text)
 
 
 def _middle(results: Results, part: str, of: str) -> float:

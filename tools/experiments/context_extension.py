@@ -21,6 +21,8 @@ The design, fixed before the first run:
   the asked pair's rank among the pairs is spread evenly. Score: share of rows in which the answer has the largest
   logit; 1/16 by chance, 1/4 for any value of the row with 4 pairs. And the answer's mean loss in nats, chance ln 16.
   (4096 was added after the first arm of the first seed, which still scored 0.91 at 2048.)
+- Added after the results were known: the claim holds here if at 1024 tokens with 20 pairs the score of `extended` is
+  0.95 or more, and above those of `base` and `control` (medians over seeds).
 
 Differences from the report that may matter: one synthetic task, no language; 120 steps are 13 % of the base's tokens,
 more than a real extension has; the rate is constant.

@@ -212,7 +212,7 @@ def whole_results(name: str, path: Path) -> Iterator[None]:
 def make_results(experiment: Experiment, size: Size, out: Path, seeds: int) -> None:
     """Make all parts, except those finished by an earlier call, and write OUT/NAME.json after each seed.
 
-    A file there with more seeds stays as it is.
+    A file there with the same settings and more seeds stays as it is.
 
     Raises:
         UserError: `out` has results of other settings, or a package is missing.
@@ -230,12 +230,13 @@ def make_results(experiment: Experiment, size: Size, out: Path, seeds: int) -> N
     torch.set_num_threads(1)  # the number of threads changes the bits of sums
     done: dict[tuple[int, str], Record] = {}
     path = out / f"{experiment.name}.json"
-    before = {record["seed"] for record in (read_json(path, DAMAGED) or {}).get("parts", [])}
+    before = read_json(path, DAMAGED) or {}
+    seeds_before = {record["seed"] for record in before["parts"]} if before.get("settings") == settings else set()
     with Progress(experiment.name, sum(p.steps for of_seed in parts for p in of_seed.values()), experiment.unit) as bar:
         for seed, of_seed in enumerate(parts):
             lab = Lab(size, seed, texts, (out / f"seed-{seed}").resolve(), bar.update)
             make_seed(lab, of_seed, done, Kept(out / "parts", settings), bar)
-            if len(before) <= seed + 1:  # results of more seeds stay
+            if len(seeds_before) <= seed + 1:  # results of more seeds stay
                 head = {"experiment": experiment.name, "settings": settings, "parts": list(done.values())}
                 write_json(path, head, indent=None)
 

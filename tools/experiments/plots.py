@@ -1,6 +1,7 @@
 """Tables and plots of the experiments' results: a Markdown table, median with range, an SVG of matplotlib."""
 
 import io
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,13 +19,18 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def with_minus(text: str) -> str:
+    """The text with a minus sign in place of the hyphen before each negative number."""
+    return re.sub(r"(?<![\w.,–-])-(?=\.?\d)", "−", text)
+
+
 def median_and_range(values: Sequence[float], digits: str = ".3g") -> str:
     """The median over seeds, and in brackets the smallest and the largest value."""
     middle, low, high = (format(value, digits) for value in (statistics.median(values), min(values), max(values)))
     if len(values) == 1:
-        return middle.replace("-", "−")
+        return with_minus(middle)
     to = " to " if "-" in low + high or "+" in digits else "–"
-    return f"{middle} ({low}{to}{high})".replace("-", "−")
+    return with_minus(f"{middle} ({low}{to}{high})")
 
 
 def save_plot(path: Path, size: tuple[float, float], paint: Callable[[Any], None]) -> None:

@@ -52,7 +52,7 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
     if not path.exists():
         return {}
     records = [record for _, record in read_objects(path) if record is not None and "loss" in record]
-    return {record["step"]: record for record in records if valid_step(record)}
+    return {record["step"]: record for record in records if valid_step(record) is not None}
 
 
 if __name__ == "__main__":

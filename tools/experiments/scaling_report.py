@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from experiment import Record, cost, records_of
-from plots import COLOURS, markdown_table, median_and_range, save_plot
+from plots import COLOURS, markdown_table, median_and_range, save_plot, with_minus
 
 ALPHAS = np.arange(1, 151) / 100
 DRAWS = 2000
@@ -135,13 +135,9 @@ def fifth_outcome(results: Record) -> str:
     middle = statistics.median(losses)
     error = middle - predicted["loss"]
     verdict = "agrees with the claim" if predicted["low"] <= middle <= predicted["high"] else "contradicts the claim"
-    return (
-        (
-            f"Predicted for N = {active:,}: {_prediction(predicted)}; trained: {median_and_range(losses, '.4f')} nats, "
-            f"{error:+.4f} nats ({100 * error / predicted['loss']:+.2f} %). This {verdict}. ({cost(results)})"
-        )
-        .replace(" -0.", " −0.")
-        .replace("(-", "(−")
+    return with_minus(
+        f"Predicted for N = {active:,}: {_prediction(predicted)}; trained: {median_and_range(losses, '.4f')} nats, "
+        f"{error:+.4f} nats ({100 * error / predicted['loss']:+.2f} %). This {verdict}. ({cost(results)})"
     )
 
 

@@ -129,9 +129,8 @@ EXPERIMENTS = (
         "1.4 million parameters; 600 steps of 16 rows of 128 tokens, in 4 microbatches. A stream reads one document "
         "after the other; with RSDB each of 4 streams packs rows from 64 to 128 open documents. Measured over the "
         "last 300 steps.",
-        "BatchHet, the loss's variance from step to step (the report's measure) and the kurtosis are all below 0.9 of"
-        " "
-        "those of sequential packing." + AFTER,
+        "BatchHet, the loss's variance from step to step (the report's measure) and the kurtosis are all below 0.9 "
+        "of those of sequential packing." + AFTER,
         lambda results: rsdb_report.table(rsdb_report.runs_by_arm(results)), rsdb_report.outcome,
         "../trinity/data/stream/rsdb.svg", "python tools/experiments/rsdb.py",
     ),
@@ -155,8 +154,8 @@ EXPERIMENTS = (
         "models are similar.",
         "0.76 million parameters, trained on `general` text (modules of Python's standard library), continued for 80 "
         "steps on `manual` (the language reference, a near domain) or on `unicode` (the character database, a far "
-        "one), without replay or with 12.5 % of general text (\"replay\"); merged back with the start (\"back\"), "
-        "with one weight α of the change or one for each part of the model; `mp` and \"Spectrum's script\" are two "
+        "one), without replay or with 12.5 % of general text (`replay`); merged back with the start (`back`), "
+        "with one weight α of the change or one for each part of the model; `mp` and `Spectrum's script` are two "
         "scores of modules.",
         "TIES: of what was forgotten half or less is left. Modules: half of them learn at least 90 % of what all "
         "learn, and more than random ones. DAM: a sum of losses no higher than the search's, at less cost. These "

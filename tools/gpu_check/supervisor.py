@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_check import call
+from gpu_check import arguments
 from gpu_check.packages import missing_sentence
 from gpu_check.parts import Part
 from gpu_check.process import GRACE, Worker
@@ -53,7 +53,7 @@ class Check:
         self.out, self.scratch, self.cpu, self.began = out, scratch, cpu, began
         self.logs = scratch / "logs"
         self.logs.mkdir()
-        self.deadline = began + call.total_seconds() - RESERVE
+        self.deadline = began + arguments.total_seconds() - RESERVE
         self.rows: list[dict[str, Any]] = []
         self.stopped = False
         self.unwritten: OSError | None = None
@@ -102,7 +102,7 @@ class Check:
             self.spare.end(at_once=True)
 
     def _run_or_skip(self, part: Part, is_last: bool) -> dict[str, Any]:
-        limit = min(part.cpu_limit if self.cpu else part.limit, call.part_seconds())
+        limit = min(part.cpu_limit if self.cpu else part.limit, arguments.part_seconds())
         left = self.deadline - time.time()
         row: dict[str, Any] = {"part": part.name, "outcome": "running", "code": None, "seconds": 0.0, "limit": limit}
         self.rows.append(row)
@@ -183,9 +183,9 @@ def _run(words: list[str], scratch: Path) -> int:
     """Refuse what is wrong before OUT is touched, then run the parts."""
     cpu = words[:1] == ["--cpu"]
     out, *names = words[1:] if cpu else words
-    parts, folder = call.chosen(names), Path(out).resolve()
-    call.part_seconds()  # refuses a wrong value; Check itself does so for the total
-    call.refuse_out(folder)
+    parts, folder = arguments.chosen(names), Path(out).resolve()
+    arguments.part_seconds()  # refuses a wrong value; Check itself does so for the total
+    arguments.refuse_out(folder)
     sentence = missing_sentence()
     if sentence:
         raise UserError(sentence)
